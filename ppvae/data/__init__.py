@@ -1,0 +1,136 @@
+"""Data: named sets and a user's own files as three splits of float32 tensors, checked before they are used."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppvae.data import files, named
+from ppvae.data.checks import digest, indexed, validated
+from ppvae.data.lazy import LazySplit, Pictures
+from ppvae.data.source import PARTS, Source, check_unit
+from ppvae.data.split import Facts, Noise, Split, checked_seed
+from ppvae.errors import UsageError
+
+__all__ = ["LazySplit", "Split", "digest", "indexed", "load", "validated"]
+
+MEMORY_LIMIT = 4 << 30  # bytes; images on disk that would take more as float32 become a LazySplit
+
+
+def load(
+    name: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    binarize: str | None = None,
+    dequantize: bool = False,
+    flat: bool = True,
+    seed: int = 0,
+    *,
+    size: int | None = None,
+) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
+    """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
+
+    `name` is digits, mnist, fashion-mnist, omniglot, celeba, freyfaces or smiles, or the path of a .npz, .npy or .pt
+    file or of a folder of images. `root` is the folder that holds the named sets: the argument, else the environment
+    variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place; nothing is written, but MNIST and Fashion-MNIST
+    are fetched where they are missing and the root can be written.
+
+    Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are; an
+    array [N, H, W] gets a channel, [N, H, W, C] becomes [N, C, H, W]. Labels, attributes and `index` (positions in the
+    source, its parts end to end) are attributes of the split. Rows are parted by the source where it says how, else by
+    one fixed permutation: 70, 10 and 20 percent; no row is in two splits. `seed` draws the noise and nothing else.
+
+    `binarize="fixed"` draws Bernoulli(pixel) once; `"dynamic"` draws train afresh at every read. `dequantize=True`
+    gives (v + u) / levels in [0, 1), u uniform, train afresh at every read; a density of it bounds the log-mass of the
+    levels. `size` is the side of CelebA's images, 64 by default. Images that need more than 4 GiB are read when asked
+    (`LazySplit`).
+
+    Raises `UsageError` for an option or a name that does not exist, `DataError` for a file that is missing, damaged, or
+    not finite numbers; no code in a file is ever run.
+
+    >>> from ppvae import data
+    >>> train, valid, test = data.load("digits", binarize="fixed")
+    >>> train.shape, valid.shape, test.shape
+    (torch.Size([1257, 64]), torch.Size([180, 64]), torch.Size([360, 64]))
+    >>> test.name, test.event_shape, test.base_measure, test.labels[:3]
+    ('digits/test', (1, 8, 8), 'binary', tensor([3, 2, 2]))
+    """
+    if binarize not in (None, "fixed", "dynamic"):
+        raise UsageError(f"binarize: expected None, 'fixed' or 'dynamic', found {binarize!r}.")
+    if binarize and dequantize:
+        raise UsageError(
+            "binarize and dequantize exclude each other: binary values have no levels to fill. Choose one."
+        )
+    checked_seed(seed)
+    source = _source(name, root, size)
+    if binarize and not source.unit and isinstance(source.images, np.ndarray):
+        check_unit(source.images, str(name), "binarize")
+    if dequantize and source.levels is None:
+        raise UsageError(f"{name}: dequantize needs whole grey levels; save them as uint8 0..255, not as floats.")
+    kind: Noise | None = "binarize" if binarize else "dequantize" if dequantize else None
+    if isinstance(source.images, Pictures):
+        lazy = 4 * len(source.images) * int(np.prod(source.images.event_shape)) > MEMORY_LIMIT
+    else:
+        lazy = False
+    train, valid, test = (_split(source, part, kind, flat, seed, lazy) for part in range(3))
+    if binarize == "dynamic" or dequantize:
+        return train, valid.fixed(seed), test.fixed(seed)
+    return train.fixed(seed), valid.fixed(seed), test.fixed(seed)
+
+
+def _source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, size: int | None) -> Source:
+    plain = {_plain(known): known for known in named.NAMES}
+    known = plain.get(_plain(name)) if isinstance(name, str) else None
+    if size is not None and known != "celeba":
+        raise UsageError(f"size: only celeba is scaled; {name} keeps the size of its images.")
+    if known:
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 148):
+            raise UsageError(f"size: expected a number of pixels from 1 to 148, found {size!r}.")
+        return named.NAMES[known](_root(root), size or 64)
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(f"load: expected a name or a path, found {type(name).__name__}.")
+    path = Path(name).expanduser()
+    if isinstance(name, os.PathLike) or path.exists() or path.suffix.lower() in files.SUFFIXES or os.sep in name:
+        return files.read_path(path)
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
+    raise UsageError(
+        f"unknown data set {name!r}.{hint} Known: {', '.join(named.NAMES)};\n"
+        "or the path of a .npz, .npy or .pt file or of a folder of images."
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def _root(root: str | os.PathLike[str] | None) -> Path:
+    """The argument, else PPVAE_DATA, else ~/.cache/ppvae."""
+    given = root or os.environ.get("PPVAE_DATA")
+    return Path(given).expanduser() if given else named.CACHE.expanduser()
+
+
+def _split(source: Source, part: int, kind: Noise | None, flat: bool, seed: int, lazy: bool) -> Split | LazySplit:
+    """One part of the source, with noise at every read where there is any."""
+    rows, images = source.rows[part], source.images
+    index = torch.from_numpy(rows.astype(np.int64))
+    facts = Facts(
+        name=f"{source.name}/{PARTS[part]}",
+        event_shape=images.event_shape if isinstance(images, Pictures) else tuple(images.shape[1:]),
+        rows=len(rows),
+        levels=2 if kind == "binarize" else source.levels,
+        unit=source.unit,
+        classes=source.classes,
+        binarize="dynamic" if kind == "binarize" else None,
+        dequantize=kind == "dequantize",
+        seed=int(seed),
+        noise=kind,
+    )
+    labels = None if source.labels is None else torch.from_numpy(source.labels[rows])
+    attributes = {key: torch.from_numpy(column[rows]) for key, column in source.attributes.items()}
+    if lazy and isinstance(images, Pictures):
+        return LazySplit(images, facts, index, labels, attributes, flat)
+    return Split(source.values(rows, flat), facts, index, labels, attributes)

@@ -1,0 +1,108 @@
+"""What every tensor and file goes through before it counts as data."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppvae.errors import DataError
+
+
+def validated(x: Tensor, name: str) -> Tensor:
+    """The tensor `x` [N, *event] itself, once it is known to hold at least one row and finite numbers only.
+
+    `name` is what a message calls it. Raises `DataError` for anything but a dense real tensor, for an empty one, and
+    for NaN or infinity, with the row and the column.
+
+    >>> import torch
+    >>> validated(torch.zeros(3, 2), "x").shape
+    torch.Size([3, 2])
+    >>> validated(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), "x")
+    Traceback (most recent call last):
+    ppvae.errors.DataError: x: row 1, column 1 is nan. Every value must be finite: remove the row or fill the gap.
+    """
+    if not isinstance(x, Tensor):
+        raise DataError(f"{name}: expected a torch.Tensor, found {type(x).__name__}. Use torch.as_tensor(x).")
+    if x.layout != torch.strided or x.is_quantized or x.is_complex():
+        raise DataError(f"{name}: expected dense real numbers, found {x.dtype} with layout {x.layout}.")
+    if x.ndim == 0 or x.numel() == 0:
+        raise DataError(f"{name}: expected [N, *event] with at least one row, found shape {list(x.shape)}.")
+    refuse(x, torch.isfinite(x), name, "Every value must be finite: remove the row or fill the gap.")
+    return x
+
+
+def refuse(x: Tensor, good: Tensor, name: str, cure: str, offset: int = 0) -> None:
+    """Raise a `DataError` with row, column and value where `good` [N, *event] is false; rows count from `offset`."""
+    if bool(good.all()):
+        return
+    event = x.shape[1:]
+    bad = ~good.reshape(len(x), -1)
+    rows = bad.any(1).nonzero()[:, 0]
+    row = int(rows[0])
+    columns = bad[row].nonzero()[:, 0].tolist()
+    value = float(x[row].reshape(-1)[columns[0]])
+    place = f"row {row + offset}"
+    if event:
+        shown = ", ".join(map(str, columns[:4])) + (", ..." if len(columns) > 4 else "")
+        place += f", column{'s' if len(columns) > 1 else ''} {shown}"
+    if len(event) > 1:
+        pixel = [int(i) for i in torch.unravel_index(torch.tensor(columns[0]), event)]
+        place += f" (of event shape {'x'.join(map(str, event))}: pixel {pixel})"
+    more = f", and {len(rows) - 1} more rows like it" if len(rows) > 1 else ""
+    raise DataError(f"{name}: {place} is {value:g}{more}. {cure}")
+
+
+def indexed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair (`x`, its row numbers [N]), for a guide such as `PerDatum` that has parameters for every datum.
+
+    Raises `DataError` where `x` has no rows to number.
+
+    >>> from ppvae import data
+    >>> x, index = data.indexed(data.load("digits")[0])
+    >>> index[-1]
+    tensor(1256)
+    """
+    if x.ndim == 0 or len(x) == 0:
+        raise DataError(f"indexed: expected [N, *event] with at least one row, found shape {list(x.shape)}.")
+    return x, torch.arange(len(x), device=x.device)
+
+
+def digest(x: Tensor) -> str:
+    """The SHA-256 in hex of a tensor's dtype, shape and bytes, the same on every device.
+
+    >>> import torch
+    >>> digest(torch.zeros(2, 3)) == digest(torch.zeros(2, 3)), digest(torch.zeros(2, 3)) == digest(torch.zeros(3, 2))
+    (True, False)
+    """
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    sha = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
+    sha.update(flat.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def looks_like(path: Path) -> str:
+    """A clause that says what a file's first bytes are when they are a well-known wrong thing, else ''."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"; it cannot be read ({one_line(error)})"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "; it is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "; it looks like a git-lfs pointer, not the file itself (run `git lfs pull`)"
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "; it looks like an HTML page (a failed download?)"
+    if head.startswith(b"\x80"):
+        return "; it looks like a Python pickle, which is never unpickled because it can run code"
+    return ""
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """An error's own words on one line of at most `limit` characters."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= limit else words[: limit - 3] + "..."

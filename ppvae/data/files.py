@@ -1,0 +1,184 @@
+"""A user's own data: .npz, .npy and .pt files, and folders of images."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppvae.data.checks import looks_like, one_line
+from ppvae.data.lazy import CHANNELS, Pictures, opened
+from ppvae.data.source import PARTS, Source, as_images, as_labels, check_numbers, parted, permuted, scale
+from ppvae.errors import DataError
+
+SUFFIXES = (".npz", ".npy", ".pt", ".pth")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+DATA_KEYS = ("images", "image", "x", "data", "arr_0", "")
+LABEL_KEYS = ("labels", "label", "y", "targets", "target")
+PART_NAMES = {"training": "train", "validation": "valid", "val": "valid"}
+_ROLE = r"(x|images?|data|y|labels?|targets?)"
+_PART = re.compile(rf"(?:{_ROLE}_)?(train|training|valid|validation|val|test)(?:_{_ROLE})?", re.IGNORECASE)
+
+
+def read_path(path: Path) -> Source:
+    """The rows of a file or folder, checked; `DataError` where they cannot be taken as data."""
+    if path.is_dir():
+        return read_folder(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of images, found {path.suffix!r}.")
+    arrays = read_arrays(path)
+    return _parts(path, arrays) or _whole(path, arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz, .npy or .pt file by key ('' for the only one), read so that no code in the file can run."""
+    try:
+        arrays = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else _read_numpy(path)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged or crafted file raises almost anything
+        why = looks_like(path) or f" ({one_line(error)})"
+        raise DataError(
+            f"{path}: expected plain arrays, found something that cannot be read safely{why}.\n"
+            "Save numbers only: numpy.savez(path, images=x) or torch.save(tensor, path)."
+        ) from None
+    if not arrays:
+        raise DataError(f"{path}: expected arrays, found none in it.")
+    return arrays
+
+
+def _read_numpy(path: Path) -> dict[str, np.ndarray]:
+    held = np.load(path, allow_pickle=False)
+    if isinstance(held, np.ndarray):
+        return {"": held}
+    with held:
+        return {key: held[key] for key in held.files}
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        held = torch.load(path, weights_only=True, map_location="cpu")
+    if isinstance(held, torch.Tensor):
+        held = {"": held}
+    if not isinstance(held, Mapping):
+        raise DataError(f"{path}: expected a tensor or a dict of tensors, found {type(held).__name__}.")
+    return {str(key): _as_array(x, path, str(key)) for key, x in held.items() if isinstance(x, torch.Tensor)}
+
+
+def _as_array(x: torch.Tensor, path: Path, key: str) -> np.ndarray:
+    if x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
+        raise DataError(f"{path}{_key(key)}: expected a dense tensor, found {x.layout} on {x.device}.")
+    x = x.detach().resolve_conj().resolve_neg()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _parts(path: Path, arrays: dict[str, np.ndarray]) -> Source | None:
+    """The source of a file with keys such as train, test or x_train, y_train; None where it has no such data."""
+    found: dict[str, dict[str, str]] = {"data": {}, "labels": {}}
+    for key in arrays:
+        if match := _PART.fullmatch(key):
+            part = PART_NAMES.get(match[2].lower(), match[2].lower())
+            kind = "labels" if (match[1] or match[3] or "x").lower()[0] in "ylt" else "data"
+            other = found[kind].setdefault(part, key)
+            if other != key:
+                raise DataError(f"{path}: keys {other!r} and {key!r} both look like the {kind} of {part}. Keep one.")
+    data, labels = found["data"], found["labels"]
+    if not data:
+        return None
+    parts = [part for part in PARTS if part in data]
+    for part in parts:
+        check_numbers(arrays[data[part]], f"{path}{_key(data[part])}")
+        _same_rows(path, arrays, data[parts[0]], data[part])
+    if labels and set(labels) != set(data):
+        raise DataError(
+            f"{path}: expected labels for all of {', '.join(parts)} or none, found {', '.join(labels.values())}."
+        )
+    sizes = {part: len(arrays[data[part]]) for part in parts}
+    rows = parted(str(path), sizes)
+    whole = np.concatenate([arrays[data[part]] for part in parts])
+    y = [as_labels(arrays[labels[part]], sizes[part], f"{path}{_key(labels[part])}") for part in parts if labels]
+    levels, unit = scale(whole)
+    return Source(path.stem, as_images(whole), rows, levels, unit, np.concatenate(y) if y else None)
+
+
+def _whole(path: Path, arrays: dict[str, np.ndarray]) -> Source:
+    """The source of a file with one array of data, and perhaps labels and other columns of one number a row."""
+    lower = {key.lower(): key for key in arrays}
+    key = next((lower[k] for k in DATA_KEYS if k in lower), None)
+    if key is None:
+        candidates = [k for k, x in arrays.items() if x.ndim >= 2 and x.dtype.kind in "biuf"]
+        if len(candidates) != 1:
+            held = ", ".join(f"{k!r} {list(x.shape)}" for k, x in list(arrays.items())[:6])
+            raise DataError(f"{path}: expected the data under a key such as 'images', 'x' or 'train', found {held}.")
+        key = candidates[0]
+    data, n = arrays[key], len(arrays[key]) if arrays[key].ndim else 0
+    check_numbers(data, f"{path}{_key(key)}")
+    if n < 3:
+        raise DataError(f"{path}{_key(key)}: expected at least 3 rows, for three splits; found {n}.")
+    label_key = next((lower[k] for k in LABEL_KEYS if k in lower and lower[k] != key), None)
+    labels = None if label_key is None else as_labels(arrays[label_key], n, f"{path}{_key(label_key)}")
+    extra = {
+        k: x for k, x in arrays.items() if k not in (key, label_key) and x.shape == (n,) and x.dtype.kind in "biuf"
+    }
+    levels, unit = scale(data)
+    return Source(path.stem, as_images(data), permuted(n), levels, unit, labels, extra)
+
+
+def _same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:
+    a, b = arrays[first], arrays[other]
+    if a.shape[1:] != b.shape[1:] or (a.dtype == np.uint8) != (b.dtype == np.uint8):
+        raise DataError(
+            f"{path}{_key(other)}: expected rows like those of {first!r} ({a.dtype} {list(a.shape[1:])}), "
+            f"found {b.dtype} {list(b.shape[1:])}."
+        )
+
+
+def _key(key: str) -> str:
+    return f", key {key!r}" if key else ""
+
+
+def read_folder(folder: Path) -> Source:
+    """The images below a folder, sorted by path, all of one mode and size.
+
+    Where every image lies in a subfolder, the subfolders are the labels; where the first level is train/valid/test
+    (train and one more), it gives the splits, and the level below it the labels.
+    """
+    paths = sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file()
+    )
+    paths = [p for p in paths if not any(level.startswith(".") for level in p.split("/"))]
+    if len(paths) < 3:
+        raise DataError(
+            f"{folder}: expected a folder with at least 3 images, found {len(paths)} ({', '.join(IMAGES[:3])}, ...)."
+        )
+    first = opened(folder / paths[0])
+    mode, size = first.mode, first.size
+    if mode not in CHANNELS:
+        raise DataError(
+            f"{folder / paths[0]}: expected an image of mode L, RGB or 1, found {mode}. Convert the folder."
+        )
+    for path in paths[1:]:
+        image = opened(folder / path)
+        if (image.mode, image.size) != (mode, size):
+            raise DataError(
+                f"{folder / path}: expected {mode} {size[0]}x{size[1]} like {paths[0]}, found {image.mode} "
+                f"{image.size[0]}x{image.size[1]}. Convert the folder to one mode and size."
+            )
+    levels = [path.split("/")[:-1] for path in paths]
+    parts = [PART_NAMES.get(level[0].lower(), level[0].lower()) if level else "" for level in levels]
+    rows = permuted(len(paths))
+    if len(set(parts)) > 1 and set(parts) <= set(PARTS):
+        order = sorted(range(len(paths)), key=lambda i: PARTS.index(parts[i]))
+        paths, levels = [paths[i] for i in order], [levels[i][1:] for i in order]
+        rows = parted(str(folder), {part: parts.count(part) for part in PARTS if part in parts})
+    classes = tuple(sorted({level[0] for level in levels})) if all(levels) else ()
+    labels = np.array([classes.index(level[0]) for level in levels]) if classes else None
+    pictures = Pictures(folder, tuple(paths), mode, size)
+    return Source(folder.resolve().name, pictures, rows, 2 if mode == "1" else 256, True, labels, classes=classes)

@@ -1,0 +1,170 @@
+"""Pictures on disk, and `LazySplit`: a split that reads its rows from them when asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.data.checks import looks_like, one_line
+from ppvae.data.split import Described, Facts, checked_head, drawn, stream
+from ppvae.errors import DataError
+
+CHANNELS = {"1": 1, "L": 1, "RGB": 3}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files of one mode (1, L or RGB) and size (width, height); a `crop` around the centre, scaled to `side`."""
+
+    root: Path
+    paths: tuple[str, ...]
+    mode: str
+    size: tuple[int, int]
+    crop: int | None = None
+    side: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        width, height = (self.side, self.side) if self.side else self.size
+        return CHANNELS[self.mode], height, width
+
+    def read(self, rows: Any) -> np.ndarray:
+        """The rows as [n, C, H, W], uint8 (bool for mode '1'), decoded by a pool of threads."""
+        out = np.empty((len(rows), *self.event_shape), bool if self.mode == "1" else np.uint8)
+        if len(rows) < 4:
+            for i, row in enumerate(rows):
+                out[i] = self._one(int(row))
+            return out
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for i, image in enumerate(pool.map(self._one, map(int, rows))):
+                out[i] = image
+        return out
+
+    def _one(self, row: int) -> np.ndarray:
+        image = opened(self.root / self.paths[row], self.mode, self.size)
+        if self.crop:
+            left, top = (self.size[0] - self.crop) // 2, (self.size[1] - self.crop) // 2
+            image = image.crop((left, top, left + self.crop, top + self.crop))
+        if self.side:
+            image = image.resize((self.side, self.side), 2)  # 2: bilinear, which Pillow antialiases
+        array = np.asarray(image)
+        return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+
+
+def opened(path: Path, mode: str | None = None, size: tuple[int, int] | None = None) -> Any:
+    """A Pillow image, decoded where `mode` and `size` are given, which it must meet; `DataError` if it is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if mode is None:
+                return image
+            if (image.mode, image.size) == (mode, size):
+                image.load()
+                return image
+            found = f"{image.mode} {image.size[0]}x{image.size[1]}"
+    except Exception as error:  # Pillow raises many kinds; all mean that this is no image
+        clause = looks_like(path) or f" ({one_line(error, 80)})"
+        raise DataError(f"{path}: expected an image, found something unreadable{clause}.") from None
+    raise DataError(
+        f"{path}: expected an image of mode {mode} and size {'x'.join(map(str, size or ()))} like the others, "
+        f"found {found}. Convert the folder to one mode and size."
+    )
+
+
+@final
+class LazySplit(Described, torch.utils.data.Dataset):
+    """A split whose images stay on disk; `read` and indexing give plain float32 tensors [n, *event] in [0, 1].
+
+    It has the metadata of a `Split` and can be handed to a torch `DataLoader`. Fixed noise is a function of seed, name
+    and row, so any order of reads gives the same values. An image that is damaged or was replaced raises `DataError` by
+    name.
+
+    >>> from ppvae import data
+    >>> train, valid, test = data.load("celeba", size=64)              # doctest: +SKIP
+    >>> train.shape, train.read([0, 1]).shape                          # doctest: +SKIP
+    (torch.Size([162770, 12288]), torch.Size([2, 12288]))
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        facts: Facts,
+        index: Tensor,
+        labels: Tensor | None = None,
+        attributes: dict[str, Tensor] | None = None,
+        flat: bool = True,
+    ) -> None:
+        self.pictures, self.facts, self.index, self.labels, self.flat = pictures, facts, index, labels, flat
+        self.attributes = attributes or {}
+        event = pictures.event_shape
+        self.shape = torch.Size((len(index), int(np.prod(event)))) if flat else torch.Size((len(index), *event))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if hasattr(key, "__index__") and getattr(key, "ndim", 0) == 0:
+            return self.read([int(key)])[0]
+        return self.read(key)
+
+    def __repr__(self) -> str:
+        return f"LazySplit({self.description}, shape {list(self.shape)})"
+
+    def read(self, index: Any = None, generator: torch.Generator | None = None) -> Tensor:
+        """A plain tensor of the rows in `index` (all rows by default), with fresh noise where `noise` is set.
+
+        `generator` draws the noise, torch's global one by default; the tensor is then on the generator's device.
+        """
+        rows = self.index
+        if index is not None:
+            rows = rows[index if isinstance(index, slice) else torch.as_tensor(index).cpu()]
+        values = torch.from_numpy(self.pictures.read(rows.tolist())).to(torch.float32)
+        if self.pictures.mode != "1":
+            values.div_(255)
+        if self.flat:
+            values = values.flatten(1)
+        kind, levels, facts = self.facts.kind, self.facts.levels or 2, self.facts
+        if facts.noise:
+            return drawn(values.to(generator.device) if generator else values, facts.noise, levels, generator)
+        if kind:
+            for value, row in zip(values, rows.tolist(), strict=True):
+                keyed = torch.Generator().manual_seed(stream(facts.seed, f"{facts.name} {row}"))
+                value.copy_(drawn(value, kind, levels, keyed))
+        return values
+
+    def fixed(self, seed: int) -> LazySplit:
+        """The same split with noise that is a function of seed and row; itself without noise."""
+        return self._like(slice(None), self.facts.fixed(seed)) if self.noise else self
+
+    def head(self, n: int) -> LazySplit:
+        """The first `n` rows (all where there are fewer) as a split of the same kind. `UsageError` for n < 1."""
+        return self._like(slice(checked_head(n)), self.facts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of the paths and sizes of the files, the shape and the noise (the values are not read)."""
+        facts, sha = self.facts, hashlib.sha256()
+        noise = (facts.noise, facts.kind, None if facts.noise else facts.seed) if facts.kind else None
+        sha.update(f"{list(self.shape)} {noise} {self.pictures.crop}\n".encode())
+        for row in self.index.tolist():
+            path = self.pictures.paths[row]
+            sha.update(f"{path} {(self.pictures.root / path).stat().st_size}\n".encode())
+        return sha.hexdigest()
+
+    def _like(self, rows: slice, facts: Facts) -> LazySplit:
+        labels = None if self.labels is None else self.labels[rows]
+        attributes = {name: t[rows] for name, t in self.attributes.items()}
+        return LazySplit(self.pictures, facts, self.index[rows], labels, attributes, self.flat)

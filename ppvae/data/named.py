@@ -1,0 +1,206 @@
+"""The data sets that `load` knows by name, read in place below a root folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppvae.data.checks import one_line
+from ppvae.data.files import read_arrays
+from ppvae.data.idx import read_idx
+from ppvae.data.lazy import Pictures
+from ppvae.data.source import Source, looked_for, permuted
+from ppvae.errors import DataError
+
+CACHE = Path("~/.cache/ppvae")  # the root where neither an argument nor PPVAE_DATA gives one
+
+
+def digits(root: Path, size: int) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8, 17 levels."""
+    from sklearn.datasets import load_digits
+
+    held: Any = load_digits()
+    images = held.images.astype(np.uint8)[:, None]
+    return Source("digits", images, permuted(len(images)), 17, labels=held.target.astype(np.int64))
+
+
+def mnist(root: Path, size: int) -> Source:
+    """MNIST, 28x28: 50,000 + 10,000 (the last of the training file) + 10,000."""
+    return _mnist("mnist", root / "MNIST" / "raw")
+
+
+def fashion_mnist(root: Path, size: int) -> Source:
+    """Fashion-MNIST, in MNIST's layout and sizes."""
+    return _mnist("fashion-mnist", root / "FashionMNIST" / "raw")
+
+
+def _mnist(name: str, folder: Path) -> Source:
+    counts = {"train": 60_000, "t10k": 10_000}
+    stems = [f"{part}-{what}" for part in counts for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    missing = [stem for stem in stems if _found(folder, stem) is None]
+    if missing:
+        _download(name, folder, missing[0])
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for part, n in counts.items():
+        for stem, shape, classes in (("images-idx3", (n, 28, 28), None), ("labels-idx1", (n,), 10)):
+            path = _found(folder, f"{part}-{stem}-ubyte")
+            if path is None:
+                raise looked_for(name, folder / f"{part}-{stem}-ubyte[.gz]")
+            (labels if classes else images).append(read_idx(path, shape, classes))
+    rows = np.split(np.arange(70_000), [50_000, 60_000])
+    return Source(name, np.concatenate(images)[:, None], tuple(rows), labels=np.concatenate(labels).astype(np.int64))
+
+
+def _found(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+def _download(name: str, folder: Path, missing: str) -> None:
+    """Let torchvision fetch the files beside the root, then move them in; `DataError` where that fails."""
+    from torchvision import datasets
+
+    root, path = folder.parent.parent, folder / f"{missing}[.gz]"
+    if root == CACHE.expanduser():
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+    if not os.access(root, os.W_OK):
+        raise looked_for(name, path, " (and not fetched: the root is missing or read-only)")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and a blocked network would hang for ever
+    try:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as fetched:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                getattr(datasets, folder.parent.name)(fetched, download=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in (Path(fetched) / folder.parent.name / "raw").glob("*.gz"):
+                if _found(folder, file.stem) is None:
+                    os.replace(file, folder / file.name)
+    except Exception as error:  # no network, no space, a mirror that serves something else
+        raise looked_for(name, path, f", and fetching it failed ({one_line(error, 100)})") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def omniglot(root: Path, size: int) -> Source:
+    """OMNIGLOT at 28x28, ink 1: background (parted by permutation) for train and valid, evaluation for test."""
+    path = root / "omniglot28.npz"
+    columns = ("alphabet", "character", "drawer")
+    if path.is_file():
+        n = 32_460
+        arrays = _expected(path, {"images": (n, 28, 28), "split": (n,)} | dict.fromkeys(columns, (n,)))
+        images, evaluation = arrays["images"], arrays["split"] == 1
+        attributes = {column: arrays[column].astype(np.int64) for column in columns}
+    elif (root / "omniglot-py").is_dir():
+        images, evaluation, attributes = _omniglot_py(root)
+    else:
+        raise looked_for("omniglot", path, " (nor torchvision's folder omniglot-py)")
+    background, test = np.flatnonzero(~evaluation), np.flatnonzero(evaluation)
+    train, valid, _ = permuted(len(background), test=False)
+    order = permuted(len(test), valid=False, test=False)[0]  # the file is sorted by alphabet
+    rows = (background[train], background[valid], test[order])
+    return Source("omniglot", images[:, None], rows, labels=attributes["character"], attributes=attributes)
+
+
+def _omniglot_py(root: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    from torchvision.datasets import Omniglot
+
+    images, kinds, table = [], [], []
+    alphabets: dict[str, int] = {}
+    characters: dict[str, int] = {}
+    for background in (True, False):
+        try:
+            part = Omniglot(root, background=background, loader=str)  # gives paths, so that each image is opened once
+        except RuntimeError as error:
+            raise DataError(
+                f"omniglot: {root / 'omniglot-py'} is not torchvision's OMNIGLOT ({one_line(error)})."
+            ) from None
+        paths = [Path(part[i][0]) for i in range(len(part))]
+        pictures = Pictures(Path(part.target_folder), tuple(map(str, paths)), "1", (105, 105))
+        for path, image in zip(paths, pictures.read(range(len(paths))), strict=True):
+            images.append(_ink(image[0]))
+            kinds.append(not background)
+            alphabet, character = path.parts[-3], "/".join(path.parts[-3:-1])
+            ids = alphabets.setdefault(alphabet, len(alphabets)), characters.setdefault(character, len(characters))
+            table.append((*ids, int(path.stem.split("_")[-1])))
+    columns = np.array(table, dtype=np.int64).T
+    return np.stack(images), np.array(kinds), dict(zip(("alphabet", "character", "drawer"), columns, strict=True))
+
+
+def _ink(paper: np.ndarray) -> np.ndarray:
+    """A bool image with paper true, to uint8 28x28 with ink 255, averaged by area."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray((~paper).astype(np.uint8) * 255).resize((28, 28), Image.Resampling.BOX))
+
+
+def freyfaces(root: Path, size: int) -> Source:
+    """Frey faces, 28x20: frames of one video in random order, so that a test frame has near copies in train."""
+    arrays = _expected(root / "freyfaces.npz", {"images": (1965, 28, 20)})
+    return Source("freyfaces", arrays["images"][:, None], permuted(1965))
+
+
+def smiles(root: Path, size: int) -> Source:
+    """Faces at 32x32 with label 1 for smiling."""
+    n = 13_165
+    arrays = _expected(root / "smiles32.npz", {"images": (n, 32, 32), "label": (n,)})
+    labels, classes = arrays["label"].astype(np.int64), ("not smiling", "smiling")
+    return Source("smiles", arrays["images"][:, None], permuted(n), labels=labels, classes=classes)
+
+
+def _expected(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, which must have these shapes, and 'images' the dtype uint8."""
+    if not path.is_file():
+        raise looked_for(path.stem, path)
+    arrays = read_arrays(path)
+    for key, shape in shapes.items():
+        kind = "uint8" if key == "images" else "whole numbers"
+        found = arrays.get(key)
+        if found is None:
+            raise DataError(f"{path}: expected a key {key!r}, found only {', '.join(map(repr, arrays))}.")
+        if found.shape != shape or not (found.dtype == np.uint8 or (found.dtype.kind in "biu" and key != "images")):
+            what = f"{found.dtype} {list(found.shape)}"
+            raise DataError(f"{path}: expected {key!r} of {kind} and shape {list(shape)}, found {what}.")
+    return arrays
+
+
+def celeba(root: Path, size: int) -> Source:
+    """CelebA with its own partition: the central 148x148 pixels, scaled to `size`, and 40 boolean attributes."""
+    from torchvision.datasets import CelebA
+
+    folder = root / "celeba"
+    if not folder.is_dir():
+        raise looked_for("celeba", folder / "img_align_celeba")
+    try:
+        held: Any = CelebA(str(root), split="all", target_type="attr", download=False)
+        lines = (folder / "list_eval_partition.txt").read_text().split("\n")
+        partition = dict(line.split() for line in lines if line.strip())
+        parts = np.array([int(partition[name]) for name in held.filename])
+    except Exception as error:  # torchvision: RuntimeError for a missing or altered file, anything for odd lines
+        raise DataError(
+            f"celeba: {folder} is not complete ({one_line(error, 100)}).\nExpected torchvision's layout: the folder "
+            "img_align_celeba and the five .txt lists beside it, unaltered."
+        ) from None
+    names = [name for name in held.attr_names if name]
+    attributes = {name: held.attr[:, i].numpy().astype(bool) for i, name in enumerate(names)}
+    pictures = Pictures(folder / "img_align_celeba", tuple(held.filename), "RGB", (178, 218), 148, size)
+    rows = tuple(np.flatnonzero(parts == part) for part in range(3))
+    return Source("celeba", pictures, rows, attributes=attributes)
+
+
+NAMES = {
+    "digits": digits,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+    "omniglot": omniglot,
+    "celeba": celeba,
+    "freyfaces": freyfaces,
+    "smiles": smiles,
+}

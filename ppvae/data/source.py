@@ -1,0 +1,149 @@
+"""`Source`: the rows of a data set before they become splits, and the fixed permutation that parts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppvae.data.checks import refuse
+from ppvae.data.lazy import Pictures
+from ppvae.errors import DataError
+
+PARTS = ("train", "valid", "test")
+PERMUTATION = 20131220  # the seed of every permutation split; a change would change every result on such data
+BLOCK = 1 << 24  # numbers looked at together when a large array is checked
+
+
+@dataclass(frozen=True)
+class Source:
+    """All rows of a data set, and which of them make up train, valid and test.
+
+    `images` [N, *event] is an array, or pictures on disk. `levels` L means whole numbers 0..L-1, to be divided by L -
+    1; None means numbers to be taken as they are. `labels` is [N]; `attributes` name -> [N].
+    """
+
+    name: str
+    images: np.ndarray | Pictures
+    rows: tuple[np.ndarray, ...]
+    levels: int | None = 256
+    unit: bool = True
+    labels: np.ndarray | None = None
+    attributes: dict[str, np.ndarray] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part, rows in zip(PARTS, self.rows, strict=True):
+            if len(rows) == 0:
+                raise DataError(f"{self.name}: no row is left for {part}; at least 3 rows are needed for three splits.")
+
+    def values(self, rows: np.ndarray, flat: bool) -> torch.Tensor:
+        """The rows as float32 [n, *event] or [n, D]."""
+        picked = self.images.read(rows) if isinstance(self.images, Pictures) else self.images[rows]
+        values = torch.from_numpy(picked.astype(np.float32))
+        if self.levels is not None and self.levels > 2:
+            values.div_(self.levels - 1)
+        return values.flatten(1) if flat else values
+
+
+def permuted(n: int, valid: bool = True, test: bool = True) -> tuple[np.ndarray, ...]:
+    """Rows 0..n-1 in a fixed random order, cut into 70, 10 and 20 percent; a part not asked for goes to train."""
+    order = np.random.default_rng(PERMUTATION).permutation(n)
+    n_valid, n_test = valid * -(-n // 10), test * -(-n // 5)
+    n_train = n - n_valid - n_test
+    return order[:n_train], order[n_train : n_train + n_valid], order[n_train + n_valid :]
+
+
+def parted(name: str, sizes: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """Rows of the given parts laid end to end (train, valid, test); a part that is missing is carved off train."""
+    if "train" not in sizes:
+        raise DataError(f"{name}: found a part {', '.join(sizes)}, but no 'train' to go with it.")
+    n, valid, test = sizes["train"], "valid" not in sizes, "test" not in sizes
+    carved = permuted(n, valid, test) if valid or test else (np.arange(n), np.arange(0), np.arange(0))
+    rows, start = [carved[0]], n
+    for part, carved_part in zip(PARTS[1:], carved[1:], strict=True):
+        size = sizes.get(part, 0)
+        rows.append(np.arange(start, start + size) if part in sizes else carved_part)
+        start += size
+    return tuple(rows)
+
+
+def check_numbers(array: np.ndarray, where: str) -> None:
+    """Raise a `DataError` unless the array is [N, *event], N and event not empty, of finite real numbers."""
+    kinds = {"O": "Python objects", "U": "text", "S": "text", "c": "complex numbers", "V": "records"}
+    if array.dtype.kind not in "biuf":
+        found = kinds.get(array.dtype.kind, "dates")
+        raise DataError(f"{where}: expected real numbers, found {found} (dtype {array.dtype}).")
+    shape = list(array.shape)
+    if array.ndim < 2:
+        raise DataError(
+            f"{where}: expected rows of data [N, *event], found shape {shape}. Use x[:, None] for N numbers."
+        )
+    if array.size == 0:
+        raise DataError(f"{where}: it is empty (shape {shape}); expected [N, *event] with data in it.")
+    if array.dtype.kind == "f":
+        for start, block in blocks(array):
+            x = torch.from_numpy(as_float32(block))
+            cure = "Every value must be finite in float32: remove the row or fill the gap."
+            refuse(x, torch.isfinite(x), where, cure, start)
+
+
+def check_unit(array: np.ndarray, where: str, option: str) -> None:
+    """Raise a `DataError` unless every number lies in [0, 1], as `option` needs."""
+    for start, block in blocks(array):
+        x = torch.from_numpy(as_float32(block))
+        cure = f"{option} needs values in [0, 1]: rescale them, or save grey levels 0..255 as uint8."
+        refuse(x, (x >= 0) & (x <= 1), where, cure, start)
+
+
+def scale(array: np.ndarray) -> tuple[int | None, bool]:
+    """(levels, unit): 256 for uint8, 2 for numbers that are all 0 or 1, else None; and whether all lie in [0, 1]."""
+    if all(bool(((x == 0) | (x == 1)).all()) for _, x in blocks(array)):
+        return 2, True
+    if array.dtype == np.uint8:
+        return 256, True
+    return None, all(bool(((x >= 0) & (x <= 1)).all()) for _, x in blocks(array))
+
+
+def as_images(array: np.ndarray) -> np.ndarray:
+    """[N, H, W] gets a channel, and [N, H, W, C] with C of 1, 3 or 4 becomes [N, C, H, W]; other shapes stay."""
+    if array.ndim == 3:
+        return array[:, None]
+    channels = (1, 3, 4)
+    if array.ndim == 4 and array.shape[3] in channels and array.shape[1] not in channels:
+        return np.moveaxis(array, 3, 1)
+    return array
+
+
+def as_labels(array: np.ndarray, n: int, where: str) -> np.ndarray:
+    """Labels as int64 [n], from whole numbers [n] or [n, 1]."""
+    if array.shape not in ((n,), (n, 1)):
+        raise DataError(f"{where}: expected one label for each of {n} rows, found shape {list(array.shape)}.")
+    whole = array.dtype.kind in "biu" or (array.dtype.kind == "f" and bool((np.mod(array, 1) == 0).all()))
+    if not whole:
+        raise DataError(f"{where}: expected labels that are whole numbers, found {array.dtype}.")
+    return array.reshape(n).astype(np.int64)
+
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """A contiguous float32 copy; what does not fit becomes infinite, without a warning."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array(array, dtype=np.float32, order="C")
+
+
+def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of about `BLOCK` numbers each, so that checks need little memory."""
+    step = max(1, BLOCK // max(1, array[0].size))
+    for start in range(0, len(array), step):
+        yield start, array[start : start + step]
+
+
+def looked_for(name: str, path: Path, why: str = "") -> DataError:
+    """The error for a data set that is not under the root."""
+    return DataError(
+        f"{name}: {path} not found{why}.\nPass root=, or set PPVAE_DATA, to the folder that holds it "
+        "(default ~/.cache/ppvae)."
+    )

@@ -1,0 +1,124 @@
+"""Results as an ArviZ object and as NetCDF, under ArviZ 0.20 and later and under ArviZ 1.x.
+
+ArviZ 0.x holds groups in an `InferenceData`, 1.x in an `xarray.DataTree`; both are made here from the same xarray data
+sets, so that names, dimensions and files agree. ArviZ takes seconds to import, so that it is imported on first use.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppvae.errors import UsageError
+
+GROUP = "marginal_likelihood"  # not one of ArviZ's own: its sample_stats would need a chain and a draw for every value
+
+
+def to_arviz(
+    per_datum: Mapping[str, Any],
+    posterior: Mapping[str, Any] | None = None,
+    observed: Any = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Any:
+    """One `InferenceData` (ArviZ 0.x) or `DataTree` (1.x) that holds results per datum, and if given draws and data.
+
+    Args:
+        per_datum: name -> [N], such as log_px in nats; group `marginal_likelihood`, dimension `datum`.
+        posterior: latent's name -> [draws, N, *event]; group `posterior`, dimensions `chain` (1), `draw`, `datum`, and
+            `<name>_dim_<i>` for the event, as ArviZ names them.
+        observed: [N, *event]; variable `x` of group `observed_data`.
+        attrs: strings and numbers about the whole. A bool becomes 0 or 1, since NetCDF has no such attribute; anything
+            else becomes its `str`.
+
+    Raises:
+        UsageError: an array has too few dimensions, or its N (or number of draws) is not that of the others.
+
+    >>> tree = to_arviz({"log_px": np.array([-1.5, -2.0])}, {"z": np.zeros((4, 2, 3))}, attrs={"num_particles": 5000})
+    >>> tree["posterior"]["z"].dims, tree["marginal_likelihood"]["log_px"].dims, tree.attrs["num_particles"]
+    (('chain', 'draw', 'datum', 'z_dim_0'), ('datum',), 5000)
+    """
+    arrays = {
+        GROUP: {name: _array(name, values, ("datum",), event=False) for name, values in per_datum.items()},
+        "posterior": {name: _array(name, draws, ("draw", "datum")) for name, draws in (posterior or {}).items()},
+        "observed_data": {} if observed is None else {"x": _array("x", observed, ("datum",))},
+    }
+    _same_sizes(arrays)
+    groups = {group: _dataset(group, variables) for group, variables in arrays.items() if variables}
+    return _tree(groups, {name: _attribute(value) for name, value in (attrs or {}).items()})
+
+
+def write_netcdf(tree: Any, path: str | os.PathLike[str]) -> Path:
+    """Write what `to_arviz` gives to a NetCDF file, whole or not at all, and return its path.
+
+    `arviz.from_netcdf(path)` reads it back. Booleans come back as booleans: they are stored as bytes that xarray marks.
+
+        >>> import tempfile, arviz
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_netcdf(to_arviz({"reliable": np.array([True, False])}), Path(folder, "result.nc"))
+        ...     arviz.from_netcdf(path)["marginal_likelihood"]["reliable"].values
+        array([ True, False])
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        tree.to_netcdf(str(partial), engine="h5netcdf")  # ppvae installs no other, and 1.x would look for netCDF4
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+    return path
+
+
+_Array = tuple[tuple[str, ...], np.ndarray]  # dimensions and values, as xarray takes them
+
+
+def _array(name: str, values: Any, dims: tuple[str, ...], event: bool = True) -> _Array:
+    values = np.asarray(values)
+    extra = values.ndim - len(dims)
+    if extra < 0 or (extra and not event):
+        expected = ", ".join((*dims, "*event") if event else dims)
+        raise UsageError(f"to_arviz: {name!r} should have shape [{expected}]; found {list(values.shape)}")
+    return (*dims, *(f"{name}_dim_{i}" for i in range(extra))), values
+
+
+def _same_sizes(arrays: Mapping[str, Mapping[str, _Array]]) -> None:
+    """xarray would let two groups differ, and 'datum' would not mean the same thing in both."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for group, variables in arrays.items():
+        for name, (dims, values) in variables.items():
+            for dim, size in zip(dims, values.shape, strict=True):
+                known, owner = sizes.setdefault(dim, (size, f"{group}/{name}"))
+                if size != known:
+                    raise UsageError(
+                        f"to_arviz: {group}/{name} has {size} along {dim!r} where {owner} has {known}; "
+                        "were they made from the same data?"
+                    )
+
+
+def _dataset(group: str, arrays: Mapping[str, _Array]) -> Any:
+    import xarray
+
+    if group == "posterior":
+        arrays = {name: (("chain", *dims), values[None]) for name, (dims, values) in arrays.items()}
+    sizes = {dim: size for dims, values in arrays.values() for dim, size in zip(dims, values.shape, strict=True)}
+    return xarray.Dataset(dict(arrays), coords={dim: np.arange(size) for dim, size in sizes.items()})
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    return value if isinstance(value, str | int | float | np.integer | np.floating) else str(value)
+
+
+def _tree(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
+    import arviz as az  # the package: imports are absolute, whatever this module is called
+
+    if int(az.__version__.split(".")[0]) == 0:
+        return az.InferenceData(attrs=dict(attrs), **groups)
+    import xarray
+
+    return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=dict(attrs)), **groups})

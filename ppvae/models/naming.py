@@ -1,0 +1,28 @@
+"""Names under which objects register their parameters: unique to the object, so that two never share a parameter."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+
+_numbers = itertools.count()
+
+
+def unique(prefix: str) -> str:
+    """A name that no other object in this process has."""
+    return f"{prefix}#{next(_numbers)}"
+
+
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Maps names to names that do not depend on how many objects this process made before.
+
+    >>> canonical(["vae#7.prior$$$loc", "vae#9.prior$$$loc", "scale"])
+    {'vae#7.prior$$$loc': 'vae#0.prior$$$loc', 'vae#9.prior$$$loc': 'vae#1.prior$$$loc', 'scale': 'scale'}
+    """
+    numbers: dict[str, int] = {}
+
+    def renumber(match: re.Match[str]) -> str:
+        return f"#{numbers.setdefault(match[1], len(numbers))}"
+
+    return {name: re.sub(r"#(\d+)", renumber, name) for name in names}

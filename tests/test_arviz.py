@@ -1,0 +1,137 @@
+"""Export to ArviZ of either major, there and back through NetCDF."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from ppvae.errors import UsageError
+from ppvae.evaluation.arviz import GROUP, to_arviz, write_netcdf
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # 0.23 warns of 1.0 on import
+    az = pytest.importorskip("arviz")
+
+N, DRAWS = 5, 7
+RNG = np.random.default_rng(0)
+PER_DATUM = {
+    "log_px": RNG.normal(size=N) - 90,
+    "std_error": np.array([0.1, np.nan, 0.2, 0.1, 0.3]),
+    "ess": RNG.uniform(1, 100, size=N).astype(np.float32),
+    "k_hat": np.array([0.2, np.nan, np.inf, -np.inf, 0.9]),
+    "reliable": np.array([True, False, False, True, False]),
+    "elbo": RNG.normal(size=N) - 95,
+}
+POSTERIOR = {"z": RNG.normal(size=(DRAWS, N, 3)).astype(np.float32), "y": RNG.integers(0, 9, size=(DRAWS, N))}
+OBSERVED = RNG.uniform(size=(N, 2, 4)).astype(np.float32)
+ATTRS = {
+    "name": "digits, binarised at seed 0 — été",
+    "num_particles": 5000,
+    "nll": 91.25,
+    "seed": 2**63 + 5,
+    "empty": "",
+    "steps": np.int64(3),
+}
+
+
+@pytest.fixture
+def tree():
+    return to_arviz(PER_DATUM, POSTERIOR, OBSERVED, ATTRS)
+
+
+def read(path):
+    """The tree of a file, loaded, with the file closed."""
+    tree = az.from_netcdf(path)
+    for group in names(tree):
+        tree[group].load()
+        tree[group].close()
+    return tree
+
+
+def names(tree):
+    return set(tree.groups() if callable(tree.groups) else (group.strip("/") for group in tree.groups if group != "/"))
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["in memory", "through NetCDF"])
+def test_values_dims_and_attributes(tree, written, tmp_path):
+    if written:
+        tree = read(write_netcdf(tree, tmp_path / "result.nc"))
+    assert names(tree) == {GROUP, "posterior", "observed_data"}
+    for name, values in PER_DATUM.items():
+        assert tree[GROUP][name].dims == ("datum",)
+        assert tree[GROUP][name].dtype == values.dtype  # a boolean comes back as a boolean
+        np.testing.assert_array_equal(tree[GROUP][name], values)
+    assert tree["posterior"]["z"].dims == ("chain", "draw", "datum", "z_dim_0")
+    assert tree["posterior"]["y"].dims == ("chain", "draw", "datum")
+    for name, draws in POSTERIOR.items():
+        np.testing.assert_array_equal(tree["posterior"][name], draws[None])
+    assert tree["observed_data"]["x"].dims == ("datum", "x_dim_0", "x_dim_1")
+    np.testing.assert_array_equal(tree["observed_data"]["x"], OBSERVED)
+    np.testing.assert_array_equal(tree["posterior"]["datum"], np.arange(N))
+    assert {name: tree.attrs[name] for name in ATTRS} == ATTRS
+
+
+def test_results_alone(tmp_path):
+    tree = read(write_netcdf(to_arviz({"log_px": np.zeros(3)}, None, None, {}), str(tmp_path / "result.nc")))
+    assert names(tree) == {GROUP}
+    assert not tree.attrs
+
+
+def test_arviz_reads_the_posterior(tree):
+    summary = az.summary(tree, var_names=["z"], kind="stats")
+    assert len(summary) == N * 3
+    np.testing.assert_allclose(summary["mean"].astype(float), POSTERIOR["z"].mean(0).ravel(), atol=6e-3)
+
+
+def test_attributes_that_netcdf_cannot_hold(tmp_path):
+    attrs = {"finished": True, "binarize": None, "shape": (2, 4)}
+    tree = read(write_netcdf(to_arviz(PER_DATUM, attrs=attrs), tmp_path / "result.nc"))
+    assert dict(tree.attrs) == {"finished": 1, "binarize": "None", "shape": "(2, 4)"}
+
+
+def test_torch_tensors_are_taken():
+    torch = pytest.importorskip("torch")
+    tree = to_arviz({"log_px": torch.arange(3.0)}, {"z": torch.ones(2, 3, 1)}, torch.zeros(3, 4))
+    np.testing.assert_array_equal(tree[GROUP]["log_px"], [0, 1, 2])
+    assert tree["posterior"]["z"].shape == (1, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"log_px": np.zeros((3, 2))},), r"'log_px' should have shape \[datum\]; found \[3, 2\]"),
+        (({"log_px": np.float64(1)},), r"'log_px' should have shape \[datum\]; found \[\]"),
+        (({}, {"z": np.zeros(3)}), r"'z' should have shape \[draw, datum, \*event\]; found \[3\]"),
+        (({"log_px": np.zeros(3)}, {"z": np.zeros((7, 4))}), r"posterior/z has 4 along 'datum' where .*log_px has 3"),
+        (({"log_px": np.zeros(3)}, None, np.zeros((4, 2))), r"observed_data/x has 4 along 'datum'"),
+        (({}, {"z": np.zeros((7, 3)), "y": np.zeros((6, 3))}), r"posterior/y has 6 along 'draw'"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        to_arviz(*arguments)
+
+
+class Broken:
+    """Writes half of a file and fails, as on a full disk."""
+
+    def to_netcdf(self, path, engine):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("No space left on device")
+
+
+def test_a_failed_write_leaves_the_old_file(tree, tmp_path):
+    path = write_netcdf(tree, tmp_path / "result.nc")
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space"):
+        write_netcdf(Broken(), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writes_over_the_file_it_was_read_from(tree, tmp_path):
+    path = write_netcdf(tree, tmp_path / "result.nc")
+    lazy = az.from_netcdf(path)  # its values are still in the file
+    write_netcdf(lazy, path)
+    np.testing.assert_array_equal(read(path)[GROUP]["log_px"], PER_DATUM["log_px"])
