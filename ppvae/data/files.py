@@ -58,7 +58,8 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     if isinstance(held, np.ndarray):
         return {"": held}
     with held:
-        return {key: held[key] for key in held.files}
+        arrays = {key: held[key] for key in held.files}
+    return {key: x for key, x in arrays.items() if isinstance(x, np.ndarray)}
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -75,6 +76,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 def _as_array(x: torch.Tensor, path: Path, key: str) -> np.ndarray:
     if x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
         raise DataError(f"{path}{_key(key)}: expected a dense tensor, found {x.layout} on {x.device}.")
+    size, held = x.numel() * x.element_size(), x.untyped_storage().nbytes()
+    if size > held:  # an expanded tensor: a file of a few bytes could stand for terabytes
+        raise DataError(f"{path}{_key(key)}: expected the {list(x.shape)} numbers to take {size} bytes, found {held}.")
     x = x.detach().resolve_conj().resolve_neg()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
@@ -105,7 +109,7 @@ def _parts(path: Path, arrays: dict[str, np.ndarray]) -> Source | None:
     whole = np.concatenate([arrays[data[part]] for part in parts])
     y = [as_labels(arrays[labels[part]], sizes[part], f"{path}{_key(labels[part])}") for part in parts if labels]
     levels, unit = scale(whole)
-    return Source(path.stem, as_images(whole), rows, levels, unit, np.concatenate(y) if y else None)
+    return Source(path.name, as_images(whole), rows, levels, unit, np.concatenate(y) if y else None)
 
 
 def _whole(path: Path, arrays: dict[str, np.ndarray]) -> Source:
@@ -128,7 +132,7 @@ def _whole(path: Path, arrays: dict[str, np.ndarray]) -> Source:
         k: x for k, x in arrays.items() if k not in (key, label_key) and x.shape == (n,) and x.dtype.kind in "biuf"
     }
     levels, unit = scale(data)
-    return Source(path.stem, as_images(data), permuted(n), levels, unit, labels, extra)
+    return Source(path.name, as_images(data), permuted(n), levels, unit, labels, extra)
 
 
 def _same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:
@@ -181,4 +185,6 @@ def read_folder(folder: Path) -> Source:
     classes = tuple(sorted({level[0] for level in levels})) if all(levels) else ()
     labels = np.array([classes.index(level[0]) for level in levels]) if classes else None
     pictures = Pictures(folder, tuple(paths), mode, size)
-    return Source(folder.resolve().name, pictures, rows, 2 if mode == "1" else 256, True, labels, classes=classes)
+    return Source(
+        f"folder {folder.resolve().name}", pictures, rows, 2 if mode == "1" else 256, True, labels, classes=classes
+    )

@@ -123,7 +123,7 @@ def _omniglot_py(root: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarr
                 f"omniglot: {root / 'omniglot-py'} is not torchvision's OMNIGLOT ({one_line(error)})."
             ) from None
         paths = [Path(part[i][0]) for i in range(len(part))]
-        pictures = Pictures(Path(part.target_folder), tuple(map(str, paths)), "1", (105, 105))
+        pictures = Pictures(Path(), tuple(map(str, paths)), "1", (105, 105))
         for path, image in zip(paths, pictures.read(range(len(paths))), strict=True):
             images.append(_ink(image[0]))
             kinds.append(not background)

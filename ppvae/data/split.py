@@ -188,11 +188,12 @@ class Split(Described, Tensor):
     def digest(self) -> str:
         """SHA-256 in hex of dtype, shape and bytes; where `noise` is set, of the values under it and its kind."""
         kept: tuple[int, str] | None = getattr(self, "_digest", None)
-        if kept is None or kept[0] != self._version:  # an in-place change gives a new digest
+        version = 0 if self.is_inference() else self._version
+        if kept is None or kept[0] != version:  # an in-place change gives a new digest
             of_values = digest(self)
             if self.noise:
                 of_values = hashlib.sha256(f"{of_values} {self.noise} {self.levels}".encode()).hexdigest()
-            kept = self._digest = self._version, of_values
+            kept = self._digest = version, of_values
         return kept[1]
 
     def _like(self, values: Tensor, move: Any, facts: Facts | None = None) -> Split:

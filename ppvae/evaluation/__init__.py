@@ -1,0 +1,6 @@
+"""Estimating log p(x), and knowing how far to trust the estimate."""
+
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.marginal import log_marginal
+
+__all__ = ["Estimate", "log_marginal"]

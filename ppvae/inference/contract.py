@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +47,9 @@ class Structure:
     model_roles: Mapping[str, str] = field(default_factory=dict)
     guide_roles: Mapping[str, str] = field(default_factory=dict)
     event_dims: Mapping[str, int] = field(default_factory=dict)
+    observed_dims: int = 0  # numbers observed per datum
+    observed_support: str = ""  # "boolean", "discrete" or "continuous"
+    unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     words: tuple[str, ...] = field(default=(), repr=False)
@@ -113,6 +116,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure
     _check_registered(model, guide, registration.params, model_nodes, guide_nodes, batch)
     frames = [f for node in (*model_nodes.values(), *guide_nodes.values()) for f in node["cond_indep_stack"]]
     full = int(plate.full_size or plate.size)
+    observed = {n: node for n, node in model_nodes.items() if model_roles[n] == "observed"}
     structure = Structure(
         plate=plate.name,
         nesting=max(-f.dim for f in frames if f.dim is not None),
@@ -122,10 +126,13 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure
         subsample_size=plate.size if subsample else 0,
         joint=bool(shared),
         lower_bound_only=lower,
-        enumerated=tuple(n for n, role in {**guide_roles, **model_roles}.items() if role == "enumerated"),
+        enumerated=tuple(n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))),
         model_roles=model_roles,
         guide_roles=guide_roles,
         event_dims={n: event_dim(node) for n, node in {**guide_nodes, **model_nodes}.items()},
+        observed_dims=sum(_event_size(node) for node in observed.values()),
+        observed_support=_support_kind(observed.values()),
+        unmasked=tuple(n for n, node in observed.items() if _mask(node) is None),
         model_params=params_of(model_trace),
         guide_params=params_of(guide_trace),
     )
@@ -275,7 +282,7 @@ def _check_shape(name: str, node: dict[str, Any]) -> None:
             )
 
 
-def check_support(name: str, node: dict[str, Any]) -> None:
+def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     """Raises DataError where an observed value lies outside its distribution's support, naming value and place."""
     fn, value = node["fn"], node["value"]
     support = getattr(fn, "support", None)
@@ -292,7 +299,7 @@ def check_support(name: str, node: dict[str, Any]) -> None:
         inside = inside | ~mask.reshape(*mask.shape, *(1,) * max(inside.dim() - mask.dim(), 0)).bool()
     if not bool(inside.all()):
         at = (~inside).nonzero()[0].tolist()
-        where = f"row {at[0]}" + (f", position {at[1:]}" if len(at) > 1 else "")
+        where = f"row {at[0] + first_row}" + (f", position {at[1:]}" if len(at) > 1 else "")
         raise DataError(
             f"site {name!r}: {type(_base(fn)).__name__} takes values in {_support_words(support)}; found "
             f"{value[tuple(at)].flatten()[0].item():g} at {where}. {_cure(fn)}"
@@ -383,12 +390,19 @@ def _is_discrete(fn: Any) -> bool:
         return False
 
 
+def _support_kind(nodes: Iterable[dict[str, Any]]) -> str:
+    fns = [_base(node["fn"]) for node in nodes]
+    if all(isinstance(fn, torch.distributions.Bernoulli) for fn in fns):
+        return "boolean"
+    return "discrete" if all(_is_discrete(fn) for fn in fns) else "continuous"
+
+
 def _event_size(node: dict[str, Any]) -> int:
     plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None and f.dim != -1}
     inner = 1
     for size in plates.values():
         inner *= size
-    return node["fn"].event_shape.numel() * inner
+    return getattr(node["fn"], "event_shape", torch.Size()).numel() * inner
 
 
 def _same_mask(a: Any, b: Any) -> bool:

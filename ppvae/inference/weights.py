@@ -184,6 +184,29 @@ def constant(params: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def one_trace(
+    fn: Pair,
+    batch: Sequence[Any],
+    s: Structure,
+    values: Mapping[str, Tensor],
+    replayed: Any = None,
+    num_particles: int | None = None,
+) -> Any:
+    """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
+    with ExitStack() as stack:
+        if num_particles is not None:
+            stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.nesting))
+        tracer = stack.enter_context(poutine.trace())
+        if replayed is not None:
+            stack.enter_context(poutine.replay(trace=replayed))
+        stack.enter_context(Given(values))
+        if s.enumerated:  # innermost: it must see a site before a value is put there
+            first = -1 - s.nesting - (num_particles is not None)
+            stack.enter_context(poutine.enum(first_available_dim=first))
+        fn(*batch)
+        return tracer.get_trace()
+
+
 def traces(
     model: Pair,
     guide: Pair,
@@ -197,21 +220,10 @@ def traces(
 
     `num_particles` is the size of the particle plate, or None for a run without one.
     """
-    first_enum = -1 - s.nesting - (num_particles is not None)
 
     def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: Mapping[str, Tensor]) -> Any:
-        with ExitStack() as stack:
-            if num_particles is not None:
-                stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.nesting))
-            stack.enter_context(constant(held.values()))
-            tracer = stack.enter_context(poutine.trace())
-            if replayed is not None:
-                stack.enter_context(poutine.replay(trace=replayed))
-            stack.enter_context(Given(values))
-            if s.enumerated:  # innermost: it must see a site before a value is put there
-                stack.enter_context(poutine.enum(first_available_dim=first_enum))
-            fn(*batch)
-            return tracer.get_trace()
+        with constant(held.values()):
+            return one_trace(fn, batch, s, values, replayed, num_particles)
 
     guide_trace = run(guide, given, None, {})
     if "guide" in frozen:
@@ -289,7 +301,7 @@ def terms(
     parts = []
     for k in range(num_particles):
         one = {
-            n: v if n == structure.plate else v.select(_particle_dim(v, structure, n), k) for n, v in given.items()
+            n: v if n == structure.plate else v.select(particle_dim(v, structure, n), k) for n, v in given.items()
         }
         pair = traces(model, guide, batch, structure, one, frozen)
         parts.append(_assemble(*pair, structure, 1, size, lambda t: t.unsqueeze(-2)))
@@ -307,9 +319,21 @@ def _fold_data(value: Any, num_particles: int, size: int) -> Any:
     return value
 
 
-def _particle_dim(value: Tensor, s: Structure, name: str) -> int:
+def particle_dim(value: Tensor, s: Structure, name: str) -> int:
     """Where the particles stand in a latent's value: leftmost, but for dims of sites enumerated in the guide."""
     return max(value.dim() - s.event_dims[name] - s.nesting - 1, 0)
+
+
+def _enumerated_dims(value: Tensor, s: Structure, name: str) -> int:
+    """How many dims on the left of a single particle's value belong to sites enumerated in the guide."""
+    return max(value.dim() - s.event_dims[name] - s.nesting, 0)
+
+
+def _unfold_value(value: Tensor, s: Structure, name: str, num_particles: int, size: int) -> Tensor:
+    """[..., *inner, particles * batch, *event] -> [..., particles, *inner, batch, *event]."""
+    data = value.dim() - s.event_dims[name] - 1
+    split = value.reshape(*value.shape[:data], num_particles, size, *value.shape[data + 1 :])
+    return split.movedim(data, _enumerated_dims(value, s, name))
 
 
 def _fold(value: Tensor, s: Structure, name: str) -> Tensor:
@@ -317,7 +341,7 @@ def _fold(value: Tensor, s: Structure, name: str) -> Tensor:
     if name == s.plate:
         return value
     data = value.dim() - s.event_dims[name] - 1
-    moved = value.movedim(_particle_dim(value, s, name), data - 1)
+    moved = value.movedim(particle_dim(value, s, name), data - 1)
     return moved.reshape(*moved.shape[: data - 1], -1, *moved.shape[data + 1 :])
 
 
@@ -465,8 +489,7 @@ def _stacked(parts: list[Terms], s: Structure) -> Terms:
         for name, site in getattr(first, side).items():
             own = [getattr(p, side)[name] for p in parts]
             log_prob = torch.cat([o.log_prob for o in own], dim=-2)
-            enumerated = max(site.value.dim() - s.event_dims[name] - s.nesting, 0)
-            value = torch.stack([o.value for o in own], dim=enumerated)
+            value = torch.stack([o.value for o in own], _enumerated_dims(site.value, s, name))
             out[name] = Site(name, site.role, value, site.distribution, log_prob)
         return out
 
@@ -477,6 +500,55 @@ def _stacked(parts: list[Terms], s: Structure) -> Terms:
     return Terms(
         join("model"), join("guide"), len(parts), first.batch_size, first.scale, first.joint, contracted
     )  # fmt: skip
+
+
+def draw(
+    guide: Pair,
+    batch: tuple[Any, ...],
+    num_particles: int,
+    *,
+    structure: Structure,
+    index: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The guide's draws alone, {site: value}, as `terms(..., values=...)` takes them."""
+    s = structure
+    given = {} if index is None else {s.plate: index}
+    size = s.size_of(batch) if index is None else len(index)
+
+    def sampled(rows: Sequence[Any], particles: int | None) -> dict[str, Tensor]:
+        trace = one_trace(guide, rows, s, given, num_particles=particles)
+        return {n: node["value"] for n, node in sample_nodes(trace) if n not in s.enumerated}
+
+    if s.layout == "vectorized":
+        return sampled(batch, num_particles)
+    if s.layout == "folded":
+        values = sampled([_fold_data(t, num_particles, size) for t in batch], None)
+        return {n: _unfold_value(v, s, n, num_particles, size) for n, v in values.items()}
+    singles = [sampled(batch, None) for _ in range(num_particles)]
+    return {n: torch.stack([one[n] for one in singles], _enumerated_dims(v, s, n)) for n, v in singles[0].items()}
+
+
+def amortised(guide: Pair, batch: tuple[Any, ...], s: Structure, index: Tensor | None = None) -> Pair:
+    """The guide with its network already run on this batch, where one latent is all that it samples.
+
+    A guide of several latents may feed one into the next, and is returned as it is.
+    """
+    if s.layout != "vectorized" or s.enumerated or s.joint or len(s.guide_roles) != 1:
+        return guide
+    trace = one_trace(guide, batch, s, {} if index is None else {s.plate: index})
+    name, node = next(sample_nodes(trace))
+    if node["mask"] is not None:
+        return guide
+    frames = [f for f in node["cond_indep_stack"] if f.dim is not None]
+
+    def cached(*_: Any) -> Tensor:
+        with ExitStack() as stack:
+            for f in frames:
+                rows = trace.nodes[f.name]["value"] if f.name in trace.nodes else None
+                stack.enter_context(pyro.plate(f.name, int(f.full_size or f.size), subsample=rows, dim=f.dim))
+            return pyro.sample(name, node["fn"])
+
+    return cached
 
 
 def simulate(

@@ -1,0 +1,131 @@
+"""Running reductions of log-weights over particles: memory does not grow with the number of particles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppvae.evaluation.psis import pareto_k, tail_length
+
+
+class Bound:
+    """The average over disjoint groups of k draws of log mean_k w: an unbiased estimate of L_k, per datum.
+
+    Source: Burda et al. 2016 (arXiv 1509.00519).
+    """
+
+    def __init__(self, k: int):
+        self.k, self.groups, self._filled = k, 0, 0
+        self._total: Tensor | float = 0.0
+        self._partial: Tensor | None = None
+
+    def add(self, log_weight: Tensor) -> None:
+        """Takes in log-weights [particles, N]."""
+        start = 0
+        if self._filled:
+            start = min(self.k - self._filled, len(log_weight))
+            assert self._partial is not None
+            self._partial = torch.logaddexp(self._partial, log_weight[:start].logsumexp(0))
+            self._filled += start
+            if self._filled == self.k:
+                self._close(self._partial[None])
+                self._filled = 0
+        whole = (len(log_weight) - start) // self.k
+        if whole:
+            end = start + whole * self.k
+            self._close(log_weight[start:end].reshape(whole, self.k, -1).logsumexp(1))
+            start = end
+        if start < len(log_weight):
+            self._partial, self._filled = log_weight[start:].logsumexp(0), len(log_weight) - start
+
+    def _close(self, log_sums: Tensor) -> None:
+        self._total = self._total + (log_sums - math.log(self.k)).sum(0)
+        self.groups += len(log_sums)
+
+    @property
+    def value(self) -> Tensor:
+        """[N] nats."""
+        assert isinstance(self._total, Tensor)
+        return self._total / self.groups
+
+
+class Weights:
+    """Everything that is reported of a block of data, from log-weights taken in a few particles at a time."""
+
+    def __init__(self, num_particles: int, bounds: Sequence[int]):
+        self.num_particles = num_particles
+        self.bounds = {k: Bound(k) for k in bounds}
+        self._kept = tail_length(num_particles) + 1
+        self._waiting: list[Tensor] = []
+        self._count = self._waiting_count = 0
+        self._state: dict[str, Tensor] = {}
+
+    def add(self, log_weight: Tensor, elbo: Tensor) -> None:
+        """Takes in [particles, N], float64."""
+        self._waiting.append(torch.stack([log_weight, elbo]))
+        self._waiting_count += len(log_weight)
+        if self._waiting_count >= 2000:  # many small reductions would cost more than the networks
+            self._reduce()
+
+    def _reduce(self) -> None:
+        if not self._waiting:
+            return
+        w, elbo = torch.cat(self._waiting, dim=1)
+        self._waiting, self._waiting_count = [], 0
+        self._count += len(w)
+        for bound in self.bounds.values():
+            bound.add(w)
+        largest = torch.where(w.isnan(), torch.inf, w)
+        new = {
+            "log_sum": w.logsumexp(0),
+            "log_sum_of_squares": (2 * w).logsumexp(0),
+            "elbo": elbo.sum(0),
+            "smallest": w.amin(0),
+            "nonfinite": (w.isnan() | (w == torch.inf)).sum(0),
+            "zero": (w == -torch.inf).sum(0),
+            "top": largest.T.topk(min(self._kept, len(w)), dim=1).values,
+        }
+        if self._state:
+            old = self._state
+            for name in ("log_sum", "log_sum_of_squares"):
+                new[name] = torch.logaddexp(old[name], new[name])
+            for name in ("elbo", "nonfinite", "zero"):
+                new[name] = old[name] + new[name]
+            new["smallest"] = torch.minimum(old["smallest"], new["smallest"])
+            both = torch.cat([old["top"], new["top"]], dim=1)
+            new["top"] = both.topk(min(self._kept, both.shape[1]), dim=1).values
+        self._state = new
+
+    def result(self) -> dict[str, Tensor]:
+        """Per datum: log_px, std_error, ess, k_hat, elbo, nonfinite, and each recorded bound as "bound_k"."""
+        self._reduce()
+        s, count = self._state, self.num_particles
+        assert self._count == count
+        log_ess = 2 * s["log_sum"] - s["log_sum_of_squares"]
+        ess = log_ess.exp().clamp(max=count)
+        # the delta method: se of log mean(w) is sd(w) / (sqrt(K) mean(w))
+        relative = (count / ess - 1).clamp(min=0) / (count - 1) if count > 1 else torch.full_like(ess, torch.nan)
+        broken = (s["nonfinite"] > 0) | (s["zero"] == count)
+        return {
+            "log_px": s["log_sum"] - math.log(count),
+            "std_error": relative.sqrt(),
+            "ess": ess,
+            "k_hat": pareto_k(s["top"], count, s["smallest"]),
+            "elbo": s["elbo"] / count,
+            "nonfinite": torch.where(broken, s["nonfinite"].clamp(min=1), s["nonfinite"]),
+            **{f"bound_{k}": b.value for k, b in self.bounds.items()},
+        }
+
+
+def recorded_bounds(num_particles: int) -> list[int]:
+    """The k at which L_k is recorded: powers of two, the series 1, 2, 5, 10, ..., and K itself.
+
+    >>> recorded_bounds(20)
+    [1, 2, 4, 5, 8, 10, 16, 20]
+    """
+    series = {m * 10**e for e in range(len(str(num_particles))) for m in (1, 2, 5)}
+    powers = {2**e for e in range(num_particles.bit_length())}
+    return sorted(k for k in series | powers | {num_particles} if k <= num_particles)

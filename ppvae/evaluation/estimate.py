@@ -1,0 +1,168 @@
+"""What an estimate of log p(x) says: per-datum values, how far each can be trusted, and numbers over the data set."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae.errors import UsageError
+
+MIN_ESS = 50.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Importance-weighted log p(x) per datum, with a diagnosis; nats per datum, float64, all [N].
+
+    Attributes:
+        log_px: log (1/K) sum_k p(x, z_k) / q(z_k | x). It underestimates log p(x) on average, by more where `ess` is low.
+        std_error: Monte-Carlo standard error of log_px; NaN at K = 1.
+        ess: effective sample size of the weights, (sum w)^2 / sum w^2.
+        k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
+        reliable: no non-finite weight, ess >= 50 and k_hat < min(0.7, 1 - 1 / log10 K).
+        elbo: the evidence lower bound from the same draws.
+        nonfinite: how many weights were NaN or +inf (one at least where all were zero); such data are not reliable.
+    """
+
+    log_px: Tensor
+    std_error: Tensor
+    ess: Tensor
+    k_hat: Tensor
+    elbo: Tensor
+    nonfinite: Tensor
+    num_particles: int
+    seed: int
+    dims: int
+    base_measure: str
+    levels: int | None = None
+    lower_bound_only: bool = False
+    joint: bool = False
+    data: str = ""
+    digest: str = ""
+    bounds: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
+    posterior: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reliable(self) -> Tensor:
+        """Which estimates can be trusted, [N] bool."""
+        if self.lower_bound_only or self.num_particles < 25:
+            return torch.zeros_like(self.log_px, dtype=torch.bool)
+        limit = min(0.7, 1 - 1 / math.log10(self.num_particles))
+        return (self.nonfinite == 0) & (self.ess >= MIN_ESS) & (self.k_hat < limit)
+
+    def bound(self, k: int) -> Tensor:
+        """L_k, the importance-weighted bound with k particles, from the same draws; [N] nats.
+
+        Raises:
+            UsageError: k was not recorded; the message names the recorded ones.
+        """
+        if k not in self.bounds:
+            raise UsageError(
+                f"bound({k}): recorded are {sorted(self.bounds)}; for another k call log_marginal(..., bounds=({k},))"
+            )
+        return self.bounds[k]
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood, -mean(log_px), nats per datum (per data set where weights are joint)."""
+        return -float(self.log_px.mean())
+
+    @property
+    def nll_std_error(self) -> float:
+        """Standard error of `nll` over the data, from the spread of log_px; NaN for one datum."""
+        return float(self.log_px.std() / math.sqrt(len(self.log_px))) if len(self.log_px) > 1 else math.nan
+
+    @property
+    def bits_per_dim(self) -> float:
+        """nll / (dims log 2), plus log2(levels) for dequantised data; `base_measure` names what it is relative to."""
+        return self.nll / (self.dims * math.log(2)) + (math.log2(self.levels) if self.levels else 0.0)
+
+    def summary(self) -> str:
+        """The estimate in words, with how many data are not to be trusted.
+
+        >>> one = torch.ones(2).double()
+        >>> print(Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").summary())
+        NLL 1.000 ± 0.000 nats per datum over 2 data (K = 100), 0.481 bits per dim (density)
+        ELBO -1.000; Monte-Carlo standard error 1.0000 (median)
+        2 of 2 data (100.0 %) are not to be trusted: their log p(x) may be far too low
+        """
+        count, bad = len(self.log_px), int((~self.reliable).sum())
+        unit = "nats for the whole data set" if self.joint else "nats per datum"
+        lines = [
+            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {count} data (K = {self.num_particles}), "
+            f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
+            f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
+        ]
+        if self.num_particles < 25:
+            lines.append(f"fewer than 25 particles ({self.num_particles}): too few to judge any datum")
+        elif bad:
+            lines.append(
+                f"{bad} of {count} data ({100 * bad / count:.1f} %) are not to be trusted: "
+                f"their log p(x) may be far too low"
+            )
+        else:
+            lines.append(f"all {count} data are reliable")
+        if int((self.nonfinite > 0).sum()):
+            lines.append(f"{int((self.nonfinite > 0).sum())} data have non-finite weights")
+        if self.lower_bound_only:
+            lines.append("the guide has a point mass on a discrete latent: these are lower bounds only")
+        return "\n".join([*lines, *self.notes])
+
+    def per_datum(self) -> dict[str, Tensor]:
+        """Every per-datum quantity by name, [N]."""
+        names = ("log_px", "std_error", "ess", "k_hat", "elbo", "nonfinite", "reliable")
+        return {name: getattr(self, name) for name in names}
+
+    def attributes(self) -> dict[str, Any]:
+        """What the estimate is of and how it was made, as strings and numbers."""
+        return {
+            "data": self.data, "digest": self.digest, "num_particles": self.num_particles, "seed": self.seed,
+            "dims": self.dims, "base_measure": self.base_measure, "lower_bound_only": self.lower_bound_only,
+            "joint": self.joint, "nll": self.nll, "nll_std_error": self.nll_std_error,
+            "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
+            "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px),
+        }  # fmt: skip
+
+    def to_arviz(self) -> Any:
+        """The estimate for ArviZ: `InferenceData` under ArviZ 0.x, `DataTree` under 1.x.
+
+        Per-datum results are in group `marginal_likelihood`; posterior draws, where asked for, in `posterior`.
+        """
+        from ppvae.evaluation.arviz import to_arviz
+
+        draws = {name: value.cpu().numpy() for name, value in (self.posterior or {}).items()}
+        per_datum = {name: value.cpu().numpy() for name, value in self.per_datum().items()}
+        per_datum |= {f"bound_{k}": value.cpu().numpy() for k, value in self.bounds.items()}
+        return to_arviz(per_datum, draws or None, None, self.attributes())
+
+    def save(self, directory: str | os.PathLike[str], name: str = "log_marginal") -> Path:
+        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each whole or not at all."""
+        from ppvae.evaluation.arviz import write_netcdf
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.json"
+        content = self.attributes() | {
+            "curve": {str(k): float(v.mean()) for k, v in sorted(self.bounds.items())},
+            "summary": self.summary().splitlines(),
+            "per_datum": {key: _numbers(value) for key, value in self.per_datum().items()},
+        }
+        partial = path.with_suffix(".json.tmp")
+        partial.write_text(json.dumps(content, allow_nan=False) + "\n")
+        os.replace(partial, path)
+        write_netcdf(self.to_arviz(), folder / f"{name}.nc")
+        return path
+
+
+def _numbers(values: Tensor) -> list[Any]:
+    """Values as JSON takes them: what is not finite becomes a string."""
+    return [v if isinstance(v, bool | int) or math.isfinite(v) else str(v) for v in values.tolist()]

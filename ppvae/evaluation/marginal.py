@@ -1,0 +1,294 @@
+"""log p(x) by importance sampling, per datum, for any pair."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppvae import data as datasets
+from ppvae.errors import ContractError, DataError, UsageError
+from ppvae.evaluation.accumulate import Weights, recorded_bounds
+from ppvae.evaluation.estimate import Estimate
+from ppvae.inference.contract import Structure, check_support, inspect, undisturbed
+from ppvae.inference.scope import bound, evaluating, unbound
+from ppvae.inference.weights import Pair, Terms, amortised, draw, particle_dim, terms
+
+# Noise is a function of (seed, data block, particle block), so that a result depends neither on how memory is cut nor
+# on how many processes share the work. Changing these numbers changes every estimate within its standard error.
+DATA_BLOCK = 50
+PARTICLE_BLOCK = 100
+
+
+def log_marginal(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    num_particles: int = 1000,
+    seed: int = 0,
+    bounds: Sequence[int] = (),
+    posterior_draws: int = 0,
+    rows: int = DATA_BLOCK * PARTICLE_BLOCK,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Estimate:
+    """Importance-weighted log p(x) per datum for any model/guide pair, with a diagnosis of its trustworthiness.
+
+    log p(x) is estimated by log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x): a lower bound on average
+    (Burda et al. 2016, arXiv 1509.00519). Modules are in evaluation mode meanwhile; no parameter is created.
+
+    Args:
+        model, guide: a Pyro pair that keeps the contract (see `ppvae.check`), or run.model, run.guide.
+        data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch).
+        num_particles: K.
+        seed: of the guide's draws. The same seed gives the same result however memory is cut.
+        bounds: further k at which to record L_k.
+        posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
+        rows: the most (datum, particle) rows that go through the model at once; memory is proportional to it.
+        device: where to compute; the parameters' device by default.
+        progress: show a progress bar; by default where the output is a terminal.
+
+    Raises:
+        ContractError: the pair breaks the contract, by the site's name; UsageError, DataError: bad arguments or data.
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2).double(), torch.zeros(4, 3).double()
+    >>> est = log_marginal(pair.model, pair.guide, x, num_particles=100)
+    >>> bool((est.log_px - pair.log_px(x)).abs().max() < 1e-9), bool(est.reliable.all())
+    (True, True)
+    """
+    if num_particles < 1:
+        raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
+    if rows < 1:
+        raise UsageError(f"rows: expected at least 1, found {rows}")
+    columns = _columns(data, seed)
+    model, guide = bound(model), bound(guide)
+    with undisturbed(), evaluating(model, guide):
+        place = torch.device(device) if device is not None else _device(model, guide, columns)
+        structure, size = _inspected(model, guide, columns, place)
+        ks = sorted({*recorded_bounds(num_particles), *(k for k in bounds if 1 <= k <= num_particles)})
+        results: list[dict[str, Tensor]] = []
+        draws: list[dict[str, Tensor]] = []
+        starts = range(0, len(columns[0]), size)
+        with tqdm(total=len(starts), desc="log p(x)", unit="block", disable=_quiet(progress)) as bar:
+            for number, start in enumerate(starts):
+                block = Block(columns, start, min(start + size, len(columns[0])), number, structure, place)
+                weights = Weights(num_particles, ks)
+                kept = Kept(posterior_draws, stream(seed, number, "posterior")) if posterior_draws else None
+                for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
+                    weights.add(log_weight, elbo)
+                    if kept:
+                        kept.add(log_weight, t, structure)
+                results.append({name: value.cpu() for name, value in weights.result().items()})
+                if kept:
+                    draws.append(kept.values)
+                bar.update()
+                if not bar.disable:
+                    bar.set_postfix(nll=f"{-torch.cat([r['log_px'] for r in results]).mean():.3f}")
+    joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
+    posterior = {name: torch.cat([d[name] for d in draws], dim=1) for name in draws[0]} if draws else None
+    base, levels, notes = _measure(columns[0], structure)
+    return Estimate(
+        **{k: v for k, v in joined.items() if not k.startswith("bound_")},
+        num_particles=num_particles,
+        seed=seed,
+        dims=structure.observed_dims * (len(columns[0]) if structure.joint else 1),
+        base_measure=base,
+        levels=levels,
+        lower_bound_only=structure.lower_bound_only,
+        joint=structure.joint,
+        data=getattr(columns[0], "description", ""),
+        digest=_digest(columns),
+        bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
+        posterior=posterior,
+        notes=notes,
+    )
+
+
+def stream(*key: Any) -> int:
+    """A seed for the noise that belongs to a key, independent of every other key's."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+class Block:
+    """Some rows of the data, and the weights of the draws that belong to them."""
+
+    def __init__(
+        self, columns: tuple[Any, ...], start: int, stop: int, number: int, structure: Structure, device: torch.device
+    ):
+        self.start, self.size, self.number, self.s = start, stop - start, number, structure
+        self.index: Tensor | None = None
+        rows: Tensor | None = torch.arange(start, stop)
+        if structure.indexes:  # the pair gets all data and its plate the rows; a ragged end is padded, then cut off
+            rows = None
+            self.index = (torch.arange(structure.subsample_size) + start).to(device) % structure.full_size
+        self.batch = tuple(_read(column, rows, device) for column in columns)
+
+    def weights(
+        self, model: Pair, guide: Pair, num_particles: int, seed: int, rows: int
+    ) -> Iterator[tuple[Tensor, Tensor, Terms]]:
+        """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, batch]."""
+        s, batch, index = self.s, self.batch, self.index
+        guide = amortised(guide, batch, s, index)
+        width = 1 if s.joint else self.size
+        step = max(1, rows // self.size)
+        with _unvalidated():
+            for number, first in enumerate(range(0, num_particles, PARTICLE_BLOCK)):
+                count = min(PARTICLE_BLOCK, num_particles - first)
+                torch.manual_seed(stream(seed, self.number, number))
+                values = draw(guide, batch, count, structure=s, index=index) if count > step else {}
+                for low in range(0, count, step):
+                    size = min(step, count - low)
+                    part = {n: v.narrow(particle_dim(v, s, n), low, size) for n, v in values.items()}
+                    t = terms(model, guide, batch, size, values=part, structure=s, index=index)
+                    if first == low == 0:
+                        self._check(t)
+                    yield t.log_weight[:, :width], t.elbo[:, :width], t
+
+    def _check(self, t: Terms) -> None:
+        for name in self.s.unmasked:
+            site = t.model[name]
+            node = {"fn": site.distribution, "value": site.value, "mask": None}
+            check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
+
+
+class Kept:
+    """Posterior draws by resampling: each slot holds a particle with probability in proportion to its weight so far."""
+
+    def __init__(self, num_draws: int, seed: int):
+        self.num_draws = num_draws
+        self._generator = torch.Generator().manual_seed(seed)
+        self._log_total: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, log_weight: Tensor, t: Terms, s: Structure) -> None:
+        """Takes in log-weights [particles, N] and the latents they belong to."""
+        log_weight = log_weight.cpu()
+        count = log_weight.shape[1]
+        log_new = log_weight.logsumexp(0)
+        safe = torch.where(log_new.isfinite(), log_weight, torch.zeros_like(log_weight))
+        chosen = torch.multinomial(safe.softmax(0).T, self.num_draws, replacement=True, generator=self._generator).T
+        if self._log_total is None:
+            replaced = torch.ones(self.num_draws, count, dtype=torch.bool)
+            self._log_total = log_new
+        else:
+            self._log_total = torch.logaddexp(self._log_total, log_new)
+            uniform = torch.rand(self.num_draws, count, generator=self._generator, dtype=torch.float64)
+            replaced = uniform < (log_new - self._log_total).exp()
+        for name, site in t.guide.items():
+            if s.model_roles.get(name) != "latent" or name in s.enumerated or s.joint:
+                continue
+            value = site.value.cpu()
+            if value.dim() != 2 + s.event_dims[name]:  # latents in inner plates or under enumeration are not kept
+                continue
+            new = value[chosen, torch.arange(count)]
+            old = self.values.get(name, new)
+            self.values[name] = torch.where(replaced.reshape(*replaced.shape, *(1,) * (new.dim() - 2)), new, old)
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Pyro's own checks off: the contract was checked once, and supports are checked once a block."""
+    with pyro.validation_enabled(False):
+        yield
+
+
+def _columns(data: Any, seed: int) -> tuple[Any, ...]:
+    columns = tuple(data) if isinstance(data, list | tuple) else (data,)
+    if not columns:
+        raise UsageError("data: expected a tensor, a split, or a tuple of them; found an empty tuple")
+    out = []
+    for i, column in enumerate(columns):
+        if getattr(column, "noise", None):
+            column = column.fixed(seed)
+        if not isinstance(column, datasets.LazySplit):
+            if not isinstance(column, Tensor):
+                raise UsageError(f"data[{i}]: expected a tensor or a split, found {type(column).__name__}")
+            column = datasets.validated(column, f"data[{i}]")
+        if len(column) != len(columns[0]):
+            raise DataError(f"data[{i}]: expected {len(columns[0])} rows as in data[0], found {len(column)}")
+        out.append(column)
+    return tuple(out)
+
+
+def _read(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(column, datasets.LazySplit):
+        value = column.read(rows)
+    else:
+        value = column.as_subclass(Tensor) if rows is None else column.as_subclass(Tensor)[rows.to(column.device)]
+    return value.to(device)
+
+
+def _device(model: Pair, guide: Pair, columns: tuple[Any, ...]) -> torch.device:
+    for function in (model, guide):
+        scope = getattr(function, "scope", None)
+        for p in scope.params.values() if scope else ():
+            return p.device
+        owner = getattr(unbound(function), "__self__", unbound(function))
+        if isinstance(owner, torch.nn.Module):
+            for p in owner.parameters():
+                return p.device
+    return getattr(columns[0], "device", torch.device("cpu"))
+
+
+def _inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch.device) -> tuple[Structure, int]:
+    """What the pair is, and how many data go into a block."""
+    total = len(columns[0])
+    first = tuple(_read(c, torch.arange(min(DATA_BLOCK, total)), device) for c in columns)
+    lazy = any(isinstance(c, datasets.LazySplit) for c in columns)
+    whole = first if lazy else tuple(_read(c, None, device) for c in columns)
+    try:
+        structure = inspect(model, guide, first)
+    except ContractError:
+        if lazy or total <= DATA_BLOCK:
+            raise
+        try:  # a plate of fixed size, or one that draws its own subsample, wants all data at once
+            structure = inspect(model, guide, whole)
+        except ContractError:
+            structure = None
+        if structure is None:
+            raise
+        return structure, structure.subsample_size if structure.indexes else total
+    if structure.indexes:
+        structure = inspect(model, guide, whole)
+    if structure.joint:
+        if structure.full_size not in (total, len(first[0])):
+            raise ContractError(
+                f"a latent is shared by all data, so that weights are joint: expected all {structure.full_size} data "
+                f"of the plate {structure.plate!r}, found {total}. Pass the whole data set"
+            )
+        return structure, total
+    return structure, structure.subsample_size if structure.indexes else DATA_BLOCK
+
+
+def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
+    """(base measure, levels if the density is of dequantised data, remarks)."""
+    if s.observed_support == "boolean":
+        return "binary", None, ()
+    if s.observed_support == "discrete":
+        return "discrete", None, ()
+    levels = getattr(column, "levels", None)
+    if getattr(column, "dequantize", False) and levels:
+        remark = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
+        return f"{levels} levels", levels, (remark,)
+    if levels:
+        remark = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
+        return "density on [0, 1]", None, (remark,)
+    return "density", None, ()
+
+
+def _digest(columns: tuple[Any, ...]) -> str:
+    own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in columns]
+    return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
+
+
+def _quiet(progress: bool | None) -> bool | None:
+    """tqdm's `disable`: None leaves the bar out where the output is not a terminal."""
+    return None if progress is None else not progress
