@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.psis import pareto_k, tail_length
+from ppvae.evaluation.psis import MIN_PARTICLES, pareto_k, tail_length
 
 
 class Bound:
@@ -108,12 +108,16 @@ class Weights:
         ess = log_ess.exp().clamp(max=count)
         # the delta method: se of log mean(w) is sd(w) / (sqrt(K) mean(w))
         relative = (count / ess - 1).clamp(min=0) / (count - 1) if count > 1 else torch.full_like(ess, torch.nan)
+        # Where the largest weight itself makes up the whole tail, as with discrete latents, weights are bounded by what
+        # has been seen many times: nothing is left to fit, and ess judges alone.
+        k_hat = pareto_k(s["top"], count, s["smallest"])
+        flat = (s["top"].amin(1) == s["top"].amax(1)) & s["top"].amax(1).isfinite() & (count >= MIN_PARTICLES)
         broken = (s["nonfinite"] > 0) | (s["zero"] == count)
         return {
             "log_px": s["log_sum"] - math.log(count),
             "std_error": relative.sqrt(),
             "ess": ess,
-            "k_hat": pareto_k(s["top"], count, s["smallest"]),
+            "k_hat": torch.where(flat & k_hat.isposinf(), -torch.inf, k_hat),
             "elbo": s["elbo"] / count,
             "nonfinite": torch.where(broken, s["nonfinite"].clamp(min=1), s["nonfinite"]),
             **{f"bound_{k}": b.value for k, b in self.bounds.items()},

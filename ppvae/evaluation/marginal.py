@@ -136,7 +136,8 @@ class Block:
     ) -> Iterator[tuple[Tensor, Tensor, Terms]]:
         """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, batch]."""
         s, batch, index = self.s, self.batch, self.index
-        guide = amortised(guide, batch, s, index)
+        if num_particles > PARTICLE_BLOCK:
+            guide = amortised(guide, batch, s, index)
         width = 1 if s.joint else self.size
         step = max(1, rows // self.size)
         with _unvalidated():
@@ -216,6 +217,13 @@ def _columns(data: Any, seed: int) -> tuple[Any, ...]:
             raise DataError(f"data[{i}]: expected {len(columns[0])} rows as in data[0], found {len(column)}")
         out.append(column)
     return tuple(out)
+
+
+def prepared(model: Pair, guide: Pair, data: Any, seed: int) -> tuple[Tensor, ...]:
+    """Checked data as one batch, on the device of the pair's parameters."""
+    columns = _columns(data, seed)
+    device = _device(model, guide, columns)
+    return tuple(_read(column, None, device) for column in columns)
 
 
 def _read(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:

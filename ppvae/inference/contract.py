@@ -40,6 +40,7 @@ class Structure:
     full_size: int = 0
     indexes: bool = False  # the plate draws its own subsample of the data, which the pair gets whole
     subsample_size: int = 0
+    fixed_size: bool = False  # the plate's full size is a number, not the batch's
     layout: str = "one by one"  # or "vectorized", "folded"
     joint: bool = False  # a latent is shared by all data
     lower_bound_only: bool = False  # a point mass on a discrete latent
@@ -52,6 +53,7 @@ class Structure:
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained
     words: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -62,6 +64,10 @@ class Structure:
     def size_of(self, batch: Sequence[Any]) -> int:
         """How many data one call of the pair represents by itself."""
         return self.subsample_size if self.indexes else len(batch[0])
+
+    def represented(self, rows: int) -> int:
+        """How many data the loss of a batch of so many rows stands for."""
+        return self.full_size if self.fixed_size else rows
 
 
 def refuse(site: str, expected: str, found: str, cure: str) -> ContractError:
@@ -76,20 +82,25 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def inspect(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> Structure:
+def inspect(model: Pair, guide: Pair, batch: Tensor | Sequence[Any], weights: bool = True) -> Structure:
     """Runs the pair once on a batch, checks the contract, and says how its particles can be laid out.
+
+    With `weights=False` a pair that can be trained and has no importance weights (a point mass as guide, a scaled
+    model) is described and not refused: `refusal` says why.
 
     Raises:
         ContractError: naming the site, what was expected, what was found and the usual cure.
     """
     batch = as_batch(batch)
     with undisturbed(), eval_mode(model, guide), torch.enable_grad():
-        structure, model_trace, guide_trace = _single(model, guide, batch)
+        structure = _single(model, guide, batch)
+        if weights and structure.refusal:
+            raise ContractError(structure.refusal)
         with torch.no_grad():
             return replace(structure, layout=_layout(model, guide, batch, structure))
 
 
-def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure, Any, Any]:
+def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     registration = Registration(create=True)
     sizes = ", ".join(str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch)
     try:
@@ -104,7 +115,6 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure
     model_roles, guide_roles = _roles(model_nodes, guide_nodes)
     for nodes, roles in ((guide_nodes, guide_roles), (model_nodes, model_roles)):
         for name, node in nodes.items():
-            _check_scale(name, node, plate)
             _check_shape(name, node)
             if roles[name] == "observed":
                 check_support(name, node)
@@ -112,7 +122,13 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure
         name for name, role in model_roles.items()
         if role in ("latent", "enumerated") and plate.name not in _frames(model_nodes[name])
     ]  # fmt: skip
-    lower = _check_continuity(model_nodes, guide_nodes, model_roles, guide_roles)
+    lower, refusal = False, ""
+    try:
+        for name, node in (*guide_nodes.items(), *model_nodes.items()):
+            _check_scale(name, node, plate)
+        lower = _check_continuity(model_nodes, guide_nodes, model_roles, guide_roles)
+    except ContractError as error:
+        refusal = str(error)
     _check_registered(model, guide, registration.params, model_nodes, guide_nodes, batch)
     frames = [f for node in (*model_nodes.values(), *guide_nodes.values()) for f in node["cond_indep_stack"]]
     full = int(plate.full_size or plate.size)
@@ -124,8 +140,10 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure
         full_size=full,
         indexes=subsample,
         subsample_size=plate.size if subsample else 0,
+        fixed_size=full != plate.size,
         joint=bool(shared),
         lower_bound_only=lower,
+        refusal=refusal,
         enumerated=tuple(n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))),
         model_roles=model_roles,
         guide_roles=guide_roles,
@@ -137,7 +155,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> tuple[Structure
         guide_params=params_of(guide_trace),
     )
     words = tuple(_words(structure, model_nodes, guide_nodes, shared))
-    return replace(structure, words=words), model_trace, guide_trace
+    return replace(structure, words=words)
 
 
 def _explained(error: Exception, sizes: str) -> ContractError:
@@ -577,6 +595,8 @@ def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], sha
     yield f"{len(s.params)} registered parameters, {total} numbers"
     if s.joint:
         yield "a latent is shared by all data: weights are joint, one for the whole data set and not one per datum"
+    if s.refusal:
+        yield f"can be trained; weights and log p(x) are refused: {s.refusal}"
     if s.lower_bound_only:
         yield "a point mass on a discrete latent: log p(x) estimates are lower bounds only"
 
@@ -602,7 +622,7 @@ def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
 
     model, guide = bound(model), bound(guide)
     with ambient(model, guide):
-        s = inspect(model, guide, batch)
+        s = inspect(model, guide, batch, weights=False)
     how = {
         "vectorized": "vectorised under a plate",
         "folded": "folded into the batch (the networks do not broadcast)",

@@ -1,4 +1,4 @@
-"""Whose parameters: every run has its own part of Pyro's param store, so that experiments cannot leak into each other."""
+"""Whose parameters: every run has its own part of Pyro's param store, so that experiments cannot leak."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ppvae.errors import ContractError
 
 _entered: list[Scope] = []
+_PARTS = ("_params", "_constraints", "_param_to_name")
 
 
 class Scope:
@@ -28,20 +29,21 @@ class Scope:
     (['loc'], False)
     """
 
-    def __init__(self, state: dict[str, dict[str, Any]] | None = None):
-        state = state or {"params": {}, "constraints": {}}
-        self._state = {key: dict(value) for key, value in state.items()}
+    def __init__(self, copy: Scope | None = None):
+        self._parts: tuple[dict[Any, Any], ...] = tuple(dict(d) for d in copy._parts) if copy else ({}, {}, {})
         self._seal: dict[str, int] | None = None
+
+    @staticmethod
+    def current() -> Scope:
+        """A copy of the param store as it stands."""
+        store, scope = pyro.get_param_store(), Scope()
+        scope._parts = tuple(dict(getattr(store, name)) for name in _PARTS)
+        return scope
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The unconstrained tensors by name."""
-        return self._state["params"]
-
-    @property
-    def state(self) -> dict[str, dict[str, Any]]:
-        """Names to tensors and names to constraints, as Pyro's `get_state` gives them."""
-        return self._state
+        return self._parts[0]
 
     @contextmanager
     def entered(self) -> Iterator[Scope]:
@@ -49,12 +51,19 @@ class Scope:
         if _entered and _entered[-1] is self:
             yield self
             return
-        with pyro.get_param_store().scope(self._state):
-            _entered.append(self)
-            try:
-                yield self
-            finally:
-                _entered.pop()
+        # Pyro's own `scope` copies the store, and strips parameters of the reference that every optimizer asks for.
+        store = pyro.get_param_store()
+        before = [getattr(store, name) for name in _PARTS]
+        for name, part in zip(_PARTS, self._parts, strict=True):
+            setattr(store, name, part)
+        _entered.append(self)
+        try:
+            yield self
+        finally:
+            _entered.pop()
+            self._parts = tuple(getattr(store, name) for name in _PARTS)
+            for name, part in zip(_PARTS, before, strict=True):
+                setattr(store, name, part)
 
     def seal(self) -> None:
         """Remembers the state of every tensor, so that a later change in place is noticed."""
@@ -164,7 +173,7 @@ def ambient(*functions: Callable[..., Any]) -> Iterator[None]:
     for function in functions:
         if isinstance(function, Bound):
             function.scope.check_seal()
-    with Scope(pyro.get_param_store().get_state()).entered():  # type: ignore[arg-type]
+    with Scope.current().entered():
         yield
 
 
@@ -194,6 +203,29 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
         hook.remove()
         for module in changed.values():
             module.training = True
+
+
+@contextmanager
+def modules_called(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
+    """Collects the modules that are called meanwhile, after those that own the functions, each once and in order."""
+    found: dict[int, nn.Module] = {}
+    for function in functions:
+        owner = unbound(function)
+        owner = getattr(owner, "__self__", owner)
+        if isinstance(owner, nn.Module):
+            found |= {id(m): m for m in owner.modules()}
+    modules = list(found.values())
+
+    def note(module: nn.Module, _: Any) -> None:
+        if id(module) not in found:
+            found[id(module)] = module
+            modules.append(module)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield modules
+    finally:
+        hook.remove()
 
 
 @contextmanager

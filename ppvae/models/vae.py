@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
-from ppvae.models.naming import unique
+from ppvae.naming import unique
 
 
 class VAE(nn.Module):

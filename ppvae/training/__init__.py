@@ -1,0 +1,7 @@
+"""Training pairs with SVI, and keeping what was trained."""
+
+from ppvae.training.fit import fit
+from ppvae.training.folder import load
+from ppvae.training.run import Run
+
+__all__ = ["Run", "fit", "load"]

@@ -1,0 +1,459 @@
+"""Training a pair with stochastic variational inference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor, nn
+
+from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
+from ppvae.evaluation.marginal import stream
+from ppvae.inference.contract import Structure, inspect, undisturbed
+from ppvae.inference.scope import Bound, Registration, Scope, eval_mode, modules_called, unbound
+from ppvae.inference.svi import SVI, Optimizer
+from ppvae.inference.weights import Pair, node_log_prob, sample_nodes, traces
+from ppvae.training import checkpoint
+from ppvae.training.loading import Columns
+from ppvae.training.progress import Progress
+from ppvae.training.run import Run, bind, write_json
+from ppvae.training.state import PairState
+from ppvae.training.validation import Monitor
+
+Callback = Callable[[Run, dict[str, Any]], Any]
+_adam = functools.partial(torch.optim.Adam, lr=1e-3)
+
+
+def fit(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    valid: Any = None,
+    objective: ELBO | None = None,
+    optimizer: Optimizer = _adam,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    epochs: int,
+    batch_size: int = 100,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    clip: float | None = None,
+    patience: int | None = None,
+    checkpoint_seconds: float = 10.0,
+    callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
+    config: dict[str, Any] | None = None,
+) -> Run:
+    """Trains a model/guide pair by stochastic variational inference, by default on Pyro's `Trace_ELBO`.
+
+    Loss and gradient are divided by the number of data that they represent, so that learning rate, eps and clipping do
+    not depend on the batch; every metric is in nats per datum.
+
+    Args:
+        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch).
+        valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch.
+        objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
+        optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
+        scheduler: a function of the torch optimizer that gives a learning-rate schedule, stepped every epoch.
+        seed: of the order of the data and of all noise. Initial weights are the caller's `torch.manual_seed`.
+        device: where to train; where the parameters are by default.
+        directory: the run folder; without one nothing is written.
+        resume: go on from the folder's last checkpoint, if it has one. A resumed run ends with bit-identical parameters.
+        clip: the largest norm of the gradient (per datum).
+        patience: stop after so many epochs without a better validation ELBO, and return the best parameters.
+        checkpoint_seconds: the least time between two checkpoints, which are made at the ends of epochs.
+        callbacks: called as callback(run, metrics) after every epoch; training stops if one returns True.
+        progress: show a progress bar; by default where the output is a terminal.
+        config: further entries for the folder's config.json.
+
+    Raises:
+        ContractError: the pair breaks the contract; TrainingError: a loss or gradient is not finite (the weights are
+        left as they were before the step); CheckpointError: the folder cannot be used; UsageError, DataError.
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2), torch.randn(200, 3)
+    >>> run = fit(pair.model, pair.mean_field, x, epochs=2)
+    >>> len(run.history), run.metrics["epoch"]
+    (2, 2)
+    """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, found {value}")
+    if patience is not None and valid is None:
+        raise UsageError("patience: expected validation data to stop early on, found valid=None")
+    folder = Path(directory) if directory is not None else None
+    with _all_noise_kept():
+        trainer = _Trainer(
+            model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip
+        )
+        settings = {
+            "objective": type(trainer.objective).__name__,
+            "optimizer": _described(optimizer),
+            "scheduler": _described(scheduler) if scheduler else None,
+            "batch_size": batch_size,
+            "seed": seed,
+            "clip": clip,
+            "patience": patience,
+            "num_data": len(trainer.train),
+            "data": getattr(trainer.train.parts[0], "description", ""),
+            "digest": _digest(trainer.train),
+        }
+        if folder is not None:
+            trainer.open(folder, settings, resume, {"epochs": epochs, **(config or {})})
+        return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
+
+
+class _Trainer:
+    """One training run: the state that a checkpoint holds, and the loop over it."""
+
+    def __init__(
+        self,
+        model: Pair,
+        guide: Pair,
+        data: Any,
+        valid: Any,
+        objective: ELBO,
+        optimizer: Optimizer,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        batch_size: int,
+        seed: int,
+        device: str | torch.device | None,
+        clip: float | None,
+    ):
+        start = model.scope if isinstance(model, Bound) else None
+        self.model, self.guide = unbound(model), unbound(guide)
+        self.scope = Scope(start)
+        self.objective, self.batch_size, self.seed, self.clip = objective, batch_size, seed, clip
+        self.folder: Path | None = None
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.epoch = self.step = 0
+        self.finished = self.stopped = False
+        self.config: dict[str, Any] = {}
+        with self.scope.entered():
+            place = torch.device(device) if device is not None else self._place(data)
+            self.train = Columns(data, "data", place)
+            self.valid = Columns(valid, "valid", place) if valid is not None else None
+            self.structure, modules = self._look(device is not None, place)
+            self.state = PairState(self.scope, modules)
+            self.monitor = Monitor(self.structure, self.valid or self.train, self.valid is not None, seed)
+            self.svi = SVI(self.model, self.guide, optimizer, objective)
+            self.svi.take_up(self.scope.params.values())
+        if not self.scope.params:
+            raise ContractError(
+                "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
+                "there is nothing to train"
+            )
+        if scheduler is not None and self.svi.optimizer is None:
+            raise UsageError("scheduler: expected a torch optimizer to schedule, found a PyroOptim; use its own schedulers")
+        self.scheduler = scheduler(self.svi.optimizer) if scheduler is not None and self.svi.optimizer else None
+
+    def _place(self, data: Any) -> torch.device:
+        first = data[0] if isinstance(data, list | tuple) and len(data) else data
+        for function in (self.model, self.guide):
+            owner = getattr(function, "__self__", function)
+            if isinstance(owner, nn.Module):
+                for p in owner.parameters():
+                    return p.device
+        return getattr(first, "device", torch.device("cpu"))
+
+    def _look(self, move: bool, place: torch.device) -> tuple[Structure, list[nn.Module]]:
+        """Checks the contract on the first batch, and finds the modules that the pair calls."""
+        rows = torch.arange(min(self.batch_size, len(self.train)))
+        with undisturbed():
+            first = self.train.read(rows.to(place))
+            if move:  # the modules of a plain pair are known once it has run, which it does where they are
+                with modules_called(self.model, self.guide) as modules, eval_mode(self.model, self.guide):
+                    here = self._place(None) if modules else torch.device("cpu")
+                    traces(self.model, self.guide, tuple(t.to(here) for t in first), Structure(), {})
+                for module in modules:
+                    module.to(place)
+            with modules_called(self.model, self.guide) as modules, Registration(create=True):
+                try:
+                    structure = inspect(self.model, self.guide, first, weights=False)
+                except ContractError:
+                    if self.train.lazy or len(self.train) <= self.batch_size:
+                        raise
+                    structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
+                    if not structure.indexes:
+                        raise
+            if structure.indexes:
+                structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
+        if structure.enumerated and not isinstance(self.objective, TraceEnum_ELBO):
+            raise ContractError(
+                f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
+                f"{type(self.objective).__name__}. Pass objective=pyro.infer.TraceEnum_ELBO()"
+            )
+        return structure, modules
+
+    def open(self, folder: Path, settings: dict[str, Any], resume: bool, extra: dict[str, Any]) -> None:
+        """Takes a run folder: a new one, or, to resume, one whose settings are the same."""
+        from ppvae.training.folder import versions
+
+        self.folder = folder
+        checkpoints = folder / "checkpoints"
+        first = self.train.whole() if self.structure.indexes else self.train.read(torch.arange(2) % len(self.train))
+        batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in first]
+        self.config = {"versions": versions(), "fit": settings, "batch": batch, **extra}
+        if checkpoint.exists(checkpoints):
+            if not resume:
+                raise CheckpointError(
+                    f"{folder}: holds a run already; pass resume=True (--resume) to go on with it, or choose another folder"
+                )
+            self._restore(checkpoint.read(checkpoints), settings)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: could not be made ({error.strerror})") from error
+        write_json(folder / "config.json", self.config)
+        self._rewrite_metrics()
+
+    def _restore(self, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+        for key, value in settings.items():
+            before = saved["settings"].get(key)
+            if before != value:
+                raise CheckpointError(
+                    f"{self.folder}: cannot resume with {key} = {value!r}: the run was started with {before!r}"
+                )
+        with self.scope.entered():
+            self.state.put(saved["state"])
+            self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
+            self.best, self.stopped = saved["best"], saved["stopped"]
+            if self.svi.optimizer is not None:
+                self.svi.optimizer.load_state_dict(saved["optimizer"])
+            elif isinstance(self.svi.optim, PyroOptim):
+                self.svi.optim.set_state(saved["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(saved["scheduler"])
+
+    def _checkpoint(self) -> None:
+        assert self.folder is not None
+        optim = self.svi.optimizer
+        with self.scope.entered():
+            saved_optim = optim.state_dict() if optim is not None else self.svi.optim.get_state()  # type: ignore[union-attr]
+        state = {
+            "state": self.state.copy(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+            "best": self.best,
+            "finished": self.finished,
+            "stopped": self.stopped,
+            "optimizer": saved_optim,
+            "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
+            "settings": self.config["fit"],
+        }
+        checkpoint.save(self.folder / "checkpoints", state)
+
+    def run(
+        self,
+        epochs: int,
+        patience: int | None,
+        checkpoint_seconds: float,
+        callbacks: Sequence[Callback],
+        progress: bool | None,
+    ) -> Run:
+        """Trains up to the given number of epochs, and returns the run."""
+        run = Run(Bound(self.model, self.scope), Bound(self.guide, self.scope), self.history, self.folder, self.config)
+        if self.epoch < epochs and not self.stopped:
+            with self.scope.entered(), Progress(epochs, self.epoch, progress, self.folder) as bar:
+                self._train(run, bar, epochs, patience, checkpoint_seconds, callbacks)
+        if patience is not None and self.best is not None:
+            with self.scope.entered():
+                self.state.put(self.best["state"])
+        run.model, run.guide = bind(self.model, self.guide, self.scope)
+        return run
+
+    def _train(
+        self, run: Run, bar: Any, epochs: int, patience: int | None, seconds: float, callbacks: Sequence[Callback]
+    ) -> None:
+        self._warm_up()
+        saved_at = time.monotonic()
+        while self.epoch < epochs and not self.stopped:
+            metrics = self._epoch(bar)
+            self.history.append(metrics)
+            bar.show(metrics)
+            improved = self._note_best(metrics)
+            self.stopped = patience is not None and not improved and self.epoch - self._best_epoch() >= patience
+            for callback in callbacks:
+                self.stopped = bool(callback(run, metrics)) or self.stopped
+            self.finished = self.stopped or self.epoch == epochs
+            if self.folder is not None:
+                self._append_metrics(metrics)
+                if self.finished or time.monotonic() - saved_at >= seconds:
+                    self._checkpoint()
+                    saved_at = time.monotonic()
+
+    def _warm_up(self) -> None:
+        """Lets the objective look at the pair now: what it does only once must not fall into the noise of an epoch."""
+        rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
+        with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad():
+            batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
+            self.objective.loss(self.model, self.guide, *batch)
+
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        if not self.structure.indexes:
+            yield from self.train.batches(self.batch_size, self.seed, self.epoch)
+            return
+        whole = self.train.whole()
+        for _ in range(math.ceil(self.structure.full_size / self.structure.subsample_size)):
+            yield whole
+
+    def _epoch(self, bar: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        noise = stream(self.seed, self.epoch, "noise")
+        torch.manual_seed(noise)
+        random.seed(noise)
+        np.random.seed(noise % 2**32)  # noqa: NPY002  a pair may draw from numpy's global state
+        total = norms = 0.0
+        count = steps = 0
+        with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
+            for batch in self._batches():
+                rows = self.structure.size_of(batch)
+                loss, norm = self._step(batch, rows)
+                total, norms, count, steps = total + loss * rows, norms + norm, count + rows, steps + 1
+                bar.step(loss)
+        self.epoch += 1
+        if self.scheduler is not None:
+            self._schedule()
+        if isinstance(self.svi.optim, PyroLRScheduler):
+            self.svi.optim.step()
+        metrics = {"epoch": self.epoch, "step": self.step, "loss": total / count, "grad_norm": norms / steps}
+        metrics |= self.monitor(self.model, self.guide)
+        if self.svi.optimizer is not None:
+            metrics["lr"] = self.svi.optimizer.param_groups[0]["lr"]
+        metrics["seconds"] = round(time.perf_counter() - start, 4)
+        return metrics
+
+    def _schedule(self) -> None:
+        assert self.scheduler is not None
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(-self.monitor(self.model, self.guide)[self.monitor.key])
+        else:
+            self.scheduler.step()
+
+    def _step(self, batch: tuple[Tensor, ...], rows: int) -> tuple[float, float]:
+        """One step; returns loss and gradient norm per datum."""
+        before = torch.get_rng_state()
+        represented = self.structure.represented(rows)
+        try:
+            loss = self.svi.gradients(*batch) / represented
+        except PpvaeError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise self._broken(batch, before, " ".join(str(error).split())[:160]) from error
+        if not math.isfinite(loss):
+            raise self._broken(batch, before, f"the loss is {loss}")
+        grads = [p.grad for p in self.svi.params if p.grad is not None]
+        norm = 0.0
+        if grads:
+            norm = float(torch.nn.utils.get_total_norm(grads)) / represented
+            if not math.isfinite(norm):
+                raise self._broken(batch, before, f"the gradient is {norm}")
+            factor = 1 / represented
+            if self.clip is not None and norm > self.clip:
+                factor *= self.clip / norm
+            torch._foreach_mul_(grads, factor)
+        self.svi.update()
+        self.step += 1
+        return loss, norm
+
+    def _broken(self, batch: tuple[Tensor, ...], rng: Tensor, what: str) -> TrainingError:
+        """The error for a step that cannot be taken: names the step, the site, and the last good checkpoint."""
+        torch.set_rng_state(rng)
+        where = self._culprit(batch)
+        kept = "the parameters are as they were before the step"
+        if self.folder is not None and checkpoint.exists(self.folder / "checkpoints"):
+            kept += f"; last good checkpoint: {self.folder / 'checkpoints'}"
+        return TrainingError(
+            f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{where}; {kept}. "
+            f"Try a smaller learning rate, clip, or a bounded scale"
+        )
+
+    def _culprit(self, batch: tuple[Tensor, ...]) -> str:
+        for name, p in self.state.params().items():
+            if not bool(torch.isfinite(p).all()):
+                return f" (parameter {name!r} is not finite)"
+        try:
+            with torch.no_grad(), eval_mode(self.model, self.guide):
+                model_trace, guide_trace = traces(self.model, self.guide, batch, self.structure, {})
+                for side, trace in (("guide", guide_trace), ("model", model_trace)):
+                    for name, node in sample_nodes(trace):
+                        if not bool(torch.isfinite(node_log_prob(node)).all()):
+                            return f" (site {name!r} of the {side} has a log-density that is not finite)"
+        except Exception as error:
+            return f" ({' '.join(str(error).split())[:120]})"
+        for name, p in self.state.params().items():
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                return f" (in parameter {name!r})"
+        return ""
+
+    def _note_best(self, metrics: dict[str, Any]) -> bool:
+        value = metrics.get("valid_elbo")
+        if value is None or not math.isfinite(value) or (self.best is not None and value <= self.best["elbo"]):
+            return False
+        self.best = {"epoch": self.epoch, "elbo": value, "state": self.state.copy()}
+        return True
+
+    def _best_epoch(self) -> int:
+        return self.best["epoch"] if self.best is not None else 0
+
+    def _append_metrics(self, metrics: dict[str, Any]) -> None:
+        assert self.folder is not None
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def _rewrite_metrics(self) -> None:
+        """The file holds what the checkpoint knows: epochs after it will be run again."""
+        assert self.folder is not None
+        text = "".join(json.dumps(m) + "\n" for m in self.history)
+        checkpoint.write_atomically(self.folder / "metrics.jsonl", text.encode())
+
+
+@contextmanager
+def _all_noise_kept() -> Iterator[None]:
+    """Restores torch's, numpy's and Python's random state afterwards: training is seeded by itself."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with undisturbed():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _digest(columns: Columns) -> str:
+    from ppvae import data as datasets
+
+    return " ".join(p.digest if hasattr(p, "digest") else datasets.digest(p) for p in columns.parts)
+
+
+def _described(thing: Any) -> str:
+    """An optimizer or schedule in words that are the same in another process."""
+    if isinstance(thing, functools.partial):
+        inside = ", ".join([*map(repr, thing.args), *(f"{k}={v!r}" for k, v in sorted(thing.keywords.items()))])
+        return f"{getattr(thing.func, '__name__', thing.func)}({inside})"
+    if isinstance(thing, PyroOptim):
+        return f"{type(thing).__name__}({thing.pt_optim_constructor.__name__}, {thing.pt_optim_args!r})"
+    return getattr(thing, "__qualname__", type(thing).__name__)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without the functions it may hold."""
+    return {k: copy.copy(v) for k, v in state.items() if not callable(v) and "lambda" not in k}

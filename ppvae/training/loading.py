@@ -1,0 +1,83 @@
+"""Batches of a data set: an order that is a function of seed and epoch, on the device where the data fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae import data as datasets
+from ppvae.errors import DataError, UsageError
+from ppvae.evaluation.marginal import stream
+
+
+class Columns:
+    """Tensors or splits of equal length, read a batch at a time.
+
+    In-memory data are moved to the device once; images left on disk are read ahead by a DataLoader.
+    """
+
+    def __init__(self, source: Any, name: str, device: torch.device):
+        parts = tuple(source) if isinstance(source, list | tuple) else (source,)
+        if not parts:
+            raise UsageError(f"{name}: expected a tensor, a split, or a tuple of them; found an empty tuple")
+        self.device = device
+        self.parts: list[Any] = []
+        for i, part in enumerate(parts):
+            place = name if len(parts) == 1 else f"{name}[{i}]"
+            if not isinstance(part, Tensor | datasets.LazySplit):
+                raise UsageError(f"{place}: expected a tensor or a split, found {type(part).__name__}")
+            if isinstance(part, Tensor):
+                part = datasets.validated(part, place).to(device)
+            if len(part) != len(parts[0]):
+                raise DataError(f"{place}: expected {len(parts[0])} rows as in the first tensor, found {len(part)}")
+            self.parts.append(part)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def lazy(self) -> bool:
+        """Whether some of the data stay on disk."""
+        return any(isinstance(part, datasets.LazySplit) for part in self.parts)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows of every column, on the device, with fresh noise where a split redraws its values."""
+        return tuple(
+            part.read(rows).to(self.device) if hasattr(part, "read") else part[rows.to(part.device)]
+            for part in self.parts
+        )
+
+    def whole(self) -> tuple[Tensor, ...]:
+        """All rows, for a pair whose plate draws its own subsample."""
+        return tuple(part.read().to(self.device) if hasattr(part, "read") else part for part in self.parts)
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """One pass over the data in an order that is a function of seed and epoch."""
+        generator = torch.Generator().manual_seed(stream(seed, epoch, "order"))
+        order = list(torch.randperm(len(self), generator=generator).split(batch_size))
+        if len(order) > 1 and len(order[-1]) == 1:  # batch norm cannot take a lone datum
+            order[-2:] = [torch.cat(order[-2:])]
+        if self.lazy:
+            loader = torch.utils.data.DataLoader(
+                _Read(self), batch_sampler=[rows.tolist() for rows in order], collate_fn=lambda batch: batch
+            )
+            yield from loader
+        else:
+            for rows in order:
+                yield self.read(rows.to(self.device))
+
+
+class _Read(torch.utils.data.Dataset):
+    """Reads a batch's rows together, as a DataLoader asks for them."""
+
+    def __init__(self, columns: Columns):
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, ...]:
+        return self.columns.read(torch.tensor(rows))

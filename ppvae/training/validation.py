@@ -1,0 +1,54 @@
+"""The ELBO of held-out data with beta = 1 and fixed noise, its rate and its distortion."""
+
+from __future__ import annotations
+
+import torch
+
+from ppvae.evaluation.marginal import Block
+from ppvae.inference.contract import Structure, undisturbed
+from ppvae.inference.scope import eval_mode
+from ppvae.inference.weights import Pair
+from ppvae.training.loading import Columns
+
+ROWS = 1000
+
+
+class Monitor:
+    """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
+
+    rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
+    validation data it looks at the first training data, and says so in the metrics' names.
+    """
+
+    def __init__(self, structure: Structure, columns: Columns, held_out: bool, seed: int):
+        self.structure, self.columns, self.seed = structure, columns, seed
+        self.prefix = "valid" if held_out else "train"
+        self.key = f"{self.prefix}_elbo"
+        self._count = len(columns) if held_out else min(len(columns), ROWS)
+        with undisturbed():
+            torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
+            self._parts = tuple(_fixed(part, seed) for part in columns.parts)
+
+    def __call__(self, model: Pair, guide: Pair) -> dict[str, float]:
+        """{valid_elbo, valid_rate, valid_distortion}, or the same with train_."""
+        s = self.structure
+        if s.joint or s.refusal:
+            return {}
+        size = s.subsample_size if s.indexes else ROWS
+        totals = torch.zeros(3, dtype=torch.float64)
+        with undisturbed(), torch.no_grad(), eval_mode(model, guide):
+            for number, start in enumerate(range(0, self._count, size)):
+                stop = min(start + size, self._count)
+                block = Block(self._parts, start, stop, number, s, self.columns.device)
+                for _, elbo, t in block.weights(model, guide, 1, self.seed, ROWS):
+                    parts = [elbo, t.log_lik, t.log_guide - t.log_prior]
+                    totals += torch.stack([p[..., : stop - start].sum().cpu() for p in parts])
+        elbo, log_lik, rate = (totals / self._count).tolist()
+        metrics = {self.key: elbo}
+        if not s.enumerated:
+            metrics |= {f"{self.prefix}_rate": rate, f"{self.prefix}_distortion": -log_lik}
+        return metrics
+
+
+def _fixed(part: object, seed: int) -> object:
+    return part.fixed(seed) if getattr(part, "noise", None) else part  # type: ignore[attr-defined]
