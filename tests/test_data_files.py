@@ -17,7 +17,7 @@ from ppvae.data import named
 from ppvae.data.idx import read_idx
 from ppvae.errors import DataError, UsageError
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa\nsize 9\n"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b12\nsize 9\n"
 HTML = b"\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>"
 
 

@@ -1,0 +1,330 @@
+"""What each command of the command line does; `ppvae.cli` turns its errors into lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ppvae import data as datasets
+from ppvae.errors import PpvaeError, UsageError
+from ppvae.settings import parse
+from ppvae.training import fit as train_pair
+from ppvae.training import load as load_run
+from ppvae.training import pairs
+from ppvae.training.run import Run
+
+
+@dataclasses.dataclass(kw_only=True)
+class Data:
+    """Which data, and how they are read."""
+
+    data: str = "digits"  # a name (digits, mnist, fashion-mnist, omniglot, celeba, ...) or a file or folder
+    root: str | None = None  # where data sets lie; else PPVAE_DATA, else a cache folder
+    binarize: Literal["none", "fixed", "dynamic"] = "fixed"  # dynamic redraws the training data at every read
+    dequantize: bool = False  # add uniform noise within a grey level
+    flat: bool = True  # vectors; --no-flat gives images [C, H, W]
+    labels: bool = False  # pass the labels as the batch's second tensor
+    data_seed: int = 0  # of binarisation and dequantisation
+
+
+@dataclasses.dataclass(kw_only=True)
+class Optimizer:
+    """A torch optimizer and its schedule, by the names of their classes."""
+
+    name: str = "Adam"  # a class of torch.optim
+    lr: float = 1e-3
+    eps: float | None = None
+    weight_decay: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to zero over the epochs
+
+
+@dataclasses.dataclass(kw_only=True)
+class Fit(Data):
+    """Train a model/guide pair with stochastic variational inference."""
+
+    epochs: int = 50
+    batch_size: int = 100
+    seed: int = 0
+    objective: str = "Trace_ELBO"  # a class of pyro.infer
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    clip: float | None = None  # the largest gradient norm, per datum
+    patience: int | None = None  # epochs without a better validation ELBO before stopping
+    device: str | None = None
+    runs: str = "runs"  # the folder of runs
+    name: str | None = None  # the run's name below it; made from pair and data by default
+    resume: bool = False  # go on from the last checkpoint
+    report: bool = True  # write report.html at the end
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluate:
+    """Estimate log p(x) of a run's data by importance sampling."""
+
+    num_particles: int = 5000
+    split: Literal["test", "valid", "train"] = "test"
+    head: int | None = None  # only so many data
+    seed: int = 0
+    root: str | None = None
+    rows: int | None = None  # the most (datum, particle) rows at once; memory is proportional to it
+    device: str | None = None
+    best: bool | None = None  # the parameters with the best validation ELBO
+    runs: str = "runs"
+    report: bool = True
+
+
+@dataclasses.dataclass(kw_only=True)
+class Generate:
+    """Write samples, reconstructions, interpolations and traversals of a run, as pictures and arrays."""
+
+    count: int = 64
+    seed: int = 0
+    root: str | None = None
+    best: bool | None = None
+    runs: str = "runs"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Show:
+    """Load a data set and say what it is."""
+
+    root: str | None = None
+    binarize: Literal["none", "fixed", "dynamic"] = "none"
+    dequantize: bool = False
+    flat: bool = True
+    data_seed: int = 0
+
+
+def fit(args: list[str]) -> int:
+    """`ppvae fit PAIR`."""
+    text, factory, settings, arguments = _with_pair("fit", args, Fit)
+    splits = _load(settings)
+    torch.manual_seed(settings.seed)
+    columns = [_columns(s, settings.labels) for s in splits]
+    model, guide = pairs.build(factory, arguments, splits[0])
+    directory = _directory(settings, text)
+    steps = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
+    run = train_pair(
+        model,
+        guide,
+        columns[0],
+        valid=columns[1],
+        objective=_objective(settings.objective),
+        optimizer=_optimizer(settings.optimizer),
+        scheduler=steps if settings.optimizer.schedule == "cosine" else None,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        device=settings.device,
+        directory=directory,
+        resume=settings.resume,
+        clip=settings.clip,
+        patience=settings.patience,
+        config={
+            "pair": {
+                "name": _lasting(text),
+                "arguments": arguments,
+                "train": [[list(splits[0].shape), str(getattr(splits[0], "dtype", torch.float32)).removeprefix("torch.")]],
+            },
+            "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)},
+        },
+    )
+    _print_metrics(run)
+    if settings.report:
+        _report(run, columns[2], None, settings.seed)
+    print(f"run: {directory}")
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """`ppvae evaluate RUN`."""
+    from ppvae.evaluation import log_marginal
+
+    settings, directory = _with_run("evaluate", args, Evaluate)
+    run = load_run(directory, best=settings.best)
+    columns = _of_run(run, settings, settings.split)
+    if settings.head is not None:
+        columns = tuple(c.head(settings.head) if hasattr(c, "head") else c[: settings.head] for c in columns)
+    extra = {} if settings.rows is None else {"rows": settings.rows}
+    est = log_marginal(
+        run.model, run.guide, columns, num_particles=settings.num_particles, seed=settings.seed,
+        device=settings.device, **extra,
+    )  # fmt: skip
+    name = "log_marginal" if settings.split == "test" else f"log_marginal_{settings.split}"
+    path = est.save(directory / "results", name)
+    print(f"{est.data}: {est.summary()}")
+    print(f"results: {path}")
+    if settings.report:
+        _report(run, columns, est, settings.seed)
+    return 0
+
+
+def generate(args: list[str]) -> int:
+    """`ppvae generate RUN`."""
+    from ppvae import report
+
+    settings, directory = _with_run("generate", args, Generate)
+    run = load_run(directory, best=settings.best)
+    columns = _of_run(run, settings, "test")
+    for path in report.generated(run, columns, directory, count=settings.count, seed=settings.seed):
+        print(path)
+    return 0
+
+
+def check(args: list[str]) -> int:
+    """`ppvae check PAIR`."""
+    from ppvae.inference import check as describe
+
+    _, factory, settings, arguments = _with_pair("check", args, Data)
+    splits = _load(settings)
+    torch.manual_seed(0)
+    model, guide = pairs.build(factory, arguments, splits[0])
+    columns = _columns(splits[0], settings.labels)
+    first = torch.arange(min(100, len(columns[0])))
+    batch = tuple(c.read(first) if hasattr(c, "read") else c[first] for c in columns)
+    try:
+        print(describe(model, guide, batch))
+    except PpvaeError:
+        whole = tuple(c.read() if hasattr(c, "read") else c for c in columns)
+        if len(whole[0]) == len(batch[0]):
+            raise
+        try:  # a pair whose plate draws its own subsample wants all data
+            print(describe(model, guide, whole))
+        except PpvaeError:
+            whole = ()
+        if not whole:
+            raise
+    return 0
+
+
+def data(args: list[str]) -> int:
+    """`ppvae data NAME`."""
+    if not args or args[0].startswith("-"):
+        args = ["digits", *args]
+    name, rest = args[0], args[1:]
+    settings, _ = parse(Show, rest, f"ppvae data {name}", "Load a data set and say what it is.")
+    for split in _load(Data(data=name, **dataclasses.asdict(settings))):
+        labels = "" if split.labels is None else f", {len(split.labels.unique())} labels"
+        print(f"{split.description}: {list(split.shape)}, event {list(split.event_shape)}{labels}, sha256 {split.digest[:16]}")
+    return 0
+
+
+def _with_pair(command: str, args: list[str], base: type) -> tuple[str, Any, Any, dict[str, Any]]:
+    """(pair's name, factory, settings, the factory's arguments)."""
+    text = inspect.getdoc(base) or ""
+    name = _first(command, "PAIR", "a pair, as in `ppvae.models:vae`", args, base)
+    factory = pairs.resolve(name)
+    settings, arguments = parse(base, args[1:], f"ppvae {command} {name}", text, pairs.parameters(factory))
+    return name, factory, settings, arguments
+
+
+def _with_run(command: str, args: list[str], cls: type) -> tuple[Any, Path]:
+    name = _first(command, "RUN", "a run folder, as in `runs/NAME`", args, cls)
+    settings, _ = parse(cls, args[1:], f"ppvae {command} {name}", inspect.getdoc(cls) or "")
+    directory = Path(name)
+    if not directory.exists() and (Path(settings.runs) / name).exists():
+        directory = Path(settings.runs) / name
+    return settings, directory
+
+
+def _first(command: str, what: str, expected: str, args: list[str], cls: type) -> str:
+    if args and not args[0].startswith("-"):
+        return args[0]
+    if {"-h", "--help"} & set(args):
+        parse(cls, ["--help"], f"ppvae {command} {what}", inspect.getdoc(cls) or "")
+    raise UsageError(f"ppvae {command}: expected {expected}; found {args[0] if args else 'nothing'}")
+
+
+def _load(settings: Any) -> Any:
+    kind = None if settings.binarize == "none" or settings.dequantize else settings.binarize
+    return datasets.load(
+        settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
+        seed=settings.data_seed,
+    )  # fmt: skip
+
+
+def _columns(split: Any, labels: bool) -> tuple[Any, ...]:
+    if not labels:
+        return (split,)
+    if split.labels is None:
+        raise UsageError(f"--labels: {split.description} has no labels")
+    return (split, split.labels)
+
+
+def _of_run(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
+    if "data" not in run.config:
+        raise UsageError(f"{run.directory}: the run was not started from the command line; evaluate it in Python")
+    known = {**run.config["data"]}
+    if settings.root is not None:
+        known["root"] = settings.root
+    chosen = Data(**known)
+    return _columns(_load(chosen)[("train", "valid", "test").index(split)], chosen.labels)
+
+
+def _lasting(text: str) -> str:
+    """A pair's name that can be found from another working directory."""
+    place, colon, name = text.partition(":")
+    return f"{Path(place).resolve()}{colon}{name}" if Path(place).is_file() else text
+
+
+def _directory(settings: Fit, text: str) -> Path:
+    runs = Path(settings.runs)
+    if settings.name is not None:
+        if Path(settings.name).name != settings.name or settings.name in ("", ".", ".."):
+            raise UsageError(f"--name: expected a plain name for a folder below {runs}, found {settings.name!r}")
+        return runs / settings.name
+    place, _, factory = text.partition(":")
+    stem = f"{factory or Path(place).stem}-{Path(settings.data).stem}".lower()
+    if settings.resume:
+        return runs / stem
+    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
+    return next(runs / n for n in names if not (runs / n).exists())
+
+
+def _objective(name: str) -> Any:
+    import difflib
+
+    import pyro.infer as infer
+
+    known = [n for n, v in vars(infer).items() if isinstance(v, type) and issubclass(v, infer.ELBO)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise UsageError(f"--objective: expected one of {', '.join(sorted(known))}; found {name!r}" + (
+            f"; did you mean {near[0]!r}?" if near else ""
+        ))  # fmt: skip
+    return getattr(infer, name)()
+
+
+def _optimizer(settings: Optimizer) -> Any:
+    import difflib
+
+    known = [n for n, v in vars(torch.optim).items() if isinstance(v, type) and n != "Optimizer"]
+    if settings.name not in known:
+        near = difflib.get_close_matches(settings.name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"--optimizer.name: expected a class of torch.optim, found {settings.name!r}{hint}")
+    cls = getattr(torch.optim, settings.name)
+    chosen = {k: getattr(settings, k) for k in ("lr", "eps", "weight_decay") if getattr(settings, k) is not None}
+    taken = inspect.signature(cls).parameters
+    for key in chosen:
+        if key not in taken:
+            raise UsageError(f"--optimizer.{key}: {settings.name} does not take it")
+    return functools.partial(cls, **chosen)
+
+
+def _print_metrics(run: Run) -> None:
+    m = run.metrics
+    names = {"loss": "train loss", "valid_elbo": "valid ELBO", "valid_rate": "rate", "valid_distortion": "distortion"}
+    print(f"epoch {m['epoch']}: " + ", ".join(f"{t} {m[n]:.3f}" for n, t in names.items() if n in m) + " nats per datum")
+
+
+def _report(run: Run, columns: tuple[Any, ...], estimate: Any, seed: int) -> None:
+    from ppvae import report
+
+    path = report.write(run, data=columns, estimate=estimate, directory=run.directory, seed=seed)
+    print(f"report: {os.fspath(path)}")
