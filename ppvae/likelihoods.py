@@ -8,6 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae import distributions
+
 
 def _event_dim(out: Tensor, z: Tensor) -> int:
     """How many dims of a network's output are one datum, given latent vectors [..., latent]."""
@@ -31,7 +33,7 @@ class Bernoulli(nn.Module):
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)
-        return dist.Bernoulli(logits=logits).to_event(_event_dim(logits, z))
+        return distributions.Bernoulli(logits=logits).to_event(_event_dim(logits, z))
 
 
 class Normal(nn.Module):

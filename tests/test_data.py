@@ -332,6 +332,8 @@ def test_head_keeps_kind_and_noise(options):
         assert isinstance(head, data.Split)
         assert (len(head), len(head.labels), len(head.index)) == (7, 7, 7)
         assert head.facts == split.facts
+        assert torch.equal(head.labels, split.labels[:7])
+        assert torch.equal(head.index, split.index[:7])
         assert torch.equal(head.fixed(3), split.fixed(3).detach()[:7])
         assert len(split.head(10**6)) == len(split)
     for n in (0, -1, 2.0, True):

@@ -655,6 +655,24 @@ def test_lazy_fixed_noise_belongs_to_the_row(lazily, options):
         assert (whole - grey).abs().max() < 1  # a white pixel stays white, a black one black
 
 
+@pytest.mark.parametrize("options", [{"binarize": "fixed"}, {"dequantize": True}])
+def test_lazy_rows_do_not_share_their_noise(lazily, tmp_path, options):
+    from PIL import Image
+
+    for path in tmp_path.rglob("*.png"):
+        Image.new("L", (6, 5), 128).save(path)
+    rows = torch.cat([split.read() for split in lazily(**options)[1:]])
+    assert len(rows.unique(dim=0)) == 6  # 30 fair bits a row: two rows agree with probability 1.4e-8
+
+
+def test_an_image_that_was_replaced_is_named(lazily, tmp_path):
+    train = lazily()[0]
+    pictures(tmp_path, [train.pictures.paths[int(train.index[2])]], mode="RGB")
+    with pytest.raises(DataError, match="expected an image of mode L and size 6x5 like the others, found RGB 6x5"):
+        train.read([2])
+    assert train.read([1]).shape == (1, 30)
+
+
 def test_lazy_train_is_redrawn(lazily):
     train = lazily(binarize="dynamic")[0]
     assert not torch.equal(train.read(), train.read())

@@ -93,7 +93,7 @@ def _source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, s
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"load: expected a name or a path, found {type(name).__name__}.")
     path = Path(name).expanduser()
-    if isinstance(name, os.PathLike) or path.exists() or path.suffix.lower() in files.SUFFIXES or os.sep in name:
+    if isinstance(name, os.PathLike) or os.path.exists(path) or path.suffix.lower() in files.SUFFIXES or os.sep in name:
         return files.read_path(path)
     near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -26,9 +27,9 @@ _PART = re.compile(rf"(?:{_ROLE}_)?(train|training|valid|validation|val|test)(?:
 
 def read_path(path: Path) -> Source:
     """The rows of a file or folder, checked; `DataError` where they cannot be taken as data."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder.")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of images, found {path.suffix!r}.")
@@ -155,7 +156,7 @@ def read_folder(folder: Path) -> Source:
     (train and one more), it gives the splits, and the level below it the labels.
     """
     paths = sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file()
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES and os.path.isfile(p)
     )
     paths = [p for p in paths if not any(level.startswith(".") for level in p.split("/"))]
     if len(paths) < 3:

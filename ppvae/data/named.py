@@ -60,7 +60,7 @@ def _mnist(name: str, folder: Path) -> Source:
 
 
 def _found(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if os.path.isfile(path)), None)
 
 
 def _download(name: str, folder: Path, missing: str) -> None:
@@ -93,12 +93,12 @@ def omniglot(root: Path, size: int) -> Source:
     """OMNIGLOT at 28x28, ink 1: background (parted by permutation) for train and valid, evaluation for test."""
     path = root / "omniglot28.npz"
     columns = ("alphabet", "character", "drawer")
-    if path.is_file():
+    if os.path.isfile(path):
         n = 32_460
         arrays = _expected(path, {"images": (n, 28, 28), "split": (n,)} | dict.fromkeys(columns, (n,)))
         images, evaluation = arrays["images"], arrays["split"] == 1
         attributes = {column: arrays[column].astype(np.int64) for column in columns}
-    elif (root / "omniglot-py").is_dir():
+    elif os.path.isdir(root / "omniglot-py"):
         images, evaluation, attributes = _omniglot_py(root)
     else:
         raise looked_for("omniglot", path, " (nor torchvision's folder omniglot-py)")
@@ -157,7 +157,7 @@ def smiles(root: Path, size: int) -> Source:
 
 def _expected(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The arrays of an .npz, which must have these shapes, and 'images' the dtype uint8."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise looked_for(path.stem, path)
     arrays = read_arrays(path)
     for key, shape in shapes.items():
@@ -176,7 +176,7 @@ def celeba(root: Path, size: int) -> Source:
     from torchvision.datasets import CelebA
 
     folder = root / "celeba"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise looked_for("celeba", folder / "img_align_celeba")
     try:
         held: Any = CelebA(str(root), split="all", target_type="attr", download=False)

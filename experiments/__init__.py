@@ -1,0 +1,1 @@
+"""One thin script per table or figure: `python -m experiments.NAME`."""

@@ -1,0 +1,15 @@
+"""Pictures of training, of what a pair generates, and of an estimate: each function gives a matplotlib `Figure`.
+
+Figures stand alone: nothing here touches pyplot or leaves a setting behind. Nats are per datum.
+"""
+
+from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
+from ppvae.plots.images import image_grid
+from ppvae.plots.latents import latent_map
+from ppvae.plots.profiles import profiles
+from ppvae.plots.style import DPI, to_png
+from ppvae.plots.training import curves
+
+__all__ = [
+    "DPI", "bound_curve", "curves", "diagnosis", "image_grid", "latent_map", "log_px_histogram", "profiles", "to_png",
+]  # fmt: skip

@@ -1,0 +1,105 @@
+"""Images side by side, each pixel a whole number of the screen's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.errors import UsageError
+from ppvae.plots.style import DPI, INK, VERMILLION, array, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 1920  # pixels of a full-width figure
+GAP = 4
+POINTS = 8.0
+_EM = POINTS * DPI / 72  # pixels
+
+
+@styled
+def image_grid(
+    images: Any,
+    event_shape: Sequence[int],
+    *,
+    rows: int | None = None,
+    cols: int | None = None,
+    titles: Sequence[str] | None = None,
+    row_titles: Sequence[str] | None = None,
+    col_titles: Sequence[str] | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Images [N, ...] or [R, C, ...] as a grid, flat or shaped; values are clipped to `limits`, black to white.
+
+    Args:
+        event_shape: (C, H, W) or (H, W), C = 1 (grey) or 3 (red, green, blue).
+        rows, cols: of the grid where images are [N, ...]; 16 columns at most by default.
+        titles: words below each image, `row_titles` left of each row, `col_titles` above each column.
+
+    Pixels that are NaN are shown in vermillion.
+    """
+    pixels, shape = _arranged(array(images), tuple(event_shape), rows, cols)
+    (rows, cols), (height, width) = shape, pixels.shape[1:3]
+    lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
+    tile = min(190 if titles else 128, (WIDTH - GAP) // cols - GAP)
+    scale = max(1, tile // max(width, height)) if max(width, height) <= tile else 1
+    width, height = width * scale, height * scale
+    left = round(max(map(len, row_titles)) * 0.62 * _EM + _EM) if row_titles else 0
+    top = round(1.6 * _EM) if col_titles else 0
+    pitch = max(width, 190) + 3 * GAP if titles else width + GAP, height + GAP + round((1.3 * lines + 0.9 * bool(lines)) * _EM)
+    canvas = np.ones((top + rows * pitch[1] - GAP, left + cols * pitch[0] - GAP, 3), np.float32)
+    places = [(left + (i % cols) * pitch[0], top + (i // cols) * pitch[1]) for i in range(len(pixels))]
+    for image, (x, y) in zip(_coloured(pixels, limits), places, strict=True):
+        canvas[y : y + height, x : x + width] = image.repeat(scale, 0).repeat(scale, 1)
+    fig, ax = _exact(canvas)
+    for title, (x, y) in zip(titles or (), places, strict=False):
+        ax.text(x, y + height + 0.3 * _EM, title, va="top", fontsize=POINTS, linespacing=1.3, color=INK)
+    for title, y in zip(row_titles or (), range(top, canvas.shape[0], pitch[1]), strict=False):
+        ax.text(left - 0.6 * _EM, y + height / 2, title, va="center", ha="right", fontsize=POINTS, color=INK)
+    for title, x in zip(col_titles or (), range(left, canvas.shape[1], pitch[0]), strict=False):
+        ax.text(x + width / 2, top - 0.4 * _EM, title, va="bottom", ha="center", fontsize=POINTS, color=INK)
+    return fig
+
+
+def _arranged(
+    images: np.ndarray, event_shape: tuple[int, ...], rows: int | None, cols: int | None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Images as [N, H, W, C], and the grid's (rows, cols)."""
+    shape = (1, *event_shape) if len(event_shape) == 2 else event_shape
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UsageError(f"event_shape: expected (C, H, W) with C = 1 or 3, or (H, W), found {event_shape}")
+    size = math.prod(shape)
+    inner = next((n for n in (1, 2, 3) if math.prod(images.shape[-n:]) == size and images.ndim > n), None)
+    if inner is None or images.ndim - inner > 2 or not images.size:
+        raise UsageError(f"images: expected [N, ...] or [R, C, ...] of event {shape}, found {list(images.shape)}")
+    lead = images.shape[:-inner]
+    if len(lead) == 2:
+        rows, cols = lead
+    else:
+        cols = cols or (math.ceil(lead[0] / rows) if rows else min(lead[0], 16))
+        rows = math.ceil(lead[0] / cols)
+    return images.reshape(-1, *shape).transpose(0, 2, 3, 1), (rows, cols)
+
+
+def _coloured(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Pixels [N, H, W, C] as red, green and blue in [0, 1]."""
+    low, high = limits
+    scaled = np.clip((pixels.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
+    rgb = np.broadcast_to(scaled, (*scaled.shape[:3], 3)).copy()
+    rgb[np.isnan(rgb).any(-1)] = [int(VERMILLION[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return rgb
+
+
+def _exact(canvas: np.ndarray) -> tuple[Figure, Any]:
+    """A figure whose pixels are the canvas's, and axes in which to write on it."""
+    from matplotlib.figure import Figure
+
+    height, width = canvas.shape[:2]
+    fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.imshow(canvas, interpolation="none", aspect="auto", extent=(0, width, height, 0))
+    ax.set_axis_off()
+    return fig, ax

@@ -1,0 +1,89 @@
+"""Where a guide puts the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.errors import UsageError
+from ppvae.plots.style import CLASSES, INK, ORDERED, array, figure, note, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CLASSES = 20
+
+
+@styled
+def latent_map(
+    means: Any, labels: Any = None, *, log_px: Any = None, names: Sequence[str] = (), site: str = "z"
+) -> Figure:
+    """Posterior means [N, D] in the plane, in two principal components where D > 2.
+
+    Args:
+        labels: [N]; each class has a colour and its name where its middle is (20 classes at most).
+        log_px: [N] nats, the colour where there are no labels.
+        names: the names of the labels 0, 1, ...
+        site: the latent's name, for the axes.
+    """
+    points = array(means).astype(float)
+    if points.ndim != 2 or not points.size:
+        raise UsageError(f"means: expected [N, D], found {list(points.shape)}")
+    flat, words = _plane(points, site)
+    size = float(np.clip(1200 / len(points), 3, 14))
+    fig = figure(7.2, 5.6)
+    ax = fig.add_subplot()
+    classes = np.unique(array(labels)) if labels is not None else np.empty(0)
+    if 0 < len(classes) <= MOST_CLASSES:
+        _classes(ax, flat, array(labels), classes, names, size)
+    elif log_px is not None:
+        shown = ax.scatter(*flat.T, c=array(log_px), cmap=ORDERED, s=size, linewidths=0)
+        fig.colorbar(shown, ax=ax, label="log p(x) (nats per datum)", shrink=0.8)
+    else:
+        ax.scatter(*flat.T, s=size, color=CLASSES[0], alpha=0.6, linewidths=0)
+    if len(classes) > MOST_CLASSES:
+        note(ax, f"{len(classes)} classes: too many for colours")
+    ax.set_xlabel(words[0])
+    ax.set_ylabel(words[1])
+    if points.shape[1] > 1:
+        ax.set_aspect("equal", adjustable="datalim")
+    else:
+        ax.set_yticks([])
+    return fig
+
+
+def _plane(points: np.ndarray, site: str) -> tuple[np.ndarray, tuple[str, str]]:
+    """Points [N, 2], and what their axes are."""
+    if points.shape[1] == 1:
+        spread = np.random.default_rng(0).uniform(size=len(points))
+        return np.stack([points[:, 0], spread], 1), (f"posterior mean of {site}", "spread at random, for sight only")
+    if points.shape[1] == 2:
+        return points, (f"posterior mean of {site}[0]", f"posterior mean of {site}[1]")
+    centred = points - points.mean(0)
+    _, s, v = np.linalg.svd(centred, full_matrices=False)
+    signs = np.sign(v[:2][[0, 1], np.abs(v[:2]).argmax(1)])
+    share = 100 * s[:2] ** 2 / max(float((s**2).sum()), 1e-300)
+    first, second = (
+        f"principal component {i} of the means of {site} ({p:.0f} % of variance)" for i, p in enumerate(share, 1)
+    )
+    return centred @ (v[:2] * signs[:, None]).T, (first, second)
+
+
+def _classes(
+    ax: Any, flat: np.ndarray, labels: np.ndarray, classes: np.ndarray, names: Sequence[str], size: float
+) -> None:
+    import matplotlib.patheffects as effects
+
+    halo = [effects.withStroke(linewidth=2.5, foreground="white")]
+    for i, c in enumerate(classes):
+        mine = flat[labels == c]
+        name = str(names[int(c)]) if 0 <= c < len(names) else str(c)
+        marker = "o" if i < len(CLASSES) else "^"
+        ax.scatter(*mine.T, s=size, color=CLASSES[i % len(CLASSES)], marker=marker, alpha=0.8, linewidths=0, label=name)
+        ax.annotate(
+            name, np.median(mine, 0), ha="center", va="center", fontsize=10, weight="bold", color=INK,
+            path_effects=halo, zorder=5,
+        )  # fmt: skip
+    ax.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.2, handletextpad=0.2)

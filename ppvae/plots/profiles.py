@@ -1,0 +1,63 @@
+"""Data that are no images: each datum a line over its dims (parallel coordinates)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.errors import UsageError
+from ppvae.plots.style import BLUE, INK, ORDERED, array, figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@styled
+def profiles(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figure:
+    """Panels of lines over the dims of x, {title: {label: [*event] or [n, *event]}}, all on one scale.
+
+    Two labels are told apart by colour and marker; more are taken as a sequence, from dark to bright.
+    """
+    if not panels:
+        raise UsageError("panels: expected at least one, found none")
+    cols = min(cols, len(panels))
+    rows = math.ceil(len(panels) / cols)
+    fig = figure(min(9.6, 4.4 * cols), 0.5 + 2.0 * rows + (0.6 if rows == 1 else 0))
+    axes = np.atleast_1d(fig.subplots(rows, cols, sharex=True, sharey=True)).reshape(rows, cols)
+    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        ax.set_title(title)
+        _panel(ax, lines)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for i, ax in enumerate(axes.flat[: len(panels)]):
+        if i + cols >= len(panels):
+            ax.set_xlabel("dim of x")
+            ax.tick_params(labelbottom=True)
+        if i % cols == 0:
+            ax.set_ylabel("value")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8))
+    return fig
+
+
+def _panel(ax: Any, lines: Mapping[str, Any]) -> None:
+    import matplotlib
+
+    count = len(lines)
+    for i, (label, values) in enumerate(lines.items()):
+        values = np.atleast_1d(array(values))
+        values = values.reshape(1, -1) if values.ndim == 1 else values.reshape(len(values), -1)
+        color = (INK, BLUE)[i] if count <= 2 else matplotlib.colormaps[ORDERED](0.92 * i / (count - 1))
+        dims = values.shape[1]
+        many = len(values) > 1
+        ax.plot(
+            range(dims), values.T, color=BLUE if many and count == 1 else color,
+            alpha=min(1.0, max(0.08, 12 / len(values))) if many else 1.0, linewidth=0.8 if many else 1.4,
+            marker=("o", "s")[i % 2] if dims <= 30 and not many else None if dims > 1 else "_", markersize=3.2,
+        )  # fmt: skip
+        ax.lines[-1].set_label(label)
+    ax.xaxis.get_major_locator().set_params(integer=True)

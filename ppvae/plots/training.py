@@ -1,0 +1,77 @@
+"""The course of a training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.errors import UsageError
+from ppvae.plots.style import BLUE, GREEN, INK, ORANGE, figure, note, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@styled
+def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss and negative ELBO over epochs, and beside them rate and distortion where they were recorded; nats per datum.
+
+    rate + distortion = -ELBO (Alemi et al. 2018, arXiv 1711.00464).
+    """
+    if not history:
+        raise UsageError("history: expected at least one epoch, found none")
+    epochs = [m.get("epoch", i) for i, m in enumerate(history, 1)]
+    which, words = ("valid", "validation") if any("valid_elbo" in m for m in history) else ("train", "training")
+    split = any(f"{which}_rate" in m for m in history)
+    fig = figure(9.6 if split else 6.4, 3.3)
+    grid = fig.add_gridspec(2, 2 if split else 1)
+    main = fig.add_subplot(grid[:, 0])
+    series = [("loss (training objective)", _series(history, "loss"), BLUE)]
+    elbo = _series(history, f"{which}_elbo")
+    if np.isfinite(elbo).any():
+        series.append((f"−ELBO ({words} data)", -elbo, INK))
+    _lines(main, epochs, series, "nats per datum")
+    main.set_xlabel("epoch")
+    if split:
+        top, low = fig.add_subplot(grid[0, 1], sharex=main), fig.add_subplot(grid[1, 1], sharex=main)
+        _lines(top, epochs, [(f"distortion ({words} data)", _series(history, f"{which}_distortion"), ORANGE)], "nats")
+        _lines(low, epochs, [(f"rate ({words} data)", _series(history, f"{which}_rate"), GREEN)], "nats")
+        top.tick_params(labelbottom=False)
+        low.set_xlabel("epoch")
+        fig.align_ylabels([top, low])
+    return fig
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One metric over epochs, [epochs], NaN where it was not recorded."""
+    return np.array([float(m[name]) if m.get(name) is not None else math.nan for m in history])
+
+
+def _lines(ax: Any, epochs: Sequence[int], series: Sequence[tuple[str, np.ndarray, str]], unit: str) -> None:
+    few = len(epochs) < 15
+    for label, values, color in series:
+        ax.plot(epochs, values, color=color, label=label, marker="o" if few else None, markersize=3.5)
+    ax.set_ylabel(unit)
+    ax.margins(x=0.02)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(loc="best")
+    _leave_out_the_start(ax, epochs, [v for _, v, _ in series])
+
+
+def _leave_out_the_start(ax: Any, epochs: Sequence[int], series: Sequence[np.ndarray]) -> None:
+    """Where the first epochs (a twentieth at most) are far off, the axis ends at the rest, and says so."""
+    start = len(epochs) // 20
+    rest = np.concatenate([v[start:] for v in series])
+    whole = np.concatenate(series)
+    if not start or not np.isfinite(rest).any():
+        return
+    low, high = np.nanmin(rest[np.isfinite(rest)]), np.nanmax(rest[np.isfinite(rest)])
+    margin = 0.06 * (high - low)
+    out = np.isfinite(whole) & ((whole > high) | (whole < low))
+    reach = max(np.nanmax(whole[out], initial=high) - high, low - np.nanmin(whole[out], initial=low))
+    if high > low and reach > 0.5 * (high - low):
+        ax.set_ylim(low - margin, high + margin)
+        note(ax, f"epoch{'s' if start > 1 else ''} {'1' if start == 1 else f'1 to {start}'} partly beyond the axis")
