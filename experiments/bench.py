@@ -120,6 +120,15 @@ def library_log_px(s: Settings, x: Tensor) -> Callable[[], float]:
     return run
 
 
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     """Prints the table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -145,14 +154,14 @@ def main() -> None:
                 times[key].append(seconds)
     medians = {key: statistics.median(values) for key, values in times.items()}
     rows = []
-    print(f"{platform.machine()}, {platform.processor() or 'processor unnamed'}, {args.threads} threads, torch {torch.__version__}")
+    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}")
     for (what, who), median in medians.items():
         ratio = median / medians[(what, "hand-written")]
         shown = f"{median * 1e3:8.2f} ms per step" if what == "step" else f"{median:8.2f} us per (datum, particle)"
         print(f"{what:10} {who:14} {shown:32} {ratio:5.2f} of hand-written")
         rows.append({"what": what, "who": who, "median": median, "ratio": ratio, "all": times[(what, who)]})
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"settings": asdict(s), "threads": args.threads, "rows": rows}, indent=2) + "\n")
+    args.output.write_text(json.dumps({"settings": asdict(s), "machine": processor(), "threads": args.threads, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,23 +22,12 @@ _modules = {
 __all__ = sorted([*_functions, *_modules])
 
 if TYPE_CHECKING:
-    from ppvae import (
-        data,
-        evaluation,
-        generate,
-        inference,
-        likelihoods,
-        models,
-        nn,
-        plots,
-        posteriors,
-        priors,
-        training,
-    )
-    from ppvae.evaluation import log_marginal
-    from ppvae.inference import check, terms
-    from ppvae.models import VAE
-    from ppvae.training import fit, load
+    from ppvae.evaluation import log_marginal as log_marginal
+    from ppvae.inference import check as check
+    from ppvae.inference import terms as terms
+    from ppvae.models import VAE as VAE
+    from ppvae.training.fit import fit as fit
+    from ppvae.training.folder import load as load
 
 
 def __getattr__(name: str) -> Any:

@@ -129,7 +129,7 @@ def fit(args: list[str]) -> int:
             "pair": {
                 "name": _lasting(text),
                 "arguments": arguments,
-                "train": [[list(splits[0].shape), str(getattr(splits[0], "dtype", torch.float32)).removeprefix("torch.")]],
+                "train": [[list(splits[0].shape), "float32"]],
             },
             "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)},
         },
@@ -150,10 +150,9 @@ def evaluate(args: list[str]) -> int:
     columns = _of_run(run, settings, settings.split)
     if settings.head is not None:
         columns = tuple(c.head(settings.head) if hasattr(c, "head") else c[: settings.head] for c in columns)
-    extra = {} if settings.rows is None else {"rows": settings.rows}
     est = log_marginal(
         run.model, run.guide, columns, num_particles=settings.num_particles, seed=settings.seed,
-        device=settings.device, **extra,
+        device=settings.device, rows=settings.rows,
     )  # fmt: skip
     name = "log_marginal" if settings.split == "test" else f"log_marginal_{settings.split}"
     path = est.save(directory / "results", name)
@@ -210,33 +209,39 @@ def data(args: list[str]) -> int:
     settings, _ = parse(Show, rest, f"ppvae data {name}", "Load a data set and say what it is.")
     for split in _load(Data(data=name, **dataclasses.asdict(settings))):
         labels = "" if split.labels is None else f", {len(split.labels.unique())} labels"
-        print(f"{split.description}: {list(split.shape)}, event {list(split.event_shape)}{labels}, sha256 {split.digest[:16]}")
+        shapes = f"{list(split.shape)}, event {list(split.event_shape)}"
+        print(f"{split.description}: {shapes}{labels}, sha256 {split.digest[:16]}")
     return 0
 
 
 def _with_pair(command: str, args: list[str], base: type) -> tuple[str, Any, Any, dict[str, Any]]:
     """(pair's name, factory, settings, the factory's arguments)."""
-    text = inspect.getdoc(base) or ""
     name = _first(command, "PAIR", "a pair, as in `ppvae.models:vae`", args, base)
     factory = pairs.resolve(name)
-    settings, arguments = parse(base, args[1:], f"ppvae {command} {name}", text, pairs.parameters(factory))
+    settings: Any
+    settings, arguments = parse(base, args[1:], f"ppvae {command} {name}", _about(base), pairs.parameters(factory))
     return name, factory, settings, arguments
 
 
 def _with_run(command: str, args: list[str], cls: type) -> tuple[Any, Path]:
     name = _first(command, "RUN", "a run folder, as in `runs/NAME`", args, cls)
-    settings, _ = parse(cls, args[1:], f"ppvae {command} {name}", inspect.getdoc(cls) or "")
+    settings: Any
+    settings, _ = parse(cls, args[1:], f"ppvae {command} {name}", _about(cls))
     directory = Path(name)
     if not directory.exists() and (Path(settings.runs) / name).exists():
         directory = Path(settings.runs) / name
     return settings, directory
 
 
+def _about(cls: type) -> str:
+    return inspect.getdoc(cls) or ""
+
+
 def _first(command: str, what: str, expected: str, args: list[str], cls: type) -> str:
     if args and not args[0].startswith("-"):
         return args[0]
     if {"-h", "--help"} & set(args):
-        parse(cls, ["--help"], f"ppvae {command} {what}", inspect.getdoc(cls) or "")
+        parse(cls, ["--help"], f"ppvae {command} {what}", _about(cls))
     raise UsageError(f"ppvae {command}: expected {expected}; found {args[0] if args else 'nothing'}")
 
 

@@ -117,7 +117,8 @@ def traversals(
             raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
         start = means[site]
         if pair.s.event_dims[site] != 1 or not start.is_floating_point():
-            raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {list(start.shape)}")
+            shape = list(start.shape)
+            raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {shape}")
         size = start.shape[-1]
         wanted = list(range(size)) if dims is None else list(dims)
         if any(not 0 <= d < size for d in wanted):

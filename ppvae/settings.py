@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import re
@@ -61,11 +63,11 @@ def _dataclass(extra: Mapping[str, tuple[Any, Any, str]]) -> type:
 
     fields: list[Any] = []
     for name, (kind, default, text) in extra.items():
-        described = Annotated[kind, tyro.conf.arg(help=text or None)]
+        described: Any = Annotated[kind, tyro.conf.arg(help=text or None)]
         if default is inspect.Parameter.empty:
             fields.append((name, described))
         else:
-            fields.append((name, described, dataclasses.field(default_factory=lambda value=default: value)))
+            fields.append((name, described, dataclasses.field(default_factory=functools.partial(copy.copy, default))))
     return dataclasses.make_dataclass("Pair", fields, kw_only=True)
 
 

@@ -23,7 +23,7 @@ class Estimate:
     """Importance-weighted log p(x) per datum, with a diagnosis; nats per datum, float64, all [N].
 
     Attributes:
-        log_px: log (1/K) sum_k p(x, z_k) / q(z_k | x). It underestimates log p(x) on average, by more where `ess` is low.
+        log_px: log (1/K) sum_k p(x, z_k) / q(z_k | x); too low on average, by more where `ess` is low.
         std_error: Monte-Carlo standard error of log_px; NaN at K = 1.
         ess: effective sample size of the weights, (sum w)^2 / sum w^2.
         k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
@@ -100,7 +100,8 @@ class Estimate:
         lines = [
             f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {count} data (K = {self.num_particles}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
-            f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
+            f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
+            f"{float(self.std_error.median()):.4f} (median)",
         ]
         if self.num_particles < 25:
             lines.append(f"fewer than 25 particles ({self.num_particles}): too few to judge any datum")

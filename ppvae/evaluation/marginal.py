@@ -35,7 +35,7 @@ def log_marginal(
     seed: int = 0,
     bounds: Sequence[int] = (),
     posterior_draws: int = 0,
-    rows: int = DATA_BLOCK * PARTICLE_BLOCK,
+    rows: int | None = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Estimate:
@@ -51,7 +51,7 @@ def log_marginal(
         seed: of the guide's draws. The same seed gives the same result however memory is cut.
         bounds: further k at which to record L_k.
         posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
-        rows: the most (datum, particle) rows that go through the model at once; memory is proportional to it.
+        rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
         device: where to compute; the parameters' device by default.
         progress: show a progress bar; by default where the output is a terminal.
 
@@ -66,6 +66,7 @@ def log_marginal(
     """
     if num_particles < 1:
         raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
+    rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if rows < 1:
         raise UsageError(f"rows: expected at least 1, found {rows}")
     columns = _columns(data, seed)
@@ -254,15 +255,13 @@ def _inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch
     whole = first if lazy else tuple(_read(c, None, device) for c in columns)
     try:
         structure = inspect(model, guide, first)
-    except ContractError:
+    except ContractError as error:
         if lazy or total <= DATA_BLOCK:
             raise
         try:  # a plate of fixed size, or one that draws its own subsample, wants all data at once
             structure = inspect(model, guide, whole)
         except ContractError:
-            structure = None
-        if structure is None:
-            raise
+            raise error from None
         return structure, structure.subsample_size if structure.indexes else total
     if structure.indexes:
         structure = inspect(model, guide, whole)

@@ -144,7 +144,9 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
         joint=bool(shared),
         lower_bound_only=lower,
         refusal=refusal,
-        enumerated=tuple(n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))),
+        enumerated=tuple(
+            n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))
+        ),
         model_roles=model_roles,
         guide_roles=guide_roles,
         event_dims={n: event_dim(node) for n, node in {**guide_nodes, **model_nodes}.items()},

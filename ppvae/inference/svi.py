@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppvae.inference.weights import Pair
 
-Optimizer = PyroOptim | Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
 
 class SVI:

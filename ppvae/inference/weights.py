@@ -129,9 +129,10 @@ class Given(Messenger):
 def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sample sites of a trace, without plates and deterministic sites."""
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not isinstance(node["fn"], _Subsample):
-            if not (node["infer"] or {}).get("_deterministic"):
-                yield name, node
+        if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
+            continue
+        if not (node["infer"] or {}).get("_deterministic"):
+            yield name, node
 
 
 def event_dim(node: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ def vae(train: Tensor, latent: int = 8, hidden: tuple[int, ...] = (200, 200)) ->
     """
     features = train.shape[1:].numel()
     if train.dim() != 2:
-        raise ValueError(f"vae: expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat")
+        raise ValueError(f"expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat")
     decoder = nn.mlp(latent, features, hidden=hidden[::-1])
     nn.set_output_bias(decoder, _mean_logits(train))
     return VAE(

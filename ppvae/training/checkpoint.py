@@ -30,7 +30,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror}); what was there before is kept") from error
+        text = f"{path}: could not be written ({error.strerror}); what was there before is kept"
+        raise CheckpointError(text) from error
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:

@@ -74,7 +74,7 @@ def fit(
         seed: of the order of the data and of all noise. Initial weights are the caller's `torch.manual_seed`.
         device: where to train; where the parameters are by default.
         directory: the run folder; without one nothing is written.
-        resume: go on from the folder's last checkpoint, if it has one. A resumed run ends with bit-identical parameters.
+        resume: go on from the folder's last checkpoint, if it has one; the run ends with bit-identical parameters.
         clip: the largest norm of the gradient (per datum).
         patience: stop after so many epochs without a better validation ELBO, and return the best parameters.
         checkpoint_seconds: the least time between two checkpoints, which are made at the ends of epochs.
@@ -161,7 +161,7 @@ class _Trainer:
                 "there is nothing to train"
             )
         if scheduler is not None and self.svi.optimizer is None:
-            raise UsageError("scheduler: expected a torch optimizer to schedule, found a PyroOptim; use its own schedulers")
+            raise UsageError("scheduler: expected a torch optimizer, found a PyroOptim; use pyro.optim's schedulers")
         self.scheduler = scheduler(self.svi.optimizer) if scheduler is not None and self.svi.optimizer else None
 
     def _place(self, data: Any) -> torch.device:
@@ -214,7 +214,7 @@ class _Trainer:
         if checkpoint.exists(checkpoints):
             if not resume:
                 raise CheckpointError(
-                    f"{folder}: holds a run already; pass resume=True (--resume) to go on with it, or choose another folder"
+                    f"{folder}: holds a run already; pass resume=True (--resume) to go on, or choose another folder"
                 )
             self._restore(checkpoint.read(checkpoints), settings)
         try:
@@ -246,7 +246,7 @@ class _Trainer:
         assert self.folder is not None
         optim = self.svi.optimizer
         with self.scope.entered():
-            saved_optim = optim.state_dict() if optim is not None else self.svi.optim.get_state()  # type: ignore[union-attr]
+            saved_optim = optim.state_dict() if optim is not None else self.svi.optim.get_state()
         state = {
             "state": self.state.copy(),
             "epoch": self.epoch,

@@ -45,7 +45,8 @@ def _module(place: str) -> Any:
             if not path.is_file():
                 raise UsageError(f"{place}: expected a Python file, found none")
             spec = importlib.util.spec_from_file_location(f"ppvae_pair_{path.stem}", path.resolve())
-            assert spec and spec.loader
+            if spec is None or spec.loader is None:
+                raise UsageError(f"{place}: expected a Python file")
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             sys.path.insert(0, str(path.resolve().parent))
