@@ -161,7 +161,8 @@ def main() -> None:
         print(f"{what:10} {who:14} {shown:32} {ratio:5.2f} of hand-written")
         rows.append({"what": what, "who": who, "median": median, "ratio": ratio, "all": times[(what, who)]})
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"settings": asdict(s), "machine": processor(), "threads": args.threads, "rows": rows}, indent=2) + "\n")
+    content = {"settings": asdict(s), "machine": processor(), "threads": args.threads, "rows": rows}
+    args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

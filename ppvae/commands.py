@@ -325,7 +325,8 @@ def _optimizer(settings: Optimizer) -> Any:
 def _print_metrics(run: Run) -> None:
     m = run.metrics
     names = {"loss": "train loss", "valid_elbo": "valid ELBO", "valid_rate": "rate", "valid_distortion": "distortion"}
-    print(f"epoch {m['epoch']}: " + ", ".join(f"{t} {m[n]:.3f}" for n, t in names.items() if n in m) + " nats per datum")
+    shown = ", ".join(f"{text} {m[name]:.3f}" for name, text in names.items() if name in m)
+    print(f"epoch {m['epoch']}: {shown} nats per datum")
 
 
 def _report(run: Run, columns: tuple[Any, ...], estimate: Any, seed: int) -> None:
