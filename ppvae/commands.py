@@ -131,7 +131,7 @@ def fit(args: list[str]) -> int:
                 "arguments": arguments,
                 "train": [[list(splits[0].shape), "float32"]],
             },
-            "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)},
+            "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)} | _places(settings),
         },
     )
     _print_metrics(run)
@@ -269,6 +269,13 @@ def _of_run(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
         known["root"] = settings.root
     chosen = Data(**known)
     return _columns(_load(chosen)[("train", "valid", "test").index(split)], chosen.labels)
+
+
+def _places(settings: Data) -> dict[str, Any]:
+    """Where the data lie, so that they are found from another working directory."""
+    root = None if settings.root is None else str(Path(settings.root).resolve())
+    data = str(Path(settings.data).resolve()) if Path(settings.data).exists() else settings.data
+    return {"root": root, "data": data}
 
 
 def _lasting(text: str) -> str:

@@ -305,11 +305,10 @@ def enumerated_vector() -> Pair:
 
     def model(x):
         prior = pyro.param("vector.prior", torch.tensor(0.3), constraint=constraints.unit_interval)
-        with pyro.plate("data", len(x)):
-            with pyro.plate("units", 3, dim=-2):
-                on = pyro.sample("on", dist.Bernoulli(prior), infer={"enumerate": "parallel"})
-                rows = weight[torch.arange(3)[:, None], on.long()]
-                pyro.sample("part", dist.Normal(rows, 1.0).to_event(1), obs=x.transpose(0, 1))
+        with pyro.plate("data", len(x)), pyro.plate("units", 3, dim=-2):
+            on = pyro.sample("on", dist.Bernoulli(prior), infer={"enumerate": "parallel"})
+            rows = weight[torch.arange(3)[:, None], on.long()]
+            pyro.sample("part", dist.Normal(rows, 1.0).to_event(1), obs=x.transpose(0, 1))
 
     def guide(x):
         pass

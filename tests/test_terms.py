@@ -25,6 +25,20 @@ IN_PLACE = ("auto_normal",)  # a parameter for every datum: the datum must stay 
 JOINT = ("shared_latent",)
 GUIDE_ENUMERATED = ("semi_supervised", "enumerated_both")
 
+# Bugs of the package, each expected to fail until it is mended.
+ENUMERATED_IN_GUIDE = "weights.one_trace: the model's enum handler starts the dims anew, so that the guide's are lost"
+ELBO_OF_BOTH = "weights._contract: a site enumerated in the model is shared over what the guide enumerates in the elbo"
+FOLDED_VALUES = "weights._assemble: folded values stay [particles * batch, ...]; values= wants [particles, batch]"
+LATE_LOG_PROBS = "weights.traces: log-densities are taken later, when frozen parameters have their gradient back"
+LOST_WEIGHTS = "contract._agree: -inf and a number count as the same"
+METHODS = "scope.eval_mode: a module whose methods are called, and not it, stays in train mode"
+
+
+def known(names, *bugs):
+    """Parameters for pytest; `bugs` are (names, reason)."""
+    marks = {n: pytest.mark.xfail(strict=True, reason=reason) for which, reason in bugs for n in which}
+    return [pytest.param(n, marks=marks[n]) if n in marks else n for n in names]
+
 
 @pytest.fixture(autouse=True)
 def clean():
@@ -80,9 +94,9 @@ def summed(fn, args, values, pick):
     trace.compute_log_prob()
     out = {}
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and "log_prob" in node and not isinstance(node["fn"], _Subsample):
-            if not name.endswith("_unobserved") and not node["infer"].get("_deterministic"):
-                out[name] = pick(node["log_prob"]) / node["scale"]
+        sampled = node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
+        if sampled and not name.endswith("_unobserved") and not node["infer"].get("_deterministic"):
+            out[name] = pick(node["log_prob"]) / node["scale"]
     return out
 
 
@@ -163,12 +177,7 @@ def brute(name, model, guide, batch, structure, rows, values, k, b):
     return weights.logsumexp(0), elbo, p, q
 
 
-def every(name, quantity, count):
-    """[K, batch] of a function of (particle, datum)."""
-    return torch.stack([torch.stack([quantity(k, b) for b in range(count)]) for k in range(K)])
-
-
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
 def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
     model, guide, batch, structure, index = opened(name)
     t = terms(model, guide, batch, K, structure=structure, index=index)
@@ -178,9 +187,10 @@ def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
     results = [
         [brute(name, model, guide, batch, structure, index, latents(t), k, b) for b in range(count)] for k in range(K)
     ]
-    for which, found in ((0, t.log_weight), (1, t.elbo)):
-        expected = torch.stack([torch.stack([r[which] for r in row]) for row in results])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    expected = torch.stack([torch.stack([r[0] for r in row]) for row in results])
+    torch.testing.assert_close(t.log_weight, expected, rtol=0, atol=1e-9)
+    if name not in GUIDE_ENUMERATED:
+        assert torch.equal(t.elbo, t.log_weight)
     if t.contracted is None and name not in JOINT:
         for side, which in ((t.model, 2), (t.guide, 3)):
             for n, site in side.items():
@@ -190,7 +200,20 @@ def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
         torch.testing.assert_close(t.log_lik + t.log_prior - t.log_guide, t.log_weight, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", known(GUIDE_ENUMERATED, (["semi_supervised"], ENUMERATED_IN_GUIDE), (["enumerated_both"], ELBO_OF_BOTH))
+)
+def test_the_elbo_is_an_expectation_over_what_the_guide_enumerates(name):
+    model, guide, batch, structure, index = opened(name)
+    t = terms(model, guide, batch, K, structure=structure)
+    found = [
+        torch.stack([brute(name, model, guide, batch, structure, index, latents(t), k, b)[1] for b in range(SIZE)])
+        for k in range(K)
+    ]
+    torch.testing.assert_close(t.elbo, torch.stack(found), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
 def test_layouts_agree_wherever_they_run(name):
     model, guide, batch, structure, index = opened(name)
     single = one_by_one(model, guide, batch, structure, index)
@@ -212,7 +235,14 @@ def test_layouts_agree_wherever_they_run(name):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(n, {"conv": "folded", "rnn": "folded"}.get(n, "vectorized")) for n in PAIRS],
+    [
+        pytest.param(
+            n,
+            {"conv": "folded", "rnn": "folded"}.get(n, "vectorized"),
+            marks=[pytest.mark.xfail(strict=True, reason=ENUMERATED_IN_GUIDE)] if n in GUIDE_ENUMERATED else [],
+        )
+        for n in PAIRS
+    ],
 )
 def test_the_fastest_layout_that_is_right_is_found(name, layout):
     assert inspect(*PAIRS[name]()).layout == layout
@@ -243,6 +273,7 @@ def test_a_network_that_runs_on_particles_and_means_something_else_is_folded(cap
     assert ((weights.mean(0) - exact).abs() < 5 * weights.std(0) / math.sqrt(2000)).all()
 
 
+@pytest.mark.xfail(strict=True, reason=LOST_WEIGHTS)
 def test_a_vectorised_layout_that_loses_weights_is_not_taken():
     """A decoder that gives -inf under a particle plate and numbers without one must not count as the same."""
 
@@ -262,7 +293,9 @@ def test_a_vectorised_layout_that_loses_weights_is_not_taken():
 # -- values, and where they are held ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE), (["conv", "rnn"], FOLDED_VALUES))
+)
 def test_values_give_the_same_terms_again(name):
     model, guide, batch, structure, index = opened(name)
     t = terms(model, guide, batch, K, structure=structure, index=index)
@@ -282,7 +315,7 @@ def test_values_without_the_guide_broadcast():
         torch.testing.assert_close(t.log_weight[:, b], own.log_weight[:, 0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
 @pytest.mark.parametrize("frozen", [("guide",), ("model",), ("guide", "model")])
 def test_frozen_sides_change_no_value(name, frozen):
     model, guide, batch, structure, index = opened(name)
@@ -294,21 +327,23 @@ def test_frozen_sides_change_no_value(name, frozen):
     torch.testing.assert_close(found[0].elbo, found[1].elbo, rtol=0, atol=1e-12)
 
 
-def test_frozen_sides_take_no_gradient_and_give_it_back():
-    model, guide, batch, structure, _ = opened("hierarchical")
-    own = {"guide": structure.guide_params.values(), "model": structure.model_params.values()}
+@pytest.mark.parametrize(
+    "name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE), (["flow", "enumerated_model"], LATE_LOG_PROBS))
+)
+def test_frozen_sides_take_no_gradient_and_give_it_back(name):
+    model, guide, batch, structure, index = opened(name)
+    t = one_by_one(model, guide, batch, structure, index)
+    fixed = {n: v.detach() for n, v in latents(t).items()}  # or sampled values would carry the guide's gradient
+    own = {"guide": list(structure.guide_params.values()), "model": list(structure.model_params.values())}
     for frozen, other in (("guide", "model"), ("model", "guide")):
-        t = terms(model, guide, batch, K, structure=structure, frozen=(frozen,))
-        side = t.log_guide if frozen == "guide" else t.log_lik + t.log_prior
-        # the values are sampled with the guide's parameters: hold them, so that only densities are differentiated
-        fixed = {n: v.detach() for n, v in latents(t).items()}
-        t = terms(model, guide, batch, K, structure=structure, frozen=(frozen,), values=fixed)
-        side = t.log_guide if frozen == "guide" else t.log_lik + t.log_prior
-        rest = t.log_lik + t.log_prior if frozen == "guide" else t.log_guide
-        assert not side.requires_grad
-        grads = torch.autograd.grad(rest.sum(), list(own[other]), allow_unused=True)
-        assert any(g is not None and g.abs().max() > 1e-3 for g in grads)
-        assert all(p.requires_grad for side_params in own.values() for p in side_params)
+        t = one_by_one(model, guide, batch, structure, index, values=fixed, frozen=(frozen,))
+        assert all(p.requires_grad for side in own.values() for p in side)
+        if own[frozen] and t.log_weight.requires_grad:
+            grads = torch.autograd.grad(t.log_weight.sum(), own[frozen], allow_unused=True, retain_graph=True)
+            assert all(g is None for g in grads)
+        if own[other]:
+            grads = torch.autograd.grad(t.log_weight.sum(), own[other], allow_unused=True)
+            assert any(g is not None and g.abs().max() > 1e-6 for g in grads)
 
 
 def exact_linear_gaussian():
@@ -319,10 +354,11 @@ def exact_linear_gaussian():
         m = pair.weight.T @ pair.weight + 0.36 * torch.eye(3)
         slope = torch.linalg.solve(m, pair.weight.T)
     own = {
-        "slope": nn.Parameter(slope.clone()),
-        "shift": nn.Parameter((-slope @ pair.loc).detach().clone()),
-        "tril": nn.Parameter(torch.linalg.cholesky(0.36 * torch.linalg.inv(m)).detach().clone()),
-    }
+        "slope": slope,
+        "shift": -slope @ pair.loc.detach(),
+        "tril": torch.linalg.cholesky(0.36 * torch.linalg.inv(m)).detach(),
+    }  # contiguous, or pyro.param would make parameters of copies
+    own = {n: nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format)) for n, t in own.items()}
 
     def guide(x):
         slope, shift, tril = (pyro.param(f"exact.{n}", p) for n, p in own.items())
@@ -332,14 +368,15 @@ def exact_linear_gaussian():
     return pair, guide, own
 
 
+@pytest.mark.xfail(strict=True, reason=LATE_LOG_PROBS)
 def test_sticking_the_landing_at_the_exact_posterior_has_no_noise():
     """log w is constant in z there, so that the pathwise gradient is zero for every draw (Roeder et al. 2017)."""
     pair, guide, own = exact_linear_gaussian()
     x = torch.randn(4, 5)
     t = terms(pair.model, guide, x, K, frozen=("guide",))
     torch.testing.assert_close(t.log_weight, pair.log_px(x).expand(K, 4), rtol=0, atol=1e-10)
-    held = torch.autograd.grad(t.log_weight.sum(), own.values(), allow_unused=True)
-    assert all(g is not None and g.abs().max() < 1e-12 * 1e2 for g in held)
+    held = torch.autograd.grad(t.log_weight.sum(), own.values())
+    assert all(g.abs().max() < 1e-12 for g in held)
     free = torch.autograd.grad(terms(pair.model, guide, x, K).log_weight.sum(), own.values())
     assert all(g.abs().max() > 1e-2 for g in free)
 
@@ -364,7 +401,8 @@ def test_frozen_keeps_the_paths_through_a_hierarchical_guide():
 
     x = torch.randn(4)
     t = terms(chain, guide, x, K, frozen=("guide",))
-    torch.testing.assert_close(t.log_weight, dist.Normal(0.0, math.sqrt(3)).log_prob(x).expand(K, 4), rtol=0, atol=1e-12)
+    exact = dist.Normal(0.0, math.sqrt(3)).log_prob(x)
+    torch.testing.assert_close(t.log_weight, exact.expand(K, 4), rtol=0, atol=1e-12)
     held = torch.autograd.grad(t.log_weight.sum(), own)
     assert all(g.abs() < 1e-12 for g in held)
     free = torch.autograd.grad(terms(chain, guide, x, K).log_weight.sum(), own)
@@ -429,7 +467,7 @@ class Noisy(nn.Module):
         return self.second(nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training))
 
 
-@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("method", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=METHODS))])
 def test_dropout_is_off_while_evaluating(method):
     net = Noisy()
     call = net.by_method if method else net
@@ -449,7 +487,7 @@ def test_dropout_is_off_while_evaluating(method):
     torch.testing.assert_close(found[0], lik.logsumexp(0) - math.log(2), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
 def test_looking_at_a_pair_does_not_disturb_the_noise(name):
     model, guide, batch = PAIRS[name]()
     state = torch.get_rng_state()

@@ -53,6 +53,7 @@ class Structure:
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    score_only: tuple[str, ...] = ()  # latents that the guide does not reparameterise
     refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained
     words: tuple[str, ...] = field(default=(), repr=False)
 
@@ -143,6 +144,10 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
         fixed_size=full != plate.size,
         joint=bool(shared),
         lower_bound_only=lower,
+        score_only=tuple(
+            n for n, node in guide_nodes.items()
+            if guide_roles[n] != "enumerated" and not getattr(node["fn"], "has_rsample", False)
+        ),  # fmt: skip
         refusal=refusal,
         enumerated=tuple(
             n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))

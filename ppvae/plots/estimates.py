@@ -9,7 +9,7 @@ import numpy as np
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import MIN_ESS, Estimate
-from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, styled
+from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, number, plain, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def log_px_histogram(estimate: Estimate) -> Figure:
     log_px, good = array(estimate.log_px), array(estimate.reliable)
     finite = np.isfinite(log_px)
     fig = figure(7.2, 3.4)
-    ax = fig.add_subplot()
+    ax: Any = fig.add_subplot()
     if finite.any():
         edges = np.histogram_bin_edges(log_px[finite], bins=min(60, max(10, round(2 * math.sqrt(finite.sum())))))
         parts = [(log_px[finite & good], BLUE, "reliable"), (log_px[finite & ~good], VERMILLION, "not to be trusted")]
@@ -33,7 +33,7 @@ def log_px_histogram(estimate: Estimate) -> Figure:
     for values, style, words in ((estimate.elbo, ":", "ELBO"), (estimate.log_px, "-", "log p(x)")):
         mean = float(array(values).mean())
         if math.isfinite(mean):
-            ax.axvline(mean, color=INK, linestyle=style, linewidth=1.3, label=f"mean {words} = {mean:.2f}")
+            ax.axvline(mean, color=INK, linestyle=style, linewidth=1.3, label=f"mean {words} = {number(mean)}")
     ax.set_xlabel("log p(x) (nats per datum)")
     ax.set_ylabel("number of data")
     ax.yaxis.get_major_locator().set_params(integer=True)
@@ -59,16 +59,18 @@ def bound_curve(estimate: Estimate) -> Figure:
     curve, elbo = curve[:, kept], float(array(estimate.elbo)[kept].mean())
     mean = curve.mean(1)
     fig = figure(7.2, 3.4)
-    ax = fig.add_subplot()
+    ax: Any = fig.add_subplot()
     if kept.sum() > 1:
         error = curve.std(1, ddof=1) / math.sqrt(kept.sum())
-        ax.fill_between(ks, mean - error, mean + error, color=BLUE, alpha=0.15, linewidth=0, label="± standard error over the data")
+        words = "± standard error over the data"
+        ax.fill_between(ks, mean - error, mean + error, color=BLUE, alpha=0.15, linewidth=0, label=words)
     ax.plot(ks, mean, color=BLUE, marker="o", markersize=3.5, label="mean $L_k$")
-    ax.plot([1], [elbo], "D", color=INK, markersize=6, fillstyle="none", label=f"ELBO = {elbo:.2f}")
+    ax.plot([1], [elbo], "D", color=INK, markersize=6, fillstyle="none", label=f"ELBO = {number(elbo)}")
     ax.annotate(
-        f"{mean[-1]:.2f}", (ks[-1], mean[-1]), (0, 7), textcoords="offset points", ha="center", color=BLUE, fontsize=8.5
+        number(mean[-1]), (ks[-1], mean[-1]), (0, 7), textcoords="offset points", ha="center", color=BLUE, fontsize=8.5
     )
     ax.set_xscale("log")
+    plain(ax.xaxis)
     ax.margins(0.06, 0.12)
     ax.set_xlabel("number of particles k")
     ax.set_ylabel("bound $L_k$ (nats per datum)")
@@ -88,9 +90,9 @@ def diagnosis(estimate: Estimate) -> Figure:
     limit = k_hat_limit(estimate.num_particles)
     ess, log_px = array(estimate.ess), array(estimate.log_px)
     fig = figure(9.6, 3.8)
-    axes = fig.subplots(1, 2, sharex=True)
+    axes: Any = fig.subplots(1, 2, sharex=True)
     for ax, values, words in (
-        (axes[0], ess, "effective sample size (of K = " + f"{estimate.num_particles})"),
+        (axes[0], ess, f"effective sample size, ESS (of K = {estimate.num_particles})"),
         (axes[1], log_px, "log p(x) (nats per datum)"),
     ):
         shown = np.isfinite(at) & np.isfinite(values) & ((values > 0) if ax is axes[0] else True)
@@ -100,15 +102,16 @@ def diagnosis(estimate: Estimate) -> Figure:
         ax.set_ylabel(words)
         if limit is not None:
             ax.axvline(limit, color=FAINT, linestyle="--", linewidth=1)
-        note(ax, _missing(int((~shown).sum()), r"no finite value"))
+        note(ax, _missing(int((~shown).sum()), "no finite value"))
     _edges(axes[0], k_hat, left, right)
     axes[0].set_yscale("log")
+    plain(axes[0].yaxis)
     axes[0].axhline(MIN_ESS, color=FAINT, linestyle="--", linewidth=1)
     low, high = axes[0].get_ylim()
     axes[0].set_ylim(min(low, 0.6 * MIN_ESS), max(high, 1.2 * estimate.num_particles))
     if limit is not None:
         _shade(axes[0], limit)
-    axes[1].legend(*_legend(axes), loc="best")
+    fig.legend(*_legend(axes), loc="outside upper right", ncols=2)
     return fig
 
 
@@ -148,11 +151,12 @@ def _shade(ax: Any, limit: float) -> None:
     from matplotlib.patches import Rectangle
 
     (left, _), (_, high) = ax.get_xlim(), ax.get_ylim()
-    ax.add_patch(Rectangle((left, MIN_ESS), limit - left, high - MIN_ESS, color=BLUE, alpha=0.06, linewidth=0, zorder=0))
-    ax.annotate(rf"$\hat{{k}}$ < {limit:.2f}", (limit, 0), (4, 5), xycoords=("data", "axes fraction"),
-                textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
-    ax.annotate(f"ESS = {MIN_ESS:g}", (0, MIN_ESS), (4, -10), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
+    place = (left, MIN_ESS), limit - left, high - MIN_ESS
+    ax.add_patch(Rectangle(*place, color=BLUE, alpha=0.06, linewidth=0, zorder=0))
+    ax.annotate(
+        rf"reliable: $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", (0, MIN_ESS), (5, 4), fontsize=8, color=INK,
+        xycoords=("axes fraction", "data"), textcoords="offset points",
+    )  # fmt: skip
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:

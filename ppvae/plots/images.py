@@ -39,7 +39,7 @@ def image_grid(
         rows, cols: of the grid where images are [N, ...]; 16 columns at most by default.
         titles: words below each image, `row_titles` left of each row, `col_titles` above each column.
 
-    Pixels that are NaN are shown in vermillion.
+    Pixels that are NaN are shown in vermillion; an image that is NaN throughout leaves its place empty.
     """
     pixels, shape = _arranged(array(images), tuple(event_shape), rows, cols)
     (rows, cols), (height, width) = shape, pixels.shape[1:3]
@@ -49,7 +49,8 @@ def image_grid(
     width, height = width * scale, height * scale
     left = round(max(map(len, row_titles)) * 0.62 * _EM + _EM) if row_titles else 0
     top = round(1.6 * _EM) if col_titles else 0
-    pitch = max(width, 190) + 3 * GAP if titles else width + GAP, height + GAP + round((1.3 * lines + 0.9 * bool(lines)) * _EM)
+    below = round((1.3 * lines + 0.9) * _EM) if lines else 0
+    pitch = max(width, 190) + 3 * GAP if titles else width + GAP, height + GAP + below
     canvas = np.ones((top + rows * pitch[1] - GAP, left + cols * pitch[0] - GAP, 3), np.float32)
     places = [(left + (i % cols) * pitch[0], top + (i // cols) * pitch[1]) for i in range(len(pixels))]
     for image, (x, y) in zip(_coloured(pixels, limits), places, strict=True):
@@ -89,7 +90,9 @@ def _coloured(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     low, high = limits
     scaled = np.clip((pixels.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
     rgb = np.broadcast_to(scaled, (*scaled.shape[:3], 3)).copy()
-    rgb[np.isnan(rgb).any(-1)] = [int(VERMILLION[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    missing = np.isnan(rgb).any(-1)
+    rgb[missing] = [int(VERMILLION[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    rgb[missing.all((1, 2))] = 1
     return rgb
 
 

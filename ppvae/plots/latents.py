@@ -32,9 +32,9 @@ def latent_map(
     if points.ndim != 2 or not points.size:
         raise UsageError(f"means: expected [N, D], found {list(points.shape)}")
     flat, words = _plane(points, site)
-    size = float(np.clip(1200 / len(points), 3, 14))
+    size = float(np.clip(8000 / len(points), 5, 26))
     fig = figure(7.2, 5.6)
-    ax = fig.add_subplot()
+    ax: Any = fig.add_subplot()
     classes = np.unique(array(labels)) if labels is not None else np.empty(0)
     if 0 < len(classes) <= MOST_CLASSES:
         _classes(ax, flat, array(labels), classes, names, size)
@@ -86,4 +86,4 @@ def _classes(
             name, np.median(mine, 0), ha="center", va="center", fontsize=10, weight="bold", color=INK,
             path_effects=halo, zorder=5,
         )  # fmt: skip
-    ax.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.2, handletextpad=0.2)
+    ax.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.6, handletextpad=0.2)

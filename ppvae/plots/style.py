@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -93,6 +94,25 @@ def array(values: Any) -> np.ndarray:
         values = values.detach().as_subclass(torch.Tensor).cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values
     return np.asarray(values)
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number with a true minus sign.
+
+    >>> number(-1.25, 1), number(float("-inf"))
+    ('−1.2', '−∞')
+    """
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def plain(axis: Any) -> None:
+    """Powers of ten written out: 1, 10, 100."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def note(ax: Any, text: str) -> None:

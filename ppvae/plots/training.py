@@ -74,4 +74,4 @@ def _leave_out_the_start(ax: Any, epochs: Sequence[int], series: Sequence[np.nda
     reach = max(np.nanmax(whole[out], initial=high) - high, low - np.nanmin(whole[out], initial=low))
     if high > low and reach > 0.5 * (high - low):
         ax.set_ylim(low - margin, high + margin)
-        note(ax, f"epoch{'s' if start > 1 else ''} {'1' if start == 1 else f'1 to {start}'} partly beyond the axis")
+        note(ax, f"the first {'epoch' if start == 1 else f'{start} epochs'} beyond the axis")

@@ -27,6 +27,7 @@ from ppvae.inference.contract import Structure, inspect, undisturbed
 from ppvae.inference.scope import Bound, Registration, Scope, eval_mode, modules_called, unbound
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.weights import Pair, node_log_prob, sample_nodes, traces
+from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.loading import Columns
 from ppvae.training.progress import Progress
@@ -195,7 +196,7 @@ class _Trainer:
                         raise
             if structure.indexes:
                 structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
-        if structure.enumerated and not isinstance(self.objective, TraceEnum_ELBO):
+        if structure.enumerated and not isinstance(self.objective, TraceEnum_ELBO | Objective):
             raise ContractError(
                 f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
                 f"{type(self.objective).__name__}. Pass objective=pyro.infer.TraceEnum_ELBO()"

@@ -1,0 +1,189 @@
+"""What a report is about: a run, the data it is judged on, and perhaps an estimate of log p(x)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ppvae import data as datasets
+from ppvae import generate
+from ppvae.errors import ContractError, PpvaeError
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.marginal import prepared
+from ppvae.inference.contract import Structure, inspect
+from ppvae.inference.scope import evaluating, unbound
+
+if TYPE_CHECKING:
+    from ppvae.training import Run
+
+MAP_ROWS = 2000  # data whose posterior means are computed
+ACTIVE = 0.01  # variance of the posterior mean above which a dim counts as active (Burda et al. 2016)
+
+
+class LeftOut(Exception):
+    """Why something is not in the report, in one sentence."""
+
+
+class Subject:
+    """A run with its test data, ready to be drawn from.
+
+    Attributes:
+        columns: the data, with noise fixed as the estimate fixed it.
+        event: (C, H, W) where data are images, or None; `guessed` where nothing but the size says so.
+        limits: the values shown as black and white.
+        structure: what the pair is, or None where it cannot be run on the data (`problem` says why).
+    """
+
+    def __init__(self, run: Run, data: Any, estimate: Estimate | None, seed: int, labels: Any = None):
+        columns = tuple(data) if isinstance(data, list | tuple) else (data,)
+        noise = seed if estimate is None else estimate.seed
+        self.columns = tuple(c.fixed(noise) if getattr(c, "noise", None) else c for c in columns)
+        self.run, self.estimate, self.seed = run, estimate, seed
+        self.labels = _labels(self.columns) if labels is None else torch.as_tensor(labels).cpu()
+        self.structure: Structure | None = None
+        self.problem = ""
+        self.whole = False  # whether the pair must be called with all data at once
+        self._look()
+        first = self.read(torch.arange(min(200, len(self))))[0]
+        low, high = float(first.min()), float(first.max())
+        unit = low >= 0 and high <= 1
+        self.limits = (0.0, 1.0) if unit or high == low else (low, high)
+        self.event, self.guessed = image_shape(tuple(getattr(self.columns[0], "event_shape", first.shape[1:])), unit)
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def read(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows of every column."""
+        return tuple(c.read(rows) if hasattr(c, "read") else c[rows.to(c.device)] for c in self.columns)
+
+    def called_with(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """What to call the pair with to learn about `rows`, and where they are in what comes back."""
+        if self.whole:
+            return self.read(torch.arange(len(self))), rows
+        return self.read(rows), slice(None)
+
+    def values(self, rows: Tensor) -> Tensor:
+        """The data themselves, [rows, *event]."""
+        return self.read(rows)[0].cpu()
+
+    def like_data(self, values: Tensor, lead: int = 1) -> Tensor:
+        """What the pair generated, on the CPU, if it is of the data's size; `lead` dims come before the event."""
+        values, size = values.cpu(), math.prod(self.columns[0].shape[1:])
+        if math.prod(values.shape[lead:]) != size:
+            found = list(values.shape[lead:])
+            raise LeftOut(f"The model's first observed site is of shape {found}; the data have {size} numbers.")
+        return values
+
+    @functools.cached_property
+    def means(self) -> Mapping[str, Tensor]:
+        """The guide's mean of every latent that is a number or vector per datum, {site: [rows, D]}."""
+        if self.structure is None:
+            raise LeftOut(self.problem)
+        count = min(len(self), MAP_ROWS)
+        batch, rows = self.called_with(torch.arange(count))
+        found = {}
+        for name, v in generate.posterior_means(self.run.model, self.run.guide, batch, seed=self.seed).items():
+            size = self.structure.event_dims[name]
+            if v.is_floating_point() and size <= 1 and v.dim() == 1 + size and len(v) == len(batch[0]):
+                found[name] = v[rows].cpu().reshape(count, -1)
+        return found
+
+    @property
+    def matched(self) -> str:
+        """Why the estimate's data cannot be told to be these data, or an empty string."""
+        if self.estimate is None:
+            return self.no_estimate
+        if self.estimate.joint:
+            return "Weights are joint over the data set, so that no datum has a log p(x) of its own."
+        found = self.digest
+        if len(self.estimate.log_px) != len(self) or self.estimate.digest not in ("", found):
+            return f"The estimate is of other data (SHA-256 {self.estimate.digest[:12]}) than these ({found[:12]})."
+        return ""
+
+    @property
+    def no_estimate(self) -> str:
+        """Why there is no estimate."""
+        why = self.problem or (self.structure.refusal if self.structure else "")
+        return f"No estimate of log p(x): {why}" if why else "No estimate of log p(x) was given."
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the data, as `log_marginal` writes it into its result."""
+        own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in self.columns]
+        return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
+
+    @property
+    def description(self) -> str:
+        """The data in words."""
+        first = self.columns[0]
+        return getattr(first, "description", "") or f"a tensor of shape {list(first.shape)}"
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The pair's name, and its parts."""
+        model = unbound(self.run.model)
+        owner = getattr(model, "__self__", model)
+        thing: Any = type(owner) if isinstance(owner, nn.Module) else model
+        name = getattr(thing, "__qualname__", type(thing).__name__)
+        parts = list(owner.named_children())[:6] if isinstance(owner, nn.Module) else []
+        words = ", ".join(f"{n} {type(part).__name__}" for n, part in parts)
+        return str(self.run.config.get("pair", {}).get("name", name)), words
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the run learned."""
+        return sum(p.numel() for p in self.run.model.scope.params.values())
+
+    def _look(self) -> None:
+        """Runs the pair on the first data, and on all where it wants them all."""
+        try:
+            for count in dict.fromkeys((min(50, len(self)), len(self))):
+                try:
+                    self.structure = self._inspect(count)
+                except ContractError:
+                    if count == len(self):
+                        raise
+                    continue
+                self.whole = count > 50 or self.structure.indexes or self.structure.joint
+                if not self.whole:
+                    return
+        except PpvaeError as error:
+            self.problem = " ".join(str(error).split())
+
+    def _inspect(self, count: int) -> Structure:
+        with evaluating(self.run.model, self.run.guide):
+            batch = prepared(self.run.model, self.run.guide, self.read(torch.arange(count)), self.seed)
+            return inspect(self.run.model, self.run.guide, batch, weights=False)
+
+
+def image_shape(event: tuple[int, ...], unit: bool) -> tuple[tuple[int, int, int] | None, bool]:
+    """(C, H, W) of data that are or seem to be images, and whether that was guessed.
+
+    Numbers in [0, 1] in a square of side 8 at least are taken for an image; so is any [1 or 3, H, W].
+
+    >>> image_shape((3, 32, 32), False), image_shape((784,), True), image_shape((5,), True)
+    (((3, 32, 32), False), ((1, 28, 28), True), (None, False))
+    """
+    if len(event) == 3 and event[0] in (1, 3):
+        return (event[0], event[1], event[2]), False
+    if len(event) == 2 and unit and min(event) >= 8:
+        return (1, event[0], event[1]), True
+    side = math.isqrt(event[0]) if len(event) == 1 else 0
+    if side >= 8 and side * side == event[0] and unit:
+        return (1, side, side), True
+    return None, False
+
+
+def _labels(columns: tuple[Any, ...]) -> Tensor | None:
+    """The labels of a split, or a second column of whole numbers."""
+    own = getattr(columns[0], "labels", None)
+    if own is None and len(columns) > 1 and columns[1].ndim == 1 and not columns[1].is_floating_point():
+        own = columns[1]
+    return None if own is None else own.cpu()
