@@ -328,7 +328,7 @@ def test_frozen_sides_change_no_value(name, frozen):
 
 
 @pytest.mark.parametrize(
-    "name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE), (["flow", "enumerated_model"], LATE_LOG_PROBS))
+    "name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE), (["flow", "shared_latent"], LATE_LOG_PROBS))
 )
 def test_frozen_sides_take_no_gradient_and_give_it_back(name):
     model, guide, batch, structure, index = opened(name)

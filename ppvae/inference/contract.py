@@ -145,9 +145,10 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
         joint=bool(shared),
         lower_bound_only=lower,
         score_only=tuple(
-            n for n, node in guide_nodes.items()
+            n
+            for n, node in guide_nodes.items()
             if guide_roles[n] != "enumerated" and not getattr(node["fn"], "has_rsample", False)
-        ),  # fmt: skip
+        ),
         refusal=refusal,
         enumerated=tuple(
             n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))

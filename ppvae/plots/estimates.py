@@ -96,8 +96,8 @@ def diagnosis(estimate: Estimate) -> Figure:
         (axes[1], log_px, "log p(x) (nats per datum)"),
     ):
         shown = np.isfinite(at) & np.isfinite(values) & ((values > 0) if ax is axes[0] else True)
-        _points(ax, at, values, shown & good, BLUE, "o", "reliable")
         _points(ax, at, values, shown & ~good, VERMILLION, "X", "not to be trusted")
+        _points(ax, at, values, shown & good, BLUE, "o", "reliable")
         ax.set_xlabel(r"Pareto shape $\hat{k}$")
         ax.set_ylabel(words)
         if limit is not None:
@@ -153,10 +153,7 @@ def _shade(ax: Any, limit: float) -> None:
     (left, _), (_, high) = ax.get_xlim(), ax.get_ylim()
     place = (left, MIN_ESS), limit - left, high - MIN_ESS
     ax.add_patch(Rectangle(*place, color=BLUE, alpha=0.06, linewidth=0, zorder=0))
-    ax.annotate(
-        rf"reliable: $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", (0, MIN_ESS), (5, 4), fontsize=8, color=INK,
-        xycoords=("axes fraction", "data"), textcoords="offset points",
-    )  # fmt: skip
+    ax.set_title(rf"shaded: reliable, $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", fontsize=8, color=FAINT)
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:

@@ -14,7 +14,7 @@ from ppvae.plots.style import DPI, INK, VERMILLION, array, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 1920  # pixels of a full-width figure
+WIDTH = 1936  # pixels of a full-width figure
 GAP = 4
 POINTS = 8.0
 _EM = POINTS * DPI / 72  # pixels
@@ -44,11 +44,11 @@ def image_grid(
     pixels, shape = _arranged(array(images), tuple(event_shape), rows, cols)
     (rows, cols), (height, width) = shape, pixels.shape[1:3]
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
-    tile = min(190 if titles else 128, (WIDTH - GAP) // cols - GAP)
-    scale = max(1, tile // max(width, height)) if max(width, height) <= tile else 1
-    width, height = width * scale, height * scale
     left = round(max(map(len, row_titles)) * 0.62 * _EM + _EM) if row_titles else 0
     top = round(1.6 * _EM) if col_titles else 0
+    tile = min(190 if titles else 144, (WIDTH - left) // cols - GAP)
+    scale = max(1, tile // max(width, height))
+    width, height = width * scale, height * scale
     below = round((1.3 * lines + 0.9) * _EM) if lines else 0
     pitch = max(width, 190) + 3 * GAP if titles else width + GAP, height + GAP + below
     canvas = np.ones((top + rows * pitch[1] - GAP, left + cols * pitch[0] - GAP, 3), np.float32)
@@ -57,7 +57,8 @@ def image_grid(
         canvas[y : y + height, x : x + width] = image.repeat(scale, 0).repeat(scale, 1)
     fig, ax = _exact(canvas)
     for title, (x, y) in zip(titles or (), places, strict=False):
-        ax.text(x, y + height + 0.3 * _EM, title, va="top", fontsize=POINTS, linespacing=1.3, color=INK)
+        for i, line in enumerate(title.split("\n"), 1):  # by hand: matplotlib gives a line with an accent more height
+            ax.text(x, y + height + 1.3 * i * _EM, line, va="baseline", fontsize=POINTS, color=INK)
     for title, y in zip(row_titles or (), range(top, canvas.shape[0], pitch[1]), strict=False):
         ax.text(left - 0.6 * _EM, y + height / 2, title, va="center", ha="right", fontsize=POINTS, color=INK)
     for title, x in zip(col_titles or (), range(left, canvas.shape[1], pitch[0]), strict=False):

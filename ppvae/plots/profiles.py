@@ -54,10 +54,11 @@ def _panel(ax: Any, lines: Mapping[str, Any]) -> None:
         color = (INK, BLUE)[i] if count <= 2 else matplotlib.colormaps[ORDERED](0.92 * i / (count - 1))
         dims = values.shape[1]
         many = len(values) > 1
+        dots = ("o", "s")[i % 2] if dims <= 30 and not many and count <= 2 else None
         ax.plot(
             range(dims), values.T, color=BLUE if many and count == 1 else color,
             alpha=min(1.0, max(0.08, 12 / len(values))) if many else 1.0, linewidth=0.8 if many else 1.4,
-            marker="_" if dims == 1 else ("o", "s")[i % 2] if dims <= 30 and not many and count <= 2 else None, markersize=3.2,
+            marker="_" if dims == 1 else dots, markersize=3.2,
         )  # fmt: skip
         ax.lines[-1].set_label(label)
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.report.page import Card, Head
 from ppvae.plots.style import number
+from ppvae.report.page import Card, Head
 from ppvae.report.sections import active
 from ppvae.report.subject import LeftOut, Subject
 

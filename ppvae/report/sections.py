@@ -69,7 +69,7 @@ def sections(s: Subject) -> Iterator[Section]:
     yield section("log_px", "Distribution of log p(x)", lambda: log_px(s))
     yield section("bounds", "Bound against particles", lambda: bounds(s))
     yield section("diagnosis", "Diagnosis", lambda: diagnosis(s))
-    yield section("worst", "Hardest data", lambda: worst_data(s))
+    yield section("worst", "Data with the worst k̂", lambda: worst_data(s))
 
 
 def of_latents(s: Subject, key: str, title: str, draw: Callable[[Subject, str], Drawn]) -> Iterator[Section]:
@@ -111,14 +111,14 @@ def samples(s: Subject, count: int = 64) -> Drawn:
     if s.event is not None:
         return Drawn(
             _grid(s, made),
-            f"Means of p(x | z) for z drawn from the prior{given}: look for variety, and compare with the reconstructions; "
-            "samples that are worse come from regions of the prior in which no datum is encoded.",
+            f"Means of p(x | z) for z drawn from the prior{given}: look for variety, and for samples that no datum "
+            "resembles; they come from regions of the prior where no datum is encoded.",
             made,
         )
     data = s.values(torch.arange(min(LINES, len(s))))
     return Drawn(
         plots.profiles({f"data (first {len(data)})": {"": data}, f"samples ({len(made)})": {"": made}}, cols=2),
-        f"Data and draws from the model, each a line over the dims of x{given}: look for a difference in spread and shape.",
+        f"Data and draws from the model, each a line over the dims of x{given}: look for other spreads and shapes.",
         made,
     )
 
@@ -211,9 +211,9 @@ def traversals(s: Subject, site: str) -> Drawn:
     steps = [number(v, 0) for v in STEPS]
     shown = "" if len(dims) == len(variance) else f" (the first {len(dims)} of {len(variance)})"
     caption = (
-        f"Means of p(x | z) as one dim of {site} at a time goes from −3 to 3 and the rest stays at the posterior mean of "
-        f"datum 0: look for rows that do not change, dims that the decoder does not use. Dims{shown} are in order of the "
-        f"variance of their posterior mean (left); {active(s, site)} are active (variance above {ACTIVE})."
+        f"Means of p(x | z) as one dim of {site} at a time goes from −3 to 3 and the rest stays at the posterior mean "
+        f"of datum 0: look for rows without change, dims that the decoder does not use; dims{shown} are in order of "
+        f"the variance of their posterior mean (left), and {active(s, site)} are active (variance above {ACTIVE})."
     )
     if s.event is not None:
         return Drawn(_grid(s, made, row_titles=titles, col_titles=steps), caption, made)
@@ -253,8 +253,8 @@ def log_px(s: Subject) -> Drawn:
     """The distribution over the data."""
     return Drawn(
         plots.log_px_histogram(_per_datum(s)),
-        "Look for a long tail to the left (data that surprise the model), and for where the data lie that are not to be "
-        "trusted: their log p(x) may be far too low.",
+        "Look for a long tail to the left (data that surprise the model), and for where the data lie that are not to "
+        "be trusted: their log p(x) may be far too low.",
     )
 
 
@@ -266,9 +266,8 @@ def bounds(s: Subject) -> Drawn:
         raise LeftOut("One particle gives one bound, the ELBO.")
     return Drawn(
         plots.bound_curve(s.estimate),
-        "The mean bound rises towards log p(x): look for a curve that still rises at its right end, where more particles "
-        "would raise the estimate. The band is the spread of the data, common to all k: the shape is known far better than "
-        "the height.",
+        "Look for a curve that still rises at its right end, where more particles would raise the estimate; the band "
+        "is the spread of the data, common to all k, so that the shape is known far better than the height.",
     )
 
 
@@ -320,7 +319,7 @@ def worst(est: Estimate, count: int) -> list[int]:
 def _numbers(s: Subject, est: Estimate, i: int) -> str:
     label = "" if s.labels is None or s.labels.ndim != 1 else f", label {s.labels[i].item():g}"
     k, ess, value = (float(t[i]) for t in (est.k_hat, est.ess, est.log_px))
-    return f"#{i}{label}\n$\\hat{{k}}$ {number(k, 2)}\nESS {number(ess, 0)}\nlog p(x) {number(value, 1)}"
+    return f"#{i}{label}\nk̂ {number(k, 2)}\nESS {number(ess, 0)}\nlog p(x) {number(value, 1)}"
 
 
 def _per_datum(s: Subject) -> Estimate:
