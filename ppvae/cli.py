@@ -69,7 +69,8 @@ def _run(command: str, args: list[str]) -> int:
     except PpvaeError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; `ppvae fit ... --name NAME --resume` goes on from the last checkpoint", 130)
+        after = "; the same command with --name NAME --resume goes on from the last checkpoint"
+        return _fail("interrupted" + (after if command == "fit" else ""), 130)
     except BrokenPipeError:
         raise
     except Exception as error:

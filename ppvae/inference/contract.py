@@ -509,7 +509,7 @@ def _named(variable: Tensor, *functions: Callable[..., Any]) -> str:
 
 
 def _layout(model: Pair, guide: Pair, batch: tuple[Any, ...], s: Structure) -> str:
-    """"vectorized" if the pair broadcasts over a particle plate, else "folded" into the batch, else "one by one".
+    """ "vectorized" if the pair broadcasts over a particle plate, else "folded" into the batch, else "one by one".
 
     A layout counts only if it gives the densities that single particles give: some networks run on a particle dim
     and silently mean something else by it.

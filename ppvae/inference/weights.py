@@ -301,9 +301,7 @@ def terms(
         return _assemble(*pair, structure, num_particles, size, lambda t: _unfold(t, num_particles, size))
     parts = []
     for k in range(num_particles):
-        one = {
-            n: v if n == structure.plate else v.select(particle_dim(v, structure, n), k) for n, v in given.items()
-        }
+        one = {n: v if n == structure.plate else v.select(particle_dim(v, structure, n), k) for n, v in given.items()}
         pair = traces(model, guide, batch, structure, one, frozen)
         parts.append(_assemble(*pair, structure, 1, size, lambda t: t.unsqueeze(-2)))
     return _stacked(parts, structure)

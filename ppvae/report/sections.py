@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ppvae")
 
+NO_ESTIMATE = "There is no estimate of log p(x); see the top of the page."
 MOST_SITES, MOST_DIMS, LINES = 3, 10, 100
 STEPS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
@@ -261,7 +262,7 @@ def log_px(s: Subject) -> Drawn:
 def bounds(s: Subject) -> Drawn:
     """L_k against k."""
     if s.estimate is None:
-        raise LeftOut(s.no_estimate)
+        raise LeftOut(NO_ESTIMATE)
     if s.estimate.num_particles < 2:
         raise LeftOut("One particle gives one bound, the ELBO.")
     return Drawn(
@@ -324,7 +325,7 @@ def _numbers(s: Subject, est: Estimate, i: int) -> str:
 
 def _per_datum(s: Subject) -> Estimate:
     if s.estimate is None:
-        raise LeftOut(s.no_estimate)
+        raise LeftOut(NO_ESTIMATE)
     if s.estimate.joint:
         raise LeftOut("Weights are joint over the data set, so that no datum has a log p(x) of its own.")
     return s.estimate

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppvae import data as datasets
 from ppvae import generate
+from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, PpvaeError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.marginal import prepared
@@ -22,6 +23,7 @@ from ppvae.inference.scope import evaluating, unbound
 if TYPE_CHECKING:
     from ppvae.training import Run
 
+FEW = (23, 24)  # data on which a pair is first tried
 MAP_ROWS = 2000  # data whose posterior means are computed
 ACTIVE = 0.01  # variance of the posterior mean above which a dim counts as active (Burda et al. 2016)
 
@@ -81,16 +83,32 @@ class Subject:
             raise LeftOut(f"The model's first observed site is of shape {found}; the data have {size} numbers.")
         return values
 
-    @functools.cached_property
+    @property
     def means(self) -> Mapping[str, Tensor]:
-        """The guide's mean of every latent that is a number or vector per datum, {site: [rows, D]}."""
+        """The guide's mean of every latent that is a number or vector per datum, {site: [rows, D]}, for the first rows."""
+        means, why = self._means
+        if why:
+            raise LeftOut(why)
+        return means
+
+    @functools.cached_property
+    def _means(self) -> tuple[dict[str, Tensor], str]:
+        """The means, or why there are none."""
         if self.structure is None:
-            raise LeftOut(self.problem)
+            return {}, self.problem
+        try:
+            return self._computed(self.structure), ""
+        except PpvaeError as error:
+            return {}, one_line(error, 400)
+        except Exception as error:
+            return {}, f"Posterior means could not be computed ({type(error).__name__}: {one_line(error)})."
+
+    def _computed(self, structure: Structure) -> dict[str, Tensor]:
         count = min(len(self), MAP_ROWS)
         batch, rows = self.called_with(torch.arange(count))
         found = {}
         for name, v in generate.posterior_means(self.run.model, self.run.guide, batch, seed=self.seed).items():
-            size = self.structure.event_dims[name]
+            size = structure.event_dims[name]
             if v.is_floating_point() and size <= 1 and v.dim() == 1 + size and len(v) == len(batch[0]):
                 found[name] = v[rows].cpu().reshape(count, -1)
         return found
@@ -142,20 +160,17 @@ class Subject:
         return sum(p.numel() for p in self.run.model.scope.params.values())
 
     def _look(self) -> None:
-        """Runs the pair on the first data, and on all where it wants them all."""
+        """Finds out what the pair is, and whether it can be run on some of the data or wants them all."""
         try:
-            for count in dict.fromkeys((min(50, len(self)), len(self))):
-                try:
-                    self.structure = self._inspect(count)
-                except ContractError:
-                    if count == len(self):
-                        raise
-                    continue
-                self.whole = count > 50 or self.structure.indexes or self.structure.joint
-                if not self.whole:
-                    return
+            # of two sizes, so that neither is taken for the batch of a pair that draws its own subsample of that size
+            found = [self._inspect(count) for count in {min(n, len(self)) for n in FEW}]
+            self.whole = any(structure.indexes or structure.joint for structure in found)
+        except ContractError:
+            self.whole = True
+        try:
+            self.structure = self._inspect(len(self)) if self.whole else found[0]
         except PpvaeError as error:
-            self.problem = " ".join(str(error).split())
+            self.problem = one_line(error, 400)
 
     def _inspect(self, count: int) -> Structure:
         with evaluating(self.run.model, self.run.guide):

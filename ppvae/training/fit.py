@@ -153,7 +153,9 @@ class _Trainer:
             self.valid = Columns(valid, "valid", place) if valid is not None else None
             self.structure, modules = self._look(device is not None, place)
             self.state = PairState(self.scope, modules)
-            self.monitor = Monitor(self.structure, self.valid or self.train, self.valid is not None, seed)
+            self.monitor = Monitor(
+                self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
+            )
             self.svi = SVI(self.model, self.guide, optimizer, objective)
             self.svi.take_up(self.scope.params.values())
         if not self.scope.params:
@@ -218,6 +220,8 @@ class _Trainer:
                     f"{folder}: holds a run already; pass resume=True (--resume) to go on, or choose another folder"
                 )
             self._restore(checkpoint.read(checkpoints), settings)
+            if self.stopped or self.epoch >= extra["epochs"]:
+                return  # finished: there is nothing to do, and nothing is touched
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -417,8 +421,14 @@ class _Trainer:
 
     def _append_metrics(self, metrics: dict[str, Any]) -> None:
         assert self.folder is not None
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: could not be written ({error.strerror}); the last checkpoint is kept"
+            ) from error
 
     def _rewrite_metrics(self) -> None:
         """The file holds what the checkpoint knows: epochs after it will be run again."""

@@ -54,9 +54,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load(
-    directory: str | Path, model: Pair | None = None, guide: Pair | None = None, best: bool | None = None
-) -> Run:
+def load(directory: str | Path, model: Pair | None = None, guide: Pair | None = None, best: bool | None = None) -> Run:
     """Loads a run: one started from a factory rebuilds its pair, otherwise pass the pair; names and shapes are checked.
 
     Args:

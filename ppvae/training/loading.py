@@ -30,7 +30,8 @@ class Columns:
             if not isinstance(part, Tensor | datasets.LazySplit):
                 raise UsageError(f"{place}: expected a tensor or a split, found {type(part).__name__}")
             if isinstance(part, Tensor):
-                part = datasets.validated(part, place).to(device)
+                part = datasets.validated(part, place)
+                part = part.to(device) if _fits(part, device) else part
             if len(part) != len(parts[0]):
                 raise DataError(f"{place}: expected {len(parts[0])} rows as in the first tensor, found {len(part)}")
             self.parts.append(part)
@@ -46,13 +47,13 @@ class Columns:
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The rows of every column, on the device, with fresh noise where a split redraws its values."""
         return tuple(
-            part.read(rows).to(self.device) if hasattr(part, "read") else part[rows.to(part.device)]
+            (part.read(rows) if hasattr(part, "read") else part[rows.to(part.device)]).to(self.device)
             for part in self.parts
         )
 
     def whole(self) -> tuple[Tensor, ...]:
         """All rows, for a pair whose plate draws its own subsample."""
-        return tuple(part.read().to(self.device) if hasattr(part, "read") else part for part in self.parts)
+        return tuple((part.read() if hasattr(part, "read") else part).to(self.device) for part in self.parts)
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         """One pass over the data in an order that is a function of seed and epoch."""
@@ -68,6 +69,14 @@ class Columns:
         else:
             for rows in order:
                 yield self.read(rows.to(self.device))
+
+
+def _fits(values: Tensor, device: torch.device) -> bool:
+    """Whether the data leave room on the device for the work itself."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return values.numel() * values.element_size() < free / 2
 
 
 class _Read(torch.utils.data.Dataset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ppvae.evaluation.marginal import Block
-from ppvae.inference.contract import Structure, undisturbed
+from ppvae.inference.contract import Structure, inspect, undisturbed
 from ppvae.inference.scope import eval_mode
 from ppvae.inference.weights import Pair
 from ppvae.training.loading import Columns
@@ -20,7 +20,7 @@ class Monitor:
     validation data it looks at the first training data, and says so in the metrics' names.
     """
 
-    def __init__(self, structure: Structure, columns: Columns, held_out: bool, seed: int):
+    def __init__(self, model: Pair, guide: Pair, structure: Structure, columns: Columns, held_out: bool, seed: int):
         self.structure, self.columns, self.seed = structure, columns, seed
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
@@ -28,6 +28,8 @@ class Monitor:
         with undisturbed():
             torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
             self._parts = tuple(_fixed(part, seed) for part in columns.parts)
+        if structure.indexes and held_out:  # its plate has another size over other data
+            self.structure = inspect(model, guide, columns.whole(), weights=False)
 
     def __call__(self, model: Pair, guide: Pair) -> dict[str, float]:
         """{valid_elbo, valid_rate, valid_distortion}, or the same with train_."""
