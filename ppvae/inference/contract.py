@@ -114,6 +114,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     model_nodes, guide_nodes = dict(sample_nodes(model_trace)), dict(sample_nodes(guide_trace))
     plate, subsample = _data_plate(model_nodes, model_trace, batch)
     model_roles, guide_roles = _roles(model_nodes, guide_nodes)
+    _check_families(model_nodes, guide_nodes)
     for nodes, roles in ((guide_nodes, guide_roles), (model_nodes, model_roles)):
         for name, node in nodes.items():
             _check_shape(name, node)
@@ -168,6 +169,9 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
 
 def _explained(error: Exception, sizes: str) -> ContractError:
     text = " ".join(str(error).split())[:300]
+    if "must be sampled in trace" in text:
+        name = text.removeprefix("site ").split(" must")[0]
+        return refuse(name, "a guide that samples latents only", "a site with obs=", "move the observation to the model")
     if "plate" in text and ("hape mismatch" in text or "invalid shape" in text):
         return ContractError(
             f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "
@@ -383,12 +387,6 @@ def _check_continuity(
                 continue
             else:
                 points[name] = _event_size(q)
-        elif discrete != _is_discrete(posterior):
-            raise refuse(
-                name, f"a {'discrete' if discrete else 'continuous'} guide, as {type(prior).__name__} is",
-                type(posterior).__name__,
-                "evaluate with a guide that is absolutely continuous with the prior",
-            )  # fmt: skip
         elif not discrete:
             _check_support_covers(name, p, q)
     helpers = {n: _event_size(guide[n]) for n, role in guide_roles.items() if role == "auxiliary"}
@@ -431,6 +429,22 @@ def _event_size(node: dict[str, Any]) -> int:
     return getattr(node["fn"], "event_shape", torch.Size()).numel() * inner
 
 
+def _check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
+    """Refuses a continuous guide of a discrete latent, and the other way round."""
+    for name, q in guide.items():
+        if name not in model or isinstance(_base(q["fn"]), dist.Delta):
+            continue
+        prior, posterior = _base(model[name]["fn"]), _base(q["fn"])
+        if _is_discrete(prior) != _is_discrete(posterior):
+            kind = "discrete" if _is_discrete(prior) else "continuous"
+            raise refuse(
+                name,
+                f"a {kind} guide, as its prior {type(prior).__name__} is",
+                type(posterior).__name__,
+                "choose a guide that is absolutely continuous with the prior",
+            )
+
+
 def _same_mask(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         a, b = torch.broadcast_tensors(a, b)
@@ -448,16 +462,35 @@ def _check_support_covers(name: str, p: dict[str, Any], q: dict[str, Any]) -> No
         return
     if type(prior) is type(posterior) and not vars(prior):
         return
-    with torch.no_grad():
-        draws = p["fn"].sample(torch.Size((64,)))
-        if bool(q["fn"].support.check(draws).all()):
+    inner, outer = _bounds(prior), _bounds(posterior)
+    if inner is not None and outer is not None:
+        if bool((outer[0] <= inner[0]).all()) and bool((inner[1] <= outer[1]).all()):
             return
+    else:  # no interval: ask the guide about draws of the prior
+        with torch.no_grad():
+            draws = p["fn"].sample(torch.Size((64,)))
+            if bool(q["fn"].support.check(draws).all()):
+                return
     raise refuse(
         name,
         f"a guide whose support holds the prior's ({_support_words(prior)})",
         f"{type(_base(q['fn'])).__name__} on {_support_words(posterior)}",
         "choose a guide, or transform it, so that it reaches wherever the prior has mass",
     )
+
+
+def _bounds(support: Any) -> tuple[Tensor, Tensor] | None:
+    """Lower and upper end of an interval; None for a support that is none."""
+    if support is constraints.real or support is constraints.real_vector:
+        return torch.tensor(-torch.inf), torch.tensor(torch.inf)
+    intervals = (
+        constraints.interval, constraints.half_open_interval, constraints.greater_than, constraints.greater_than_eq,
+        constraints.less_than,
+    )  # fmt: skip
+    if not isinstance(support, intervals):
+        return None
+    low, high = getattr(support, "lower_bound", -torch.inf), getattr(support, "upper_bound", torch.inf)
+    return torch.as_tensor(low), torch.as_tensor(high)
 
 
 def _check_registered(
@@ -560,8 +593,8 @@ def _agree(a: Terms, b: Terms) -> bool:
         if x.shape[-2:] != y.shape[-2:] and x.numel() != y.numel():
             return False
         exact = a.log_weight.new_tensor(1e-8 if _dtype(a) is torch.float64 else 1e-3)
-        finite = torch.isfinite(x) & torch.isfinite(y)
-        if not bool((((x - y).abs() <= exact * (1 + x.abs())) | ~finite & (torch.isnan(x) == torch.isnan(y))).all()):
+        near = (x - y).abs() <= exact * (1 + x.abs())
+        if not bool((near | (x == y) | (x.isnan() & y.isnan())).all()):
             return False
     return True
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -129,6 +130,13 @@ def unbound(function: Callable[..., Any]) -> Callable[..., Any]:
     return function.function if isinstance(function, Bound) else function
 
 
+def _taken(name: str) -> ContractError:
+    return ContractError(
+        f"parameter {name!r} is registered already for another module: Pyro would silently keep the old parameters; "
+        f"give each module a name of its own, or call pyro.clear_param_store()"
+    )
+
+
 class Registration(Messenger):
     """Watches parameter statements: refuses a name used for two tensors and, where `create` is false, new names.
 
@@ -140,6 +148,28 @@ class Registration(Messenger):
         super().__init__()
         self.create = create
         self.params: dict[str, Tensor] = {}
+        self._met: dict[int, tuple[PyroModule, dict[str, Any]]] = {}
+
+    def __enter__(self) -> Any:
+        self._hook = nn.modules.module.register_module_forward_pre_hook(self._meet)
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, *rest: Any) -> Any:
+        self._hook.remove()
+        result = super().__exit__(kind, *rest)
+        taken = ""
+        for module, before in self._met.values():
+            for name, p in before.items():
+                if module._parameters[name] is not p:  # Pyro has put the store's tensor in its place
+                    module._parameters[name], taken = p, name.removesuffix("_unconstrained")
+        if taken and kind is None:
+            raise _taken(taken)
+        return result
+
+    def _meet(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, PyroModule) and id(module) not in self._met:
+            own = {n: p for n, p in module._parameters.items() if n.endswith("_unconstrained")}
+            self._met[id(module)] = (module, own)
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
@@ -148,10 +178,7 @@ class Registration(Messenger):
         stored = store.get(name)
         if stored is not None:
             if isinstance(init, nn.Parameter) and stored is not init:
-                raise ContractError(
-                    f"parameter {name!r} is registered already for another module: pyro.module would silently keep the "
-                    f"old parameters; give each module a name of its own, or call pyro.clear_param_store()"
-                )
+                raise _taken(name)
         elif not self.create and not isinstance(init, nn.Parameter):
             raise ContractError(
                 f"parameter {name!r} does not exist: evaluating a pair must not create parameters; "
@@ -177,6 +204,26 @@ def ambient(*functions: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+def modules_within(*functions: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that functions own, close over or name globally, with those inside them, each once."""
+    found: dict[int, nn.Module] = {}
+    for function in functions:
+        fn = unbound(function)
+        things = [fn, getattr(fn, "__self__", None)]
+        code = getattr(getattr(fn, "__func__", fn), "__code__", None)
+        if code is not None:
+            plain = getattr(fn, "__func__", fn)
+            for cell in plain.__closure__ or ():
+                with suppress(ValueError):  # a cell may still be empty
+                    things.append(cell.cell_contents)
+            things += [plain.__globals__[n] for n in code.co_names if n in plain.__globals__]
+        for thing in things:
+            owner = getattr(thing, "__self__", thing)
+            if isinstance(owner, nn.Module):
+                found |= {id(m): m for m in owner.modules()}
+    return list(found.values())
+
+
 @contextmanager
 def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
     """Puts every module that is called meanwhile into evaluation mode, and restores each afterwards.
@@ -190,12 +237,8 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
             changed[id(module)] = module
             module.training = False
 
-    for function in functions:
-        owner = unbound(function)
-        owner = getattr(owner, "__self__", owner)
-        if isinstance(owner, nn.Module):
-            for module in owner.modules():
-                quiet(module)
+    for module in modules_within(*functions):
+        quiet(module)
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: quiet(module))
     try:
         yield
@@ -208,13 +251,8 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def modules_called(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
     """Collects the modules that are called meanwhile, after those that own the functions, each once and in order."""
-    found: dict[int, nn.Module] = {}
-    for function in functions:
-        owner = unbound(function)
-        owner = getattr(owner, "__self__", owner)
-        if isinstance(owner, nn.Module):
-            found |= {id(m): m for m in owner.modules()}
-    modules = list(found.values())
+    modules = modules_within(*functions)
+    found = {id(m): m for m in modules}
 
     def note(module: nn.Module, _: Any) -> None:
         if id(module) not in found:

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
@@ -41,6 +42,7 @@ class Site:
     value: Tensor
     distribution: Any
     log_prob: Tensor
+    traced: Tensor = field(repr=False)  # the value as the distribution takes it
 
     def per_event(self) -> Tensor:
         """Log-densities before the sum over the event: [..., *event] where the distribution is a product over it."""
@@ -50,7 +52,7 @@ class Site:
             base = base.base_dist
         if not reinterpreted:
             raise ValueError(f"site {self.name!r}: {type(base).__name__} does not factorise over its event")
-        return base.log_prob(self.value)
+        return base.log_prob(self.traced)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,14 @@ class Given(Messenger):
             msg["value"], msg["done"] = value, True
 
 
+class _Parallel(Messenger):
+    """Enumerates at once what a guide asks to be enumerated one value after another."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (msg["infer"] or {}).get("enumerate") == "sequential":
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+
+
 def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sample sites of a trace, without plates and deterministic sites."""
     for name, node in trace.nodes.items():
@@ -142,9 +152,11 @@ def event_dim(node: dict[str, Any]) -> int:
 
 def node_log_prob(node: dict[str, Any]) -> Tensor:
     """log-density of a traced site with its mask and without its scale; -inf outside the support."""
+    if "ppvae_log_prob" in node:
+        return node["ppvae_log_prob"]
     fn, value = node["fn"], node["value"]
     outside = None
-    if not node["is_observed"] and isinstance(fn, dist.TorchDistribution) and not isinstance(fn, dist.Delta):
+    if not node["is_observed"] and isinstance(fn, TorchDistributionMixin) and not isinstance(fn, dist.Delta):
         outside = _outside(fn, value)
     if outside is None:
         log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
@@ -202,10 +214,13 @@ def one_trace(
             stack.enter_context(poutine.replay(trace=replayed))
         stack.enter_context(Given(values))
         if s.enumerated:  # innermost: it must see a site before a value is put there
-            first = -1 - s.nesting - (num_particles is not None)
+            # the model's dims follow the guide's, so that a replayed value means the same on both sides
+            first = None if replayed is not None else -1 - s.nesting - (num_particles is not None)
             stack.enter_context(poutine.enum(first_available_dim=first))
+            stack.enter_context(_Parallel())
         fn(*batch)
-        return tracer.get_trace()
+        trace = tracer.get_trace()
+    return trace
 
 
 def traces(
@@ -224,7 +239,10 @@ def traces(
 
     def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: Mapping[str, Tensor]) -> Any:
         with constant(held.values()):
-            return one_trace(fn, batch, s, values, replayed, num_particles)
+            trace = one_trace(fn, batch, s, values, replayed, num_particles)
+            for _, node in sample_nodes(trace) if held else ():  # some distributions ask their network only now
+                node["ppvae_log_prob"] = node_log_prob(node)
+            return trace
 
     guide_trace = run(guide, given, None, {})
     if "guide" in frozen:
@@ -388,7 +406,12 @@ def _assemble(
             reduced = unfold(reduced)
         if reduced.shape[-2] != num_particles:
             reduced = reduced.expand(*reduced.shape[:-2], num_particles, reduced.shape[-1])
-        return Site(name, role, node["value"], node["fn"], reduced)
+        value = node["value"]
+        if s.layout == "folded" and role == "observed":
+            value = value[:size] if value.shape[:1] == (num_particles * size,) else value
+        elif s.layout == "folded" and value.shape[value.dim() - s.event_dims[name] - 1 :][:1] == (num_particles * size,):
+            value = _unfold_value(value, s, name, num_particles, size)
+        return Site(name, role, value, node["fn"], reduced, node["value"])
 
     model_sites = {n: site("model", n, node, s.model_roles[n]) for n, node in sample_nodes(model_trace)}
     guide_sites = {n: site("guide", n, node, s.guide_roles[n]) for n, node in sample_nodes(guide_trace)}
@@ -457,6 +480,13 @@ def _contract(
         present = frozenset(c for c in output if c in sizes)
         return contract_to_tensor(tree, set(sizes) - plates, present, ring=LogRing(dim_to_size=sizes))
 
+    def with_dims(tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
+        dims = tensor._pyro_dims  # type: ignore[attr-defined]
+        new = [c for c in sizes if c not in dims]
+        out = tensor.expand(*(sizes[c] for c in new), *tensor.shape)
+        out._pyro_dims = "".join(new) + dims  # type: ignore[attr-defined]
+        return out
+
     def arranged(tensor: Tensor, output: str) -> Tensor:
         """A packed tensor with exactly the dims of `output`, in order, absent ones of size one."""
         dims = tensor._pyro_dims  # type: ignore[attr-defined]
@@ -473,7 +503,9 @@ def _contract(
         return log_weight, log_weight
     enum = "".join(sorted({c for t in log_q for c in t._pyro_dims} - set(symbols.values())))  # type: ignore[attr-defined]
     order = enum + kept
-    log_w = arranged(reduce([*factors, *map(negative, log_q)], order), order)
+    # given y, whatever the model enumerates is summed out for each y by itself: every factor must show its y
+    sizes = {c: n for t in log_q for c, n in zip(t._pyro_dims, t.shape, strict=True) if c in enum}  # type: ignore[attr-defined]
+    log_w = arranged(reduce([with_dims(t, sizes) for t in (*factors, *map(negative, log_q))], order), order)
     probability = arranged(reduce(log_q, order), order).exp()
     value = torch.where(probability > 0, probability * log_w, torch.zeros_like(log_w))
     return log_weight, per_datum(value.sum(tuple(range(len(enum)))))
@@ -488,8 +520,10 @@ def _stacked(parts: list[Terms], s: Structure) -> Terms:
         for name, site in getattr(first, side).items():
             own = [getattr(p, side)[name] for p in parts]
             log_prob = torch.cat([o.log_prob for o in own], dim=-2)
-            value = torch.stack([o.value for o in own], _enumerated_dims(site.value, s, name))
-            out[name] = Site(name, site.role, value, site.distribution, log_prob)
+            value = site.value
+            if site.role != "observed":
+                value = torch.stack([o.value for o in own], _enumerated_dims(value, s, name))
+            out[name] = Site(name, site.role, value, site.distribution, log_prob, site.traced)
         return out
 
     contracted = None

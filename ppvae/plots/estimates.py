@@ -70,10 +70,10 @@ def bound_curve(estimate: Estimate) -> Figure:
         number(mean[-1]), (ks[-1], mean[-1]), (0, 7), textcoords="offset points", ha="center", color=BLUE, fontsize=8.5
     )
     ax.set_xscale("log")
-    plain(ax.xaxis)
     ax.margins(0.06, 0.12)
+    plain(ax.xaxis)
     ax.set_xlabel("number of particles k")
-    ax.set_ylabel("bound $L_k$ (nats per datum)")
+    ax.set_ylabel(f"bound $L_k$ (nats {'for the whole data set' if estimate.joint else 'per datum'})")
     ax.legend(loc="lower right")
     note(ax, _missing(int((~kept).sum()), "a bound that is not finite"))
     return fig
@@ -105,10 +105,10 @@ def diagnosis(estimate: Estimate) -> Figure:
         note(ax, _missing(int((~shown).sum()), "no finite value"))
     _edges(axes[0], k_hat, left, right)
     axes[0].set_yscale("log")
-    plain(axes[0].yaxis)
     axes[0].axhline(MIN_ESS, color=FAINT, linestyle="--", linewidth=1)
     low, high = axes[0].get_ylim()
     axes[0].set_ylim(min(low, 0.6 * MIN_ESS), max(high, 1.2 * estimate.num_particles))
+    plain(axes[0].yaxis)
     if limit is not None:
         _shade(axes[0], limit)
     fig.legend(*_legend(axes), loc="outside upper right", ncols=2)

@@ -74,7 +74,8 @@ def _arranged(
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(f"event_shape: expected (C, H, W) with C = 1 or 3, or (H, W), found {event_shape}")
     size = math.prod(shape)
-    inner = next((n for n in (1, 2, 3) if math.prod(images.shape[-n:]) == size and images.ndim > n), None)
+    known = ((size,), shape, shape[1:] if shape[0] == 1 else shape)
+    inner = next((len(k) for k in known if images.ndim > len(k) and images.shape[-len(k) :] == k), None)
     if inner is None or images.ndim - inner > 2 or not images.size:
         raise UsageError(f"images: expected [N, ...] or [R, C, ...] of event {shape}, found {list(images.shape)}")
     lead = images.shape[:-inner]

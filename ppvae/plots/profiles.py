@@ -40,7 +40,7 @@ def profiles(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figur
             ax.set_ylabel("value")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if len(labels) > 1:
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8))
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 10))
     return fig
 
 

@@ -97,20 +97,24 @@ def array(values: Any) -> np.ndarray:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number with a true minus sign.
+    """A number with a true minus sign; "none" for NaN.
 
     >>> number(-1.25, 1), number(float("-inf"))
     ('−1.2', '−∞')
     """
+    if math.isnan(value):
+        return "none"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:.{digits}f}".replace("-", "−")
 
 
 def plain(axis: Any) -> None:
-    """Powers of ten written out: 1, 10, 100."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """A logarithmic axis with numbers written out: 1, 10, 100, and 2 and 5 between them where there is room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 2000 * low else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -57,6 +57,8 @@ def _lines(ax: Any, epochs: Sequence[int], series: Sequence[tuple[str, np.ndarra
     ax.set_ylabel(unit)
     ax.margins(x=0.02)
     ax.xaxis.get_major_locator().set_params(integer=True)
+    if len(epochs) == 1:
+        ax.set_xlim(0.5 * epochs[0], 1.5 * epochs[0])
     ax.legend(loc="best")
     _leave_out_the_start(ax, epochs, [v for _, v, _ in series])
 

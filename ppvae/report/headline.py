@@ -17,21 +17,34 @@ def head(s: Subject) -> Head:
     """Title, headline numbers, remarks and facts."""
     name, _ = s.pair
     cards = of_estimate(s.estimate) if s.estimate is not None else of_history(s.run.metrics)
-    return Head(f"{name} on {_short(s)}", s.description, cards, remarks(s), facts(s))
+    known = getattr(s.columns[0], "name", None)
+    title = f"{name} on {known}" if known else name
+    return Head(title, s.description, cards, remarks(s), facts(s))
 
 
 def of_estimate(est: Estimate) -> list[Card]:
     """NLL, bits per dim, ELBO and how many data cannot be trusted."""
     unit = "nats for the whole data set" if est.joint else "nats per datum"
-    bad, count = int((~est.reliable).sum()), len(est.log_px)
     error = "" if math.isnan(est.nll_std_error) else f"± {number(est.nll_std_error, 3)}"
     elbo = float(est.elbo.mean())
     return [
         Card("Negative log-likelihood", number(est.nll, 3), error, unit),
         Card("Bits per dim", number(est.bits_per_dim, 3), "", est.base_measure),
-        Card("ELBO", number(elbo, 3), "", f"{number(-est.nll - elbo, 3)} nats below the mean log p(x)"),
-        Card("Not to be trusted", f"{bad}", f"of {count}", f"{100 * bad / count:.1f} % of the data", bad > 0),
+        Card(
+            "ELBO",
+            number(elbo, 3),
+            "",
+            f"{number(-est.nll - elbo, 3)} nats below {'' if est.joint else 'mean '}log p(x)",
+        ),
+        _trust(est),
     ]
+
+
+def _trust(est: Estimate) -> Card:
+    bad, count = int((~est.reliable).sum()), len(est.log_px)
+    if est.joint:
+        return Card("To be trusted", "no" if bad else "yes", "", "one estimate for the whole data set", bad > 0)
+    return Card("Not to be trusted", f"{bad}", f"of {count}", f"{100 * bad / count:.1f} % of the data", bad > 0)
 
 
 def of_history(metrics: dict[str, Any]) -> list[Card]:
@@ -51,9 +64,10 @@ def remarks(s: Subject) -> list[str]:
     out = []
     bad, count, broken = int((~est.reliable).sum()), len(est.log_px), int((est.nonfinite > 0).sum())
     if est.num_particles < 25:
-        out.append(f"{est.num_particles} particles are too few to judge any datum; it takes 25.")
+        out.append(f"K = {est.num_particles} is too few particles to judge any datum; it takes 25.")
     elif bad and not est.lower_bound_only:
-        out.append(f"{bad} of {count} data are not to be trusted: their log p(x), and so the mean, may be far too low.")
+        what = "The estimate is" if est.joint else f"{bad} of {count} data are"
+        out.append(f"{what} not to be trusted: log p(x){'' if est.joint else ', and so the mean,'} may be far too low.")
     if broken:
         out.append(f"{broken} {'datum has' if broken == 1 else 'data have'} weights that are not finite.")
     if est.lower_bound_only:
@@ -78,15 +92,21 @@ def facts(s: Subject) -> list[tuple[str, str]]:
 def _data(s: Subject) -> str:
     shape = "×".join(map(str, s.event)) if s.event else "×".join(map(str, s.columns[0].shape[1:]))
     guess = ", taken for images by their size" if s.guessed else ""
-    return f"{s.description}; {len(s):,} data of {shape}{guess}; SHA-256 {s.digest[:12]}"
+    low, high = s.limits
+    shown = (
+        f", shown from {number(low)} (black) to {number(high)} (white)" if s.event and s.limits != (0.0, 1.0) else ""
+    )
+    return f"{s.description}; {len(s):,} data of {shape}{guess}{shown}; SHA-256 {s.digest[:12]}"
 
 
 def _estimated(est: Estimate) -> str:
     error = float(est.std_error.nanmedian())
-    monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats (median over data)"
+    median = "" if est.joint else " (median over data)"
+    monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats{median}"
+    spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
     return (
         f"importance sampling with K = {est.num_particles:,} particles, seed {est.seed}, which underestimates log p(x) "
-        f"on average{monte_carlo}; ± is the standard error of the mean over the data"
+        f"on average{monte_carlo}{spread}"
     )
 
 
@@ -119,7 +139,3 @@ def _versions(s: Subject) -> str:
 
     found = s.run.config.get("versions") or versions()
     return ", ".join(f"{name} {version}" for name, version in found.items())
-
-
-def _short(s: Subject) -> str:
-    return getattr(s.columns[0], "name", None) or s.description

@@ -16,6 +16,7 @@ from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import MIN_ESS, Estimate
 from ppvae.plots.estimates import k_hat_limit
+from ppvae.plots.latents import MOST_CLASSES
 from ppvae.plots.style import number
 from ppvae.report.subject import ACTIVE, LeftOut, Subject
 
@@ -92,12 +93,15 @@ def curves(s: Subject) -> Drawn:
     if not s.run.history:
         raise LeftOut("The run has no history.")
     best = [(m["valid_elbo"], m["epoch"]) for m in s.run.history if math.isfinite(m.get("valid_elbo", math.nan))]
-    words = f"; the best validation ELBO was {number(max(best)[0])}, at epoch {max(best)[1]}" if best else ""
-    return Drawn(
-        plots.curves(s.run.history),
-        "Look for a validation curve that turns up while the loss still falls (overfitting), and for a rate near zero "
-        f"(the latents are ignored){words}.",
-    )
+    look = []
+    if best:
+        value, epoch = max(best)
+        words = f"the best validation ELBO was {number(value)}, at epoch {epoch}"
+        look.append(f"a validation curve that turns up while the loss still falls (overfitting; {words})")
+    if any("rate" in name for name in s.run.metrics):
+        look.append("a rate near zero (the latents are ignored)")
+    words = ", and for ".join(look) or "a loss that still falls at the end"
+    return Drawn(plots.curves(s.run.history), f"Look for {words}.")
 
 
 def samples(s: Subject, count: int = 64) -> Drawn:
@@ -203,7 +207,7 @@ def _pairs(s: Subject, count: int) -> tuple[Tensor, Tensor]:
 
 def traversals(s: Subject, site: str) -> Drawn:
     """One dim at a time, the most active first."""
-    variance = s.means[site].var(0)
+    variance = s.means[site].var(0, correction=0)
     dims = variance.argsort(descending=True)[:MOST_DIMS].tolist()
     batch, _ = s.called_with(torch.arange(1))
     made = generate.traversals(s.run.model, s.run.guide, batch, site=site, dims=dims, values=STEPS, seed=s.seed)
@@ -224,15 +228,15 @@ def traversals(s: Subject, site: str) -> Drawn:
 
 def active(s: Subject, site: str) -> str:
     """How many dims of a latent are active, in words."""
-    variance = s.means[site].var(0)
+    variance = s.means[site].var(0, correction=0)
     return f"{int((variance > ACTIVE).sum())} of {len(variance)} dims"
 
 
 def latent_map(s: Subject, site: str) -> Drawn:
     """Posterior means in the plane."""
     means = s.means[site]
-    classes = s.labels.unique() if s.labels is not None and s.labels.ndim == 1 and len(s.labels) == len(s) else []
-    labels = s.labels[: len(means)] if s.labels is not None and 0 < len(classes) <= 20 else None
+    classes = s.labels.unique() if s.labels is not None else []
+    labels = s.labels[: len(means)] if s.labels is not None and len(classes) <= MOST_CLASSES else None
     per_datum = s.estimate.log_px[: len(means)] if s.estimate is not None and not s.matched else None
     names = getattr(s.columns[0], "classes", ())
     which = "all" if len(means) == len(s) else f"the first {len(means)}"
@@ -242,7 +246,7 @@ def latent_map(s: Subject, site: str) -> Drawn:
         look = "look for regions of low log p(x), and for data far from the rest"
     else:
         look = "look for clusters, and for data far from the rest"
-    if len(classes) > 20:
+    if len(classes) > MOST_CLASSES:
         look += f" ({len(classes)} labels are too many for colours)"
     return Drawn(
         plots.latent_map(means, labels, log_px=per_datum, names=names, site=site),
@@ -265,10 +269,15 @@ def bounds(s: Subject) -> Drawn:
         raise LeftOut(NO_ESTIMATE)
     if s.estimate.num_particles < 2:
         raise LeftOut("One particle gives one bound, the ELBO.")
+    band = len(s.estimate.log_px) > 1
     return Drawn(
         plots.bound_curve(s.estimate),
-        "Look for a curve that still rises at its right end, where more particles would raise the estimate; the band "
-        "is the spread of the data, common to all k, so that the shape is known far better than the height.",
+        "Look for a curve that still rises at its right end, where more particles would raise the estimate"
+        + (
+            "; the band is the spread of the data, common to all k: the shape is better known than the height."
+            if band
+            else "."
+        ),
     )
 
 
@@ -277,7 +286,7 @@ def diagnosis(s: Subject) -> Drawn:
     est = _per_datum(s)
     limit = k_hat_limit(est.num_particles)
     if limit is None:
-        raise LeftOut(f"{est.num_particles} particles are too few to judge any datum; it takes 25.")
+        raise LeftOut(f"K = {est.num_particles} is too few particles to judge any datum; it takes 25.")
     return Drawn(
         plots.diagnosis(est),
         f"Look for data outside the shaded region (k̂ ≥ {limit:.2f} or an effective sample size below {MIN_ESS:g}): few "
@@ -318,7 +327,7 @@ def worst(est: Estimate, count: int) -> list[int]:
 
 
 def _numbers(s: Subject, est: Estimate, i: int) -> str:
-    label = "" if s.labels is None or s.labels.ndim != 1 else f", label {s.labels[i].item():g}"
+    label = "" if s.labels is None else f", label {s.labels[i].item():g}"
     k, ess, value = (float(t[i]) for t in (est.k_hat, est.ess, est.log_px))
     return f"#{i}{label}\nk̂ {number(k, 2)}\nESS {number(ess, 0)}\nlog p(x) {number(value, 1)}"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppvae import data as datasets
 from ppvae import generate
 from ppvae.data.checks import one_line
-from ppvae.errors import ContractError, PpvaeError
+from ppvae.errors import ContractError, PpvaeError, UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.marginal import prepared
 from ppvae.inference.contract import Structure, inspect
@@ -47,7 +47,7 @@ class Subject:
         noise = seed if estimate is None else estimate.seed
         self.columns = tuple(c.fixed(noise) if getattr(c, "noise", None) else c for c in columns)
         self.run, self.estimate, self.seed = run, estimate, seed
-        self.labels = _labels(self.columns) if labels is None else torch.as_tensor(labels).cpu()
+        self.labels = _labels(self.columns, labels)
         self.structure: Structure | None = None
         self.problem = ""
         self.whole = False  # whether the pair must be called with all data at once
@@ -85,7 +85,7 @@ class Subject:
 
     @property
     def means(self) -> Mapping[str, Tensor]:
-        """The guide's mean of every latent that is a number or vector per datum, {site: [rows, D]}, for the first rows."""
+        """The guide's mean of every latent that is a number or vector per datum, {site: [first rows, D]}."""
         means, why = self._means
         if why:
             raise LeftOut(why)
@@ -149,7 +149,7 @@ class Subject:
         model = unbound(self.run.model)
         owner = getattr(model, "__self__", model)
         thing: Any = type(owner) if isinstance(owner, nn.Module) else model
-        name = getattr(thing, "__qualname__", type(thing).__name__)
+        name = getattr(thing, "__qualname__", type(thing).__name__).replace("<locals>.", "")
         parts = list(owner.named_children())[:6] if isinstance(owner, nn.Module) else []
         words = ", ".join(f"{n} {type(part).__name__}" for n, part in parts)
         return str(self.run.config.get("pair", {}).get("name", name)), words
@@ -196,9 +196,16 @@ def image_shape(event: tuple[int, ...], unit: bool) -> tuple[tuple[int, int, int
     return None, False
 
 
-def _labels(columns: tuple[Any, ...]) -> Tensor | None:
-    """The labels of a split, or a second column of whole numbers."""
+def _labels(columns: tuple[Any, ...], given: Any) -> Tensor | None:
+    """Labels [N]: those given, else the split's, else a second column of whole numbers."""
+    if given is not None:
+        labels = torch.as_tensor(given).cpu()
+        if labels.shape != (len(columns[0]),):
+            raise UsageError(
+                f"labels: expected one for each of {len(columns[0])} data, found shape {list(labels.shape)}"
+            )
+        return labels
     own = getattr(columns[0], "labels", None)
-    if own is None and len(columns) > 1 and columns[1].ndim == 1 and not columns[1].is_floating_point():
+    if own is None and len(columns) > 1 and not columns[1].is_floating_point():
         own = columns[1]
-    return None if own is None else own.cpu()
+    return own.cpu() if own is not None and own.ndim == 1 else None
