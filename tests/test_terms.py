@@ -25,20 +25,6 @@ IN_PLACE = ("auto_normal",)  # a parameter for every datum: the datum must stay 
 JOINT = ("shared_latent",)
 GUIDE_ENUMERATED = ("semi_supervised", "enumerated_both")
 
-# Bugs of the package, each expected to fail until it is mended.
-ENUMERATED_IN_GUIDE = "weights.one_trace: the model's enum handler starts the dims anew, so that the guide's are lost"
-ELBO_OF_BOTH = "weights._contract: a site enumerated in the model is shared over what the guide enumerates in the elbo"
-FOLDED_VALUES = "weights._assemble: folded values stay [particles * batch, ...]; values= wants [particles, batch]"
-LATE_LOG_PROBS = "weights.traces: log-densities are taken later, when frozen parameters have their gradient back"
-LOST_WEIGHTS = "contract._agree: -inf and a number count as the same"
-METHODS = "scope.eval_mode: a module whose methods are called, and not it, stays in train mode"
-
-
-def known(names, *bugs):
-    """Parameters for pytest; `bugs` are (names, reason)."""
-    marks = {n: pytest.mark.xfail(strict=True, reason=reason) for which, reason in bugs for n in which}
-    return [pytest.param(n, marks=marks[n]) if n in marks else n for n in names]
-
 
 @pytest.fixture(autouse=True)
 def clean():
@@ -177,7 +163,7 @@ def brute(name, model, guide, batch, structure, rows, values, k, b):
     return weights.logsumexp(0), elbo, p, q
 
 
-@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
+@pytest.mark.parametrize("name", PAIRS)
 def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
     model, guide, batch, structure, index = opened(name)
     t = terms(model, guide, batch, K, structure=structure, index=index)
@@ -200,9 +186,7 @@ def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
         torch.testing.assert_close(t.log_lik + t.log_prior - t.log_guide, t.log_weight, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name", known(GUIDE_ENUMERATED, (["semi_supervised"], ENUMERATED_IN_GUIDE), (["enumerated_both"], ELBO_OF_BOTH))
-)
+@pytest.mark.parametrize("name", GUIDE_ENUMERATED)
 def test_the_elbo_is_an_expectation_over_what_the_guide_enumerates(name):
     model, guide, batch, structure, index = opened(name)
     t = terms(model, guide, batch, K, structure=structure)
@@ -213,7 +197,7 @@ def test_the_elbo_is_an_expectation_over_what_the_guide_enumerates(name):
     torch.testing.assert_close(t.elbo, torch.stack(found), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
+@pytest.mark.parametrize("name", PAIRS)
 def test_layouts_agree_wherever_they_run(name):
     model, guide, batch, structure, index = opened(name)
     single = one_by_one(model, guide, batch, structure, index)
@@ -234,15 +218,7 @@ def test_layouts_agree_wherever_they_run(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        pytest.param(
-            n,
-            {"conv": "folded", "rnn": "folded"}.get(n, "vectorized"),
-            marks=[pytest.mark.xfail(strict=True, reason=ENUMERATED_IN_GUIDE)] if n in GUIDE_ENUMERATED else [],
-        )
-        for n in PAIRS
-    ],
+    ("name", "layout"), [(n, {"conv": "folded", "rnn": "folded"}.get(n, "vectorized")) for n in PAIRS]
 )
 def test_the_fastest_layout_that_is_right_is_found(name, layout):
     assert inspect(*PAIRS[name]()).layout == layout
@@ -273,7 +249,6 @@ def test_a_network_that_runs_on_particles_and_means_something_else_is_folded(cap
     assert ((weights.mean(0) - exact).abs() < 5 * weights.std(0) / math.sqrt(2000)).all()
 
 
-@pytest.mark.xfail(strict=True, reason=LOST_WEIGHTS)
 def test_a_vectorised_layout_that_loses_weights_is_not_taken():
     """A decoder that gives -inf under a particle plate and numbers without one must not count as the same."""
 
@@ -293,9 +268,7 @@ def test_a_vectorised_layout_that_loses_weights_is_not_taken():
 # -- values, and where they are held ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE), (["conv", "rnn"], FOLDED_VALUES))
-)
+@pytest.mark.parametrize("name", PAIRS)
 def test_values_give_the_same_terms_again(name):
     model, guide, batch, structure, index = opened(name)
     t = terms(model, guide, batch, K, structure=structure, index=index)
@@ -315,7 +288,7 @@ def test_values_without_the_guide_broadcast():
         torch.testing.assert_close(t.log_weight[:, b], own.log_weight[:, 0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("frozen", [("guide",), ("model",), ("guide", "model")])
 def test_frozen_sides_change_no_value(name, frozen):
     model, guide, batch, structure, index = opened(name)
@@ -327,9 +300,7 @@ def test_frozen_sides_change_no_value(name, frozen):
     torch.testing.assert_close(found[0].elbo, found[1].elbo, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE), (["flow", "shared_latent"], LATE_LOG_PROBS))
-)
+@pytest.mark.parametrize("name", PAIRS)
 def test_frozen_sides_take_no_gradient_and_give_it_back(name):
     model, guide, batch, structure, index = opened(name)
     t = one_by_one(model, guide, batch, structure, index)
@@ -338,11 +309,12 @@ def test_frozen_sides_take_no_gradient_and_give_it_back(name):
     for frozen, other in (("guide", "model"), ("model", "guide")):
         t = one_by_one(model, guide, batch, structure, index, values=fixed, frozen=(frozen,))
         assert all(p.requires_grad for side in own.values() for p in side)
-        if own[frozen] and t.log_weight.requires_grad:
-            grads = torch.autograd.grad(t.log_weight.sum(), own[frozen], allow_unused=True, retain_graph=True)
+        total = t.log_weight.sum() + t.elbo.sum()  # q(y | x) of an enumerated y is in the elbo alone
+        if own[frozen] and total.requires_grad:
+            grads = torch.autograd.grad(total, own[frozen], allow_unused=True, retain_graph=True)
             assert all(g is None for g in grads)
         if own[other]:
-            grads = torch.autograd.grad(t.log_weight.sum(), own[other], allow_unused=True)
+            grads = torch.autograd.grad(total, own[other], allow_unused=True)
             assert any(g is not None and g.abs().max() > 1e-6 for g in grads)
 
 
@@ -368,7 +340,6 @@ def exact_linear_gaussian():
     return pair, guide, own
 
 
-@pytest.mark.xfail(strict=True, reason=LATE_LOG_PROBS)
 def test_sticking_the_landing_at_the_exact_posterior_has_no_noise():
     """log w is constant in z there, so that the pathwise gradient is zero for every draw (Roeder et al. 2017)."""
     pair, guide, own = exact_linear_gaussian()
@@ -467,7 +438,7 @@ class Noisy(nn.Module):
         return self.second(nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training))
 
 
-@pytest.mark.parametrize("method", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=METHODS))])
+@pytest.mark.parametrize("method", [False, True])
 def test_dropout_is_off_while_evaluating(method):
     net = Noisy()
     call = net.by_method if method else net
@@ -487,7 +458,7 @@ def test_dropout_is_off_while_evaluating(method):
     torch.testing.assert_close(found[0], lik.logsumexp(0) - math.log(2), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", known(PAIRS, (GUIDE_ENUMERATED, ENUMERATED_IN_GUIDE)))
+@pytest.mark.parametrize("name", PAIRS)
 def test_looking_at_a_pair_does_not_disturb_the_noise(name):
     model, guide, batch = PAIRS[name]()
     state = torch.get_rng_state()

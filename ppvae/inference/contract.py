@@ -239,6 +239,7 @@ def _roles(model: Mapping[str, Any], guide: Mapping[str, Any]) -> tuple[dict[str
                 "move the observation to the model",
             )  # fmt: skip
         if name in model and not model[name]["is_observed"]:
+            _check_same_plates(name, model[name], node)
             guide_roles[name] = "enumerated" if enumerated(node) else "latent"
         elif name in model:
             raise refuse(
@@ -260,6 +261,7 @@ def _roles(model: Mapping[str, Any], guide: Mapping[str, Any]) -> tuple[dict[str
         elif name in guide:
             model_roles[name] = "latent"
         elif enumerated(node):
+            _check_same_plates(name, node, node)
             model_roles[name] = "enumerated"
         elif name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in model:
             model_roles[name] = "cancelled"  # obs_mask's other half: drawn from its prior, so its ratio is one
@@ -273,6 +275,25 @@ def _roles(model: Mapping[str, Any], guide: Mapping[str, Any]) -> tuple[dict[str
                 ),
             )  # fmt: skip
     return model_roles, guide_roles
+
+
+def _check_same_plates(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
+    ours, theirs = ({f.name for f in node["cond_indep_stack"] if f.dim is not None} for node in (p, q))
+    if ours != theirs:
+        raise refuse(
+            name,
+            f"the model's plates {sorted(ours) or 'none'} in the guide too",
+            f"{sorted(theirs) or 'none'}",
+            "open the same plates, by the same names, around a latent in model and guide",
+        )
+    for node in (p, q):
+        if (node["infer"] or {}).get("num_samples"):
+            raise refuse(
+                name,
+                "a latent that is sampled, or enumerated over its whole support",
+                f"enumeration by num_samples={node['infer']['num_samples']}",
+                "leave num_samples out",
+            )
 
 
 def _check_scale(name: str, node: dict[str, Any], plate: Any) -> None:
