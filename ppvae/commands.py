@@ -156,7 +156,8 @@ def evaluate(args: list[str]) -> int:
     )  # fmt: skip
     name = "log_marginal" if settings.split == "test" else f"log_marginal_{settings.split}"
     path = est.save(directory / "results", name)
-    print(f"{est.data}: {est.summary()}")
+    for name, value in est.table().items():
+        print(f"{name:18} {value}")
     print(f"results: {path}")
     if settings.report:
         _report(run, columns, est, settings.seed)

@@ -432,7 +432,6 @@ def test_an_inner_plate_that_is_subsampled():
     refused(model, guide, data(6), "'x'", "expected scale 1", "found scale 3", "inner plate")
 
 
-@pytest.mark.xfail(strict=True, reason="contract._single: never looks for the data plate in the guide")
 def test_a_guide_that_leaves_the_data_plate():
     """log q is then one number for all data, which is taken from every datum's log p(x, z)."""
 
@@ -442,7 +441,6 @@ def test_a_guide_that_leaves_the_data_plate():
     refused(normal_model, guide, data(2), "'z'", "plate")
 
 
-@pytest.mark.xfail(strict=True, reason="contract._roles: takes num_samples draws for the support")
 def test_enumeration_by_a_few_draws_is_no_enumeration():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -19,8 +19,10 @@ from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.models import LinearGaussian
 from ppvae.report.headline import facts, head, remarks
+from ppvae.report.of_estimate import worst_data
 from ppvae.report.page import page
-from ppvae.report.sections import Section, sections, worst_data
+from ppvae.report.parts import Section
+from ppvae.report.sections import sections
 from ppvae.report.subject import Subject, image_shape
 
 TITLES = (

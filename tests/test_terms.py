@@ -197,6 +197,74 @@ def test_the_elbo_is_an_expectation_over_what_the_guide_enumerates(name):
     torch.testing.assert_close(t.elbo, torch.stack(found), rtol=0, atol=1e-9)
 
 
+def parts_model(x):
+    """u above three parts, each of a kind y: z ~ N(y, 1), x ~ N(y + z + u, 1)."""
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        with pyro.plate("parts", 3, dim=-2):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3)))
+            z = pyro.sample("z", dist.Normal(y, 1.0))
+            pyro.sample("x", dist.Normal(y + z + u, 1.0), obs=x.T)
+
+
+def parts_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("u", dist.Normal(x.mean(-1) / 2, 1.0))
+        with pyro.plate("parts", 3, dim=-2):
+            y = pyro.sample("y", dist.Bernoulli(logits=x.T), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(x.T / 2 - y, 1.0))
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    ["log_weight", pytest.param("elbo", marks=pytest.mark.xfail(strict=True, reason="_contract: one y for all parts"))],
+)
+def test_a_site_enumerated_in_an_inner_plate_of_the_guide(quantity):
+    """Parts are independent given u: weights multiply sums over y, and the elbo adds expectations over y."""
+    x = torch.randn(SIZE, 3)
+    t = terms(parts_model, parts_guide, x, K)
+    u, z = t.guide["u"].value.reshape(K, 1, SIZE), t.guide["z"].value  # [2, K, 3, SIZE]
+    y = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+    log_p = dist.Bernoulli(0.3).log_prob(y) + dist.Normal(y, 1.0).log_prob(z) + dist.Normal(y + z + u, 1.0).log_prob(x.T)
+    part = log_p - dist.Normal(x.T / 2 - y, 1.0).log_prob(z)
+    above = (dist.Normal(0.0, 1.0).log_prob(u) - dist.Normal(x.mean(-1) / 2, 1.0).log_prob(u)).squeeze(1)
+    log_q = dist.Bernoulli(logits=x.T).log_prob(y)
+    expected = {
+        "log_weight": above + part.logsumexp(0).sum(-2),
+        "elbo": above + (log_q.exp() * (part - log_q)).sum((0, -2)),
+    }
+    torch.testing.assert_close(getattr(t, quantity), expected[quantity], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_a_shared_site_that_is_enumerated(where):
+    """One k for all data: log w = log sum_k p(k) prod_i p(x_i, z_i | k) / q(z_i), one number per particle."""
+    locs, prior, q = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.5, 0.3, 0.2])
+    infer = {"enumerate": "parallel"}
+
+    def model(x):
+        k = pyro.sample("k", dist.Categorical(prior), infer=infer if where == "model" else {})
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(locs[k], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        if where == "guide":
+            pyro.sample("k", dist.Categorical(q), infer=infer)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    x = torch.randn(SIZE)
+    t = terms(model, guide, x, K)
+    z = t.guide["z"].value.reshape(K, SIZE)
+    data = dist.Normal(z, 1.0).log_prob(x) - dist.Normal(x / 2, 1.0).log_prob(z)
+    joint = torch.stack([(dist.Normal(loc, 1.0).log_prob(z) + data).sum(-1) for loc in locs]) + prior.log()[:, None]
+    assert t.joint
+    torch.testing.assert_close(t.log_weight, joint.logsumexp(0)[:, None], rtol=0, atol=1e-10)
+    elbo = (q[:, None] * (joint - q[:, None].log())).sum(0) if where == "guide" else joint.logsumexp(0)
+    torch.testing.assert_close(t.elbo, elbo[:, None], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_layouts_agree_wherever_they_run(name):
     model, guide, batch, structure, index = opened(name)

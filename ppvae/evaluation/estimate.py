@@ -118,6 +118,25 @@ class Estimate:
             lines.append("the guide has a point mass on a discrete latent: these are lower bounds only")
         return "\n".join([*lines, *self.notes])
 
+    def table(self) -> dict[str, str]:
+        """The numbers over the data set as words, for printing.
+
+        >>> one = torch.ones(2).double()
+        >>> Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").table()["not to be trusted"]
+        '2 of 2 data (100.0 %)'
+        """
+        count, bad = len(self.log_px), int((~self.reliable).sum())
+        unit = "nats for the whole data set" if self.joint else "nats per datum"
+        rows = {
+            "data": f"{self.data or 'a tensor'}, {count} data",
+            "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {unit}",
+            "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
+            "ELBO": f"{float(self.elbo.mean()):.3f}",
+            "particles": f"{self.num_particles}",
+            "not to be trusted": f"{bad} of {count} data ({100 * bad / count:.1f} %)",
+        }
+        return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
     def per_datum(self) -> dict[str, Tensor]:
         """Every per-datum quantity by name, [N]."""
         names = ("log_px", "std_error", "ess", "k_hat", "elbo", "nonfinite", "reliable")

@@ -14,19 +14,11 @@ from ppvae import plots
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.report.headline import head
+from ppvae.report.of_estimate import worst
+from ppvae.report.of_pair import interpolations, reconstructions, samples, traversals
 from ppvae.report.page import page
-from ppvae.report.sections import (
-    Section,
-    interpolations,
-    log,
-    of_latents,
-    reconstructions,
-    samples,
-    section,
-    sections,
-    traversals,
-    worst,
-)
+from ppvae.report.parts import Section, log, section
+from ppvae.report.sections import of_latents, sections
 from ppvae.report.subject import Subject
 
 if TYPE_CHECKING:
@@ -118,7 +110,7 @@ def generated(
 
 
 def _drawn(subject: Subject, folder: Path) -> list[tuple[Section, bytes | None, Path | None]]:
-    """Every section with its picture, which is written too; pictures of an earlier report are removed."""
+    """Every section with its picture, which is written too; a picture that can no longer be drawn is removed."""
     out: list[tuple[Section, bytes | None, Path | None]] = []
     for part in sections(subject):
         path, png = folder / f"{part.key}.png", None

@@ -8,8 +8,8 @@ from typing import Any
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.plots.style import number
+from ppvae.report.of_pair import active
 from ppvae.report.page import Card, Head
-from ppvae.report.sections import active
 from ppvae.report.subject import LeftOut, Subject
 
 
@@ -18,7 +18,8 @@ def head(s: Subject) -> Head:
     name, _ = s.pair
     cards = of_estimate(s.estimate) if s.estimate is not None else of_history(s.run.metrics)
     known = getattr(s.columns[0], "name", None)
-    title = f"{name} on {known}" if known else name
+    short = name.rsplit("/", 1)[-1]
+    title = f"{short} on {known}" if known else short
     return Head(title, s.description, cards, remarks(s), facts(s))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ppvae.plots import DPI
-from ppvae.report.sections import Section
+from ppvae.report.parts import Section
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c1c1c; --soft: #5f6368; --line: #e3e3e3; --bad: #b54708; --badground: #fff6ec; }
