@@ -23,3 +23,8 @@ class TrainingError(PpvaeError):
 
 class UsageError(PpvaeError, ValueError):
     """An argument or option that does not exist or cannot be used as given."""
+
+
+def refused(site: str, expected: str, found: str, cure: str) -> ContractError:
+    """The error for a site that breaks the contract."""
+    return ContractError(f"site {site!r}: expected {expected}; found {found}. {cure[:1].upper()}{cure[1:]}.")

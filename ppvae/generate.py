@@ -16,9 +16,11 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.inference.contract import Structure, inspect, undisturbed
-from ppvae.inference.scope import bound, evaluating
-from ppvae.inference.weights import Given, Pair, one_trace, sample_nodes
+from ppvae.inference.contract import inspect
+from ppvae.inference.evaluating import evaluating
+from ppvae.inference.scope import bound
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.tracing import Given, Pair, one_trace, sample_nodes
 
 ROWS = 500
 
@@ -111,7 +113,7 @@ def traversals(
     torch.Size([2, 2, 3])
     """
     with _opened(model, guide, x, seed) as pair:
-        means = {n: v[..., :1, :] if v.dim() > 1 else v[:1] for n, v in pair.encode(mean=True).items()}
+        means = {n: pair.first(n, v) for n, v in pair.encode(mean=True).items()}
         site = site or next(iter(means), None)
         if site not in means:
             raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
@@ -128,7 +130,7 @@ def traversals(
         grid = torch.tensor(list(values)).to(walk)
         for row, d in enumerate(wanted):
             walk[row * len(values) : (row + 1) * len(values), d] = grid
-        given = {n: v.expand(count, *v.shape[1:]) for n, v in means.items() if n != site} | {site: walk}
+        given = {n: pair.first(n, v, count) for n, v in means.items() if n != site} | {site: walk}
         out = pair.decode(given, pair.repeated(count, first=True), True)
         return out.reshape(len(wanted), len(values), *out.shape[1:])
 
@@ -146,6 +148,11 @@ class _Opened:
         rows = torch.zeros(count, dtype=torch.long) if first else torch.arange(count) % len(self.batch[0])
         return tuple(t[rows.to(t.device)] for t in self.batch)
 
+    def first(self, name: str, value: Tensor, count: int = 1) -> Tensor:
+        """The first datum's value of a latent, `count` times; a latent shared by all data as it is."""
+        axis = value.dim() - self.s.event_dims[name] - 1
+        return value if axis < 0 else value.narrow(axis, 0, 1).repeat_interleave(count, axis)
+
     def _pieces(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[slice, tuple[Tensor, ...], dict[str, Tensor]]]:
         """Rows in pieces that the pair takes: (rows, what to call it with, its plate's rows)."""
         count = len(batch[0])
@@ -161,7 +168,7 @@ class _Opened:
 
     def encode(self, mean: bool) -> dict[str, Tensor]:
         """Latents of the batch: means, or draws from the guide."""
-        parts: list[dict[str, Tensor]] = []
+        parts: list[dict[str, tuple[int, Tensor]]] = []
         for rows, piece, index in self._pieces(self.batch):
             at: dict[str, Tensor] = dict(index)
             if mean:
@@ -174,18 +181,25 @@ class _Opened:
             for name, node in sample_nodes(trace):
                 if self.s.guide_roles.get(name) in ("latent", "enumerated"):
                     axis = node["value"].dim() - self.s.event_dims[name] - 1
-                    found[name] = (axis, node["value"].narrow(axis, 0, width))
-            parts.append(found)  # type: ignore[arg-type]
-        return {n: torch.cat([p[n][1] for p in parts], int(axis)) for n, (axis, _) in parts[0].items()}
+                    shared = self.s.plate not in {f.name for f in node["cond_indep_stack"]}
+                    found[name] = (-1, node["value"]) if shared else (axis, node["value"].narrow(axis, 0, width))
+            parts.append(found)
+        return {
+            n: value if axis < 0 else torch.cat([p[n][1] for p in parts], axis)  # a shared latent is drawn once
+            for n, (axis, value) in parts[0].items()
+        }
 
     def decode(self, values: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool) -> Tensor:
-        """The first observed site given latents, [rows, *event]."""
+        """The site that observes the batch's first tensor, given latents: [rows, *event]."""
         out = []
         for rows, piece, index in self._pieces(batch):
             width = rows.stop - rows.start
             given: dict[str, Tensor] = dict(index)
             for name, v in values.items():
                 axis = v.dim() - self.s.event_dims[name] - 1
+                if axis < 0 or v.shape[axis] != len(batch[0]):  # shared by all data
+                    given[name] = v
+                    continue
                 part = v.narrow(axis, rows.start, width)
                 if self.s.indexes and width < self.s.subsample_size:  # a ragged end is padded, then cut off
                     fill = part.narrow(axis, 0, 1).repeat_interleave(self.s.subsample_size - width, axis)
@@ -193,8 +207,8 @@ class _Opened:
                 given[name] = part
             with poutine.trace() as tracer, poutine.uncondition(), Given(given):
                 self.model(*piece)
-            nodes = tracer.get_trace().nodes.values()
-            node = next(n for n in nodes if n["type"] == "sample" and n["infer"].get("was_observed"))
+            nodes = [n for _, n in sample_nodes(tracer.get_trace()) if n["infer"].get("was_observed")]
+            node = next((n for n in nodes if n["infer"].get("obs") is piece[0]), nodes[0])
             value = node["value"]
             if mean:
                 value = _mean(node["fn"], value)
@@ -227,6 +241,6 @@ def _opened(model: Pair, guide: Pair, x: Any, seed: int) -> Iterator[_Opened]:
     model, guide = bound(model), bound(guide)
     with undisturbed(), evaluating(model, guide):
         batch = prepared(model, guide, x, seed)
-        structure = inspect(model, guide, batch, weights=False)
+        structure = inspect(model, guide, batch, weights=False, particles=False)
         torch.manual_seed(seed)
         yield _Opened(model, guide, batch, structure)

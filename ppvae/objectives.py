@@ -14,8 +14,10 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from ppvae.errors import ContractError
-from ppvae.inference.contract import Structure, inspect
-from ppvae.inference.weights import Pair, Terms, terms, traces
+from ppvae.inference.contract import inspect
+from ppvae.inference.structure import Structure
+from ppvae.inference.tracing import Pair, traces
+from ppvae.inference.weights import Terms, terms
 
 
 class Objective(PyroELBO):

@@ -53,10 +53,13 @@ class Bound:
 
 
 class Weights:
-    """Everything that is reported of a block of data, from log-weights taken in a few particles at a time."""
+    """Everything that is reported of a block of data, from log-weights taken in a few particles at a time.
 
-    def __init__(self, num_particles: int, bounds: Sequence[int]):
-        self.num_particles = num_particles
+    `eps` is the rounding unit in which the densities were computed.
+    """
+
+    def __init__(self, num_particles: int, bounds: Sequence[int], eps: float = 0.0):
+        self.num_particles, self._eps = num_particles, eps
         self.bounds = {k: Bound(k) for k in bounds}
         self._kept = tail_length(num_particles) + 1
         self._waiting: list[Tensor] = []
@@ -111,13 +114,16 @@ class Weights:
         # Where the largest weight itself makes up the whole tail, as with discrete latents, weights are bounded by what
         # has been seen many times: nothing is left to fit, and ess judges alone.
         k_hat = pareto_k(s["top"], count, s["smallest"])
-        flat = (s["top"].amin(1) == s["top"].amax(1)) & s["top"].amax(1).isfinite() & (count >= MIN_PARTICLES)
+        # Weights that differ by the networks' rounding alone are equal.
+        largest = s["top"].amax(1)
+        rounding = largest - s["smallest"] <= 32 * self._eps * (1 + largest.abs())
+        flat = ((s["top"].amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()
         broken = (s["nonfinite"] > 0) | (s["zero"] == count)
         return {
             "log_px": s["log_sum"] - math.log(count),
             "std_error": relative.sqrt(),
             "ess": ess,
-            "k_hat": torch.where(flat & k_hat.isposinf(), -torch.inf, k_hat),
+            "k_hat": torch.where(flat & (count >= MIN_PARTICLES), -torch.inf, k_hat),
             "elbo": s["elbo"] / count,
             "nonfinite": torch.where(broken, s["nonfinite"].clamp(min=1), s["nonfinite"]),
             **{f"bound_{k}": b.value for k, b in self.bounds.items()},

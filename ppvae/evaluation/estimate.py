@@ -52,12 +52,17 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     @property
+    def k_hat_limit(self) -> float:
+        """The largest k_hat of a reliable estimate, min(0.7, 1 - 1 / log10 K); -inf for K < 25, too few to judge."""
+        return min(0.7, 1 - 1 / math.log10(self.num_particles)) if self.num_particles >= 25 else -math.inf
+
+    @property
     def reliable(self) -> Tensor:
         """Which estimates can be trusted, [N] bool."""
         if self.lower_bound_only or self.num_particles < 25:
             return torch.zeros_like(self.log_px, dtype=torch.bool)
-        limit = min(0.7, 1 - 1 / math.log10(self.num_particles))
-        return (self.nonfinite == 0) & (self.ess >= MIN_ESS) & (self.k_hat < limit)
+        enough = min(MIN_ESS, 0.999 * self.num_particles)  # equal weights are enough however few there are
+        return (self.nonfinite == 0) & (self.ess >= enough) & (self.k_hat < self.k_hat_limit)
 
     def bound(self, k: int) -> Tensor:
         """L_k, the importance-weighted bound with k particles, from the same draws; [N] nats.
@@ -171,10 +176,10 @@ class Estimate:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.json"
-        content = self.attributes() | {
-            "curve": {str(k): float(v.mean()) for k, v in sorted(self.bounds.items())},
+        content = {key: _number(value) for key, value in self.attributes().items()} | {
+            "curve": {str(k): _number(float(v.mean())) for k, v in sorted(self.bounds.items())},
             "summary": self.summary().splitlines(),
-            "per_datum": {key: _numbers(value) for key, value in self.per_datum().items()},
+            "per_datum": {key: [_number(v) for v in value.tolist()] for key, value in self.per_datum().items()},
         }
         partial = path.with_suffix(".json.tmp")
         partial.write_text(json.dumps(content, allow_nan=False) + "\n")
@@ -183,6 +188,6 @@ class Estimate:
         return path
 
 
-def _numbers(values: Tensor) -> list[Any]:
-    """Values as JSON takes them: what is not finite becomes a string."""
-    return [v if isinstance(v, bool | int) or math.isfinite(v) else str(v) for v in values.tolist()]
+def _number(value: Any) -> Any:
+    """A value as JSON takes it: a number that is not finite becomes a string."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

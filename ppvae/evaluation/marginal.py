@@ -16,9 +16,13 @@ from ppvae import data as datasets
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation.accumulate import Weights, recorded_bounds
 from ppvae.evaluation.estimate import Estimate
-from ppvae.inference.contract import Structure, check_support, inspect, undisturbed
-from ppvae.inference.scope import bound, evaluating, unbound
-from ppvae.inference.weights import Pair, Terms, amortised, draw, particle_dim, terms
+from ppvae.inference.contract import inspect
+from ppvae.inference.evaluating import evaluating
+from ppvae.inference.scope import bound, unbound
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.support import check_support
+from ppvae.inference.tracing import Pair
+from ppvae.inference.weights import Terms, amortised, draw, narrowed, terms
 
 # Noise is a function of (seed, data block, particle block), so that a result depends neither on how memory is cut nor
 # on how many processes share the work. Changing these numbers changes every estimate within its standard error.
@@ -81,12 +85,12 @@ def log_marginal(
         with tqdm(total=len(starts), desc="log p(x)", unit="block", disable=_quiet(progress)) as bar:
             for number, start in enumerate(starts):
                 block = Block(columns, start, min(start + size, len(columns[0])), number, structure, place)
-                weights = Weights(num_particles, ks)
-                kept = Kept(posterior_draws, stream(seed, number, "posterior")) if posterior_draws else None
+                weights = Weights(num_particles, ks, block.eps)
+                kept = Kept(posterior_draws, stream(seed, number, "posterior"), structure) if posterior_draws else None
                 for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
                     weights.add(log_weight, elbo)
                     if kept:
-                        kept.add(log_weight, t, structure)
+                        kept.add(log_weight, t)
                 results.append({name: value.cpu() for name, value in weights.result().items()})
                 if kept:
                     draws.append(kept.values)
@@ -96,6 +100,8 @@ def log_marginal(
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     posterior = {name: torch.cat([d[name] for d in draws], dim=1) for name in draws[0]} if draws else None
     base, levels, notes = _measure(columns[0], structure)
+    if posterior_draws and not posterior:
+        notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     return Estimate(
         **{k: v for k, v in joined.items() if not k.startswith("bound_")},
         num_particles=num_particles,
@@ -106,7 +112,7 @@ def log_marginal(
         lower_bound_only=structure.lower_bound_only,
         joint=structure.joint,
         data=getattr(columns[0], "description", ""),
-        digest=_digest(columns),
+        digest=digest_of(columns),
         bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
         posterior=posterior,
         notes=notes,
@@ -141,18 +147,31 @@ class Block:
             guide = amortised(guide, batch, s, index)
         width = 1 if s.joint else self.size
         step = max(1, rows // self.size)
+        if "cancelled" in s.model_roles.values():  # the model draws for itself, once for all particles of a block
+            step = PARTICLE_BLOCK
         with _unvalidated():
             for number, first in enumerate(range(0, num_particles, PARTICLE_BLOCK)):
                 count = min(PARTICLE_BLOCK, num_particles - first)
                 torch.manual_seed(stream(seed, self.number, number))
-                values = draw(guide, batch, count, structure=s, index=index) if count > step else {}
+                # the guide's noise must not depend on what the model draws for itself, nor on how memory is cut
+                cut = count > step or s.layout == "one by one"
+                drawn = draw(guide, batch, count, structure=s, index=index) if cut else {}
                 for low in range(0, count, step):
                     size = min(step, count - low)
-                    part = {n: v.narrow(particle_dim(v, s, n), low, size) for n, v in values.items()}
-                    t = terms(model, guide, batch, size, values=part, structure=s, index=index)
+                    part: dict[str, Any] = {}
+                    if cut:
+                        sites = narrowed(drawn, s, low, size)
+                        part = {"values": {n: v.value for n, v in sites.items()}} if s.enumerated else {"drawn": sites}
+                    t = terms(model, guide, batch, size, structure=s, index=index, **part)
                     if first == low == 0:
                         self._check(t)
                     yield t.log_weight[:, :width], t.elbo[:, :width], t
+
+    @property
+    def eps(self) -> float:
+        """The rounding unit of the data's type, in which densities are taken to be computed."""
+        kinds = [t.dtype for t in self.batch if t.is_floating_point()]
+        return torch.finfo(kinds[0]).eps if kinds else torch.finfo(torch.float32).eps
 
     def _check(self, t: Terms) -> None:
         for name in self.s.unmasked:
@@ -162,37 +181,52 @@ class Block:
 
 
 class Kept:
-    """Posterior draws by resampling: each slot holds a particle with probability in proportion to its weight so far."""
+    """Posterior draws by resampling: each slot holds a particle with probability in proportion to its weight so far.
 
-    def __init__(self, num_draws: int, seed: int):
-        self.num_draws = num_draws
+    Particles are taken in a whole block at a time, so that the draws do not depend on how memory is cut.
+    """
+
+    def __init__(self, num_draws: int, seed: int, s: Structure):
+        self.num_draws, self.s = num_draws, s
+        self.names = [n for n, role in s.guide_roles.items() if role == "latent" and not s.enumerated and not s.joint]
         self._generator = torch.Generator().manual_seed(seed)
         self._log_total: Tensor | None = None
-        self.values: dict[str, Tensor] = {}
+        self._waiting: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._values: dict[str, Tensor] = {}
 
-    def add(self, log_weight: Tensor, t: Terms, s: Structure) -> None:
+    def add(self, log_weight: Tensor, t: Terms) -> None:
         """Takes in log-weights [particles, N] and the latents they belong to."""
-        log_weight = log_weight.cpu()
+        values = {}
+        for name in self.names:
+            value = t.guide[name].value.cpu()
+            values[name] = value.movedim(value.dim() - self.s.event_dims[name] - 1, 1)  # [particles, N, ...]
+        self._waiting.append((log_weight.cpu(), values))
+        if sum(len(w) for w, _ in self._waiting) >= PARTICLE_BLOCK:
+            self._resample()
+
+    def _resample(self) -> None:
+        if not self._waiting:
+            return
+        log_weight = torch.cat([w for w, _ in self._waiting])
+        latents = {n: torch.cat([v[n] for _, v in self._waiting]) for n in self.names}
+        self._waiting = []
         count = log_weight.shape[1]
         log_new = log_weight.logsumexp(0)
         safe = torch.where(log_new.isfinite(), log_weight, torch.zeros_like(log_weight))
         chosen = torch.multinomial(safe.softmax(0).T, self.num_draws, replacement=True, generator=self._generator).T
-        if self._log_total is None:
-            replaced = torch.ones(self.num_draws, count, dtype=torch.bool)
-            self._log_total = log_new
-        else:
-            self._log_total = torch.logaddexp(self._log_total, log_new)
-            uniform = torch.rand(self.num_draws, count, generator=self._generator, dtype=torch.float64)
-            replaced = uniform < (log_new - self._log_total).exp()
-        for name, site in t.guide.items():
-            if s.model_roles.get(name) != "latent" or name in s.enumerated or s.joint:
-                continue
-            value = site.value.cpu()
-            if value.dim() != 2 + s.event_dims[name]:  # latents in inner plates or under enumeration are not kept
-                continue
+        uniform = torch.rand(self.num_draws, count, generator=self._generator, dtype=torch.float64)
+        self._log_total = log_new if self._log_total is None else torch.logaddexp(self._log_total, log_new)
+        replaced = uniform < (log_new - self._log_total).exp()
+        for name, value in latents.items():
             new = value[chosen, torch.arange(count)]
-            old = self.values.get(name, new)
-            self.values[name] = torch.where(replaced.reshape(*replaced.shape, *(1,) * (new.dim() - 2)), new, old)
+            old = self._values.get(name, new)
+            self._values[name] = torch.where(replaced.reshape(*replaced.shape, *(1,) * (new.dim() - 2)), new, old)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Draws of each latent, [draws, N, (inner plates,) *event]."""
+        self._resample()
+        return self._values
 
 
 @contextmanager
@@ -263,7 +297,7 @@ def _inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch
         except ContractError:
             raise error from None
         return structure, structure.subsample_size if structure.indexes else total
-    if structure.indexes:
+    if not lazy and (structure.indexes or (structure.sized and total > len(first[0]))):
         structure = inspect(model, guide, whole)
     if structure.joint:
         if structure.full_size not in (total, len(first[0])):
@@ -291,7 +325,8 @@ def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...
     return "density", None, ()
 
 
-def _digest(columns: tuple[Any, ...]) -> str:
+def digest_of(columns: tuple[Any, ...]) -> str:
+    """The SHA-256 of the data of a result."""
     own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in columns]
     return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
 

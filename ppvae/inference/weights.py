@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.distributions.util import scale_and_mask
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ppvae.inference.contract import Structure
-
-PARTICLES = "_ppvae_particles"
-Pair = Callable[..., Any]
+from ppvae.inference.enumeration import summed_out
+from ppvae.inference.particles import (
+    enumerated_dims,
+    fold,
+    fold_data,
+    over_inner_plates,
+    particle_dim,
+    unfold,
+    unfold_value,
+    with_plates,
+)
+from ppvae.inference.structure import Structure
+from ppvae.inference.tracing import Given, Pair, as_batch, node_log_prob, one_trace, sample_nodes, traces
 
 
 @dataclass(frozen=True)
@@ -115,157 +114,6 @@ class Terms:
         return self.contracted[1] if self.contracted else self.log_weight
 
 
-class Given(Messenger):
-    """Sets latent sites (and a plate's subsample) to given values instead of sampling them."""
-
-    def __init__(self, values: Mapping[str, Tensor]):
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        value = self.values.get(msg["name"])
-        if value is not None and not msg["is_observed"]:
-            msg["value"], msg["done"] = value, True
-
-
-class _Parallel(Messenger):
-    """Enumerates at once what a guide asks to be enumerated one value after another."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if (msg["infer"] or {}).get("enumerate") == "sequential":
-            msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
-
-
-def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The sample sites of a trace, without plates and deterministic sites."""
-    for name, node in trace.nodes.items():
-        if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
-            continue
-        if not (node["infer"] or {}).get("_deterministic"):
-            yield name, node
-
-
-def event_dim(node: dict[str, Any]) -> int:
-    """How many rightmost dims of a site's value are one event."""
-    return len(getattr(node["fn"], "event_shape", ()))
-
-
-def node_log_prob(node: dict[str, Any]) -> Tensor:
-    """log-density of a traced site with its mask and without its scale; -inf outside the support."""
-    if "ppvae_log_prob" in node:
-        return node["ppvae_log_prob"]
-    fn, value = node["fn"], node["value"]
-    outside = None
-    if not node["is_observed"] and isinstance(fn, TorchDistributionMixin) and not isinstance(fn, dist.Delta):
-        outside = _outside(fn, value)
-    if outside is None:
-        log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
-    else:  # a value the other side drew where this side has no mass is legal: its weight is zero
-        validate, fn._validate_args = fn._validate_args, False
-        try:
-            log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
-        finally:
-            fn._validate_args = validate
-        log_prob = torch.where(outside, torch.full_like(log_prob, -torch.inf), log_prob)
-    return scale_and_mask(log_prob, 1.0, node["mask"])
-
-
-def _outside(fn: Any, value: Tensor) -> Tensor | None:
-    """Where a value lies outside the support; None where it lies nowhere outside or cannot."""
-    support = fn.support
-    base = getattr(support, "base_constraint", support)
-    if base is torch.distributions.constraints.real or support is torch.distributions.constraints.real_vector:
-        return None
-    if fn.has_enumerate_support or getattr(base, "is_discrete", False):
-        return None
-    inside = support.check(value)
-    return None if bool(inside.all()) else ~inside
-
-
-@contextmanager
-def constant(params: Iterable[Tensor]) -> Iterator[None]:
-    """Holds parameters constant meanwhile: gradients pass through values, none reaches a parameter."""
-    held = [p for p in params if p.requires_grad]
-    for p in held:
-        p.requires_grad_(False)
-    try:
-        with warnings.catch_warnings():  # pyro.module remarks on every parameter that takes no gradient
-            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-            yield
-    finally:
-        for p in held:
-            p.requires_grad_(True)
-
-
-def one_trace(
-    fn: Pair,
-    batch: Sequence[Any],
-    s: Structure,
-    values: Mapping[str, Tensor],
-    replayed: Any = None,
-    num_particles: int | None = None,
-) -> Any:
-    """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
-    with ExitStack() as stack:
-        if num_particles is not None:
-            stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.nesting))
-        tracer = stack.enter_context(poutine.trace())
-        if replayed is not None:
-            stack.enter_context(poutine.replay(trace=replayed))
-        stack.enter_context(Given(values))
-        if s.enumerated:  # innermost: it must see a site before a value is put there
-            # the model's dims follow the guide's, so that a replayed value means the same on both sides
-            first = None if replayed is not None else -1 - s.nesting - (num_particles is not None)
-            stack.enter_context(poutine.enum(first_available_dim=first))
-            stack.enter_context(_Parallel())
-        fn(*batch)
-        trace = tracer.get_trace()
-    return trace
-
-
-def traces(
-    model: Pair,
-    guide: Pair,
-    batch: Sequence[Any],
-    s: Structure,
-    given: Mapping[str, Tensor],
-    frozen: Sequence[str] = (),
-    num_particles: int | None = None,
-) -> tuple[Any, Any]:
-    """(model trace, guide trace) of one run of the pair; the model is replayed on the guide's latents.
-
-    `num_particles` is the size of the particle plate, or None for a run without one.
-    """
-
-    def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: Mapping[str, Tensor]) -> Any:
-        with constant(held.values()):
-            trace = one_trace(fn, batch, s, values, replayed, num_particles)
-            for _, node in sample_nodes(trace) if held else ():  # some distributions ask their network only now
-                node["ppvae_log_prob"] = node_log_prob(node)
-            return trace
-
-    guide_trace = run(guide, given, None, {})
-    if "guide" in frozen:
-        paths = {n: node["value"] for n, node in sample_nodes(guide_trace) if s.guide_roles.get(n) != "enumerated"}
-        if s.indexes:
-            paths[s.plate] = guide_trace.nodes[s.plate]["value"]
-        guide_trace = run(guide, {**given, **paths}, None, s.guide_params)
-    unseen = {name: value for name, value in given.items() if name not in guide_trace}
-    model_trace = run(model, unseen, guide_trace, s.model_params if "model" in frozen else {})
-    return model_trace, guide_trace
-
-
-def params_of(trace: Any) -> dict[str, Tensor]:
-    """The unconstrained parameter tensors that a trace met, by name."""
-    found = {}
-    for name, node in trace.nodes.items():
-        if node["type"] == "param":
-            value = node["value"]
-            source = getattr(value, "_pyro_unconstrained_param", None)
-            found[name] = source if source is not None else value.unconstrained()
-    return found
-
-
 def terms(
     model: Pair,
     guide: Pair,
@@ -276,6 +124,7 @@ def terms(
     frozen: Sequence[str] = (),
     structure: Structure | None = None,
     index: Tensor | None = None,
+    drawn: Mapping[str, Site] | None = None,
 ) -> Terms:
     """Traces guide and model on one batch under a particle plate and gives their log-densities per site.
 
@@ -287,6 +136,7 @@ def terms(
             keep their gradient paths (sticking the landing: Roeder et al. 2017, arXiv 1703.09194).
         structure: what `inspect` found of this pair, to save finding it again.
         index: for a plate that draws its own subsample of the data: the rows to take, [batch].
+        drawn: the guide's side as `draw` gave it; the guide is not run again. Not for pairs with enumerated sites.
 
     Raises:
         ContractError: the pair breaks the contract; the message names the site.
@@ -303,236 +153,98 @@ def terms(
     batch = as_batch(batch)
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, found {num_particles}")
-    structure = structure or inspect(model, guide, batch)
-    given = dict(values or {})
-    size = structure.size_of(batch) if index is None else len(index)
+    s = structure or inspect(model, guide, batch)
+    given = dict(values or {}) if drawn is None else {name: site.value for name, site in drawn.items()}
     if index is not None:
-        given[structure.plate] = index
-    if structure.layout == "vectorized":
-        given = {name: _with_plates(value, structure, name) for name, value in given.items()}
-        pair = traces(model, guide, batch, structure, given, frozen, num_particles)
-        return _assemble(*pair, structure, num_particles, size, lambda t: t)
-    if structure.layout == "folded":
-        folded = [_fold_data(t, num_particles, size) for t in batch]
-        given = {name: _fold(value, structure, name) for name, value in given.items()}
-        pair = traces(model, guide, folded, structure, given, frozen)
-        return _assemble(*pair, structure, num_particles, size, lambda t: _unfold(t, num_particles, size))
-    parts = []
-    for k in range(num_particles):
-        one = {n: v if n == structure.plate else v.select(particle_dim(v, structure, n), k) for n, v in given.items()}
-        pair = traces(model, guide, batch, structure, one, frozen)
-        parts.append(_assemble(*pair, structure, 1, size, lambda t: t.unsqueeze(-2)))
-    return _stacked(parts, structure)
+        given[s.plate] = index
+
+    def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None) -> tuple[Any, Any]:
+        if drawn is not None:
+            return one_trace(model, rows, s, at, num_particles=particles), None
+        return traces(model, guide, rows, s, at, frozen, particles)
+
+    laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
+    parts = [_assemble(*run(rows, at, k), piece) for rows, at, k, piece in laid.runs(batch, given)]
+    t = parts[0] if len(parts) == 1 and s.layout != "one by one" else _stacked(parts, s)
+    return t if drawn is None else replace(t, guide=dict(drawn))
 
 
-def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    """A batch as the tuple of arguments that the pair is called with."""
-    return tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+@dataclass(frozen=True)
+class Laid:
+    """So many particles of a batch, laid out as the pair takes them."""
 
+    s: Structure
+    num_particles: int
+    size: int
 
-def _fold_data(value: Any, num_particles: int, size: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-        return value.expand(num_particles, *value.shape).reshape(num_particles * size, *value.shape[1:])
-    return value
-
-
-def particle_dim(value: Tensor, s: Structure, name: str) -> int:
-    """Where the particles stand in a latent's value: leftmost, but for dims of sites enumerated in the guide."""
-    return max(value.dim() - s.event_dims[name] - s.nesting - 1, 0)
-
-
-def _enumerated_dims(value: Tensor, s: Structure, name: str) -> int:
-    """How many dims on the left of a single particle's value belong to sites enumerated in the guide."""
-    return max(value.dim() - s.event_dims[name] - s.nesting, 0)
-
-
-def _unfold_value(value: Tensor, s: Structure, name: str, num_particles: int, size: int) -> Tensor:
-    """[..., *inner, particles * batch, *event] -> [..., particles, *inner, batch, *event]."""
-    data = value.dim() - s.event_dims[name] - 1
-    split = value.reshape(*value.shape[:data], num_particles, size, *value.shape[data + 1 :])
-    return split.movedim(data, _enumerated_dims(value, s, name))
-
-
-def _fold(value: Tensor, s: Structure, name: str) -> Tensor:
-    """[..., particles, *inner, batch, *event] -> [..., *inner, particles * batch, *event]."""
-    if name == s.plate:
-        return value
-    data = value.dim() - s.event_dims[name] - 1
-    moved = value.movedim(particle_dim(value, s, name), data - 1)
-    return moved.reshape(*moved.shape[: data - 1], -1, *moved.shape[data + 1 :])
-
-
-def _with_plates(value: Tensor, s: Structure, name: str) -> Tensor:
-    """[particles, *some plates, *event] -> the same with every plate dim present, so that particles stay leftmost."""
-    if name == s.plate:
-        return value
-    missing = s.nesting + 1 - (value.dim() - s.event_dims[name])
-    return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:]) if missing > 0 else value
-
-
-def _unfold(log_prob: Tensor, num_particles: int, size: int) -> Tensor:
-    """[..., particles * batch] -> [..., particles, batch]; a shared site's last dim has size one."""
-    if log_prob.shape[-1] == num_particles * size:
-        return log_prob.reshape(*log_prob.shape[:-1], num_particles, size)
-    return log_prob.unsqueeze(-2)
-
-
-def _reduced(log_prob: Tensor, nesting: int) -> Tensor:
-    """Sums over inner plates: dims -nesting .. -2; keeps the data dim and everything left of the plates."""
-    while log_prob.dim() < nesting:
-        log_prob = log_prob.unsqueeze(0)
-    if nesting > 1:
-        log_prob = log_prob.sum(tuple(range(-nesting, -1)))
-    return log_prob
-
-
-def _assemble(
-    model_trace: Any,
-    guide_trace: Any,
-    s: Structure,
-    num_particles: int,
-    size: int,
-    unfold: Callable[[Tensor], Tensor],
-) -> Terms:
-    vectorized = s.layout == "vectorized"
-    raw: dict[str, Tensor] = {}
-
-    def site(trace: str, name: str, node: dict[str, Any], role: str) -> Site:
-        log_prob = raw[f"{trace}:{name}"] = node_log_prob(node)
-        reduced = _reduced(log_prob, s.nesting)
-        if vectorized:
-            reduced = reduced.unsqueeze(0) if reduced.dim() == 1 else reduced
+    def runs(
+        self, batch: Sequence[Any], given: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Sequence[Any], dict[str, Tensor], int | None, Laid]]:
+        """The runs to make: (batch, values to put in place, size of the particle plate, what the run holds)."""
+        s, count = self.s, self.num_particles
+        if s.layout == "vectorized":
+            yield batch, {n: with_plates(v, s, n) for n, v in given.items()}, count, self
+        elif s.layout == "folded":
+            rows = [fold_data(t, count, self.size) for t in batch]
+            yield rows, {n: fold(v, s, n) for n, v in given.items()}, None, self
         else:
-            reduced = unfold(reduced)
-        if reduced.shape[-2] != num_particles:
-            reduced = reduced.expand(*reduced.shape[:-2], num_particles, reduced.shape[-1])
-        value = node["value"]
-        if s.layout == "folded" and role == "observed":
-            value = value[:size] if value.shape[:1] == (num_particles * size,) else value
-        elif s.layout == "folded" and value.shape[value.dim() - s.event_dims[name] - 1 :][:1] == (num_particles * size,):
-            value = _unfold_value(value, s, name, num_particles, size)
-        return Site(name, role, value, node["fn"], reduced, node["value"])
+            for k in range(count):
+                at = {n: v if n == s.plate else v.select(particle_dim(v, s, n), k) for n, v in given.items()}
+                yield batch, at, None, replace(self, num_particles=1)
 
-    model_sites = {n: site("model", n, node, s.model_roles[n]) for n, node in sample_nodes(model_trace)}
-    guide_sites = {n: site("guide", n, node, s.guide_roles[n]) for n, node in sample_nodes(guide_trace)}
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """[..., batch as run] -> [..., particles, batch]."""
+        if self.s.layout == "vectorized":
+            return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+        if self.s.layout == "folded":
+            return unfold(tensor, self.num_particles, self.size)
+        return tensor.unsqueeze(-2)
+
+    def site(self, name: str, node: dict[str, Any], role: str) -> Site:
+        """A traced site with its log-density per particle and datum."""
+        s, count = self.s, self.num_particles
+        log_prob = self.unfold(over_inner_plates(node_log_prob(node), s.nesting))
+        if log_prob.shape[-2] != count:
+            log_prob = log_prob.expand(*log_prob.shape[:-2], count, log_prob.shape[-1])
+        value, rows = node["value"], count * self.size
+        if s.layout == "folded" and role == "observed":
+            value = value[: self.size] if value.shape[:1] == (rows,) else value
+        elif s.layout == "folded" and value.shape[value.dim() - s.event_dims[name] - 1 :][:1] == (rows,):
+            value = unfold_value(value, s, name, count, self.size)
+        return Site(name, role, value, node["fn"], log_prob, node["value"])
+
+
+def _assemble(model_trace: Any, guide_trace: Any, laid: Laid) -> Terms:
+    s = laid.s
+    model_sites = {n: laid.site(n, node, s.model_roles[n]) for n, node in sample_nodes(model_trace)}
+    guide_sites = {}
+    if guide_trace is not None:
+        guide_sites = {n: laid.site(n, node, s.guide_roles[n]) for n, node in sample_nodes(guide_trace)}
     contracted = None
     if s.enumerated:
-        contracted = _contract(model_trace, guide_trace, raw, s, num_particles, size, unfold)
-    return Terms(model_sites, guide_sites, num_particles, size, s.scale, s.joint, contracted)
+        contracted = summed_out(model_trace, guide_trace, s, laid.num_particles, laid.size, laid.unfold)
+    return Terms(model_sites, guide_sites, laid.num_particles, laid.size, s.scale, s.joint, contracted)
 
 
-def _over_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
-    """The log-density with every plate of its site in its shape: in a contraction the dims tell the plates."""
-    shape = list(log_prob.shape)
-    for frame in node["cond_indep_stack"]:
-        if frame.dim is not None:
-            shape = [1] * (-frame.dim - len(shape)) + shape
-            shape[frame.dim] = frame.size
-    return log_prob.expand(shape)
-
-
-def _contract(
-    model_trace: Any,
-    guide_trace: Any,
-    raw: dict[str, Tensor],
-    s: Structure,
-    num_particles: int,
-    size: int,
-    unfold: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Sums enumerated sites out of the weights exactly: (log_weight, elbo), [particles, batch].
-
-    log w_k = log sum_y p(x, y, z_ky) / q(z_ky | x, y), and for sites enumerated in the guide
-    elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)].
-    """
-    for key, log_prob in raw.items():
-        side, name = key.split(":", 1)
-        node = (model_trace if side == "model" else guide_trace).nodes[name]
-        node["log_prob"] = node["unscaled_log_prob"] = _over_plates(log_prob.double(), node)
-    guide_trace.pack_tensors()
-    model_trace.pack_tensors(guide_trace.plate_to_symbol)
-
-    def packed(trace: Any, roles: Mapping[str, str], wanted: Sequence[str]) -> list[Tensor]:
-        return [node["packed"]["log_prob"] for n, node in sample_nodes(trace) if roles[n] in wanted]
-
-    def negative(tensor: Tensor) -> Tensor:
-        out = -tensor
-        out._pyro_dims = tensor._pyro_dims  # type: ignore[attr-defined]
-        return out
-
-    factors = packed(model_trace, s.model_roles, ("latent", "observed", "enumerated"))
-    factors += [negative(t) for t in packed(guide_trace, s.guide_roles, ("latent", "auxiliary"))]
-    log_q = packed(guide_trace, s.guide_roles, ("enumerated",))
-    symbols = model_trace.plate_to_symbol
-    kept = "".join(symbols[p] for p in ((PARTICLES,) if s.joint else (PARTICLES, s.plate)) if p in symbols)
-
-    def reduce(tensors: list[Tensor], output: str) -> Tensor:
-        """log sum over enumerated dims of the product over plates, of all dims but those of `output`."""
-        plates = frozenset(symbols.values()) | frozenset(output)
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        sizes: dict[str, int] = {}
-        for t in tensors:
-            dims = t._pyro_dims  # type: ignore[attr-defined]
-            t = t[...]  # the contraction tells tensors apart by identity
-            t._pyro_dims = dims  # type: ignore[attr-defined]
-            tree.setdefault(plates.intersection(dims), []).append(t)
-            sizes.update(zip(dims, t.shape, strict=True))
-        present = frozenset(c for c in output if c in sizes)
-        return contract_to_tensor(tree, set(sizes) - plates, present, ring=LogRing(dim_to_size=sizes))
-
-    def with_dims(tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        dims = tensor._pyro_dims  # type: ignore[attr-defined]
-        new = [c for c in sizes if c not in dims]
-        out = tensor.expand(*(sizes[c] for c in new), *tensor.shape)
-        out._pyro_dims = "".join(new) + dims  # type: ignore[attr-defined]
-        return out
-
-    def arranged(tensor: Tensor, output: str) -> Tensor:
-        """A packed tensor with exactly the dims of `output`, in order, absent ones of size one."""
-        dims = tensor._pyro_dims  # type: ignore[attr-defined]
-        shape = [tensor.shape[dims.index(c)] if c in dims else 1 for c in output]
-        return tensor.permute([dims.index(c) for c in output if c in dims]).reshape(shape)
-
-    def per_datum(tensor: Tensor) -> Tensor:
-        """[particles, batch] from dims `kept`."""
-        tensor = tensor.reshape(tensor.shape[0], -1) if s.layout == "vectorized" else unfold(tensor.reshape(-1))
-        return tensor.expand(num_particles, 1 if s.joint else size)
-
-    log_weight = per_datum(arranged(reduce(factors, kept), kept))
-    if not log_q:
-        return log_weight, log_weight
-    enum = "".join(sorted({c for t in log_q for c in t._pyro_dims} - set(symbols.values())))  # type: ignore[attr-defined]
-    order = enum + kept
-    # given y, whatever the model enumerates is summed out for each y by itself: every factor must show its y
-    sizes = {c: n for t in log_q for c, n in zip(t._pyro_dims, t.shape, strict=True) if c in enum}  # type: ignore[attr-defined]
-    log_w = arranged(reduce([with_dims(t, sizes) for t in (*factors, *map(negative, log_q))], order), order)
-    probability = arranged(reduce(log_q, order), order).exp()
-    value = torch.where(probability > 0, probability * log_w, torch.zeros_like(log_w))
-    return log_weight, per_datum(value.sum(tuple(range(len(enum)))))
+def _joined(parts: Sequence[Mapping[str, Site]], s: Structure) -> dict[str, Site]:
+    """Sites of single particles as sites of all of them."""
+    out = {}
+    for name, site in parts[0].items():
+        own = [p[name] for p in parts]
+        value = site.value
+        if site.role != "observed":
+            value = torch.stack([o.value for o in own], enumerated_dims(value, s, name))
+        log_prob = torch.cat([o.log_prob for o in own], dim=-2)
+        out[name] = Site(name, site.role, value, site.distribution, log_prob, site.traced)
+    return out
 
 
 def _stacked(parts: list[Terms], s: Structure) -> Terms:
     """Terms of single particles as the terms of all of them."""
-    first = parts[0]
-
-    def join(side: str) -> dict[str, Site]:
-        out = {}
-        for name, site in getattr(first, side).items():
-            own = [getattr(p, side)[name] for p in parts]
-            log_prob = torch.cat([o.log_prob for o in own], dim=-2)
-            value = site.value
-            if site.role != "observed":
-                value = torch.stack([o.value for o in own], _enumerated_dims(value, s, name))
-            out[name] = Site(name, site.role, value, site.distribution, log_prob, site.traced)
-        return out
-
-    contracted = None
-    if first.contracted:
-        both = [p.contracted for p in parts if p.contracted]
-        contracted = (torch.cat([c[0] for c in both]), torch.cat([c[1] for c in both]))
-    return Terms(
-        join("model"), join("guide"), len(parts), first.batch_size, first.scale, first.joint, contracted
-    )  # fmt: skip
+    both = [p.contracted for p in parts if p.contracted]
+    contracted = (torch.cat([c[0] for c in both]), torch.cat([c[1] for c in both])) if both else None
+    model, guide = _joined([p.model for p in parts], s), _joined([p.guide for p in parts], s)
+    return replace(parts[0], model=model, guide=guide, num_particles=len(parts), contracted=contracted)
 
 
 def draw(
@@ -542,23 +254,25 @@ def draw(
     *,
     structure: Structure,
     index: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The guide's draws alone, {site: value}, as `terms(..., values=...)` takes them."""
+) -> dict[str, Site]:
+    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out."""
     s = structure
     given = {} if index is None else {s.plate: index}
-    size = s.size_of(batch) if index is None else len(index)
+    laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
+    parts = []
+    for rows, at, particles, piece in laid.runs(batch, given):
+        trace = one_trace(guide, rows, s, at, num_particles=particles)
+        parts.append({n: piece.site(n, v, s.guide_roles[n]) for n, v in sample_nodes(trace) if n not in s.enumerated})
+    return _joined(parts, s) if s.layout == "one by one" else parts[0]
 
-    def sampled(rows: Sequence[Any], particles: int | None) -> dict[str, Tensor]:
-        trace = one_trace(guide, rows, s, given, num_particles=particles)
-        return {n: node["value"] for n, node in sample_nodes(trace) if n not in s.enumerated}
 
-    if s.layout == "vectorized":
-        return sampled(batch, num_particles)
-    if s.layout == "folded":
-        values = sampled([_fold_data(t, num_particles, size) for t in batch], None)
-        return {n: _unfold_value(v, s, n, num_particles, size) for n, v in values.items()}
-    singles = [sampled(batch, None) for _ in range(num_particles)]
-    return {n: torch.stack([one[n] for one in singles], _enumerated_dims(v, s, n)) for n, v in singles[0].items()}
+def narrowed(drawn: Mapping[str, Site], s: Structure, start: int, count: int) -> dict[str, Site]:
+    """Some of the particles of a guide's side."""
+    out = {}
+    for name, site in drawn.items():
+        value = site.value.narrow(particle_dim(site.value, s, name), start, count)
+        out[name] = replace(site, value=value, traced=value, log_prob=site.log_prob.narrow(-2, start, count))
+    return out
 
 
 def amortised(guide: Pair, batch: tuple[Any, ...], s: Structure, index: Tensor | None = None) -> Pair:

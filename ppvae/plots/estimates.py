@@ -131,7 +131,8 @@ def _placed(k_hat: np.ndarray) -> tuple[np.ndarray, float, float]:
 def _points(ax: Any, x: np.ndarray, y: np.ndarray, which: np.ndarray, color: str, marker: str, words: str) -> None:
     if which.any():
         size = float(np.clip(4000 / len(x), 5, 22)) * (1.6 if marker == "X" else 1)
-        ax.scatter(x[which], y[which], s=size, color=color, marker=marker, alpha=0.6, linewidths=0, label=words)
+        alpha = float(np.clip(1500 / len(x), 0.2, 0.6))
+        ax.scatter(x[which], y[which], s=size, color=color, marker=marker, alpha=alpha, linewidths=0, label=words)
 
 
 def _edges(ax: Any, k_hat: np.ndarray, left: float, right: float) -> None:

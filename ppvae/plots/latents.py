@@ -32,7 +32,7 @@ def latent_map(
     if points.ndim != 2 or not points.size:
         raise UsageError(f"means: expected [N, D], found {list(points.shape)}")
     flat, words = _plane(points, site)
-    size = float(np.clip(8000 / len(points), 5, 26))
+    size = float(np.clip(8000 / len(points), 8, 26))
     fig = figure(7.2, 5.6)
     ax: Any = fig.add_subplot()
     classes = np.unique(array(labels)) if labels is not None else np.empty(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ppvae import data as datasets
 from ppvae import generate
 from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, PpvaeError, UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.marginal import prepared
-from ppvae.inference.contract import Structure, inspect
-from ppvae.inference.scope import evaluating, unbound
+from ppvae.evaluation.marginal import digest_of, prepared
+from ppvae.inference.contract import inspect
+from ppvae.inference.evaluating import evaluating
+from ppvae.inference.scope import unbound
+from ppvae.inference.structure import Structure
 
 if TYPE_CHECKING:
     from ppvae.training import Run
@@ -134,8 +134,7 @@ class Subject:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the data, as `log_marginal` writes it into its result."""
-        own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in self.columns]
-        return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
+        return digest_of(self.columns)
 
     @property
     def description(self) -> str:

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
 from ppvae.evaluation.marginal import stream
-from ppvae.inference.contract import Structure, inspect, undisturbed
-from ppvae.inference.scope import Bound, Registration, Scope, eval_mode, modules_called, unbound
+from ppvae.inference.contract import inspect
+from ppvae.inference.evaluating import eval_mode, modules_called
+from ppvae.inference.registration import Registration
+from ppvae.inference.scope import Bound, Scope, unbound
+from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.svi import SVI, Optimizer
-from ppvae.inference.weights import Pair, node_log_prob, sample_nodes, traces
+from ppvae.inference.tracing import Pair, node_log_prob, sample_nodes, traces
 from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.loading import Columns
@@ -115,8 +118,9 @@ def fit(
             "data": getattr(trainer.train.parts[0], "description", ""),
             "digest": _digest(trainer.train),
         }
+        trainer.describe(settings, {"epochs": epochs, **(config or {})})
         if folder is not None:
-            trainer.open(folder, settings, resume, {"epochs": epochs, **(config or {})})
+            trainer.open(folder, resume, epochs)
         return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
 
 
@@ -196,7 +200,7 @@ class _Trainer:
                     structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
                     if not structure.indexes:
                         raise
-            if structure.indexes:
+            if not self.train.lazy and (structure.indexes or (structure.sized and len(self.train) > len(rows))):
                 structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
         if structure.enumerated and not isinstance(self.objective, TraceEnum_ELBO | Objective):
             raise ContractError(
@@ -205,22 +209,25 @@ class _Trainer:
             )
         return structure, modules
 
-    def open(self, folder: Path, settings: dict[str, Any], resume: bool, extra: dict[str, Any]) -> None:
-        """Takes a run folder: a new one, or, to resume, one whose settings are the same."""
+    def describe(self, settings: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Notes the resolved configuration."""
         from ppvae.training.folder import versions
 
-        self.folder = folder
-        checkpoints = folder / "checkpoints"
         first = self.train.whole() if self.structure.indexes else self.train.read(torch.arange(2) % len(self.train))
         batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in first]
         self.config = {"versions": versions(), "fit": settings, "batch": batch, **extra}
+
+    def open(self, folder: Path, resume: bool, epochs: int) -> None:
+        """Takes a run folder: a new one, or, to resume, one whose settings are the same."""
+        self.folder = folder
+        checkpoints = folder / "checkpoints"
         if checkpoint.exists(checkpoints):
             if not resume:
                 raise CheckpointError(
                     f"{folder}: holds a run already; pass resume=True (--resume) to go on, or choose another folder"
                 )
-            self._restore(checkpoint.read(checkpoints), settings)
-            if self.stopped or self.epoch >= extra["epochs"]:
+            self._restore(checkpoint.read(checkpoints), self.config["fit"])
+            if self.stopped or self.epoch >= epochs:
                 return  # finished: there is nothing to do, and nothing is touched
         try:
             folder.mkdir(parents=True, exist_ok=True)

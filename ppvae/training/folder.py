@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.inference.contract import Structure, undisturbed
-from ppvae.inference.scope import Scope, eval_mode, modules_called, unbound
-from ppvae.inference.weights import Pair, traces
+from ppvae.inference.evaluating import eval_mode, modules_called
+from ppvae.inference.scope import Scope, unbound
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.tracing import Pair, traces
 from ppvae.training import checkpoint
 from ppvae.training.run import Run, bind
 from ppvae.training.state import PairState

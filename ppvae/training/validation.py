@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ppvae.evaluation.marginal import Block
-from ppvae.inference.contract import Structure, inspect, undisturbed
-from ppvae.inference.scope import eval_mode
-from ppvae.inference.weights import Pair
+from ppvae.inference.contract import inspect
+from ppvae.inference.evaluating import eval_mode
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.tracing import Pair
 from ppvae.training.loading import Columns
 
 ROWS = 1000

@@ -1,0 +1,60 @@
+"""What is known of a pair: its data plate, its sites' roles, its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a pair is: its data plate, its sites' roles, its parameters, and how particles can be laid out."""
+
+    plate: str = ""
+    nesting: int = 1
+    scale: float = 1.0
+    full_size: int = 0
+    indexes: bool = False  # the plate draws its own subsample of the data, which the pair gets whole
+    subsample_size: int = 0
+    sized: bool = False  # the plate has a subsample_size, which may be this batch's size by chance
+    fixed_size: bool = False  # the plate's full size is a number, not the batch's
+    layout: str = "one by one"  # or "vectorized", "folded"
+    joint: bool = False  # a latent is shared by all data
+    lower_bound_only: bool = False  # a point mass on a discrete latent
+    enumerated: tuple[str, ...] = ()
+    model_roles: Mapping[str, str] = field(default_factory=dict)
+    guide_roles: Mapping[str, str] = field(default_factory=dict)
+    event_dims: Mapping[str, int] = field(default_factory=dict)
+    observed_dims: int = 0  # numbers observed per datum
+    observed_support: str = ""  # "boolean", "discrete" or "continuous"
+    unmasked: tuple[str, ...] = ()  # observed sites without a mask
+    model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    score_only: tuple[str, ...] = ()  # latents that the guide does not reparameterise
+    refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained
+    words: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Every registered parameter, unconstrained, by name."""
+        return {**self.model_params, **self.guide_params}
+
+    def size_of(self, batch: Sequence[Any]) -> int:
+        """How many data one call of the pair represents by itself."""
+        return self.subsample_size if self.indexes else len(batch[0])
+
+    def represented(self, rows: int) -> int:
+        """How many data the loss of a batch of so many rows stands for."""
+        return self.full_size if self.fixed_size else rows
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restores the random state afterwards, so that looking at a pair does not change what it draws next."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield

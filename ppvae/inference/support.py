@@ -1,0 +1,85 @@
+"""Distributions' supports, masks and sizes, and observed values that lie outside a support."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch.distributions import constraints
+
+from ppvae.errors import DataError
+
+
+def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
+    """Raises DataError where an observed value lies outside its distribution's support, naming value and place."""
+    fn, value = node["fn"], node["value"]
+    support = getattr(fn, "support", None)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is None or value is None or support in (constraints.real, constraints.real_vector):
+        return
+    try:
+        inside = support.check(value)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return
+    if node["mask"] is not None and not isinstance(node["mask"], bool):
+        mask = node["mask"]
+        inside = inside | ~mask.reshape(*mask.shape, *(1,) * max(inside.dim() - mask.dim(), 0)).bool()
+    if not bool(inside.all()):
+        at = (~inside).nonzero()[0].tolist()
+        where = f"row {at[0] + first_row}" + (f", position {at[1:]}" if len(at) > 1 else "")
+        raise DataError(
+            f"site {name!r}: {type(base(fn)).__name__} takes values in {support_words(support)}; found "
+            f"{value[tuple(at)].flatten()[0].item():g} at {where}. {_cure(fn)}"
+        )
+
+
+def support_words(support: Any) -> str:
+    if support is constraints.boolean:
+        return "{0, 1}"
+    return str(support).removeprefix("<").removesuffix(">").lower()
+
+
+def _cure(fn: Any) -> str:
+    if isinstance(base(fn), torch.distributions.Bernoulli):
+        return "Load with binarize='fixed' or 'dynamic', or use a likelihood for grey values"
+    return "Choose a likelihood whose support holds the data"
+
+
+def base(fn: Any) -> Any:
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def mask_of(node: dict[str, Any]) -> Any:
+    fn, mask = node["fn"], node["mask"]
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask if mask is None else mask & fn._mask
+        fn = fn.base_dist
+    return mask
+
+
+def is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def support_kind(nodes: Iterable[dict[str, Any]]) -> str:
+    fns = [base(node["fn"]) for node in nodes]
+    if all(isinstance(fn, torch.distributions.Bernoulli) for fn in fns):
+        return "boolean"
+    return "discrete" if all(is_discrete(fn) for fn in fns) else "continuous"
+
+
+def event_size(node: dict[str, Any]) -> int:
+    plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None and f.dim != -1}
+    inner = 1
+    for size in plates.values():
+        inner *= size
+    return getattr(node["fn"], "event_shape", torch.Size()).numel() * inner

@@ -1,0 +1,198 @@
+"""Running a model and a guide: traces, the densities of their sites, and values put in place of draws."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from ppvae.errors import ContractError, refused
+from ppvae.inference.structure import Structure
+
+PARTICLES = "_ppvae_particles"
+
+
+Pair = Callable[..., Any]
+
+
+class Given(Messenger):
+    """Sets latent sites (and a plate's subsample) to given values instead of sampling them."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = self.values.get(msg["name"])
+        if value is not None and not msg["is_observed"]:
+            msg["value"], msg["done"] = value, True
+
+
+class _Parallel(Messenger):
+    """Enumerates at once what a guide asks to be enumerated one value after another."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (msg["infer"] or {}).get("enumerate") == "sequential":
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+
+
+def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sample sites of a trace, without plates and deterministic sites."""
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
+            continue
+        if not (node["infer"] or {}).get("_deterministic"):
+            yield name, node
+
+
+def event_dim(node: dict[str, Any]) -> int:
+    """How many rightmost dims of a site's value are one event."""
+    return len(getattr(node["fn"], "event_shape", ()))
+
+
+def node_log_prob(node: dict[str, Any]) -> Tensor:
+    """log-density of a traced site with its mask and without its scale; -inf outside the support."""
+    if "ppvae_log_prob" in node:
+        return node["ppvae_log_prob"]
+    fn, value = node["fn"], node["value"]
+    outside = None
+    if not node["is_observed"] and isinstance(fn, TorchDistributionMixin) and not isinstance(fn, dist.Delta):
+        outside = _outside(fn, value)
+    if outside is None:
+        log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
+    else:  # a value the other side drew where this side has no mass is legal: its weight is zero
+        validate, fn._validate_args = fn._validate_args, False
+        try:
+            log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
+        finally:
+            fn._validate_args = validate
+        log_prob = torch.where(outside, torch.full_like(log_prob, -torch.inf), log_prob)
+    return scale_and_mask(log_prob, 1.0, node["mask"])
+
+
+def _outside(fn: Any, value: Tensor) -> Tensor | None:
+    """Where a value lies outside the support; None where it lies nowhere outside or cannot."""
+    support = fn.support
+    base = getattr(support, "base_constraint", support)
+    if base is torch.distributions.constraints.real or support is torch.distributions.constraints.real_vector:
+        return None
+    if fn.has_enumerate_support or getattr(base, "is_discrete", False):
+        return None
+    inside = support.check(value)
+    return None if bool(inside.all()) else ~inside
+
+
+@contextmanager
+def constant(params: Iterable[Tensor]) -> Iterator[None]:
+    """Holds parameters constant meanwhile: gradients pass through values, none reaches a parameter."""
+    held = [p for p in params if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():  # pyro.module remarks on every parameter that takes no gradient
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+            yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+def one_trace(
+    fn: Pair,
+    batch: Sequence[Any],
+    s: Structure,
+    values: Mapping[str, Tensor],
+    replayed: Any = None,
+    num_particles: int | None = None,
+) -> Any:
+    """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
+    with ExitStack() as stack:
+        if num_particles is not None:
+            stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.nesting))
+        tracer = stack.enter_context(poutine.trace())
+        if replayed is not None:
+            stack.enter_context(poutine.replay(trace=replayed))
+        stack.enter_context(Given(values))
+        if s.enumerated:  # innermost: it must see a site before a value is put there
+            # the model's dims follow the guide's, so that a replayed value means the same on both sides
+            first = None if replayed is not None else -1 - s.nesting - (num_particles is not None)
+            stack.enter_context(poutine.enum(first_available_dim=first))
+            stack.enter_context(_Parallel())
+        fn(*batch)
+        trace = tracer.get_trace()
+    return trace
+
+
+def traces(
+    model: Pair,
+    guide: Pair,
+    batch: Sequence[Any],
+    s: Structure,
+    given: Mapping[str, Tensor],
+    frozen: Sequence[str] = (),
+    num_particles: int | None = None,
+) -> tuple[Any, Any]:
+    """(model trace, guide trace) of one run of the pair; the model is replayed on the guide's latents.
+
+    `num_particles` is the size of the particle plate, or None for a run without one.
+    """
+
+    def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: Mapping[str, Tensor]) -> Any:
+        with constant(held.values()):
+            trace = one_trace(fn, batch, s, values, replayed, num_particles)
+            for _, node in sample_nodes(trace) if held else ():  # some distributions ask their network only now
+                node["ppvae_log_prob"] = node_log_prob(node)
+            return trace
+
+    guide_trace = run(guide, given, None, {})
+    if "guide" in frozen:
+        paths = {n: node["value"] for n, node in sample_nodes(guide_trace) if s.guide_roles.get(n) != "enumerated"}
+        if s.indexes:
+            paths[s.plate] = guide_trace.nodes[s.plate]["value"]
+        guide_trace = run(guide, {**given, **paths}, None, s.guide_params)
+    unseen = {name: value for name, value in given.items() if name not in guide_trace}
+    model_trace = run(model, unseen, guide_trace, s.model_params if "model" in frozen else {})
+    return model_trace, guide_trace
+
+
+def params_of(trace: Any) -> dict[str, Tensor]:
+    """The unconstrained parameter tensors that a trace met, by name."""
+    found = {}
+    for name, node in trace.nodes.items():
+        if node["type"] == "param":
+            value = node["value"]
+            source = getattr(value, "_pyro_unconstrained_param", None)
+            found[name] = source if source is not None else value.unconstrained()
+    return found
+
+
+def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:
+    """A batch as the tuple of arguments that the pair is called with."""
+    return tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+
+
+def explained(error: Exception, sizes: str) -> ContractError:
+    text = " ".join(str(error).split())[:300]
+    if "must be sampled in trace" in text:
+        name = text.removeprefix("site ").split(" must")[0]
+        return refused(name, "a guide that samples latents only", "a site with obs=", "move the observation to the model")
+    if "plate" in text and ("hape mismatch" in text or "invalid shape" in text):
+        return ContractError(
+            f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "
+            f".to_event(n), and size the plate by the batch, as in pyro.plate('data', len(x))"
+        )
+    return ContractError(
+        f"the pair could not run on a batch of shape {sizes}: {type(error).__name__}: {text}. "
+        f"Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments"
+    )
