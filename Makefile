@@ -14,7 +14,8 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/ppvae fit ppvae.models:vae --name demo --epochs 150 --optimizer.schedule cosine --resume --no-report
+	$(BIN)/ppvae fit ppvae.models:vae --name demo --binarize dynamic --epochs 600 \
+		--optimizer.schedule cosine --resume --no-report
 	$(BIN)/ppvae evaluate runs/demo --num-particles 5000
 
 lint: $(STAMP)

@@ -27,6 +27,8 @@ from ppvae.training.pairs import resolve
 PAIRS = Path(__file__).parent / "pairs"
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
+STILL = functools.partial(torch.optim.SGD, lr=0.0)
+WILD = functools.partial(torch.optim.SGD, lr=1e12)
 
 
 def pair(name: str):
@@ -136,17 +138,15 @@ def test_metrics_are_in_nats_per_datum():
     """One batch of SGD at a rate of zero: the loss is the mean negative ELBO of the data, however it is batched."""
     x, oracle = gaussian_data(100).double(), linear().double()
     exact = -float(oracle.log_px(x).mean().detach())  # with the exact posterior as guide every draw's ELBO is log p(x)
-    still = functools.partial(torch.optim.SGD, lr=0.0)
     for size in (100, 64, 7):
-        run = fit(oracle.model, oracle.guide, x, valid=x[:33], epochs=1, batch_size=size, optimizer=still)
+        run = fit(oracle.model, oracle.guide, x, valid=x[:33], epochs=1, batch_size=size, optimizer=STILL)
         assert run.metrics["loss"] == pytest.approx(exact, abs=1e-9)
         assert run.metrics["valid_elbo"] == pytest.approx(float(oracle.log_px(x[:33]).mean().detach()), abs=1e-9)
 
 
 def test_a_validation_elbo_has_the_same_noise_every_epoch():
     x, oracle = gaussian_data(), linear()
-    still = functools.partial(torch.optim.SGD, lr=0.0)
-    run = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=3, optimizer=still)
+    run = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=3, optimizer=STILL)
     assert len({m["valid_elbo"] for m in run.history}) == 1
     assert len({m["loss"] for m in run.history}) == 3
 
@@ -188,9 +188,9 @@ TORCH_OPTIMIZERS = sorted(
 @pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
 def test_torch_optimizers(name):
     x, oracle = gaussian_data(), linear()
-    before = float(oracle.log_px(x).mean())
+    before = float(oracle.log_px(x).mean().detach())
     run = fit(oracle.model, oracle.mean_field, x, epochs=3, batch_size=20, optimizer=getattr(torch.optim, name))
-    assert float(oracle.log_px(x).mean()) > before
+    assert float(oracle.log_px(x).mean().detach()) > before
     assert "lr" in run.metrics
 
 
@@ -208,9 +208,9 @@ PYRO_OPTIMIZERS = {
 @pytest.mark.parametrize("name", PYRO_OPTIMIZERS)
 def test_pyro_optimizers(name):
     x, oracle = gaussian_data(), linear()
-    before = float(oracle.log_px(x).mean())
+    before = float(oracle.log_px(x).mean().detach())
     fit(oracle.model, oracle.mean_field, x, epochs=3, batch_size=20, optimizer=PYRO_OPTIMIZERS[name]())
-    assert float(oracle.log_px(x).mean()) > before
+    assert float(oracle.log_px(x).mean().detach()) > before
 
 
 def test_pyro_optimizers_do_what_torchs_do():
@@ -246,8 +246,8 @@ def test_torch_schedulers_step_every_epoch():
 def test_a_plateau_scheduler_watches_the_validation_elbo():
     x, oracle = gaussian_data(40), linear()
     plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1)
-    still = functools.partial(torch.optim.SGD, lr=1e-12)  # no better after the first epoch: the rate falls from then on
-    run = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=4, optimizer=still, scheduler=plateau)
+    slow = functools.partial(torch.optim.SGD, lr=1e-12)  # no better after the first epoch: the rate falls from then on
+    run = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=4, optimizer=slow, scheduler=plateau)
     assert run.history[0]["lr"] == 1e-12
     assert run.history[1]["lr"] == pytest.approx(1e-13)
     better = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=4, optimizer=SGD, scheduler=plateau)
@@ -326,7 +326,8 @@ def mean_negative_elbo(weight, slope, x):
 def test_the_gradient_is_of_the_mean_negative_elbo_per_datum(full, batch_size):
     x = gaussian_data(10, 3).double()
     spy = Spied()
-    run = fit(*ppca_pair(full), x, objective=spy, optimizer=functools.partial(Kept, lr=0.1), epochs=1, batch_size=batch_size)
+    kept = functools.partial(Kept, lr=0.1)
+    run = fit(*ppca_pair(full), x, objective=spy, optimizer=kept, epochs=1, batch_size=batch_size)
     steps = Kept.last.steps
     assert [len(batch) for _, batch in spy.seen] == ([10] if batch_size == 10 else [4, 4, 2])
     assert len(steps) == len(spy.seen)
@@ -362,10 +363,10 @@ def test_ppca_reaches_the_closed_form_maximum():
     falling = functools.partial(lr_scheduler.CosineAnnealingLR, T_max=100)
     for name in ("guide", "mean_field"):
         oracle = linear(1, 6)
-        start = float(oracle.log_px(x).mean())
+        start = float(oracle.log_px(x).mean().detach())
         fit(oracle.model, getattr(oracle, name), x, epochs=100, optimizer=functools.partial(torch.optim.Adam, lr=0.05),
             scheduler=falling)  # fmt: skip
-        reached = float(oracle.log_px(x).mean())
+        reached = float(oracle.log_px(x).mean().detach())
         assert start < best - 0.5
         assert best - 0.05 < reached <= best + 1e-4
 
@@ -400,7 +401,7 @@ def test_early_stopping_gives_the_best_parameters_back(digits):
     assert len(elbos) < 200
     assert same(weights(vae), seen[best])
     assert not same(weights(vae), seen[-1])
-    again = fit(run.model, run.guide, train, valid=valid, epochs=1, optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    again = fit(run.model, run.guide, train, valid=valid, epochs=1, optimizer=STILL)
     assert again.metrics["valid_elbo"] == elbos[best]
 
 
@@ -507,7 +508,7 @@ def test_global_random_states_are_left_alone(fails, digits):
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     if fails:
         with pytest.raises(TrainingError):
-            fit(vae.model, vae.guide, digits[0], epochs=3, optimizer=functools.partial(torch.optim.SGD, lr=1e9))
+            fit(vae.model, vae.guide, digits[0], epochs=3, optimizer=WILD)
     else:
         fit(vae.model, vae.guide, digits[0], valid=digits[1], epochs=1)
     assert torch.equal(before[0], torch.get_rng_state())
@@ -565,7 +566,7 @@ def test_train_modes_are_as_they_were(fails, digits):
     flags = [m.training for m in (*encoder.modules(), *decoder.modules())]
     if fails:
         with pytest.raises(TrainingError):
-            fit(model, guide, digits[0], valid=digits[1], epochs=9, optimizer=functools.partial(torch.optim.SGD, lr=1e12))
+            fit(model, guide, digits[0], valid=digits[1], epochs=9, optimizer=WILD)
     else:
         fit(model, guide, digits[0], valid=digits[1], epochs=1)
     assert [m.training for m in (*encoder.modules(), *decoder.modules())] == flags
@@ -583,8 +584,7 @@ def test_looking_at_a_pair_leaves_its_batch_norm_alone(digits):
 
 def test_dropout_is_off_in_validation_and_on_in_training(digits):
     model, guide, _, _ = noisy_pair()
-    still = functools.partial(torch.optim.SGD, lr=0.0)
-    run = fit(model, guide, digits[0].head(100), valid=digits[1], epochs=2, batch_size=100, optimizer=still)
+    run = fit(model, guide, digits[0].head(100), valid=digits[1], epochs=2, batch_size=100, optimizer=STILL)
     assert run.history[0]["loss"] != run.history[1]["loss"]
 
 
@@ -617,7 +617,7 @@ def test_a_fit_neither_takes_from_the_store_nor_leaves_anything_there():
 def test_a_failed_fit_leaves_the_store_alone(digits):
     vae = small_vae()
     with pytest.raises(TrainingError):
-        fit(vae.model, vae.guide, digits[0], epochs=2, optimizer=functools.partial(torch.optim.SGD, lr=1e9))
+        fit(vae.model, vae.guide, digits[0], epochs=2, optimizer=WILD)
     with pytest.raises(ContractError):
         fit(*resolve(str(PAIRS / "misses_latent.py"))(), digits[0], epochs=1)
     assert list(pyro.get_param_store()) == []
@@ -654,9 +654,8 @@ def test_the_first_run_after_a_second_fit_of_its_modules():
 def test_going_on_from_a_run():
     """fit(run.model, run.guide) starts at the run's parameters, and leaves a run of pyro.param as it was."""
     x, mine = gaussian_data(100, 4), pair("params_only")
-    still = functools.partial(torch.optim.SGD, lr=0.0)
     run1 = fit(mine.model, mine.guide, x, valid=x, epochs=5, optimizer=ADAM)
-    run2 = fit(run1.model, run1.guide, x, valid=x, epochs=1, optimizer=still)
+    run2 = fit(run1.model, run1.guide, x, valid=x, epochs=1, optimizer=STILL)
     assert run2.metrics["valid_elbo"] == run1.metrics["valid_elbo"]
 
 
@@ -666,7 +665,7 @@ def test_going_on_from_a_run():
 def test_an_exploding_pair_stops_before_the_step(digits, tmp_path):
     vae = small_vae()
     with pytest.raises(TrainingError) as caught:
-        fit(vae.model, vae.guide, digits[0], epochs=5, optimizer=functools.partial(torch.optim.SGD, lr=1e6))
+        fit(vae.model, vae.guide, digits[0], epochs=5, optimizer=WILD)
     text = str(caught.value)
     assert text.startswith("step ")
     assert "'z'" in text or "'x'" in text
@@ -720,7 +719,7 @@ def test_nan_in_the_data_is_refused():
     x[7, 2] = math.nan
     with pytest.raises(DataError, match="row 7, column 2"):
         fit(oracle.model, oracle.guide, x, epochs=1)
-    with pytest.raises(DataError, match="valid.*row 7, column 2"):
+    with pytest.raises(DataError, match=r"valid.*row 7, column 2"):
         fit(oracle.model, oracle.guide, gaussian_data(), valid=x, epochs=1)
 
 
@@ -757,7 +756,7 @@ def test_a_delta_guide_trains():
     run = fit(model, guide, x, epochs=20, optimizer=ADAM)
     assert run.metrics["loss"] < run.history[0]["loss"] - 1
     assert not any("elbo" in name for name in run.metrics)
-    with pytest.raises(ContractError, match="'z'.*Delta"):
+    with pytest.raises(ContractError, match=r"'z'.*Delta"):
         log_marginal(run.model, run.guide, x)
 
 
@@ -787,10 +786,8 @@ def test_patience_without_an_elbo_is_refused():
 
 @pytest.mark.xfail(strict=True, reason="fit._schedule: KeyError 'train_elbo' for a pair without an ELBO")
 def test_a_plateau_scheduler_without_an_elbo():
-    try:
+    with pytest.raises(PpvaeError, match="scheduler"):
         fit(*delta_pair(), gaussian_data(), epochs=3, scheduler=lr_scheduler.ReduceLROnPlateau)
-    except PpvaeError as error:
-        assert "scheduler" in str(error)
 
 
 def mixture():
@@ -817,7 +814,8 @@ def test_an_enumerated_model():
     x = torch.where(torch.rand(200, 1, generator=g) < 0.5, -3.0, 3.0) + 0.5 * torch.randn(200, 1, generator=g)
     with pytest.raises(ContractError, match=r"'k'.*enumerated.*Trace_ELBO.*TraceEnum_ELBO"):
         fit(*mixture(), x, epochs=1)
-    run = fit(*mixture(), x, valid=x, epochs=60, objective=TraceEnum_ELBO(), optimizer=functools.partial(torch.optim.Adam, lr=0.05))
+    adam = functools.partial(torch.optim.Adam, lr=0.05)
+    run = fit(*mixture(), x, valid=x, epochs=60, objective=TraceEnum_ELBO(), optimizer=adam)
     means = run.model.scope.params["means"].detach().flatten()
     assert means[0] == pytest.approx(-3, abs=0.3)
     assert means[1] == pytest.approx(3, abs=0.3)
