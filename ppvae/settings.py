@@ -99,6 +99,7 @@ def _flags(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _with_config(classes: tuple[type, ...], args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in args:
         return args, {}
     at = args.index("--config")
@@ -109,7 +110,7 @@ def _with_config(classes: tuple[type, ...], args: list[str]) -> tuple[list[str],
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not TOML ({error})") from error
     flat = _flat(content)
     known = {name for cls in classes for name in _flags(cls)}

@@ -34,6 +34,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise CheckpointError(text) from error
 
 
+KEYS = {"state", "epoch", "step", "history", "best", "finished", "stopped", "optimizer", "scheduler", "settings"}
+
+
 def save(folder: Path, state: dict[str, Any]) -> Path:
     """Saves tensors and plain Python values; the checkpoint before it is removed only once this one is in place."""
     buffer = io.BytesIO()
@@ -51,6 +54,13 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
         if old.name != name:
             old.unlink(missing_ok=True)
     return path
+
+
+def check(state: dict[str, Any]) -> None:
+    """Raises CheckpointError for a state that could not be read back without running code from the file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    _unpacked(buffer.getvalue(), Path("state"))
 
 
 def exists(folder: Path) -> bool:
@@ -82,11 +92,16 @@ def read(folder: Path) -> dict[str, Any]:
             f"{path}: the checkpoint is damaged: expected SHA-256 {digest[:12]}..., found {found[:12]}... "
             f"({len(content)} bytes). Restore the file from a copy, or train again"
         )
+    state = _unpacked(content, path)
+    missing = sorted(KEYS - state.keys()) if isinstance(state, dict) else sorted(KEYS)
+    if missing:
+        raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {missing[0]!r}")
+    return state
+
+
+def _unpacked(content: bytes, path: Path) -> Any:
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         text = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values ({text})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: expected a dict of state, found {type(state).__name__}")
-    return state

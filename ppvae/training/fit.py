@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,8 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
+    if clip is not None and not clip > 0:
+        raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")
     folder = Path(directory) if directory is not None else None
@@ -107,7 +110,7 @@ def fit(
             model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip
         )
         settings = {
-            "objective": type(trainer.objective).__name__,
+            "objective": _described(trainer.objective),
             "optimizer": _described(optimizer),
             "scheduler": _described(scheduler) if scheduler else None,
             "batch_size": batch_size,
@@ -117,8 +120,11 @@ def fit(
             "num_data": len(trainer.train),
             "data": getattr(trainer.train.parts[0], "description", ""),
             "digest": _digest(trainer.train),
+            "valid": _digest(trainer.valid) if trainer.valid is not None else None,
         }
         trainer.describe(settings, {"epochs": epochs, **(config or {})})
+        if patience is not None and not trainer.monitor.has_elbo:
+            raise UsageError("patience: expected a pair with an ELBO per datum to stop early on, found one without")
         if folder is not None:
             trainer.open(folder, resume, epochs)
         return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
@@ -149,7 +155,7 @@ class _Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.epoch = self.step = 0
-        self.finished = self.stopped = False
+        self.finished = self.stopped = self._saved = False
         self.config: dict[str, Any] = {}
         with self.scope.entered():
             place = torch.device(device) if device is not None else self._place(data)
@@ -250,7 +256,7 @@ class _Trainer:
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
             elif isinstance(self.svi.optim, PyroOptim):
-                self.svi.optim.set_state(saved["optimizer"])
+                self.svi.optim.set_state(self.state.renamed(saved["optimizer"], back=True))
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(saved["scheduler"])
 
@@ -258,7 +264,7 @@ class _Trainer:
         assert self.folder is not None
         optim = self.svi.optimizer
         with self.scope.entered():
-            saved_optim = optim.state_dict() if optim is not None else self.svi.optim.get_state()
+            saved_optim = optim.state_dict() if optim is not None else self.state.renamed(self.svi.optim.get_state())
         state = {
             "state": self.state.copy(),
             "epoch": self.epoch,
@@ -271,6 +277,9 @@ class _Trainer:
             "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
             "settings": self.config["fit"],
         }
+        if not self._saved:
+            checkpoint.check(state)
+            self._saved = True
         checkpoint.save(self.folder / "checkpoints", state)
 
     def run(
@@ -342,22 +351,23 @@ class _Trainer:
                 total, norms, count, steps = total + loss * rows, norms + norm, count + rows, steps + 1
                 bar.step(loss)
         self.epoch += 1
-        if self.scheduler is not None:
-            self._schedule()
-        if isinstance(self.svi.optim, PyroLRScheduler):
-            self.svi.optim.step()
+        rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
         metrics = {"epoch": self.epoch, "step": self.step, "loss": total / count, "grad_norm": norms / steps}
         metrics |= self.monitor(self.model, self.guide)
-        if self.svi.optimizer is not None:
-            metrics["lr"] = self.svi.optimizer.param_groups[0]["lr"]
+        self._schedule(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
+        if rate is not None:
+            metrics["lr"] = rate
         metrics["seconds"] = round(time.perf_counter() - start, 4)
         return metrics
 
-    def _schedule(self) -> None:
-        assert self.scheduler is not None
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(-self.monitor(self.model, self.guide)[self.monitor.key])
-        else:
+    def _schedule(self, metric: float) -> None:
+        """Takes a step of whatever schedule there is; one that waits for a plateau looks at the metric."""
+        if isinstance(self.svi.optim, PyroLRScheduler):
+            waits = self.svi.optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
+            self.svi.optim.step(*([metric] if waits else []))
+        elif isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(metric)
+        elif self.scheduler is not None:
             self.scheduler.step()
 
     def _step(self, batch: tuple[Tensor, ...], rows: int) -> tuple[float, float]:
@@ -448,7 +458,8 @@ class _Trainer:
 def _all_noise_kept() -> Iterator[None]:
     """Restores torch's, numpy's and Python's random state afterwards: training is seeded by itself."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with undisturbed():
+    with undisturbed(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered")  # of Pyro's, on NaN: the error says more
         try:
             yield
         finally:
@@ -463,15 +474,30 @@ def _digest(columns: Columns) -> str:
 
 
 def _described(thing: Any) -> str:
-    """An optimizer or schedule in words that are the same in another process."""
+    """An optimizer, schedule or objective in words that are the same in another process."""
     if isinstance(thing, functools.partial):
-        inside = ", ".join([*map(repr, thing.args), *(f"{k}={v!r}" for k, v in sorted(thing.keywords.items()))])
-        return f"{getattr(thing.func, '__name__', thing.func)}({inside})"
+        inside = ", ".join([*map(_described, thing.args), *_keywords(thing.keywords)])
+        return f"{_described(thing.func)}({inside})"
     if isinstance(thing, PyroOptim):
-        return f"{type(thing).__name__}({thing.pt_optim_constructor.__name__}, {thing.pt_optim_args!r})"
-    return getattr(thing, "__qualname__", type(thing).__name__)
+        options = thing.pt_optim_args
+        shown = _described(options) if callable(options) else ", ".join(_keywords(options))
+        return f"{type(thing).__name__}({_described(thing.pt_optim_constructor)}, {shown})"
+    if isinstance(thing, ELBO):
+        try:
+            usual = vars(type(thing)())
+        except TypeError:  # an objective that needs arguments: all of them are told
+            usual = {}
+        own = {k: v for k, v in vars(thing).items() if k[0] != "_" and (k not in usual or usual[k] != v)}
+        own.pop("max_plate_nesting", None)  # found out on the way
+        shown = _keywords({k: v for k, v in own.items() if isinstance(v, int | float | str | None)})
+        return type(thing).__name__ + (f"({', '.join(shown)})" if shown else "")
+    return getattr(thing, "__qualname__", None) or repr(thing)
+
+
+def _keywords(options: dict[str, Any]) -> list[str]:
+    return [f"{k}={_described(v) if callable(v) else repr(v)}" for k, v in sorted(options.items())]
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without the functions it may hold."""
-    return {k: copy.copy(v) for k, v in state.items() if not callable(v) and "lambda" not in k}
+    return {k: copy.copy(v) for k, v in state.items() if not callable(v)}

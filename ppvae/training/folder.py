@@ -75,7 +75,8 @@ def load(directory: str | Path, model: Pair | None = None, guide: Pair | None = 
             raise UsageError(f"{folder}: the run was not started from a factory: call load(directory, model, guide)")
         from ppvae.training.pairs import rebuild
 
-        model, guide = rebuild(config)
+        with undisturbed():
+            model, guide = rebuild(config)
     model, guide = unbound(model), unbound(guide)
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None

@@ -24,6 +24,13 @@ class PairState:
         names = canonical(self.scope.params)
         return {names[name]: p for name, p in self.scope.params.items()}
 
+    def renamed(self, state: Mapping[str, Any], back: bool = False) -> dict[str, Any]:
+        """An optimizer's state by parameter, with canonical names; `back` gives this process's names."""
+        names = canonical(self.scope.params)
+        if back:
+            names = {new: old for old, new in names.items()}
+        return {names.get(name, name): value for name, value in state.items()}
+
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (batch norm's running statistics, ...), named by the order in which modules are called."""
         return {

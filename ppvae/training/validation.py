@@ -32,10 +32,15 @@ class Monitor:
         if structure.indexes and held_out:  # its plate has another size over other data
             self.structure = inspect(model, guide, columns.whole(), weights=False)
 
+    @property
+    def has_elbo(self) -> bool:
+        """Whether the pair has an ELBO per datum; joint weights and point masses have none."""
+        return not (self.structure.joint or self.structure.refusal)
+
     def __call__(self, model: Pair, guide: Pair) -> dict[str, float]:
         """{valid_elbo, valid_rate, valid_distortion}, or the same with train_."""
         s = self.structure
-        if s.joint or s.refusal:
+        if not self.has_elbo:
             return {}
         size = s.subsample_size if s.indexes else ROWS
         totals = torch.zeros(3, dtype=torch.float64)
