@@ -212,7 +212,8 @@ class _Opened:
             value = node["value"]
             if mean:
                 value = _mean(node["fn"], value)
-            out.append(value[:width])
+            axis = value.dim() - len(node["fn"].event_shape) - 1  # inner plates stand left of the data
+            out.append(value.narrow(axis, 0, width).movedim(axis, 0))
         return torch.cat(out)
 
 

@@ -138,9 +138,7 @@ def local_params() -> Pair:
     def guide(x):
         with pyro.plate("data", len(x), subsample_size=4):
             loc = pyro.param("local.loc", start.clone(), event_dim=1)
-            scale = pyro.param(
-                "local.scale", 0.5 * torch.ones(WHOLE, 2), constraint=constraints.positive, event_dim=1
-            )
+            scale = pyro.param("local.scale", 0.5 * torch.ones(WHOLE, 2), constraint=constraints.positive, event_dim=1)
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     return model, guide, (torch.randn(WHOLE, 3),)

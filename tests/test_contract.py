@@ -441,6 +441,14 @@ def test_a_guide_that_leaves_the_data_plate():
     refused(normal_model, guide, data(2), "'z'", "plate")
 
 
+def test_a_guide_that_opens_another_plate():
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    refused(normal_model, guide, data(2), "'z'", "['data']", "['rows']", "Open the same plates")
+
+
 def test_enumeration_by_a_few_draws_is_no_enumeration():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -229,27 +229,29 @@ def test_pyro_schedulers_step_every_epoch():
     assert {s.get_last_lr()[0] for s in scheduler.optim_objs.values()} == {1e-2 * 0.5**3}
 
 
-@pytest.mark.xfail(strict=True, reason="fit._epoch steps a pyro ReduceLROnPlateau without the metric: TypeError")
 def test_pyros_plateau_scheduler():
     x, oracle = gaussian_data(40), linear()
-    plateau = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.SGD, "optim_args": {"lr": 1e-3}})
-    fit(oracle.model, oracle.mean_field, x, epochs=2, optimizer=plateau)
+    for rate, want in ((1e-12, 1e-14), (1e-3, 1e-3)):  # no better after the first epoch; better and better
+        options = {"optimizer": torch.optim.SGD, "optim_args": {"lr": rate}, "patience": 0, "factor": 0.1, "eps": 0}
+        plateau = pyro.optim.ReduceLROnPlateau(options)
+        fit(oracle.model, oracle.mean_field, x, valid=x, epochs=3, optimizer=plateau)
+        rates = [s.optimizer.param_groups[0]["lr"] for s in plateau.optim_objs.values()]
+        assert rates == pytest.approx([want] * 3, rel=1e-6, abs=0)
 
 
 def test_torch_schedulers_step_every_epoch():
     x, oracle = gaussian_data(40), linear()
     half = functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)
     run = fit(oracle.model, oracle.mean_field, x, epochs=3, batch_size=10, optimizer=ADAM, scheduler=half)
-    assert [m["lr"] for m in run.history] == [5e-3, 2.5e-3, 1.25e-3]
+    assert [m["lr"] for m in run.history] == [1e-2, 5e-3, 2.5e-3]  # the rate of the epoch, not the next one's
 
 
 def test_a_plateau_scheduler_watches_the_validation_elbo():
     x, oracle = gaussian_data(40), linear()
-    plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1)
+    plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1, eps=0)
     slow = functools.partial(torch.optim.SGD, lr=1e-12)  # no better after the first epoch: the rate falls from then on
     run = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=4, optimizer=slow, scheduler=plateau)
-    assert run.history[0]["lr"] == 1e-12
-    assert run.history[1]["lr"] == pytest.approx(1e-13)
+    assert [m["lr"] for m in run.history] == pytest.approx([1e-12, 1e-12, 1e-13, 1e-14], rel=1e-6, abs=0)
     better = fit(oracle.model, oracle.mean_field, x, valid=x, epochs=4, optimizer=SGD, scheduler=plateau)
     assert better.metrics["lr"] == 1e-3
 
@@ -468,7 +470,6 @@ def test_clip():
     assert torch.allclose(norms[2][2], norms[0][2])
 
 
-@pytest.mark.xfail(strict=True, reason="fit: a negative clip turns the gradient round and is not refused")
 def test_a_negative_clip_is_refused():
     with pytest.raises(UsageError, match="clip"):
         fit(*ppca_pair(None), gaussian_data(10, 3).double(), epochs=1, clip=-1.0)
@@ -714,6 +715,32 @@ def test_nan_at_the_first_step(kind):
     assert ("'w'" if kind == "gradient" else "'x'") in str(caught.value)
 
 
+@pytest.mark.xfail(strict=True, reason="fit: a step that makes weights infinite is returned, and saved, as good")
+def test_a_last_step_to_infinity(tmp_path):
+    """The weights that come back, and those of the last checkpoint, are finite."""
+    x, oracle = (gaussian_data(100, 64) > 0).float(), small_vae()
+    run = fit(oracle.model, oracle.guide, x, epochs=1, batch_size=100, optimizer=SGD, directory=tmp_path)
+    far = functools.partial(torch.optim.SGD, lr=3e38)
+    with pytest.raises(TrainingError, match="step 1"):
+        fit(run.model, run.guide, x, epochs=1, batch_size=100, optimizer=far, directory=tmp_path / "far")
+    assert all(bool(torch.isfinite(p).all()) for p in oracle.parameters())
+
+
+@pytest.mark.xfail(strict=True, reason="fit._epoch: what the monitor raises is no TrainingError, and names no step")
+def test_a_validation_that_fails():
+    x, oracle = gaussian_data(), linear()
+    far = functools.partial(torch.optim.SGD, lr=1e30)  # one step, and the guide's Cholesky factor is gone
+    with pytest.raises(TrainingError, match="epoch 1"):
+        fit(oracle.model, oracle.mean_field, x, valid=x, epochs=2, batch_size=120, optimizer=far)
+
+
+@pytest.mark.xfail(strict=True, reason="fit: validation data of another shape give torch's error, after a whole epoch")
+def test_validation_data_of_another_shape():
+    oracle, x, calls = linear(), gaussian_data(), []
+    with pytest.raises(PpvaeError, match=r"\[.*4\]"):
+        fit(oracle.model, oracle.mean_field, x, valid=x[:, :4], epochs=1, callbacks=[lambda *_: calls.append(1)])
+
+
 def test_nan_in_the_data_is_refused():
     oracle, x = linear(), gaussian_data()
     x[7, 2] = math.nan
@@ -778,16 +805,19 @@ def delta_pair():
     return model, guide
 
 
-@pytest.mark.xfail(strict=True, reason="fit: patience stops a pair without an ELBO after `patience` epochs in silence")
 def test_patience_without_an_elbo_is_refused():
     with pytest.raises(PpvaeError, match="patience"):
         fit(*delta_pair(), gaussian_data(), valid=gaussian_data(), epochs=10, patience=2)
 
 
-@pytest.mark.xfail(strict=True, reason="fit._schedule: KeyError 'train_elbo' for a pair without an ELBO")
 def test_a_plateau_scheduler_without_an_elbo():
-    with pytest.raises(PpvaeError, match="scheduler"):
-        fit(*delta_pair(), gaussian_data(), epochs=3, scheduler=lr_scheduler.ReduceLROnPlateau)
+    """It looks at the training loss instead."""
+    slow = functools.partial(torch.optim.SGD, lr=1e-12)
+    plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1, eps=0)
+    run = fit(*delta_pair(), gaussian_data(), epochs=4, optimizer=slow, scheduler=plateau)
+    assert [m["lr"] for m in run.history] == pytest.approx([1e-12, 1e-12, 1e-13, 1e-14], rel=1e-6, abs=0)
+    run = fit(*delta_pair(), gaussian_data(), epochs=4, optimizer=SGD, scheduler=plateau)
+    assert run.metrics["lr"] == 1e-3
 
 
 def mixture():
@@ -930,7 +960,7 @@ def test_what_a_run_folder_holds(tmp_path):
     assert config["epochs"] == 3
     assert config["fit"] | {"digest": ""} == {
         "objective": "Trace_ELBO", "optimizer": "Adam(lr=0.001)", "scheduler": None, "batch_size": 100, "seed": 0,
-        "clip": 5.0, "patience": None, "num_data": 120, "data": "", "digest": "",
+        "clip": 5.0, "patience": None, "num_data": 120, "data": "", "digest": "", "valid": data.digest(x),
     }  # fmt: skip
     assert config["fit"]["digest"] == data.digest(x)
     assert set(config["versions"]) >= {"ppvae", "torch", "pyro", "numpy", "python"}
@@ -1005,7 +1035,6 @@ def test_load_from_a_factory(tmp_path):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="pairs.rebuild: torch.manual_seed(0) outlives load() of a factory's run")
 def test_load_leaves_the_random_state_alone(tmp_path):
     x = gaussian_data(100, 64)
     mine = pair("pyromodule")(x)
@@ -1060,11 +1089,10 @@ def test_a_valid_digest_around_something_else(tmp_path):
         name = hashlib.sha256(buffer.getvalue()).hexdigest() + ".pt"
         (tmp_path / "checkpoints" / name).write_bytes(buffer.getvalue())
         (tmp_path / "checkpoints" / "last").write_text(name)
-        with pytest.raises(CheckpointError, match="dict of state"):
+        with pytest.raises(CheckpointError, match="not the checkpoint of a run"):
             load(tmp_path, oracle.model, oracle.mean_field)
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoint.read: a dict without the state's keys gives a bare KeyError")
 def test_a_valid_digest_around_another_dict(tmp_path):
     oracle = linear()
     fit(oracle.model, oracle.mean_field, gaussian_data(), epochs=1, directory=tmp_path)

@@ -450,6 +450,31 @@ def test_a_walk_beside_other_latents(name):
             assert torch.allclose(found[d, i], v + rest, atol=1e-5)
 
 
+def observed_parts_pair():
+    """Two numbers are observed a datum, in a plate of their own left of the data."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("parts", 2):
+                pyro.sample("x", dist.Normal(v.sum(-1), 1.0), obs=x.movedim(-1, -2))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("v", dist.Normal(0.1 * x[..., :1], torch.full((3,), 0.5)).to_event(1))
+
+    return model, guide
+
+
+def test_a_site_observed_in_an_inner_plate():
+    model, guide = observed_parts_pair()
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    assert generate.samples(model, guide, x, count=1).numel() == 2
+    assert generate.samples(model, guide, x, count=9).numel() == 18
+    assert generate.samples(model, guide, x, count=1200).numel() == 2400
+    assert generate.reconstructions(model, guide, x).numel() == 10
+
+
 def test_only_vectors_are_walked_in():
     model, guide = scalar_pair()
     with pytest.raises(UsageError, match="'s'"):

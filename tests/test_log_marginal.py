@@ -13,17 +13,13 @@ from pyro import poutine
 from strangers import PAIRS
 from torch import nn
 
+from ppvae import data as datasets
 from ppvae import fit, log_marginal
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation import marginal
 from ppvae.evaluation.psis import smoothed
 from ppvae.inference import terms
 from ppvae.models import LinearGaussian
-
-
-def bug(reason):
-    """A bug of the package: the test fails until it is mended, and must then lose this mark."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +83,6 @@ def test_the_exact_guide_is_never_flagged():
     assert (est.ess - 200).abs().max() < 1e-6
 
 
-@bug("Estimate.reliable: asks for ess >= 50 of fewer than 50 draws, and of 50 equal ones whose ess is 50 - 1e-13")
 @pytest.mark.parametrize("count", [25, 30, 50])
 def test_equal_weights_are_reliable_from_25_draws_on(count):
     pair, x = oracle(5, 2, 0.5, 60)
@@ -95,17 +90,16 @@ def test_equal_weights_are_reliable_from_25_draws_on(count):
 
 
 def test_a_good_mean_field_guide_is_near_and_trusted():
-    """D = 8, N = 200, K = 5000. The mean error's standard error is 0.0015, so that 0.02 is beyond 10 of them."""
-    pair, x = oracle(50, 8, 0.5, 200)
+    """D = 8, N = 200, K = 5000. The mean error's standard error is 0.0007: 0.02 is beyond 20 of them."""
+    pair, x = oracle(40, 8, 2.0, 200)
     est = log_marginal(pair.model, pair.mean_field, x, num_particles=5000)
     error = est.log_px - pair.log_px(x)
     assert error.mean().abs() < 0.02
     assert error.abs().mean() > 1e-4  # the guide is not exact: this is a test of averaging
     assert (est.elbo - pair.log_px(x)).mean() < -0.1
-    assert (~est.reliable).double().mean() < 0.05  # measured 0.015, over seeds 0.005 to 0.02
+    assert (~est.reliable).double().mean() < 0.05  # measured: 0 of 1200, so that 10 of 200 have p < 1e-9
     # the errors are as large as std_error says: the mean of 200 squared z-scores is 1 with sd 0.1 (p < 1e-6)
-    z = error / est.std_error
-    assert 0.5 < z.square().mean() < 1.5
+    assert 0.5 < (error / est.std_error).square().mean() < 1.5
 
 
 def test_the_prior_as_guide_is_flagged_where_it_fails():
@@ -182,7 +176,7 @@ def test_enumerated_latents_are_summed_out_exactly():
 
 
 def test_a_discrete_guide_agrees_with_enumeration():
-    """Each of 60 data within 5 standard errors: fails with p < 60 * 6e-7 = 4e-5 (measured: largest z-score 2.9)."""
+    """Each of 60 data within 5 standard errors: fails with p < 60 * 6e-7 = 4e-5 (largest of 300 measured: 3.1)."""
     model, log_px, x, weight = binary_latents(6, 5, False)
 
     def guide(x):
@@ -244,6 +238,7 @@ def test_a_shared_latent_gives_one_joint_number():
 
 # -- the same result however it is computed ---------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_result_does_not_depend_on_chunks(name):
     """K over two particle blocks; rows: all at once, a few particles, and one."""
@@ -297,7 +292,6 @@ def test_a_delta_at_a_matrix_product_does_not_depend_on_chunks(count):
         assert (est.log_px - found[0].log_px).abs().max() < 1e-9
 
 
-@bug("weights.draw: one by one, the model's draws of x_unobserved come in between, so that the guide's noise is other")
 def test_imputed_values_do_not_disturb_the_noise_of_the_guide():
     _, guide, (x, seen) = registered("obs_mask")
 
@@ -310,7 +304,21 @@ def test_imputed_values_do_not_disturb_the_noise_of_the_guide():
     assert (found[0].log_px - found[1].log_px).abs().max() < 1e-9
 
 
-@bug("weights.terms: a flow without an inverse (planar) knows its density only where it has just drawn")
+def test_a_delta_beside_an_enumerated_site_does_not_depend_on_chunks():
+    _, guide, x = linear_helper(1)
+    net = torch.randn(37, 5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(37), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(0.1 * z @ net + k[..., None], 1.0).to_event(1), obs=x)
+
+    found = [log_marginal(model, guide, x, num_particles=100, rows=rows) for rows in (10**6, 7, 1)]
+    for est in found[1:]:
+        assert (est.log_px - found[0].log_px).abs().max() < 1e-9
+
+
 def test_a_flow_without_an_inverse_can_be_cut_in_chunks():
     steps = dist.transforms.Planar(2)
 
@@ -398,6 +406,8 @@ def test_every_number_is_that_of_the_weights(recorded, count):
     for k in est.bounds:
         groups = w[: count // k * k].reshape(count // k, k, 60).logsumexp(1) - math.log(k)
         torch.testing.assert_close(est.bound(k), groups.mean(0), rtol=0, atol=1e-11)
+    if count > 1:
+        assert est.nll_std_error == pytest.approx(float(est.log_px.std()) / math.sqrt(60))
     assert {7, 300} & set(est.bounds) == {k for k in (7, 300) if k <= count}
     assert count in est.bounds
 
@@ -487,6 +497,23 @@ def test_a_draw_outside_the_support_of_the_prior_has_weight_zero():
     assert est.reliable.all()
 
 
+def test_an_observation_outside_a_support_that_a_latent_sets_has_weight_zero():
+    """x ~ U(0, z), z ~ Gamma(2, 1): p(x) = exp(-x). Draws z < x have weight zero; each of 5 within 5 se (p < 3e-6)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.tensor(2.0), 1.0))
+            pyro.sample("x", dist.Uniform(0.0, z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(x.log() + 0.5, 1.0))
+
+    x = 0.2 + torch.rand(5)
+    est = log_marginal(model, guide, x, num_particles=4000)
+    assert ((est.log_px + x).abs() < 5 * est.std_error).all()
+
+
 def test_draws_where_a_gamma_prior_has_no_mass_have_weight_zero():
     """torch's Gamma gives NaN at a negative value; x = 0 observed under N(z, 1) leaves E[exp(-z^2/2)], z ~ Gamma(2)."""
 
@@ -525,7 +552,7 @@ def test_data_without_a_usable_weight_are_flagged_and_counted(what):
     assert "1 of 6 data" in est.summary()
 
 
-@pytest.mark.parametrize("row", [pytest.param(7, marks=bug("contract.inspect: refuses what is flagged later")), 65])
+@pytest.mark.parametrize("row", [7, 65])
 def test_a_datum_whose_encoding_is_nan_is_flagged_wherever_it_stands(row):
     """A guide that overflows for one datum of 70: the others are evaluated, in the first block and in a later one."""
     pair, x = oracle(5, 2, 0.5, 70)
@@ -564,9 +591,9 @@ def test_posterior_draws_are_draws_from_the_posterior():
     """Mean and covariance of 60 x 400 whitened draws against 0 and I, each of 9 numbers within 5 sd: p < 6e-6.
 
     Draws of one datum share particles, so that a mean over draws has variance (1 / draws + 1 / ess) / 60. The guide's
-    own draws must fail by the same measure.
+    own draws must fail by the same measure (24 measured).
     """
-    pair, x = oracle(6, 3, 0.7, 60)
+    pair, x = oracle(12, 3, 1.0, 60)
     est = log_marginal(pair.model, pair.mean_field, x, num_particles=3000, posterior_draws=400)
     z = est.posterior["z"]
     assert z.shape == (400, 60, 3)
@@ -582,10 +609,9 @@ def test_posterior_draws_are_draws_from_the_posterior():
     assert max(scores(z)) < 5
     with torch.no_grad():
         own = terms(pair.model, pair.mean_field, x, 400).guide["z"].value
-    assert max(scores(own)) > 20
+    assert max(scores(own)) > 15
 
 
-@bug("marginal.Kept: numbers are drawn from one stream as chunks come, not by particle block")
 def test_posterior_draws_do_not_depend_on_chunks():
     pair, x = oracle(6, 3, 0.7, 20)
     found = [
@@ -597,11 +623,8 @@ def test_posterior_draws_do_not_depend_on_chunks():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "modules", "hierarchical", "indexes", "labelled", "supports", "conv",
-        pytest.param("inner_plate", marks=bug("marginal.Kept: drops latents of inner plates without a word")),
-    ],
-)  # fmt: skip
+    ["modules", "hierarchical", "indexes", "labelled", "supports", "conv", "rnn", "inner_plate", "masked"],
+)
 def test_posterior_draws_of_strangers(name):
     model, guide, batch = registered(name)
     est = log_marginal(model, guide, batch, num_particles=50, posterior_draws=4)
@@ -654,7 +677,6 @@ def test_files_hold_what_is_not_finite_per_datum(tmp_path, particles):
     assert torch.equal(k_hat.nan_to_num(-1), est.k_hat.nan_to_num(-1))
 
 
-@bug("Estimate.save: attributes that are not finite are not made strings, so that json.dumps raises")
 @pytest.mark.parametrize("case", ["one datum", "joint", "zero", "nan"])
 def test_files_hold_means_that_are_not_finite(tmp_path, case):
     if case == "joint":
@@ -668,15 +690,42 @@ def test_files_hold_means_that_are_not_finite(tmp_path, case):
     assert float(content["nll"]) == pytest.approx(est.nll, nan_ok=True)
 
 
+def test_bits_per_dim_name_what_they_are_relative_to():
+    """Three distributions that ignore z: bits are those of a coin, of 17 equal levels, and of a density of one."""
+
+    def model_of(likelihood):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", likelihood.to_event(1), obs=x)
+
+        return model
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    coin, flat = dist.Bernoulli(0.5 * torch.ones(64)), dist.Uniform(torch.zeros(64), torch.ones(64))
+    binary = log_marginal(model_of(coin), guide, datasets.load("digits", binarize="fixed")[2], num_particles=2)
+    assert (binary.base_measure, binary.levels, binary.dims) == ("binary", None, 64)
+    assert binary.bits_per_dim == pytest.approx(1.0, abs=1e-6)
+    levels = log_marginal(model_of(flat), guide, datasets.load("digits", dequantize=True)[2], num_particles=2)
+    assert (levels.base_measure, levels.levels) == ("17 levels", 17)
+    assert levels.bits_per_dim == pytest.approx(math.log2(17), abs=1e-6)
+    plain = log_marginal(model_of(flat), guide, torch.rand(10, 64), num_particles=2)
+    assert (plain.base_measure, plain.bits_per_dim) == ("density", pytest.approx(0.0, abs=1e-12))
+    assert plain.nll_std_error == pytest.approx(0.0, abs=1e-12)
+    assert binary.digest != levels.digest
+    assert "binarized" in binary.data
+
+
 # -- data and plates --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subsample", [4, 7, 50, 64, 70])
 @pytest.mark.parametrize("count", [30, 150])
-def test_a_plate_that_draws_its_rows_visits_every_one(subsample, count, request):
+def test_a_plate_that_draws_its_rows_visits_every_one(subsample, count):
     """The exact guide gives log p(x) of each row: any row left out or taken twice would show; the end is ragged."""
-    if subsample == 50:
-        request.applymarker(bug("marginal._inspected: a subsample as large as a data block looks like a plain plate"))
     pair, x = oracle(5, 2, 0.5, 70)
 
     def model(x):

@@ -1,5 +1,6 @@
 """Terms against a computation that takes one datum and one particle at a time, for pairs as strangers write them."""
 
+import functools
 import itertools
 import logging
 import math
@@ -234,6 +235,47 @@ def test_a_site_enumerated_in_an_inner_plate_of_the_guide(quantity):
         "elbo": above + (log_q.exp() * (part - log_q)).sum((0, -2)),
     }
     torch.testing.assert_close(getattr(t, quantity), expected[quantity], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        "log_weight",
+        "elbo",
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_sites_enumerated_in_an_inner_plate_of_either_side(quantity, inside):
+    """The guide enumerates y of every part; the model alone c, of every part or of the datum above them."""
+    kind = torch.tensor([-1.0, 1.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = None if inside else pyro.sample("c", dist.Bernoulli(torch.tensor(0.4)), infer={"enumerate": "parallel"})
+            with pyro.plate("parts", 3, dim=-2):
+                y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3)))
+                if inside:
+                    c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.4)), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(y + kind[c.long()] * (1 + y), 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), pyro.plate("parts", 3, dim=-2):
+            pyro.sample("y", dist.Bernoulli(logits=x.T), infer={"enumerate": "parallel"})
+
+    x = torch.randn(SIZE, 3)
+    t = terms(model, guide, x, K)
+    y = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3))).reshape(8, 3, 1)  # all kinds of all parts
+    prior = dist.Bernoulli(0.3).log_prob(y)
+    given = [dist.Normal(y + k * (1 + y), 1.0).log_prob(x.T) + (math.log(w) if inside else 0) for k, w in
+             zip(kind.tolist(), (0.6, 0.4), strict=True)]  # fmt: skip
+    if inside:
+        log_p = (prior + torch.logaddexp(*given)).sum(1)
+    else:
+        log_p = torch.logaddexp(math.log(0.6) + (prior + given[0]).sum(1), math.log(0.4) + (prior + given[1]).sum(1))
+    # the expectation over the 8 kinds of y is not computed: NaN, and never a wrong number
+    expected = {"log_weight": log_p.logsumexp(0), "elbo": torch.full((SIZE,), math.nan)}
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-10, equal_nan=True)
+    same(getattr(t, quantity), expected[quantity].expand(K, SIZE))
 
 
 @pytest.mark.parametrize("where", ["model", "guide"])

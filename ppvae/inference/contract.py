@@ -116,8 +116,6 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     return replace(structure, words=words)
 
 
-
-
 def _frames(node: dict[str, Any]) -> dict[str, Any]:
     return {f.name: f for f in node["cond_indep_stack"]}
 

@@ -36,7 +36,8 @@ def summed_out(
     """Sums enumerated sites out of the weights exactly: (log_weight, elbo), [particles, batch].
 
     log w_k = log sum_y p(x, y, z_ky) / q(z_ky | x, y), and for sites enumerated in the guide
-    elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)].
+    elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)]; NaN where the guide enumerates
+    inside an inner plate and the model has further enumerated sites of its own.
     """
     for trace in (guide_trace, model_trace):
         for _, node in sample_nodes(trace):
@@ -106,6 +107,9 @@ def summed_out(
     enum = "".join(sorted({c for t in log_q for c in t._pyro_dims} - set(symbols.values())))  # type: ignore[attr-defined]
     if not any(role == "enumerated" and name not in s.guide_roles for name, role in s.model_roles.items()):
         return log_weight, per_datum(sum(expected(f) for f in (*factors, *map(negative, log_q))))  # type: ignore[arg-type]
+    if any(c not in kept + enum for t in log_q for c in t._pyro_dims):  # type: ignore[attr-defined]
+        # what the model sums out may tie the parts of an inner plate together: no sum over parts is the expectation
+        return log_weight, torch.full_like(log_weight, torch.nan)
     order = enum + kept
     # given y, whatever the model enumerates is summed out for each y by itself: every factor must show its y
     sizes = {c: n for t in log_q for c, n in zip(t._pyro_dims, t.shape, strict=True) if c in enum}  # type: ignore[attr-defined]

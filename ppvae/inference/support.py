@@ -10,6 +10,7 @@ import torch
 from torch.distributions import constraints
 
 from ppvae.errors import DataError
+from ppvae.inference.tracing import moves
 
 
 def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
@@ -18,7 +19,7 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     support = getattr(fn, "support", None)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is None or value is None or support in (constraints.real, constraints.real_vector):
+    if support is None or value is None or support in (constraints.real, constraints.real_vector) or moves(fn):
         return
     try:
         inside = support.check(value)

@@ -67,7 +67,11 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
         return node["ppvae_log_prob"]
     fn, value = node["fn"], node["value"]
     outside = None
-    if not node["is_observed"] and isinstance(fn, TorchDistributionMixin) and not isinstance(fn, dist.Delta):
+    if (
+        isinstance(fn, TorchDistributionMixin)
+        and not isinstance(fn, dist.Delta)
+        and (not node["is_observed"] or moves(fn))
+    ):
         outside = _outside(fn, value)
     if outside is None:
         log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
@@ -79,6 +83,16 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
             fn._validate_args = validate
         log_prob = torch.where(outside, torch.full_like(log_prob, -torch.inf), log_prob)
     return scale_and_mask(log_prob, 1.0, node["mask"])
+
+
+def moves(fn: Any) -> bool:
+    """Whether a distribution's support is set by its parameters, as a uniform's is, and so perhaps by a latent."""
+    try:
+        support = fn.support
+    except (NotImplementedError, AttributeError):
+        return False
+    support = getattr(support, "base_constraint", support)
+    return any(isinstance(v, Tensor) and v.numel() > 1 for v in getattr(support, "__dict__", {}).values())
 
 
 def _outside(fn: Any, value: Tensor) -> Tensor | None:
@@ -186,7 +200,9 @@ def explained(error: Exception, sizes: str) -> ContractError:
     text = " ".join(str(error).split())[:300]
     if "must be sampled in trace" in text:
         name = text.removeprefix("site ").split(" must")[0]
-        return refused(name, "a guide that samples latents only", "a site with obs=", "move the observation to the model")
+        return refused(
+            name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
+        )
     if "plate" in text and ("hape mismatch" in text or "invalid shape" in text):
         return ContractError(
             f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "

@@ -489,8 +489,10 @@ def _described(thing: Any) -> str:
             usual = {}
         own = {k: v for k, v in vars(thing).items() if k[0] != "_" and (k not in usual or usual[k] != v)}
         own.pop("max_plate_nesting", None)  # found out on the way
-        shown = _keywords({k: v for k, v in own.items() if isinstance(v, int | float | str | None)})
-        return type(thing).__name__ + (f"({', '.join(shown)})" if shown else "")
+        told = _keywords({k: v for k, v in own.items() if isinstance(v, int | float | str | None)})
+        return type(thing).__name__ + (f"({', '.join(told)})" if told else "")
+    if type(thing).__repr__ is object.__repr__:  # which would tell an address in memory
+        return getattr(thing, "__qualname__", f"{type(thing).__qualname__}({', '.join(_keywords(vars(thing)))})")
     return getattr(thing, "__qualname__", None) or repr(thing)
 
 
