@@ -14,9 +14,9 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/ppvae fit ppvae.models:vae --name demo --binarize dynamic --epochs 600 \
+	OMP_NUM_THREADS=1 $(BIN)/ppvae fit ppvae.models:vae --name demo --binarize dynamic --epochs 400 \
 		--optimizer.schedule cosine --resume --no-report
-	$(BIN)/ppvae evaluate runs/demo --num-particles 5000
+	OMP_NUM_THREADS=1 $(BIN)/ppvae evaluate runs/demo --num-particles 5000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -469,10 +469,10 @@ def observed_parts_pair():
 def test_a_site_observed_in_an_inner_plate():
     model, guide = observed_parts_pair()
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
-    assert generate.samples(model, guide, x, count=1).numel() == 2
-    assert generate.samples(model, guide, x, count=9).numel() == 18
-    assert generate.samples(model, guide, x, count=1200).numel() == 2400
-    assert generate.reconstructions(model, guide, x).numel() == 10
+    assert generate.samples(model, guide, x, count=1).shape == (1, 2)
+    assert generate.samples(model, guide, x, count=9).shape == (9, 2)
+    assert generate.samples(model, guide, x, count=1200).shape == (1200, 2)
+    assert generate.reconstructions(model, guide, x).shape == (5, 2)
 
 
 def test_only_vectors_are_walked_in():

@@ -100,6 +100,12 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
+    if not isinstance(objective, ELBO | None):
+        raise UsageError(f"objective: expected an object as Trace_ELBO(), found {objective!r}")
+    if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
+        raise UsageError(
+            f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"
+        )
     if clip is not None and not clip > 0:
         raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:
@@ -161,6 +167,8 @@ class _Trainer:
             place = torch.device(device) if device is not None else self._place(data)
             self.train = Columns(data, "data", place)
             self.valid = Columns(valid, "valid", place) if valid is not None else None
+            if self.valid is not None:
+                self.valid.check_like(self.train)
             self.structure, modules = self._look(device is not None, place)
             self.state = PairState(self.scope, modules)
             self.monitor = Monitor(
@@ -305,6 +313,7 @@ class _Trainer:
         self, run: Run, bar: Any, epochs: int, patience: int | None, seconds: float, callbacks: Sequence[Callback]
     ) -> None:
         self._warm_up()
+        self._good = self.state.copy()
         saved_at = time.monotonic()
         while self.epoch < epochs and not self.stopped:
             metrics = self._epoch(bar)
@@ -353,11 +362,31 @@ class _Trainer:
         self.epoch += 1
         rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
         metrics = {"epoch": self.epoch, "step": self.step, "loss": total / count, "grad_norm": norms / steps}
-        metrics |= self.monitor(self.model, self.guide)
+        metrics |= self._watched()
         self._schedule(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
         if rate is not None:
             metrics["lr"] = rate
         metrics["seconds"] = round(time.perf_counter() - start, 4)
+        return metrics
+
+    def _watched(self) -> dict[str, float]:
+        """The monitor's metrics; parameters that an update or the data has broken are put back as they were."""
+        try:
+            broken = [n for n, p in self.state.params().items() if not bool(torch.isfinite(p).all())]
+            what = f"parameter {broken[0]!r} is not finite after the optimizer's step" if broken else ""
+            if not what:
+                metrics = self.monitor(self.model, self.guide)
+        except PpvaeError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            what = f"the ELBO of the {self.monitor.prefix} data failed: {' '.join(str(error).split())[:160]}"
+        if what:
+            self.state.put(self._good)
+            raise TrainingError(
+                f"step {self.step} (epoch {self.epoch}): {what}; the parameters are put back to the epoch before. "
+                f"Try a smaller learning rate or clip"
+            )
+        self._good = self.state.copy()
         return metrics
 
     def _schedule(self, metric: float) -> None:

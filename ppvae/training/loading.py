@@ -39,6 +39,12 @@ class Columns:
     def __len__(self) -> int:
         return len(self.parts[0])
 
+    def check_like(self, other: Columns) -> None:
+        """Raises DataError unless these data have the shapes of others."""
+        ours, theirs = ([list(p.shape[1:]) for p in c.parts] for c in (self, other))
+        if ours != theirs:
+            raise DataError(f"valid: expected data of shapes {theirs} as in the training data, found {ours}")
+
     @property
     def lazy(self) -> bool:
         """Whether some of the data stay on disk."""

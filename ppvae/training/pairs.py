@@ -63,7 +63,7 @@ def _module(place: str) -> Any:
             f"{place}: could not be imported ({error}). Give a file, as in pairs.py:my_pair, or an importable module, "
             f"as in ppvae.models:vae"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {_line(error)})") from error
 
 
@@ -112,7 +112,7 @@ def build(factory: Any, arguments: Mapping[str, Any], train: Any) -> tuple[Calla
             given[DATA_ARGUMENT] = train
         try:
             made = factory(**given)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = getattr(factory, "__name__", factory)
             raise UsageError(f"{name}: the factory failed ({type(error).__name__}: {_line(error)})") from error
     if _is_pair(made):
@@ -126,7 +126,11 @@ def build(factory: Any, arguments: Mapping[str, Any], train: Any) -> tuple[Calla
 
 
 def _is_pair(thing: Any) -> bool:
-    return not isinstance(thing, type) and callable(getattr(thing, "model", None)) and callable(thing.guide)
+    return (
+        not isinstance(thing, type)
+        and callable(getattr(thing, "model", None))
+        and callable(getattr(thing, "guide", None))
+    )
 
 
 def rebuild(config: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
