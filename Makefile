@@ -28,7 +28,8 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST)
-	$(PYTEST) --nbmake notebooks -p no:doctest
+	$(PYTEST) -o addopts= --nbmake notebooks
+	$(BIN)/python -m experiments.bench --smoke --output runs/bench-smoke.json
 
 bench: $(STAMP)
 	$(BIN)/python -m experiments.bench

@@ -208,10 +208,13 @@ class _Trainer:
             with modules_called(self.model, self.guide) as modules, Registration(create=True):
                 try:
                     structure = inspect(self.model, self.guide, first, weights=False)
-                except ContractError:
+                except ContractError as error:
                     if self.train.lazy or len(self.train) <= self.batch_size:
                         raise
-                    structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
+                    try:  # a plate that draws its own subsample wants all data
+                        structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
+                    except ContractError:
+                        raise error from None
                     if not structure.indexes:
                         raise
             if not self.train.lazy and (structure.indexes or (structure.sized and len(self.train) > len(rows))):
