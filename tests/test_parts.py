@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -35,22 +34,6 @@ POSTERIORS: dict[str, Callable[[], torch.nn.Module]] = {
 def data_for(name: str, *shape: int) -> Tensor:
     noise = torch.rand(*shape, generator=torch.Generator().manual_seed(1))
     return (noise > 0.5).float() if name.startswith("Bernoulli") else noise
-
-
-@pytest.mark.parametrize("name", POSTERIORS)
-def test_posterior_permutes_with_the_batch(name: str) -> None:
-    torch.manual_seed(0)
-    part, x = POSTERIORS[name]().double(), torch.randn(5, FEATURES).double()
-    order = torch.tensor([3, 1, 4, 0, 2])
-    z = torch.randn(5, LATENT).double()
-    torch.testing.assert_close(part(x[order]).log_prob(z[order]), part(x).log_prob(z)[order])
-
-
-def test_diagonal_normal_reads_location_then_log_scale() -> None:
-    part = posteriors.DiagonalNormal(torch.nn.Identity())
-    fn = part(torch.tensor([[1.0, 2.0, 0.0, math.log(3.0)]])).base_dist
-    assert fn.loc.tolist() == [[1.0, 2.0]]
-    torch.testing.assert_close(fn.scale, torch.tensor([[1.0, 3.0]]))
 
 
 @pytest.mark.parametrize("prior", PRIORS)
