@@ -114,6 +114,8 @@ def test_expands_to_particles_and_broadcasts(name: str) -> None:
     assert (many.batch_shape, many.event_shape) == ((4, 5), fn.event_shape)
     for value in (fn.log_prob(z), many.log_prob(z), fn.expand([1, 5]).expand([4, 5]).log_prob(z)):
         torch.testing.assert_close(value, torch.stack(rows, 1))
+    one = z[:, :1]  # the same value under every datum's posterior, as a mixture of them asks
+    torch.testing.assert_close(fn.log_prob(one), fn.log_prob(one.expand_as(z)))
     draws = many.sample((2,))
     assert draws.shape == (2, 4, 5, *fn.event_shape)
     assert many.log_prob(draws).shape == (2, 4, 5)

@@ -430,6 +430,28 @@ def test_vamp_starts_from_data() -> None:
         priors.VampPrior(posteriors.PerDatum(5, 4), x)
 
 
+@pytest.mark.parametrize("family", ["FullRank", "LowRank", "IAF", "SplineCoupling"])
+def test_vamp_takes_any_posterior(family: str) -> None:
+    torch.manual_seed(0)
+    posterior = {
+        "FullRank": lambda: posteriors.FullRank(nn.mlp(FEATURES, 5)),
+        "LowRank": lambda: posteriors.LowRank(nn.mlp(FEATURES, 6), rank=1),
+        "IAF": lambda: posteriors.IAF(nn.mlp(FEATURES, 7), 2, features=3),
+        "SplineCoupling": lambda: posteriors.SplineCoupling(nn.mlp(FEATURES, 7), 2, features=3),
+    }[family]()  # fmt: skip
+    posterior = perturbed(posterior, 0.1)
+    prior = priors.VampPrior(posterior, torch.rand(3, FEATURES).double())
+    z = torch.randn(5, 2).double()
+    parts = torch.stack([posterior(u).log_prob(z) for u in prior.pseudo_inputs])
+    torch.testing.assert_close(prior().log_prob(z), parts.exp().mean(0).log())
+    vae = VAE(prior, likelihoods.Bernoulli(decoder(2)).double(), posterior)
+    x = (torch.rand(6, FEATURES) > 0.5).double()
+    t = terms(vae.model, vae.guide, x, num_particles=3)
+    t.log_weight.sum().backward()
+    assert prior.pseudo_inputs.grad is not None
+    assert inspect(vae.model, vae.guide, x).layout == "vectorized"
+
+
 def test_vamp_shares_its_posterior_with_the_guide(tmp_path: Any) -> None:
     """Each shared parameter is registered under two names, trained once a step, saved, resumed and evaluated."""
 

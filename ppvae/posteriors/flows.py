@@ -27,7 +27,8 @@ class Transformed(dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not value.requires_grad:
             value = value[...]  # another tensor of the same numbers: no cache holds it
-        return super().log_prob(value)
+        whole = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        return super().log_prob(value if value.shape == whole else value.expand(whole))
 
 
 @final
