@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Nets:
 
 
 class Raised(torch.nn.Module):
-    """One more than a network's output: beta concentrations below a half put too much mass on the last float below 1."""
+    """One more than a network's output: small beta concentrations put mass between the last float below 1 and 1."""
 
     def __init__(self, net: torch.nn.Module):
         super().__init__()
@@ -216,6 +217,16 @@ def test_is_over_one_datum_per_latent_and_broadcasts(name: str) -> None:
     assert fn.sample((2,)).shape == (2, 4, ROWS, case.features)
 
 
+@every
+def test_output_shape_is_what_the_network_gives(name: str) -> None:
+    case, (part, x) = CASES[name], drawn(name)
+    args = (x, latents(ROWS)) if name.startswith("Autoregressive") else (latents(ROWS),)
+    assert part.net(*args).shape == (ROWS, *part.output_shape((case.features,)))
+    if case.images:
+        assert part.output_shape((3, 4, 4))[1:] == (4, 4)
+        assert case.make(Nets(3, 4, 4)).output_shape((3, 4, 4))[0] * 16 == part.output_shape((48,))[0]
+
+
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.images])
 def test_over_images_is_the_same_as_over_their_pixels(name: str) -> None:
     case = CASES[name]
@@ -296,7 +307,8 @@ def test_state_survives_a_file_without_code(name: str) -> None:
     fresh = case.make(Nets(case.features)).double()
     fresh.load_state_dict(torch.load(file, weights_only=True))
     z, given = latents(ROWS), case.given(ROWS)
-    assert torch.equal(fresh(z, **given).log_prob(x), part(z, **given).log_prob(x))
+    for other in (fresh, copy.deepcopy(part)):
+        assert torch.equal(other(z, **given).log_prob(x), part(z, **given).log_prob(x))
 
 
 @every
@@ -583,9 +595,9 @@ def test_bad_arguments_are_refused(make: Callable[[], Any], words: str) -> None:
     ("part", "words"),
     [
         (likelihoods.Beta(Nets(5)(1)), r"log a, log b.*\[1, 5\]"),
-        (likelihoods.Categorical(Nets(6)(1), levels=4), "logits 0, "),
+        (likelihoods.Categorical(Nets(6)(1), levels=4), "logits of each level"),
         (likelihoods.ZeroInflatedPoisson(Nets(5)(1)), "log-rate, gate"),
-        (likelihoods.MixtureOfDiscretizedLogistics(Nets(7)(1)), "parameter 0"),
+        (likelihoods.MixtureOfDiscretizedLogistics(Nets(7)(1)), "couplings"),
         (Mixed(Nets(6)(1), ["real", ("categorical", 4)]), "expected.*5.*2 columns"),
     ],
 )

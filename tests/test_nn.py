@@ -49,7 +49,7 @@ MASKED: dict[str, Masked] = {  # and how many outputs a number
     "MADE without hidden layers": (lambda: nn.MADE(6, 2, hidden=()), 1),
     "MADE of three layers and outputs": (lambda: nn.MADE(6, 2, 3, hidden=(13, 5, 8)), 3),
     "MADE in an order of its own": (
-        lambda: nn.MADE(6, 2, 2, hidden=(20, 20), order=torch.tensor([3, 1, 5, 0, 4, 2])),
+        lambda: nn.MADE(6, 2, 2, hidden=(20, 20), order=torch.tensor([3, 1, 5, 0, 2, 4])),
         2,
     ),
     "MADE of one": (lambda: nn.MADE(1, 2, hidden=(4,)), 1),
@@ -152,6 +152,9 @@ def test_residual_network_at_zero_is_what_it_is_without_its_blocks() -> None:
         block.change[-1].weight.zero_()
         block.change[-1].bias.zero_()
     torch.testing.assert_close(block(x), x)
+    with torch.no_grad():
+        block.change[-1].bias.fill_(2.0)
+    torch.testing.assert_close(block(x), x + 2)
 
 
 def test_missing_takes_gaps_and_tells_them_from_zeros() -> None:

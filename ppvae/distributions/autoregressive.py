@@ -63,8 +63,8 @@ class Autoregressive(TorchDistribution):
         return expanded(self, batch_shape, start=self.event_dim)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        fn = self.conditionals(value.expand(torch.broadcast_shapes(value.shape, self.start.shape)))
-        return fn.log_prob(value)
+        log_prob = self.conditionals(value).log_prob(value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():

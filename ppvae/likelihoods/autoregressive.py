@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -9,18 +11,19 @@ from torch.distributions import constraints
 from ppvae import distributions
 from ppvae.distributions import base
 from ppvae.likelihoods.levels import _checked
-from ppvae.likelihoods.outputs import levels_last
+from ppvae.likelihoods.outputs import levels_last, of_blocks
 
 
 class Autoregressive(nn.Module):
     """Pixels drawn one after another, log p(x | z) = sum_i log p(x_i | x before i, z), binary or in levels.
 
     Args:
-        net: a network of two arguments, (x [..., *event], z [..., latent]) -> logits [..., *event], or with more than
-            2 levels [..., levels * first, *rest], the logits of level 0 for all pixels, then level 1, ..., along the
-            first event dim. A number's logits may depend on z and on numbers before it; `net.order` lists positions of
-            the flattened event from the first to the last, `net.event_shape` is one datum's. `nn.MADE` and
-            `nn.PixelCNN` are such networks; `nn.sees_only_the_past` tests others.
+        net: a network of two arguments with leading dims that broadcast, (x [..., *event], z [..., latent]) -> logits
+            [..., *event], or with more than 2 levels [..., levels * first, *rest], the logits of level 0 for all
+            pixels, then level 1, ..., along the first event dim. A number's logits may depend on z and on numbers
+            before it; `net.order` lists positions of the flattened event from the first to the last,
+            `net.event_shape` is one datum's. `nn.MADE` and `nn.PixelCNN` are such networks;
+            `nn.sees_only_the_past` tests others.
         levels: 2 for data of 0 and 1; else data are v / (levels - 1).
 
     A log-mass in nats; log p(x | z) is one call of the network, a sample one call a number. Returns batch shape [...],
@@ -39,6 +42,10 @@ class Autoregressive(nn.Module):
     def __init__(self, net: nn.Module, levels: int = 2):
         super().__init__()
         self.net, self.levels = net, _checked(levels)
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, 1 if self.levels == 2 else self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         event = tuple(self.net.event_shape)  # type: ignore[arg-type]

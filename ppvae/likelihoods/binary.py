@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 from torch import Tensor, nn
 
@@ -24,6 +26,10 @@ class Bernoulli(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return tuple(event)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)

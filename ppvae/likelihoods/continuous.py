@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, blocks, event_dim, register_log
+from ppvae.likelihoods.outputs import Given, blocks, event_dim, of_blocks, register_log
 
 
 class _Scaled(nn.Module):
@@ -28,9 +30,13 @@ class _Scaled(nn.Module):
             raise ValueError("at_floor: expected a scale of its own; the network's depends on z")
         return self.log_scale.exp() <= 1.01 * self.floor
 
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, 2 if self._of_network else 1)
+
     def _loc_scale(self, z: Tensor) -> tuple[Tensor, Tensor, int]:
         out = self.net(z)
-        loc, log_scale = blocks(out, z, "location", "log-scale") if self._of_network else (out, self.log_scale)
+        loc, log_scale = blocks(out, z, 2, "location, log-scale") if self._of_network else (out, self.log_scale)
         scale = log_scale.exp()
         if self._of_network or isinstance(self.log_scale, nn.Parameter):
             scale = scale + self.floor

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, blocks, event_dim, per_datum, register_log
+from ppvae.likelihoods.outputs import Given, blocks, event_dim, of_blocks, per_datum, register_log
 
 
 class _Counts(nn.Module):
@@ -22,18 +22,22 @@ class _Counts(nn.Module):
         if concentration is not None:
             register_log(self, "concentration", concentration)
 
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, len(self._names))
+
     @property
     def forward(self) -> Callable[..., dist.TorchDistribution]:  # type: ignore[override]
         """The call: of (z), or of (z, context) with a library, so that only then `context` is declared."""
         return self._of_library if self.library else self._alone
 
     def _alone(self, z: Tensor) -> dist.TorchDistribution:
-        log_rate, *rest = blocks(self.net(z), z, *self._names)
+        log_rate, *rest = blocks(self.net(z), z, len(self._names), ", ".join(self._names))
         dims = event_dim(log_rate, z)
         return self._counts(log_rate, *rest).to_event(dims)
 
     def _of_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
-        share, *rest = blocks(self.net(z), z, *self._names)
+        share, *rest = blocks(self.net(z), z, len(self._names), ", ".join(self._names))
         dims = event_dim(share, z)
         log_library = per_datum(context, z, "library sizes", share.dtype).log()
         log_rate = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)
@@ -164,6 +168,10 @@ class Multinomial(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return tuple(event)
 
     def forward(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import blocks, event_dim, levels_last
+from ppvae.likelihoods.outputs import blocks, event_dim, levels_last, of_blocks
 
 
 class Categorical(nn.Module):
@@ -27,6 +29,10 @@ class Categorical(nn.Module):
     def __init__(self, net: nn.Module, levels: int = 256):
         super().__init__()
         self.net, self.levels = net, _checked(levels)
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = levels_last(self.net(z), z, self.levels)
@@ -53,8 +59,12 @@ class DiscretizedLogistic(nn.Module):
         super().__init__()
         self.net, self.levels = net, _checked(levels)
 
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, 2)
+
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        loc, log_scale = blocks(self.net(z), z, "location", "log-scale")
+        loc, log_scale = blocks(self.net(z), z, 2, "location, log-scale")
         return distributions.DiscretizedLogistic(loc, log_scale, self.levels).to_event(event_dim(loc, z))
 
 
@@ -88,9 +98,13 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         m, c = self.components, self.channels
         return m * (1 + 2 * c + c * (c - 1) // 2)
 
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, self.outputs, self.channels)
+
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out, lead, m, c = self.net(z), z.shape[:-1], self.components, self.channels
-        blocks(out, z, *(f"parameter {i}" for i in range(self.outputs)))
+        blocks(out, z, self.outputs, "logits, locations, log-scales, couplings")
         rest = out.shape[len(lead) :]
         first = rest[0] // self.outputs
         parameters = out.reshape(*lead, self.outputs, -1)

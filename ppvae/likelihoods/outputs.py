@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,23 +18,32 @@ def event_dim(out: Tensor, z: Tensor) -> int:
     return out.dim() - z.dim() + 1
 
 
-def blocks(out: Tensor, z: Tensor, *names: str) -> tuple[Tensor, ...]:
-    """Parameters that stand one after another along the output's first event dim: [..., n * first, *rest] -> n times
-    [..., first, *rest]. ValueError, by their names, for a dim that does not divide.
+def blocks(out: Tensor, z: Tensor, count: int, what: str) -> tuple[Tensor, ...]:
+    """Parameters that stand one after another along the output's first event dim: [..., count * first, *rest] ->
+    `count` times [..., first, *rest]. ValueError, by `what` they are, for a dim that does not divide.
 
-    For a flat datum [D] these are n blocks of D numbers, for an image [C, H, W] n blocks of C channels.
+    For a flat datum [D] these are blocks of D numbers, for an image [C, H, W] blocks of C channels.
 
-    >>> loc, log_scale = blocks(torch.zeros(5, 6, 8, 8), torch.zeros(5, 2), "loc", "log_scale"); loc.shape
+    >>> loc, log_scale = blocks(torch.zeros(5, 6, 8, 8), torch.zeros(5, 2), 2, "location, log-scale"); loc.shape
     torch.Size([5, 3, 8, 8])
     """
     dim = z.dim() - 1
     size = out.shape[dim] if out.dim() > dim else 1
-    if size % len(names):
+    if size % count:
         raise ValueError(
-            f"net: expected an output [..., {len(names)} * first, *rest] of {', '.join(names)}, one after another; "
-            f"found {list(out.shape)} for z {list(z.shape)}"
+            f"net: expected an output [..., {count} * first, *rest] ({what}), found {list(out.shape)} for z "
+            f"{list(z.shape)}"
         )
-    return out.chunk(len(names), dim)
+    return out.chunk(count, dim)
+
+
+def of_blocks(event: Sequence[int], count: int, channels: int = 1) -> tuple[int, ...]:
+    """The event shape of an output of `count` blocks for data of an event shape (for each pixel of some `channels`).
+
+    >>> of_blocks((3, 32, 32), 2), of_blocks((3, 32, 32), 10, channels=3)
+    ((6, 32, 32), (10, 32, 32))
+    """
+    return (count * event[0] // channels, *event[1:])
 
 
 def levels_last(out: Tensor, z: Tensor, levels: int) -> Tensor:
@@ -42,7 +52,7 @@ def levels_last(out: Tensor, z: Tensor, levels: int) -> Tensor:
     >>> levels_last(torch.zeros(5, 12), torch.zeros(5, 2), 4).shape
     torch.Size([5, 3, 4])
     """
-    return torch.stack(blocks(out, z, *(f"logits {k}" for k in range(levels))), -1)
+    return torch.stack(blocks(out, z, levels, "the logits of each level"), -1)
 
 
 def register_log(part: nn.Module, name: str, value: Given, start: float = 1.0) -> None:

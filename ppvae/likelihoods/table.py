@@ -111,6 +111,10 @@ class Mixed(nn.Module):
         """Which real columns' scales have reached the floor, [real columns]."""
         return self.log_scale.exp() <= 1.01 * self.floor
 
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return (self.outputs,)
+
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out = self.net(z)
         if out.shape != (*z.shape[:-1], self.outputs):

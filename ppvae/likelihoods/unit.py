@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import blocks, event_dim
+from ppvae.likelihoods.outputs import blocks, event_dim, of_blocks
 
 
 class ContinuousBernoulli(nn.Module):
@@ -25,6 +27,10 @@ class ContinuousBernoulli(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return tuple(event)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)
@@ -48,6 +54,10 @@ class Beta(nn.Module):
         super().__init__()
         self.net = net
 
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, 2)
+
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        log_a, log_b = blocks(self.net(z), z, "log a", "log b")
+        log_a, log_b = blocks(self.net(z), z, 2, "log a, log b")
         return distributions.Beta(log_a.exp(), log_b.exp()).to_event(event_dim(log_a, z))

@@ -69,6 +69,9 @@ class OneHotBlocks(constraints.Constraint):
         blocks = value.unflatten(-1, (-1, self.classes))
         return (((blocks == 0) | (blocks == 1)).all(-1) & (blocks.sum(-1) == 1)).all(-1)
 
+    def __repr__(self) -> str:
+        return f"one-hot vectors of {self.classes}"
+
 
 @final
 class OneHotVector(dist.TorchDistribution):
