@@ -44,8 +44,22 @@ def support_words(support: Any) -> str:
 
 
 def _cure(fn: Any) -> str:
-    if isinstance(base(fn), torch.distributions.Bernoulli):
-        return "Load with binarize='fixed' or 'dynamic', or use a likelihood for grey values"
+    support = getattr(fn, "support", None)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    cure = getattr(support, "cure", None)  # a support of the library's own says what to do
+    if isinstance(cure, str):
+        return cure
+    if support is constraints.boolean:
+        return (
+            "Load with binarize='fixed' or 'dynamic', or use a likelihood for grey values: of ppvae.likelihoods, "
+            "ContinuousBernoulli, Beta, DiscretizedLogistic, Categorical or Normal"
+        )
+    holds = "Choose a likelihood whose support holds the data: of ppvae.likelihoods, "
+    if support is constraints.nonnegative_integer:
+        return f"{holds}Normal, Laplace and StudentT take negative and fractional numbers"
+    if isinstance(support, constraints.interval):
+        return f"{holds}Normal, Laplace and StudentT take any real number; or scale the data into it"
     return "Choose a likelihood whose support holds the data"
 
 

@@ -1,0 +1,24 @@
+"""Distributions that Pyro lacks, or whose log-density it computes in a way that is slow or wrong."""
+
+from ppvae.distributions.autoregressive import Autoregressive
+from ppvae.distributions.columns import Columns
+from ppvae.distributions.continuous import StudentT
+from ppvae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflated
+from ppvae.distributions.levels import DiscretizedLogistic, Levels, MixtureOfDiscretizedLogistics
+from ppvae.distributions.unit import Bernoulli, Beta, ContinuousBernoulli
+
+__all__ = [
+    "Autoregressive",
+    "Bernoulli",
+    "Beta",
+    "Columns",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Levels",
+    "MixtureOfDiscretizedLogistics",
+    "Multinomial",
+    "NegativeBinomial",
+    "Poisson",
+    "StudentT",
+    "ZeroInflated",
+]

@@ -1,0 +1,110 @@
+"""What the distributions share: expanding by shallow copy, and supports that say what they hold and what to do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+Fn = TypeVar("Fn", bound=TorchDistribution)
+
+
+def expanded(fn: Fn, batch_shape: Sequence[int], **event_dims: int) -> Fn:
+    """A copy of a distribution with its named parameters expanded to a batch shape, {name: its own event dims}."""
+    new, shape = copy.copy(fn), torch.Size(batch_shape)
+    for name, event_dim in event_dims.items():
+        value: Tensor = getattr(fn, name)
+        setattr(new, name, value.expand(shape + value.shape[value.dim() - event_dim :]))
+    new._batch_shape = shape
+    return new
+
+
+def compact(t: Tensor) -> Tensor:
+    """The same tensor with expanded dims at size one again, so that a function of it is computed once.
+
+    >>> compact(torch.zeros(3).expand(100, 3)).shape
+    torch.Size([1, 3])
+    """
+    for dim in range(t.dim()):
+        if t.stride(dim) == 0 and t.shape[dim] > 1:
+            t = t.narrow(dim, 0, 1)
+    return t
+
+
+class Levels(Constraint):
+    """Equally spaced levels 0, top / (levels - 1), ..., top; read off within the rounding of float32."""
+
+    is_discrete = True
+
+    def __init__(self, levels: int, top: float = 1.0):
+        self.levels, self.top = levels, top
+        super().__init__()
+
+    @property
+    def cure(self) -> str:
+        """What to do with values that are none of the levels."""
+        if self.top != 1:
+            return f"Number the {self.levels} values of the column from 0, and leave NaN where one is missing"
+        top = self.levels - 1
+        return (
+            f"Divide whole numbers 0..{top} by {top}, or set levels= to those of the data; other values in [0, 1] "
+            "suit likelihoods.ContinuousBernoulli or Beta, any real numbers Normal, Laplace or StudentT"
+        )
+
+    def check(self, value: Tensor) -> Tensor:
+        scaled = value * ((self.levels - 1) / self.top)
+        whole = (scaled - scaled.round()).abs() <= max(1e-3, 2e-7 * self.levels)
+        return whole & (value >= 0) & (value <= self.top)
+
+    def __repr__(self) -> str:
+        if self.levels == 2:
+            return f"{{0, {self.top:g}}}"
+        step = "1" if self.top == self.levels - 1 else f"{self.top:g}/{self.levels - 1}"
+        return f"{{0, {step}, ..., {self.top:g}}}"
+
+
+class OpenUnit(Constraint):
+    """The numbers between 0 and 1 without the two."""
+
+    cure = (
+        "Its density is zero or infinite at 0 and 1: load with dequantize=True, which keeps off them, or use "
+        "likelihoods.ContinuousBernoulli for grey values in [0, 1] and Normal, Laplace or StudentT for any real number"
+    )
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value > 0) & (value < 1)
+
+    def __repr__(self) -> str:
+        return "the open interval (0, 1)"
+
+
+class CountsOf(Constraint):
+    """Counts [..., D] that sum to a total [...]; tells for each count whether it may stand there."""
+
+    is_discrete = True
+    cure = (
+        "Give each row's own sum as the batch's second tensor (context); counts without a total suit "
+        "likelihoods.Poisson or NegativeBinomial"
+    )
+
+    def __init__(self, total: Tensor):
+        self.total = total
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        sums = (value.sum(-1) == self.total).unsqueeze(-1)
+        inside = (value >= 0) & (value == value.floor()) & sums
+        while inside.dim() > value.dim():
+            inside = inside.all(0)
+        return inside
+
+    def __repr__(self) -> str:
+        return "counts that sum to the total given as context"
+
+
+open_unit = OpenUnit()

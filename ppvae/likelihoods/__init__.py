@@ -1,0 +1,41 @@
+"""Likelihoods: modules that take a latent [..., latent] and return a distribution over one datum.
+
+Each is a final module, `forward(z)` or `forward(z, context)` -> distribution of batch shape [...]. Several parameters a
+number are blocks along the first event dim of the network's output.
+"""
+
+from ppvae.likelihoods.autoregressive import Autoregressive
+from ppvae.likelihoods.binary import Bernoulli
+from ppvae.likelihoods.continuous import Laplace, Normal, StudentT, set_optimal_scale
+from ppvae.likelihoods.counts import (
+    Multinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+    ZeroInflatedPoisson,
+)
+from ppvae.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from ppvae.likelihoods.table import Column, Mixed, table_outputs
+from ppvae.likelihoods.unit import Beta, ContinuousBernoulli
+
+__all__ = [
+    "Autoregressive",
+    "Bernoulli",
+    "Beta",
+    "Categorical",
+    "Column",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Laplace",
+    "Mixed",
+    "MixtureOfDiscretizedLogistics",
+    "Multinomial",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+    "StudentT",
+    "ZeroInflatedNegativeBinomial",
+    "ZeroInflatedPoisson",
+    "set_optimal_scale",
+    "table_outputs",
+]

@@ -1,0 +1,36 @@
+"""Likelihoods of binary data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppvae import distributions
+from ppvae.likelihoods.outputs import event_dim
+
+
+class Bernoulli(nn.Module):
+    """Independent Bernoulli pixels, log p(x | z) = sum_d x_d l_d - softplus(l_d), l = net(z).
+
+    `net` maps [..., latent] to logits [..., *event]; data are 0 or 1. Returns batch shape [...], event shape [*event].
+    Source: Kingma and Welling 2014 (arXiv 1312.6114), appendix C.1.
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> Bernoulli(mlp(8, 64))(torch.zeros(5, 8)).shape()
+    torch.Size([5, 64])
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return tuple(event)
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        logits = self.net(z)
+        return distributions.Bernoulli(logits=logits).to_event(event_dim(logits, z))

@@ -1,0 +1,63 @@
+"""Likelihoods of numbers in [0, 1], such as grey values, as densities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppvae import distributions
+from ppvae.likelihoods.outputs import blocks, event_dim, of_blocks
+
+
+class ContinuousBernoulli(nn.Module):
+    """Independent continuous Bernoulli pixels, log p(x | z) = sum_d l_d x_d - log((e^l_d - 1) / l_d), l = net(z).
+
+    `net` maps [..., latent] to logits [..., *event]; data lie in [0, 1], both ends included. A density in nats;
+    returns batch shape [...], event shape [*event].
+    Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845): grey values under a Bernoulli are no density.
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> ContinuousBernoulli(mlp(8, 64))(torch.zeros(5, 8)).shape()
+    torch.Size([5, 64])
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return tuple(event)
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        logits = self.net(z)
+        return distributions.ContinuousBernoulli(logits).to_event(event_dim(logits, z))
+
+
+class Beta(nn.Module):
+    """Independent beta pixels, log p(x | z) = sum_d (a_d - 1) log x_d + (b_d - 1) log(1 - x_d) - log B(a_d, b_d).
+
+    `net` maps [..., latent] to [..., 2 * first, *rest]: log a, then log b, along the first event dim. Data lie in
+    (0, 1) without the ends, where the density is zero or infinite: load pixels with `dequantize=True`. A density in
+    nats; returns batch shape [...], event shape [first, *rest]. Raises ValueError for an output of odd size.
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> Beta(mlp(8, 2 * 64))(torch.zeros(5, 8)).shape()
+    torch.Size([5, 64])
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
+        """The event shape of the network's output for data of an event shape."""
+        return of_blocks(event, 2)
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        log_a, log_b = blocks(self.net(z), z, 2, "log a, log b")
+        return distributions.Beta(log_a.exp(), log_b.exp()).to_event(event_dim(log_a, z))

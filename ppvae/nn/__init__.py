@@ -1,0 +1,25 @@
+"""Networks over any leading dims: [..., *event in] -> [..., *event out]."""
+
+from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
+from ppvae.nn.dense import Gated, Missing, gated_mlp, glorot, mlp, set_output_bias
+from ppvae.nn.masked import MADE, MaskedConv2d, MaskedLinear, PixelCNN, sees_only_the_past
+
+__all__ = [
+    "MADE",
+    "Gated",
+    "Leading",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "Missing",
+    "PixelCNN",
+    "Residual",
+    "conv_decoder",
+    "conv_encoder",
+    "gated_mlp",
+    "glorot",
+    "mlp",
+    "residual_decoder",
+    "residual_encoder",
+    "sees_only_the_past",
+    "set_output_bias",
+]

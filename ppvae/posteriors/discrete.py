@@ -1,0 +1,200 @@
+"""Posteriors over discrete latents, summed out exactly or sampled, and their relaxed counterparts."""
+
+from __future__ import annotations
+
+from typing import final
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppvae import distributions
+from ppvae.priors.discrete import checked_temperature
+from ppvae.priors.relaxed import BinaryConcrete, Concrete
+from ppvae.priors.vectors import OneHotVector, Vector
+
+
+@final
+class Bernoulli(nn.Module):
+    """Independent binary variables, q(z | x) = prod_d Bernoulli(z_d; sigmoid(net(x)_d)).
+
+    Up to 16 variables, `pyro.infer.config_enumerate(vae.guide)` has z summed out exactly, in `TraceEnum_ELBO` as in
+    `terms` and `log_marginal`; without it z is sampled, and `Trace_ELBO` trains by the score function.
+    `net` maps data [..., *event] to logits [..., latent]. Returns batch shape [...], event shape [latent].
+    Source: Mnih and Gregor 2014 (arXiv 1402.0030).
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> Bernoulli(mlp(64, 8))(torch.zeros(5, 64)).enumerate_support().shape
+    torch.Size([256, 5, 8])
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that logits [..., latent] stand for."""
+        return Vector(distributions.Bernoulli(logits=outputs), 1)
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))
+
+
+@final
+class Categorical(nn.Module):
+    """Independent variables with several classes, q(z | x) = prod_v softmax(net(x)_v)_(z_v), as integers.
+
+    Summed out exactly or sampled, as `Bernoulli` is; the prior that goes with it is `priors.Categorical`, or
+    `priors.AutoregressiveCategorical`.
+
+    Args:
+        net: maps data [..., *event] to logits [..., variables * classes], a variable after the other.
+        classes: values of each variable.
+
+    Returns batch shape [...], event shape [variables]. Raises ValueError for outputs that are no multiple of classes.
+    Source: Jang et al. 2017 (arXiv 1611.01144).
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> Categorical(mlp(64, 2 * 3), classes=3)(torch.zeros(5, 64)).enumerate_support().shape
+    torch.Size([9, 5, 2])
+    """
+
+    def __init__(self, net: nn.Module, classes: int):
+        super().__init__()
+        self.net, self.classes = net, classes
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that logits [..., variables * classes] stand for."""
+        return Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))
+
+
+@final
+class OneHot(nn.Module):
+    """`Categorical` with each class written as a one-hot vector, end to end, so that a network takes z as it is.
+
+    Args:
+        net: maps data [..., *event] to logits [..., variables * classes], a variable after the other.
+        classes: values of each variable.
+
+    Returns batch shape [...], event shape [variables * classes]. Raises ValueError as `Categorical` does.
+    Source: Jang et al. 2017 (arXiv 1611.01144).
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> OneHot(mlp(64, 2 * 3), classes=3)(torch.zeros(5, 64)).shape()
+    torch.Size([5, 6])
+    """
+
+    def __init__(self, net: nn.Module, classes: int):
+        super().__init__()
+        self.net, self.classes = net, classes
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that logits [..., variables * classes] stand for."""
+        base = Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
+        return OneHotVector(base, self.classes, outputs.dtype)
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))
+
+
+@final
+class RelaxedBernoulli(nn.Module):
+    """Relaxed binary variables on (0, 1), z_d = sigmoid((net(x)_d + Logistic(0, 1)) / temperature): reparameterised.
+
+    A density of its own, so that its prior must be relaxed too (`priors.RelaxedBernoulli`); with a discrete prior the
+    pair is refused. Train on the relaxed pair and evaluate the discrete one, made of the same networks:
+
+        vae = VAE(priors.RelaxedBernoulli(8), likelihood, posteriors.RelaxedBernoulli(net))
+        fit(vae.model, vae.guide, train, epochs=50)
+        binary = VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)
+        log_marginal(binary.model, binary.guide, test)
+
+    Their values of log p(x) belong to two models. `temperature` is a buffer, to be lowered in training by
+    `posterior.temperature.fill_(0.4)`; in float32 much lower ones bring draws to where 1 - z is no longer exact.
+
+    Args:
+        net: maps data [..., *event] to logits [..., latent].
+        temperature: of the posterior.
+
+    Returns batch shape [...], event shape [latent]. Raises ValueError for a temperature that is not positive.
+    Source: Maddison et al. 2017 (arXiv 1611.00712); Jang et al. 2017 (arXiv 1611.01144).
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> posterior = RelaxedBernoulli(mlp(64, 8))
+    >>> posterior(torch.zeros(5, 64)).shape(), posterior.discrete.net is posterior.net
+    (torch.Size([5, 8]), True)
+    """
+
+    temperature: Tensor
+
+    def __init__(self, net: nn.Module, temperature: float = 2 / 3):
+        super().__init__()
+        self.net = net
+        self.register_buffer("temperature", checked_temperature(temperature))
+
+    @property
+    def discrete(self) -> Bernoulli:
+        """The discrete posterior with the same network."""
+        return Bernoulli(self.net)
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that logits [..., latent] stand for."""
+        return BinaryConcrete(self.temperature, outputs).to_event(1)
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))
+
+
+@final
+class RelaxedOneHot(nn.Module):
+    """Relaxed one-hot vectors, end to end, each z_v = softmax((net(x)_v + Gumbel) / temperature): reparameterised.
+
+    A density on simplices, so that its prior must be relaxed too (`priors.RelaxedOneHot`); with a discrete prior the
+    pair is refused. Train on the relaxed pair and evaluate the discrete one, made of the same networks, as
+    `RelaxedBernoulli` shows: `VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)`.
+
+    Args:
+        net: maps data [..., *event] to logits [..., variables * classes], a variable after the other.
+        classes: values of each variable.
+        temperature: of the posterior.
+
+    Returns batch shape [...], event shape [variables * classes].
+    Raises ValueError for a temperature that is not positive, or outputs that are no multiple of classes.
+    Source: Maddison et al. 2017 (arXiv 1611.00712); Jang et al. 2017 (arXiv 1611.01144).
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> RelaxedOneHot(mlp(64, 2 * 3), classes=3)(torch.zeros(5, 64)).shape()
+    torch.Size([5, 6])
+    """
+
+    temperature: Tensor
+
+    def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
+        super().__init__()
+        self.net, self.classes = net, classes
+        self.register_buffer("temperature", checked_temperature(temperature))
+
+    @property
+    def discrete(self) -> OneHot:
+        """The discrete posterior with the same network."""
+        return OneHot(self.net, self.classes)
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that logits [..., variables * classes] stand for."""
+        return Concrete(self.temperature, _blocks(outputs, self.classes))
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))
+
+
+def _blocks(outputs: Tensor, classes: int) -> Tensor:
+    if outputs.shape[-1] % classes:
+        raise ValueError(f"net: expected variables * {classes} outputs, found {outputs.shape[-1]}")
+    return outputs.unflatten(-1, (-1, classes))

@@ -1,0 +1,73 @@
+"""Posteriors over proportions, for topic models."""
+
+from __future__ import annotations
+
+from typing import final
+
+import pyro.distributions as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppvae.priors.simplex import DirichletVector, LogisticNormalVector
+
+
+@final
+class Dirichlet(nn.Module):
+    """A Dirichlet posterior over proportions, q(z | x) = Dirichlet(z; floor + softplus(net(x))).
+
+    Draws are reparameterised implicitly. The floor keeps concentrations from where draws leave float32.
+
+    Args:
+        net: maps data [..., *event] to [..., latent].
+        floor: the least concentration.
+
+    Returns batch shape [...], event shape [latent]. Raises ValueError for a floor that is not positive.
+    Source: Figurnov et al. 2018, Implicit reparameterization gradients (arXiv 1805.08498); Burkhardt and Kramer 2019,
+    Decoupling sparsity and smoothness in the Dirichlet variational autoencoder topic model.
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> Dirichlet(mlp(64, 8))(torch.zeros(5, 64)).shape()
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, net: nn.Module, floor: float = 1e-2):
+        super().__init__()
+        if not floor > 0:
+            raise ValueError(f"floor: expected a positive number, found {floor}")
+        self.net, self.floor = net, floor
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that outputs [..., latent] stand for."""
+        return DirichletVector(self.floor + F.softplus(outputs))
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))
+
+
+@final
+class LogisticNormal(nn.Module):
+    """A logistic-normal posterior over proportions, z = softmax(y), y ~ N(loc(x), diag(exp(log_scale(x)))^2).
+
+    Its density is that of the proportions, with respect to all elements but one (see `priors.LogisticNormal`).
+    `net` maps data [..., *event] to [..., 2 * latent]: location and log-scale of y, in this order.
+    Returns batch shape [...], event shape [latent].
+    Source: Srivastava and Sutton 2017 (arXiv 1703.01488); Blei and Lafferty 2007, A correlated topic model.
+
+    >>> import torch
+    >>> from ppvae.nn import mlp
+    >>> LogisticNormal(mlp(64, 2 * 8))(torch.zeros(5, 64)).shape()
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def head(self, outputs: Tensor) -> dist.TorchDistribution:
+        """The distribution that outputs [..., 2 * latent] stand for."""
+        loc, log_scale = outputs.chunk(2, dim=-1)
+        return LogisticNormalVector(loc, log_scale.exp())
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return self.head(self.net(x))

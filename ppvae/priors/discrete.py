@@ -1,0 +1,166 @@
+"""Discrete priors, learned or uniform, and their relaxed counterparts with a density of their own."""
+
+from __future__ import annotations
+
+from typing import final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppvae import distributions
+from ppvae.priors.relaxed import BinaryConcrete, Concrete
+from ppvae.priors.vectors import OneHotVector, Vector
+
+
+@final
+class Bernoulli(nn.Module):
+    """Independent binary variables, log p(z) = sum_d z_d l_d - softplus(l_d); every bit has probability 1/2 at first.
+
+    Args:
+        latent: the number of variables.
+        learned: whether the logits l are trained.
+
+    Returns batch shape [], event shape [latent], values 0 and 1; enumerable up to 16 variables.
+    Source: Mnih and Gregor 2014 (arXiv 1402.0030); Maddison et al. 2017 (arXiv 1611.00712), section 5.
+
+    >>> Bernoulli(3)().log_prob(torch.tensor([0.0, 1.0, 1.0])).exp()
+    tensor(0.1250)
+    """
+
+    logits: Tensor
+
+    def __init__(self, latent: int, learned: bool = False):
+        super().__init__()
+        _set(self, torch.zeros(latent), learned)
+
+    def forward(self) -> dist.TorchDistribution:
+        return Vector(distributions.Bernoulli(logits=self.logits), 1)
+
+
+@final
+class Categorical(nn.Module):
+    """Independent variables with several classes, log p(z) = sum_v log softmax(l_v)_(z_v); uniform at first.
+
+    Values are integers 0 .. classes - 1, for a likelihood that embeds them; `OneHot` has them in floating point.
+
+    Args:
+        classes: values of each variable.
+        variables: the length of z.
+        learned: whether the logits l are trained.
+
+    Returns batch shape [], event shape [variables]; enumerable up to 65536 joint values.
+    Source: van den Oord et al. 2017 (arXiv 1711.00937); Jang et al. 2017 (arXiv 1611.01144).
+
+    >>> Categorical(4, variables=2)().log_prob(torch.tensor([0, 3])).exp()
+    tensor(0.0625)
+    """
+
+    logits: Tensor
+
+    def __init__(self, classes: int, variables: int = 1, learned: bool = False):
+        super().__init__()
+        _set(self, torch.zeros(variables, classes), learned)
+
+    def forward(self) -> dist.TorchDistribution:
+        return Vector(dist.Categorical(logits=self.logits), 1)
+
+
+@final
+class OneHot(nn.Module):
+    """`Categorical` with each class written as a one-hot vector, end to end, so that a network takes z as it is.
+
+    Args:
+        classes: values of each variable.
+        variables: how many one-hot vectors z is made of.
+        learned: whether the logits are trained.
+
+    Returns batch shape [], event shape [variables * classes]; enumerable up to 65536 joint values.
+    Source: Jang et al. 2017 (arXiv 1611.01144).
+
+    >>> OneHot(4, variables=2)().shape()
+    torch.Size([8])
+    """
+
+    logits: Tensor
+
+    def __init__(self, classes: int, variables: int = 1, learned: bool = False):
+        super().__init__()
+        _set(self, torch.zeros(variables, classes), learned)
+
+    def forward(self) -> dist.TorchDistribution:
+        base = Vector(dist.Categorical(logits=self.logits), 1)
+        return OneHotVector(base, self.logits.shape[-1], self.logits.dtype)
+
+
+@final
+class RelaxedBernoulli(nn.Module):
+    """Independent relaxed binary variables on (0, 1), the prior that goes with `posteriors.RelaxedBernoulli`.
+
+    log p(z) = sum_d log BinaryConcrete(z_d; l_d, temperature). `discrete` is the Bernoulli prior with the same logits.
+
+    Args:
+        latent: the number of variables.
+        temperature: of the prior; that of the posterior may differ.
+        learned: whether the logits l are trained.
+
+    Returns batch shape [], event shape [latent]. Raises ValueError for a temperature that is not positive.
+    Source: Maddison et al. 2017 (arXiv 1611.00712), section 3.3: the objective relaxes the prior too.
+
+    >>> RelaxedBernoulli(3)().shape(), type(RelaxedBernoulli(3).discrete).__name__
+    (torch.Size([3]), 'Bernoulli')
+    """
+
+    temperature: Tensor
+
+    def __init__(self, latent: int, temperature: float = 0.5, learned: bool = False):
+        super().__init__()
+        self.register_buffer("temperature", checked_temperature(temperature))
+        self.discrete = Bernoulli(latent, learned)
+
+    def forward(self) -> dist.TorchDistribution:
+        return BinaryConcrete(self.temperature, self.discrete.logits).to_event(1)
+
+
+@final
+class RelaxedOneHot(nn.Module):
+    """Independent relaxed one-hot vectors, end to end, the prior that goes with `posteriors.RelaxedOneHot`.
+
+    log p(z) = sum_v log Concrete(z_v; l_v, temperature). `discrete` is the one-hot prior with the same logits.
+
+    Args:
+        classes: values of each variable.
+        variables: how many vectors z is made of.
+        temperature: of the prior; that of the posterior may differ.
+        learned: whether the logits l are trained.
+
+    Returns batch shape [], event shape [variables * classes]. Raises ValueError for a temperature that is not positive.
+    Source: Maddison et al. 2017 (arXiv 1611.00712), section 3.3: the objective relaxes the prior too.
+
+    >>> RelaxedOneHot(4, variables=2)().shape(), type(RelaxedOneHot(4).discrete).__name__
+    (torch.Size([8]), 'OneHot')
+    """
+
+    temperature: Tensor
+
+    def __init__(self, classes: int, variables: int = 1, temperature: float = 0.5, learned: bool = False):
+        super().__init__()
+        self.register_buffer("temperature", checked_temperature(temperature))
+        self.discrete = OneHot(classes, variables, learned)
+
+    def forward(self) -> dist.TorchDistribution:
+        return Concrete(self.temperature, self.discrete.logits)
+
+
+def checked_temperature(temperature: float) -> Tensor:
+    """The temperature as a tensor, if it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, found {temperature}")
+    return torch.tensor(float(temperature))
+
+
+def _set(module: nn.Module, logits: Tensor, learned: bool) -> None:
+    if learned:
+        module.logits = nn.Parameter(logits)
+    else:
+        module.register_buffer("logits", logits, persistent=False)

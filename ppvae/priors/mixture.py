@@ -1,0 +1,177 @@
+"""Priors that are mixtures: of learned normals, and of the posterior at learned pseudo-inputs (VampPrior)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from ppvae.distributions.base import expanded
+
+_NUMBERS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
+
+
+@final
+class Mixture(dist.TorchDistribution):
+    """A mixture of components, log p(z) = logsumexp_c (log_softmax(logits)_c + log p_c(z)).
+
+    `components` is a distribution of batch shape [components], which is never copied: the mixture's own batch shape is
+    a matter of `expand`. Components are summed for a few rows at a time, so that no tensor is larger than about
+    4 million numbers; the result does not depend on it. `logits` [components] are zeros where None: equal weights.
+    Not reparameterised: a draw chooses its component by the weights.
+
+    >>> two = dist.Normal(torch.tensor([[-1.0], [1.0]]), 1.0).to_event(1)
+    >>> Mixture(two).expand([4]).log_prob(torch.zeros(3, 4, 1)).shape
+    torch.Size([3, 4])
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(self, components: Any, logits: Tensor | None = None, validate_args: bool | None = None):
+        (count,) = components.batch_shape
+        self.components, self.logits = components, logits
+        self._size = count * components.event_shape.numel()
+        super().__init__(torch.Size(), components.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Any:
+        """That of the components."""
+        return self.components.support
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
+        return expanded(self, batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        lead = value.shape[: value.dim() - len(self.event_shape)]
+        rows = value.reshape(-1, 1, *self.event_shape)
+        count = self.components.batch_shape[0]
+        weights = 0.0 if self.logits is None else self.logits.log_softmax(-1)
+        parts = [
+            torch.logsumexp(self.components.log_prob(part) + weights, -1)
+            for part in rows.split(max(1, _NUMBERS // max(1, self._size)))
+        ]
+        log_prob = torch.cat(parts)
+        if self.logits is None:
+            log_prob = log_prob - torch.log(torch.tensor(float(count), dtype=log_prob.dtype, device=log_prob.device))
+        return log_prob.reshape(lead).expand(torch.broadcast_shapes(self.batch_shape, lead))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            shape = torch.Size(sample_shape) + self.batch_shape
+            some = self.components.sample()
+            logits = some.new_zeros(len(some)) if self.logits is None else self.logits
+            chosen = torch.distributions.Categorical(logits=logits).sample((shape.numel(),))
+            # the r-th row that chose a component takes that component's r-th draw
+            order = chosen.argsort(stable=True)
+            counts = chosen.bincount(minlength=len(some))
+            starts = counts.cumsum(0) - counts
+            rank = torch.empty_like(chosen)
+            rank[order] = torch.arange(len(chosen), device=chosen.device) - starts[chosen[order]]
+            draws = self.components.sample((int(counts.max()),))
+            return draws[rank, chosen].reshape(shape + self.event_shape)
+
+
+@final
+class MixtureOfNormals(nn.Module):
+    """A mixture of normals with independent dims, trained in the objective with everything else.
+
+    log p(z) = logsumexp_c (log_softmax(logits)_c + sum_d log N(z_d; loc_cd, exp(log_scale_cd))).
+
+    Args:
+        latent: the size of z.
+        components: how many. Their locations start at draws of a standard normal, their scales at one, their weights
+            equal; a single component starts as the standard normal.
+
+    Returns batch shape [], event shape [latent]. Raises ValueError for fewer than one component.
+    Source: Dilokthanakul et al. 2016 (arXiv 1611.02648); Tomczak and Welling 2018 (arXiv 1705.07120).
+
+    >>> MixtureOfNormals(2, components=10)().shape()
+    torch.Size([2])
+    """
+
+    def __init__(self, latent: int, components: int = 10):
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"components: expected at least 1, found {components}")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, latent) if components > 1 else torch.zeros(1, latent))
+        self.log_scale = nn.Parameter(torch.zeros(components, latent))
+
+    def forward(self) -> dist.TorchDistribution:
+        return Mixture(dist.Normal(self.loc, self.log_scale.exp()).to_event(1), self.logits)
+
+
+@final
+class VampPrior(nn.Module):
+    """The mixture of the posterior at learned pseudo-inputs, log p(z) = log (1/K) sum_k q(z | u_k).
+
+    The density is deterministic: all K components are summed, at every call. Without gradients and in evaluation mode
+    the components are computed once and kept until a parameter or buffer of the posterior, or a pseudo-input, changes.
+    The network runs in the mode (training, evaluation) that the posterior is in, for it is the same module; its
+    parameters are trained through prior and posterior alike. Pseudo-inputs are not clipped to the data's range.
+
+    Args:
+        posterior: the module q(z | x) that the pair's guide uses.
+        pseudo_inputs: where they start, [K, *event]; `VampPrior.from_data` takes them from data.
+
+    Returns batch shape [], event shape [latent]; draws choose k uniformly.
+    Raises ValueError for a posterior that declares `context`: a pseudo-input has none.
+    Source: Tomczak and Welling 2018 (arXiv 1705.07120).
+
+    >>> from ppvae import nn, posteriors
+    >>> posterior = posteriors.DiagonalNormal(nn.mlp(64, 2 * 8))
+    >>> prior = VampPrior.from_data(posterior, torch.rand(100, 64), components=20)
+    >>> prior.pseudo_inputs.shape, prior().log_prob(torch.zeros(5, 8)).shape
+    (torch.Size([20, 64]), torch.Size([5]))
+    """
+
+    def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor):
+        super().__init__()
+        if "context" in inspect.signature(posterior.forward).parameters:
+            raise ValueError(
+                f"posterior: expected one that takes data alone, found {type(posterior).__name__}, which declares "
+                f"`context`: a pseudo-input has no context"
+            )
+        self.posterior = posterior
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        self._kept: tuple[Any, Any] | None = None
+
+    @classmethod
+    def from_data(
+        cls, posterior: nn.Module, data: Any, components: int = 500, noise: float = 0.01, seed: int = 0
+    ) -> VampPrior:
+        """Pseudo-inputs that start at different rows of data [N, *event] or a split, plus normal noise of that scale.
+
+        Raises ValueError where there are fewer rows than components.
+        """
+        if not 1 <= components <= len(data):
+            raise ValueError(f"components: expected 1 to {len(data)}, as there are rows of data, found {components}")
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randperm(len(data), generator=generator)[:components]
+        rows = data.read(index) if hasattr(data, "read") else data[index.to(data.device)]
+        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows))
+
+    def forward(self) -> dist.TorchDistribution:
+        if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
+            self._kept = None
+            return Mixture(self.posterior(self.pseudo_inputs))
+        state = self._state()
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self.posterior(self.pseudo_inputs)
+        return Mixture(self._kept[1])
+
+    def _state(self) -> Any:
+        """What tells whether any tensor has changed: place, version and sum (fused optimizers leave versions alone)."""
+        tensors = [self.pseudo_inputs, *self.posterior.parameters(), *self.posterior.buffers()]
+        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist()
+        return torch.is_inference_mode_enabled(), [
+            (t.data_ptr(), t.dtype, t._version, s) for t, s in zip(tensors, sums, strict=True)
+        ]

@@ -1,0 +1,177 @@
+"""Priors over proportions, for topic models: Dirichlet and logistic-normal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from ppvae.distributions.base import expanded
+
+
+class Simplices(constraints.Constraint):
+    """Vectors of several simplices of the same size, end to end; `size` None is one simplex of any size.
+
+    torch's simplex asks for a sum within 1e-6 of one, which rounding alone can break in float32: a draw that fails it
+    would have no density. Here the tolerance grows with the size and the dtype's precision.
+    """
+
+    is_discrete = False
+    event_dim = 1
+
+    def __init__(self, size: int | None = None):
+        if size is not None:
+            self.size = size
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        blocks = value.unflatten(-1, (-1, getattr(self, "size", value.shape[-1])))
+        near = 10 * torch.finfo(value.dtype).eps * math.sqrt(blocks.shape[-1])
+        return ((blocks >= 0).all(-1) & ((blocks.sum(-1) - 1).abs() <= near)).all(-1)
+
+    def __repr__(self) -> str:
+        return "Simplex"
+
+
+simplex = Simplices()
+
+
+@final
+class DirichletVector(dist.Dirichlet):
+    """Pyro's Dirichlet with a support that rounding does not leave, and draws without zeros."""
+
+    support = simplex
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        value = super().rsample(sample_shape)
+        return value.clamp(min=torch.finfo(value.dtype).tiny)
+
+
+@final
+class LogisticNormalVector(dist.TorchDistribution):
+    """z = softmax(y), y ~ N(loc, diag(scale)^2), a density on the simplex of as many elements as y has.
+
+    With w = 1 / scale^2, W = sum w, a = log z - loc and m = sum w a / W (softmax forgets a shift of y, so that the
+    density integrates over it),
+    log p(z) = -sum w (a - m)^2 / 2 - sum log(sqrt(2 pi) scale) + log(2 pi / W) / 2 - sum log z,
+    with respect to all elements but one. Aitchison and Shen 1980, Logistic-normal distributions.
+    Elements of a draw are at least the smallest number of their dtype.
+
+    >>> LogisticNormalVector(torch.zeros(3), torch.ones(3)).rsample().sum() - 1 < 1e-6
+    tensor(True)
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+    }
+    support = simplex
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticNormalVector:
+        return expanded(self, batch_shape, loc=1, scale=1)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        noise = torch.randn(
+            self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device
+        )
+        value = (self.loc + self.scale * noise).softmax(-1)
+        return value.clamp(min=torch.finfo(value.dtype).tiny)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        log_z = value.clamp(min=torch.finfo(value.dtype).tiny).log()
+        log_w = -2 * self.scale.log()
+        log_total = log_w.logsumexp(-1, keepdim=True)
+        a = log_z - self.loc
+        a = a - ((log_w - log_total).exp() * a).sum(-1, keepdim=True)
+        terms = -((a / self.scale) ** 2) / 2 - self.scale.log() - math.log(2 * math.pi) / 2 - log_z
+        return terms.sum(-1) + (math.log(2 * math.pi) - log_total.squeeze(-1)) / 2
+
+
+@final
+class Dirichlet(nn.Module):
+    """A Dirichlet prior over proportions, log p(z) = sum_k (a_k - 1) log z_k + lgamma(sum a) - sum lgamma(a_k).
+
+    Args:
+        latent: how many proportions (topics).
+        concentration: a, the same for every element at first; below one, proportions are sparse.
+        learned: whether the log-concentrations are trained.
+
+    Returns batch shape [], event shape [latent]. Raises ValueError for a concentration that is not positive.
+    Source: Blei et al. 2003, Latent Dirichlet allocation; in a VAE, Joo et al. 2019 (arXiv 1901.02739).
+
+    >>> Dirichlet(3, concentration=1.0)().log_prob(torch.ones(3) / 3)
+    tensor(0.6931)
+    """
+
+    log_concentration: Tensor
+
+    def __init__(self, latent: int, concentration: float = 1.0, learned: bool = False):
+        super().__init__()
+        if not concentration > 0:
+            raise ValueError(f"concentration: expected a positive number, found {concentration}")
+        start = torch.full((latent,), math.log(concentration))
+        if learned:
+            self.log_concentration = nn.Parameter(start)
+        else:
+            self.register_buffer("log_concentration", start, persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return DirichletVector(self.log_concentration.exp())
+
+
+@final
+class LogisticNormal(nn.Module):
+    """A logistic-normal prior over proportions, z = softmax(y), y ~ N(loc, diag(exp(log_scale))^2).
+
+    The density on the simplex is that of `LogisticNormalVector`. Location and log-scale are learned and start at zero;
+    `LogisticNormal.like_dirichlet` starts, and by default stays, at an approximation of a symmetric Dirichlet.
+
+    Args:
+        latent: how many proportions (topics).
+        learned: whether location and log-scale are trained.
+
+    Returns batch shape [], event shape [latent].
+    Source: Blei and Lafferty 2007, A correlated topic model; Srivastava and Sutton 2017 (arXiv 1703.01488).
+
+    >>> LogisticNormal(3)().shape(), LogisticNormal.like_dirichlet(3, 0.5).log_scale.exp()
+    (torch.Size([3]), tensor([1.1547, 1.1547, 1.1547]))
+    """
+
+    loc: Tensor
+    log_scale: Tensor
+
+    def __init__(self, latent: int, learned: bool = True):
+        super().__init__()
+        for name in ("loc", "log_scale"):
+            if learned:
+                setattr(self, name, nn.Parameter(torch.zeros(latent)))
+            else:
+                self.register_buffer(name, torch.zeros(latent), persistent=True)
+
+    @classmethod
+    def like_dirichlet(cls, latent: int, concentration: float, learned: bool = False) -> LogisticNormal:
+        """Laplace's approximation of Dirichlet(concentration) in the softmax basis (arXiv 1703.01488).
+
+        loc = 0 and scale^2 = (1 - 1 / latent) / concentration, by symmetry. Raises ValueError as `Dirichlet` does.
+        """
+        if not concentration > 0:
+            raise ValueError(f"concentration: expected a positive number, found {concentration}")
+        prior = cls(latent, learned)
+        with torch.no_grad():
+            prior.log_scale.fill_(math.log((1 - 1 / latent) / concentration) / 2)
+        return prior
+
+    def forward(self) -> dist.TorchDistribution:
+        return LogisticNormalVector(self.loc, self.log_scale.exp())

@@ -1,0 +1,126 @@
+"""Distributions over vectors of discrete variables, with their joint values laid out for exact summation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions.kl import kl_divergence, register_kl
+
+from ppvae.distributions.base import expanded
+
+MOST_VALUES = 1 << 16  # a vector with more joint values is not enumerated
+
+
+def grid(values: Tensor, variables: int) -> Tensor:
+    """Every vector of so many variables that take the given values [classes]: [classes^variables, variables]."""
+    return torch.cartesian_prod(*[values] * variables).reshape(-1, variables)
+
+
+def laid_out(values: Tensor, batch_shape: torch.Size, expand: bool) -> Tensor:
+    """[n, *event] as Pyro's enumeration takes it: [n, *batch of ones or of the true sizes, *event]."""
+    shape = torch.Size([len(values)] + [1] * len(batch_shape)) + values.shape[1:]
+    return values.reshape(shape).expand(shape[:1] + batch_shape + values.shape[1:] if expand else shape)
+
+
+@final
+class Vector(dist.Independent):
+    """Independent discrete variables as one vector: as `to_event(1)`, and enumerable while joint values are few.
+
+    log p(z) = sum_v log p_v(z_v). `enumerate_support` gives every joint value, classes^variables of them, so that Pyro
+    (`config_enumerate`) and `terms` sum the vector out exactly; with more than 65536 it says that it cannot.
+
+    >>> Vector(dist.Bernoulli(logits=torch.zeros(2)), 1).enumerate_support()
+    tensor([[0., 0.],
+            [0., 1.],
+            [1., 0.],
+            [1., 1.]])
+    """
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        """Whether the joint values are few enough to be laid out."""
+        classes = self.base_dist.enumerate_support(expand=False).numel()
+        return classes ** self.event_shape.numel() <= MOST_VALUES
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        if not self.has_enumerate_support:
+            raise NotImplementedError(f"more than {MOST_VALUES} joint values of {self.event_shape.numel()} variables")
+        values = self.base_dist.enumerate_support(expand=False).flatten()
+        return laid_out(grid(values, self.event_shape.numel()), self.batch_shape, expand)
+
+
+class OneHotBlocks(constraints.Constraint):
+    """Vectors of several one-hot vectors of the same length, end to end."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, classes: int):
+        self.classes = classes
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        blocks = value.unflatten(-1, (-1, self.classes))
+        return (((blocks == 0) | (blocks == 1)).all(-1) & (blocks.sum(-1) == 1)).all(-1)
+
+    def __repr__(self) -> str:
+        return f"one-hot vectors of {self.classes}"
+
+
+@final
+class OneHotVector(dist.TorchDistribution):
+    """A distribution over vectors of classes [variables], with each class written as a one-hot vector, end to end.
+
+    log p(z) = log p_base(classes of z). Event shape [variables * classes], in floating point: a network takes it.
+
+    >>> base = Vector(dist.Categorical(logits=torch.zeros(2, 3)), 1)
+    >>> OneHotVector(base, 3, torch.float32).log_prob(torch.tensor([0.0, 1, 0, 0, 0, 1])).exp()
+    tensor(0.1111)
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, base: Any, classes: int, dtype: torch.dtype, validate_args: bool | None = None):
+        self.base, self.classes, self.dtype = base, classes, dtype
+        event = torch.Size([base.event_shape.numel() * classes])
+        super().__init__(base.batch_shape, event, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> Any:
+        """One-hot vectors, end to end."""
+        return OneHotBlocks(self.classes)
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        """As the base says."""
+        return self.base.has_enumerate_support
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> OneHotVector:
+        new = expanded(self, batch_shape)
+        new.base = self.base.expand(torch.Size(batch_shape))
+        return new
+
+    def _written(self, index: Tensor) -> Tensor:
+        return F.one_hot(index, self.classes).to(self.dtype).flatten(-2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.base.log_prob(value.unflatten(-1, (-1, self.classes)).argmax(-1))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self._written(self.base.sample(torch.Size(sample_shape)))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        return self._written(self.base.enumerate_support(expand))
+
+
+@register_kl(OneHotVector, OneHotVector)
+def _kl_one_hot(p: OneHotVector, q: OneHotVector) -> Tensor:
+    return kl_divergence(p.base, q.base)
