@@ -10,8 +10,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-FAILURE = 1e-3  # the probability that some sampler test of a file that uses this fails although its sampler is right
-TESTS = 150  # no file has more: each test gets an equal share (Bonferroni)
+FAILURE = 1e-3  # the probability that some test by `p_value`, of all files, fails although its sampler is right
+TESTS = 150  # there are fewer: each gets an equal share of it (Bonferroni)
 
 Support = Tensor | Literal["real", "unit"]
 

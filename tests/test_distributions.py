@@ -433,6 +433,15 @@ def test_multinomial_draws_more_than_fit_into_one_piece(monkeypatch: pytest.Monk
     fn = D.Multinomial(torch.tensor([4.0, 4.0, 4.0]).double(), torch.tensor([[0.0, 1.0, 2.0]]).double().expand(3, 3))
     torch.manual_seed(0)
     assert p_value(fn, bags(4, 3)) > FAILURE / TESTS
+    total = torch.tensor([0.0, 3.0, 100.0])
+    assert torch.equal(D.Multinomial(total, torch.zeros(3, 5)).sample().sum(-1), total)
+
+
+def test_multinomial_support_tells_for_each_count_whatever_the_batch() -> None:
+    """A datum must suit every particle; the answer has the shape of the data."""
+    fn = D.Multinomial(torch.tensor([[2.0, 2.0], [2.0, 3.0]]), torch.zeros(3))
+    inside = fn.support.base_constraint.check(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]))
+    assert inside.tolist() == [[True] * 3, [False] * 3]
 
 
 def test_missing_columns_are_summed_out() -> None:

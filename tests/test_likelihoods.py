@@ -392,6 +392,31 @@ def test_blocks_stand_along_the_first_event_dim_in_the_order_that_docstrings_say
         torch.testing.assert_close(part(Z).log_prob(value), fn.to_event(3).log_prob(value)[None], rtol=1e-4, atol=1e-4)
 
 
+def test_three_blocks_of_zero_inflated_negative_binomial_counts() -> None:
+    a, b, c = torch.randn(3, 4)
+    x = torch.tensor([0.0, 1.0, 0.0, 5.0])
+    fn = likelihoods.ZeroInflatedNegativeBinomial(Fixed(torch.cat([a, b, c])), "network")(Z)
+    torch.testing.assert_close(fn.log_prob(x), D.ZeroInflated(D.NegativeBinomial(a, c), b).log_prob(x).sum()[None])
+
+
+def test_blocks_of_a_mixture() -> None:
+    """Logits of M components, M C locations, M C log-scales, M C (C - 1) / 2 couplings, for a pixel each."""
+    torch.manual_seed(0)
+    logits, loc, log_scale, r = (torch.randn(*shape, 4, 5) for shape in ((2,), (2, 3), (2, 3), (2, 3)))
+    net = Fixed(torch.cat([t.reshape(-1, 4, 5) for t in (logits, loc, log_scale, r)]))
+    part = likelihoods.MixtureOfDiscretizedLogistics(net, components=2, channels=3, levels=8)
+    pixels = [t.flatten(-2) for t in (logits, loc, log_scale, r.tanh())]
+    fn = D.MixtureOfDiscretizedLogistics(*pixels, levels=8, event_shape=(3, 4, 5))
+    x = fn.sample()
+    assert x.shape == (3, 4, 5)
+    torch.testing.assert_close(part(Z).log_prob(x), fn.log_prob(x)[None])
+    by_pixel = sum(
+        D.MixtureOfDiscretizedLogistics(*(t[..., [i]] for t in pixels), levels=8).log_prob(x.flatten(1)[:, [i]])
+        for i in range(20)
+    )
+    torch.testing.assert_close(fn.log_prob(x), by_pixel)
+
+
 def test_mixture_of_one_component_is_its_component() -> None:
     a, b = torch.rand(6), torch.randn(6) - 2
     x = (torch.rand(1, 6) * 255).round() / 255

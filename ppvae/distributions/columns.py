@@ -100,7 +100,7 @@ class _EachColumn(Constraint):
         inside = torch.ones_like(value, dtype=torch.bool)
         for index, fn in self.groups:
             column = value.index_select(-1, index)
-            inside[..., index] = column.isnan() | (fn.support.check(column) & column.isfinite())
+            inside[..., index] = column.isnan() | fn.support.check(column)
         return inside
 
     def __repr__(self) -> str:

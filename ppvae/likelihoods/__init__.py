@@ -1,7 +1,8 @@
 """Likelihoods: modules that take a latent [..., latent] and return a distribution over one datum.
 
-Each is a final module, `forward(z)` or `forward(z, context)` -> distribution of batch shape [...]. Several parameters a
-number are blocks along the first event dim of the network's output.
+Each is a final module around a network, `forward(z)` or `forward(z, context)` -> distribution of batch shape [...] and
+the event shape of one datum. Several parameters a number are blocks along the first event dim of the network's output:
+n blocks of D numbers for data [D], n blocks of C channels for data [C, H, W]; `part.output_shape(event)` says how many.
 """
 
 from ppvae.likelihoods.autoregressive import Autoregressive
