@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, DataError, refused
+from ppvae.errors import ContractError, DataError, PpvaeError, refused
 from ppvae.inference.continuity import check_continuity, check_families
 from ppvae.inference.evaluating import ambient, eval_mode
 from ppvae.inference.layouts import find_layout
@@ -55,7 +55,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
                     raise
                 with pyro.validation_enabled(False):  # a datum whose parameters are NaN is flagged, not refused
                     model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
-    except ContractError:
+    except PpvaeError:
         raise
     except Exception as error:
         raise explained(error, sizes) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError
+from ppvae.errors import PpvaeError
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair, explained
 from ppvae.inference.weights import Terms, terms
@@ -27,7 +27,7 @@ def find_layout(model: Pair, guide: Pair, batch: tuple[Any, ...], s: Structure) 
     count = 3
     try:
         singles = terms(model, guide, batch, count, structure=replace(s, layout="one by one"))
-    except ContractError:
+    except PpvaeError:
         raise
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in batch if isinstance(t, Tensor))

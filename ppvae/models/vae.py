@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.naming import unique
 
 
@@ -45,7 +46,7 @@ class VAE(nn.Module):
         if not self._wants_context[part]:
             return conditional(*args)
         if context is None:
-            raise ValueError(f"{part}: expected a context, the batch's second tensor; found a batch of one tensor")
+            raise UsageError(f"{part}: expected a context, the batch's second tensor; found a batch of one tensor")
         return conditional(*args, context=context)
 
     def model(self, x: Tensor, context: Tensor | None = None) -> Tensor:
