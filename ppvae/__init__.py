@@ -16,7 +16,7 @@ _functions = {
     "terms": "ppvae.inference",
 }
 _modules = {
-    "data", "evaluation", "generate", "inference", "likelihoods", "models", "nn", "objectives", "plots", "posteriors",
+    "data", "distributions", "evaluation", "generate", "inference", "likelihoods", "models", "nn", "objectives", "plots", "posteriors",
     "priors", "report", "training",
 }  # fmt: skip
 __all__ = sorted([*_functions, *_modules])
