@@ -16,8 +16,8 @@ _functions = {
     "terms": "ppvae.inference",
 }
 _modules = {
-    "data", "distributions", "evaluation", "generate", "inference", "likelihoods", "models", "nn", "objectives", "plots", "posteriors",
-    "priors", "report", "training",
+    "data", "distributions", "evaluation", "generate", "inference", "likelihoods", "models", "nn", "objectives",
+    "plots", "posteriors", "priors", "report", "training",
 }  # fmt: skip
 __all__ = sorted([*_functions, *_modules])
 

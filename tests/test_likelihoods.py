@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ppvae import VAE, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
 from ppvae import distributions as D
-from ppvae.errors import ContractError, DataError
+from ppvae.errors import DataError, UsageError
 from ppvae.inference.contract import inspect
 from ppvae.likelihoods import Column, Mixed, set_optimal_scale, table_outputs
 
@@ -653,5 +653,5 @@ def test_context_is_declared_only_with_a_library() -> None:
     without = VAE(priors.StandardNormal(LATENT), likelihoods.Poisson(Nets(6)(1)), encoder)
     assert terms(without.model, without.guide, x, 2).log_lik.shape == (2, 4)
     with_library = VAE(priors.StandardNormal(LATENT), likelihoods.Poisson(Nets(6)(1), library=True), encoder)
-    with pytest.raises(ContractError, match="context"):
+    with pytest.raises(UsageError, match="context"):
         terms(with_library.model, with_library.guide, x, 2)
