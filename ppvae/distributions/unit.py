@@ -31,8 +31,11 @@ class Bernoulli(dist.Bernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        wrong = (1 - 2 * value) * self.logits
+        if not wrong.requires_grad:  # in place: at many particles, memory fresh from the system costs as much as the sum
+            return torch._C._nn.softplus(wrong, 1, 40, out=wrong).neg_()
         # softplus keeps its input for the backward pass, not its output, so that the sign can be turned in place
-        return F.softplus((1 - 2 * value) * self.logits, threshold=40).neg_()
+        return F.softplus(wrong, threshold=40).neg_()
 
 
 # log(sinh(h) / h) = h^2 (c0 + c1 h^2 + ...), and its derivative: both to 1e-15 for |h| <= 1/4
