@@ -32,8 +32,8 @@ class Bernoulli(dist.Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         wrong = (1 - 2 * value) * self.logits
-        if not wrong.requires_grad:  # in place: at many particles, memory fresh from the system costs as much as the sum
-            return torch._C._nn.softplus(wrong, 1, 40, out=wrong).neg_()
+        if not wrong.requires_grad:  # in place: memory fresh from the system costs as much as the sum
+            return torch.ops.aten.softplus.out(wrong, 1, 40, out=wrong).neg_()
         # softplus keeps its input for the backward pass, not its output, so that the sign can be turned in place
         return F.softplus(wrong, threshold=40).neg_()
 

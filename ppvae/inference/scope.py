@@ -29,7 +29,7 @@ class Scope:
 
     def __init__(self, copy: Scope | None = None):
         self._parts: tuple[dict[Any, Any], ...] = tuple(dict(d) for d in copy._parts) if copy else ({}, {}, {})
-        self._seal: dict[str, int] | None = None
+        self._seal: dict[str, tuple[int, str, float]] | None = None
 
     @staticmethod
     def current() -> Scope:
@@ -65,16 +65,21 @@ class Scope:
 
     def seal(self) -> None:
         """Remembers the state of every tensor, so that a later change in place is noticed."""
-        self._seal = {name: p._version for name, p in self.params.items()}
+        self._seal = {name: _mark(p) for name, p in self.params.items()}
 
     def check_seal(self) -> None:
         """Raises ContractError if a parameter was changed after the run that owns this scope had ended."""
-        for name, version in (self._seal or {}).items():
-            if self.params[name]._version != version:
+        for name, mark in (self._seal or {}).items():
+            if _mark(self.params[name]) != mark:
                 raise ContractError(
                     f"parameter {name!r} was changed after its run had ended, for example by another fit of the same "
                     f"modules; use the newer run's model and guide, or ppvae.load(directory) with fresh modules"
                 )
+
+
+def _mark(p: Tensor) -> tuple[int, str, float]:
+    """What tells that a tensor was changed in place; a fused optimizer does not count its version up."""
+    return p._version, str(p.dtype), float(p.detach().cpu().double().sum())
 
 
 class Bound:

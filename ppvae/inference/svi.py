@@ -60,6 +60,10 @@ class SVI:
             return
         if self.optimizer is None:
             self.optimizer = self.optim(new)
+            if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+                for group in self.optimizer.param_groups:  # one kernel for all parameters, where nothing else was asked
+                    if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+                        group["fused"] = all(p.is_floating_point() for p in group["params"]) or None
         else:
             self.optimizer.add_param_group({"params": new})
 
