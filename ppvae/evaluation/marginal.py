@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -149,7 +148,7 @@ class Block:
         step = max(1, rows // self.size)
         if "cancelled" in s.model_roles.values():  # the model draws for itself, once for all particles of a block
             step = PARTICLE_BLOCK
-        with _unvalidated():
+        with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             for number, first in enumerate(range(0, num_particles, PARTICLE_BLOCK)):
                 count = min(PARTICLE_BLOCK, num_particles - first)
                 torch.manual_seed(stream(seed, self.number, number))
@@ -227,13 +226,6 @@ class Kept:
         """Draws of each latent, [draws, N, (inner plates,) *event]."""
         self._resample()
         return self._values
-
-
-@contextmanager
-def _unvalidated() -> Iterator[None]:
-    """Pyro's own checks off: the contract was checked once, and supports are checked once a block."""
-    with pyro.validation_enabled(False):
-        yield
 
 
 def _columns(data: Any, seed: int) -> tuple[Any, ...]:

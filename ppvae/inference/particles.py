@@ -10,6 +10,7 @@ from ppvae.inference.structure import Structure
 
 
 def fold_data(value: Any, num_particles: int, size: int) -> Any:
+    """[batch, ...] -> [particles * batch, ...]; anything that is not over the batch stays as it is."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
         return value.expand(num_particles, *value.shape).reshape(num_particles * size, *value.shape[1:])
     return value

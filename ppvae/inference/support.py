@@ -38,6 +38,7 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
 
 
 def support_words(support: Any) -> str:
+    """A support as an error message names it."""
     if support is constraints.boolean:
         return "{0, 1}"
     return str(support).removeprefix("<").removesuffix(">").lower()
@@ -64,12 +65,14 @@ def _cure(fn: Any) -> str:
 
 
 def base(fn: Any) -> Any:
+    """The distribution inside masks and declared events."""
     while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn
 
 
 def mask_of(node: dict[str, Any]) -> Any:
+    """The mask of a traced site, its distribution's own included; None where there is none."""
     fn, mask = node["fn"], node["mask"]
     while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
         if isinstance(fn, dist.MaskedDistribution):
@@ -79,6 +82,7 @@ def mask_of(node: dict[str, Any]) -> Any:
 
 
 def is_discrete(fn: Any) -> bool:
+    """Whether a distribution is over a discrete set; False where it does not say."""
     try:
         return bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
@@ -86,6 +90,7 @@ def is_discrete(fn: Any) -> bool:
 
 
 def support_kind(nodes: Iterable[dict[str, Any]]) -> str:
+    """ "boolean", "discrete" or "continuous": what the observed sites are densities over."""
     fns = [base(node["fn"]) for node in nodes]
     if all(isinstance(fn, torch.distributions.Bernoulli) for fn in fns):
         return "boolean"
@@ -93,6 +98,7 @@ def support_kind(nodes: Iterable[dict[str, Any]]) -> str:
 
 
 def event_size(node: dict[str, Any]) -> int:
+    """How many numbers a site has per datum, its inner plates' included."""
     plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None and f.dim != -1}
     inner = 1
     for size in plates.values():

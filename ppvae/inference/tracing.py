@@ -199,6 +199,7 @@ def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:
 
 
 def explained(error: Exception, sizes: str) -> ContractError:
+    """The error for a pair that could not run, with what to look at."""
     text = " ".join(str(error).split())[:300]
     if "must be sampled in trace" in text:
         name = text.removeprefix("site ").split(" must")[0]
