@@ -6,37 +6,34 @@ import copy
 import functools
 import json
 import math
-import random
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
 from ppvae.evaluation.marginal import stream
-from ppvae.inference.contract import inspect
-from ppvae.inference.evaluating import eval_mode, modules_called
-from ppvae.inference.registration import Registration
+from ppvae.inference.evaluating import eval_mode
 from ppvae.inference.scope import Bound, Scope, unbound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import undisturbed
 from ppvae.inference.svi import SVI, Optimizer
-from ppvae.inference.tracing import Pair, node_log_prob, sample_nodes, traces
-from ppvae.objectives import Objective
+from ppvae.inference.tracing import Pair
 from ppvae.training import checkpoint
+from ppvae.training.describing import described, digest_of
+from ppvae.training.first_look import look, place_of
 from ppvae.training.loading import Columns
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, bind, write_json
+from ppvae.training.seeding import all_noise_kept, seed_all
 from ppvae.training.state import PairState
+from ppvae.training.stepping import Stepper
 from ppvae.training.validation import Monitor
 
 Callback = Callable[[Run, dict[str, Any]], Any]
@@ -111,22 +108,22 @@ def fit(
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")
     folder = Path(directory) if directory is not None else None
-    with _all_noise_kept():
+    with all_noise_kept():
         trainer = _Trainer(
             model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip
         )
         settings = {
-            "objective": _described(trainer.objective),
-            "optimizer": _described(optimizer),
-            "scheduler": _described(scheduler) if scheduler else None,
+            "objective": described(trainer.objective),
+            "optimizer": described(optimizer),
+            "scheduler": described(scheduler) if scheduler else None,
             "batch_size": batch_size,
             "seed": seed,
             "clip": clip,
             "patience": patience,
             "num_data": len(trainer.train),
             "data": getattr(trainer.train.parts[0], "description", ""),
-            "digest": _digest(trainer.train),
-            "valid": _digest(trainer.valid) if trainer.valid is not None else None,
+            "digest": digest_of(trainer.train),
+            "valid": digest_of(trainer.valid) if trainer.valid is not None else None,
         }
         trainer.describe(settings, {"epochs": epochs, **(config or {})})
         if patience is not None and not trainer.monitor.has_elbo:
@@ -156,26 +153,29 @@ class _Trainer:
         start = model.scope if isinstance(model, Bound) else None
         self.model, self.guide = unbound(model), unbound(guide)
         self.scope = Scope(start)
-        self.objective, self.batch_size, self.seed, self.clip = objective, batch_size, seed, clip
+        self.objective, self.batch_size, self.seed = objective, batch_size, seed
         self.folder: Path | None = None
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
-        self.epoch = self.step = 0
+        self.epoch = 0
         self.finished = self.stopped = self._saved = False
         self.config: dict[str, Any] = {}
         with self.scope.entered():
-            place = torch.device(device) if device is not None else self._place(data)
+            place = torch.device(device) if device is not None else place_of(self.model, self.guide, data)
             self.train = Columns(data, "data", place)
             self.valid = Columns(valid, "valid", place) if valid is not None else None
             if self.valid is not None:
                 self.valid.check_like(self.train)
-            self.structure, modules = self._look(device is not None, place)
+            self.structure, modules = look(
+                self.model, self.guide, self.train, batch_size, objective, place, move=device is not None
+            )
             self.state = PairState(self.scope, modules)
             self.monitor = Monitor(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
             )
             self.svi = SVI(self.model, self.guide, optimizer, objective)
             self.svi.take_up(self.scope.params.values())
+            self.take_step = Stepper(self.svi, self.state, self.structure, clip)
         if not self.scope.params:
             raise ContractError(
                 "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
@@ -184,47 +184,6 @@ class _Trainer:
         if scheduler is not None and self.svi.optimizer is None:
             raise UsageError("scheduler: expected a torch optimizer, found a PyroOptim; use pyro.optim's schedulers")
         self.scheduler = scheduler(self.svi.optimizer) if scheduler is not None and self.svi.optimizer else None
-
-    def _place(self, data: Any) -> torch.device:
-        first = data[0] if isinstance(data, list | tuple) and len(data) else data
-        for function in (self.model, self.guide):
-            owner = getattr(function, "__self__", function)
-            if isinstance(owner, nn.Module):
-                for p in owner.parameters():
-                    return p.device
-        return getattr(first, "device", torch.device("cpu"))
-
-    def _look(self, move: bool, place: torch.device) -> tuple[Structure, list[nn.Module]]:
-        """Checks the contract on the first batch, and finds the modules that the pair calls."""
-        rows = torch.arange(min(self.batch_size, len(self.train)))
-        with undisturbed():
-            first = self.train.read(rows.to(place))
-            if move:  # the modules of a plain pair are known once it has run, which it does where they are
-                with modules_called(self.model, self.guide) as modules, eval_mode(self.model, self.guide):
-                    here = self._place(None) if modules else torch.device("cpu")
-                    traces(self.model, self.guide, tuple(t.to(here) for t in first), Structure(), {})
-                for module in modules:
-                    module.to(place)
-            with modules_called(self.model, self.guide) as modules, Registration(create=True):
-                try:
-                    structure = inspect(self.model, self.guide, first, weights=False)
-                except ContractError as error:
-                    if self.train.lazy or len(self.train) <= self.batch_size:
-                        raise
-                    try:  # a plate that draws its own subsample wants all data
-                        structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
-                    except ContractError:
-                        raise error from None
-                    if not structure.indexes:
-                        raise
-            if not self.train.lazy and (structure.indexes or (structure.sized and len(self.train) > len(rows))):
-                structure = inspect(self.model, self.guide, self.train.whole(), weights=False)
-        if structure.enumerated and not isinstance(self.objective, TraceEnum_ELBO | Objective):
-            raise ContractError(
-                f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
-                f"{type(self.objective).__name__}. Pass objective=pyro.infer.TraceEnum_ELBO()"
-            )
-        return structure, modules
 
     def describe(self, settings: dict[str, Any], extra: dict[str, Any]) -> None:
         """Notes the resolved configuration."""
@@ -237,7 +196,7 @@ class _Trainer:
     def open(self, folder: Path, resume: bool, epochs: int) -> None:
         """Takes a run folder: a new one, or, to resume, one whose settings are the same."""
         self.folder = folder
-        checkpoints = folder / "checkpoints"
+        self.take_step.checkpoints = checkpoints = folder / "checkpoints"
         if checkpoint.exists(checkpoints):
             if not resume:
                 raise CheckpointError(
@@ -262,7 +221,7 @@ class _Trainer:
                 )
         with self.scope.entered():
             self.state.put(saved["state"])
-            self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
+            self.epoch, self.take_step.taken, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
@@ -279,7 +238,7 @@ class _Trainer:
         state = {
             "state": self.state.copy(),
             "epoch": self.epoch,
-            "step": self.step,
+            "step": self.take_step.taken,
             "history": self.history,
             "best": self.best,
             "finished": self.finished,
@@ -350,21 +309,18 @@ class _Trainer:
 
     def _epoch(self, bar: Any) -> dict[str, Any]:
         start = time.perf_counter()
-        noise = stream(self.seed, self.epoch, "noise")
-        torch.manual_seed(noise)
-        random.seed(noise)
-        np.random.seed(noise % 2**32)  # noqa: NPY002  a pair may draw from numpy's global state
+        seed_all(stream(self.seed, self.epoch, "noise"))
         total = norms = 0.0
         count = steps = 0
         with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
             for batch in self._batches():
                 rows = self.structure.size_of(batch)
-                loss, norm = self._step(batch, rows)
+                loss, norm = self.take_step(batch, self.epoch + 1)
                 total, norms, count, steps = total + loss * rows, norms + norm, count + rows, steps + 1
                 bar.step(loss)
         self.epoch += 1
         rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
-        metrics = {"epoch": self.epoch, "step": self.step, "loss": total / count, "grad_norm": norms / steps}
+        metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": total / count, "grad_norm": norms / steps}
         metrics |= self._watched()
         self._schedule(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
         if rate is not None:
@@ -386,8 +342,8 @@ class _Trainer:
         if what:
             self.state.put(self._good)
             raise TrainingError(
-                f"step {self.step} (epoch {self.epoch}): {what}; the parameters are put back to the epoch before. "
-                f"Try a smaller learning rate or clip"
+                f"step {self.take_step.taken} (epoch {self.epoch}): {what}; the parameters are put back to the epoch "
+                f"before. Try a smaller learning rate or clip"
             )
         self._good = self.state.copy()
         return metrics
@@ -401,62 +357,6 @@ class _Trainer:
             self.scheduler.step(metric)
         elif self.scheduler is not None:
             self.scheduler.step()
-
-    def _step(self, batch: tuple[Tensor, ...], rows: int) -> tuple[float, float]:
-        """One step; returns loss and gradient norm per datum."""
-        before = torch.get_rng_state()
-        represented = self.structure.represented(rows)
-        try:
-            loss = self.svi.gradients(*batch) / represented
-        except PpvaeError:
-            raise
-        except (ValueError, RuntimeError) as error:
-            raise self._broken(batch, before, " ".join(str(error).split())[:160]) from error
-        if not math.isfinite(loss):
-            raise self._broken(batch, before, f"the loss is {loss}")
-        grads = [p.grad for p in self.svi.params if p.grad is not None]
-        norm = 0.0
-        if grads:
-            norm = float(torch.nn.utils.get_total_norm(grads)) / represented
-            if not math.isfinite(norm):
-                raise self._broken(batch, before, f"the gradient is {norm}")
-            factor = 1 / represented
-            if self.clip is not None and norm > self.clip:
-                factor *= self.clip / norm
-            torch._foreach_mul_(grads, factor)
-        self.svi.update()
-        self.step += 1
-        return loss, norm
-
-    def _broken(self, batch: tuple[Tensor, ...], rng: Tensor, what: str) -> TrainingError:
-        """The error for a step that cannot be taken: names the step, the site, and the last good checkpoint."""
-        torch.set_rng_state(rng)
-        where = self._culprit(batch)
-        kept = "the parameters are as they were before the step"
-        if self.folder is not None and checkpoint.exists(self.folder / "checkpoints"):
-            kept += f"; last good checkpoint: {self.folder / 'checkpoints'}"
-        return TrainingError(
-            f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{where}; {kept}. "
-            f"Try a smaller learning rate, clip, or a bounded scale"
-        )
-
-    def _culprit(self, batch: tuple[Tensor, ...]) -> str:
-        for name, p in self.state.params().items():
-            if not bool(torch.isfinite(p).all()):
-                return f" (parameter {name!r} is not finite)"
-        try:
-            with torch.no_grad(), eval_mode(self.model, self.guide):
-                model_trace, guide_trace = traces(self.model, self.guide, batch, self.structure, {})
-                for side, trace in (("guide", guide_trace), ("model", model_trace)):
-                    for name, node in sample_nodes(trace):
-                        if not bool(torch.isfinite(node_log_prob(node)).all()):
-                            return f" (site {name!r} of the {side} has a log-density that is not finite)"
-        except Exception as error:
-            return f" ({' '.join(str(error).split())[:120]})"
-        for name, p in self.state.params().items():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                return f" (in parameter {name!r})"
-        return ""
 
     def _note_best(self, metrics: dict[str, Any]) -> bool:
         value = metrics.get("valid_elbo")
@@ -484,52 +384,6 @@ class _Trainer:
         assert self.folder is not None
         text = "".join(json.dumps(m) + "\n" for m in self.history)
         checkpoint.write_atomically(self.folder / "metrics.jsonl", text.encode())
-
-
-@contextmanager
-def _all_noise_kept() -> Iterator[None]:
-    """Restores torch's, numpy's and Python's random state afterwards: training is seeded by itself."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with undisturbed(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered")  # of Pyro's, on NaN: the error says more
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _digest(columns: Columns) -> str:
-    from ppvae import data as datasets
-
-    return " ".join(p.digest if hasattr(p, "digest") else datasets.digest(p) for p in columns.parts)
-
-
-def _described(thing: Any) -> str:
-    """An optimizer, schedule or objective in words that are the same in another process."""
-    if isinstance(thing, functools.partial):
-        inside = ", ".join([*map(_described, thing.args), *_keywords(thing.keywords)])
-        return f"{_described(thing.func)}({inside})"
-    if isinstance(thing, PyroOptim):
-        options = thing.pt_optim_args
-        shown = _described(options) if callable(options) else ", ".join(_keywords(options))
-        return f"{type(thing).__name__}({_described(thing.pt_optim_constructor)}, {shown})"
-    if isinstance(thing, ELBO):
-        try:
-            usual = vars(type(thing)())
-        except TypeError:  # an objective that needs arguments: all of them are told
-            usual = {}
-        own = {k: v for k, v in vars(thing).items() if k[0] != "_" and (k not in usual or usual[k] != v)}
-        own.pop("max_plate_nesting", None)  # found out on the way
-        told = _keywords({k: v for k, v in own.items() if isinstance(v, int | float | str | None)})
-        return type(thing).__name__ + (f"({', '.join(told)})" if told else "")
-    if type(thing).__repr__ is object.__repr__:  # which would tell an address in memory
-        return getattr(thing, "__qualname__", f"{type(thing).__qualname__}({', '.join(_keywords(vars(thing)))})")
-    return getattr(thing, "__qualname__", None) or repr(thing)
-
-
-def _keywords(options: dict[str, Any]) -> list[str]:
-    return [f"{k}={_described(v) if callable(v) else repr(v)}" for k, v in sorted(options.items())]
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

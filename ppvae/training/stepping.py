@@ -1,0 +1,93 @@
+"""One step of training: gradients per datum, clipped, and nothing changed where something is not finite."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ppvae.errors import PpvaeError, TrainingError
+from ppvae.inference.evaluating import eval_mode
+from ppvae.inference.structure import Structure
+from ppvae.inference.svi import SVI
+from ppvae.inference.tracing import node_log_prob, sample_nodes, traces
+from ppvae.training import checkpoint
+from ppvae.training.state import PairState
+
+
+@final
+class Stepper:
+    """Takes steps of SVI, with loss and gradient divided by the number of data that a batch represents.
+
+    Attributes:
+        taken: the steps so far.
+        checkpoints: where the run's checkpoints lie, for the error of a step that cannot be taken.
+    """
+
+    def __init__(self, svi: SVI, state: PairState, structure: Structure, clip: float | None):
+        self.svi, self.state, self.structure, self.clip = svi, state, structure, clip
+        self.taken = 0
+        self.checkpoints: Path | None = None
+
+    def __call__(self, batch: tuple[Tensor, ...], epoch: int) -> tuple[float, float]:
+        """One step in an epoch (counted from 1); returns loss and gradient norm per datum.
+
+        Raises:
+            TrainingError: loss or gradient is not finite; the parameters are as they were before the step.
+        """
+        before = torch.get_rng_state()
+        represented = self.structure.represented(self.structure.size_of(batch))
+        try:
+            loss = self.svi.gradients(*batch) / represented
+        except PpvaeError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise self._broken(batch, epoch, before, " ".join(str(error).split())[:160]) from error
+        if not math.isfinite(loss):
+            raise self._broken(batch, epoch, before, f"the loss is {loss}")
+        grads = [p.grad for p in self.svi.params if p.grad is not None]
+        norm = 0.0
+        if grads:
+            norm = float(torch.nn.utils.get_total_norm(grads)) / represented
+            if not math.isfinite(norm):
+                raise self._broken(batch, epoch, before, f"the gradient is {norm}")
+            factor = 1 / represented
+            if self.clip is not None and norm > self.clip:
+                factor *= self.clip / norm
+            torch._foreach_mul_(grads, factor)
+        self.svi.update()
+        self.taken += 1
+        return loss, norm
+
+    def _broken(self, batch: tuple[Tensor, ...], epoch: int, rng: Tensor, what: str) -> TrainingError:
+        """The error for a step that cannot be taken: names the step, the site, and the last good checkpoint."""
+        torch.set_rng_state(rng)
+        where = self._culprit(batch)
+        kept = "the parameters are as they were before the step"
+        if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
+            kept += f"; last good checkpoint: {self.checkpoints}"
+        return TrainingError(
+            f"step {self.taken + 1} (epoch {epoch}): {what}{where}; {kept}. "
+            f"Try a smaller learning rate, clip, or a bounded scale"
+        )
+
+    def _culprit(self, batch: tuple[Tensor, ...]) -> str:
+        for name, p in self.state.params().items():
+            if not bool(torch.isfinite(p).all()):
+                return f" (parameter {name!r} is not finite)"
+        try:
+            with torch.no_grad(), eval_mode(self.svi.model, self.svi.guide):
+                model_trace, guide_trace = traces(self.svi.model, self.svi.guide, batch, self.structure, {})
+                for side, trace in (("guide", guide_trace), ("model", model_trace)):
+                    for name, node in sample_nodes(trace):
+                        if not bool(torch.isfinite(node_log_prob(node)).all()):
+                            return f" (site {name!r} of the {side} has a log-density that is not finite)"
+        except Exception as error:
+            return f" ({' '.join(str(error).split())[:120]})"
+        for name, p in self.state.params().items():
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                return f" (in parameter {name!r})"
+        return ""
