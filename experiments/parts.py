@@ -1,0 +1,133 @@
+"""Priors and posteriors on dynamically binarised MNIST: the same networks, epochs, schedule and batches for each.
+
+One table of test NLL (importance sampling, K particles), and a picture of samples for each pair.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error, verdict
+from ppvae import VAE, data, fit, generate, likelihoods, log_marginal, nn, posteriors, priors
+from ppvae.plots import image_grid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The budget that every pair gets."""
+
+    priors: tuple[str, ...] = ("StandardNormal", "Mixture", "VampPrior", "MAF", "NeuralSpline")
+    posteriors: tuple[str, ...] = ("DiagonalNormal", "IAF")
+    seeds: tuple[int, ...] = (0,)
+    data: str = "mnist"
+    latent: int = 40
+    hidden: tuple[int, ...] = (300, 300)
+    components: int = 200
+    epochs: int = 20
+    batch_size: int = 100
+    lr: float = 1e-3
+    num_test: int = 10_000
+    particles: int = 500
+
+
+SMOKE = {
+    "data": "digits",
+    "latent": 4,
+    "hidden": (16,),
+    "components": 5,
+    "epochs": 1,
+    "num_test": 20,
+    "particles": 25,
+}
+
+PRIORS: dict[str, Callable[[Settings, torch.nn.Module, Any], torch.nn.Module]] = {
+    "StandardNormal": lambda s, posterior, train: priors.StandardNormal(s.latent),
+    "Mixture": lambda s, posterior, train: priors.MixtureOfNormals(s.latent, s.components),
+    "VampPrior": lambda s, posterior, train: priors.VampPrior.from_data(posterior, train, s.components),
+    "MAF": lambda s, posterior, train: priors.MAF(s.latent),
+    "NeuralSpline": lambda s, posterior, train: priors.NeuralSpline(s.latent),
+}
+POSTERIORS: dict[str, Callable[[Settings, int], torch.nn.Module]] = {
+    "DiagonalNormal": lambda s, dims: posteriors.DiagonalNormal(nn.mlp(dims, 2 * s.latent, hidden=s.hidden)),
+    "IAF": lambda s, dims: posteriors.IAF(nn.mlp(dims, 3 * s.latent, hidden=s.hidden), s.latent, features=s.latent),
+}
+
+
+def compute(s: Settings, here: Here, prior: str, posterior: str, seed: int) -> dict[str, Any]:
+    """Trains one pair and evaluates it on the test images."""
+    train, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    torch.manual_seed(seed)
+    dims = train.shape[1]
+    likelihood = likelihoods.Bernoulli(nn.mlp(s.latent, dims, hidden=s.hidden))
+    q = POSTERIORS[posterior](s, dims)
+    vae = VAE(PRIORS[prior](s, q, train), likelihood, q)
+    trained = fit(
+        vae.model,
+        vae.guide,
+        train,
+        valid=valid,
+        optimizer=functools.partial(torch.optim.Adam, lr=s.lr),
+        scheduler=functools.partial(CosineAnnealingLR, T_max=s.epochs),
+        epochs=s.epochs,
+        batch_size=s.batch_size,
+        seed=seed,
+        device=here.device,
+        directory=here.folder,
+        resume=True,
+    )
+    images = generate.samples(trained.model, trained.guide, test[:1].to(here.device or "cpu"), 16, seed=seed)
+    np.save(here.folder / "samples.npy", images.reshape(16, *test.event_shape).cpu().numpy())
+    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    seconds = sum(epoch["seconds"] for epoch in trained.history)
+    return of_estimate(est) | {
+        "valid_elbo": trained.metrics["valid_elbo"],
+        "training_seconds": seconds,
+        "ms_per_step": 1000 * seconds / trained.metrics["step"],
+        "parameters": sum(p.numel() for p in vae.parameters()),
+    }
+
+
+def table(cells: Cells) -> str:
+    """One row a pair, beside the plain VAE."""
+    rows = collected(cells, "prior", "posterior")
+    plain = rows.get(("StandardNormal", "DiagonalNormal"))
+    header = ("prior", "posterior", "seeds", "test NLL", "ELBO", "gain on the plain VAE", "not reliable", "ms a step")
+    lines = []
+    for (prior, posterior), r in rows.items():
+        gain = verdict(r, plain) if plain and r is not plain else ""
+        share = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.1f} %"
+        nll = f"{mean(r):.2f} ± {standard_error(r):.2f}"
+        elbo, ms = f"{mean(r, 'elbo'):.2f}", f"{mean(r, 'ms_per_step'):.1f}"
+        lines.append((prior, posterior, len(r), nll, elbo, gain, share, ms))
+    return markdown(header, lines)
+
+
+def picture(cells: Cells, folder: Path) -> None:
+    """Sixteen samples a row, one row a pair, of the first seed; cells whose runs are elsewhere are left out."""
+    found = {}
+    for (prior, posterior), row in collected(cells, "prior", "posterior").items():
+        path = Path(row[0]["folder"]) / "samples.npy"
+        if path.exists():
+            found[f"{prior}, {posterior}"] = np.load(path)
+    if found:
+        images = np.stack(list(found.values()))
+        image_grid(images, images.shape[2:], row_titles=list(found)).savefig(folder / "samples.png")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Fills the table and draws the picture."""
+    axes = ("prior", "posterior", "seed")
+    cells, folder = run("parts", Settings, axes, compute, table, SMOKE, __doc__, args)
+    picture(cells, folder)
+
+
+if __name__ == "__main__":
+    main()
