@@ -104,7 +104,7 @@ def run(
                 "experiment": name,
                 "cell": cell,
                 "folder": str(here.folder),
-                "command": " ".join([prog, **(["--smoke"] if given["smoke"] else []), *_flags(one, usual)]),
+                "command": " ".join([prog, *(["--smoke"] if given["smoke"] else []), *_flags(one, usual)]),
                 "settings": others,
                 "result": _plain(result),
                 "commit": _commit(),
