@@ -30,6 +30,7 @@ class Data:
     dequantize: bool = False  # add uniform noise within a grey level
     flat: bool = True  # vectors; --no-flat gives images [C, H, W]
     labels: bool = False  # pass the labels as the batch's second tensor
+    missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
     data_seed: int = 0  # of binarisation and dequantisation
 
 
@@ -97,6 +98,7 @@ class Show:
     binarize: Literal["none", "fixed", "dynamic"] = "none"
     dequantize: bool = False
     flat: bool = True
+    missing: bool = False  # NaN in a file stands for a missing value
     data_seed: int = 0
 
 
@@ -247,10 +249,10 @@ def _first(command: str, what: str, expected: str, args: list[str], cls: type) -
 
 
 def _load(settings: Any) -> Any:
-    kind = None if settings.binarize == "none" or settings.dequantize else settings.binarize
+    kind = None if settings.binarize == "none" or settings.dequantize or settings.missing else settings.binarize
     return datasets.load(
         settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
-        seed=settings.data_seed,
+        seed=settings.data_seed, missing=settings.missing,
     )  # fmt: skip
 
 
