@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
@@ -30,6 +31,10 @@ class Bernoulli(nn.Module):
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
         return tuple(event)
+
+    def output_at(self, mean: Tensor) -> Tensor:
+        """The network's output at which pixels have a mean [*event], no nearer than 0.001 to certainty: to start at."""
+        return torch.logit(mean.double().clamp(0.001, 0.999)).to(mean.dtype)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)

@@ -32,6 +32,11 @@ class Bernoulli(nn.Module):
         super().__init__()
         self.net = net
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., latent] stand for."""
         return Vector(distributions.Bernoulli(logits=outputs), 1)
@@ -64,6 +69,10 @@ class Categorical(nn.Module):
         super().__init__()
         self.net, self.classes = net, classes
 
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return latent * self.classes
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
         return Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
@@ -92,6 +101,11 @@ class OneHot(nn.Module):
     def __init__(self, net: nn.Module, classes: int):
         super().__init__()
         self.net, self.classes = net, classes
+
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
@@ -143,6 +157,11 @@ class RelaxedBernoulli(nn.Module):
         """The discrete posterior with the same network."""
         return Bernoulli(self.net)
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., latent] stand for."""
         return BinaryConcrete(self.temperature, outputs).to_event(1)
@@ -185,6 +204,11 @@ class RelaxedOneHot(nn.Module):
     def discrete(self) -> OneHot:
         """The discrete posterior with the same network."""
         return OneHot(self.net, self.classes)
+
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""

@@ -72,7 +72,7 @@ class IAF(nn.Module):
     torch.Size([5, 8])
     """
 
-    def __init__(self, net: nn.Module, latent: int, features: int, flows: int = 2, hidden: Sequence[int] = (64,)):
+    def __init__(self, net: nn.Module, latent: int, features: int = 16, flows: int = 2, hidden: Sequence[int] = (64,)):
         super().__init__()
         self.net, self.latent, self.features = net, latent, features
         order = torch.arange(latent)
@@ -87,6 +87,10 @@ class IAF(nn.Module):
         for network in self.maps:
             for p in network.layers[-1].parameters():  # type: ignore[union-attr, index]
                 nn.init.zeros_(p)
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent + features] stand for."""
@@ -128,7 +132,7 @@ class SplineCoupling(nn.Module):
         self,
         net: nn.Module,
         latent: int,
-        features: int,
+        features: int = 16,
         transforms: int = 2,
         hidden: Sequence[int] = (64,),
         bins: int = 8,
@@ -138,6 +142,10 @@ class SplineCoupling(nn.Module):
         self.flow = at_identity(
             zuko.flows.NSF(latent, features, bins=bins, transforms=transforms, passes=2, hidden_features=hidden)
         )
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent + features] stand for."""

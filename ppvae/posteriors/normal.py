@@ -29,6 +29,11 @@ class DiagonalNormal(nn.Module):
         super().__init__()
         self.net = net
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent] stand for."""
         loc, log_scale = outputs.chunk(2, dim=-1)
@@ -106,6 +111,10 @@ class LowRank(nn.Module):
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, found {rank}")
         self.net, self.rank = net, rank
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return latent * (2 + self.rank)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., latent * (2 + rank)] stand for."""

@@ -27,6 +27,11 @@ class Delta(nn.Module):
         super().__init__()
         self.net = net
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The point mass at outputs [..., latent]."""
         return dist.Delta(outputs, event_dim=1)

@@ -75,6 +75,11 @@ class SemiAmortized(nn.Module):
         half = half / (half**2).mean(0).sqrt()
         self.register_buffer("noise", torch.cat([half, -half]))
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that parameters [..., 2 * latent] stand for."""
         loc, log_scale = outputs.chunk(2, dim=-1)

@@ -37,6 +37,11 @@ class Dirichlet(nn.Module):
             raise ValueError(f"floor: expected a positive number, found {floor}")
         self.net, self.floor = net, floor
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., latent] stand for."""
         return DirichletVector(self.floor + F.softplus(outputs))
@@ -63,6 +68,11 @@ class LogisticNormal(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent] stand for."""

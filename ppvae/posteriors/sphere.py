@@ -113,6 +113,11 @@ class PowerSpherical(nn.Module):
         super().__init__()
         self.net = net
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent + 1
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., latent + 1] stand for."""
         if outputs.shape[-1] < 3:
