@@ -204,15 +204,15 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(content, allow_nan=False))
 
 
-def _changed(settings: Any, cls: type, axes: Sequence[str] = ()) -> dict[str, Any]:
+def _changed(settings: Any, usual: Any, axes: Sequence[str] = ()) -> dict[str, Any]:
     """The settings that are not the usual ones, the axes left out."""
-    usual = dataclasses.asdict(cls())
-    return {k: v for k, v in dataclasses.asdict(settings).items() if v != usual[k] and k.removesuffix("s") not in axes}
+    known = dataclasses.asdict(usual)
+    return {k: v for k, v in dataclasses.asdict(settings).items() if v != known[k] and k.removesuffix("s") not in axes}
 
 
-def _flags(settings: Any, cls: type) -> list[str]:
+def _flags(settings: Any, usual: Any) -> list[str]:
     out = []
-    for key, value in _changed(settings, cls).items():
+    for key, value in _changed(settings, usual).items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             out.append(f"--{flag}" if value else f"--no-{flag}")
