@@ -174,7 +174,7 @@ def test_evaluate_and_generate_take_a_head_a_split_and_the_best(cli, trained):
     assert result.status == 0, result.err
     content = json.loads((trained / "results" / "log_marginal_valid.json").read_text())
     assert (content["num_data"], content["num_particles"]) == (20, 30)
-    again = cli("evaluate", trained, "--head", 7, "--num-particles", 30, "--best", "True", "--no-report")
+    again = cli("evaluate", trained, "--head", 7, "--num-particles", 30, "--best", "--no-report")
     assert again.status == 0, again.err
 
 
