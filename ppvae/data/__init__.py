@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from ppvae.data import files, named
-from ppvae.data.checks import digest, indexed, validated
+from ppvae.data.checks import digest, first_rows, indexed, validated
 from ppvae.data.lazy import LazySplit, Pictures
 from ppvae.data.source import PARTS, Source, check_unit
 from ppvae.data.split import Facts, Noise, Split, checked_seed, with_missing
 from ppvae.errors import UsageError
 
-__all__ = ["LazySplit", "Split", "digest", "indexed", "load", "validated", "with_missing"]
+__all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
 MEMORY_LIMIT = 4 << 30  # bytes; images on disk that would take more as float32 become a LazySplit
 

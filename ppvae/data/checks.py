@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +82,24 @@ def refuse(x: Tensor, good: Tensor, name: str, cure: str, offset: int = 0) -> No
         place += f" (of event shape {'x'.join(map(str, event))}: pixel {pixel})"
     more = f", and {len(rows) - 1} more rows like it" if len(rows) > 1 else ""
     raise DataError(f"{name}: {place} is {value:g}{more}. {cure}")
+
+
+def first_rows(columns: Sequence[Any], count: int) -> Tensor:
+    """The rows [count] on which a pair is looked at: the first, and before them one for every gap that there is.
+
+    >>> import torch
+    >>> from ppvae import data
+    >>> x = data.with_missing(torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, torch.nan]]))
+    >>> first_rows([x], 2), first_rows([x[:2]], 2)
+    (tensor([0, 2]), tensor([0, 1]))
+    """
+    total, found = len(columns[0]), set()
+    for column in columns:
+        if getattr(column, "missing", False):
+            gaps = column.detach().isnan().reshape(total, -1)
+            found |= set(gaps[:, gaps.any(0)].byte().argmax(0).tolist())
+    count = min(count, total)
+    return torch.tensor(sorted(list(dict.fromkeys([*sorted(found), *range(count)]))[:count]))
 
 
 def indexed(x: Tensor) -> tuple[Tensor, Tensor]:

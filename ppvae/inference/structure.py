@@ -31,7 +31,7 @@ class Structure:
     guide_roles: Mapping[str, str] = field(default_factory=dict)
     event_dims: Mapping[str, int] = field(default_factory=dict)
     observed_dims: int = 0  # numbers observed per datum
-    observed_support: str = ""  # "boolean", "discrete" or "continuous"
+    base_measure: str = ""  # what the observed sites' log-densities are relative to
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

@@ -26,6 +26,7 @@ from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingErr
 from ppvae.evaluation.marginal import stream
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import eval_mode, modules_called
+from ppvae.inference.missing import LEAVE_OUT, with_gaps
 from ppvae.inference.registration import Registration
 from ppvae.inference.scope import Bound, Scope, unbound
 from ppvae.inference.structure import Structure, undisturbed
@@ -71,7 +72,8 @@ def fit(
     not depend on the batch; every metric is in nats per datum.
 
     Args:
-        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch).
+        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). In data marked by
+            `data.with_missing`, NaN is a missing value.
         valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch.
         objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
         optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
@@ -198,7 +200,7 @@ class _Trainer:
         """Checks the contract on the first batch, and finds the modules that the pair calls."""
         rows = torch.arange(min(self.batch_size, len(self.train)))
         with undisturbed():
-            first = self.train.read(rows.to(place))
+            first = self.train.first(self.batch_size)
             if move:  # the modules of a plain pair are known once it has run, which it does where they are
                 with modules_called(self.model, self.guide) as modules, eval_mode(self.model, self.guide):
                     here = self._place(None) if modules else torch.device("cpu")
@@ -336,7 +338,8 @@ class _Trainer:
     def _warm_up(self) -> None:
         """Lets the objective look at the pair now: what it does only once must not fall into the noise of an epoch."""
         rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
-        with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad():
+        quiet = pyro.validation_enabled(False)  # as in an epoch
+        with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
             batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
             self.objective.loss(self.model, self.guide, *batch)
 
@@ -435,10 +438,10 @@ class _Trainer:
         kept = "the parameters are as they were before the step"
         if self.folder is not None and checkpoint.exists(self.folder / "checkpoints"):
             kept += f"; last good checkpoint: {self.folder / 'checkpoints'}"
-        return TrainingError(
-            f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{where}; {kept}. "
-            f"Try a smaller learning rate, clip, or a bounded scale"
-        )
+        cure = "Try a smaller learning rate, clip, or a bounded scale"
+        if with_gaps(batch):
+            cure += f"; as values are missing (NaN), whose gradient is NaN even under a mask, {LEAVE_OUT}"
+        return TrainingError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{where}; {kept}. {cure}")
 
     def _culprit(self, batch: tuple[Tensor, ...]) -> str:
         for name, p in self.state.params().items():
