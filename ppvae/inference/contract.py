@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError, refused
 from ppvae.inference.continuity import check_continuity, check_families
+from ppvae.inference.described import described
 from ppvae.inference.evaluating import ambient, eval_mode
 from ppvae.inference.layouts import find_layout
 from ppvae.inference.missing import check_missing, failed_on_gaps, with_gaps
@@ -311,8 +312,9 @@ def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], sha
 def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
     """Checks a pair against the contract on one batch and says in words what it is.
 
-    The text names the sites with their shapes, plates, what is enumerated and what is reparameterised, and how
-    particles are laid out.
+    The text names the sites with their shapes, plates, what is enumerated and what is reparameterised; the modules that
+    the pair calls (of a VAE its parts), by class, with what their docstrings say first, the space of the distributions
+    that they return, and how many numbers they learn; and how particles are laid out.
 
     Raises:
         ContractError, DataError: naming the site, what was expected, what was found and the cure.
@@ -329,9 +331,10 @@ def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
     model, guide = bound(model), bound(guide)
     with ambient(model, guide):
         s = inspect(model, guide, batch, weights=False)
+        parts = tuple(described(model, guide, as_batch(batch), s.params))
     how = {
         "vectorized": "vectorised under a plate",
         "folded": "folded into the batch (the networks do not broadcast)",
         "one by one": "taken one by one (the networks do not broadcast)",
     }
-    return "\n".join((*s.words, f"particles are {how[s.layout]}"))
+    return "\n".join((*s.words, *parts, f"particles are {how[s.layout]}"))
