@@ -19,7 +19,7 @@ from ppvae.inference.tracing import Pair, traces
 
 
 def described(model: Pair, guide: Pair, batch: tuple[Any, ...], params: Mapping[str, Tensor]) -> Iterator[str]:
-    """A line for each module that the pair calls and that is in no other: the parts of a `VAE`, a plain pair's networks."""
+    """A line for each module that the pair calls and that is in no other: a `VAE`'s parts, a plain pair's networks."""
     parts = _parts(model, guide)
     met = _called(model, guide, batch)
     inner = {id(m) for module, _ in met for m in module.modules() if m is not module} - {id(m) for m in parts}

@@ -86,7 +86,7 @@ class NegativeBinomial(_Counts):
             then log-concentrations, along the first event dim.
         concentration: c, a number (fixed), "learned" (one for all dims), a shape, the event's, for one a dim (scVI's
             "gene"), or "network" ("gene-cell").
-        library: as for `Poisson`.
+        library: whether the library size is the batch's second tensor, as for `Poisson`.
 
     Data, shapes and errors as for `Poisson`.
     Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
@@ -109,7 +109,13 @@ class ZeroInflatedPoisson(_Counts):
     """Poisson counts of which some are zero for another reason, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d).
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds g of an extra zero, along the
-    first event dim. `library`, data, shapes and errors as for `Poisson`.
+    first event dim.
+
+    Args:
+        net: the network.
+        library: whether the library size is the batch's second tensor, as for `Poisson`.
+
+    Data, shapes and errors as for `Poisson`.
     Source: Lambert 1992, "Zero-inflated Poisson regression".
 
     >>> import torch
@@ -129,8 +135,15 @@ class ZeroInflatedNegativeBinomial(_Counts):
     """Negative binomial counts of which some are zero for another reason (dropout in single-cell counts).
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds of an extra zero; with
-    concentration="network" to [..., 3 * first, *rest], log-concentrations last. Other arguments, data, shapes and
-    errors as for `NegativeBinomial`.
+    concentration="network" to [..., 3 * first, *rest], log-concentrations last.
+
+    Args:
+        net: the network.
+        concentration: a number (fixed), "learned" (one for all dims), a shape, the event's, for one a dim, or
+            "network".
+        library: whether the library size is the batch's second tensor, as for `Poisson`.
+
+    Data, shapes and errors as for `Poisson`.
     Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
 
     >>> import torch

@@ -43,6 +43,7 @@ class Beta(nn.Module):
     `net` maps [..., latent] to [..., 2 * first, *rest]: log a, then log b, along the first event dim. Data lie in
     (0, 1) without the ends, where the density is zero or infinite: load pixels with `dequantize=True`. A density in
     nats; returns batch shape [...], event shape [first, *rest]. Raises ValueError for an output of odd size.
+    Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845), who compare it with the continuous Bernoulli.
 
     >>> import torch
     >>> from ppvae.nn import mlp

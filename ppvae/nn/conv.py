@@ -76,6 +76,7 @@ def conv_encoder(
     """A convolutional encoder [..., C, H, W] -> [..., outputs] that halves the image once for each of `channels`.
 
     With `flat=True` it takes flattened images [..., C * H * W]. Raises ValueError for a size that does not halve.
+    Source: Burgess et al. 2018 (arXiv 1804.03599) for 4x4 convolutions of stride 2 before a dense layer.
 
     >>> import torch
     >>> conv_encoder((1, 28, 28), 16)(torch.zeros(5, 3, 1, 28, 28)).shape
@@ -97,6 +98,8 @@ def residual_encoder(
 ) -> nn.Module:
     """As `conv_encoder`, with `blocks` residual blocks after each halving.
 
+    Source: He et al. 2016 (arXiv 1603.05027).
+
     >>> import torch
     >>> residual_encoder((3, 32, 32), 16)(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 16])
@@ -116,6 +119,7 @@ def conv_decoder(
 
     With `flat=True` it gives flattened images [..., C * H * W]. A likelihood of several parameters a pixel takes a
     multiple of the image's C. Raises ValueError for a size that does not halve.
+    Source: Burgess et al. 2018 (arXiv 1804.03599).
 
     >>> import torch
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
@@ -134,6 +138,8 @@ def residual_decoder(
     flat: bool = False,
 ) -> nn.Module:
     """As `conv_decoder`, with `blocks` residual blocks before each doubling.
+
+    Source: He et al. 2016 (arXiv 1603.05027).
 
     >>> import torch
     >>> residual_decoder(8, (3, 64, 64), channels=(32, 16, 8))(torch.zeros(5, 8)).shape

@@ -17,6 +17,8 @@ Activation = Callable[[], nn.Module]
 class MaskedLinear(nn.Linear):
     """A dense layer [..., inputs] -> [..., outputs] with some weights held at zero, y = (mask * W) x + b.
 
+    Source: Germain et al. 2015 (arXiv 1502.03509).
+
     >>> MaskedLinear(torch.tensor([[1.0, 0.0]]))(torch.ones(5, 2)).shape
     torch.Size([5, 1])
     """
