@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from latents import FAILURE, Part, fit_of, integral, perturbed, values_of
+from parts import FEATURES, POINT, POSTERIORS, flow, net, semi
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -24,48 +25,6 @@ from ppvae.models import LinearGaussian
 from ppvae.naming import unique
 from ppvae.posteriors.sphere import PowerSphericalVector
 
-FEATURES = 4
-
-
-def net(outputs: int) -> torch.nn.Module:
-    return nn.mlp(FEATURES, outputs, hidden=(6,))
-
-
-def semi(latent: int, **options: Any) -> posteriors.SemiAmortized:
-    prior, likelihood = priors.StandardNormal(latent), likelihoods.Bernoulli(nn.mlp(latent, FEATURES, hidden=(6,)))
-    return posteriors.SemiAmortized(net(2 * latent), prior, likelihood, steps=2, **options)
-
-
-def flow(family: Any, **options: Any) -> Callable[[int], torch.nn.Module]:
-    return lambda d: family(net(2 * d + 3), latent=d, features=3, hidden=(8,), **options)
-
-
-POSTERIORS: dict[str, Part] = {
-    "DiagonalNormal": Part(lambda d: posteriors.DiagonalNormal(net(2 * d))),
-    "FullRank": Part(lambda d: posteriors.FullRank(net(posteriors.FullRank.outputs(d)))),
-    "LowRank": Part(lambda d: posteriors.LowRank(net(3 * d), rank=1)),
-    "IAF": Part(flow(posteriors.IAF)),
-    "IAF of one dim": Part(flow(posteriors.IAF), size=1),
-    # splines have kinks, at which the trapezoid rule loses digits: one dim has points enough
-    "SplineCoupling": Part(flow(posteriors.SplineCoupling, bins=5), size=1),
-    "PowerSpherical": Part(lambda d: posteriors.PowerSpherical(net(d + 1)), "sphere", size=3),
-    "PowerSpherical circle": Part(lambda d: posteriors.PowerSpherical(net(d + 1)), "sphere", size=2),
-    "Dirichlet": Part(lambda d: posteriors.Dirichlet(net(d), floor=0.1), "simplex", size=3),
-    "LogisticNormal": Part(lambda d: posteriors.LogisticNormal(net(2 * d)), "simplex", size=3),
-    "Bernoulli": Part(lambda d: posteriors.Bernoulli(net(d)), "discrete", size=3),
-    "Categorical": Part(lambda d: posteriors.Categorical(net(3 * d), classes=3), "discrete"),
-    "OneHot": Part(lambda d: posteriors.OneHot(net(3 * d), classes=3), "discrete"),
-    "RelaxedBernoulli": Part(lambda d: posteriors.RelaxedBernoulli(net(d), temperature=0.7), "interval", size=1),
-    "RelaxedOneHot": Part(lambda d: posteriors.RelaxedOneHot(net(d), d, temperature=0.7), "simplex", size=3),
-    "PerDatum": Part(lambda d: posteriors.PerDatum(9, 2 * d), context=torch.tensor([3, 1, 4, 0, 8])),
-    "PerDatum FullRank": Part(
-        lambda d: posteriors.PerDatum(9, posteriors.FullRank.outputs(d), posteriors.FullRank),
-        context=torch.tensor([3, 1, 4, 0, 8]),
-    ),
-    "SemiAmortized": Part(semi),
-    "SemiAmortized constant": Part(lambda d: semi(d, through=False)),
-}
-POINT = {"Delta": Part(lambda d: posteriors.Delta(net(d)))}  # without a density
 PER_DATUM = {n for n in POSTERIORS if n.startswith("PerDatum")}
 
 
@@ -625,15 +584,18 @@ def test_relaxed_pair_trains_and_its_discrete_pair_is_evaluated(kind: str) -> No
     before = [p.clone() for p in vae.parameters()]
     fit(vae.model, vae.guide, x, epochs=3, batch_size=20, objective=objectives.ELBO(num_particles=2), progress=False)
     assert not any(torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
-    discrete = VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)
+    discrete = vae.discrete
+    assert set(discrete.parameters()) == set(vae.parameters())
+    assert not hasattr(discrete, "discrete")
     est = log_marginal(discrete.model, discrete.guide, x, num_particles=500, progress=False)
     values = discrete.prior().enumerate_support()
     with torch.no_grad():
         joint = discrete.prior().log_prob(values)[:, None] + discrete.likelihood(values[:, None]).log_prob(x)
     assert float(((est.log_px - joint.double().logsumexp(0)) / est.std_error).abs().max()) < 5
-    mixed = VAE(vae.prior.discrete, vae.likelihood, vae.posterior)
-    with pytest.raises(ContractError, match="discrete"):
-        log_marginal(mixed.model, mixed.guide, x, num_particles=5, progress=False)
+    given = VAE(vae.prior.discrete, vae.likelihood, vae.posterior)  # relaxes the prior itself, with the same logits
+    z = given.guide(x)
+    torch.testing.assert_close(given.prior().log_prob(z), vae.prior().log_prob(z))
+    assert given.discrete.prior is vae.prior.discrete
 
 
 def test_relaxed_temperature_is_state() -> None:
@@ -766,8 +728,9 @@ def test_semi_amortized_pair_is_the_same_with_gradients_and_without() -> None:
     for bad, word in (({"steps": -1}, "steps"), ({"num_particles": 3}, "even")):
         with pytest.raises(ValueError, match=word):
             posteriors.SemiAmortized(net(4), priors.StandardNormal(2), vae.likelihood, **bad)
-    with pytest.raises(ValueError, match="context"):
-        posteriors.SemiAmortized(net(4), priors.ConditionalNormal(net(4)), vae.likelihood)
+    elsewhere = posteriors.SemiAmortized(net(4), priors.Dirichlet(2), vae.likelihood).double()
+    with pytest.raises(ContractError, match=r"SemiAmortized: expected a prior over real vectors.*Dirichlet"):
+        elsewhere(x)
 
 
 def test_delta_trains_and_is_refused_by_log_marginal() -> None:

@@ -59,5 +59,6 @@ class Autoregressive(nn.Module):
 
         each = constraints.boolean if self.levels == 2 else base.Levels(self.levels)
         support = constraints.independent(each, len(event))
-        start = z.new_zeros(()).expand(*z.shape[:-1], *event)
+        kind = z.dtype if z.is_floating_point() else next(self.net.parameters()).dtype  # z may be classes
+        start = z.new_zeros((), dtype=kind).expand(*z.shape[:-1], *event)
         return distributions.Autoregressive(conditionals, start, self.net.order, support)  # type: ignore[arg-type]

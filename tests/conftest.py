@@ -1,0 +1,25 @@
+"""What the tests say at the end: how many parts and combinations they covered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Puts together what tests that passed have recorded, in whichever process they ran."""
+    covered: dict[str, set[str]] = {}
+    totals: dict[str, int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in getattr(report, "user_properties", []):
+            if isinstance(value, list):
+                covered.setdefault(name, set()).update(value)
+            elif isinstance(value, int):
+                totals[name] = value
+    rooms = [f"{len(covered[r])} {r}" for r in ("priors", "likelihoods", "posteriors", "networks") if r in covered]
+    if rooms:
+        terminalreporter.write_line(f"parts: {', '.join(rooms)}")
+    if "fitting" in covered:
+        terminalreporter.write_line(
+            f"combinations: {len(covered['fitting'])} of {totals['all fitting']} fitting, trained and evaluated; "
+            f"{len(covered['refused'])} of {totals['all refused']} misfits, refused"
+        )
