@@ -8,6 +8,7 @@ settings' tuples: the axis "seed" runs over the field `seeds`, and a cell gets o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from experiments.bench import processor
+from ppvae import fit
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.settings import HelpShown, parse
 from ppvae.training.folder import versions
-from ppvae.training.run import write_json
+from ppvae.training.run import Run, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -118,6 +121,34 @@ def run(
         cells.append(known)
     print(table(cells))
     return cells, results
+
+
+def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float, **options: Any) -> Run:
+    """Fits by Adam, its learning rate falling to zero along a cosine, in the cell's folder, where it resumes."""
+    return fit(
+        vae.model,
+        vae.guide,
+        data,
+        valid=valid,
+        optimizer=functools.partial(torch.optim.Adam, lr=lr),
+        scheduler=functools.partial(CosineAnnealingLR, T_max=epochs),
+        epochs=epochs,
+        device=here.device,
+        directory=here.folder,
+        resume=True,
+        **options,
+    )
+
+
+def of_run(trained: Run) -> dict[str, Any]:
+    """What training took, and the ELBO of the validation data at its end, by which settings are chosen."""
+    seconds = sum(epoch["seconds"] for epoch in trained.history)
+    return {
+        "valid_elbo": trained.metrics["valid_elbo"],
+        "epochs": trained.metrics["epoch"],
+        "training_seconds": round(seconds, 1),
+        "ms_per_step": round(1000 * seconds / trained.metrics["step"], 2),
+    }
 
 
 def of_estimate(est: Estimate) -> dict[str, Any]:

@@ -5,7 +5,6 @@ One table of test NLL (importance sampling, K particles), and a picture of sampl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,21 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error, verdict
-from ppvae import VAE, data, fit, generate, likelihoods, log_marginal, nn, posteriors, priors
+from experiments.cells import (
+    Cells,
+    Here,
+    collected,
+    markdown,
+    mean,
+    of_estimate,
+    of_run,
+    run,
+    standard_error,
+    train,
+    verdict,
+)
+from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, posteriors, priors
 from ppvae.plots import image_grid
 
 
@@ -39,15 +49,7 @@ class Settings:
     particles: int = 500
 
 
-SMOKE = {
-    "data": "digits",
-    "latent": 4,
-    "hidden": (16,),
-    "components": 5,
-    "epochs": 1,
-    "num_test": 20,
-    "particles": 25,
-}
+SMOKE = {"data": "digits", "latent": 4, "hidden": (16,), "components": 5, "epochs": 1, "num_test": 20, "particles": 25}
 
 
 class Base(torch.nn.Module):
@@ -86,36 +88,23 @@ POSTERIORS: dict[str, Callable[[Settings, int], torch.nn.Module]] = {
 
 def compute(s: Settings, here: Here, prior: str, posterior: str, seed: int) -> dict[str, Any]:
     """Trains one pair and evaluates it on the test images."""
-    train, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    images, valid, test = data.load(s.data, here.root, binarize="dynamic")
     torch.manual_seed(seed)
-    dims = train.shape[1]
+    dims = images.shape[1]
     likelihood = likelihoods.Bernoulli(nn.mlp(s.latent, dims, hidden=s.hidden))
     q = POSTERIORS[posterior](s, dims)
-    vae = VAE(PRIORS[prior](s, q, train), likelihood, q)
-    trained = fit(
-        vae.model,
-        vae.guide,
-        train,
-        valid=valid,
-        optimizer=functools.partial(torch.optim.Adam, lr=s.lr),
-        scheduler=functools.partial(CosineAnnealingLR, T_max=s.epochs),
-        epochs=s.epochs,
-        batch_size=s.batch_size,
-        seed=seed,
-        device=here.device,
-        directory=here.folder,
-        resume=True,
-    )
-    images = generate.samples(trained.model, trained.guide, test[:1].to(here.device or "cpu"), 16, seed=seed)
-    np.save(here.folder / "samples.npy", images.reshape(16, *test.event_shape).cpu().numpy())
+    vae = VAE(PRIORS[prior](s, q, images), likelihood, q)
+    trained = train(vae, images, valid, here, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size, seed=seed)
+    drawn = generate.samples(trained.model, trained.guide, test[:1].to(here.device or "cpu"), 16, seed=seed)
+    np.save(here.folder / "samples.npy", drawn.reshape(16, *test.event_shape).cpu().numpy())
     est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
-    seconds = sum(epoch["seconds"] for epoch in trained.history)
-    return of_estimate(est) | {
-        "valid_elbo": trained.metrics["valid_elbo"],
-        "training_seconds": seconds,
-        "ms_per_step": 1000 * seconds / trained.metrics["step"],
-        "parameters": sum(p.numel() for p in vae.parameters()),
-    }
+    return (
+        of_estimate(est)
+        | of_run(trained)
+        | {
+            "parameters": sum(p.numel() for p in vae.parameters()),
+        }
+    )
 
 
 def table(cells: Cells) -> str:
