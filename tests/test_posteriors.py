@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mpmath
@@ -18,8 +19,8 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
-from ppvae.errors import ContractError, DataError
+from ppvae import VAE, data, fit, likelihoods, load, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.inference import inspect
 from ppvae.models import LinearGaussian
 from ppvae.naming import unique
@@ -650,6 +651,48 @@ def test_per_datum_reaches_every_exact_posterior_and_refuses_new_data() -> None:
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(nn.mlp(2, 5)), posteriors.PerDatum(20, 4))
     with pytest.raises((ContractError, DataError), match="Refit"):
         log_marginal(vae.model, vae.guide, data.indexed(torch.randn(30, 5)), num_particles=5, progress=False)
+
+
+def per_datum(count: int) -> tuple[VAE, Tensor]:
+    torch.manual_seed(0)
+    likelihood = likelihoods.Bernoulli(nn.mlp(2, FEATURES, hidden=(6,)))
+    x = (torch.rand(count, FEATURES, generator=torch.Generator().manual_seed(4)) > 0.5).float()
+    x[:, 0], x[:, 1] = 1.0, torch.arange(count) % 2  # no row of zeros, which would stand for any datum
+    return VAE(priors.StandardNormal(2), likelihood, posteriors.PerDatum(count, 4)), x
+
+
+def test_per_datum_takes_no_other_data_under_the_same_index(tmp_path: Path) -> None:
+    vae, x = per_datum(30)
+    train, other = data.indexed(x), data.indexed(1 - x)
+    with pytest.raises(UsageError, match=r"valid: PerDatum has parameters for the training data alone.*refit"):
+        fit(vae.model, vae.guide, train, valid=other, epochs=1, progress=False)
+    run = fit(vae.model, vae.guide, train, epochs=1, directory=tmp_path / "run", progress=False)
+    again, _ = per_datum(30)
+    loaded = load(tmp_path / "run", again.model, again.guide)
+    for model, guide in ((run.model, run.guide), (loaded.model, loaded.guide)):
+        some = tuple(t[3:20] for t in train)
+        assert bool(log_marginal(model, guide, some, num_particles=5, progress=False).log_px.isfinite().all())
+        for wrong in (other, (x.flip(0), train[1]), (x, train[1].roll(1))):
+            with pytest.raises(DataError, match=r"PerDatum.*another datum at index.*Refit"):
+                log_marginal(model, guide, wrong, num_particles=5, progress=False)
+    with pytest.raises(DataError, match="another datum"):
+        fit(vae.model, vae.guide, other, epochs=1, progress=False)
+    load(tmp_path / "run", vae.model, vae.guide)
+
+
+def test_per_datum_tells_values_apart_and_precisions_not() -> None:
+    vae, _ = per_datum(4)
+    x, index = torch.randn(4, FEATURES).double(), torch.arange(4)
+    vae.posterior(x, context=index)
+    vae.double().float().eval()
+    for same in (x.float(), x.float().double(), x):
+        vae.posterior(same, context=index)
+    for row in range(4):
+        for column in range(FEATURES):
+            moved = x.clone()
+            moved[row, column] += 1e-4
+            with pytest.raises(DataError, match=f"index {row}"):
+                vae.posterior(moved, context=index)
 
 
 @pytest.mark.parametrize("rate", [0.5, 50.0])

@@ -172,6 +172,12 @@ class _Trainer:
             if self.valid is not None:
                 self.valid.check_like(self.train)
             self.structure, modules = self._look(device is not None, place)
+            for module in modules if self.valid is not None else ():
+                if getattr(module, "of_its_data_alone", False):
+                    raise UsageError(
+                        f"valid: {type(module).__name__} has parameters for the training data alone; leave valid "
+                        f"out, and refit for an ELBO of other data"
+                    )
             self.state = PairState(self.scope, modules)
             self.monitor = Monitor(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
