@@ -124,20 +124,13 @@ def run(
 
 
 def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float, **options: Any) -> Run:
-    """Fits by Adam, its learning rate falling to zero along a cosine, in the cell's folder, where it resumes."""
-    return fit(
-        vae.model,
-        vae.guide,
-        data,
-        valid=valid,
-        optimizer=functools.partial(torch.optim.Adam, lr=lr),
-        scheduler=functools.partial(CosineAnnealingLR, T_max=epochs),
-        epochs=epochs,
-        device=here.device,
-        directory=here.folder,
-        resume=True,
-        **options,
-    )
+    """Fits in the cell's folder, where it resumes; by Adam, whose rate falls to zero along a cosine if no other way."""
+    usual = {
+        "optimizer": functools.partial(torch.optim.Adam, lr=lr),
+        "scheduler": functools.partial(CosineAnnealingLR, T_max=epochs),
+    }
+    where = {"device": here.device, "directory": here.folder, "resume": True}
+    return fit(vae.model, vae.guide, data, valid=valid, epochs=epochs, **where, **(usual | options))
 
 
 def of_run(trained: Run) -> dict[str, Any]:
