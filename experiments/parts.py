@@ -44,7 +44,7 @@ class Settings:
     components: int = 100
     epochs: int = 20
     batch_size: int = 100
-    lr: float = 1e-3
+    lr: float = 3e-3
     num_test: int = 10_000
     particles: int = 500
 
@@ -91,9 +91,10 @@ def compute(s: Settings, here: Here, prior: str, posterior: str, seed: int) -> d
     images, valid, test = data.load(s.data, here.root, binarize="dynamic")
     torch.manual_seed(seed)
     dims = images.shape[1]
-    likelihood = likelihoods.Bernoulli(nn.mlp(s.latent, dims, hidden=s.hidden))
+    decoder = nn.mlp(s.latent, dims, hidden=s.hidden)
+    nn.set_output_bias(decoder, images.as_subclass(torch.Tensor).mean(0).clamp(1e-3, 1 - 1e-3).logit())
     q = POSTERIORS[posterior](s, dims)
-    vae = VAE(PRIORS[prior](s, q, images), likelihood, q)
+    vae = VAE(PRIORS[prior](s, q, images), likelihoods.Bernoulli(decoder), q)
     trained = train(vae, images, valid, here, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size, seed=seed)
     drawn = generate.samples(trained.model, trained.guide, test[:1].to(here.device or "cpu"), 16, seed=seed)
     np.save(here.folder / "samples.npy", drawn.reshape(16, *test.event_shape).cpu().numpy())
