@@ -14,6 +14,7 @@ import torch
 from ppvae import data as datasets
 from ppvae.choices import Among, Argument, among
 from ppvae.errors import PpvaeError, UsageError
+from ppvae.inference.scope import unbound
 from ppvae.settings import parse
 from ppvae.training import fit as train_pair
 from ppvae.training import load as load_run
@@ -155,10 +156,15 @@ def evaluate(args: list[str]) -> int:
     columns = _of_run(run, settings, settings.split)
     if settings.head is not None:
         columns = tuple(c.head(settings.head) if hasattr(c, "head") else c[: settings.head] for c in columns)
+    discrete = getattr(getattr(unbound(run.model), "__self__", None), "discrete", None)
+    model, guide = (run.model, run.guide) if discrete is None else (discrete.model, discrete.guide)
     est = log_marginal(
-        run.model, run.guide, columns, num_particles=settings.num_particles, seed=settings.seed,
+        model, guide, columns, num_particles=settings.num_particles, seed=settings.seed,
         device=settings.device, rows=settings.rows,
     )  # fmt: skip
+    if discrete is not None:
+        note = "log p(x) of the discrete model, whose relaxed counterpart was trained"
+        est = dataclasses.replace(est, notes=(*est.notes, note))
     name = "log_marginal" if settings.split == "test" else f"log_marginal_{settings.split}"
     path = est.save(directory / "results", name)
     for name, value in est.table().items():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
-from ppvae import VAE, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
+from ppvae import VAE, data, fit, likelihoods, load, log_marginal, nn, posteriors, priors, terms
+from ppvae.cli import main
 from ppvae.conditional import needs_context, takes_context
 from ppvae.errors import ContractError, UsageError
+from ppvae.inference import check
 
 LATENT, FEATURES, LABELS = 3, 6, 2
 
@@ -226,6 +233,47 @@ def test_looking_for_a_fit_leaves_no_trace() -> None:
     fresh.guide(x)
     assert int(parts[1].num_batches_tracked) == 1
     assert all(m.training for m in fresh.modules())
+
+
+# --------------------------------------------------------------------------------------- relaxed and discrete models
+
+
+def test_the_command_line_reports_the_discrete_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--prior", "Bernoulli", "--posterior", "RelaxedBernoulli", "--latent", "3", "--hidden", "8"]
+    where = ["--runs", str(tmp_path), "--name", "relaxed", "--epochs", "1", "--no-report"]
+    assert main(["fit", "ppvae.models:vae", *chosen, *where]) == 0
+    assert main(["evaluate", str(tmp_path / "relaxed"), "--num-particles", "400", "--head", "20", "--no-report"]) == 0
+    assert "discrete model, whose relaxed counterpart was trained" in capsys.readouterr().out
+    vae = load(tmp_path / "relaxed").model.function.__self__
+    test = data.load("digits", binarize="fixed")[2][:20]
+    values = vae.discrete.prior().enumerate_support()
+    with torch.no_grad():
+        joint = vae.prior.discrete().log_prob(values)[:, None] + vae.likelihood(values[:, None]).log_prob(test)
+    found = json.loads((tmp_path / "relaxed" / "results" / "log_marginal.json").read_text())["per_datum"]
+    log_px, std_error = (torch.tensor(found[name]).double() for name in ("log_px", "std_error"))
+    assert float(((log_px - joint.double().logsumexp(0)) / std_error).abs().max()) < 5
+
+
+@pytest.mark.parametrize("fn", [dist.RelaxedBernoulli, dist.RelaxedOneHotCategorical])
+def test_pyros_relaxed_distributions_are_told_too(fn: Any) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", made())
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", made())
+
+    def made() -> Any:
+        one = fn(torch.tensor(0.7), logits=torch.zeros(2))
+        return one if one.event_shape else one.to_event(1)
+
+    x = torch.randn(5)
+    assert "'z' is a relaxed discrete latent" in check(model, guide, x)
+    assert (
+        "'z' is a relaxed discrete latent" in log_marginal(model, guide, x, num_particles=3, progress=False).notes[-1]
+    )
 
 
 def test_two_vaes_never_share_a_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.distributions import kl_divergence
 
 from ppvae import VAE, data, fit, likelihoods, load, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import ContractError, DataError, UsageError
-from ppvae.inference import inspect
+from ppvae.inference import check, inspect
 from ppvae.models import LinearGaussian
 from ppvae.naming import unique
 from ppvae.posteriors.sphere import PowerSphericalVector
@@ -594,6 +595,11 @@ def test_relaxed_pair_trains_and_its_discrete_pair_is_evaluated(kind: str) -> No
         joint = discrete.prior().log_prob(values)[:, None] + discrete.likelihood(values[:, None]).log_prob(x)
     assert float(((est.log_px - joint.double().logsumexp(0)) / est.std_error).abs().max()) < 5
     given = VAE(vae.prior.discrete, vae.likelihood, vae.posterior)  # relaxes the prior itself, with the same logits
+    told = "relaxed discrete latent: log p\\(x\\) is that of the relaxed model"
+    relaxed = log_marginal(vae.model, vae.guide, x, num_particles=5, progress=False)
+    assert re.search(told, " ".join(relaxed.notes))
+    assert re.search(told, check(vae.model, vae.guide, x))
+    assert not re.search(told, " ".join(est.notes) + check(discrete.model, discrete.guide, x))
     z = given.guide(x)
     torch.testing.assert_close(given.prior().log_prob(z), vae.prior().log_prob(z))
     assert given.discrete.prior is vae.prior.discrete

@@ -109,6 +109,7 @@ def log_marginal(
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     posterior = {name: torch.cat([d[name] for d in draws], dim=1) for name in draws[0]} if draws else None
     base, levels, notes = _measure(columns[0], structure)
+    notes += structure.remarks
     dims: float = structure.observed_dims
     if missing:
         dims -= missing / len(columns[0])

@@ -20,7 +20,7 @@ from ppvae.inference.missing import check_missing, failed_on_gaps, with_gaps
 from ppvae.inference.registration import Registration, check_registered
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
-from ppvae.inference.support import base, base_measure, check_support, event_size, mask_of
+from ppvae.inference.support import base, base_measure, check_support, event_size, is_relaxed, mask_of
 from ppvae.inference.tracing import Pair, as_batch, event_dim, explained, node_log_prob, params_of, sample_nodes, traces
 
 
@@ -106,6 +106,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
             for n, node in guide_nodes.items()
             if guide_roles[n] != "enumerated" and not getattr(node["fn"], "has_rsample", False)
         ),
+        relaxed=tuple(n for n, node in model_nodes.items() if model_roles[n] == "latent" and is_relaxed(node["fn"])),
         refusal=refusal,
         enumerated=tuple(
             n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))
@@ -307,6 +308,7 @@ def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], sha
         yield f"can be trained; weights and log p(x) are refused: {s.refusal}"
     if s.lower_bound_only:
         yield "a point mass on a discrete latent: log p(x) estimates are lower bounds only"
+    yield from s.remarks
 
 
 def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:

@@ -71,6 +71,13 @@ def base(fn: Any) -> Any:
     return fn
 
 
+def is_relaxed(fn: Any) -> bool:
+    """Whether a distribution is a continuous stand-in for a discrete one: Pyro's, or one that says so by `relaxes`."""
+    fn = base(fn)
+    kinds = (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)
+    return isinstance(fn, kinds) or bool(getattr(fn, "relaxes", False))
+
+
 def mask_of(node: dict[str, Any]) -> Any:
     """The mask of a traced site, its distribution's own included; None where there is none."""
     fn, mask = node["fn"], node["mask"]
