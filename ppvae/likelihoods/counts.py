@@ -8,7 +8,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, blocks, event_dim, of_blocks, per_datum, register_log
+from ppvae.likelihoods.outputs import Given, OfNetwork, blocks, event_dim, of_blocks, per_datum, register_log
 
 
 class _Counts(nn.Module):
@@ -162,7 +162,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
         return distributions.ZeroInflated(fn, gate)
 
 
-class Multinomial(nn.Module):
+class Multinomial(OfNetwork):
     """Bags of N words, log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log softmax(net(z))_d.
 
     N is given, the batch's second tensor [N]: x alone has no density here until its total has one, and log p(x) means
@@ -177,14 +177,6 @@ class Multinomial(nn.Module):
     >>> Multinomial(mlp(8, 64))(torch.zeros(5, 8), context=torch.full((5,), 10)).sample().sum(-1)
     tensor([10., 10., 10., 10., 10.])
     """
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return tuple(event)
 
     def forward(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)
