@@ -45,13 +45,12 @@ def main() -> None:
 
 
 def section(module: ModuleType) -> str:
-    """An experiment's title, command, tables (one for each settings) and pictures; nothing where there are no cells."""
+    """An experiment's description, command, tables (one for each settings) and pictures; "" without cells."""
     name = module.__name__.rpartition(".")[2]
     cells = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
     if not cells:
         return ""
-    title, _, rest = (module.__doc__ or name).partition("\n")
-    parts = [f"## {title.rstrip('.')}", rest.strip(), f"`python -m experiments.{name}`"]
+    parts = [f"## {name}", (module.__doc__ or "").strip(), f"`python -m experiments.{name}`"]
     usual = plain(dataclasses.asdict(module.Settings()))
     for settings, group in grouped(ordered(cells, usual), usual):
         parts += [f"With {settings}:"] if settings else []
@@ -88,8 +87,10 @@ def provenance(cells: Cells) -> str:
     """Where a table's cells were computed, with what code, and for how long."""
     machines = sorted({f"{c['machine']}, {c['threads']} thread{'s' * (c['threads'] > 1)}" for c in cells})
     commits = sorted({c["commit"][:10] + "-dirty" * c["commit"].endswith("-dirty") for c in cells})
-    minutes = sum(c["duration"] for c in cells) / 60
-    return f"<sub>{len(cells)} cells, {minutes:.0f} minutes; {'; '.join(machines)}; commit {', '.join(commits)}.</sub>"
+    seconds = sum(c["duration"] for c in cells)
+    took = f"{seconds / 60:.0f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
+    count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+    return f"<sub>{count}, {took}; {'; '.join(machines)}; commit {', '.join(commits)}.</sub>"
 
 
 if __name__ == "__main__":
