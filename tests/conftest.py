@@ -1,8 +1,25 @@
-"""What the tests say at the end: how many parts and combinations they covered."""
+"""What tests share, and what they say at the end: how many parts and combinations they covered."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """float64, a seed and an empty param store; type and store as they were, afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(before)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

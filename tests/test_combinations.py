@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-import pyro
 import pytest
 import torch
 from parts import FEATURES, LATENT, LIKELIHOODS, POINT, POSTERIORS, PRIORS, Nets, net
@@ -196,12 +195,6 @@ def run_through(combinations: list[Combination], record_property: Callable[[str,
     for word, good in (("fitting", True), ("refused", False)):
         record_property(word, [" ".join(c) for c in combinations if fitting()[c] == good])
         record_property(f"all {word}", sum(v == good for v in fitting().values()))
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    yield
-    pyro.clear_param_store()
 
 
 @pytest.mark.parametrize("prior", OF_PRIOR)

@@ -23,17 +23,7 @@ from ppvae.inference import terms
 from ppvae.models import LinearGaussian
 from ppvae.nn import MADE
 
-
-@pytest.fixture(autouse=True)
-def clean():
-    """float64 and an empty param store, and both as they were afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    yield
-    pyro.clear_param_store()
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def oracle(features, latent, scale, count):
