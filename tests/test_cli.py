@@ -190,6 +190,15 @@ def test_evaluate_and_generate_take_a_head_a_split_and_the_best(cli, trained):
     assert again.status == 0, again.err
 
 
+def test_best_is_a_plain_flag(cli, trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ppvae.commands.load_run", lambda folder, best: asked.append(best) or load(folder, best=best))
+    for options in ([], ["--best"]):
+        result = cli("evaluate", trained, "--head", 3, "--num-particles", 2, "--no-report", *options)
+        assert result.status == 0, result.err
+    assert asked == [None, True]  # without it, what the run ended with
+
+
 def test_the_same_command_twice_gives_the_same_weights(cli, tmp_path):
     states = []
     for name in ("a", "b"):

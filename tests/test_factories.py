@@ -149,6 +149,8 @@ def test_z_is_of_the_size_that_the_prior_has() -> None:
     )
     assert made.likelihood.net[0].in_features == 6
     assert made.posterior.net[-1].out_features == 6
+    flow = vae(data_for("", 64), prior=functools.partial(priors.Normal, latent=5), posterior=posteriors.IAF)
+    assert (flow.posterior.latent, flow.likelihood.net[0].in_features) == (5, 5)
     with pytest.raises(
         UsageError, match=r"posterior OneHot: classes: expected a divisor of the latent's size 6, found 4"
     ):
@@ -164,6 +166,23 @@ def test_labels_are_asked_for() -> None:
         vae(data_for("", 64), prior=priors.ConditionalNormal.of_labels)
     made = vae(data_for("", 64), prior=priors.ConditionalNormal.of_labels, num_labels=6)
     assert made.prior.net.num_embeddings == 6
+
+
+def test_check_tells_the_parts_and_nothing_inside_them() -> None:
+    x = data_for("", 64)
+    prior = functools.partial(priors.VampPrior.from_data, components=7)
+    made = vae(x, latent=3, hidden=(8,), prior=prior, posterior=posteriors.IAF)
+    told = [line for line in check(made.model, made.guide, x).splitlines() if " parameters. " in line]
+    numbers = [sum(p.numel() for p in part.parameters()) for part in made.children()]
+    prior_, likelihood_, posterior_ = told
+    assert prior_.startswith(
+        f"prior: VampPrior, a distribution over event [3] in real, {numbers[0]} parameters. The mix"
+    )
+    assert likelihood_ == (
+        f"likelihood: Bernoulli, a distribution over event [64] in {{0, 1}}, {numbers[1]} parameters. "
+        "Independent Bernoulli pixels, log p(x | z) = sum_d x_d l_d - softplus(l_d), l = net(z)."
+    )
+    assert posterior_.startswith(f"posterior: IAF, a distribution over event [3] in real, {numbers[2]} parameters. Inv")
 
 
 def test_parts_that_are_made_of_each_other() -> None:
