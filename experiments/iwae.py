@@ -1,8 +1,9 @@
 """Table 1 of Burda et al. 2016 (arXiv 1509.00519), MNIST binarised at random, one stochastic layer.
 
 784-200-200-(50), tanh, the decoder mirrored and started at the mean image; Adam with eps 1e-4, batches of 20, and
-eight rates lr * 10^(-i/7), i = 0 .. 7: with `--paper` lr = 1e-3 and 3^i passes each, 3280 in all, else `--lr`, chosen
-by the validation ELBO of VAE-1, and `--passes`. VAE-k averages the ELBO over k draws. A unit u is active if Var_x(E_q[u | x]) > 0.01.
+eight rates lr * 10^(-i/7), i = 0 .. 7: with `--paper` lr = 1e-3 and 3^i passes each, 3280 in all; else `--lr`, chosen
+by the validation ELBO of VAE-1, and `--passes` each. VAE-k averages the ELBO over k draws. A unit u is active if
+Var_x(E_q[u | x]) > 0.01.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class Settings:
     data: str = "mnist"
     latent: int = 50
     hidden: tuple[int, ...] = (200, 200)
-    paper: bool = False
+    paper: bool = False  # has a rate and passes of its own, in place of the next two
+    lr: float = 2e-3
     passes: int = 1
     batch_size: int = 20
-    lr: float = 2e-3
     eps: float = 1e-4
     num_test: int = 1000
     particles: int = 5000
