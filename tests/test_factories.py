@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import math
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -210,6 +214,31 @@ def test_a_table_with_gaps() -> None:
     made = vae(x, missing=True, likelihood=likelihoods.Normal)
     assert bool(torch.isfinite(made.posterior(x).mean).all())
     assert bool(torch.isfinite(vae(x, missing=True).likelihood.net[-1].bias).all())
+
+
+# The README's tables of parts
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ROWS = {  # (room, part): its row's reference
+    (room, name): line.split("|")[-2]
+    for room, table in re.findall(r"^\| `(priors|likelihoods|posteriors|nn)`.*\n((?:\|.*\n)+)", README, re.M)
+    for line in table.splitlines()[1:]
+    for name in map(str.strip, line.split("|")[1].split(","))
+}
+
+
+def test_the_readme_has_every_part_with_the_source_of_its_docstring() -> None:
+    rooms = {"prior": "priors", "likelihood": "likelihoods", "posterior": "posteriors"}
+    assert {(rooms[role], name) for role, name in PARTS} == {row for row in ROWS if row[0] != "nn"}
+    for (room, name), reference in ROWS.items():
+        told = " ".join((inspect.getdoc(getattr(importlib.import_module(f"ppvae.{room}"), name)) or "").split())
+        sources = reference.split(";")
+        assert all(sources), (room, name)
+        for source in sources:
+            said = re.findall(r"^ \w+|\b(?:19|20)\d\d(?=,|\b *$)|\d{4}\.\d{4,5}", source)  # author, year, arXiv id
+            assert len(said) in (2, 3), source
+            assert [word for word in said if word.strip() not in told] == [], (name, source)
 
 
 # Choosing by name

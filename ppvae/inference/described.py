@@ -88,4 +88,4 @@ def _registered(module: nn.Module, params: Mapping[str, Tensor]) -> str:
 def _sentence(cls: type) -> str:
     """The first sentence of the class's own docstring."""
     text = " ".join((cls.__dict__.get("__doc__") or "").split())
-    return f". {re.split(r'(?<=[^.][.]) ', text)[0]}" if text else ""
+    return f". {re.split(r'(?<=[^. ][.]) ', text)[0]}" if text else ""

@@ -47,7 +47,7 @@ class Gated(nn.Module):
 def gated_mlp(inputs: int, outputs: int, hidden: Sequence[int] = (300, 300)) -> nn.Sequential:
     """A multilayer perceptron [..., inputs] -> [..., outputs] of gated hidden layers and a linear last one.
 
-    Source: Tomczak and Welling 2018 (arXiv 1705.07120).
+    Source: Dauphin et al. 2017 (arXiv 1612.08083); in VAEs, Tomczak and Welling 2018 (arXiv 1705.07120).
 
     >>> gated_mlp(64, 16)(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
