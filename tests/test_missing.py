@@ -457,6 +457,28 @@ def test_likelihoods_that_take_no_gaps(name):
             call()
 
 
+def test_a_density_that_makes_a_number_of_nan_is_none():
+    """Pyro's one-hot takes the largest entry, and NaN for it: finite, and wrong."""
+    fn = dist.OneHotCategorical(logits=torch.tensor([0.0, 1.0, 2.0]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", fn, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    x = torch.eye(3)[torch.arange(30) % 3]
+    assert log_marginal(model, guide, x, num_particles=30).reliable.all()
+    x[4, 0] = NAN
+    with pyro.validation_enabled(False):
+        assert fn.log_prob(x).isfinite().all()
+    with pytest.raises(ContractError, match=r"site 'x'.*OneHotCategorical, which does not take NaN"):
+        log_marginal(model, guide, data.with_missing(x), num_particles=30)
+
+
 def test_a_guide_that_takes_no_gaps():
     pair, x = mixed(), data.with_missing(table())
     pair.posterior = posteriors.DiagonalNormal(nn.mlp(5, 4, hidden=(4,)))

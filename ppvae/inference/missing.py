@@ -111,7 +111,8 @@ def _admits(node: Mapping[str, Any]) -> bool | None:
     if support in (None, constraints.real, constraints.real_vector):
         return None
     try:
-        return bool(support.check(value)[value.isnan()].all())
+        inside = support.check(value)  # of numbers, or of vectors
+        return bool(inside[value.isnan().reshape(*inside.shape, -1).any(-1)].all())
     except (NotImplementedError, RuntimeError, ValueError, IndexError):
         return None
 
