@@ -89,7 +89,7 @@ def run(
         settings = dataclasses.replace(settings, **{k: v for k, v in smoke.items() if k not in chosen})
         results = runs = Path("runs") / "smoke" / name
         shutil.rmtree(runs, ignore_errors=True)
-    cells = []
+    cells, commit = [], _commit()  # that of the code that has been loaded, whatever is done to the files meanwhile
     for point in itertools.product(*(getattr(settings, f"{axis}s") for axis in axes)):
         cell = dict(zip(axes, point, strict=True))
         one = dataclasses.replace(settings, **{f"{axis}s": (value,) for axis, value in cell.items()})
@@ -110,7 +110,7 @@ def run(
                 "command": " ".join([prog, *(["--smoke"] if given["smoke"] else []), *_flags(one, usual)]),
                 "settings": others,
                 "result": _plain(result),
-                "commit": _commit(),
+                "commit": commit,
                 "machine": processor() if given["device"] is None else torch.cuda.get_device_name(),
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
