@@ -699,6 +699,8 @@ def test_per_datum_tells_values_apart_and_precisions_not() -> None:
             moved[row, column] += 1e-4
             with pytest.raises(DataError, match=f"index {row}"):
                 vae.posterior(moved, context=index)
+    with pytest.raises(DataError, match="index 0"):
+        vae.posterior(x.roll(1, dims=-1), context=index)
 
 
 @pytest.mark.parametrize("rate", [0.5, 50.0])
