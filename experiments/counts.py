@@ -103,7 +103,8 @@ def compute(s: Settings, here: Here, source: str, likelihood: str, seed: int) ->
     result = of_estimate(est) | {"valid_elbo": max(epoch["valid_elbo"] for epoch in trained.history)}
     if known:
         made = generate.reconstructions(trained.model, trained.guide, test, seed=seed)
-        np.savez(here.folder / "shown.npz", z=z, x=test[0], made=made.cpu(), library=test[1])
+        right, unit = truth(s, source, z, test[1].double()).mean, test[1][:, None]
+        np.savez(here.folder / "shown.npz", z=z, truth=right / unit, made=made.cpu() / unit)
         behind = log_px - est.log_px
         result |= {"behind": float(behind.mean()), "behind_error": float(behind.std()) / math.sqrt(len(z))}
     return result
@@ -124,17 +125,17 @@ def table(cells: Cells) -> str:
 
 @styled
 def picture(cells: Cells) -> Any:
-    """The three largest features along the true z: counts over library sizes, and what the likelihoods expect."""
+    """The expected shares of three features along the true z: lines are the truth, crosses what a likelihood makes."""
     here = [c for c in cells if (Path(c["folder"]) / "shown.npz").exists()]
     rows, shape = collected(here, "source", "likelihood"), [len(collected(here, a)) for a in ("source", "likelihood")]
     fig = figure(3.0 * shape[1], 2.6 * shape[0])
     for ax, ((source, name), r) in zip(fig.subplots(*shape, squeeze=False).flat, rows.items(), strict=False):
         held = np.load(Path(r[0]["folder"]) / "shown.npz")
-        x, made = (held[key] / held["library"][:, None] for key in ("x", "made"))
-        for d, colour in zip(x.mean(0).argsort()[::-1][:3], (BLUE, VERMILLION, GREEN), strict=True):
-            ax.plot(held["z"], x[:, d], ".", color=colour, alpha=0.2, markersize=3)
-            ax.plot(held["z"], made[:, d], "x", color=colour, markersize=3)
-        ax.set(title=f"truth {source}\n{name}: {mean(r, 'behind'):.2f} nats behind", xlabel="true z", ylim=(0, 0.3))
+        z, right, made = (held[key][held["z"].argsort()] for key in ("z", "truth", "made"))
+        for d, colour in zip(right.mean(0).argsort()[::-1][:3], (BLUE, VERMILLION, GREEN), strict=True):
+            ax.plot(z, made[:, d], "x", color=colour, markersize=2.5, alpha=0.5)
+            ax.plot(z, right[:, d], color=colour)
+        ax.set(title=f"{name}\n{mean(r, 'behind'):.2f} nats behind", xlabel="true z", ylabel=source, ylim=(0, 0.5))
     return fig
 
 
