@@ -15,20 +15,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from experiments.cells import (
-    Cells,
-    Here,
-    collected,
-    markdown,
-    mean,
-    of_estimate,
-    of_run,
-    run,
-    standard_error,
-    train,
-    values,
-    verdict,
-)
+from experiments import cells
+from experiments.cells import Cells, Here
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors
 
 
@@ -96,7 +84,7 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
     )
     name, k = row.split("-")
     stage, lr = stages(s), 1e-3 if s.paper else s.lr
-    trained = train(
+    trained = cells.train(
         vae,
         images,
         valid,
@@ -111,36 +99,38 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
     )
     est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
     means = generate.posterior_means(trained.model, trained.guide, test)["z"]
-    return of_estimate(est) | of_run(trained) | {"active": int((means.var(0) > 0.01).sum())}
+    return cells.of_estimate(est) | cells.of_run(trained) | {"active": int((means.var(0) > 0.01).sum())}
 
 
-def table(cells: Cells) -> str:
+def table(found: Cells) -> str:
     """One row an objective, beside the paper's; then the order of the rows by the yardstick."""
-    rows = {name: r for (name,), r in collected(cells, "row").items()}
-    header = ("objective", "seeds", "test NLL", "active units", "published", "difference", "ms a step")
-    lines, known = [], PUBLISHED if cells[0]["settings"]["data"] == "mnist" else {}
+    rows = {name: r for (name,), r in cells.collected(found, "row").items()}
+    header = ("objective", "seeds", "test NLL", "active units", "published", "difference", "CPU ms/step")
+    lines, known = [], PUBLISHED if found[0]["settings"]["data"] == "mnist" else {}
     for name, r in rows.items():
         nll, units = known.get(name, (None, None))
-        active = " ".join(f"{a:.0f}" for a in values(r, "active"))
+        active = " ".join(f"{a:.0f}" for a in cells.values(r, "active"))
         published = "" if nll is None else f"{nll:.2f}" + (f" ({units})" if units else "")
-        behind = "" if nll is None else f"{mean(r) - nll:+.2f}"
+        behind = "" if nll is None else f"{cells.mean(r) - nll:+.2f}"
         lines.append((
-            name, len(r), f"{mean(r):.2f} ± {standard_error(r):.2f}", active, published, behind,
-            f"{mean(r, 'ms_per_step'):.1f}",
+            name, len(r), f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}", active, published, behind,
+            f"{cells.mean(r, 'cpu_ms_per_step'):.1f}",
         ))  # fmt: skip
-    first = cells[0]["result"]
+    first = found[0]["result"]
     budget = (
         f"NLL is L_{first['num_particles']} on {first['num_data']} test images, after {first['epochs']} passes over "
         f"the training data; the published figures are L_5000 on 10000 images after 3280 passes."
     )
     pairs = [("IWAE-5", "VAE-1"), ("IWAE-50", "IWAE-5"), ("IWAE-50", "VAE-50"), ("DReG-50", "IWAE-50")]
-    order = [(f"{a} over {b}", verdict(rows[a], rows[b])) for a, b in pairs if a in rows and b in rows]
-    return "\n\n".join([budget, markdown(header, lines), *([markdown(("gain of", "nats"), order)] if order else [])])
+    order = [(f"{a} over {b}", cells.verdict(rows[a], rows[b])) for a, b in pairs if a in rows and b in rows]
+    return "\n\n".join(
+        [budget, cells.markdown(header, lines), *([cells.markdown(("gain of", "nats"), order)] if order else [])]
+    )
 
 
 def main(args: list[str] | None = None) -> None:
     """Fills the table."""
-    run("iwae", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
+    cells.run("iwae", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
 
 
 if __name__ == "__main__":

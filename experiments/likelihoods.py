@@ -16,19 +16,8 @@ from typing import Any
 import torch
 from torch import nn as tnn
 
-from experiments.cells import (
-    Cells,
-    Here,
-    collected,
-    difference,
-    markdown,
-    mean,
-    of_estimate,
-    of_run,
-    run,
-    standard_error,
-    train,
-)
+from experiments import cells
+from experiments.cells import Cells, Here
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, posteriors, priors
 
 Build = Callable[[tnn.Module, int], tnn.Module]
@@ -81,19 +70,18 @@ def compute(s: Settings, here: Here, name: str, likelihood: str, seed: int) -> d
         posteriors.DiagonalNormal(nn.mlp(dims, 2 * s.latent, hidden=s.encoder)),
     )
     epochs = math.ceil(s.steps / math.ceil(len(images) / s.batch_size))
-    trained = train(vae, images, valid, here, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=s.clip, seed=seed)
+    trained = cells.train(
+        vae, images, valid, here, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=s.clip, seed=seed
+    )
     held_out = test.head(s.num_test)
     est = log_marginal(trained.model, trained.guide, held_out, num_particles=s.particles, seed=seed, rows=500)
-    return (
-        of_estimate(est)
-        | of_run(trained)
-        | {
-            "kind": "mass" if likelihood in MASSES else "density",
-            "levels": images.levels,
-            "at_floor": at_floor(vae, trained, held_out),
-            "parameters": sum(p.numel() for p in vae.parameters()),
-        }
-    )
+    own = {
+        "kind": "mass" if likelihood in MASSES else "density",
+        "levels": images.levels,
+        "at_floor": at_floor(vae, trained, held_out),
+        "parameters": sum(p.numel() for p in vae.parameters()),
+    }
+    return cells.of_estimate(est) | cells.of_run(trained) | own
 
 
 @torch.no_grad()
@@ -106,54 +94,47 @@ def at_floor(vae: VAE, trained: Any, x: torch.Tensor) -> float | None:
     return float((vae.likelihood(z).base_dist.scale <= 1.1 * floor).double().mean())
 
 
-def table(cells: Cells) -> str:
+def table(found: Cells) -> str:
     """Two tables a data set: masses and densities, each ranked by itself."""
     kinds = {
         "mass": "log-mass of the {} levels, exact",
         "density": "density of dequantised data, an upper bound on the bits of {} levels: not to be ranked with masses",
     }
-    header = (
-        "",
-        "likelihood",
-        "seeds",
-        "bits per dim",
-        "behind the first",
-        "at its floor",
-        "not reliable",
-        "ms a step",
-    )
+    header = ("", "likelihood", "seeds", "bits per dim", "behind the first", "at floor", "not reliable", "CPU ms/step")
     out = []
-    for (name,), of_data in collected(cells, "name").items():
+    for (name,), of_data in cells.collected(found, "name").items():
         for kind, title in kinds.items():
             some = [c for c in of_data if c["result"]["kind"] == kind]
-            rows = sorted(collected(some, "likelihood").items(), key=lambda row: mean(row[1], "bits_per_dim"))
+            rows = sorted(
+                cells.collected(some, "likelihood").items(), key=lambda row: cells.mean(row[1], "bits_per_dim")
+            )
             lines = [line(rank, likelihood, r, rows[0][1]) for rank, ((likelihood,), r) in enumerate(rows, 1)]
             if rows:
                 title = title.format(some[0]["result"]["levels"])
-                out.append(f"**{name}**: {title}\n\n{markdown(header, lines)}\n")
+                out.append(f"**{name}**: {title}\n\n{cells.markdown(header, lines)}\n")
     return "\n".join(out)
 
 
 def line(rank: int, likelihood: str, row: Cells, first: Cells) -> tuple[Any, ...]:
     """A likelihood's line; how far it is behind the first of its kind, with the paired standard error."""
-    unit = mean(row, "dims") * math.log(2)
-    behind, error = difference(first, row) if row is not first else (0.0, 0.0)
+    unit = cells.mean(row, "dims") * math.log(2)
+    behind, error = cells.difference(first, row) if row is not first else (0.0, 0.0)
     floor = row[0]["result"]["at_floor"]
     return (
         rank,
         likelihood,
         len(row),
-        f"{mean(row, 'bits_per_dim'):.3f} ± {standard_error(row) / unit:.3f}",
+        f"{cells.mean(row, 'bits_per_dim'):.3f} ± {cells.standard_error(row) / unit:.3f}",
         f"{behind / unit:.3f} ± {error / unit:.3f}" if row is not first else "",
         "" if floor is None else f"{100 * floor:.0f} % of scales",
-        f"{100 * mean(row, 'unreliable') / mean(row, 'num_data'):.0f} %",
-        f"{mean(row, 'ms_per_step'):.1f}",
+        f"{100 * cells.mean(row, 'unreliable') / cells.mean(row, 'num_data'):.0f} %",
+        f"{cells.mean(row, 'cpu_ms_per_step'):.1f}",
     )
 
 
 def main(args: list[str] | None = None) -> None:
     """Fills the table."""
-    run("likelihoods", Settings, ("name", "likelihood", "seed"), compute, table, SMOKE, __doc__, args)
+    cells.run("likelihoods", Settings, ("name", "likelihood", "seed"), compute, table, SMOKE, __doc__, args)
 
 
 if __name__ == "__main__":
