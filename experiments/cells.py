@@ -72,6 +72,7 @@ def run(
     """
     options: dict[str, tuple[Any, Any, str]] = {
         "smoke": (bool, False, "a run of seconds that only shows that everything works"),
+        "again": (bool, False, "compute what is kept already anew, under runs/again, and hold it against what is kept"),
         "root": (Path | None, None, "the folder that holds the data; PPVAE_DATA by default"),
         "device": (str | None, None, "where to compute, such as cuda; the processor by default"),
     }
@@ -89,6 +90,8 @@ def run(
         settings = dataclasses.replace(settings, **{k: v for k, v in smoke.items() if k not in chosen})
         results = runs = Path("runs") / "smoke" / name
         shutil.rmtree(runs, ignore_errors=True)
+    elif given["again"]:
+        results = runs = Path("runs") / "again" / name
     cells, commit = [], _commit()  # that of the code that has been loaded, whatever is done to the files meanwhile
     for point in itertools.product(*(getattr(settings, f"{axis}s") for axis in axes)):
         cell = dict(zip(axes, point, strict=True))
@@ -119,8 +122,20 @@ def run(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         cells.append(known)
+        if given["again"] and (kept := _read(RESULTS / name / path.name)) is not None:
+            print(f"{stem}: {held_against(known, kept)}", flush=True)
     print(table(cells))
     return cells, results
+
+
+def held_against(again: dict[str, Any], kept: dict[str, Any]) -> str:
+    """A cell that was computed again beside the one that is kept, in words."""
+    if again["settings"] != kept["settings"] or again["result"].get("digest") != kept["result"].get("digest"):
+        return "computed with other settings or data than the cell that is kept"
+    new, old = again["result"], kept["result"]
+    error = math.hypot(new["nll_std_error"], old["nll_std_error"])
+    apart = abs(new["nll"] - old["nll"]) / error if error else math.inf
+    return f"NLL {new['nll']:.3f}, kept {old['nll']:.3f}: {apart:.2f} standard errors apart"
 
 
 def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float, **options: Any) -> Run:

@@ -19,7 +19,8 @@ Written by `python -m experiments.readme` from the files in `results/`: do not e
 One script a table or figure: `python -m experiments.NAME` from the root of the repository; `--smoke` runs it in seconds
 on data that need no download, `--help` lists its settings, and the data are looked for in `PPVAE_DATA` (or `--root`).
 A cell that is there already, with the same settings, is not computed again, and one that was interrupted goes on from
-its last checkpoint in `runs/`: a table can fill over several sittings. Each cell is a file with its command, settings,
+its last checkpoint in `runs/`: a table can fill over several sittings. `--again` computes cells anew, under
+`runs/again`, and holds them against those that are kept. Each cell is a file with its command, settings,
 seed, commit, the SHA-256 of the data that it was evaluated on, machine, threads, versions and duration.
 
 NLL is in nats per datum, log p(x) by importance sampling; ± is one standard error, over test data and over seeds where
