@@ -173,6 +173,17 @@ def of_estimate(est: Estimate) -> dict[str, Any]:
     return est.attributes() | {"groups": [round(float(g.mean()), 5) for g in groups]}
 
 
+def kept(folder: Path, usual: Any) -> Cells:
+    """All cells of a folder of results, in the order of the tuples of the usual settings."""
+
+    def place(axis: str, value: Any) -> int:
+        known = getattr(usual, f"{axis}s")
+        return known.index(value) if value in known else len(known)
+
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted(cells, key=lambda c: [(place(axis, value), str(value)) for axis, value in c["cell"].items()])
+
+
 def collected(cells: Cells, *axes: str) -> dict[tuple[Any, ...], Cells]:
     """Cells by their values along some axes: rows, each with its seeds, in the order of the cells."""
     rows: dict[tuple[Any, ...], Cells] = {}

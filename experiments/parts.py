@@ -113,10 +113,10 @@ def table(found: Cells) -> str:
     return cells.markdown(header, lines)
 
 
-def picture(found: Cells, folder: Path) -> None:
-    """Sixteen samples a row, one row a pair, of the first seed; cells whose runs are elsewhere are left out."""
+def picture(folder: Path) -> None:
+    """Sixteen samples a row, one row a pair, of its first cell; those whose runs are elsewhere are left out."""
     rows = {}
-    for (prior, posterior), row in cells.collected(found, "prior", "posterior").items():
+    for (prior, posterior), row in cells.collected(cells.kept(folder, Settings()), "prior", "posterior").items():
         path = Path(row[0]["folder"]) / "samples.npy"
         if path.exists():
             rows[f"{prior}, {posterior}"] = np.load(path)
@@ -128,8 +128,8 @@ def picture(found: Cells, folder: Path) -> None:
 def main(args: list[str] | None = None) -> None:
     """Fills the table and draws the picture."""
     axes = ("prior", "posterior", "seed")
-    found, folder = cells.run("parts", Settings, axes, compute, table, SMOKE, __doc__, args)
-    picture(found, folder)
+    _, folder = cells.run("parts", Settings, axes, compute, table, SMOKE, __doc__, args)
+    picture(folder)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import experiments
-from experiments.cells import RESULTS, Cells
+from experiments.cells import RESULTS, Cells, kept
 
 INTRODUCTION = """# Experiments
 
@@ -48,12 +48,12 @@ def main() -> None:
 def section(module: ModuleType) -> str:
     """An experiment's description, command, tables (one for each settings) and pictures; "" without cells."""
     name = module.__name__.rpartition(".")[2]
-    cells = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
+    cells = kept(RESULTS / name, module.Settings())
     if not cells:
         return ""
     parts = [f"## {name}", (module.__doc__ or "").strip(), f"`python -m experiments.{name}`"]
     usual = plain(dataclasses.asdict(module.Settings()))
-    for settings, group in grouped(ordered(cells, usual), usual):
+    for settings, group in grouped(cells, usual):
         parts += [f"With {settings}:"] if settings else []
         parts += [module.table(group).strip(), provenance(group)]
     pictures = sorted((RESULTS / name).glob("*.png"))
@@ -63,16 +63,6 @@ def section(module: ModuleType) -> str:
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON has them."""
     return json.loads(json.dumps(settings))
-
-
-def ordered(cells: Cells, usual: dict[str, Any]) -> Cells:
-    """Cells in the order of the settings' tuples."""
-
-    def place(axis: str, value: Any) -> int:
-        known = usual[f"{axis}s"]
-        return known.index(value) if value in known else len(known)
-
-    return sorted(cells, key=lambda c: [(place(axis, value), str(value)) for axis, value in c["cell"].items()])
 
 
 def grouped(cells: Cells, usual: dict[str, Any]) -> list[tuple[str, Cells]]:
