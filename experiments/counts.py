@@ -135,7 +135,8 @@ def picture(cells: Cells) -> Any:
         for d, colour in zip(right.mean(0).argsort()[::-1][:3], (BLUE, VERMILLION, GREEN), strict=True):
             ax.plot(z, made[:, d], "x", color=colour, markersize=2.5, alpha=0.5)
             ax.plot(z, right[:, d], color=colour)
-        ax.set(title=f"{name}\n{mean(r, 'behind'):.2f} nats behind", xlabel="true z", ylabel=source, ylim=(0, 0.5))
+        title = f"{name}\n{mean(r, 'behind'):.2f} nats behind"
+        ax.set(title=title, xlabel=f"true z of {source}", ylabel="share of a feature", ylim=(0, 0.5))
     return fig
 
 
