@@ -218,15 +218,21 @@ def draw(
     *,
     structure: Structure,
     index: Tensor | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    events: bool = False,
 ) -> dict[str, Site]:
-    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out."""
+    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out.
+
+    `values` evaluates it at given latents, `events` gives log-densities per part of an event: as in `terms`.
+    """
     s = structure
-    given = {} if index is None else {s.plate: index}
+    given = {**(values or {}), **({} if index is None else {s.plate: index})}
     laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
     parts = []
     for rows, at, particles, piece in laid.runs(batch, given):
         trace = one_trace(guide, rows, s, at, num_particles=particles)
-        parts.append({n: piece.site(n, v, s.guide_roles[n]) for n, v in sample_nodes(trace) if n not in s.enumerated})
+        nodes = [(n, node) for n, node in sample_nodes(trace) if n not in s.enumerated]
+        parts.append({n: piece.site(n, node, s.guide_roles[n], events) for n, node in nodes})
     return _joined(parts, s) if s.layout == "one by one" else parts[0]
 
 

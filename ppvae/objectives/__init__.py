@@ -6,6 +6,12 @@ gradient is estimated is a separate choice, `gradient=`, that never changes a va
 
 from ppvae.objectives.base import Objective
 from ppvae.objectives.bounds import CIWAE, IWAE, MIWAE, PIWAE, Renyi
+from ppvae.objectives.aggregate import TCVAE, InfoVAE
 from ppvae.objectives.elbo import ELBO, Capacity
+from ppvae.objectives.tvo import TVO
+from ppvae.objectives.wake_sleep import ReweightedWakeSleep
 
-__all__ = ["CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "Capacity", "Objective", "Renyi"]
+__all__ = [
+    "CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "TCVAE", "TVO", "Capacity", "InfoVAE", "Objective", "Renyi",
+    "ReweightedWakeSleep",
+]  # fmt: skip

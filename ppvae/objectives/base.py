@@ -16,6 +16,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair, traces
 from ppvae.inference.weights import Terms, terms
 from ppvae.objectives.gradients import Gradient, named
+from ppvae.objectives.schedules import Scheduled
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Objective(PyroELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.gradient = named(gradient)
         self.gradient.suits(self)
+        self._scheduled: dict[str, Scheduled] = {}
+        self._step = 0
         self._known: tuple[Pair, Pair, Structure] | None = None
 
     @abstractmethod
@@ -102,6 +105,14 @@ class Objective(PyroELBO):
         if s.refusal:
             raise ContractError(s.refusal)
 
+    def refuse_gradient(self, s: Structure) -> None:
+        """Raises ContractError where the gradient's estimator does not exist for a pair."""
+        self.gradient.refuse(self, s)
+
+    def value(self, call: Call) -> Tensor:
+        """The bound summed over the batch, a scalar."""
+        return self.bound(call.terms()).sum()
+
     def surrogate(self, call: Call) -> Tensor:
         """The bound summed over the batch, whose gradient is the estimator's: a scalar."""
         return self.gradient.surrogate(self, call)
@@ -121,7 +132,7 @@ class Objective(PyroELBO):
                     f"a latent is shared by all data: expected all of them in the batch, found {s.size_of(batch)} of "
                     f"{s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
                 )
-            self.gradient.refuse(self, s)
+            self.refuse_gradient(s)
             self._known = (model, guide, s)
         return self._known[2]
 
@@ -143,11 +154,33 @@ class Objective(PyroELBO):
         """The loss as a number, without a gradient."""
         with torch.no_grad():
             call = self._call(model, guide, args, kwargs)
-            return self._scaled(self.bound(call.terms()).sum(), call).item()
+            return self._scaled(self.value(call), call).item()
 
     def loss_and_grads(self, model: Pair, guide: Pair, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; its gradient is added to `.grad` of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
+        self._go_to(self._step + 1)
         return loss.item()
+
+    def scheduled(self) -> dict[str, float]:
+        """The numbers that may follow the steps, as they are now."""
+        return {name: float(number.now) for name, number in self._scheduled.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: the steps taken, the gradient's baseline."""
+        return {"step": self._step, "gradient": self.gradient.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint; an empty one starts anew."""
+        self._go_to(state.get("step", 0))
+        self.gradient.load_state_dict(state.get("gradient", {}))
+
+    def _now(self, name: str) -> Tensor:
+        return self._scheduled[name].now
+
+    def _go_to(self, step: int) -> None:
+        self._step = step
+        for number in self._scheduled.values():
+            number.go_to(step)

@@ -41,6 +41,16 @@ class Gradient(ABC):
     def suits(self, objective: Objective) -> None:  # noqa: B027  most suit all
         """Raises UsageError, or warns, where the estimator does not fit an objective."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on from a checkpoint; an empty one starts anew."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
 
 def reparameterised(s: Structure, what: str) -> None:
     """Refuses latents that a guide does not reparameterise."""
@@ -182,8 +192,17 @@ class Score(Gradient):
         log_q = score_sites(call.s, t)
         if log_q is None:
             return total
-        signal, fitted = self.baseline(objective, objective.weigh(t).detach(), call.batch)
-        return total + added((signal * log_q).sum() - fitted)
+        signal = self.baseline(objective, objective.weigh(t).detach(), call.batch)
+        return total + added((signal * log_q).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.baseline.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.baseline.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"Score({self.baseline!r})"
 
 
 def vimco() -> Score:
@@ -198,10 +217,14 @@ def vimco() -> Score:
 def named(gradient: str | Gradient) -> Gradient:
     """The estimator of a name, or the estimator itself."""
     from ppvae.objectives.gdreg import GDReG
+    from ppvae.objectives.tvo import Covariance
 
     if isinstance(gradient, Gradient):
         return gradient
-    known = {"pathwise": Pathwise, "stl": STL, "dreg": DReG, "gdreg": GDReG, "score": Score, "vimco": vimco}
+    known = {
+        "pathwise": Pathwise, "stl": STL, "dreg": DReG, "gdreg": GDReG, "score": Score, "vimco": vimco,
+        "covariance": Covariance,
+    }  # fmt: skip
     if gradient not in known:
         raise UsageError(f"gradient: expected one of {', '.join(known)}; found {gradient!r}")
     return known[gradient]()
