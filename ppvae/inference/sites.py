@@ -64,11 +64,14 @@ def factors(distribution: Any) -> tuple[Any, int]:
 
 def divergence(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
     """KL(q || p) in closed form, [*batch, *parts], and how many dims are parts; None where none is known."""
-    (q_base, q_dims), (p_base, p_dims) = factors(q), factors(p)
+    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # Pyro leaves out plates where a value is given
+    (q_base, q_dims), (p_base, p_dims) = factors(q.expand(shape)), factors(p.expand(shape))
     if isinstance(q_base, Delta):
         return None
     try:
-        return (kl_divergence(q_base, p_base), q_dims) if q_dims == p_dims else (kl_divergence(q, p), 0)
+        if q_dims == p_dims:
+            return kl_divergence(q_base, p_base), q_dims
+        return kl_divergence(q.expand(shape), p.expand(shape)), 0
     except NotImplementedError:
         return None
 
@@ -119,7 +122,8 @@ class Laid:
         if isinstance(mask, Tensor):
             mask = mask.reshape(*mask.shape, *(1,) * parts)
         tensor = scale_and_mask(tensor, 1.0, mask)
-        tensor = tensor.reshape(*(1,) * (self.s.nesting + parts - tensor.dim()), *tensor.shape)
+        plates = self.s.nesting + (self.s.layout == "vectorized")
+        tensor = tensor.reshape(*(1,) * (plates + parts - tensor.dim()), *tensor.shape)
         tensor = tensor.movedim(tuple(range(-parts, 0)), tuple(range(parts)))
         return self.all_particles(self.unfold(over_inner_plates(tensor, self.s.nesting)))
 

@@ -84,7 +84,7 @@ class TCVAE(Aggregate):
             raise ContractError("TCVAE: expected batches that are handed over, found a plate that draws its subsample")
         if self.num_data is None and not s.fixed_size:
             raise ContractError(
-                f"TCVAE: expected the size of the data set, found plate {s.plate!r} as large as the batch; pass num_data"
+                f"TCVAE: expected the data set's size, found plate {s.plate!r} as large as the batch; give num_data"
             )
 
     def of_batch(self, call: Call, t: Terms) -> Tensor:
@@ -93,18 +93,17 @@ class TCVAE(Aggregate):
         # every draw is a particle, evaluated under the guide of every datum
         each = z.reshape(count * size, 1, *z.shape[2:]).expand(count * size, size, *z.shape[2:])
         site = draw(call.guide, call.batch, count * size, structure=call.s, values={name: each}, events=True)[name]
-        if site.events is None:
+        events = site.events if call.s.event_dims[name] else site.log_prob
+        if events is None:
             raise refused(
                 name, "a guide that is a product over the latent's dims",
                 type(site.distribution).__name__, "take a guide with independent dims, .to_event(1)",
             )  # fmt: skip
-        events = site.events.double()  # [*event, draws, batch]
+        parts = events.double().reshape(-1, count * size, size)  # [dims, draws, batch]
         weight = math.log((self.num_data or call.s.full_size) * size)
-        dims = (events.logsumexp(-1) - weight).flatten(0, -2).sum(0).reshape(count, size)
-        whole = (events.flatten(0, -3).sum(0).logsumexp(-1) - weight).reshape(count, size)
-        rates = (
-            self.alpha * (t.log_guide - whole) + self.beta * (whole - dims) + self.gamma * (dims - t.log_prior)
-        )  # fmt: skip
+        dims = (parts.logsumexp(-1) - weight).sum(0).reshape(count, size)
+        whole = (parts.sum(0).logsumexp(-1) - weight).reshape(count, size)
+        rates = self.alpha * (t.log_guide - whole) + self.beta * (whole - dims) + self.gamma * (dims - t.log_prior)
         return (t.log_lik - rates).mean(0)
 
 

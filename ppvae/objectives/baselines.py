@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ppvae.objectives.base import Objective
 
 
+_adam = functools.partial(torch.optim.Adam, lr=1e-3)
+
+
 class Baseline(ABC):
     """What is taken off; it may not depend on the draw whose score it goes with."""
 
@@ -101,7 +104,7 @@ class Learned(Baseline):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: Callable[[Any], torch.optim.Optimizer] = functools.partial(torch.optim.Adam, lr=1e-3),
+        optimizer: Callable[[Any], torch.optim.Optimizer] = _adam,
     ):
         self.net = net
         self._make = optimizer

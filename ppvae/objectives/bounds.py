@@ -98,7 +98,7 @@ class Renyi(Objective):
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
         if self.alpha != 0:
-            sampled(s, "a Renyi bound")
+            sampled(s, "a Renyi bound", "take ELBO or CIWAE")
         warn_of_enumerated(s)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class PIWAE(Objective):
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
-        sampled(s, "PIWAE")
+        sampled(s, "PIWAE", "take ELBO or CIWAE")
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)

@@ -52,6 +52,22 @@ class Leaves:
                 total = total + (value * (piece.spread(weights, key[0]).to(gradient) * gradient)).sum()
         return total
 
+    def learnt(self, site: Site) -> bool:
+        """Whether a parameter takes a gradient from a site's density, and not only the latents that it is given."""
+        ours = {id(leaf) for _, leaf, _ in self.met.values()}
+        waiting = [site.log_prob.grad_fn]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            if node is None:
+                continue
+            if id(getattr(node, "variable", site.log_prob)) not in ours | {id(site.log_prob)}:
+                return True
+            new = {parent for parent, _ in node.next_functions} - seen
+            seen |= new
+            waiting += new
+        return False
+
 
 def transported(fn: Any, value: Tensor) -> Tensor | None:
     """A value as a function of a distribution's parameters, its standard noise held; None where none is known.
@@ -113,7 +129,7 @@ class GDReG(Gradient):
         direct = t.log_lik + t.log_prior
         theirs = leaves.through(paths, d)
         for name, site in t.model.items():
-            if site.role != "latent" or not _learnt(site):
+            if site.role != "latent" or not leaves.learnt(site):
                 continue
             if site.masked:
                 raise refused(name, "a learnt prior that counts for every datum", "a mask", "take gradient='dreg'")
@@ -133,8 +149,3 @@ class GDReG(Gradient):
                 flow = piece.spread(r, name).to(rest) * rest - piece.spread(d, name).to(rest) * paths[key]
                 theirs = theirs + (moved * flow).sum()
         return bound.detach() + added((r * direct).sum() + theirs)
-
-
-def _learnt(site: Site) -> bool:
-    """Whether parameters of a latent's own density take a gradient."""
-    return any((part.distribution.log_prob(part.traced.detach())).requires_grad for part in site.parts or (site,))

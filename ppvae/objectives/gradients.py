@@ -57,18 +57,15 @@ def reparameterised(s: Structure, what: str) -> None:
     if s.score_only:
         raise refused(
             s.score_only[0], f"a reparameterised latent for a {what} gradient", "one without",
-            "enumerate it (infer={'enumerate': 'parallel'}), or take gradient='score' or 'vimco'",
+            "enumerate it (infer={'enumerate': 'parallel'}), or take an objective with gradient='score' or 'vimco'",
         )  # fmt: skip
 
 
-def sampled(s: Structure, what: str) -> None:
-    """Refuses sites that are enumerated in the guide: the gradient of their probabilities is no path."""
+def sampled(s: Structure, what: str, cure: str = "take gradient='pathwise'") -> None:
+    """Refuses sites that are enumerated in the guide, whose probabilities are not weighed as draws are."""
     for name in s.enumerated:
         if name in s.guide_roles:
-            raise refused(
-                name, f"a guide that samples all of its sites, for {what}", "a site that it enumerates",
-                "take gradient='pathwise'",
-            )  # fmt: skip
+            raise refused(name, f"a guide that samples all of its sites, for {what}", "one that it enumerates", cure)
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import final
 
 import torch
@@ -57,14 +58,14 @@ class TVO(Objective):
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
         if self.num_partitions > 1:
-            sampled(s, "TVO")
+            sampled(s, "TVO", "take ELBO or CIWAE")
         warn_of_enumerated(s)
 
     def path(self) -> list[tuple[float, float]]:
         """(b_j, b_{j+1} - b_j) of every term."""
         count = self.num_partitions
         ends = [0.0, *(self.first ** (1 - j / (count - 1)) for j in range(count - 1)), 1.0]
-        return [(b, after - b) for b, after in zip(ends, ends[1:], strict=False)]
+        return [(b, after - b) for b, after in itertools.pairwise(ends)]
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return torch.stack([width * ((b * log_weight).softmax(0) * log_weight).sum(0) for b, width in self.path()]).sum(

@@ -21,9 +21,9 @@ from ppvae.objectives.gradients import added, sampled
 class ReweightedWakeSleep(Objective):
     """The model climbs the IWAE bound, the guide falls down KL(p || q): no draw needs a path.
 
-    wake-theta: sum_k w_k d log p(x, z_k); wake-phi: sum_k w_k d log q(z_k | x), with normalised weights w_k, which tends
-    to -d KL(p(z | x) || q(z | x)) as K grows; sleep-phi: d log q(z | x) at (x, z) from the model. The value is the
-    IWAE bound of the same draws.
+    wake-theta: sum_k w_k d log p(x, z_k); wake-phi: sum_k w_k d log q(z_k | x), with normalised weights w_k, which
+    tends to -d KL(p(z | x) || q(z | x)) as K grows; sleep-phi: d log q(z | x) at (x, z) from the model. The value is
+    the IWAE bound of the same draws.
 
     Args:
         num_particles: K, draws per datum.
@@ -51,7 +51,7 @@ class ReweightedWakeSleep(Objective):
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
-        sampled(s, "reweighted wake-sleep")
+        sampled(s, "reweighted wake-sleep", "take ELBO or CIWAE")
         for name, role in s.guide_roles.items():
             if role == "auxiliary" and self.sleep:
                 raise refused(
