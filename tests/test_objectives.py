@@ -704,7 +704,7 @@ def test_fit_tells_the_rate_of_each_latent():
             model, guide, batch = PAIRS["hierarchical"]()
             run = fit(model, guide, batch[0], objective=IWAE(3, "dreg"), epochs=1)
         last = run.history[-1]
-        assert last["train_rate_z1"] + last["train_rate_z2"] == pytest.approx(last["train_rate"], abs=1e-5)
+        assert last["train_kl_z1"] + last["train_kl_z2"] == pytest.approx(last["train_rate"], abs=1e-5)
     finally:
         torch.set_default_dtype(before)
 

@@ -18,8 +18,8 @@ class Monitor:
     """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
-    validation data it looks at the first training data, and says so in the metrics' names. The rate of each latent
-    stands by itself, too, where there are several.
+    validation data it looks at the first training data, and says so in the metrics' names. Where there
+    are several latents, the KL of each stands by itself, too.
     """
 
     def __init__(self, model: Pair, guide: Pair, structure: Structure, columns: Columns, held_out: bool, seed: int):
@@ -39,12 +39,12 @@ class Monitor:
         return not (self.structure.joint or self.structure.refusal)
 
     def __call__(self, model: Pair, guide: Pair) -> dict[str, float]:
-        """{valid_elbo, valid_rate, valid_distortion, valid_rate_z1, ...}, or the same with train_."""
+        """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_."""
         s = self.structure
         if not self.has_elbo:
             return {}
         size = s.subsample_size if s.indexes else ROWS
-        latents = [n for n, role in s.guide_roles.items() if role == "latent"] if not s.enumerated else []
+        latents = [] if s.enumerated or "auxiliary" in s.guide_roles.values() else list(s.guide_roles)
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with undisturbed(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
@@ -59,7 +59,7 @@ class Monitor:
         if not s.enumerated:
             metrics |= {f"{self.prefix}_rate": rate, f"{self.prefix}_distortion": -log_lik}
             if len(latents) > 1:
-                metrics |= {f"{self.prefix}_rate_{name}": kl for name, kl in zip(latents, each, strict=True)}
+                metrics |= {f"{self.prefix}_kl_{name}": kl for name, kl in zip(latents, each, strict=True)}
         return metrics
 
 
