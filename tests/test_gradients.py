@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
-from toys import AFTER, BITS, ENUMERATED, MIXED, ONE, SHARED, TWO, X, bernoulli, nodes
+from toys import AFTER, BITS, COARSE, ENUMERATED, MIXED, ONE, SHARED, TWO, X, bernoulli, nodes
 
 from ppvae import objectives
 from ppvae.errors import UsageError
@@ -129,6 +129,14 @@ def test_piwae_gives_the_model_iwae_and_the_guide_miwae(gradient, toy):
     targets = {True: exact(toy, 2, log_mean_exp), False: exact(toy, 1, mean)}
     target = {n: targets[n in TOYS[toy].model_params][n] for n in targets[True]}
     found = errors(samples(TOYS[toy], PIWAE(1, 2, gradient)), target)
+    assert max(found.values()) < LIMIT, found
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "dreg"])
+def test_piwae_averages_bounds_of_several_draws(gradient):
+    targets = {True: COARSE.gradient(4, log_mean_exp), False: exact("one", 2, log_mean_exp)}
+    target = {n: targets[n in ONE.model_params][n] for n in targets[True]}
+    found = errors(samples(ONE, PIWAE(2, 2, gradient)), target)
     assert max(found.values()) < LIMIT, found
 
 

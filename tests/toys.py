@@ -7,10 +7,11 @@ probabilities and what the densities say of them, written down here by themselve
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyro
@@ -112,8 +113,8 @@ def _one_guide(p: Params, x: Tensor) -> None:
     pyro.sample("z", _normal(p["a"] * x + p["b"], p["t"]))
 
 
-def _one_points(p: Params) -> Points:
-    noise, mass = nodes(28)
+def _one_points(p: Params, count: int = 28) -> Points:
+    noise, mass = nodes(count)
     loc = p["a"] * X + p["b"]
     z = loc + p["t"].exp() * noise
     return Points(mass, normal(torch.tensor(X), p["d"] * z, p["e"]), normal(z, p["m"], p["s"]), normal(z, loc, p["t"]))
@@ -124,6 +125,7 @@ ONE = Toy(
     {"m": 0.3, "s": 0.2, "d": 1.3, "e": -0.4, "a": 0.3, "b": 0.2, "t": -0.3},
     _one_model, _one_guide, _one_points,
 )  # fmt: skip
+COARSE = replace(ONE, points=functools.partial(_one_points, count=13))  # for expectations over many draws
 
 
 # -- one layer, whose prior is the guide at a pseudo-input (VampPrior): model and guide share parameters --------------
