@@ -152,6 +152,7 @@ def doubles():
     """float64 and an empty param store."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
     pyro.clear_param_store()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="STL is biased")

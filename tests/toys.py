@@ -113,10 +113,11 @@ def _one_guide(p: Params, x: Tensor) -> None:
     pyro.sample("z", _normal(p["a"] * x + p["b"], p["t"]))
 
 
-def _one_points(p: Params, count: int = 28) -> Points:
+def _one_points(p: Params, count: int = 28, held: bool = False) -> Points:
     noise, mass = nodes(count)
     loc = p["a"] * X + p["b"]
     z = loc + p["t"].exp() * noise
+    z = z.detach() if held else z
     return Points(mass, normal(torch.tensor(X), p["d"] * z, p["e"]), normal(z, p["m"], p["s"]), normal(z, loc, p["t"]))
 
 
@@ -125,6 +126,7 @@ ONE = Toy(
     {"m": 0.3, "s": 0.2, "d": 1.3, "e": -0.4, "a": 0.3, "b": 0.2, "t": -0.3},
     _one_model, _one_guide, _one_points,
 )  # fmt: skip
+HELD = replace(ONE, points=functools.partial(_one_points, held=True))  # whose draws have no path
 COARSE = replace(ONE, points=functools.partial(_one_points, count=13))  # for expectations over many draws
 
 
