@@ -601,7 +601,7 @@ def test_particles_of_a_plate_that_draws_its_subsample_look_at_the_same_data(dou
         with pyro.plate("data", 4, subsample_size=1):
             pyro.sample("z", dist.Normal(0.0, 1e-3))
 
-    objective = IWAE(20)
+    objective = ELBO(20)
     objective.loss(model, guide, x)
     exact = sorted(4 * float(0.5 * v**2 + 0.5 * math.log(2 * math.pi)) for v in x)
     for _ in range(10):
