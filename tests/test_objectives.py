@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from toys import MIXED, ONE, TWO
 
 from ppvae import fit, load, objectives
+from ppvae.choices import Among
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference import terms
 from ppvae.inference.scope import Scope
@@ -735,3 +736,6 @@ def test_names_for_the_command_line():
         if name != "Objective":
             thing()  # every argument has a default
             assert "Args:" in thing.__doc__
+    flags = Among(("ppvae.objectives",), objectives.Objective).flags
+    assert {"num_particles", "gradient"} == flags(IWAE).keys()
+    assert {"num_particles", "beta", "free_bits", "analytic_kl", "gradient", "warmup"} == flags(ELBO).keys()
