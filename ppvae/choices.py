@@ -115,7 +115,8 @@ class Among:
 
     def flags(self, constructor: Callable[..., Any]) -> dict[str, Argument]:
         """The constructor's own arguments that a command line can give."""
-        return {n: entry for n, entry in arguments(constructor, self.given).items() if plain(entry[0])}
+        told = {n: (given_plainly(kind), *rest) for n, (kind, *rest) in arguments(constructor, self.given).items()}
+        return {n: (kind, default, text) for n, (kind, default, text) in told.items() if plain(kind)}
 
     def chosen(self, value: Any, flag: str) -> Callable[..., Any]:
         """The constructor with its arguments, from {"name": ..., argument: ...}."""
@@ -142,6 +143,18 @@ def plain(kind: Any) -> bool:
     if origin in (tuple, list, Sequence, typing.Union, types.UnionType):
         return all(k is Ellipsis or plain(k) for k in typing.get_args(kind))
     return kind in (int, float, bool, str, type(None))
+
+
+def given_plainly(kind: Any) -> Any:
+    """What of a type a command line can give: of a union, the members that are words and numbers, if there are any.
+
+    >>> given_plainly(str | Callable[[int], int]), given_plainly(Callable[[int], int] | None)
+    (<class 'str'>, collections.abc.Callable[[int], int] | None)
+    """
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType) or plain(kind):
+        return kind
+    members = tuple(k for k in typing.get_args(kind) if plain(k))
+    return typing.Union[members] if set(members) - {type(None)} else kind  # noqa: UP007  of members found out now
 
 
 def as_kind(value: Any, kind: Any) -> Any:

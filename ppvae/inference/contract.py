@@ -79,10 +79,13 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
         name for name, role in model_roles.items()
         if role in ("latent", "enumerated") and plate.name not in _frames(model_nodes[name])
     ]  # fmt: skip
-    lower, refusal = False, ""
+    lower, scaled, refusal = False, "", ""
     try:
         for name, node in (*guide_nodes.items(), *model_nodes.items()):
             _check_scale(name, node, plate)
+    except ContractError as error:
+        scaled = str(error)
+    try:
         lower = check_continuity(model_nodes, guide_nodes, model_roles, guide_roles)
     except ContractError as error:
         refusal = str(error)
@@ -107,7 +110,8 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
             if guide_roles[n] != "enumerated" and not getattr(node["fn"], "has_rsample", False)
         ),
         relaxed=tuple(n for n, node in model_nodes.items() if model_roles[n] == "latent" and is_relaxed(node["fn"])),
-        refusal=refusal,
+        scaled=scaled,
+        refusal=scaled or refusal,
         enumerated=tuple(
             n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))
         ),

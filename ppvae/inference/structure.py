@@ -37,6 +37,7 @@ class Structure:
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     score_only: tuple[str, ...] = ()  # latents that the guide does not reparameterise
     relaxed: tuple[str, ...] = ()  # latents whose prior is a relaxed discrete distribution
+    scaled: str = ""  # which scale, other than the data plate's, a site has, so that its densities are not a bound's
     refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained
     words: tuple[str, ...] = field(default=(), repr=False)
 

@@ -47,6 +47,32 @@ class _Parallel(Messenger):
             msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
 
 
+class Replaced(Messenger):
+    """Puts something else in the place of sampled values, after they are drawn: value(site, drawn)."""
+
+    def __init__(self, value: Callable[[str, Tensor], Tensor]):
+        super().__init__()
+        self.value = value
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+            msg["value"] = self.value(msg["name"], msg["value"])
+
+
+class Noise:
+    """The state of the random generators, so that a second run can draw what the first drew."""
+
+    def __init__(self, batch: Sequence[Any]):
+        devices = {t.device for t in batch if isinstance(t, Tensor) and t.is_cuda}
+        self.cpu = torch.get_rng_state()
+        self.cuda = [(torch.cuda.get_rng_state(d), d) for d in devices]
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for state, device in self.cuda:
+            torch.cuda.set_rng_state(state, device)
+
+
 def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sample sites of a trace, without plates and deterministic sites."""
     for name, node in trace.nodes.items():
@@ -131,9 +157,12 @@ def one_trace(
     values: Mapping[str, Tensor],
     replayed: Any = None,
     num_particles: int | None = None,
+    replaced: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Any:
     """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
     with ExitStack() as stack:
+        if replaced is not None:  # outermost: the trace must see the other value
+            stack.enter_context(Replaced(replaced))
         if num_particles is not None:
             stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.nesting))
         tracer = stack.enter_context(poutine.trace())
@@ -158,27 +187,38 @@ def traces(
     given: Mapping[str, Tensor],
     frozen: Sequence[str] = (),
     num_particles: int | None = None,
+    entry: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[Any, Any]:
     """(model trace, guide trace) of one run of the pair; the model is replayed on the guide's latents.
 
-    `num_particles` is the size of the particle plate, or None for a run without one.
+    `num_particles` is the size of the particle plate, or None for a run without one. With a frozen guide or an `entry`
+    the guide runs twice: what it draws first goes through `entry` into the densities, its own included.
     """
 
-    def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: Mapping[str, Tensor]) -> Any:
-        with constant(held.values()):
-            trace = one_trace(fn, batch, s, values, replayed, num_particles)
+    def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: bool, replaced: Any = None) -> Any:
+        # the store's parameters, too: the pair may run in another scope than the one that it was looked at in
+        params = [*s.params.values(), *(p for _, p in pyro.get_param_store().named_parameters())] if held else []
+        with constant(params):
+            trace = one_trace(fn, batch, s, values, replayed, num_particles, replaced)
             for _, node in sample_nodes(trace) if held else ():  # some distributions ask their network only now
                 node["ppvae_log_prob"] = node_log_prob(node)
             return trace
 
-    guide_trace = run(guide, given, None, {})
-    if "guide" in frozen:
+    again = "guide" in frozen or entry is not None
+    noise = Noise(batch) if again else None
+    detached = (lambda _, value: value.detach()) if "latents" in frozen else None
+    guide_trace = run(guide, given, None, False, detached)
+    if noise is not None:
         paths = {n: node["value"] for n, node in sample_nodes(guide_trace) if s.guide_roles.get(n) != "enumerated"}
-        if s.indexes:
-            paths[s.plate] = guide_trace.nodes[s.plate]["value"]
-        guide_trace = run(guide, {**given, **paths}, None, s.guide_params)
+        if entry is not None:
+            paths = {n: entry(n, value) for n, value in paths.items()}
+        index = {s.plate: guide_trace.nodes[s.plate]["value"]} if s.indexes else {}
+        noise.put_back()  # networks that draw noise themselves, as dropout does, draw what they drew
+        guide_trace = run(
+            guide, {**given, **index}, None, "guide" in frozen, lambda name, value: paths.get(name, value)
+        )
     unseen = {name: value for name, value in given.items() if name not in guide_trace}
-    model_trace = run(model, unseen, guide_trace, s.model_params if "model" in frozen else {})
+    model_trace = run(model, unseen, guide_trace, "model" in frozen)
     return model_trace, guide_trace
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,45 +13,12 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.inference.enumeration import summed_out
-from ppvae.inference.particles import (
-    enumerated_dims,
-    fold,
-    fold_data,
-    over_inner_plates,
-    particle_dim,
-    unfold,
-    unfold_value,
-    with_plates,
-)
+from ppvae.inference.particles import enumerated_dims, particle_dim
+from ppvae.inference.sites import Laid, Site, divergence, joined
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Given, Pair, as_batch, node_log_prob, one_trace, sample_nodes, traces
+from ppvae.inference.tracing import Given, Pair, as_batch, one_trace, sample_nodes, traces
 
-
-@dataclass(frozen=True)
-class Site:
-    """One named site of the model or the guide, evaluated for every particle and datum.
-
-    `log_prob` is [particles, batch] (`[particles, 1]` for a site outside the data plate), summed over the site's own
-    event and inner plates; enumerated values stand in further dimensions on the left. `role` is "latent", "observed",
-    "enumerated", "auxiliary" (a guide's helper that the model lacks) or "cancelled" (proposed from its own prior).
-    """
-
-    name: str
-    role: str
-    value: Tensor
-    distribution: Any
-    log_prob: Tensor
-    traced: Tensor = field(repr=False)  # the value as the distribution takes it
-
-    def per_event(self) -> Tensor:
-        """Log-densities before the sum over the event: [..., *event] where the distribution is a product over it."""
-        base, reinterpreted = self.distribution, 0
-        while isinstance(base, torch.distributions.Independent):
-            reinterpreted += base.reinterpreted_batch_ndims
-            base = base.base_dist
-        if not reinterpreted:
-            raise ValueError(f"site {self.name!r}: {type(base).__name__} does not factorise over its event")
-        return base.log_prob(self.traced)
+Entry = Callable[[str, Tensor, Laid], Tensor]  # what a latent's value passes through as it enters the densities
 
 
 @dataclass(frozen=True)
@@ -60,7 +27,8 @@ class Terms:
 
     `log_lik`, `log_prior`, `log_guide` and `log_weight` are [particles, batch] in float64 and
     log_weight = log_lik + log_prior - log_guide, with enumerated sites summed out exactly. Where a latent is shared by
-    all data, the weight is joint: [particles, 1].
+    all data, the weight is joint: [particles, 1]. `kl` holds KL(q || p) of the latents that have it in closed form,
+    where it was asked for: [*parts, particles, batch].
     """
 
     model: dict[str, Site]
@@ -70,6 +38,7 @@ class Terms:
     scale: float
     joint: bool
     contracted: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    kl: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def _sum(self, sites: Iterable[Site], role: str) -> Tensor:
         total: Tensor | None = None
@@ -113,6 +82,23 @@ class Terms:
         """One sample of the evidence lower bound per particle and datum; E_q over sites enumerated in the guide."""
         return self.contracted[1] if self.contracted else self.log_weight
 
+    def rates(self) -> dict[str, Tensor]:
+        """log q(z | x) - log p(z) of each latent by itself, [*parts, particles, batch]; its KL where that is known.
+
+        Parts are there where they were asked for, and both densities are products over the latent's event.
+        """
+        out = {}
+        for name, q in self.guide.items():
+            if q.role == "latent":
+                p = self.model[name]
+                if name in self.kl:
+                    out[name] = self.kl[name].double()
+                elif q.events is not None and p.events is not None:
+                    out[name] = q.events.double() - p.events.double()
+                else:
+                    out[name] = q.log_prob.double() - p.log_prob.double()
+        return out
+
 
 def terms(
     model: Pair,
@@ -125,6 +111,9 @@ def terms(
     structure: Structure | None = None,
     index: Tensor | None = None,
     drawn: Mapping[str, Site] | None = None,
+    entry: Entry | None = None,
+    events: bool = False,
+    kl: bool = False,
 ) -> Terms:
     """Traces guide and model on one batch under a particle plate and gives their log-densities per site.
 
@@ -133,10 +122,14 @@ def terms(
         num_particles: K, the number of draws per datum.
         values: latents [particles, (inner plates,) batch, *event] to evaluate at, instead of the guide's draws.
         frozen: "guide" or "model": that side is run again with its parameters held constant, so that sampled values
-            keep their gradient paths (sticking the landing: Roeder et al. 2017, arXiv 1703.09194).
+            keep their gradient paths (sticking the landing: Roeder et al. 2017, arXiv 1703.09194). "latents": what the
+            guide draws is held constant.
         structure: what `inspect` found of this pair, to save finding it again.
         index: for a plate that draws its own subsample of the data: the rows to take, [batch].
         drawn: the guide's side as `draw` gave it; the guide is not run again. Not for pairs with enumerated sites.
+        entry: what every sampled value passes through before any density sees it; the guide is run twice.
+        events: log-densities of latents per part of their event, too, where they are products over it.
+        kl: KL divergences in closed form, too, where the two sites have one.
 
     Raises:
         ContractError: the pair breaks the contract; the message names the site.
@@ -158,84 +151,50 @@ def terms(
     if index is not None:
         given[s.plate] = index
 
-    def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None) -> tuple[Any, Any]:
+    def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None, piece: Laid) -> Terms:
         if drawn is not None:
-            return one_trace(model, rows, s, at, num_particles=particles), None
-        return traces(model, guide, rows, s, at, frozen, particles)
+            return _assemble(one_trace(model, rows, s, at, num_particles=particles), None, piece, events, kl)
+        enters = None if entry is None else lambda name, value: entry(name, value, piece)
+        return _assemble(*traces(model, guide, rows, s, at, frozen, particles, enters), piece, events, kl)
 
     laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
-    parts = [_assemble(*run(rows, at, k), piece) for rows, at, k, piece in laid.runs(batch, given)]
+    parts = [run(*way) for way in laid.runs(batch, given)]
     t = parts[0] if len(parts) == 1 and s.layout != "one by one" else _stacked(parts, s)
     return t if drawn is None else replace(t, guide=dict(drawn))
 
 
-@dataclass(frozen=True)
-class Laid:
-    """So many particles of a batch, laid out as the pair takes them."""
-
-    s: Structure
-    num_particles: int
-    size: int
-
-    def runs(
-        self, batch: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Sequence[Any], dict[str, Tensor], int | None, Laid]]:
-        """The runs to make: (batch, values to put in place, size of the particle plate, what the run holds)."""
-        s, count = self.s, self.num_particles
-        if s.layout == "vectorized":
-            yield batch, {n: with_plates(v, s, n) for n, v in given.items()}, count, self
-        elif s.layout == "folded":
-            rows = [fold_data(t, count, self.size) for t in batch]
-            yield rows, {n: fold(v, s, n) for n, v in given.items()}, None, self
-        else:
-            for k in range(count):
-                at = {n: v if n == s.plate else v.select(particle_dim(v, s, n), k) for n, v in given.items()}
-                yield batch, at, None, replace(self, num_particles=1)
-
-    def unfold(self, tensor: Tensor) -> Tensor:
-        """[..., batch as run] -> [..., particles, batch]."""
-        if self.s.layout == "vectorized":
-            return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
-        if self.s.layout == "folded":
-            return unfold(tensor, self.num_particles, self.size)
-        return tensor.unsqueeze(-2)
-
-    def site(self, name: str, node: dict[str, Any], role: str) -> Site:
-        """A traced site with its log-density per particle and datum."""
-        s, count = self.s, self.num_particles
-        log_prob = self.unfold(over_inner_plates(node_log_prob(node), s.nesting))
-        if log_prob.shape[-2] != count:
-            log_prob = log_prob.expand(*log_prob.shape[:-2], count, log_prob.shape[-1])
-        value, rows = node["value"], count * self.size
-        if s.layout == "folded" and role == "observed":
-            value = value[: self.size] if value.shape[:1] == (rows,) else value
-        elif s.layout == "folded" and value.shape[value.dim() - s.event_dims[name] - 1 :][:1] == (rows,):
-            value = unfold_value(value, s, name, count, self.size)
-        return Site(name, role, value, node["fn"], log_prob, node["value"])
-
-
-def _assemble(model_trace: Any, guide_trace: Any, laid: Laid) -> Terms:
+def _assemble(model_trace: Any, guide_trace: Any, laid: Laid, events: bool, kl: bool) -> Terms:
     s = laid.s
-    model_sites = {n: laid.site(n, node, s.model_roles[n]) for n, node in sample_nodes(model_trace)}
+    model_sites = {n: laid.site(n, node, s.model_roles[n], events) for n, node in sample_nodes(model_trace)}
     guide_sites = {}
     if guide_trace is not None:
-        guide_sites = {n: laid.site(n, node, s.guide_roles[n]) for n, node in sample_nodes(guide_trace)}
+        guide_sites = {n: laid.site(n, node, s.guide_roles[n], events) for n, node in sample_nodes(guide_trace)}
+    closed = _divergences(model_trace, guide_trace, laid) if kl and guide_trace is not None else {}
     contracted = None
     if s.enumerated:
         contracted = summed_out(model_trace, guide_trace, s, laid.num_particles, laid.size, laid.unfold)
-    return Terms(model_sites, guide_sites, laid.num_particles, laid.size, s.scale, s.joint, contracted)
+    return Terms(model_sites, guide_sites, laid.num_particles, laid.size, s.scale, s.joint, contracted, closed)
 
 
-def _joined(parts: Sequence[Mapping[str, Site]], s: Structure) -> dict[str, Site]:
-    """Sites of single particles as sites of all of them."""
+def _divergences(model_trace: Any, guide_trace: Any, laid: Laid) -> dict[str, Tensor]:
+    """KL(q || p) of the latents that have it in closed form, [*parts, particles, batch].
+
+    It stands for E_q[log q - log p] of a site only where whatever the site depends on in the model is drawn before it
+    in the guide: in a bottom-up guide, what p(z1 | z2) is given has been drawn given z1.
+    """
+    drawn: dict[str, set[str]] = {}
+    for name, _ in sample_nodes(guide_trace):
+        drawn[name] = set(drawn)
+    before: set[str] = set()
     out = {}
-    for name, site in parts[0].items():
-        own = [p[name] for p in parts]
-        value = site.value
-        if site.role != "observed":
-            value = torch.stack([o.value for o in own], enumerated_dims(value, s, name))
-        log_prob = torch.cat([o.log_prob for o in own], dim=-2)
-        out[name] = Site(name, site.role, value, site.distribution, log_prob, site.traced)
+    guide_nodes = dict(sample_nodes(guide_trace))
+    for name, p in sample_nodes(model_trace):
+        if name in drawn and laid.s.guide_roles[name] == "latent":
+            q = guide_nodes[name]
+            found = divergence(q["fn"], p["fn"]) if before <= drawn[name] else None
+            if found is not None:
+                out[name] = laid.per_datum(*found, q["mask"])
+            before.add(name)
     return out
 
 
@@ -244,7 +203,12 @@ def _stacked(parts: list[Terms], s: Structure) -> Terms:
     both = [p.contracted for p in parts if p.contracted]
     contracted = (torch.cat([c[0] for c in both]), torch.cat([c[1] for c in both])) if both else None
     model, guide = _joined([p.model for p in parts], s), _joined([p.guide for p in parts], s)
-    return replace(parts[0], model=model, guide=guide, num_particles=len(parts), contracted=contracted)
+    kl = {n: torch.cat([p.kl[n] for p in parts], -2) for n in parts[0].kl}
+    return replace(parts[0], model=model, guide=guide, num_particles=len(parts), contracted=contracted, kl=kl)
+
+
+def _joined(parts: Sequence[Mapping[str, Site]], s: Structure) -> dict[str, Site]:
+    return joined(parts, {n: enumerated_dims(site.value, s, n) for n, site in parts[0].items()})
 
 
 def draw(
@@ -254,15 +218,21 @@ def draw(
     *,
     structure: Structure,
     index: Tensor | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    events: bool = False,
 ) -> dict[str, Site]:
-    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out."""
+    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out.
+
+    `values` evaluates it at given latents, `events` gives log-densities per part of an event: as in `terms`.
+    """
     s = structure
-    given = {} if index is None else {s.plate: index}
+    given = {**(values or {}), **({} if index is None else {s.plate: index})}
     laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
     parts = []
     for rows, at, particles, piece in laid.runs(batch, given):
         trace = one_trace(guide, rows, s, at, num_particles=particles)
-        parts.append({n: piece.site(n, v, s.guide_roles[n]) for n, v in sample_nodes(trace) if n not in s.enumerated})
+        nodes = [(n, node) for n, node in sample_nodes(trace) if n not in s.enumerated]
+        parts.append({n: piece.site(n, node, s.guide_roles[n], events) for n, node in nodes})
     return _joined(parts, s) if s.layout == "one by one" else parts[0]
 
 

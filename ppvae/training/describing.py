@@ -32,9 +32,9 @@ def described(thing: Any) -> str:
             usual = vars(type(thing)())
         except TypeError:  # an objective that needs arguments: all of them are told
             usual = {}
-        own = {k: v for k, v in vars(thing).items() if k[0] != "_" and (k not in usual or usual[k] != v)}
+        own = {k: v for k, v in vars(thing).items() if k[0] != "_" and (k not in usual or repr(usual[k]) != repr(v))}
         own.pop("max_plate_nesting", None)  # found out on the way
-        told = _keywords({k: v for k, v in own.items() if isinstance(v, int | float | str | None)})
+        told = _keywords({k: v for k, v in own.items() if not isinstance(v, dict | list | tuple)})
         return type(thing).__name__ + (f"({', '.join(told)})" if told else "")
     if type(thing).__repr__ is object.__repr__:  # which would tell an address in memory
         return getattr(thing, "__qualname__", f"{type(thing).__qualname__}({', '.join(_keywords(vars(thing)))})")

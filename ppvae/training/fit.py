@@ -25,6 +25,7 @@ from ppvae.inference.scope import Bound, Scope, unbound
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Pair
+from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.describing import described, digest_of
 from ppvae.training.first_look import look, place_of
@@ -155,6 +156,8 @@ class _Trainer:
         self.model, self.guide = unbound(model), unbound(guide)
         self.scope = Scope(start)
         self.objective, self.batch_size, self.seed = objective, batch_size, seed
+        if isinstance(objective, Objective):
+            objective.load_state_dict({})  # a run begins with its schedules' first step
         self.folder: Path | None = None
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -236,6 +239,8 @@ class _Trainer:
                 self.svi.optim.set_state(self.state.renamed(saved["optimizer"], back=True))
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(saved["scheduler"])
+            if isinstance(self.objective, Objective):
+                self.objective.load_state_dict(saved["objective"])
 
     def _checkpoint(self) -> None:
         assert self.folder is not None
@@ -251,6 +256,7 @@ class _Trainer:
             "finished": self.finished,
             "stopped": self.stopped,
             "optimizer": saved_optim,
+            "objective": self.objective.state_dict() if isinstance(self.objective, Objective) else None,
             "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
             "settings": self.config["fit"],
         }
@@ -329,6 +335,8 @@ class _Trainer:
         self.epoch += 1
         rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
         metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": total / count, "grad_norm": norms / steps}
+        if isinstance(self.objective, Objective):
+            metrics |= self.objective.scheduled()
         metrics |= self._watched()
         self._schedule(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
         if rate is not None:

@@ -18,7 +18,8 @@ class Monitor:
     """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
-    validation data it looks at the first training data, and says so in the metrics' names.
+    validation data it looks at the first training data, and says so in the metrics' names. Where there
+    are several latents, the KL of each stands by itself, too.
     """
 
     def __init__(self, model: Pair, guide: Pair, structure: Structure, columns: Columns, held_out: bool, seed: int):
@@ -38,23 +39,27 @@ class Monitor:
         return not (self.structure.joint or self.structure.refusal)
 
     def __call__(self, model: Pair, guide: Pair) -> dict[str, float]:
-        """{valid_elbo, valid_rate, valid_distortion}, or the same with train_."""
+        """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_."""
         s = self.structure
         if not self.has_elbo:
             return {}
         size = s.subsample_size if s.indexes else ROWS
-        totals = torch.zeros(3, dtype=torch.float64)
+        latents = [] if s.enumerated or "auxiliary" in s.guide_roles.values() else list(s.guide_roles)
+        totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with undisturbed(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
                 stop = min(start + size, self._count)
                 block = Block(self._parts, start, stop, number, s, self.columns.device)
                 for _, elbo, t in block.weights(model, guide, 1, self.seed, ROWS):
-                    parts = [elbo, t.log_lik, t.log_guide - t.log_prior]
+                    rates = t.rates() if latents else {}
+                    parts = [elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[n] for n in latents)]
                     totals += torch.stack([p[..., : stop - start].sum().cpu() for p in parts])
-        elbo, log_lik, rate = (totals / self._count).tolist()
+        elbo, log_lik, rate, *each = (totals / self._count).tolist()
         metrics = {self.key: elbo}
         if not s.enumerated:
             metrics |= {f"{self.prefix}_rate": rate, f"{self.prefix}_distortion": -log_lik}
+            if len(latents) > 1:
+                metrics |= {f"{self.prefix}_kl_{name}": kl for name, kl in zip(latents, each, strict=True)}
         return metrics
 
 

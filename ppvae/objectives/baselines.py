@@ -1,0 +1,143 @@
+"""Baselines of the score function: what is taken off a bound, so that its score has less noise and the same mean."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ppvae.errors import ContractError
+
+if TYPE_CHECKING:
+    from ppvae.objectives.base import Objective
+
+
+_adam = functools.partial(torch.optim.Adam, lr=1e-3)
+
+
+class Baseline(ABC):
+    """What is taken off; it may not depend on the draw whose score it goes with."""
+
+    @abstractmethod
+    def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        """What the score of each draw is multiplied by, [particles, batch]."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  most have no state
+        """Goes on from a checkpoint; an empty one starts anew."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+@final
+class Nothing(Baseline):
+    """No baseline: the bare score function."""
+
+    def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        return objective.credit(log_weight)
+
+
+@final
+class LeaveOneOut(Baseline):
+    """The bound with a draw's log-weight replaced by the mean of the others': VIMCO, leave-one-out for an ELBO.
+
+    Source: Mnih and Rezende 2016 (arXiv 1602.06725), with the geometric mean; Kool et al. 2019 for the ELBO.
+    """
+
+    def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        count = len(log_weight)
+        others = (log_weight.sum(0) - log_weight) / (count - 1)
+        same = torch.eye(count, dtype=torch.bool, device=log_weight.device)[..., None]
+        without = objective.reduce(torch.where(same, others, log_weight[:, None]))  # [which is replaced, batch]
+        return objective.reduce(log_weight) - without
+
+
+@final
+class MovingAverage(Baseline):
+    """The bound's average over past batches, with exponentially falling weights.
+
+    Args:
+        decay: the weight of the past, in [0, 1).
+
+    Source: Mnih and Gregor 2014 (arXiv 1402.0030).
+    """
+
+    def __init__(self, decay: float = 0.9):
+        self.decay = decay
+        self.average: Tensor | None = None
+
+    def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        level = log_weight.new_zeros(()) if self.average is None else self.average.to(log_weight)
+        now = objective.reduce(log_weight).mean()
+        self.average = now if self.average is None else level.lerp(now, 1 - self.decay)
+        return objective.credit(log_weight - level)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.average is None else {"average": self.average.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average = state.get("average")
+
+    def __repr__(self) -> str:
+        return f"MovingAverage({self.decay})"
+
+
+@final
+class Learned(Baseline):
+    """A network of the datum, fitted to the bound by least squares along with the pair.
+
+    Args:
+        net: called with the batch's first tensor; its output has one number for each datum.
+        optimizer: a function of parameters that gives a torch optimizer, the network's own.
+
+    Source: Mnih and Gregor 2014 (arXiv 1402.0030).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[[Any], torch.optim.Optimizer] = _adam,
+    ):
+        self.net = net
+        self._make = optimizer
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        if self._optimizer is None:
+            self._optimizer = self._make(self.net.to(batch[0].device).parameters())
+        with torch.enable_grad():
+            level = self.net(batch[0])
+            if level.numel() != log_weight.shape[1]:
+                raise ContractError(
+                    f"a learned baseline: expected one number for each of {log_weight.shape[1]} data, found shape "
+                    f"{list(level.shape)}"
+                )
+            level = level.reshape(-1).to(log_weight)
+            self._optimizer.zero_grad()
+            (objective.reduce(log_weight) - level).square().mean().backward()
+        self._optimizer.step()
+        return objective.credit(log_weight - level.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._optimizer is None:
+            return {}
+        net = {name: t.detach().cpu().clone() for name, t in self.net.state_dict().items()}
+        return {"net": net, "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer = None
+        if state:
+            self.net.load_state_dict(state["net"])
+            self._optimizer = self._make(self.net.parameters())
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def __repr__(self) -> str:
+        return f"Learned({type(self.net).__name__})"
