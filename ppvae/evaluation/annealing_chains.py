@@ -11,8 +11,8 @@ from torch import Tensor
 from ppvae.evaluation.unconstrained import Point, Unconstrained
 
 PILOT_CHAINS = 4
-WARM_UP = 50  # transitions that find the first step size
-ADAPTING = 200  # a pilot makes at least as many transitions, however few its temperatures
+WARM_UP = 30  # transitions that find the first step size
+ADAPTING = 100  # a pilot makes at least as many transitions, however few its temperatures
 GAIN = 0.2  # of log step size per unit of acceptance
 JITTER = 0.2  # each transition's step size varies by up to this share, so that no trajectory closes on itself
 
