@@ -28,7 +28,7 @@ from ppvae.evaluation.marginal import (
     digest_of,
 )
 from ppvae.evaluation.refits import WEIGHED, Plan, check_refit
-from ppvae.evaluation.saved import Saved
+from ppvae.evaluation.saved import Saved, mean_words
 from ppvae.inference.evaluating import evaluating
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
@@ -91,27 +91,27 @@ class Gaps(Saved):
         """The means over the data with standard errors (paired: of each datum's difference), as words."""
         rows = {
             "data": f"{self.data or 'a tensor'}, {len(self.elbo)} data",
-            "log p(x)": f"{_mean(self.log_px)} nats per datum ({self.log_px_from})",
-            "best ELBO": f"{_mean(self.best_elbo)} ({self.refit})",
-            "ELBO": _mean(self.elbo),
-            "inference gap": _mean(self.inference),
-            "approximation gap": _mean(self.approximation),
-            "amortisation gap": _mean(self.amortisation),
+            "log p(x)": f"{mean_words(self.log_px)} nats per datum ({self.log_px_from})",
+            "best ELBO": f"{mean_words(self.best_elbo)} ({self.refit})",
+            "ELBO": mean_words(self.elbo),
+            "inference gap": mean_words(self.inference),
+            "approximation gap": mean_words(self.approximation),
+            "amortisation gap": mean_words(self.amortisation),
         }
         if self.richer_elbo is not None:
             rows["richer family"] = (
-                f"{_mean(self.richer_elbo)} ({self.richer}), {_mean(self.richer_elbo - self.best_elbo)} above the best"
+                f"{mean_words(self.richer_elbo)} ({self.richer}), {mean_words(self.richer_elbo - self.best_elbo)} above the best"
             )
-        rows["refit"] = f"{self.rounds} rounds of {self.steps} steps; the last gained {_mean(self.gained)}"
+        rows["refit"] = f"{self.rounds} rounds of {self.steps} steps; the last gained {mean_words(self.gained)}"
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
     def summary(self) -> str:
         """The decomposition in words, with the direction of its errors."""
         count, bad = len(self.elbo), int((~self.reliable).sum())
         lines = [
-            f"inference gap {_mean(self.inference)} = approximation gap {_mean(self.approximation)} + amortisation gap "
-            f"{_mean(self.amortisation)} nats per datum over {count} data",
-            f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained {_mean(self.gained)}), "
+            f"inference gap {mean_words(self.inference)} = approximation gap {mean_words(self.approximation)} + amortisation gap "
+            f"{mean_words(self.amortisation)} nats per datum over {count} data",
+            f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained {mean_words(self.gained)}), "
             f"the approximation gap an upper bound up to the looseness of log p(x) ({self.log_px_from})",
         ]
         if bad:
@@ -241,13 +241,3 @@ def _estimate(own: dict[str, Any], num_particles: int, seed: int, s: Structure) 
         **own, elbo=own["log_px"], num_particles=num_particles, seed=seed, dims=s.observed_dims, base_measure="",
         lower_bound_only=s.lower_bound_only,
     )  # fmt: skip
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean over the data and its standard error; NaN for one datum."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _mean(values: Tensor) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.3f} ± {error:.3f}"

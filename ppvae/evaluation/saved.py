@@ -76,6 +76,22 @@ class Saved:
         raise NotImplementedError
 
 
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean over the data and its standard error; NaN for one datum."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def mean_words(values: Tensor | None) -> str:
+    """Mean over the data and its standard error, as words.
+
+    >>> mean_words(torch.tensor([1.0, 3.0]))
+    '2.000 ± 1.000'
+    """
+    if values is None:
+        return "not known"
+    return "{:.3f} ± {:.3f}".format(*mean_and_error(values))
+
+
 def kind_of(path: Path) -> str:
     """Which result a JSON file holds; an empty string where it is none of these."""
     try:

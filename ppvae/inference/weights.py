@@ -80,7 +80,7 @@ class Terms:
                     term = term.sum(-1, keepdim=True)
                 total = term if total is None else total + term
         if total is None:
-            some = next(iter(self.model.values())).log_prob
+            some = next(iter((self.model or self.guide).values())).log_prob
             return torch.zeros(self.num_particles, 1 if self.joint else self.batch_size, device=some.device).double()
         return total.expand(*total.shape[:-1], 1 if self.joint else self.batch_size)
 
@@ -254,10 +254,14 @@ def draw(
     *,
     structure: Structure,
     index: Tensor | None = None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Site]:
-    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out."""
+    """The guide's side alone, as `terms(..., drawn=...)` takes it; enumerated sites are left out.
+
+    `values` holds latents [particles, (inner plates,) batch, *event] to evaluate at instead of drawing.
+    """
     s = structure
-    given = {} if index is None else {s.plate: index}
+    given = dict(values or {}) | ({} if index is None else {s.plate: index})
     laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
     parts = []
     for rows, at, particles, piece in laid.runs(batch, given):
