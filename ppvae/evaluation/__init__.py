@@ -1,7 +1,7 @@
 """Estimating log p(x), and knowing how far to trust the estimate."""
 
 from ppvae.evaluation.annealing import annealed
-from ppvae.evaluation.bdmc import Bracket, bdmc
+from ppvae.evaluation.bidirectional import Bracket, bdmc
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.exact import Quadrature, quadrature
 from ppvae.evaluation.marginal import log_marginal

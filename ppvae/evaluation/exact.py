@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ MAX_DIMS = 3
 REACH = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales out
 ROUNDS = 4  # of centring and scaling
 COARSE = 33
+NODES = {1: 257, 2: 129, 3: 49}  # by default
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Quadrature:
         log_px: nats per datum.
         error: how far it is from the value on every other node, and how much of the integrand lies at the grid's edge:
             an estimate of its own error, in nats.
-        num_nodes: nodes per dim.
+        num_nodes: how many evaluations each took.
     """
 
     log_px: Tensor
@@ -44,7 +45,7 @@ def quadrature(
     guide: Pair,
     data: Any,
     *,
-    num_nodes: int = 129,
+    num_nodes: int | None = None,
     rows: int | None = None,
     device: torch.device | str | None = None,
 ) -> Quadrature:
@@ -60,7 +61,7 @@ def quadrature(
     Args:
         model, guide: a Pyro pair with continuous latents; the guide says where to look first.
         data: a tensor [N, *event], a split, or a tuple of them.
-        num_nodes: nodes per dim, odd; num_nodes ** dims evaluations per datum. Half of them give `error`.
+        num_nodes: nodes per dim, odd; by default 257 for one dim, 129 for two, 49 for three. Every other gives `error`.
         rows: the most (datum, node) rows that go through the model at once.
 
     Raises:
@@ -74,7 +75,7 @@ def quadrature(
     >>> bool((exact.log_px - pair.log_px(x)).abs().max() < 1e-8), bool(exact.error.max() < 1e-8)
     (True, True)
     """
-    if num_nodes < 9 or num_nodes % 2 == 0:
+    if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
     columns = _columns(data, 0)
     settings = Settings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
@@ -97,62 +98,69 @@ def quadrature(
                 )  # fmt: skip
             width = 1 if ready.s.joint else block.size
             log_px, error = _of_block(density, num_nodes)
+            nodes = (num_nodes or NODES[density.dims]) ** density.dims
             results.append((log_px[:width].cpu(), error[:width].cpu()))
-    return Quadrature(torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results]), num_nodes)
+    return Quadrature(torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results]), nodes)
 
 
-def _of_block(density: Unconstrained, num_nodes: int) -> tuple[Tensor, Tensor]:
+def _of_block(density: Unconstrained, num_nodes: int | None) -> tuple[Tensor, Tensor]:
     """(log p(x), its error), [N]."""
     u = density.start(SCALE_DRAWS).double()
     center, factor = u.nanmedian(0).values, torch.diag_embed(density.spread().double())
     for _ in range(ROUNDS):
-        grid = Grid(density, center, factor, COARSE)
-        center, factor = grid.moments(center, factor)
-    return Grid(density, center, factor, num_nodes).total()
+        center, factor = Grid(density, center, factor, COARSE).moments()
+    return Grid(density, center, factor, num_nodes or NODES[density.dims]).total()
 
 
 class Grid:
-    """The integrand on a grid of nodes t in [-reach, reach]^dims, u = center + factor sinh(t), [nodes, N].
-
-    `log_mass` is the integrand in t, without the width of a cell.
-    """
+    """The integrand on a grid of nodes t in [-reach, reach]^dims, u = center + factor sinh(t), for each datum."""
 
     def __init__(self, density: Unconstrained, center: Tensor, factor: Tensor, num_nodes: int):
+        self.density, self.center, self.factor = density, center, factor
         self.num_nodes, self.dims = num_nodes, density.dims
-        axis = torch.linspace(-REACH, REACH, num_nodes, dtype=torch.float64, device=center.device)
-        self.t = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, self.dims)
-        self.offset = self.t.sinh()
-        stretch = self.t.cosh().log().sum(-1, keepdim=True) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        self.log_cell = self.dims * math.log(2 * REACH / (num_nodes - 1))
-        parts = []
-        with torch.no_grad():
-            for offset in self.offset.split(max(1, density.rows // density.size)):
-                u = center + torch.einsum("nij,kj->kni", factor, offset)
-                parts.append(density.densities(u.to(density.dtype))[1])
-        self.log_mass = torch.cat(parts).nan_to_num(-torch.inf, torch.inf, -torch.inf) + stretch
+        self.width = 2 * REACH / (num_nodes - 1)
+        place = torch.arange(num_nodes, device=center.device)
+        self.places = torch.cartesian_prod(*[place] * self.dims).reshape(-1, self.dims)
 
-    def moments(self, center: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and Cholesky factor of the covariance, which is no narrower than nodes are apart."""
-        weight = self.log_mass.softmax(0)
-        mean = torch.einsum("kn,kj->nj", weight, self.offset)
-        square = torch.einsum("kn,ki,kj->nij", weight, self.offset, self.offset)
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A few nodes at a time: (places, sinh(t), log of a cell's share of the integral [nodes, N])."""
+        log_scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.dims * math.log(self.width)
+        with torch.no_grad():
+            for place in self.places.split(max(1, self.density.rows // self.density.size)):
+                t = self.width * place.double() - REACH
+                offset = t.sinh()
+                u = self.center + torch.einsum("nij,kj->kni", self.factor, offset)
+                log_joint = self.density.densities(u.to(self.density.dtype))[1]
+                log_joint = log_joint.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+                yield place, offset, log_joint + t.cosh().log().sum(-1, keepdim=True) + log_scale
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor of the posterior's covariance, which is no narrower than nodes are apart."""
+        parts = list(self.parts())
+        offset, weight = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]).softmax(0)
+        mean = torch.einsum("kn,kj->nj", weight, offset)
+        square = torch.einsum("kn,ki,kj->nij", weight, offset, offset)
         covariance = square - mean[:, :, None] * mean[:, None, :]
-        spacing = 2 * REACH / (self.num_nodes - 1) * (1 + mean.square()).sqrt()
+        spacing = self.width * (1 + mean.square()).sqrt()
         covariance = covariance + torch.diag_embed((0.3 * spacing).square())
         inner, failed = torch.linalg.cholesky_ex(covariance)
         fine = (failed == 0) & mean.isfinite().all(-1) & inner.isfinite().all((-2, -1))
-        new = center + torch.einsum("nij,nj->ni", factor, mean), factor @ inner
-        return torch.where(fine[:, None], new[0], center), torch.where(fine[:, None, None], new[1], factor)
+        center = self.center + torch.einsum("nij,nj->ni", self.factor, mean)
+        factor = self.factor @ inner
+        return (
+            torch.where(fine[:, None], center, self.center),
+            torch.where(fine[:, None, None], factor, self.factor),
+        )
 
     def total(self) -> tuple[Tensor, Tensor]:
         """(log of the integral, its error in nats), [N]."""
-        log_px = self.log_mass.logsumexp(0) + self.log_cell
-        cube = self.log_mass.reshape(*[self.num_nodes] * self.dims, -1)
-        every_other = cube[(slice(None, None, 2),) * self.dims].flatten(0, -2)
-        coarse = every_other.logsumexp(0) + self.log_cell + self.dims * math.log(2)
-        edge = torch.zeros_like(log_px)
-        for dim, place in itertools.product(range(self.dims), (0, -1)):
-            face = cube.select(dim, place).reshape(-1, cube.shape[-1])
-            # what lies beyond is taken to be as much as the face, one unit of t deep
-            edge = edge + (face.logsumexp(0) + self.log_cell - log_px).exp() * (self.num_nodes - 1) / (2 * REACH)
-        return log_px, (log_px - coarse).abs() + edge
+        whole = coarse = edge = torch.full_like(self.center[:, 0], -torch.inf)
+        for place, _, log_mass in self.parts():
+            faces = ((place == 0) | (place == self.num_nodes - 1)).sum(-1)
+            every_other = (place % 2 == 0).all(-1)
+            whole = torch.logaddexp(whole, log_mass.logsumexp(0))
+            coarse = torch.logaddexp(coarse, log_mass[every_other].logsumexp(0))
+            edge = torch.logaddexp(edge, (log_mass + faces[:, None].log()).logsumexp(0))
+        coarse = coarse + self.dims * math.log(2)
+        # what lies beyond is taken to be as much as the outermost nodes, one unit of t deep
+        return whole, (whole - coarse).abs() + (edge - whole).exp() / self.width

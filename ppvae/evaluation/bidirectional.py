@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import refused
@@ -20,10 +19,9 @@ from ppvae.evaluation.annealing_files import Finished
 from ppvae.evaluation.annealing_setup import Bar, Session, Settings, session
 from ppvae.evaluation.estimate import _number
 from ppvae.evaluation.marginal import Block, _columns, _quiet
+from ppvae.evaluation.simulated import Assemble, simulated
 from ppvae.inference.structure import undisturbed
-from ppvae.inference.tracing import Given, Pair, sample_nodes
-
-Assemble = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]]
+from ppvae.inference.tracing import Pair
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,8 @@ def bdmc(
         batches: list[tuple[Tensor, ...]] = []
         with Bar(ready.blocks, 2 * len(settings.chain_blocks), settings, _quiet(progress), "BDMC") as bar:
             for number in range(ready.blocks):
-                block, latents = _simulated(ready, number, assemble)
+                ready.noise(number, "simulated")
+                block, latents = simulated(ready.model, ready.s, ready.block(number), assemble)
                 batches.append(_rows_of(block))
                 results.append(_of_block(ready, block, latents, bar))
                 gap = torch.cat([r["upper"] - r["lower"] for r in results]).mean()
@@ -194,62 +193,6 @@ def _of_block(ready: Session, block: Block, latents: Mapping[str, Tensor], bar: 
         "upper": -upper["log_px"], "upper_std_error": upper["std_error"],
         "nonfinite": lower["nonfinite"] + upper["nonfinite"],
     }  # fmt: skip
-
-
-def _simulated(ready: Session, number: int, assemble: Assemble | None) -> tuple[Block, dict[str, Tensor]]:
-    """A block whose observed values are drawn from the model, and the latents that they were drawn with."""
-    s, block = ready.s, ready.block(number)
-    given = {} if block.index is None else {s.plate: block.index}
-    ready.noise(number, "simulated")
-    with poutine.trace() as tracer, poutine.uncondition(), Given(given):
-        ready.model(*block.batch)
-    drawn = {name: node["value"] for name, node in sample_nodes(tracer.get_trace())}
-    seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) == "observed"}
-    if assemble is not None:
-        batch = tuple(assemble(seen, block.batch))
-    else:
-        batch = _placed(ready, block, seen)
-    simulated = replaced(block, batch)
-    latents = {name: value for name, value in drawn.items() if name in s.guide_roles}
-    with poutine.trace() as tracer, Given({**given, **latents}):
-        ready.model(*simulated.batch)
-    for name, node in sample_nodes(tracer.get_trace()):
-        if s.model_roles.get(name) == "observed" and not torch.equal(node["value"], seen[name].to(node["value"])):
-            raise refused(
-                name, "the simulated values once they are in the batch", "others",
-                "pass assemble=, a function of (simulated values by site, batch) that gives the batch",
-            )  # fmt: skip
-    return simulated, latents
-
-
-def replaced(block: Block, batch: tuple[Tensor, ...]) -> Block:
-    """A block with another batch."""
-    out = Block.__new__(Block)
-    vars(out).update(vars(block) | {"batch": batch})
-    return out
-
-
-def _placed(ready: Session, block: Block, seen: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The batch with each simulated value in the column that its site observed."""
-    given = {} if block.index is None else {ready.s.plate: block.index}
-    with poutine.trace() as tracer, Given(given):
-        ready.model(*block.batch)
-    batch = list(block.batch)
-    for name, node in sample_nodes(tracer.get_trace()):
-        if name not in seen:
-            continue
-        rows = [c if block.index is None else c[block.index] for c in block.batch]
-        at = [i for i, c in enumerate(rows) if c.shape == node["value"].shape and torch.equal(c, node["value"])]
-        if not at:
-            raise refused(
-                name, "observed values that are a column of the batch, to put simulated ones in their place",
-                f"a tensor of shape {list(node['value'].shape)} that is none of them",
-                "pass assemble=, a function of (simulated values by site, batch) that gives the batch",
-            )  # fmt: skip
-        for i in at:
-            value = seen[name].to(batch[i])
-            batch[i] = value if block.index is None else batch[i].index_copy(0, block.index, value)
-    return tuple(batch)
 
 
 def _rows_of(block: Block) -> tuple[Tensor, ...]:
