@@ -99,20 +99,21 @@ class Gaps(Saved):
             "amortisation gap": mean_words(self.amortisation),
         }
         if self.richer_elbo is not None:
-            rows["richer family"] = (
-                f"{mean_words(self.richer_elbo)} ({self.richer}), {mean_words(self.richer_elbo - self.best_elbo)} above the best"
-            )
+            above = mean_words(self.richer_elbo - self.best_elbo)
+            rows["richer family"] = f"{mean_words(self.richer_elbo)} ({self.richer}), {above} above the best"
         rows["refit"] = f"{self.rounds} rounds of {self.steps} steps; the last gained {mean_words(self.gained)}"
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
     def summary(self) -> str:
         """The decomposition in words, with the direction of its errors."""
         count, bad = len(self.elbo), int((~self.reliable).sum())
+        whole, family, network = (mean_words(v) for v in (self.inference, self.approximation, self.amortisation))
         lines = [
-            f"inference gap {mean_words(self.inference)} = approximation gap {mean_words(self.approximation)} + amortisation gap "
-            f"{mean_words(self.amortisation)} nats per datum over {count} data",
-            f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained {mean_words(self.gained)}), "
-            f"the approximation gap an upper bound up to the looseness of log p(x) ({self.log_px_from})",
+            f"inference gap {whole} = approximation gap {family} + amortisation gap {network} nats per datum over "
+            f"{count} data",
+            f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained "
+            f"{mean_words(self.gained)}), the approximation gap an upper bound up to the looseness of log p(x) "
+            f"({self.log_px_from})",
         ]
         if bad:
             lines.append(
