@@ -74,6 +74,15 @@ def test_the_probability_of_leaving_the_band_is_exact(count, bins):
     assert p_value(row, bins, table) == pytest.approx(at, abs=1e-12)
 
 
+def test_the_probability_is_exact_in_single_precision_too():
+    """The computation must not follow torch's default type."""
+    torch.set_default_dtype(torch.float32)
+    table = pointwise(2000, 100)
+    assert table.dtype == torch.float64
+    assert escape(0.0, 2000, 100, table) < 1e-9
+    assert 0.0 < escape(1e-8, 2000, 100, table) < 1e-6
+
+
 def test_pointwise_p_values_are_binomial():
     table = pointwise(10, 4)
     mass = torch.tensor([math.comb(10, c) * 0.5**10 for c in range(11)])
@@ -119,6 +128,7 @@ def test_an_exact_guide_passes_and_a_shift_of_a_fifth_of_a_standard_deviation_fa
     words = {"replications": 2000, "alpha": 1e-4}
     right = calibration(pair.model, pair.guide, x, **words)
     assert right.passed
+    assert right.level == pytest.approx(1e-4 / 3)
     assert right.ranks["z"].shape == (2000, 3)
     for shift in (0.2, -0.2):
         wrong = calibration(pair.model, changed(pair, shift), x, **words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -141,32 +142,35 @@ class Comparison(Saved):
 
         The test set's log p(x) takes the place of an expected log predictive density, and p_loo is zero. Its standard
         errors leave out the variance over runs.
-
-        Raises:
-            UsageError: the installed ArviZ is 1.x, whose `compare` takes no such tables.
         """
         import arviz as az
-
-        if int(az.__version__.split(".")[0]) > 0:
-            raise UsageError(
-                f"arviz.compare: expected ArviZ 0.x, found {az.__version__}; the differences are in .table()"
-            )
         import xarray
-        from arviz.stats.stats_utils import ELPDData
 
         # stacking takes exp(log p(x)), which underflows; what is common to all models does not change its weights
-        common = self.log_px.amax(0)
-        count = self.log_px.shape[1]
+        common, count = self.log_px.amax(0), self.log_px.shape[1]
         found = {}
         for i, name in enumerate(self.names):
             own = self.log_px[i]
-            values = {
-                "elpd_loo": float(own.sum()), "se": float(own.std() * math.sqrt(count)), "p_loo": 0.0,
-                "n_samples": 1, "n_data_points": count, "warning": bool(self.unreliable[i] > 0),
-                "loo_i": xarray.DataArray((own - common).numpy(), dims=("datum",)), "scale": "log",
-            }  # fmt: skip
-            found[name] = ELPDData(data=list(values.values()), index=list(values))
+            pointwise = xarray.DataArray((own - common).numpy(), dims=("datum",))
+            total, error = float(own.sum()), float(own.std() * math.sqrt(count))
+            found[name] = _elpd(az, total, error, pointwise, bool(self.unreliable[i] > 0))
+        if int(az.__version__.split(".")[0]) > 0:
+            return az.compare(found, method="stacking")
         return az.compare(found, ic="loo", method="stacking")
+
+
+def _elpd(az: Any, total: float, error: float, pointwise: Any, warning: bool) -> Any:
+    """One model's log p(x) as ArviZ holds an expected log predictive density, whose parts 1.x names anew."""
+    common = {"se": error, "n_samples": 1, "n_data_points": pointwise.size, "scale": "log", "warning": warning}
+    if int(az.__version__.split(".")[0]) > 0:
+        from arviz_stats.utils import ELPDData
+
+        kind = {"kind": "loo"} if "kind" in inspect.signature(ELPDData).parameters else {}
+        return ELPDData(**common, **kind, elpd=total, p=0.0, good_k=0.7, elpd_i=pointwise)
+    from arviz.stats.stats_utils import ELPDData
+
+    values = {"elpd_loo": total, **common, "p_loo": 0.0, "loo_i": pointwise}
+    return ELPDData(data=list(values.values()), index=list(values))
 
 
 Result = Estimate | str | os.PathLike[str]

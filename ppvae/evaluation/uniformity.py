@@ -46,7 +46,7 @@ def escape(level: float, count: int, bins: int, table: Tensor) -> float:
         step = new.clamp(min=0).minimum(left)
         share = 1 / (bins - i)
         log_mass = log_factorial[left] - log_factorial[step] - log_factorial[left - step]
-        log_mass = log_mass + step * math.log(share) + (left - step) * math.log1p(-share)
+        log_mass = log_mass + step.double() * math.log(share) + (left - step).double() * math.log1p(-share)
         weight = weight @ torch.where(legal, log_mass.exp(), torch.zeros_like(log_mass))
         at = to
     return max(0.0, 1.0 - float(weight.sum()))
