@@ -130,7 +130,7 @@ def key_of(ready: Session) -> dict[str, Any]:
     s, settings = ready.s, ready.settings
     return settings.attributes() | {
         "what": "annealed", "seed": settings.seed, "betas": settings.betas.tolist(), "data": digest_of(ready.columns),
-        "parameters": digest_of_params(s.params), "sites": sorted({**s.model_roles, **s.guide_roles}),
+        "parameters": digest_of_params(s.params, ready.modules), "sites": sorted({**s.model_roles, **s.guide_roles}),
         "layout": s.layout,
     }  # fmt: skip
 
@@ -148,13 +148,14 @@ def _of_block(ready: Session, number: int, store: Finished, bar: Bar) -> dict[st
 
         def made(i: int = i, count: int = count) -> dict[str, Tensor]:
             noise = ready.noise(number, i)
-            return vars(forward(plan, density.start(count), settings.resample, noise, bar.update))
+            start = density.start(count)
+            return {"elbo": density.elbo(start), **vars(forward(plan, start, settings.resample, noise, bar.update))}
 
         part, there = store.part(f"chains-{number:05d}-{i:05d}", made)
         if there:
             bar.update(settings.num_temperatures - 1)
         part = {name: value.cpu()[..., :width] for name, value in part.items()}
-        weights.add(part["log_weight"], part["first"])
+        weights.add(part["log_weight"], part["elbo"])
         acceptance = acceptance + part["acceptance"] * count / settings.num_chains
         resampled = resampled + part["resampled"]
     result = weights.result()

@@ -69,12 +69,11 @@ class Plan:
 class Chains:
     """What a run of chains leaves: [chains, batch] log-weights whose mean estimates p(x), and how it went.
 
-    `first` is the log-weight of the draws that the chains start from. After resampling, a log-weight belongs to a first
-    draw and holds all of its descendants, so that log-weights of different rows are as good as independent.
+    After resampling, a log-weight belongs to a first draw and holds all of its descendants, so that log-weights of
+    different rows are as good as independent.
     """
 
     log_weight: Tensor
-    first: Tensor
     acceptance: Tensor  # [batch], the mean over chains and temperatures
     resampled: Tensor  # [batch], how often
 
@@ -118,18 +117,17 @@ def forward(plan: Plan, start: Tensor, resample: float, noise: torch.Generator, 
     and exp of the estimate stays unbiased. Source: Neal 2001 (arXiv physics/9803008); Del Moral et al. 2006.
     """
     point = plan.kernel.density(start)
-    first = point.log_weight
-    count = len(first)
-    log_weight, log_past = torch.zeros_like(first), torch.zeros_like(first[0])
+    count, like = len(start), point.log_joint
+    log_weight, log_past = torch.zeros_like(like), torch.zeros_like(like[0])
     acceptance, resampled = torch.zeros_like(log_past), torch.zeros_like(log_past)
-    ancestor = torch.arange(count, device=first.device)[:, None].expand_as(first)
+    ancestor = torch.arange(count, device=like.device)[:, None].expand_as(like)
     for t in range(1, len(plan.betas)):
         log_weight = log_weight + (plan.betas[t] - plan.betas[t - 1]) * point.log_weight
         if t == len(plan.betas) - 1:
             break
         if resample:
             low = _ess(log_weight) < resample * count
-            uniform = torch.rand(low.shape, generator=noise, dtype=first.dtype, device=first.device)
+            uniform = torch.rand(low.shape, generator=noise, dtype=like.dtype, device=like.device)
             if bool(low.any()):
                 index = torch.where(
                     low, _systematic(log_weight, uniform), torch.arange(count, device=low.device)[:, None]
@@ -144,7 +142,7 @@ def forward(plan: Plan, start: Tensor, resample: float, noise: torch.Generator, 
     moves = max(1, len(plan.betas) - 2)
     if resample:
         log_weight = _families(log_weight, ancestor) + log_past
-    return Chains(log_weight, first, acceptance / moves, resampled)
+    return Chains(log_weight, acceptance / moves, resampled)
 
 
 def backward(plan: Plan, start: Tensor, noise: torch.Generator, tick: Tick) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,14 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
     os.replace(partial, path)
 
 
-def digest_of_params(params: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of parameters with their names."""
+def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Module] = ()) -> str:
+    """The SHA-256 of parameters, and of all that modules hold: what is frozen, and buffers; with their names."""
     total = hashlib.sha256()
-    for name, value in sorted(params.items()):
+    found = dict(params)
+    for i, module in enumerate(modules):
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        found |= {f"{i}.{name}": value for name, value in own}
+    for name, value in sorted(found.items()):
         total.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

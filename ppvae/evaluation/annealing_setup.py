@@ -18,7 +18,7 @@ from ppvae.evaluation.annealing_files import Finished
 from ppvae.evaluation.annealing_schedule import at_betas, equal_ess, named
 from ppvae.evaluation.marginal import DATA_BLOCK, PARTICLE_BLOCK, Block, _device, _inspected, stream
 from ppvae.evaluation.unconstrained import Unconstrained, prior_of
-from ppvae.inference.evaluating import evaluating
+from ppvae.inference.evaluating import evaluating, modules_called
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
@@ -89,6 +89,7 @@ class Session:
     size: int  # data in a block
     device: torch.device
     settings: Settings
+    modules: Sequence[torch.nn.Module]
 
     @property
     def blocks(self) -> int:
@@ -106,8 +107,8 @@ class Session:
         """The start density and p(x, z) of a block, whose values are checked against the supports once."""
         rows = self.settings.rows or DATA_BLOCK * PARTICLE_BLOCK
         guide = amortised(self.guide, block.batch, self.s, block.index)
-        prior = self.settings.start == "prior"
-        density = Unconstrained(self.model, guide, block.batch, self.s, block.index, rows, prior)
+        prior, cached = self.settings.start == "prior", guide is not self.guide
+        density = Unconstrained(self.model, guide, block.batch, self.s, block.index, rows, prior, cached)
         if block.number == 0:
             density.check_steady()
         block._check(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
@@ -154,7 +155,8 @@ def session(
     model, guide = bound(model), bound(guide)
     with evaluating(model, guide):
         place = torch.device(device) if device is not None else _device(model, guide, columns)
-        s, size = _inspected(model, guide, columns, place)
+        with modules_called(model, guide) as modules:
+            s, size = _inspected(model, guide, columns, place)
         if settings.start == "prior":
             if s.enumerated:
                 raise UsageError(
@@ -164,7 +166,7 @@ def session(
             guide = prior_of(model, s.guide_roles)
             s, size = _inspected(model, guide, columns, place)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
-            yield Session(model, guide, s, columns, size, place, settings)
+            yield Session(model, guide, s, columns, size, place, settings, modules)
 
 
 class Bar:

@@ -183,7 +183,7 @@ def _of_block(ready: Session, block: Block, latents: Mapping[str, Tensor], bar: 
     for i, count in enumerate(settings.chain_blocks):
         noise = ready.noise(number, i)
         chains = forward(plan, density.start(count), 0.0, noise, bar.update)
-        both["lower"].add(chains.log_weight[:, :width], chains.first[:, :width])
+        both["lower"].add(chains.log_weight[:, :width], chains.log_weight[:, :width])
         acceptance = acceptance + chains.acceptance[:width].cpu() * count / settings.num_chains
         back = backward(plan, density.single(latents, count), ready.noise(number, i, "reverse"), bar.update)
         both["upper"].add(-back[:, :width], -back[:, :width])

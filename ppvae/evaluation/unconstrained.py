@@ -13,10 +13,10 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.inference.particles import particle_dim
+from ppvae.inference.particles import over_inner_plates, particle_dim
 from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.support import base, is_discrete, mask_of, support_words
-from ppvae.inference.tracing import Pair, constant, one_trace, sample_nodes
+from ppvae.inference.tracing import Pair, constant, node_log_prob, one_trace, sample_nodes
 from ppvae.inference.weights import Site, draw, terms
 
 SCALE_DRAWS = 100  # draws from the start density that measure its spread
@@ -107,6 +107,7 @@ class Unconstrained:
         batch, index: the data, as `terms` takes them.
         rows: the most (chain, datum) rows that go through the pair at once.
         prior: the guide is the model's prior, which is then not run again.
+        cached: the guide is `amortised`: its one distribution is the same at every step.
 
     Raises:
         ContractError: a latent that is discrete, or whose support has no transform, by the site's name.
@@ -121,12 +122,13 @@ class Unconstrained:
         index: Tensor | None,
         rows: int,
         prior: bool,
+        cached: bool = False,
     ):
         self.model, self.guide, self.batch, self.s, self.index = model, guide, batch, s, index
-        self.rows, self.prior = rows, prior
+        self.rows, self.prior, self.cached = rows, prior, cached
         with undisturbed(), torch.no_grad():
             self._sites = draw(guide, batch, 2, structure=s, index=index)
-            nodes = self._nodes()
+            nodes = self._nodes = self._traced()
             self._plain = all(s.guide_roles[n] == "latent" for n in nodes) and nodes.keys() == self._sites.keys()
             self.size = 1 if s.joint else s.size_of(batch) if index is None else len(index)
             self.coordinates: tuple[Coordinate, ...] = ()
@@ -137,7 +139,7 @@ class Unconstrained:
             self.dtype, self.device = value.dtype, value.device
             self.active = self._active(nodes)
 
-    def _nodes(self) -> dict[str, Any]:
+    def _traced(self) -> dict[str, Any]:
         """The guide's sites that a state is made of, traced once for one particle."""
         s = self.s
         given = {} if self.index is None else {s.plate: self.index}
@@ -275,11 +277,14 @@ class Unconstrained:
         """(log start, log joint) of a state, [chains, batch] in float64, both in the coordinates u."""
         values, log_det = self.values(u)
         count, s = len(u), self.s
-        if self.prior:
+        if self.prior or self.cached:
             drawn = {c.name: _at(self._sites[c.name], values[c.name]) for c in self.coordinates}
             t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, drawn=drawn)
-            log_prior = t.log_prior
-            return log_prior + log_det, log_prior + t.log_lik + log_det
+            log_prior = log_start = t.log_prior
+            if not self.prior:
+                ((name, node),) = self._nodes.items()
+                log_start = over_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.nesting)
+            return log_start + log_det, log_prior + t.log_lik + log_det
         t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, values=values)
         log_start = log_det
         for c in self.coordinates:
@@ -290,11 +295,25 @@ class Unconstrained:
             return log_start, t.log_lik + t.log_prior + log_det
         return log_start, log_start + t.log_weight
 
+    def elbo(self, u: Tensor) -> Tensor:
+        """One sample of the evidence lower bound of the start density for each chain and datum, at draws from it."""
+        with torch.no_grad():
+            parts = []
+            for part in u.split(self._step):
+                at = self.values(part)[0]
+                t = terms(self.model, self.guide, self.batch, len(part), values=at, structure=self.s, index=self.index)
+                parts.append(t.elbo)
+        return torch.cat(parts)[:, : self.size]
+
+    @property
+    def _step(self) -> int:
+        """Chains that go through the pair at once."""
+        return max(1, self.rows // (self.s.size_of(self.batch) if self.index is None else len(self.index)))
+
     def __call__(self, u: Tensor) -> Point:
         """Densities and gradients, a few chains at a time; no parameter gets a gradient."""
-        step = max(1, self.rows // (self.s.size_of(self.batch) if self.index is None else len(self.index)))
         with torch.enable_grad(), constant(self.s.params.values()):
-            return _joined([self._point(part) for part in u.split(step)])
+            return _joined([self._point(part) for part in u.split(self._step)])
 
     def _point(self, u: Tensor) -> Point:
         u = u.detach().requires_grad_()
