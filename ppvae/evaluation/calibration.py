@@ -46,6 +46,11 @@ class Calibration(Saved):
     notes: tuple[str, ...] = ()
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The latents that were ranked."""
+        return tuple(self.ranks)
+
+    @property
     def num_dims(self) -> int:
         """How many ranks are tested, over all latents."""
         return sum(len(p) for p in self.p_values.values())

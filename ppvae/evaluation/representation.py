@@ -68,6 +68,11 @@ class Representation(Saved):
     notes: tuple[str, ...] = ()
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The latents that were measured."""
+        return tuple(self.kl)
+
+    @property
     def elbo(self) -> Tensor:
         """-(rate + distortion), [N] nats."""
         return -(self.rate + self.distortion)

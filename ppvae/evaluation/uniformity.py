@@ -68,7 +68,7 @@ def p_value(ranks: Tensor, bins: int, table: Tensor) -> float:
 def band(alpha: float, count: int, bins: int, table: Tensor) -> tuple[Tensor, Tensor]:
     """Counts at every edge between which all those of uniform ranks stay with probability 1 - alpha or more."""
     low, high = 0.0, alpha
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if escape(middle, count, bins, table) <= alpha else (low, middle)
     return bounds(low, table)
