@@ -25,8 +25,8 @@ def gaps_of(amortisation=0.5, approximation=1.0, richer=0.7, n=40):
     return Gaps(
         log_px=best + approximation, log_px_error=0.01 * torch.ones(n).double(), reliable=torch.arange(n) > 2,
         elbo=elbo, best_elbo=best, richer_elbo=None if richer is None else best + richer,
-        gained=torch.zeros(n).double(), refit="each datum has distributions of its own", richer="a normal", log_px_from="given", num_particles=100,
-        steps=10, rounds=2, seed=0, data="made by hand",
+        gained=torch.zeros(n).double(), refit="each datum has distributions of its own", richer="a normal",
+        log_px_from="given", num_particles=100, steps=10, rounds=2, seed=0, data="made by hand",
     )  # fmt: skip
 
 

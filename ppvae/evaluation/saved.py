@@ -54,7 +54,7 @@ class Saved:
         path = Path(path)
         try:
             content = json.loads(path.read_text())
-            with np.load(path.with_suffix(".npz")) as file:
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
             if content["kind"] != cls.__name__:
                 raise CheckpointError(f"{path}: expected a result of kind {cls.__name__}, found {content['kind']}")

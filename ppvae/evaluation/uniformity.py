@@ -67,8 +67,9 @@ def p_value(ranks: Tensor, bins: int, table: Tensor) -> float:
 
 def band(alpha: float, count: int, bins: int, table: Tensor) -> tuple[Tensor, Tensor]:
     """Counts at every edge between which all those of uniform ranks stay with probability 1 - alpha or more."""
-    low, high = 0.0, alpha
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if escape(middle, count, bins, table) <= alpha else (low, middle)
-    return bounds(low, table)
+    levels = table[table <= alpha].unique()  # the band changes at these alone
+    low, high = 0, len(levels)
+    while low < high:  # the first level whose band is left too often
+        middle = (low + high) // 2
+        low, high = (low, middle) if escape(float(levels[middle]), count, bins, table) > alpha else (middle + 1, high)
+    return bounds(float(levels[low - 1]) if low else -1.0, table)
