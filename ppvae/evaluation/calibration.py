@@ -86,10 +86,14 @@ class Calibration(Saved):
         }
         for site, p in self.p_values.items():
             failed, worst = int((p < self.level).sum()), int(p.argmin())
-            rows[site] = f"{failed} of {len(p)} dims depart; smallest p-value {float(p[worst]):.2g}, dim {worst}"
+            rows[site] = f"{failed} of {len(p)} dims depart; smallest p-value {_p_words(float(p[worst]))}, dim {worst}"
             if failed:
                 rows[site] += f": the guide's draws are {self.verdict(site, worst)}"
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
+
+def _p_words(p: float) -> str:
+    return f"{p:.2g}" if p > 1e-10 else "below 1e-10"
 
 
 def calibration(

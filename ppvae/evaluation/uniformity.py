@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+SMALLEST = 1e-12  # edge by edge; the band is wide there, and slow
+
 
 def pointwise(count: int, bins: int) -> Tensor:
     """Two-sided p-values of every count at every edge, [bins - 1, count + 1].
@@ -59,17 +61,21 @@ def bounds(level: float, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def p_value(ranks: Tensor, bins: int, table: Tensor) -> float:
-    """How probable a departure as large as that of ranks [R], in 0 .. bins - 1, is if they are uniform."""
+    """How probable a departure as large as that of ranks [R], in 0 .. bins - 1, is if they are uniform.
+
+    Below 1e-10 it is that number or less: smaller ones are lost in rounding.
+    """
     counts = torch.bincount(ranks.long(), minlength=bins).cumsum(0)[:-1]
     smallest = float(table[torch.arange(bins - 1), counts].min())
-    return escape(smallest, len(ranks), bins, table)
+    return escape(max(smallest, SMALLEST), len(ranks), bins, table)
 
 
 def band(alpha: float, count: int, bins: int, table: Tensor) -> tuple[Tensor, Tensor]:
     """Counts at every edge between which all those of uniform ranks stay with probability 1 - alpha or more."""
-    levels = table[table <= alpha].unique()  # the band changes at these alone
+    # the band changes at these alone, and by the union bound is never left too often at alpha / bins
+    levels = table[(table >= alpha / bins) & (table <= alpha)].unique()
     low, high = 0, len(levels)
     while low < high:  # the first level whose band is left too often
         middle = (low + high) // 2
         low, high = (low, middle) if escape(float(levels[middle]), count, bins, table) > alpha else (middle + 1, high)
-    return bounds(float(levels[low - 1]) if low else -1.0, table)
+    return bounds(float(levels[low - 1]) if low else alpha / bins, table)
