@@ -7,12 +7,14 @@ import functools
 import inspect
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from ppvae import data as datasets
+from ppvae.choices import Among, Argument, among
 from ppvae.errors import PpvaeError, UsageError
+from ppvae.inference.scope import unbound
 from ppvae.settings import parse
 from ppvae.training import fit as train_pair
 from ppvae.training import load as load_run
@@ -30,6 +32,7 @@ class Data:
     dequantize: bool = False  # add uniform noise within a grey level
     flat: bool = True  # vectors; --no-flat gives images [C, H, W]
     labels: bool = False  # pass the labels as the batch's second tensor
+    missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
     data_seed: int = 0  # of binarisation and dequantisation
 
 
@@ -51,7 +54,6 @@ class Fit(Data):
     epochs: int = 50
     batch_size: int = 100
     seed: int = 0
-    objective: str = "Trace_ELBO"  # a class of pyro.infer
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     clip: float | None = None  # the largest gradient norm, per datum
     patience: int | None = None  # epochs without a better validation ELBO before stopping
@@ -73,7 +75,7 @@ class Evaluate:
     root: str | None = None
     rows: int | None = None  # the most (datum, particle) rows at once; memory is proportional to it
     device: str | None = None
-    best: bool | None = None  # the parameters with the best validation ELBO
+    best: bool = False  # the parameters with the best validation ELBO, instead of those that the run ended with
     runs: str = "runs"
     report: bool = True
 
@@ -85,7 +87,7 @@ class Generate:
     count: int = 64
     seed: int = 0
     root: str | None = None
-    best: bool | None = None
+    best: bool = False
     runs: str = "runs"
 
 
@@ -97,16 +99,19 @@ class Show:
     binarize: Literal["none", "fixed", "dynamic"] = "none"
     dequantize: bool = False
     flat: bool = True
+    missing: bool = False  # NaN in a file stands for a missing value
     data_seed: int = 0
 
 
 def fit(args: list[str]) -> int:
     """`ppvae fit PAIR`."""
-    text, factory, settings, arguments = _with_pair("fit", args, Fit)
+    text, factory, settings, arguments = _with_pair("fit", args, Fit, {"objective": _objectives()})
+    objective = arguments.pop("objective")
     splits = _load(settings)
     torch.manual_seed(settings.seed)
     columns = [_columns(s, settings.labels) for s in splits]
-    model, guide = pairs.build(factory, arguments, splits[0])
+    num_labels = _num_labels(splits[0], settings.labels)
+    model, guide = pairs.build(factory, arguments, splits[0], num_labels)
     directory = _directory(settings, text)
     steps = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
     run = train_pair(
@@ -114,7 +119,7 @@ def fit(args: list[str]) -> int:
         guide,
         columns[0],
         valid=columns[1],
-        objective=_objective(settings.objective),
+        objective=_objective(objective),
         optimizer=_optimizer(settings.optimizer),
         scheduler=steps if settings.optimizer.schedule == "cosine" else None,
         epochs=settings.epochs,
@@ -130,6 +135,7 @@ def fit(args: list[str]) -> int:
                 "name": _lasting(text),
                 "arguments": arguments,
                 "train": [[list(splits[0].shape), "float32"]],
+                "num_labels": num_labels,
             },
             "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)} | _places(settings),
         },
@@ -146,14 +152,19 @@ def evaluate(args: list[str]) -> int:
     from ppvae.evaluation import log_marginal
 
     settings, directory = _with_run("evaluate", args, Evaluate)
-    run = load_run(directory, best=settings.best)
+    run = load_run(directory, best=settings.best or None)
     columns = _of_run(run, settings, settings.split)
     if settings.head is not None:
         columns = tuple(c.head(settings.head) if hasattr(c, "head") else c[: settings.head] for c in columns)
+    discrete = getattr(getattr(unbound(run.model), "__self__", None), "discrete", None)
+    model, guide = (run.model, run.guide) if discrete is None else (discrete.model, discrete.guide)
     est = log_marginal(
-        run.model, run.guide, columns, num_particles=settings.num_particles, seed=settings.seed,
+        model, guide, columns, num_particles=settings.num_particles, seed=settings.seed,
         device=settings.device, rows=settings.rows,
     )  # fmt: skip
+    if discrete is not None:
+        note = "log p(x) of the discrete model, whose relaxed counterpart was trained"
+        est = dataclasses.replace(est, notes=(*est.notes, note))
     name = "log_marginal" if settings.split == "test" else f"log_marginal_{settings.split}"
     path = est.save(directory / "results", name)
     for name, value in est.table().items():
@@ -169,7 +180,7 @@ def generate(args: list[str]) -> int:
     from ppvae import report
 
     settings, directory = _with_run("generate", args, Generate)
-    run = load_run(directory, best=settings.best)
+    run = load_run(directory, best=settings.best or None)
     columns = _of_run(run, settings, "test")
     for path in report.generated(run, columns, directory, count=settings.count, seed=settings.seed):
         print(path)
@@ -183,8 +194,8 @@ def check(args: list[str]) -> int:
     _, factory, settings, arguments = _with_pair("check", args, Data)
     splits = _load(settings)
     torch.manual_seed(0)
-    model, guide = pairs.build(factory, arguments, splits[0])
     columns = _columns(splits[0], settings.labels)
+    model, guide = pairs.build(factory, arguments, splits[0], _num_labels(splits[0], settings.labels))
     first = torch.arange(min(100, len(columns[0])))
     batch = tuple(c.read(first) if hasattr(c, "read") else c[first] for c in columns)
     try:
@@ -215,12 +226,17 @@ def data(args: list[str]) -> int:
     return 0
 
 
-def _with_pair(command: str, args: list[str], base: type) -> tuple[str, Any, Any, dict[str, Any]]:
-    """(pair's name, factory, settings, the factory's arguments)."""
+def _with_pair(
+    command: str, args: list[str], base: type, more: dict[str, Argument] | None = None
+) -> tuple[str, Any, Any, dict[str, Any]]:
+    """(pair's name, factory, settings, the factory's arguments, and more of the command's own)."""
     name = _first(command, "PAIR", "a pair, as in `ppvae.models:vae`", args, base)
     factory = pairs.resolve(name)
     settings: Any
-    settings, arguments = parse(base, args[1:], f"ppvae {command} {name}", _about(base), pairs.parameters(factory))
+    taken = pairs.parameters(factory)
+    for clash in taken.keys() & (more or {}).keys():
+        raise UsageError(f"{name}: its argument {clash!r} is an option of ppvae {command}; give it another name")
+    settings, arguments = parse(base, args[1:], f"ppvae {command} {name}", _about(base), taken | (more or {}))
     return name, factory, settings, arguments
 
 
@@ -242,15 +258,16 @@ def _first(command: str, what: str, expected: str, args: list[str], cls: type) -
     if args and not args[0].startswith("-"):
         return args[0]
     if {"-h", "--help"} & set(args):
-        parse(cls, ["--help"], f"ppvae {command} {what}", _about(cls))
+        more = {"objective": _objectives()} if cls is Fit else {}
+        parse(cls, args, f"ppvae {command} {what}", _about(cls), more)
     raise UsageError(f"ppvae {command}: expected {expected}; found {args[0] if args else 'nothing'}")
 
 
 def _load(settings: Any) -> Any:
-    kind = None if settings.binarize == "none" or settings.dequantize else settings.binarize
+    kind = None if settings.binarize == "none" or settings.dequantize or settings.missing else settings.binarize
     return datasets.load(
         settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
-        seed=settings.data_seed,
+        seed=settings.data_seed, missing=settings.missing,
     )  # fmt: skip
 
 
@@ -299,18 +316,28 @@ def _directory(settings: Fit, text: str) -> Path:
     return next(runs / n for n in names if not (runs / n).exists())
 
 
-def _objective(name: str) -> Any:
-    import difflib
+def _num_labels(split: Any, wanted: bool) -> int | None:
+    """How many labels the data have, where they are wanted."""
+    if not wanted or split.labels is None:
+        return None
+    return len(split.classes) or int(split.labels.max()) + 1
 
-    import pyro.infer as infer
 
-    known = [n for n, v in vars(infer).items() if isinstance(v, type) and issubclass(v, infer.ELBO)]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise UsageError(f"--objective: expected one of {', '.join(sorted(known))}; found {name!r}" + (
-            f"; did you mean {near[0]!r}?" if near else ""
-        ))  # fmt: skip
-    return getattr(infer, name)()
+def _objectives() -> Argument:
+    """The option that chooses an objective."""
+    from pyro.infer import ELBO, Trace_ELBO
+
+    kind = Annotated[ELBO, Among(("ppvae.objectives", "pyro.infer"), ELBO)]
+    return kind, Trace_ELBO, "what is maximised."
+
+
+def _objective(chosen: dict[str, Any]) -> Any:
+    choice = among(_objectives()[0])
+    assert choice is not None
+    try:
+        return choice.chosen(chosen, "objective")()
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--objective {chosen['name']}: {error}") from error
 
 
 def _optimizer(settings: Optimizer) -> Any:
@@ -327,6 +354,12 @@ def _optimizer(settings: Optimizer) -> Any:
     for key in chosen:
         if key not in taken:
             raise UsageError(f"--optimizer.{key}: {settings.name} does not take it")
+    tried = torch.nn.Parameter(torch.zeros(2))
+    tried.grad = torch.zeros(2)
+    try:  # some want a closure, sparse gradients, matrices
+        cls([tried], **chosen).step()
+    except Exception as error:
+        raise UsageError(f"--optimizer.name: {settings.name} cannot train a pair: {error}") from error
     return functools.partial(cls, **chosen)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import pyro
 import pytest
 import torch
 
+from ppvae import load
 from ppvae.cli import COMMANDS, main
 
 PAIRS = Path(__file__).parent / "pairs"
@@ -113,6 +115,14 @@ STRANGERS = {
 }
 
 
+MODULES = {  # what `check` says of the modules that a pair registers, where they are not two plain networks
+    "two_latents": [("up", "Gaussian"), ("top", "Gaussian"), ("down", "Gaussian"), ("out", "Sequential")],
+    "conv_batchnorm": [("encoder", "Encoder"), ("decoder", "Decoder")],
+    "params_only": [],
+    "pyromodule": [("decoder", "PyroSequential"), ("encoder", "PyroLinear")],
+}
+
+
 @pytest.mark.parametrize("name", STRANGERS)
 def test_a_strangers_pair_goes_all_the_way(cli, tmp_path, name):
     pair, options = STRANGERS[name]
@@ -121,6 +131,8 @@ def test_a_strangers_pair_goes_all_the_way(cli, tmp_path, name):
     assert checked.status == 0, checked.err
     assert "data plate 'data'" in checked.out
     assert "model site 'x': observed" in checked.out
+    modules = re.findall(r"^(\w+): (\w+), .*\b\d+ parameters", checked.out, re.M)
+    assert modules == MODULES.get(name, [("encoder", "Sequential"), ("decoder", "Sequential")])
 
     fitted = cli("fit", pair, *options, "--epochs", 2, "--name", "run", "--no-report")
     assert fitted.status == 0, fitted.err
@@ -174,8 +186,17 @@ def test_evaluate_and_generate_take_a_head_a_split_and_the_best(cli, trained):
     assert result.status == 0, result.err
     content = json.loads((trained / "results" / "log_marginal_valid.json").read_text())
     assert (content["num_data"], content["num_particles"]) == (20, 30)
-    again = cli("evaluate", trained, "--head", 7, "--num-particles", 30, "--best", "True", "--no-report")
+    again = cli("evaluate", trained, "--head", 7, "--num-particles", 30, "--best", "--no-report")
     assert again.status == 0, again.err
+
+
+def test_best_is_a_plain_flag(cli, trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ppvae.commands.load_run", lambda folder, best: asked.append(best) or load(folder, best=best))
+    for options in ([], ["--best"]):
+        result = cli("evaluate", trained, "--head", 3, "--num-particles", 2, "--no-report", *options)
+        assert result.status == 0, result.err
+    assert asked == [None, True]  # without it, what the run ended with
 
 
 def test_the_same_command_twice_gives_the_same_weights(cli, tmp_path):
@@ -233,6 +254,137 @@ def test_the_librarys_own_factories(cli):
         assert result.status == 0, result.err
         result = cli("evaluate", pair.split(":")[1], "--num-particles", 2, "--head", 9, "--no-report")
         assert result.status == 0, result.err
+
+
+# Parts and objectives by name
+
+
+DISCRETE = ["--prior", "Categorical", "--prior.classes", 3, "--prior.variables", 2]
+DISCRETE += ["--posterior", "Categorical", "--posterior.classes", 3, "--enumerate", "--objective", "TraceEnum_ELBO"]
+CHOSEN = {  # options, and what the configuration then says of the parts
+    "VampPrior": (["--prior", "VampPrior", "--prior.components", 9], {"prior": {"components": 9, "noise": 0.01}}),
+    "mixture": (["--prior", "MixtureOfNormals", "--prior.components", 4], {"prior": {"components": 4}}),
+    "MAF": (["--prior", "MAF", "--prior.hidden", 8, 9], {"prior": {"transforms": 3, "hidden": [8, 9]}}),
+    "spline": (["--prior=NeuralSpline", "--prior.bins=4", "--prior.hidden=8"], {"prior": {"bins": 4}}),
+    "IAF": (["--posterior", "IAF", "--posterior.flows", 1], {"posterior": {"flows": 1, "features": 16}}),
+    "full rank": (["--posterior", "FullRank"], {"posterior": {}}),
+    "enumerated": (DISCRETE, {"prior": {"classes": 3}, "posterior": {"classes": 3}}),
+    "sphere": (["--prior", "UniformOnSphere", "--posterior", "PowerSpherical"], {"prior": {}}),
+    "of labels": (["--prior", "ConditionalNormal", "--labels"], {"prior": {}}),
+    "levels": (
+        ["--binarize", "none", "--likelihood", "DiscretizedLogistic", "--likelihood.levels", 17],
+        {"likelihood": {"levels": 17}},
+    ),
+    "scale": (["--likelihood", "Normal", "--likelihood.scale", "learned"], {"likelihood": {"scale": "learned"}}),
+    "images": (
+        ["--no-flat", "--channels", 2, 4, "--prior", "RealNVP", "--likelihood", "Laplace", "--likelihood.floor", 0.1],
+        {"likelihood": {"floor": 0.1}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_parts_by_name_go_all_the_way(cli, tmp_path, name):
+    options, expected = CHOSEN[name]
+    factory = "conv_vae" if name == "images" else "vae"
+    small = ["--latent", 3, "--hidden", 8, "--epochs", 1, "--batch-size", 300, "--name", "run", "--no-report"]
+    fitted = cli("fit", f"ppvae.models:{factory}", *options, *small)
+    assert fitted.status == 0, fitted.err
+    config = json.loads((tmp_path / "runs" / "run" / "config.json").read_text())["pair"]["arguments"]
+    for role, own in expected.items():
+        assert config[role]["name"] in options or f"--{role}={config[role]['name']}" in options
+        assert own.items() <= config[role].items()
+    evaluated = cli("evaluate", "run", "--num-particles", 3, "--head", 20, "--no-report")
+    assert evaluated.status == 0, evaluated.err
+    run = load("runs/run")
+    saved = torch.load(checkpoint_of(tmp_path / "runs" / "run"), weights_only=True)["state"]["params"]
+    assert {k.rsplit("$$$")[-1] for k in saved} == {k.rsplit("$$$")[-1] for k in run.model.scope.params}
+    assert sum(p.numel() for p in run.model.scope.params.values()) == sum(p.numel() for p in saved.values())
+
+
+def test_a_point_is_fitted_and_not_evaluated(cli, fails):
+    place = ["--hidden", 8, "--epochs", 1, "--name", "run", "--no-report"]
+    assert cli("fit", "ppvae.models:vae", "--posterior", "Delta", *place).status == 0
+    fails("evaluate", "run", "--num-particles", 3, "--no-report", names=("'z'", "Delta", "continuous"), status=1)
+
+
+def test_parts_from_a_config_file(cli, tmp_path):
+    (tmp_path / "parts.toml").write_text(
+        'latent = 3\n\n[prior]\nname = "MixtureOfNormals"\ncomponents = 4\n\n'
+        '[objective]\nname = "IWAE"\nnum_particles = 2\n'
+    )
+    options = ["--hidden", 8, "--epochs", 1, "--name", "run", "--no-report", "--prior.components", 6]
+    result = cli("fit", "ppvae.models:vae", "--config", "parts.toml", *options)
+    assert result.status == 0, result.err
+    config = json.loads((tmp_path / "runs" / "run" / "config.json").read_text())
+    assert config["pair"]["arguments"]["prior"] == {"name": "MixtureOfNormals", "components": 6}
+    assert re.match(r"IWAE\(.*num_particles=2\b", config["fit"]["objective"])
+
+
+def test_help_lists_parts_and_the_chosen_ones_options(cli):
+    shown = cli("fit", "ppvae.models:vae", "--prior", "VampPrior", "--help").out
+    words = " ".join(shown.split())
+    for text in ("MixtureOfNormals", "DiscretizedLogistic", "FullRank", "how many pseudo-inputs, K.", "IWAE"):
+        assert text in words
+    for flag in ("--prior.components", "--prior.noise", "--objective.num-particles"):
+        assert flag in shown
+    for flag in ("--prior.latent", "--prior.posterior", "--prior.data", "--posterior.net", "--num-labels", "--train"):
+        assert flag not in shown
+
+
+def test_parts_that_cannot_be(fails):
+    pair = "ppvae.models:vae"
+
+    def wrong(*options, names, status=2):
+        for command in ("check", "fit"):
+            error = fails(command, pair, *options, names=names, status=status)
+            assert len(error.strip().splitlines()) == 1
+
+    wrong("--prior", "Mixture", names=("--prior", "'Mixture'", "did you mean 'MixtureOfNormals'"))
+    wrong("--posterior", "VampPrior", names=("--posterior", "'VampPrior'", "ppvae.posteriors"))
+    wrong("--prior", "MAF", "--prior.components", 3, names=("--prior.components", "MAF takes", "--prior.transforms"))
+    wrong("--prior.latent", 3, names=("--prior.latent", "StandardNormal takes none"))
+    wrong("--prior", "MAF", "--prior.transforms", "many", names=("--prior.transforms", "many"))
+    wrong("--prior", "MixtureOfNormals", "--prior.components", 0, names=("MixtureOfNormals", "components", "0"))
+    wrong("--posterior", "LowRank", names=("--posterior.rank", "number of directions"))
+    wrong("--likelihood", "Normal", "--likelihood.scale", "wide", names=("--likelihood.scale", "learned", "'wide'"))
+    wrong("--likelihood", "Mixed", names=("Mixed", "'columns'", "Python"))
+    wrong("--posterior", "PerDatum", names=("PerDatum", "index"))
+    wrong("--prior", "ConditionalNormal", names=("ConditionalNormal", "--labels"))
+    wrong("--prior", "GaussianProcess", "--labels", names=("GaussianProcess", "second tensor"))
+    wrong("--likelihood", "Poisson", "--likelihood.library", names=("Poisson", "second tensor"))
+    sphere = ("UniformOnSphere", "DiagonalNormal", "sphere", "real")
+    wrong("--prior", "UniformOnSphere", names=sphere, status=1)
+    discrete = ["--prior", "Categorical", "--prior.classes", 3]
+    wrong(*discrete, "--posterior", "IAF", names=("Categorical", "IAF", "real"), status=1)
+    relaxed = ["--prior", "RelaxedOneHot", "--prior.classes", 4, "--posterior", "RelaxedOneHot", "--posterior.classes"]
+    wrong(*relaxed, 3, names=("RelaxedOneHot", "classes", "4", "3"))
+    fails("fit", pair, *DISCRETE[:-2], names=("'z'", "enumerated", "TraceEnum_ELBO"), status=1)
+
+
+def test_objectives_by_name(cli, fails, tmp_path):
+    place = ["--hidden", 8, "--epochs", 1, "--batch-size", 300, "--no-report"]
+    for name, options, described in (
+        ("IWAE", ["--objective.num_particles", 3], r"IWAE\(.*num_particles=3\b"),
+        ("ELBO", ["--objective.beta", 0.5], r"ELBO\(beta=0.5\)"),  # the library's own, not Pyro's base class
+        ("TraceMeanField_ELBO", ["--objective.num-particles", 2], r"TraceMeanField_ELBO\(num_particles=2\)"),
+        ("RenyiELBO", ["--objective.alpha", 0.5], r"RenyiELBO\(alpha=0.5\)"),
+    ):
+        result = cli("fit", "ppvae.models:vae", "--objective", name, *options, *place, "--name", name)
+        assert result.status == 0, result.err
+        config = json.loads((tmp_path / "runs" / name / "config.json").read_text())
+        assert re.match(described, config["fit"]["objective"])
+    pair = "ppvae.models:vae"
+    fails("fit", pair, "--objective", "IWEA", names=("'IWEA'", "did you mean 'IWAE'"), status=2)
+    fails("fit", pair, "--objective", "Objective", names=("'Objective'",), status=2)
+    fails("fit", pair, "--objective.beta", 2, names=("--objective.beta", "Trace_ELBO takes"), status=2)
+    many = ["--objective", "IWAE", "--objective.num-particles", 0]
+    fails("fit", pair, *many, names=("--objective IWAE", "num_particles", "0"), status=2)
+
+
+def test_a_pair_whose_argument_is_an_option(fails, tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(objective: int = 1):\n    pass\n")
+    fails("fit", "mine.py", names=("mine.py", "'objective'"), status=2)
 
 
 def test_data_says_what_the_data_are(cli):
@@ -331,6 +483,9 @@ def test_values_of_the_wrong_kind(fails):
 def test_names_of_classes(fails):
     fails("fit", "ppvae.models:vae", "--optimizer.name", "Adm", names=("Adm", "did you mean 'Adam'"), status=2)
     fails("fit", "ppvae.models:vae", "--optimizer.name", "SGD", "--optimizer.eps", 1, names=("eps", "SGD"), status=2)
+    for name, why in (("LBFGS", "closure"), ("SparseAdam", "dense gradients"), ("Muon", "2D")):
+        fails("fit", "ppvae.models:vae", "--optimizer.name", name, names=(name, "cannot train a pair", why), status=2)
+    fails("fit", "ppvae.models:vae", "--optimizer.lr", -1, names=("Adam", "learning rate", "-1"), status=2)
     fails("fit", "ppvae.models:vae", "--objective", "TraceELBO", names=("TraceELBO", "Trace_ELBO"), status=2)
 
 

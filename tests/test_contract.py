@@ -19,16 +19,7 @@ from ppvae.models import LinearGaussian
 N = 5
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    """float64 and an empty param store, and both as they were afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    yield
-    pyro.clear_param_store()
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def data(*event):

@@ -6,76 +6,25 @@ import copy
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from goodness import FAILURE, TESTS, Support, bags, masses, p_value, points
+from goodness import FAILURE, TESTS, Support, masses, p_value, points
+from parts import COLUMNS, LATENT, LIKELIHOODS, Case, Nets
 from torch import Tensor
 
 from ppvae import VAE, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
 from ppvae import distributions as D
 from ppvae.errors import DataError, UsageError
 from ppvae.inference.contract import inspect
-from ppvae.likelihoods import Column, Mixed, set_optimal_scale, table_outputs
+from ppvae.likelihoods import Column, Mixed, set_optimal_scale
 
-LATENT, ROWS = 3, 5
-
-
-class Nets:
-    """Makes networks for data of an event shape: `nets(n)` gives n blocks of numbers for every one of the datum."""
-
-    def __init__(self, *event: int):
-        self.event = event
-
-    def __call__(self, blocks: int, channels: int = 1) -> torch.nn.Module:
-        """With `channels`, n blocks for every pixel of so many channels."""
-        first, *rest = self.event
-        shape = (blocks * first // channels, *rest)
-        if not rest:
-            return nn.mlp(LATENT, shape[0], hidden=(8,))
-        return nn.conv_decoder(LATENT, shape, channels=(4,), hidden=8)
-
-    def pixels(self, outputs: int) -> torch.nn.Module:
-        """A masked convolution, of images or of their pixels in a row."""
-        shape = self.event if len(self.event) == 3 else (1, 1, self.event[0])
-        unflatten = torch.nn.Unflatten(-1, (2, *shape[1:]))
-        decoder = torch.nn.Sequential(nn.mlp(LATENT, 2 * shape[1] * shape[2], hidden=()), unflatten)
-        return nn.PixelCNN(shape, decoder, 2, outputs, channels=3, layers=1, size=3, flat=len(self.event) == 1)
-
-
-class Raised(torch.nn.Module):
-    """One more than a network's output: small beta concentrations put mass between the last float below 1 and 1."""
-
-    def __init__(self, net: torch.nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.net(z) + 1
-
-
-@dataclass(frozen=True)
-class Case:
-    """How to make a likelihood, and the support of one so small that it can be summed or integrated over."""
-
-    make: Callable[[Nets], torch.nn.Module]
-    support: Support
-    features: int = 6  # of the flat data that the laws use
-    context: float | None = None
-    outside: float = math.nan  # a value that is refused
-    cure: str = ""  # a word of what the refusal advises
-    images: bool = True
-
-    def small(self) -> torch.nn.Module:
-        dims = self.support.shape[-1] if isinstance(self.support, Tensor) else 1
-        return perturbed(self.make(Nets(dims)))
-
-    def given(self, *shape: int) -> dict[str, Tensor]:
-        return {} if self.context is None else {"context": torch.full(shape, self.context).double()}
+ROWS = 5
+ENUMERATED = [name for name in LIKELIHOODS if name != "Mixed"]  # whose columns are told apart below
 
 
 def perturbed(part: torch.nn.Module) -> torch.nn.Module:
@@ -87,78 +36,16 @@ def perturbed(part: torch.nn.Module) -> torch.nn.Module:
     return part
 
 
-two, four, counts = points([0, 1], 3), points([0, 1 / 3, 2 / 3, 1], 2), points(range(400))
-COLUMNS = ["real", "count", ("categorical", 3), "binary", "real", ("categorical", 3)]
-CASES: dict[str, Case] = {
-    "Bernoulli": Case(lambda n: likelihoods.Bernoulli(n(1)), two, outside=0.25, cure="binarize"),
-    "ContinuousBernoulli": Case(lambda n: likelihoods.ContinuousBernoulli(n(1)), "unit", outside=1.5, cure="Normal"),
-    "Beta": Case(lambda n: likelihoods.Beta(Raised(n(2))), "unit", outside=0.0, cure="dequantize"),
-    "Normal fixed": Case(lambda n: likelihoods.Normal(n(1), scale=0.5), "real"),
-    "Normal learned": Case(lambda n: likelihoods.Normal(n(1), scale="learned"), "real"),
-    "Normal per dim": Case(lambda n: likelihoods.Normal(n(1), scale=n.event), "real"),
-    "Normal of the network": Case(lambda n: likelihoods.Normal(n(2), scale="network"), "real"),
-    "Laplace fixed": Case(lambda n: likelihoods.Laplace(n(1), scale=0.5), "real"),
-    "Laplace per dim": Case(lambda n: likelihoods.Laplace(n(1), scale=n.event), "real"),
-    "Laplace of the network": Case(lambda n: likelihoods.Laplace(n(2), scale="network"), "real"),
-    "StudentT": Case(lambda n: likelihoods.StudentT(n(1), df=5.0, scale=0.5), "real"),
-    "StudentT learned": Case(lambda n: likelihoods.StudentT(n(2), df="learned", scale="network"), "real"),
-    "Categorical": Case(
-        lambda n: likelihoods.Categorical(n(4), levels=4), four, outside=256.0, cure="Divide whole numbers 0..3 by 3"
-    ),
-    "Categorical of two": Case(lambda n: likelihoods.Categorical(n(2), levels=2), two, outside=0.5, cure="levels="),
-    "DiscretizedLogistic": Case(
-        lambda n: likelihoods.DiscretizedLogistic(n(2), levels=4), four, outside=0.5, cure="ContinuousBernoulli"
-    ),
-    "Mixture of one channel": Case(
-        lambda n: likelihoods.MixtureOfDiscretizedLogistics(n(9), components=3, levels=4), four, outside=2.0
-    ),
-    "Mixture of three channels": Case(
-        lambda n: likelihoods.MixtureOfDiscretizedLogistics(n(20, channels=3), components=2, channels=3, levels=4),
-        points([0, 1 / 3, 2 / 3, 1], 3), outside=0.5, cure="set levels=",
-    ),
-    "Poisson": Case(lambda n: likelihoods.Poisson(n(1)), counts, outside=-1.0, cure="Laplace"),
-    "Poisson of a library": Case(
-        lambda n: likelihoods.Poisson(n(1), library=True), points(range(40), 2), context=5.0, outside=0.5
-    ),
-    "NegativeBinomial": Case(lambda n: likelihoods.NegativeBinomial(n(1)), counts, outside=-1.0, cure="Normal"),
-    "NegativeBinomial per dim of a library": Case(
-        lambda n: likelihoods.NegativeBinomial(n(1), n.event, library=True), counts, context=5.0, outside=0.5
-    ),
-    "NegativeBinomial of the network": Case(lambda n: likelihoods.NegativeBinomial(n(2), "network"), counts),
-    "ZeroInflatedPoisson": Case(lambda n: likelihoods.ZeroInflatedPoisson(n(2)), counts, outside=-1.0, cure="Normal"),
-    "ZeroInflatedPoisson of a library": Case(
-        lambda n: likelihoods.ZeroInflatedPoisson(n(2), library=True), counts, context=5.0
-    ),
-    "ZeroInflatedNegativeBinomial": Case(lambda n: likelihoods.ZeroInflatedNegativeBinomial(n(2)), counts, outside=0.5),
-    "ZeroInflatedNegativeBinomial of the network and a library": Case(
-        lambda n: likelihoods.ZeroInflatedNegativeBinomial(n(3), "network", library=True), counts, context=5.0
-    ),
-    "Multinomial": Case(
-        lambda n: likelihoods.Multinomial(n(1)), bags(4, 3), context=4.0, outside=7.0, cure="sum", images=False
-    ),
-    "Autoregressive MADE": Case(
-        lambda n: likelihoods.Autoregressive(nn.MADE(n.event[0], LATENT, hidden=(9,))), two, outside=0.5,
-        cure="binarize", images=False,
-    ),
-    "Autoregressive MADE of levels": Case(
-        lambda n: likelihoods.Autoregressive(nn.MADE(n.event[0], LATENT, outputs=4, hidden=(9, 7)), levels=4), four,
-        outside=0.5, cure="Divide", images=False,
-    ),
-    "Autoregressive PixelCNN": Case(lambda n: likelihoods.Autoregressive(n.pixels(1)), two, outside=0.5),
-    "Autoregressive PixelCNN of levels": Case(
-        lambda n: likelihoods.Autoregressive(n.pixels(4), levels=4), four, outside=0.5, cure="Divide"
-    ),
-    "Mixed": Case(
-        lambda n: likelihoods.Mixed(nn.mlp(LATENT, table_outputs(COLUMNS), hidden=(8,)), COLUMNS), "real",
-        outside=0.5, cure="NaN", images=False,
-    ),
-}  # fmt: skip
-ENUMERATED = [name for name in CASES if name != "Mixed"]  # whose columns are told apart below
-every = pytest.mark.parametrize("name", CASES)
+def small(case: Case) -> torch.nn.Module:
+    """One so small that it can be summed or integrated over."""
+    return perturbed(case.make(Nets((case.dims,))))
+
+
+every = pytest.mark.parametrize("name", LIKELIHOODS)
 
 
 def test_every_likelihood_is_under_the_laws() -> None:
-    made = {type(case.make(Nets(6))).__name__ for case in CASES.values()}
+    made = {type(case.make(Nets((6,)))).__name__ for case in LIKELIHOODS.values()}
     parts = {n for n in likelihoods.__all__ if isinstance(getattr(likelihoods, n), type) and n != "Column"}
     assert made == parts
 
@@ -170,18 +57,18 @@ def latents(*shape: int) -> Tensor:
 def drawn(name: str) -> tuple[torch.nn.Module, Tensor]:
     """A likelihood of flat data, and data [ROWS, features] drawn from it."""
     torch.manual_seed(0)
-    case = CASES[name]
-    part = perturbed(case.make(Nets(case.features)))
+    case = LIKELIHOODS[name]
+    part = perturbed(case.make(Nets((case.features,))))
     return part, part(latents(ROWS), **case.given(ROWS)).sample()
 
 
 def vae_of(name: str, part: torch.nn.Module) -> VAE:
-    encoder = nn.Missing(nn.mlp(2 * CASES[name].features, 2 * LATENT, hidden=(8,)))
+    encoder = nn.Missing(nn.mlp(2 * LIKELIHOODS[name].features, 2 * LATENT, hidden=(8,)))
     return VAE(priors.StandardNormal(LATENT), part, posteriors.DiagonalNormal(encoder)).to(latents(1).dtype)
 
 
 def batch_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
-    return (x, *CASES[name].given(len(x)).values())
+    return (x, *LIKELIHOODS[name].given(len(x)).values())
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------
@@ -190,22 +77,22 @@ def batch_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", ENUMERATED)
 def test_sums_or_integrates_to_one(name: str) -> None:
     torch.manual_seed(0)
-    case = CASES[name]
+    case = LIKELIHOODS[name]
     with torch.no_grad():
-        _, mass = masses(case.small()(latents(3), **case.given(3)), case.support)
+        _, mass = masses(small(case)(latents(3), **case.given(3)), case.support)
     torch.testing.assert_close(mass.sum(0), torch.ones(3).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ENUMERATED)
 def test_sampler_fits_its_density(name: str) -> None:
     torch.manual_seed(0)
-    case = CASES[name]
-    assert p_value(case.small()(latents(3), **case.given(3)), case.support) > FAILURE / TESTS
+    case = LIKELIHOODS[name]
+    assert p_value(small(case)(latents(3), **case.given(3)), case.support) > FAILURE / TESTS
 
 
 @every
 def test_is_over_one_datum_per_latent_and_broadcasts(name: str) -> None:
-    case, (part, x) = CASES[name], drawn(name)
+    case, (part, x) = LIKELIHOODS[name], drawn(name)
     z = latents(4, ROWS)
     fn = part(z, **case.given(ROWS))
     assert (fn.batch_shape, fn.event_shape) == ((4, ROWS), (case.features,))
@@ -219,19 +106,19 @@ def test_is_over_one_datum_per_latent_and_broadcasts(name: str) -> None:
 
 @every
 def test_output_shape_is_what_the_network_gives(name: str) -> None:
-    case, (part, x) = CASES[name], drawn(name)
+    case, (part, x) = LIKELIHOODS[name], drawn(name)
     args = (x, latents(ROWS)) if name.startswith("Autoregressive") else (latents(ROWS),)
     assert part.net(*args).shape == (ROWS, *part.output_shape((case.features,)))
     if case.images:
         assert part.output_shape((3, 4, 4))[1:] == (4, 4)
-        assert case.make(Nets(3, 4, 4)).output_shape((3, 4, 4))[0] * 16 == part.output_shape((48,))[0]
+        assert case.make(Nets((3, 4, 4))).output_shape((3, 4, 4))[0] * 16 == part.output_shape((48,))[0]
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.images])
+@pytest.mark.parametrize("name", [n for n, case in LIKELIHOODS.items() if case.images])
 def test_over_images_is_the_same_as_over_their_pixels(name: str) -> None:
-    case = CASES[name]
+    case = LIKELIHOODS[name]
     torch.manual_seed(0)
-    image, flat = case.make(Nets(3, 4, 4)).double(), case.make(Nets(48)).double()
+    image, flat = case.make(Nets((3, 4, 4))).double(), case.make(Nets((48,))).double()
     fn = image(latents(4, ROWS), **case.given(ROWS))
     assert (fn.batch_shape, fn.event_shape) == ((4, ROWS), (3, 4, 4))
     x = fn.sample()
@@ -260,7 +147,7 @@ def test_particles_under_a_plate_are_those_one_by_one(name: str) -> None:
     together = terms(vae.model, vae.guide, batch, 3, values=given, structure=s)
     assert together.log_lik.shape == (3, ROWS)
     torch.testing.assert_close(together.log_lik, singles.log_lik)
-    torch.testing.assert_close(together.log_lik, part(given["z"], **CASES[name].given(ROWS)).log_prob(x))
+    torch.testing.assert_close(together.log_lik, part(given["z"], **LIKELIHOODS[name].given(ROWS)).log_prob(x))
 
 
 @every
@@ -280,16 +167,16 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 def test_permuting_the_batch_permutes_the_result(name: str) -> None:
     part, x = drawn(name)
     order, z = torch.tensor([3, 1, 4, 0, 2]), latents(ROWS)
-    context = {k: v + torch.arange(ROWS) for k, v in CASES[name].given(ROWS).items()}
+    context = {k: v + torch.arange(ROWS) for k, v in LIKELIHOODS[name].given(ROWS).items()}
     if name == "Multinomial":
-        x = x + torch.arange(ROWS)[:, None] * torch.eye(CASES[name].features)[0]
+        x = x + torch.arange(ROWS)[:, None] * torch.eye(LIKELIHOODS[name].features)[0]
     permuted = {k: v[order] for k, v in context.items()}
     torch.testing.assert_close(part(z[order], **permuted).log_prob(x[order]), part(z, **context).log_prob(x)[order])
 
 
 @every
 def test_float32_is_close_to_float64(name: str) -> None:
-    case, (part, _) = CASES[name], drawn(name)
+    case, (part, _) = LIKELIHOODS[name], drawn(name)
     x = part.float()(latents(ROWS).float(), **case.given(ROWS)).sample()
     assert x.dtype == torch.float32
     single = part(latents(ROWS).float(), **case.given(ROWS)).log_prob(x)
@@ -300,11 +187,11 @@ def test_float32_is_close_to_float64(name: str) -> None:
 
 @every
 def test_state_survives_a_file_without_code(name: str) -> None:
-    case, (part, x) = CASES[name], drawn(name)
+    case, (part, x) = LIKELIHOODS[name], drawn(name)
     file = io.BytesIO()
     torch.save(part.state_dict(), file)
     file.seek(0)
-    fresh = case.make(Nets(case.features)).double()
+    fresh = case.make(Nets((case.features,))).double()
     fresh.load_state_dict(torch.load(file, weights_only=True))
     z, given = latents(ROWS), case.given(ROWS)
     for other in (fresh, copy.deepcopy(part)):
@@ -314,20 +201,22 @@ def test_state_survives_a_file_without_code(name: str) -> None:
 @every
 def test_runs_on_the_device_of_its_parameters_and_waits_for_no_value(name: str) -> None:
     """The meta device has no values: what runs there neither reads one nor mixes devices."""
-    case, (part, x) = CASES[name], drawn(name)
+    case, (part, x) = LIKELIHOODS[name], drawn(name)
     given = {k: v.to("meta") for k, v in case.given(ROWS).items()}
     with pyro.validation_enabled(False):
         log_prob = part.to("meta")(latents(ROWS).to("meta"), **given).log_prob(x.to("meta"))
     assert (log_prob.device.type, log_prob.shape) == ("meta", (ROWS,))
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not math.isnan(case.outside)])
+@pytest.mark.parametrize("name", [n for n, case in LIKELIHOODS.items() if not math.isnan(case.outside)])
 def test_data_outside_the_support_are_refused_with_place_and_cure(name: str) -> None:
     part, x = drawn(name)
     vae, column = vae_of(name, part), 3 if name == "Mixed" else 1
-    x[2, column] = CASES[name].outside
-    place = rf"found {CASES[name].outside:g} at row 2, position \[{column}\]" if name != "Multinomial" else "at row 2"
-    with pytest.raises(DataError, match=rf"'x'.*{place}.*{CASES[name].cure}"):
+    x[2, column] = LIKELIHOODS[name].outside
+    place = (
+        rf"found {LIKELIHOODS[name].outside:g} at row 2, position \[{column}\]" if name != "Multinomial" else "at row 2"
+    )
+    with pytest.raises(DataError, match=rf"'x'.*{place}.*{LIKELIHOODS[name].cure}"):
         terms(vae.model, vae.guide, batch_of(name, x), 2)
 
 
@@ -336,7 +225,7 @@ def test_data_outside_the_support_are_refused_with_place_and_cure(name: str) -> 
 )
 def test_trains_and_gives_log_px(name: str) -> None:
     part, _ = drawn(name)
-    vae, case = vae_of(name, part.float()).float(), CASES[name]
+    vae, case = vae_of(name, part.float()).float(), LIKELIHOODS[name]
     with torch.no_grad():
         x = part(latents(200).float(), **case.given(200)).sample()
     data = tuple(t.float() for t in batch_of(name, x))
@@ -494,8 +383,8 @@ def test_a_table_reads_the_outputs_column_after_column() -> None:
 
 def test_each_column_of_a_table_sums_to_one_and_fits_its_sampler() -> None:
     torch.manual_seed(0)
-    case = CASES["Mixed"]
-    fn = perturbed(case.make(Nets(6)))(latents(1))
+    case = LIKELIHOODS["Mixed"]
+    fn = perturbed(case.make(Nets((6,))))(latents(1))
     for d, kind in enumerate(COLUMNS):
         values = {"real": None, "count": 400, "binary": 2}[kind] if isinstance(kind, str) else kind[1]
         support: Support = "real" if values is None else points(range(values))
@@ -560,14 +449,14 @@ def test_the_optimal_scale_stops_at_the_floor_and_wants_a_learned_one() -> None:
 
 
 def test_learned_scale_reports_its_floor() -> None:
-    part = likelihoods.Normal(Nets(6)(1), scale="learned", floor=1e-2)
+    part = likelihoods.Normal(Nets((6,))(1), scale="learned", floor=1e-2)
     assert not bool(part.at_floor)
     with torch.no_grad():
         part.log_scale.fill_(-20.0)
     assert bool(part.at_floor)
     assert part(torch.zeros(1, LATENT)).base_dist.scale.min().item() == pytest.approx(1e-2, rel=1e-4)
     with pytest.raises(ValueError, match="network"):
-        _ = likelihoods.Normal(Nets(6)(2), scale="network").at_floor
+        _ = likelihoods.Normal(Nets((6,))(2), scale="network").at_floor
 
 
 def test_ancestral_samples_follow_the_order_of_the_network() -> None:
@@ -594,19 +483,19 @@ def test_ancestral_samples_follow_the_order_of_the_network() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: likelihoods.Normal(Nets(6)(1), scale=0.0), "scale"),
-        (lambda: likelihoods.Normal(Nets(6)(1), scale=-1.0), "scale"),
-        (lambda: likelihoods.Normal(Nets(6)(1), scale="fixed"), "scale"),  # type: ignore[arg-type]
-        (lambda: likelihoods.Laplace(Nets(6)(1), scale=None), "scale"),  # type: ignore[arg-type]
-        (lambda: likelihoods.StudentT(Nets(6)(1), df="network"), "df"),
-        (lambda: likelihoods.StudentT(Nets(6)(1), df=0), "df"),
-        (lambda: likelihoods.NegativeBinomial(Nets(6)(1), concentration=True), "concentration"),
-        (lambda: likelihoods.Categorical(Nets(6)(1), levels=1), "levels"),
-        (lambda: likelihoods.DiscretizedLogistic(Nets(6)(2), levels=0), "levels"),
-        (lambda: likelihoods.MixtureOfDiscretizedLogistics(Nets(6)(2), components=0), "components"),
+        (lambda: likelihoods.Normal(Nets((6,))(1), scale=0.0), "scale"),
+        (lambda: likelihoods.Normal(Nets((6,))(1), scale=-1.0), "scale"),
+        (lambda: likelihoods.Normal(Nets((6,))(1), scale="fixed"), "scale"),  # type: ignore[arg-type]
+        (lambda: likelihoods.Laplace(Nets((6,))(1), scale=None), "scale"),  # type: ignore[arg-type]
+        (lambda: likelihoods.StudentT(Nets((6,))(1), df="network"), "df"),
+        (lambda: likelihoods.StudentT(Nets((6,))(1), df=0), "df"),
+        (lambda: likelihoods.NegativeBinomial(Nets((6,))(1), concentration=True), "concentration"),
+        (lambda: likelihoods.Categorical(Nets((6,))(1), levels=1), "levels"),
+        (lambda: likelihoods.DiscretizedLogistic(Nets((6,))(2), levels=0), "levels"),
+        (lambda: likelihoods.MixtureOfDiscretizedLogistics(Nets((6,))(2), components=0), "components"),
         (lambda: likelihoods.Autoregressive(nn.MADE(4, LATENT), levels=1), "levels"),
-        (lambda: Mixed(Nets(6)(1), []), "columns"),
-        (lambda: Mixed(Nets(6)(1), ["text"]), "real, count, binary, categorical"),  # type: ignore[list-item]
+        (lambda: Mixed(Nets((6,))(1), []), "columns"),
+        (lambda: Mixed(Nets((6,))(1), ["text"]), "real, count, binary, categorical"),  # type: ignore[list-item]
         (lambda: Column("categorical"), "levels"),
         (lambda: Column("real", 3), "levels"),
     ],
@@ -619,11 +508,11 @@ def test_bad_arguments_are_refused(make: Callable[[], Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        (likelihoods.Beta(Nets(5)(1)), r"log a, log b.*\[1, 5\]"),
-        (likelihoods.Categorical(Nets(6)(1), levels=4), "logits of each level"),
-        (likelihoods.ZeroInflatedPoisson(Nets(5)(1)), "log-rate, gate"),
-        (likelihoods.MixtureOfDiscretizedLogistics(Nets(7)(1)), "couplings"),
-        (Mixed(Nets(6)(1), ["real", ("categorical", 4)]), "expected.*5.*2 columns"),
+        (likelihoods.Beta(Nets((5,))(1)), r"log a, log b.*\[1, 5\]"),
+        (likelihoods.Categorical(Nets((6,))(1), levels=4), "logits of each level"),
+        (likelihoods.ZeroInflatedPoisson(Nets((5,))(1)), "log-rate, gate"),
+        (likelihoods.MixtureOfDiscretizedLogistics(Nets((7,))(1)), "couplings"),
+        (Mixed(Nets((6,))(1), ["real", ("categorical", 4)]), "expected.*5.*2 columns"),
     ],
 )
 def test_a_network_of_the_wrong_size_is_refused_by_what_it_lacks(part: torch.nn.Module, words: str) -> None:
@@ -633,7 +522,7 @@ def test_a_network_of_the_wrong_size_is_refused_by_what_it_lacks(part: torch.nn.
 
 @pytest.mark.parametrize("context", [torch.ones(4), torch.ones(ROWS, 1), torch.ones(ROWS, 6)])
 @pytest.mark.parametrize(
-    "part", [likelihoods.Poisson(Nets(6)(1), library=True), likelihoods.Multinomial(Nets(6)(1))]
+    "part", [likelihoods.Poisson(Nets((6,))(1), library=True), likelihoods.Multinomial(Nets((6,))(1))]
 )  # fmt: skip
 def test_a_context_of_another_shape_is_refused(part: torch.nn.Module, context: Tensor) -> None:
     with pytest.raises(DataError, match=r"context: expected .*one number a datum \[5\]"):
@@ -641,7 +530,7 @@ def test_a_context_of_another_shape_is_refused(part: torch.nn.Module, context: T
 
 
 def test_a_library_below_zero_is_refused_and_one_of_zero_is_certain() -> None:
-    part, z = likelihoods.Poisson(Nets(6)(1), library=True), torch.zeros(2, LATENT)
+    part, z = likelihoods.Poisson(Nets((6,))(1), library=True), torch.zeros(2, LATENT)
     with pytest.raises(ValueError, match="log_rate"):
         part(z, context=torch.tensor([1.0, -1.0]))
     assert part(z, context=torch.zeros(2)).log_prob(torch.zeros(2, 6)).tolist() == [0.0, 0.0]
@@ -650,8 +539,8 @@ def test_a_library_below_zero_is_refused_and_one_of_zero_is_certain() -> None:
 def test_context_is_declared_only_with_a_library() -> None:
     x = torch.ones(4, 6)
     encoder = posteriors.DiagonalNormal(nn.mlp(6, 2 * LATENT))
-    without = VAE(priors.StandardNormal(LATENT), likelihoods.Poisson(Nets(6)(1)), encoder)
+    without = VAE(priors.StandardNormal(LATENT), likelihoods.Poisson(Nets((6,))(1)), encoder)
     assert terms(without.model, without.guide, x, 2).log_lik.shape == (2, 4)
-    with_library = VAE(priors.StandardNormal(LATENT), likelihoods.Poisson(Nets(6)(1), library=True), encoder)
+    with_library = VAE(priors.StandardNormal(LATENT), likelihoods.Poisson(Nets((6,))(1), library=True), encoder)
     with pytest.raises(UsageError, match="context"):
         terms(with_library.model, with_library.guide, x, 2)

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,24 +15,15 @@ from strangers import PAIRS
 from torch import nn
 
 from ppvae import data as datasets
-from ppvae import fit, log_marginal
+from ppvae import fit, likelihoods, log_marginal
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation import marginal
 from ppvae.evaluation.psis import smoothed
 from ppvae.inference import terms
 from ppvae.models import LinearGaussian
+from ppvae.nn import MADE
 
-
-@pytest.fixture(autouse=True)
-def clean():
-    """float64 and an empty param store, and both as they were afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    yield
-    pyro.clear_param_store()
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def oracle(features, latent, scale, count):
@@ -717,6 +709,153 @@ def test_bits_per_dim_name_what_they_are_relative_to():
     assert plain.nll_std_error == pytest.approx(0.0, abs=1e-12)
     assert binary.digest != levels.digest
     assert "binarized" in binary.data
+
+
+def no_latent(fn):
+    """A pair whose latent says nothing: log p(x) is that of the distribution."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", fn, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    return model, guide
+
+
+class Constant(nn.Module):
+    """A network that gives zeros [..., outputs], whatever z."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, z):
+        return torch.zeros(*z.shape[:-1], *self.outputs)
+
+
+def grey(levels, count=20, event=(6,)):
+    """Grey levels v / (levels - 1)."""
+    return torch.randint(levels, (count, *event)) / (levels - 1)
+
+
+def autoregressive(levels):
+    net = MADE(6, latent=1, hidden=(4,), outputs=1 if levels == 2 else levels)
+    for p in net.parameters():
+        torch.nn.init.zeros_(p)
+    return likelihoods.Autoregressive(net, levels=levels)
+
+
+def of(part):
+    """The distribution of 20 data."""
+    return part.requires_grad_(False)(torch.zeros(20, 1))
+
+
+UNIFORM = {  # a uniform mass: the pair's distribution, the data, the measure's name, the bits of one number
+    "Bernoulli": (lambda: of(likelihoods.Bernoulli(Constant(6))), grey(2), "binary", 1.0),
+    "Categorical, 2 levels": (lambda: of(likelihoods.Categorical(Constant(12), 2)), grey(2), "binary", 1.0),
+    "Categorical": (lambda: of(likelihoods.Categorical(Constant(6 * 256))), grey(256), "256 levels", 8.0),
+    "Categorical, 17 levels": (
+        lambda: of(likelihoods.Categorical(Constant(6 * 17), 17)), grey(17), "17 levels", math.log2(17)
+    ),
+    "Autoregressive, binary": (lambda: of(autoregressive(2)), grey(2), "binary", 1.0),
+    "Autoregressive": (lambda: of(autoregressive(4)), grey(4), "4 levels", 2.0),
+    "Pyro's Categorical": (
+        lambda: dist.Categorical(logits=torch.zeros(6, 256)).to_event(1), torch.randint(256, (20, 6)), "256 levels", 8.0
+    ),
+    "masked": (lambda: dist.Bernoulli(torch.full((6,), 0.5)).mask(True).to_event(1), grey(2), "binary", 1.0),
+    "a table of coins": (lambda: of(likelihoods.Mixed(Constant(6), ["binary"] * 6)), grey(2), "binary", 1.0),
+    "a table of categories": (
+        lambda: of(likelihoods.Mixed(Constant(12), [("categorical", 2)] * 6)), grey(2), "binary", 1.0
+    ),
+    "uniform density": (lambda: of(likelihoods.ContinuousBernoulli(Constant(6))), grey(9), "density on [0, 1]", 0.0),
+    "Beta": (lambda: dist.Beta(torch.ones(6), 1.0).to_event(1), torch.rand(20, 6), "density on [0, 1]", 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_bits_per_dim_of_uniform_masses(name):
+    """log2 of the number of levels, exactly, with no offset: a mass is a mass already."""
+    fn, x, measure, bits = UNIFORM[name]
+    est = log_marginal(*no_latent(fn()), x.double() if x.is_floating_point() else x, num_particles=30)
+    assert est.base_measure == measure
+    assert est.levels is None
+    assert est.dims == 6
+    assert est.bits_per_dim == pytest.approx(bits, abs=1e-5)
+    assert f"bits per dim ({measure})" in est.summary()
+    assert measure in est.table()["bits per dim"]
+    assert est.to_arviz().attrs["base_measure"] == est.attributes()["base_measure"] == measure
+
+
+def test_256_levels_by_mass_and_by_density_are_the_same_bits(tmp_path):
+    """A uniform mass and, of the same images dequantised, a uniform density on [0, 1]: 8 bits a number each."""
+    np.savez(tmp_path / "grey.npz", images=np.random.default_rng(0).integers(0, 256, (50, 6), dtype=np.uint8))
+    plain = datasets.load(tmp_path / "grey.npz")[0]
+    filled = datasets.load(tmp_path / "grey.npz", dequantize=True)[2]
+    mass = log_marginal(*no_latent(of(likelihoods.Categorical(Constant(6 * 256)))), plain[:20], num_particles=30)
+    density = log_marginal(
+        *no_latent(dist.Uniform(torch.zeros(6), torch.ones(6)).to_event(1)), filled, num_particles=30
+    )
+    assert mass.bits_per_dim == pytest.approx(8.0, abs=1e-5)
+    assert density.bits_per_dim == pytest.approx(8.0, abs=1e-5)
+    assert mass.base_measure == density.base_measure == "256 levels"
+    assert mass.notes == ()
+    assert "lower bound" in density.notes[0]
+    raw = log_marginal(*no_latent(dist.Normal(torch.zeros(6), 1.0).to_event(1)), plain, num_particles=30)
+    assert raw.base_measure == "density on [0, 1]"
+    assert "no ceiling" in raw.notes[0]
+
+
+MEASURES = {
+    "DiscretizedLogistic": (lambda: of(likelihoods.DiscretizedLogistic(Constant(12))), grey(256), "256 levels"),
+    "MixtureOfDiscretizedLogistics": (
+        lambda: of(likelihoods.MixtureOfDiscretizedLogistics(Constant(5 * 3 * 6), 5)), grey(256), "256 levels"
+    ),
+    "Poisson": (lambda: of(likelihoods.Poisson(Constant(6))), torch.arange(120.0).reshape(20, 6) % 3, "discrete"),
+    "ZeroInflatedNegativeBinomial": (
+        lambda: of(likelihoods.ZeroInflatedNegativeBinomial(Constant(12))), torch.ones(20, 6), "discrete"
+    ),
+    "Binomial": (lambda: dist.Binomial(9, torch.full((6,), 0.3)).to_event(1), torch.ones(20, 6), "discrete"),
+    "one hot": (lambda: dist.OneHotCategorical(logits=torch.zeros(6)), torch.eye(6)[torch.arange(20) % 6], "discrete"),
+    "Normal": (lambda: dist.Normal(torch.zeros(6), 1.0).to_event(1), torch.randn(20, 6), "density"),
+    "LogNormal": (lambda: dist.LogNormal(torch.zeros(6), 1.0).to_event(1), torch.ones(20, 6), "density"),
+    "a table": (
+        lambda: of(likelihoods.Mixed(Constant(6), [*["real"] * 4, "binary", "count"])), torch.ones(20, 6), "mixed"
+    ),
+    "a table of counts and coins": (
+        lambda: of(likelihoods.Mixed(Constant(6), ["count"] * 3 + ["binary"] * 3)), torch.ones(20, 6), "discrete"
+    ),
+    "a table of real numbers": (
+        lambda: of(likelihoods.Mixed(Constant(6), ["real"] * 6)), torch.ones(20, 6), "density"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_a_log_density_is_relative_to(name):
+    fn, x, measure = MEASURES[name]
+    est = log_marginal(*no_latent(fn()), x, num_particles=30)
+    assert (est.base_measure, est.levels) == (measure, None)
+    assert ("units" in est.summary()) == (measure == "mixed")
+    assert est.bits_per_dim == pytest.approx(est.nll / (6 * math.log(2)), abs=1e-12)
+
+
+def test_sites_of_two_kinds_are_mixed():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("y", dist.Poisson(z.exp()), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    est = log_marginal(model, guide, (torch.randn(5), torch.ones(5)), num_particles=30)
+    assert (est.base_measure, est.dims) == ("mixed", 2)
 
 
 # -- data and plates --------------------------------------------------------------------------------------------------

@@ -66,6 +66,10 @@ def pixel_cnn(shape: tuple[int, int, int], outputs: int, flat: bool = False) -> 
     return nn.PixelCNN(shape, decoder, 2, outputs, channels=4, layers=2, size=3, flat=flat)
 
 
+def test_counts_its_networks(record_property: Callable[[str, object], None]) -> None:
+    record_property("networks", [*NETWORKS, *MASKED])
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_takes_any_leading_dims(name: str) -> None:
     torch.manual_seed(0)

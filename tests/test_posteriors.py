@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mpmath
@@ -13,59 +15,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from latents import FAILURE, Part, fit_of, integral, perturbed, values_of
+from parts import FEATURES, POINT, POSTERIORS, flow, net, semi
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
-from ppvae.errors import ContractError, DataError
-from ppvae.inference import inspect
+from ppvae import VAE, data, fit, likelihoods, load, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae.errors import ContractError, DataError, UsageError
+from ppvae.inference import check, inspect
 from ppvae.models import LinearGaussian
 from ppvae.naming import unique
 from ppvae.posteriors.sphere import PowerSphericalVector
 
-FEATURES = 4
-
-
-def net(outputs: int) -> torch.nn.Module:
-    return nn.mlp(FEATURES, outputs, hidden=(6,))
-
-
-def semi(latent: int, **options: Any) -> posteriors.SemiAmortized:
-    prior, likelihood = priors.StandardNormal(latent), likelihoods.Bernoulli(nn.mlp(latent, FEATURES, hidden=(6,)))
-    return posteriors.SemiAmortized(net(2 * latent), prior, likelihood, steps=2, **options)
-
-
-def flow(family: Any, **options: Any) -> Callable[[int], torch.nn.Module]:
-    return lambda d: family(net(2 * d + 3), latent=d, features=3, hidden=(8,), **options)
-
-
-POSTERIORS: dict[str, Part] = {
-    "DiagonalNormal": Part(lambda d: posteriors.DiagonalNormal(net(2 * d))),
-    "FullRank": Part(lambda d: posteriors.FullRank(net(posteriors.FullRank.outputs(d)))),
-    "LowRank": Part(lambda d: posteriors.LowRank(net(3 * d), rank=1)),
-    "IAF": Part(flow(posteriors.IAF)),
-    "IAF of one dim": Part(flow(posteriors.IAF), size=1),
-    # splines have kinks, at which the trapezoid rule loses digits: one dim has points enough
-    "SplineCoupling": Part(flow(posteriors.SplineCoupling, bins=5), size=1),
-    "PowerSpherical": Part(lambda d: posteriors.PowerSpherical(net(d + 1)), "sphere", size=3),
-    "PowerSpherical circle": Part(lambda d: posteriors.PowerSpherical(net(d + 1)), "sphere", size=2),
-    "Dirichlet": Part(lambda d: posteriors.Dirichlet(net(d), floor=0.1), "simplex", size=3),
-    "LogisticNormal": Part(lambda d: posteriors.LogisticNormal(net(2 * d)), "simplex", size=3),
-    "Bernoulli": Part(lambda d: posteriors.Bernoulli(net(d)), "discrete", size=3),
-    "Categorical": Part(lambda d: posteriors.Categorical(net(3 * d), classes=3), "discrete"),
-    "OneHot": Part(lambda d: posteriors.OneHot(net(3 * d), classes=3), "discrete"),
-    "RelaxedBernoulli": Part(lambda d: posteriors.RelaxedBernoulli(net(d), temperature=0.7), "interval", size=1),
-    "RelaxedOneHot": Part(lambda d: posteriors.RelaxedOneHot(net(d), d, temperature=0.7), "simplex", size=3),
-    "PerDatum": Part(lambda d: posteriors.PerDatum(9, 2 * d), context=torch.tensor([3, 1, 4, 0, 8])),
-    "PerDatum FullRank": Part(
-        lambda d: posteriors.PerDatum(9, posteriors.FullRank.outputs(d), posteriors.FullRank),
-        context=torch.tensor([3, 1, 4, 0, 8]),
-    ),
-    "SemiAmortized": Part(semi),
-    "SemiAmortized constant": Part(lambda d: semi(d, through=False)),
-}
-POINT = {"Delta": Part(lambda d: posteriors.Delta(net(d)))}  # without a density
 PER_DATUM = {n for n in POSTERIORS if n.startswith("PerDatum")}
 
 
@@ -625,15 +586,23 @@ def test_relaxed_pair_trains_and_its_discrete_pair_is_evaluated(kind: str) -> No
     before = [p.clone() for p in vae.parameters()]
     fit(vae.model, vae.guide, x, epochs=3, batch_size=20, objective=objectives.ELBO(num_particles=2), progress=False)
     assert not any(torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
-    discrete = VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)
+    discrete = vae.discrete
+    assert set(discrete.parameters()) == set(vae.parameters())
+    assert not hasattr(discrete, "discrete")
     est = log_marginal(discrete.model, discrete.guide, x, num_particles=500, progress=False)
     values = discrete.prior().enumerate_support()
     with torch.no_grad():
         joint = discrete.prior().log_prob(values)[:, None] + discrete.likelihood(values[:, None]).log_prob(x)
     assert float(((est.log_px - joint.double().logsumexp(0)) / est.std_error).abs().max()) < 5
-    mixed = VAE(vae.prior.discrete, vae.likelihood, vae.posterior)
-    with pytest.raises(ContractError, match="discrete"):
-        log_marginal(mixed.model, mixed.guide, x, num_particles=5, progress=False)
+    given = VAE(vae.prior.discrete, vae.likelihood, vae.posterior)  # relaxes the prior itself, with the same logits
+    told = "relaxed discrete latent: log p\\(x\\) is that of the relaxed model"
+    relaxed = log_marginal(vae.model, vae.guide, x, num_particles=5, progress=False)
+    assert re.search(told, " ".join(relaxed.notes))
+    assert re.search(told, check(vae.model, vae.guide, x))
+    assert not re.search(told, " ".join(est.notes) + check(discrete.model, discrete.guide, x))
+    z = given.guide(x)
+    torch.testing.assert_close(given.prior().log_prob(z), vae.prior().log_prob(z))
+    assert given.discrete.prior is vae.prior.discrete
 
 
 def test_relaxed_temperature_is_state() -> None:
@@ -688,6 +657,50 @@ def test_per_datum_reaches_every_exact_posterior_and_refuses_new_data() -> None:
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(nn.mlp(2, 5)), posteriors.PerDatum(20, 4))
     with pytest.raises((ContractError, DataError), match="Refit"):
         log_marginal(vae.model, vae.guide, data.indexed(torch.randn(30, 5)), num_particles=5, progress=False)
+
+
+def per_datum(count: int) -> tuple[VAE, Tensor]:
+    torch.manual_seed(0)
+    likelihood = likelihoods.Bernoulli(nn.mlp(2, FEATURES, hidden=(6,)))
+    x = (torch.rand(count, FEATURES, generator=torch.Generator().manual_seed(4)) > 0.5).float()
+    x[:, 0], x[:, 1] = 1.0, torch.arange(count) % 2  # no row of zeros, which would stand for any datum
+    return VAE(priors.StandardNormal(2), likelihood, posteriors.PerDatum(count, 4)), x
+
+
+def test_per_datum_takes_no_other_data_under_the_same_index(tmp_path: Path) -> None:
+    vae, x = per_datum(30)
+    train, other = data.indexed(x), data.indexed(1 - x)
+    with pytest.raises(UsageError, match=r"valid: PerDatum has parameters for the training data alone.*refit"):
+        fit(vae.model, vae.guide, train, valid=other, epochs=1, progress=False)
+    run = fit(vae.model, vae.guide, train, epochs=1, directory=tmp_path / "run", progress=False)
+    again, _ = per_datum(30)
+    loaded = load(tmp_path / "run", again.model, again.guide)
+    for model, guide in ((run.model, run.guide), (loaded.model, loaded.guide)):
+        some = tuple(t[3:20] for t in train)
+        assert bool(log_marginal(model, guide, some, num_particles=5, progress=False).log_px.isfinite().all())
+        for wrong in (other, (x.flip(0), train[1]), (x, train[1].roll(1))):
+            with pytest.raises(DataError, match=r"PerDatum.*another datum at index.*Refit"):
+                log_marginal(model, guide, wrong, num_particles=5, progress=False)
+    with pytest.raises(DataError, match="another datum"):
+        fit(vae.model, vae.guide, other, epochs=1, progress=False)
+    load(tmp_path / "run", vae.model, vae.guide)
+
+
+def test_per_datum_tells_values_apart_and_precisions_not() -> None:
+    vae, _ = per_datum(4)
+    x, index = torch.randn(4, FEATURES).double(), torch.arange(4)
+    vae.posterior(x, context=index)
+    vae.double().float().eval()
+    for same in (x.float(), x.float().double(), x):
+        vae.posterior(same, context=index)
+    for row in range(4):
+        for column in range(FEATURES):
+            moved = x.clone()
+            moved[row, column] += 1e-4
+            with pytest.raises(DataError, match=f"index {row}"):
+                vae.posterior(moved, context=index)
+    with pytest.raises(DataError, match="index 0"):
+        vae.posterior(x.roll(1, dims=-1), context=index)
 
 
 @pytest.mark.parametrize("rate", [0.5, 50.0])
@@ -766,8 +779,9 @@ def test_semi_amortized_pair_is_the_same_with_gradients_and_without() -> None:
     for bad, word in (({"steps": -1}, "steps"), ({"num_particles": 3}, "even")):
         with pytest.raises(ValueError, match=word):
             posteriors.SemiAmortized(net(4), priors.StandardNormal(2), vae.likelihood, **bad)
-    with pytest.raises(ValueError, match="context"):
-        posteriors.SemiAmortized(net(4), priors.ConditionalNormal(net(4)), vae.likelihood)
+    elsewhere = posteriors.SemiAmortized(net(4), priors.Dirichlet(2), vae.likelihood).double()
+    with pytest.raises(ContractError, match=r"SemiAmortized: expected a prior over real vectors.*Dirichlet"):
+        elsewhere(x)
 
 
 def test_delta_trains_and_is_refused_by_log_marginal() -> None:

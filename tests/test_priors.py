@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from latents import FAILURE, Part, fit_of, integral, perturbed, values_of
+from parts import FEATURES, PRIORS, vamp
 from torch import Tensor
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
@@ -22,46 +23,6 @@ from ppvae.priors import mixture, process
 from ppvae.priors.flows import Flow, zuko
 from ppvae.priors.relaxed import BinaryConcrete, Concrete
 
-FEATURES = 4
-
-
-def vamp(latent: int, components: int = 3) -> priors.VampPrior:
-    posterior = posteriors.DiagonalNormal(nn.mlp(FEATURES, 2 * latent, hidden=(6,)))
-    return priors.VampPrior(posterior, torch.rand(components, FEATURES))
-
-
-def times(count: int) -> Tensor:
-    return torch.tensor([[0.0, 0.3, 1.0, 1.5, 2.5]])[:, :count].double()
-
-
-PRIORS: dict[str, Part] = {
-    "StandardNormal": Part(priors.StandardNormal),
-    "Normal": Part(priors.Normal),
-    "Laplace": Part(lambda d: priors.Laplace(d, scale=0.7), size=1),
-    "StudentT": Part(lambda d: priors.StudentT(d, df=4.0, scale=1.3), size=1),
-    "MixtureOfNormals": Part(lambda d: priors.MixtureOfNormals(d, components=3)),
-    "VampPrior": Part(vamp),
-    "RealNVP": Part(lambda d: priors.RealNVP(d, transforms=3, hidden=(8,))),
-    "MAF": Part(lambda d: priors.MAF(d, transforms=2, hidden=(8,))),
-    "MAF of one dim": Part(lambda d: priors.MAF(d, transforms=2, hidden=(8,)), size=1),
-    # splines have kinks, at which the trapezoid rule loses digits: one dim has points enough
-    "NeuralSpline": Part(lambda d: priors.NeuralSpline(d, hidden=(8,), bins=5), size=1),
-    "Autoregressive": Part(lambda d: priors.Autoregressive(d, components=2, hidden=(8,))),
-    "AutoregressiveCategorical": Part(lambda d: priors.AutoregressiveCategorical(3, d, hidden=(8,)), "discrete"),
-    "AutoregressiveOneHot": Part(lambda d: priors.AutoregressiveOneHot(3, d, hidden=(8,)), "discrete"),
-    "Bernoulli": Part(lambda d: priors.Bernoulli(d), "discrete", size=3),
-    "Bernoulli learned": Part(lambda d: priors.Bernoulli(d, learned=True), "discrete", size=3),
-    "Categorical": Part(lambda d: priors.Categorical(3, d, learned=True), "discrete"),
-    "OneHot": Part(lambda d: priors.OneHot(3, d, learned=True), "discrete"),
-    "RelaxedBernoulli": Part(lambda d: priors.RelaxedBernoulli(d, temperature=0.7, learned=True), "interval", size=1),
-    "RelaxedOneHot": Part(lambda d: priors.RelaxedOneHot(d, temperature=0.7, learned=True), "simplex", size=3),
-    "UniformOnSphere": Part(priors.UniformOnSphere, "sphere", size=3),
-    "UniformOnSphere circle": Part(priors.UniformOnSphere, "sphere", size=2),
-    "Dirichlet": Part(lambda d: priors.Dirichlet(d, concentration=0.8, learned=True), "simplex", size=3),
-    "LogisticNormal": Part(priors.LogisticNormal, "simplex", size=3),
-    "ConditionalNormal": Part(lambda d: priors.ConditionalNormal.of_labels(3, d), context=torch.tensor(1)),
-    "GaussianProcess": Part(lambda d: priors.GaussianProcess(1), context=times(2)),
-}
 OWN_SAMPLER_ONLY = {"MixtureOfNormals", "VampPrior", "Autoregressive"}  # real, and honestly not reparameterised
 
 

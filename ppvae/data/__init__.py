@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from ppvae.data import files, named
-from ppvae.data.checks import digest, indexed, validated
+from ppvae.data.checks import digest, first_rows, indexed, validated
 from ppvae.data.lazy import LazySplit, Pictures
 from ppvae.data.source import PARTS, Source, check_unit
-from ppvae.data.split import Facts, Noise, Split, checked_seed
+from ppvae.data.split import Facts, Noise, Split, checked_seed, with_missing
 from ppvae.errors import UsageError
 
-__all__ = ["LazySplit", "Split", "digest", "indexed", "load", "validated"]
+__all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
 MEMORY_LIMIT = 4 << 30  # bytes; images on disk that would take more as float32 become a LazySplit
 
@@ -30,6 +30,7 @@ def load(
     seed: int = 0,
     *,
     size: int | None = None,
+    missing: bool = False,
 ) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
@@ -46,7 +47,7 @@ def load(
     `binarize="fixed"` draws Bernoulli(pixel) once; `"dynamic"` draws train afresh at every read. `dequantize=True`
     gives (v + u) / levels in [0, 1), u uniform, train afresh at every read; a density of it bounds the log-mass of the
     levels. `size` is the side of CelebA's images, 64 by default. Images that need more than 4 GiB are read when asked
-    (`LazySplit`).
+    (`LazySplit`). With `missing=True`, NaN in a file stands for a missing value (`with_missing`).
 
     Raises `UsageError` for an option or a name that does not exist, `DataError` for a file that is missing, damaged, or
     not finite numbers; no code in a file is ever run.
@@ -64,8 +65,10 @@ def load(
         raise UsageError(
             "binarize and dequantize exclude each other: binary values have no levels to fill. Choose one."
         )
+    if missing and (binarize or dequantize):
+        raise UsageError("missing goes with neither binarize nor dequantize: a missing value has no noise. Choose one.")
     checked_seed(seed)
-    source = _source(name, root, size)
+    source = _source(name, root, size, missing)
     if binarize and not source.unit and isinstance(source.images, np.ndarray):
         check_unit(source.images, str(name), "binarize")
     if dequantize and source.levels is None:
@@ -81,7 +84,9 @@ def load(
     return train.fixed(seed), valid.fixed(seed), test.fixed(seed)
 
 
-def _source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, size: int | None) -> Source:
+def _source(
+    name: str | os.PathLike[str], root: str | os.PathLike[str] | None, size: int | None, missing: bool
+) -> Source:
     plain = {_plain(known): known for known in named.NAMES}
     known = plain.get(_plain(name)) if isinstance(name, str) else None
     if size is not None and known != "celeba":
@@ -89,12 +94,14 @@ def _source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, s
     if known:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 148):
             raise UsageError(f"size: expected a number of pixels from 1 to 148, found {size!r}.")
+        if missing:
+            raise UsageError(f"missing: {known} has no missing values; the option is for a user's own file.")
         return named.NAMES[known](_root(root), size or 64)
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"load: expected a name or a path, found {type(name).__name__}.")
     path = Path(name).expanduser()
     if isinstance(name, os.PathLike) or os.path.exists(path) or path.suffix.lower() in files.SUFFIXES or os.sep in name:
-        return files.read_path(path)
+        return files.read_path(path, missing)
     near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
     raise UsageError(
@@ -128,6 +135,7 @@ def _split(source: Source, part: int, kind: Noise | None, flat: bool, seed: int,
         dequantize=kind == "dequantize",
         seed=int(seed),
         noise=kind,
+        missing=source.missing,
     )
     labels = None if source.labels is None else torch.from_numpy(source.labels[rows])
     attributes = {key: torch.from_numpy(column[rows]) for key, column in source.attributes.items()}

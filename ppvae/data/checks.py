@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppvae.errors import DataError
 
+FINITE = "Every value must be finite: remove the row or fill the gap."
+OPT_IN = "{finite} If NaN stands for a missing value, say so: {how}."
+
 
 def validated(x: Tensor, name: str) -> Tensor:
     """The tensor `x` [N, *event] itself, once it is known to hold at least one row and finite numbers only.
 
-    `name` is what a message calls it. Raises `DataError` for anything but a dense real tensor, for an empty one, and
-    for NaN or infinity, with the row and the column.
+    `name` is what a message calls it. In a split marked by `data.with_missing`, NaN is a missing value; a row where all
+    is missing says nothing, and is refused. Raises `DataError` for anything but a dense real tensor, for an empty one,
+    and for NaN or infinity, with the row and the column.
 
     >>> import torch
     >>> validated(torch.zeros(3, 2), "x").shape
     torch.Size([3, 2])
     >>> validated(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), "x")
     Traceback (most recent call last):
-    ppvae.errors.DataError: x: row 1, column 1 is nan. Every value must be finite: remove the row or fill the gap.
+    ppvae.errors.DataError: x: row 1, column 1 is nan. Every value must be finite: remove the row or fill the gap. ...
     """
     if not isinstance(x, Tensor):
         raise DataError(f"{name}: expected a torch.Tensor, found {type(x).__name__}. Use torch.as_tensor(x).")
@@ -30,8 +36,31 @@ def validated(x: Tensor, name: str) -> Tensor:
         raise DataError(f"{name}: expected dense real numbers, found {x.dtype} with layout {x.layout}.")
     if x.ndim == 0 or x.numel() == 0:
         raise DataError(f"{name}: expected [N, *event] with at least one row, found shape {list(x.shape)}.")
-    refuse(x, torch.isfinite(x), name, "Every value must be finite: remove the row or fill the gap.")
+    refuse_gaps(x.detach(), name, getattr(x, "missing", False), FINITE, "data.with_missing(x)")
     return x
+
+
+def refuse_gaps(x: Tensor, name: str, missing: bool, finite: str, how: str, offset: int = 0) -> None:
+    """Raise a `DataError` for numbers that are not finite, but for NaN where `missing`, if its row has other values.
+
+    A message has the words `finite`, and on NaN says `how` to mark it as missing. A vector [N], as of labels, may have
+    gaps anywhere.
+    """
+    finite_there = torch.isfinite(x)
+    if bool(finite_there.all()):
+        return
+    gaps = x.isnan()
+    if not missing:
+        refuse(x, finite_there, name, OPT_IN.format(finite=finite, how=how) if bool(gaps.any()) else finite, offset)
+    refuse(x, finite_there | gaps, name, finite, offset)
+    if x.ndim > 1:
+        empty = gaps.reshape(len(x), -1).all(1).nonzero()[:, 0]
+        if len(empty):
+            more = f", nor has it for {len(empty) - 1} more rows" if len(empty) > 1 else ""
+            raise DataError(
+                f"{name}: row {int(empty[0]) + offset} has no value that is not missing{more}. Nothing observed says "
+                "nothing of the model: remove the row."
+            )
 
 
 def refuse(x: Tensor, good: Tensor, name: str, cure: str, offset: int = 0) -> None:
@@ -55,6 +84,24 @@ def refuse(x: Tensor, good: Tensor, name: str, cure: str, offset: int = 0) -> No
     raise DataError(f"{name}: {place} is {value:g}{more}. {cure}")
 
 
+def first_rows(columns: Sequence[Any], count: int) -> Tensor:
+    """The rows [count] on which a pair is looked at: the first, and before them one for every gap that there is.
+
+    >>> import torch
+    >>> from ppvae import data
+    >>> x = data.with_missing(torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, torch.nan]]))
+    >>> first_rows([x], 2), first_rows([x[:2]], 2)
+    (tensor([0, 2]), tensor([0, 1]))
+    """
+    total, found = len(columns[0]), set()
+    for column in columns:
+        if getattr(column, "missing", False):
+            gaps = column.detach().isnan().reshape(total, -1)
+            found |= set(gaps[:, gaps.any(0)].byte().argmax(0).tolist())
+    count = min(count, total)
+    return torch.tensor(sorted(list(dict.fromkeys([*sorted(found), *range(count)]))[:count]))
+
+
 def indexed(x: Tensor) -> tuple[Tensor, Tensor]:
     """The pair (`x`, its row numbers [N]), for a guide such as `PerDatum` that has parameters for every datum.
 
@@ -71,13 +118,15 @@ def indexed(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def digest(x: Tensor) -> str:
-    """The SHA-256 in hex of a tensor's dtype, shape and bytes, the same on every device.
+    """The SHA-256 in hex of a tensor's dtype, shape and bytes, the same on every device; one NaN is like another.
 
     >>> import torch
     >>> digest(torch.zeros(2, 3)) == digest(torch.zeros(2, 3)), digest(torch.zeros(2, 3)) == digest(torch.zeros(3, 2))
     (True, False)
     """
     flat = x.detach().cpu().contiguous().reshape(-1)
+    if flat.is_floating_point() and bool(flat.isnan().any()):  # NaN has many bit patterns
+        flat = torch.where(flat.isnan(), torch.nan, flat)
     sha = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
     sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -25,8 +25,11 @@ _ROLE = r"(x|images?|data|y|labels?|targets?)"
 _PART = re.compile(rf"(?:{_ROLE}_)?(train|training|valid|validation|val|test)(?:_{_ROLE})?", re.IGNORECASE)
 
 
-def read_path(path: Path) -> Source:
-    """The rows of a file or folder, checked; `DataError` where they cannot be taken as data."""
+def read_path(path: Path, missing: bool = False) -> Source:
+    """The rows of a file or folder, checked; `DataError` where they cannot be taken as data.
+
+    With `missing`, NaN in a file stands for a missing value.
+    """
     if os.path.isdir(path):
         return read_folder(path)
     if not os.path.exists(path):
@@ -34,7 +37,7 @@ def read_path(path: Path) -> Source:
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of images, found {path.suffix!r}.")
     arrays = read_arrays(path)
-    return _parts(path, arrays) or _whole(path, arrays)
+    return _parts(path, arrays, missing) or _whole(path, arrays, missing)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -84,7 +87,7 @@ def _as_array(x: torch.Tensor, path: Path, key: str) -> np.ndarray:
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def _parts(path: Path, arrays: dict[str, np.ndarray]) -> Source | None:
+def _parts(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source | None:
     """The source of a file with keys such as train, test or x_train, y_train; None where it has no such data."""
     found: dict[str, dict[str, str]] = {"data": {}, "labels": {}}
     for key in arrays:
@@ -99,7 +102,7 @@ def _parts(path: Path, arrays: dict[str, np.ndarray]) -> Source | None:
         return None
     parts = [part for part in PARTS if part in data]
     for part in parts:
-        check_numbers(arrays[data[part]], f"{path}{_key(data[part])}")
+        check_numbers(arrays[data[part]], f"{path}{_key(data[part])}", missing)
         _same_rows(path, arrays, data[parts[0]], data[part])
     if labels and set(labels) != set(data):
         raise DataError(
@@ -110,10 +113,11 @@ def _parts(path: Path, arrays: dict[str, np.ndarray]) -> Source | None:
     whole = np.concatenate([arrays[data[part]] for part in parts])
     y = [as_labels(arrays[labels[part]], sizes[part], f"{path}{_key(labels[part])}") for part in parts if labels]
     levels, unit = scale(whole)
-    return Source(path.name, as_images(whole), rows, levels, unit, np.concatenate(y) if y else None)
+    labelled = np.concatenate(y) if y else None
+    return Source(path.name, as_images(whole), rows, levels, unit, labelled, missing=missing)
 
 
-def _whole(path: Path, arrays: dict[str, np.ndarray]) -> Source:
+def _whole(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source:
     """The source of a file with one array of data, and perhaps labels and other columns of one number a row."""
     lower = {key.lower(): key for key in arrays}
     key = next((lower[k] for k in DATA_KEYS if k in lower), None)
@@ -124,7 +128,7 @@ def _whole(path: Path, arrays: dict[str, np.ndarray]) -> Source:
             raise DataError(f"{path}: expected the data under a key such as 'images', 'x' or 'train', found {held}.")
         key = candidates[0]
     data, n = arrays[key], len(arrays[key]) if arrays[key].ndim else 0
-    check_numbers(data, f"{path}{_key(key)}")
+    check_numbers(data, f"{path}{_key(key)}", missing)
     if n < 3:
         raise DataError(f"{path}{_key(key)}: expected at least 3 rows, for three splits; found {n}.")
     label_key = next((lower[k] for k in LABEL_KEYS if k in lower and lower[k] != key), None)
@@ -133,7 +137,7 @@ def _whole(path: Path, arrays: dict[str, np.ndarray]) -> Source:
         k: x for k, x in arrays.items() if k not in (key, label_key) and x.shape == (n,) and x.dtype.kind in "biuf"
     }
     levels, unit = scale(data)
-    return Source(path.name, as_images(data), permuted(n), levels, unit, labels, extra)
+    return Source(path.name, as_images(data), permuted(n), levels, unit, labels, extra, missing=missing)
 
 
 def _same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:

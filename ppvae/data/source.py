@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppvae.data.checks import refuse
+from ppvae.data.checks import FINITE, refuse, refuse_gaps
 from ppvae.data.lazy import Pictures
 from ppvae.errors import DataError
 
@@ -23,7 +23,8 @@ class Source:
     """All rows of a data set, and which of them make up train, valid and test.
 
     `images` [N, *event] is an array, or pictures on disk. `levels` L means whole numbers 0..L-1, to be divided by L -
-    1; None means numbers to be taken as they are. `labels` is [N]; `attributes` name -> [N].
+    1; None means numbers to be taken as they are. `labels` is [N]; `attributes` name -> [N]. Where `missing`, NaN
+    stands for a missing value.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Source:
     labels: np.ndarray | None = None
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    missing: bool = False
 
     def __post_init__(self) -> None:
         for part, rows in zip(PARTS, self.rows, strict=True):
@@ -71,8 +73,11 @@ def parted(name: str, sizes: dict[str, int]) -> tuple[np.ndarray, ...]:
     return tuple(rows)
 
 
-def check_numbers(array: np.ndarray, where: str) -> None:
-    """Raise a `DataError` unless the array is [N, *event], N and event not empty, of finite real numbers."""
+def check_numbers(array: np.ndarray, where: str, missing: bool = False) -> None:
+    """Raise a `DataError` unless the array is [N, *event], N and event not empty, of finite real numbers.
+
+    With `missing` some, and not all, values of a row may be NaN.
+    """
     kinds = {"O": "Python objects", "U": "text", "S": "text", "c": "complex numbers", "V": "records"}
     if array.dtype.kind not in "biuf":
         found = kinds.get(array.dtype.kind, "dates")
@@ -87,8 +92,8 @@ def check_numbers(array: np.ndarray, where: str) -> None:
     if array.dtype.kind == "f":
         for start, block in blocks(array):
             x = torch.from_numpy(as_float32(block))
-            cure = "Every value must be finite in float32: remove the row or fill the gap."
-            refuse(x, torch.isfinite(x), where, cure, start)
+            finite = FINITE.replace("finite", "finite in float32")
+            refuse_gaps(x, where, missing, finite, "load with missing=True (--missing)", start)
 
 
 def check_unit(array: np.ndarray, where: str, option: str) -> None:
@@ -100,12 +105,15 @@ def check_unit(array: np.ndarray, where: str, option: str) -> None:
 
 
 def scale(array: np.ndarray) -> tuple[int | None, bool]:
-    """(levels, unit): 256 for uint8, 2 for numbers that are all 0 or 1, else None; and whether all lie in [0, 1]."""
-    if all(bool(((x == 0) | (x == 1)).all()) for _, x in blocks(array)):
+    """(levels, unit): 256 for uint8, 2 for numbers that are all 0 or 1, else None; and whether all lie in [0, 1].
+
+    A missing value is none of the numbers.
+    """
+    if all(bool(((x == 0) | (x == 1) | (x != x)).all()) for _, x in blocks(array)):
         return 2, True
     if array.dtype == np.uint8:
         return 256, True
-    return None, all(bool(((x >= 0) & (x <= 1)).all()) for _, x in blocks(array))
+    return None, all(bool(((x >= 0) & (x <= 1) | (x != x)).all()) for _, x in blocks(array))
 
 
 def as_images(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ppvae.data.checks import digest
+from ppvae.data.checks import digest, validated
 from ppvae.errors import UsageError
 
 Noise = Literal["binarize", "dequantize"]
@@ -30,6 +30,7 @@ class Facts:
     dequantize: bool = False
     seed: int = 0
     noise: Noise | None = None
+    missing: bool = False
 
     @property
     def kind(self) -> Noise | None:
@@ -55,6 +56,7 @@ class Described:
     dequantize = property(lambda self: self.facts.dequantize, doc="Whether uniform noise fills the gaps of the levels.")
     seed = property(lambda self: self.facts.seed, doc="The seed at which fixed noise was drawn.")
     noise = property(lambda self: self.facts.noise, doc="What every read draws: None, 'binarize' or 'dequantize'.")
+    missing = property(lambda self: self.facts.missing, doc="Whether NaN stands for a missing value, or is refused.")
 
     @property
     def base_measure(self) -> str:
@@ -76,6 +78,8 @@ class Described:
             return f"{name}, binarized {when if facts.noise else 'fixed ' + when}"
         if facts.dequantize:
             return f"{name}, dequantized from {facts.levels} levels {when}"
+        if facts.missing:
+            name += ", NaN missing"
         if facts.levels is None:
             return f"{name}, values as given"
         return f"{name}, " + ("binary as given" if facts.levels == 2 else f"{facts.levels} levels, not dequantized")
@@ -90,7 +94,7 @@ class Split(Described, Tensor):
     (grey levels, say), and indexing ALWAYS gives a plain tensor of values drawn afresh from torch's global generator;
     torch operations see the values under the noise, so read batches by `read` or by indexing, and evaluate on
     `fixed(seed)`. Labels [N], `attributes` (name -> [N]) and `index` [N] (positions in the source) follow the rows.
-    Out-of-range rows raise IndexError.
+    Out-of-range rows raise IndexError. Where `missing` is set, NaN stands for a missing value (`with_missing`).
 
     >>> from ppvae import data
     >>> train, valid, test = data.load("digits", binarize="dynamic")
@@ -200,6 +204,27 @@ class Split(Described, Tensor):
         labels = None if self.labels is None else move(self.labels)
         attributes = {name: move(t) for name, t in self.attributes.items()}
         return Split(values, facts or self.facts, move(self.index), labels, attributes)
+
+
+def with_missing(x: Tensor, name: str = "a table") -> Split:
+    """The data `x` [N, *event] as a split in which NaN stands for a missing value, for `fit` and `log_marginal`.
+
+    log p(x) is then that of the values observed (Mattei and Frellsen 2019, arXiv 1812.02633), for pairs whose model
+    leaves missing values out and whose guide takes them, as `likelihoods.Mixed` and `nn.Missing`. The mark stays with
+    slices and copies; a split keeps its facts, and a plain tensor is called `name`. Raises `DataError`, by row, for
+    infinity and for a row without any value.
+
+    >>> import torch
+    >>> x = with_missing(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
+    >>> x.missing, x[:1].missing, x.description
+    (True, True, 'a table, NaN missing, values as given')
+    """
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        validated(x, name)  # which says what is wrong with it
+    split = x if isinstance(x, Split) else Split(x, Facts(name, tuple(x.shape[1:]), len(x), unit=False))
+    marked = split._like(split.detach(), lambda t: t, replace(split.facts, missing=True))
+    validated(marked, marked.name)
+    return marked
 
 
 def drawn(values: Tensor, noise: Noise, levels: int, generator: torch.Generator | None = None) -> Tensor:

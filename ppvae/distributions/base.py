@@ -71,6 +71,7 @@ class Levels(Constraint):
 class OpenUnit(Constraint):
     """The numbers between 0 and 1 without the two."""
 
+    lower_bound, upper_bound = 0.0, 1.0
     cure = (
         "Its density is zero or infinite at 0 and 1: load with dequantize=True, which keeps off them, or use "
         "likelihoods.ContinuousBernoulli for grey values in [0, 1] and Normal, Laplace or StudentT for any real number"

@@ -93,8 +93,13 @@ class _EachColumn(Constraint):
         super().__init__()
 
     @property
+    def cseq(self) -> list[Any]:
+        """The supports of the kinds of columns, by the name that torch's `constraints.cat` has for its parts."""
+        return [fn.support for _, fn in self.groups]
+
+    @property
     def is_discrete(self) -> bool:  # type: ignore[override]
-        return all(fn.support.is_discrete for _, fn in self.groups)
+        return all(support.is_discrete for support in self.cseq)
 
     def check(self, value: Tensor) -> Tensor:
         inside = torch.ones_like(value, dtype=torch.bool)

@@ -29,6 +29,9 @@ class Estimate:
         k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
         reliable: no non-finite weight, ess >= 50 and k_hat < min(0.7, 1 - 1 / log10 K).
         elbo: the evidence lower bound from the same draws.
+        dims: numbers per datum, or their mean where some are missing; numbers of all data where weights are joint.
+        base_measure: what log p(x) is relative to: "binary", "256 levels", "discrete" for other masses, "density on
+            [0, 1]", "density", or "mixed".
         nonfinite: how many weights were NaN or +inf (one at least where all were zero); such data are not reliable.
         method, settings: how it was made; K (`num_particles`) is the number of chains where the method is annealing.
         diagnostics: what else the method says of each datum, [N] by name.
@@ -43,7 +46,7 @@ class Estimate:
     nonfinite: Tensor
     num_particles: int
     seed: int
-    dims: int
+    dims: float
     base_measure: str
     levels: int | None = None
     lower_bound_only: bool = False
@@ -167,8 +170,8 @@ class Estimate:
             "dims": self.dims, "base_measure": self.base_measure, "lower_bound_only": self.lower_bound_only,
             "joint": self.joint, "nll": self.nll, "nll_std_error": self.nll_std_error,
             "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
-            "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "method": self.method,
-            **self.settings,
+            "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "notes": "; ".join(self.notes),
+            "method": self.method, **self.settings,
         }  # fmt: skip
 
     def to_arviz(self) -> Any:

@@ -17,6 +17,7 @@ from ppvae.evaluation.accumulate import Weights, recorded_bounds
 from ppvae.evaluation.estimate import Estimate
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import evaluating
+from ppvae.inference.missing import gaps_in
 from ppvae.inference.scope import bound, unbound
 from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.support import check_support
@@ -27,6 +28,11 @@ from ppvae.inference.weights import Terms, amortised, draw, narrowed, terms
 # on how many processes share the work. Changing these numbers changes every estimate within its standard error.
 DATA_BLOCK = 50
 PARTICLE_BLOCK = 100
+
+MIXED = (
+    "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
+    "compare on the same columns in the same units only"
+)
 
 
 def log_marginal(
@@ -45,11 +51,13 @@ def log_marginal(
     """Importance-weighted log p(x) per datum for any model/guide pair, with a diagnosis of its trustworthiness.
 
     log p(x) is estimated by log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x): a lower bound on average
-    (Burda et al. 2016, arXiv 1509.00519). Modules are in evaluation mode meanwhile; no parameter is created.
+    (Burda et al. 2016, arXiv 1509.00519; Mattei and Frellsen 2019, arXiv 1812.02633, where values are missing). Modules
+    are in evaluation mode meanwhile; no parameter is created.
 
     Args:
         model, guide: a Pyro pair that keeps the contract (see `ppvae.check`), or run.model, run.guide.
-        data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch).
+        data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch). In data marked by
+            `data.with_missing`, NaN is a missing value, and log p(x) that of the values observed.
         num_particles: K.
         seed: of the guide's draws. The same seed gives the same result however memory is cut.
         bounds: further k at which to record L_k.
@@ -82,6 +90,7 @@ def log_marginal(
         draws: list[dict[str, Tensor]] = []
         starts = range(0, len(columns[0]), size)
         with tqdm(total=len(starts), desc="log p(x)", unit="block", disable=_quiet(progress)) as bar:
+            missing = 0
             for number, start in enumerate(starts):
                 block = Block(columns, start, min(start + size, len(columns[0])), number, structure, place)
                 weights = Weights(num_particles, ks, block.eps)
@@ -90,6 +99,7 @@ def log_marginal(
                     weights.add(log_weight, elbo)
                     if kept:
                         kept.add(log_weight, t)
+                missing += block.missing
                 results.append({name: value.cpu() for name, value in weights.result().items()})
                 if kept:
                     draws.append(kept.values)
@@ -99,13 +109,19 @@ def log_marginal(
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     posterior = {name: torch.cat([d[name] for d in draws], dim=1) for name in draws[0]} if draws else None
     base, levels, notes = _measure(columns[0], structure)
+    notes += structure.remarks
+    dims: float = structure.observed_dims
+    if missing:
+        dims -= missing / len(columns[0])
+        share = 100 * (1 - dims / structure.observed_dims)
+        notes += (f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed",)
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     return Estimate(
         **{k: v for k, v in joined.items() if not k.startswith("bound_")},
         num_particles=num_particles,
         seed=seed,
-        dims=structure.observed_dims * (len(columns[0]) if structure.joint else 1),
+        dims=dims * (len(columns[0]) if structure.joint else 1),
         base_measure=base,
         levels=levels,
         lower_bound_only=structure.lower_bound_only,
@@ -136,6 +152,8 @@ class Block:
             rows = None
             self.index = (torch.arange(structure.subsample_size) + start).to(device) % structure.full_size
         self.batch = tuple(_read(column, rows, device) for column in columns)
+        self.gaps = any(getattr(column, "missing", False) for column in columns)
+        self.missing = 0  # how many of the numbers observed are missing, once weights were taken
 
     def weights(
         self, model: Pair, guide: Pair, num_particles: int, seed: int, rows: int
@@ -163,6 +181,8 @@ class Block:
                         part = {"values": {n: v.value for n, v in sites.items()}} if s.enumerated else {"drawn": sites}
                     t = terms(model, guide, batch, size, structure=s, index=index, **part)
                     if first == low == 0:
+                        if self.gaps and bool(t.log_weight.isnan().any()):
+                            inspect(model, guide, batch)  # which says so if missing values are why
                         self._check(t)
                     yield t.log_weight[:, :width], t.elbo[:, :width], t
 
@@ -177,6 +197,11 @@ class Block:
             site = t.model[name]
             node = {"fn": site.distribution, "value": site.value, "mask": None}
             check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
+        for name, site in t.model.items() if self.gaps else ():
+            if site.role != "observed":
+                continue
+            axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data, of which folding makes more
+            self.missing += int(gaps_in(site.value.narrow(axis, 0, self.size), self.batch).sum())
 
 
 class Kept:
@@ -276,7 +301,8 @@ def _device(model: Pair, guide: Pair, columns: tuple[Any, ...]) -> torch.device:
 def _inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch.device) -> tuple[Structure, int]:
     """What the pair is, and how many data go into a block."""
     total = len(columns[0])
-    first = tuple(_read(c, torch.arange(min(DATA_BLOCK, total)), device) for c in columns)
+    rows = datasets.first_rows(columns, DATA_BLOCK)
+    first = tuple(_read(c, rows, device) for c in columns)
     lazy = any(isinstance(c, datasets.LazySplit) for c in columns)
     whole = first if lazy else tuple(_read(c, None, device) for c in columns)
     try:
@@ -303,10 +329,10 @@ def _inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch
 
 def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
     """(base measure, levels if the density is of dequantised data, remarks)."""
-    if s.observed_support == "boolean":
-        return "binary", None, ()
-    if s.observed_support == "discrete":
-        return "discrete", None, ()
+    if s.base_measure == "mixed":
+        return "mixed", None, (MIXED,)
+    if not s.base_measure.startswith("density"):
+        return s.base_measure, None, ()
     levels = getattr(column, "levels", None)
     if getattr(column, "dequantize", False) and levels:
         remark = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
@@ -314,7 +340,8 @@ def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...
     if levels:
         remark = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
         return "density on [0, 1]", None, (remark,)
-    return "density", None, ()
+    known = getattr(column, "base_measure", "")
+    return (known if known == "density on [0, 1]" else s.base_measure), None, ()
 
 
 def digest_of(columns: tuple[Any, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError, refused
 from ppvae.inference.continuity import check_continuity, check_families
+from ppvae.inference.described import described
 from ppvae.inference.evaluating import ambient, eval_mode
 from ppvae.inference.layouts import find_layout
+from ppvae.inference.missing import check_missing, failed_on_gaps, with_gaps
 from ppvae.inference.registration import Registration, check_registered
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
-from ppvae.inference.support import base, check_support, event_size, mask_of, support_kind
+from ppvae.inference.support import base, base_measure, check_support, event_size, is_relaxed, mask_of
 from ppvae.inference.tracing import Pair, as_batch, event_dim, explained, node_log_prob, params_of, sample_nodes, traces
 
 
@@ -49,20 +52,24 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     try:
         with registration:
             try:
-                model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
+                # a missing value is in no support of torch's: `check_missing` and `check_support` look for themselves
+                with pyro.validation_enabled(False) if with_gaps(batch) else nullcontext():
+                    model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
             except ValueError as error:
                 if "nan" not in str(error):
                     raise
                 with pyro.validation_enabled(False):  # a datum whose parameters are NaN is flagged, not refused
                     model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
-    except PpvaeError:
-        raise
     except Exception as error:
-        raise explained(error, sizes) from error
+        missing = failed_on_gaps(model, guide, batch)
+        if missing is None and isinstance(error, PpvaeError):
+            raise
+        raise missing or explained(error, sizes) from error
     model_nodes, guide_nodes = dict(sample_nodes(model_trace)), dict(sample_nodes(guide_trace))
     plate, subsample = _data_plate(model_nodes, model_trace, batch)
     model_roles, guide_roles = _roles(model_nodes, guide_nodes)
     check_families(model_nodes, guide_nodes)
+    check_missing(model_nodes, guide_nodes, batch)
     for nodes, roles in ((guide_nodes, guide_roles), (model_nodes, model_roles)):
         for name, node in nodes.items():
             _check_shape(name, node)
@@ -99,6 +106,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
             for n, node in guide_nodes.items()
             if guide_roles[n] != "enumerated" and not getattr(node["fn"], "has_rsample", False)
         ),
+        relaxed=tuple(n for n, node in model_nodes.items() if model_roles[n] == "latent" and is_relaxed(node["fn"])),
         refusal=refusal,
         enumerated=tuple(
             n for n in {**guide_roles, **model_roles} if "enumerated" in (guide_roles.get(n), model_roles.get(n))
@@ -107,7 +115,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
         guide_roles=guide_roles,
         event_dims={n: event_dim(node) for n, node in {**guide_nodes, **model_nodes}.items()},
         observed_dims=sum(event_size(node) for node in observed.values()),
-        observed_support=support_kind(observed.values()),
+        base_measure=base_measure(observed.values()),
         unmasked=tuple(n for n, node in observed.items() if mask_of(node) is None),
         model_params=params_of(model_trace),
         guide_params=params_of(guide_trace),
@@ -300,13 +308,15 @@ def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], sha
         yield f"can be trained; weights and log p(x) are refused: {s.refusal}"
     if s.lower_bound_only:
         yield "a point mass on a discrete latent: log p(x) estimates are lower bounds only"
+    yield from s.remarks
 
 
 def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
     """Checks a pair against the contract on one batch and says in words what it is.
 
-    The text names the sites with their shapes, plates, what is enumerated and what is reparameterised, and how
-    particles are laid out.
+    The text names the sites with their shapes, plates, what is enumerated and what is reparameterised; the modules that
+    the pair calls (of a VAE its parts), by class, with what their docstrings say first, the space of the distributions
+    that they return, and how many numbers they learn; and how particles are laid out.
 
     Raises:
         ContractError, DataError: naming the site, what was expected, what was found and the cure.
@@ -323,9 +333,10 @@ def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
     model, guide = bound(model), bound(guide)
     with ambient(model, guide):
         s = inspect(model, guide, batch, weights=False)
+        parts = tuple(described(model, guide, as_batch(batch), s.params))
     how = {
         "vectorized": "vectorised under a plate",
         "folded": "folded into the batch (the networks do not broadcast)",
         "one by one": "taken one by one (the networks do not broadcast)",
     }
-    return "\n".join((*s.words, f"particles are {how[s.layout]}"))
+    return "\n".join((*s.words, *parts, f"particles are {how[s.layout]}"))

@@ -31,11 +31,12 @@ class Structure:
     guide_roles: Mapping[str, str] = field(default_factory=dict)
     event_dims: Mapping[str, int] = field(default_factory=dict)
     observed_dims: int = 0  # numbers observed per datum
-    observed_support: str = ""  # "boolean", "discrete" or "continuous"
+    base_measure: str = ""  # what the observed sites' log-densities are relative to
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     score_only: tuple[str, ...] = ()  # latents that the guide does not reparameterise
+    relaxed: tuple[str, ...] = ()  # latents whose prior is a relaxed discrete distribution
     refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained
     words: tuple[str, ...] = field(default=(), repr=False)
 
@@ -43,6 +44,16 @@ class Structure:
     def params(self) -> dict[str, Tensor]:
         """Every registered parameter, unconstrained, by name."""
         return {**self.model_params, **self.guide_params}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a number for this pair should not be read without."""
+        if not self.relaxed:
+            return ()
+        return (
+            f"site {self.relaxed[0]!r} is a relaxed discrete latent: log p(x) is that of the relaxed model, another "
+            f"one than the discrete; of a VAE, evaluate vae.discrete",
+        )
 
     def size_of(self, batch: Sequence[Any]) -> int:
         """How many data one call of the pair represents by itself."""

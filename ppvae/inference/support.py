@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -71,6 +71,13 @@ def base(fn: Any) -> Any:
     return fn
 
 
+def is_relaxed(fn: Any) -> bool:
+    """Whether a distribution is a continuous stand-in for a discrete one: Pyro's, or one that says so by `relaxes`."""
+    fn = base(fn)
+    kinds = (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)
+    return isinstance(fn, kinds) or bool(getattr(fn, "relaxes", False))
+
+
 def mask_of(node: dict[str, Any]) -> Any:
     """The mask of a traced site, its distribution's own included; None where there is none."""
     fn, mask = node["fn"], node["mask"]
@@ -89,12 +96,37 @@ def is_discrete(fn: Any) -> bool:
         return False
 
 
-def support_kind(nodes: Iterable[dict[str, Any]]) -> str:
-    """ "boolean", "discrete" or "continuous": what the observed sites are densities over."""
-    fns = [base(node["fn"]) for node in nodes]
-    if all(isinstance(fn, torch.distributions.Bernoulli) for fn in fns):
-        return "boolean"
-    return "discrete" if all(is_discrete(fn) for fn in fns) else "continuous"
+def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
+    """What the log-density of observed sites is relative to: "binary", "256 levels" (or so many), "discrete" for other
+    masses, "density on [0, 1]", "density", or "mixed" where some are masses and some are densities."""
+    found = {measure for node in nodes for measure in _measures(base(node["fn"]))}
+    if len(found) == 1:
+        return found.pop()
+    densities = {measure for measure in found if measure.startswith("density")}
+    return "mixed" if densities and found - densities else "density" if densities else "discrete"
+
+
+def _measures(fn: Any) -> set[str]:
+    """The base measures of a distribution's numbers."""
+    try:
+        return _measures_of(fn.support)
+    except (NotImplementedError, AttributeError):
+        return {"density"}
+
+
+def _measures_of(support: Any) -> set[str]:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(parts := getattr(support, "cseq", None), Sequence):  # each column has a support of its own
+        return {measure for part in parts for measure in _measures_of(part)}
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if not support.is_discrete:
+        unit = isinstance(low, int | float) and isinstance(high, int | float) and (low, high) == (0, 1)
+        return {"density on [0, 1]" if unit else "density"}
+    levels = 2 if support is constraints.boolean else getattr(support, "levels", None)
+    if isinstance(low, int) and isinstance(high, int):
+        levels = high - low + 1
+    return {"binary" if levels == 2 else f"{levels} levels" if levels else "discrete"}
 
 
 def event_size(node: dict[str, Any]) -> int:

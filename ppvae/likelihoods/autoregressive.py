@@ -18,8 +18,8 @@ class Autoregressive(nn.Module):
     """Pixels drawn one after another, log p(x | z) = sum_i log p(x_i | x before i, z), binary or in levels.
 
     Args:
-        net: a network of two arguments with leading dims that broadcast, (x [..., *event], z [..., latent]) -> logits
-            [..., *event], or with more than 2 levels [..., levels * first, *rest], the logits of level 0 for all
+        masked: a network of two arguments with leading dims that broadcast, (x [..., *event], z [..., latent]) ->
+            logits [..., *event], or with more than 2 levels [..., levels * first, *rest], the logits of level 0 for all
             pixels, then level 1, ..., along the first event dim. A number's logits may depend on z and on numbers
             before it; `net.order` lists positions of the flattened event from the first to the last,
             `net.event_shape` is one datum's. `nn.MADE` and `nn.PixelCNN` are such networks;
@@ -39,9 +39,9 @@ class Autoregressive(nn.Module):
     torch.Size([5])
     """
 
-    def __init__(self, net: nn.Module, levels: int = 2):
+    def __init__(self, masked: nn.Module, levels: int = 2):
         super().__init__()
-        self.net, self.levels = net, _checked(levels)
+        self.net, self.levels = masked, _checked(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
@@ -59,5 +59,6 @@ class Autoregressive(nn.Module):
 
         each = constraints.boolean if self.levels == 2 else base.Levels(self.levels)
         support = constraints.independent(each, len(event))
-        start = z.new_zeros(()).expand(*z.shape[:-1], *event)
+        kind = z.dtype if z.is_floating_point() else next(self.net.parameters()).dtype  # z may be classes
+        start = z.new_zeros((), dtype=kind).expand(*z.shape[:-1], *event)
         return distributions.Autoregressive(conditionals, start, self.net.order, support)  # type: ignore[arg-type]

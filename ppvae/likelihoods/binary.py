@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import event_dim
+from ppvae.likelihoods.outputs import OfNetwork, event_dim
 
 
-class Bernoulli(nn.Module):
+class Bernoulli(OfNetwork):
     """Independent Bernoulli pixels, log p(x | z) = sum_d x_d l_d - softplus(l_d), l = net(z).
 
     `net` maps [..., latent] to logits [..., *event]; data are 0 or 1. Returns batch shape [...], event shape [*event].
@@ -23,13 +22,9 @@ class Bernoulli(nn.Module):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return tuple(event)
+    def output_at(self, mean: Tensor) -> Tensor:
+        """The network's output at which pixels have a mean [*event], no nearer than 0.001 to certainty: to start at."""
+        return torch.logit(mean.double().clamp(0.001, 0.999)).to(mean.dtype)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)

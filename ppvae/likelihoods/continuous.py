@@ -75,7 +75,17 @@ class Normal(_Scaled):
 class Laplace(_Scaled):
     """Independent Laplace dims, log p(x | z) = -sum_d |x_d - loc_d(z)| / scale_d + log(2 scale_d).
 
-    Arguments, shapes and errors as for `Normal`; less moved by outliers, and its optimal location is a median.
+    Less moved by outliers than a normal: its optimal location is a median.
+
+    Args:
+        net: as for `Normal`.
+        scale: a number (fixed), "learned" (one for all dims), a shape, the event's, for one learned scale a dim, or
+            "network" (one a dim and datum).
+        floor: the smallest learned scale.
+
+    Shapes and errors as for `Normal`.
+    Source: Zhao et al. 2017, Loss functions for image restoration with neural networks (arXiv 1511.08861), on the
+    absolute error.
 
     >>> import torch
     >>> from ppvae.nn import mlp
@@ -95,8 +105,11 @@ class StudentT(_Scaled):
     """Independent Student's t dims, log p(x | z) = sum_d log t(x_d; df, loc_d(z), scale_d), heavy-tailed.
 
     Args:
-        net, scale, floor: as for `Normal`.
+        net: as for `Normal`.
         df: the degrees of freedom: a number (fixed), "learned" (one for all dims, from 4), or a shape, the event's.
+        scale: a number (fixed), "learned" (one for all dims), a shape, the event's, for one learned scale a dim, or
+            "network" (one a dim and datum).
+        floor: the smallest learned scale.
 
     Returns batch shape [...], event shape [*event]; a density in nats. Raises ValueError for any other df or scale.
     Source: Takahashi et al. 2018, "Student-t variational autoencoder for robust density estimation".

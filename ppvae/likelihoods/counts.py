@@ -8,7 +8,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, blocks, event_dim, of_blocks, per_datum, register_log
+from ppvae.likelihoods.outputs import Given, OfNetwork, blocks, event_dim, of_blocks, per_datum, register_log
 
 
 class _Counts(nn.Module):
@@ -86,7 +86,7 @@ class NegativeBinomial(_Counts):
             then log-concentrations, along the first event dim.
         concentration: c, a number (fixed), "learned" (one for all dims), a shape, the event's, for one a dim (scVI's
             "gene"), or "network" ("gene-cell").
-        library: as for `Poisson`.
+        library: whether the library size is the batch's second tensor, as for `Poisson`.
 
     Data, shapes and errors as for `Poisson`.
     Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
@@ -109,7 +109,13 @@ class ZeroInflatedPoisson(_Counts):
     """Poisson counts of which some are zero for another reason, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d).
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds g of an extra zero, along the
-    first event dim. `library`, data, shapes and errors as for `Poisson`.
+    first event dim.
+
+    Args:
+        net: the network.
+        library: whether the library size is the batch's second tensor, as for `Poisson`.
+
+    Data, shapes and errors as for `Poisson`.
     Source: Lambert 1992, "Zero-inflated Poisson regression".
 
     >>> import torch
@@ -129,8 +135,15 @@ class ZeroInflatedNegativeBinomial(_Counts):
     """Negative binomial counts of which some are zero for another reason (dropout in single-cell counts).
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds of an extra zero; with
-    concentration="network" to [..., 3 * first, *rest], log-concentrations last. Other arguments, data, shapes and
-    errors as for `NegativeBinomial`.
+    concentration="network" to [..., 3 * first, *rest], log-concentrations last.
+
+    Args:
+        net: the network.
+        concentration: a number (fixed), "learned" (one for all dims), a shape, the event's, for one a dim, or
+            "network".
+        library: whether the library size is the batch's second tensor, as for `Poisson`.
+
+    Data, shapes and errors as for `Poisson`.
     Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
 
     >>> import torch
@@ -149,7 +162,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
         return distributions.ZeroInflated(fn, gate)
 
 
-class Multinomial(nn.Module):
+class Multinomial(OfNetwork):
     """Bags of N words, log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log softmax(net(z))_d.
 
     N is given, the batch's second tensor [N]: x alone has no density here until its total has one, and log p(x) means
@@ -164,14 +177,6 @@ class Multinomial(nn.Module):
     >>> Multinomial(mlp(8, 64))(torch.zeros(5, 8), context=torch.full((5,), 10)).sample().sum(-1)
     tensor([10., 10., 10., 10., 10.])
     """
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return tuple(event)
 
     def forward(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
         logits = self.net(z)

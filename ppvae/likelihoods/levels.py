@@ -16,9 +16,14 @@ class Categorical(nn.Module):
 
     `net` maps [..., latent] to [..., levels * first, *rest]: the logits of level 0 for all pixels, then those of
     level 1, ..., along the first event dim. Data are v / (levels - 1), v = 0 ... levels - 1, as `data.load` gives them;
-    with 2 levels, 0 and 1. A log-mass in nats; returns batch shape [...], event shape [first, *rest]. Raises
-    ValueError for fewer than 2 levels, or an output that does not divide.
-    Source: van den Oord et al. 2016 (arXiv 1601.06759), section 5.1.
+    with 2 levels, 0 and 1. A log-mass in nats; returns batch shape [...], event shape [first, *rest].
+
+    Args:
+        net: the network.
+        levels: how many values a number can take.
+
+    Raises ValueError for fewer than 2 levels, or an output that does not divide.
+    Source: van den Oord et al. 2016 (arXiv 1601.06759), section 2.2.
 
     >>> import torch
     >>> from ppvae.nn import mlp
@@ -45,8 +50,13 @@ class DiscretizedLogistic(nn.Module):
     F is the logistic distribution of location loc_d(z) and scale exp(log_scale_d(z)), in units of the data, h half a
     level; the two end bins reach to infinity, so that it sums to one. `net` maps [..., latent] to
     [..., 2 * first, *rest]: locations, then log-scales, along the first event dim. Data are v / (levels - 1). A
-    log-mass in nats; returns batch shape [...], event shape [first, *rest]. Raises ValueError for fewer than 2 levels,
-    or an output that does not divide.
+    log-mass in nats; returns batch shape [...], event shape [first, *rest].
+
+    Args:
+        net: the network.
+        levels: how many values a number can take.
+
+    Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: Kingma et al. 2016 (arXiv 1606.04934).
 
     >>> import torch
@@ -76,7 +86,15 @@ class MixtureOfDiscretizedLogistics(nn.Module):
     [..., outputs * first, *rest], outputs = M (1 + 2 C + C (C - 1) / 2): blocks of M logits, M C locations, M C
     log-scales and M C (C - 1) / 2 couplings r, along the first event dim. Data are v / (levels - 1), of event shape
     [C * first, *rest]: images [C, H, W] (first = 1) or the same flattened (first = H * W). A log-mass in nats; returns
-    batch shape [...]. Raises ValueError for fewer than 2 levels, or an output that does not divide.
+    batch shape [...].
+
+    Args:
+        net: the network.
+        components: M, of each pixel's mixture.
+        channels: C, the numbers of a pixel that are coupled: 3 for colour, 1 for none.
+        levels: how many values a number can take.
+
+    Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: Salimans et al. 2017 (arXiv 1701.05517), equations 1-3; data in [0, 1] instead of [-1, 1].
 
     >>> import torch

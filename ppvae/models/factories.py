@@ -2,58 +2,240 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
 import torch
+from pyro.distributions import constraints
+from pyro.infer import config_enumerate
 from torch import Tensor
+from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
+from ppvae.choices import Among, given_to
+from ppvae.conditional import called
+from ppvae.errors import UsageError
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
 
+Part = Callable[..., Module]
+Prior = Annotated[Part, Among(("ppvae.priors",), Module, ("latent", "posterior", "data", "num_labels"))]
+Likelihood = Annotated[Part, Among(("ppvae.likelihoods",), Module, ("net", "masked", "num_labels"))]
+Posterior = Annotated[
+    Part,
+    Among(("ppvae.posteriors",), Module, ("net", "latent", "prior", "likelihood", "num_labels", "size", "outputs")),
+]
+Decoder = Callable[[int, tuple[int, ...]], Module]  # of the size of z and the event shape of the output
+Pair = VAE | tuple[Callable[..., Any], Callable[..., Any]]
 
-def _mean_logits(train: Tensor) -> Tensor:
-    return torch.logit(train.double().mean(0).clamp(0.001, 0.999)).float()
 
+def vae(
+    train: Tensor,
+    latent: int = 8,
+    hidden: tuple[int, ...] = (200, 200),
+    prior: Prior = priors.StandardNormal,
+    likelihood: Likelihood = likelihoods.Bernoulli,
+    posterior: Posterior = posteriors.DiagonalNormal,
+    enumerate: bool = False,
+    missing: bool = False,
+    num_labels: int | None = None,
+) -> Pair:
+    """A VAE on flat data, its encoder and decoder multilayer perceptrons.
 
-def vae(train: Tensor, latent: int = 8, hidden: tuple[int, ...] = (200, 200)) -> VAE:
-    """A VAE on flat binary data: standard normal prior, Bernoulli likelihood, diagonal normal posterior.
-
-    The decoder mirrors the encoder and starts at the mean image, as in Burda et al. 2016 (arXiv 1509.00519).
+    By default, for binary data: standard normal prior, Bernoulli likelihood, diagonal normal posterior. The decoder
+    mirrors the encoder and starts at the mean image, as in Burda et al. 2016 (arXiv 1509.00519).
 
     Args:
         train: the training data [N, features].
         latent: the size of z.
         hidden: the widths of the encoder's hidden layers.
+        prior: p(z), a class of ppvae.priors or a function of its arguments.
+        likelihood: p(x | z), a class of ppvae.likelihoods.
+        posterior: q(z | x), a class of ppvae.posteriors.
+        enumerate: sum a discrete z out exactly; takes an objective that does, as TraceEnum_ELBO.
+        missing: whether data may be missing (NaN).
+        num_labels: how many labels there are, where the batch's second tensor is one.
+
+    Raises `UsageError` for parts that cannot be made of these, by name.
+
+    >>> from functools import partial
+    >>> prior = partial(priors.VampPrior.from_data, components=20)
+    >>> pair = vae(torch.rand(50, 64), prior=prior, posterior=posteriors.IAF)
+    >>> pair.prior.pseudo_inputs.shape
+    torch.Size([20, 64])
     """
     features = train.shape[1:].numel()
     if train.dim() != 2:
         raise ValueError(f"expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat")
-    decoder = nn.mlp(latent, features, hidden=hidden[::-1])
-    nn.set_output_bias(decoder, _mean_logits(train))
-    return VAE(
-        prior=priors.StandardNormal(latent),
-        likelihood=likelihoods.Bernoulli(decoder),
-        posterior=posteriors.DiagonalNormal(nn.mlp(features, 2 * latent, hidden=hidden)),
-    )
+
+    def encoder(outputs: int) -> Module:
+        if missing:
+            return nn.Missing(nn.mlp(2 * features, outputs, hidden=hidden))
+        return nn.mlp(features, outputs, hidden=hidden)
+
+    def decoder(inputs: int, shape: tuple[int, ...]) -> Module:
+        return nn.mlp(inputs, shape[0], hidden=hidden[::-1])
+
+    def masked(inputs: int, shape: tuple[int, ...]) -> Module:
+        return nn.MADE(features, inputs, shape[0] // features, hidden=hidden[::-1])
+
+    made = _composed(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    if hasattr(made.likelihood, "output_at"):
+        mean = train.double().nanmean(0).nan_to_num(0.5)
+        likelihood_: Any = made.likelihood
+        nn.set_output_bias(likelihood_.net, likelihood_.output_at(mean))
+    return _enumerated(made) if enumerate else made
 
 
-def conv_vae(train: Tensor, latent: int = 16, channels: tuple[int, int] = (32, 64), hidden: int = 256) -> VAE:
-    """A convolutional VAE on binary images [N, C, H, W] whose sides divide by 4.
+def conv_vae(
+    train: Tensor,
+    latent: int = 16,
+    channels: tuple[int, int] = (32, 64),
+    hidden: int = 256,
+    prior: Prior = priors.StandardNormal,
+    likelihood: Likelihood = likelihoods.Bernoulli,
+    posterior: Posterior = posteriors.DiagonalNormal,
+    enumerate: bool = False,
+    num_labels: int | None = None,
+) -> Pair:
+    """A convolutional VAE on images [N, C, H, W] whose sides divide by 4, by default binary ones.
 
     Args:
         train: the training data.
         latent: the size of z.
         channels: of the encoder's two convolutions; the decoder mirrors them.
         hidden: the width of the dense layer between convolutions and z.
+        prior: p(z), a class of ppvae.priors or a function of its arguments.
+        likelihood: p(x | z), a class of ppvae.likelihoods.
+        posterior: q(z | x), a class of ppvae.posteriors.
+        enumerate: sum a discrete z out exactly; takes an objective that does, as TraceEnum_ELBO.
+        num_labels: how many labels there are, where the batch's second tensor is one.
+
+    Raises `UsageError` for parts that cannot be made of these, by name.
     """
     if train.dim() != 4:
         raise ValueError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
-    shape = tuple(train.shape[1:])
-    decoder = nn.conv_decoder(latent, shape, channels=channels[::-1], hidden=hidden)
-    return VAE(
-        prior=priors.StandardNormal(latent),
-        likelihood=likelihoods.Bernoulli(decoder),
-        posterior=posteriors.DiagonalNormal(nn.conv_encoder(shape, 2 * latent, channels=channels, hidden=hidden)),
-    )
+    event = tuple(train.shape[1:])
+
+    def encoder(outputs: int) -> Module:
+        return nn.conv_encoder(event, outputs, channels=channels, hidden=hidden)
+
+    def decoder(inputs: int, shape: tuple[int, ...]) -> Module:
+        return nn.conv_decoder(inputs, shape, channels=channels[::-1], hidden=hidden)
+
+    def masked(inputs: int, shape: tuple[int, ...]) -> Module:
+        features = channels[0]
+        return nn.PixelCNN(event, decoder(inputs, (features, *event[1:])), features, shape[0] // event[0])
+
+    made = _composed(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    return _enumerated(made) if enumerate else made
+
+
+@dataclass(frozen=True)
+class _Lacking:
+    """What a part takes and the factory cannot give, in words."""
+
+    what: str
+
+
+def _composed(
+    train: Tensor,
+    latent: int,
+    prior: Part,
+    likelihood: Part,
+    posterior: Part,
+    num_labels: int | None,
+    encoder: Callable[[int], Module],
+    decoder: Decoder,
+    masked: Decoder,
+) -> VAE:
+    """A VAE of parts, each given what its constructor asks for by name, around networks as large as the parts say.
+
+    z is of the size that the prior has; `latent` is what a prior that asks for it is given.
+    """
+    index = _Lacking("the index of each datum with it (data.indexed), which a factory of your own can bring")
+    labels = _Lacking("the label of each datum with it: pass --labels, or num_labels")
+    known: dict[str, Any] = {
+        "latent": latent, "data": train, "num_labels": labels if num_labels is None else num_labels,
+        "net": Identity(), "masked": Identity(), "size": index, "outputs": index,
+    }  # fmt: skip
+
+    def encoded(size: int) -> Module:
+        made: Any = _made("posterior", posterior, known | {"latent": size})
+        try:
+            made.net = encoder(made.outputs(size))
+        except ValueError as error:
+            raise UsageError(f"posterior {_name(posterior)}: {error}") from error
+        return made
+
+    if given_to(prior, {"posterior": None}):
+        if given_to(posterior, {"prior": None}):
+            raise UsageError(
+                f"prior {_name(prior)} is made of the posterior, and posterior {_name(posterior)} of the prior: "
+                f"expected one of them to stand by itself; choose another prior or posterior"
+            )
+        known["posterior"] = encoded(latent)
+    known["prior"] = _made("prior", prior, known)
+    context = None if num_labels is None else torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        z = called(known["prior"], context=context)
+    size = z.event_shape.numel()
+    known["likelihood"] = _made("likelihood", likelihood, known)
+    shape = known["likelihood"].output_shape(tuple(train.shape[1:]))
+    classes = _classes(z.support)
+    if not given_to(likelihood, {"masked": None}):
+        known["likelihood"].net = _embedding(classes, size, shape, decoder) if classes else decoder(size, shape)
+    elif classes:
+        raise UsageError(
+            f"likelihood {_name(likelihood)}: expected z in floating point, found classes; try prior OneHot"
+        )
+    else:
+        known["likelihood"].net = masked(size, shape)
+    if "posterior" not in known:
+        known["posterior"] = encoded(size)
+    return VAE(known["prior"], known["likelihood"], known["posterior"])
+
+
+def _made(role: str, part: Part, known: Mapping[str, Any]) -> Module:
+    given = given_to(part, known)
+    lacking = next((v.what for v in given.values() if isinstance(v, _Lacking)), "")
+    if lacking:
+        raise UsageError(f"{role} {_name(part)}: expected {lacking}")
+    try:
+        made = part(**given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{role} {_name(part)}: {error}") from error
+    declared = inspect.signature(made.forward).parameters.get("context")
+    if declared is not None and declared.default is declared.empty and "num_labels" not in given:
+        raise UsageError(
+            f"{role} {_name(part)}: expected a second tensor with each datum that is not its label (its docstring says "
+            f"what), which a factory of your own can bring"
+        )
+    return made
+
+
+def _classes(support: Any) -> int:
+    """How many classes each element of z is one of, as a whole number; 0 where z is not such a vector."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return int(support.upper_bound) + 1 if isinstance(support, constraints.integer_interval) else 0
+
+
+def _embedding(classes: int, size: int, shape: tuple[int, ...], decoder: Decoder) -> Module:
+    """A decoder of a vector of classes, by learned embeddings as wide as there are classes."""
+    return Sequential(Embedding(classes, classes), Flatten(-2), decoder(size * classes, shape))
+
+
+def _name(part: Part) -> str:
+    function = part.func if isinstance(part, partial) else part
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _enumerated(made: VAE) -> Pair:
+    return made.model, config_enumerate(made.guide)
 
 
 def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> LinearGaussian:

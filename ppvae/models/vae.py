@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.errors import UsageError
+from ppvae.conditional import called, takes_context
+from ppvae.errors import ContractError
 from ppvae.naming import unique
 
 
@@ -19,6 +25,10 @@ class VAE(nn.Module):
     `context` gets the batch's second tensor under that name. `model` and `guide` are Pyro functions with sites "z" and
     "x" in a plate "data"; they take x [batch, *event].
 
+    A relaxed posterior makes the whole pair relaxed, a model of its own: a discrete prior is then relaxed too, by its
+    `relaxed()`, with the same logits (Maddison et al. 2017, arXiv 1611.00712). Train that pair, evaluate `discrete`.
+
+    Raises `ContractError` at the first data for parts that do not fit together, naming them.
     Source: Kingma and Welling 2014 (arXiv 1312.6114); Rezende et al. 2014 (arXiv 1401.4082).
 
     >>> import torch
@@ -34,20 +44,25 @@ class VAE(nn.Module):
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module):
         super().__init__()
+        if hasattr(posterior, "discrete") and hasattr(prior, "relaxed"):
+            prior = prior.relaxed()  # type: ignore[operator]
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self._name = unique("vae")
-        self._wants_context = {
-            name: "context" in inspect.signature(part.forward).parameters for name, part in self.named_children()
-        }
+        self._fits: Any = None  # the shapes of data for which the parts were found to fit
+
+    @property
+    def discrete(self) -> VAE:
+        """The pair of the discrete model, on the same networks and logits, of a VAE of a relaxed prior and posterior.
+
+        The two are different models, each with its own log p(x); that of this one is what discrete models report:
+        `log_marginal(vae.discrete.model, vae.discrete.guide, x)`. A VAE of other parts has no such attribute.
+        """
+        return VAE(self.prior.discrete, self.likelihood, self.posterior.discrete)  # type: ignore[arg-type]
 
     def _call(self, part: str, *args: Tensor, context: Tensor | None) -> Any:
         conditional = getattr(self, part)
         pyro.module(f"{self._name}.{part}", conditional)
-        if not self._wants_context[part]:
-            return conditional(*args)
-        if context is None:
-            raise UsageError(f"{part}: expected a context, the batch's second tensor; found a batch of one tensor")
-        return conditional(*args, context=context)
+        return called(conditional, *args, context=context)
 
     def model(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """p(x, z): draws z from the prior and observes x."""
@@ -57,5 +72,93 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """q(z | x): draws z from the posterior."""
+        shapes = x.shape[1:], None if context is None else context.shape[1:]
+        if self._fits != shapes:
+            with _looking(self):
+                _check(self, x, context)
+            self._fits = shapes
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self._call("posterior", x, context=context))
+
+
+@contextmanager
+def _looking(vae: VAE) -> Iterator[None]:
+    """Leaves no trace: no gradient, no Pyro statement, no noise drawn, no running statistics of a batch norm."""
+    training = [m for m in vae.modules() if m.training]
+    devices = range(torch.cuda.device_count())
+    try:
+        with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=devices):
+            vae.eval()
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check(vae: VAE, x: Tensor, context: Tensor | None) -> None:
+    """Refuses parts that do not fit together on a batch, in one sentence that names them."""
+    q = _tried(vae.posterior, "data x", x, context=context)
+    p = _tried(vae.prior, "", context=context)
+    names = [f"{type(part).__name__} ({_space(fn)})" for part, fn in ((vae.prior, p), (vae.posterior, q))]
+    pair = f"prior {names[0]} and posterior {names[1]} do not fit together: "
+    if p.event_shape != q.event_shape:
+        raise ContractError(f"{pair}expected z of one shape, found {list(p.event_shape)} and {list(q.event_shape)}")
+    drawn, ours = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
+    if ours.is_floating_point() != drawn.is_floating_point():
+        raise ContractError(f"{pair}expected z of one type, found {_type(ours[0])} and {_type(drawn[0])}")
+    if not _holds(p, drawn):
+        raise ContractError(
+            f"{pair}expected z in one space, found that the posterior draws some that the prior has not"
+        )
+    if not isinstance(q.base_dist if hasattr(q, "base_dist") else q, dist.Delta) and not _holds(q, ours):
+        raise ContractError(
+            f"{pair}expected z in one space, found that the prior has some that the posterior never draws"
+        )
+    fn = _tried(vae.likelihood, f"z of the posterior {names[1]}", drawn[0], context=context)
+    if fn.event_shape != x.shape[1:]:
+        raise ContractError(
+            f"likelihood {type(vae.likelihood).__name__} does not fit the data: expected the event shape "
+            f"{list(x.shape[1:])} of x, found {list(fn.event_shape)}"
+        )
+
+
+def _tried(part: nn.Module, what: str, *args: Tensor, context: Tensor | None) -> Any:
+    try:
+        return called(part, *args, context=context)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        given = [f"{what} of {_type(t)}" for t in args]
+        if context is not None and takes_context(part):
+            given.append(f"a context of {_type(context)}")
+        text = " ".join(str(error).split())[:200]
+        raise ContractError(f"{type(part).__name__} does not take {' and '.join(given)}: {text}") from error
+
+
+def _type(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def _holds(fn: Any, z: Tensor) -> bool:
+    """Whether values that are numbers lie in a distribution's space and are not all of density zero."""
+    try:
+        inside = fn.support.check(z)
+    except (NotImplementedError, AttributeError):  # a distribution that does not say where it lives
+        return True
+    known = ~z.isnan().reshape(*inside.shape, -1).any(-1)
+    if not bool((inside | ~known).all()):
+        return False
+    with pyro.validation_enabled(False):
+        return not bool((fn.log_prob(z) == -torch.inf).all())
+
+
+def _space(fn: Any) -> str:
+    """Where a distribution lives, in words."""
+    try:
+        support = fn.support
+    except (NotImplementedError, AttributeError):
+        return f"a {type(fn).__name__}"
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    words = str(support).removeprefix("<").removesuffix(">").removesuffix("()").lower()
+    return f"discrete, {words}" if support.is_discrete else words

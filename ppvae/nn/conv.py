@@ -72,10 +72,13 @@ def conv_encoder(
     hidden: int = 256,
     activation: Activation = nn.ELU,
     flat: bool = False,
+    blocks: int = 0,
 ) -> nn.Module:
     """A convolutional encoder [..., C, H, W] -> [..., outputs] that halves the image once for each of `channels`.
 
-    With `flat=True` it takes flattened images [..., C * H * W]. Raises ValueError for a size that does not halve.
+    With `flat=True` it takes flattened images [..., C * H * W]. `blocks` residual blocks follow each halving.
+    Raises ValueError for a size that does not halve.
+    Source: Burgess et al. 2018 (arXiv 1804.03599) for 4x4 convolutions of stride 2 before a dense layer.
 
     >>> import torch
     >>> conv_encoder((1, 28, 28), 16)(torch.zeros(5, 3, 1, 28, 28)).shape
@@ -83,7 +86,14 @@ def conv_encoder(
     >>> conv_encoder((3, 64, 64), 16, channels=(32, 32, 64, 64))(torch.zeros(5, 3, 64, 64)).shape
     torch.Size([5, 16])
     """
-    return _encoder(shape, outputs, channels, 0, hidden, activation, flat)
+    image, h, w = _sizes(shape, channels)
+    layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
+    for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
+        layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
+        layers += [Residual(width_out, activation) for _ in range(blocks)]
+        layers.append(activation())
+    layers += [nn.Flatten(), nn.Linear(channels[-1] * h * w, hidden), activation(), nn.Linear(hidden, outputs)]
+    return Leading(glorot(nn.Sequential(*layers)), event_dim=1 if flat else 3)
 
 
 def residual_encoder(
@@ -97,11 +107,13 @@ def residual_encoder(
 ) -> nn.Module:
     """As `conv_encoder`, with `blocks` residual blocks after each halving.
 
+    Source: He et al. 2016 (arXiv 1603.05027).
+
     >>> import torch
     >>> residual_encoder((3, 32, 32), 16)(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 16])
     """
-    return _encoder(shape, outputs, channels, blocks, hidden, activation, flat)
+    return conv_encoder(shape, outputs, channels, hidden, activation, flat, blocks)
 
 
 def conv_decoder(
@@ -111,55 +123,19 @@ def conv_decoder(
     hidden: int = 256,
     activation: Activation = nn.ELU,
     flat: bool = False,
+    blocks: int = 0,
 ) -> nn.Module:
     """A convolutional decoder [..., inputs] -> [..., C, H, W] that doubles the image once for each of `channels`.
 
-    With `flat=True` it gives flattened images [..., C * H * W]. A likelihood of several parameters a pixel takes a
-    multiple of the image's C. Raises ValueError for a size that does not halve.
+    With `flat=True` it gives flattened images [..., C * H * W]. `blocks` residual blocks precede each doubling. A
+    likelihood of several parameters a pixel takes a multiple of the image's C. Raises ValueError for a size that
+    does not halve.
+    Source: Burgess et al. 2018 (arXiv 1804.03599).
 
     >>> import torch
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
     torch.Size([5, 3, 1, 32, 32])
     """
-    return _decoder(inputs, shape, channels, 0, hidden, activation, flat)
-
-
-def residual_decoder(
-    inputs: int,
-    shape: Sequence[int],
-    channels: Sequence[int] = (64, 32),
-    blocks: int = 1,
-    hidden: int = 256,
-    activation: Activation = nn.ELU,
-    flat: bool = False,
-) -> nn.Module:
-    """As `conv_decoder`, with `blocks` residual blocks before each doubling.
-
-    >>> import torch
-    >>> residual_decoder(8, (3, 64, 64), channels=(32, 16, 8))(torch.zeros(5, 8)).shape
-    torch.Size([5, 3, 64, 64])
-    """
-    return _decoder(inputs, shape, channels, blocks, hidden, activation, flat)
-
-
-def _encoder(
-    shape: Sequence[int], outputs: int, channels: Sequence[int], blocks: int, hidden: int, activation: Activation,
-    flat: bool,
-) -> nn.Module:  # fmt: skip
-    image, h, w = _sizes(shape, channels)
-    layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
-    for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
-        layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
-        layers += [Residual(width_out, activation) for _ in range(blocks)]
-        layers.append(activation())
-    layers += [nn.Flatten(), nn.Linear(channels[-1] * h * w, hidden), activation(), nn.Linear(hidden, outputs)]
-    return Leading(glorot(nn.Sequential(*layers)), event_dim=1 if flat else 3)
-
-
-def _decoder(
-    inputs: int, shape: Sequence[int], channels: Sequence[int], blocks: int, hidden: int, activation: Activation,
-    flat: bool,
-) -> nn.Module:  # fmt: skip
     image, h, w = _sizes(shape, channels)
     first = channels[0]
     layers: list[nn.Module] = [
@@ -176,3 +152,23 @@ def _decoder(
         layers += [activation()] if i < len(channels) - 1 and not blocks else []
     layers += [nn.Flatten()] if flat else []
     return Leading(glorot(nn.Sequential(*layers)), event_dim=1)
+
+
+def residual_decoder(
+    inputs: int,
+    shape: Sequence[int],
+    channels: Sequence[int] = (64, 32),
+    blocks: int = 1,
+    hidden: int = 256,
+    activation: Activation = nn.ELU,
+    flat: bool = False,
+) -> nn.Module:
+    """As `conv_decoder`, with `blocks` residual blocks before each doubling.
+
+    Source: He et al. 2016 (arXiv 1603.05027).
+
+    >>> import torch
+    >>> residual_decoder(8, (3, 64, 64), channels=(32, 16, 8))(torch.zeros(5, 8)).shape
+    torch.Size([5, 3, 64, 64])
+    """
+    return conv_decoder(inputs, shape, channels, hidden, activation, flat, blocks)

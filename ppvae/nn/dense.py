@@ -14,7 +14,9 @@ Network = TypeVar("Network", bound=nn.Module)
 def mlp(
     inputs: int, outputs: int, hidden: Sequence[int] = (200, 200), activation: Callable[[], nn.Module] = nn.Tanh
 ) -> nn.Sequential:
-    """A multilayer perceptron [..., inputs] -> [..., outputs], Glorot-initialised (Glorot and Bengio 2010).
+    """A multilayer perceptron [..., inputs] -> [..., outputs], Glorot-initialised.
+
+    Source: Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks.
 
     >>> mlp(64, 16, hidden=(200,))(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
@@ -45,7 +47,7 @@ class Gated(nn.Module):
 def gated_mlp(inputs: int, outputs: int, hidden: Sequence[int] = (300, 300)) -> nn.Sequential:
     """A multilayer perceptron [..., inputs] -> [..., outputs] of gated hidden layers and a linear last one.
 
-    Source: Tomczak and Welling 2018 (arXiv 1705.07120).
+    Source: Dauphin et al. 2017 (arXiv 1612.08083); in VAEs, Tomczak and Welling 2018 (arXiv 1705.07120).
 
     >>> gated_mlp(64, 16)(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
@@ -55,7 +57,10 @@ def gated_mlp(inputs: int, outputs: int, hidden: Sequence[int] = (300, 300)) -> 
 
 
 def glorot(network: Network) -> Network:
-    """Draws weights uniform within sqrt(6 / (fan in + fan out)), sets biases to zero, and returns the network."""
+    """Draws weights uniform within sqrt(6 / (fan in + fan out)), sets biases to zero, and returns the network.
+
+    Source: Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(layer.weight)

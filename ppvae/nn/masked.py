@@ -17,6 +17,8 @@ Activation = Callable[[], nn.Module]
 class MaskedLinear(nn.Linear):
     """A dense layer [..., inputs] -> [..., outputs] with some weights held at zero, y = (mask * W) x + b.
 
+    Source: Germain et al. 2015 (arXiv 1502.03509).
+
     >>> MaskedLinear(torch.tensor([[1.0, 0.0]]))(torch.ones(5, 2)).shape
     torch.Size([5, 1])
     """
@@ -37,7 +39,7 @@ class MADE(nn.Module):
     `outputs` blocks of D follow one another. z reaches every layer. `order` [D] lists positions from the first to the
     last; the natural one by default. `event_shape` is (D,).
 
-    Source: Germain et al. 2015 (arXiv 1502.03509), equations 8 and 9, conditioned as in their section 5.
+    Source: Germain et al. 2015 (arXiv 1502.03509), equations 8 and 9.
 
     >>> MADE(6, latent=2)(torch.zeros(5, 6), torch.zeros(3, 5, 2)).shape
     torch.Size([3, 5, 6])

@@ -1,7 +1,8 @@
 """Posteriors: modules that take data and return a distribution over its latent, amortised by a network or per datum.
 
 The amortised ones read the outputs of one network, `net`, and say what these stand for in `head`: `forward(x)` is
-`head(net(x))`. `PerDatum` puts a table of free parameters in the place of the network.
+`head(net(x))`; `part.outputs(latent)` says how many outputs a latent of that size takes. `PerDatum` puts a
+table of free parameters in the place of the network.
 """
 
 from ppvae.posteriors.discrete import Bernoulli, Categorical, OneHot, RelaxedBernoulli, RelaxedOneHot

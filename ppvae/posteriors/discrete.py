@@ -8,13 +8,14 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.discrete import checked_temperature
 from ppvae.priors.relaxed import BinaryConcrete, Concrete
 from ppvae.priors.vectors import OneHotVector, Vector
 
 
 @final
-class Bernoulli(nn.Module):
+class Bernoulli(Amortized):
     """Independent binary variables, q(z | x) = prod_d Bernoulli(z_d; sigmoid(net(x)_d)).
 
     Up to 16 variables, `pyro.infer.config_enumerate(vae.guide)` has z summed out exactly, in `TraceEnum_ELBO` as in
@@ -28,20 +29,18 @@ class Bernoulli(nn.Module):
     torch.Size([256, 5, 8])
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., latent] stand for."""
         return Vector(distributions.Bernoulli(logits=outputs), 1)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class Categorical(nn.Module):
+class Categorical(Amortized):
     """Independent variables with several classes, q(z | x) = prod_v softmax(net(x)_v)_(z_v), as integers.
 
     Summed out exactly or sampled, as `Bernoulli` is; the prior that goes with it is `priors.Categorical`, or
@@ -61,19 +60,20 @@ class Categorical(nn.Module):
     """
 
     def __init__(self, net: nn.Module, classes: int):
-        super().__init__()
-        self.net, self.classes = net, classes
+        super().__init__(net)
+        self.classes = classes
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return latent * self.classes
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
         return Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class OneHot(nn.Module):
+class OneHot(Amortized):
     """`Categorical` with each class written as a one-hot vector, end to end, so that a network takes z as it is.
 
     Args:
@@ -90,20 +90,23 @@ class OneHot(nn.Module):
     """
 
     def __init__(self, net: nn.Module, classes: int):
-        super().__init__()
-        self.net, self.classes = net, classes
+        super().__init__(net)
+        self.classes = classes
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has. ValueError for a latent that is no multiple of classes."""
+        if latent % self.classes:
+            raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
+        return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
         base = Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
         return OneHotVector(base, self.classes, outputs.dtype)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class RelaxedBernoulli(nn.Module):
+class RelaxedBernoulli(Amortized):
     """Relaxed binary variables on (0, 1), z_d = sigmoid((net(x)_d + Logistic(0, 1)) / temperature): reparameterised.
 
     A density of its own, so that its prior must be relaxed too (`priors.RelaxedBernoulli`); with a discrete prior the
@@ -134,8 +137,7 @@ class RelaxedBernoulli(nn.Module):
     temperature: Tensor
 
     def __init__(self, net: nn.Module, temperature: float = 2 / 3):
-        super().__init__()
-        self.net = net
+        super().__init__(net)
         self.register_buffer("temperature", checked_temperature(temperature))
 
     @property
@@ -143,16 +145,18 @@ class RelaxedBernoulli(nn.Module):
         """The discrete posterior with the same network."""
         return Bernoulli(self.net)
 
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., latent] stand for."""
         return BinaryConcrete(self.temperature, outputs).to_event(1)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class RelaxedOneHot(nn.Module):
+class RelaxedOneHot(Amortized):
     """Relaxed one-hot vectors, end to end, each z_v = softmax((net(x)_v + Gumbel) / temperature): reparameterised.
 
     A density on simplices, so that its prior must be relaxed too (`priors.RelaxedOneHot`); with a discrete prior the
@@ -177,8 +181,8 @@ class RelaxedOneHot(nn.Module):
     temperature: Tensor
 
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
-        super().__init__()
-        self.net, self.classes = net, classes
+        super().__init__(net)
+        self.classes = classes
         self.register_buffer("temperature", checked_temperature(temperature))
 
     @property
@@ -186,12 +190,15 @@ class RelaxedOneHot(nn.Module):
         """The discrete posterior with the same network."""
         return OneHot(self.net, self.classes)
 
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has. ValueError for a latent that is no multiple of classes."""
+        if latent % self.classes:
+            raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
+        return latent
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
         return Concrete(self.temperature, _blocks(outputs, self.classes))
-
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
 
 
 def _blocks(outputs: Tensor, classes: int) -> Tensor:

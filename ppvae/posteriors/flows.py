@@ -13,6 +13,7 @@ from pyro.distributions import transforms
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
+from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import Flow, at_identity, zuko
 
 
@@ -48,7 +49,7 @@ class InverseAutoregressive(transforms.AffineAutoregressive):
 
 
 @final
-class IAF(nn.Module):
+class IAF(Amortized):
     """Inverse autoregressive flow: a diagonal normal draw, moved by affine maps that are autoregressive in the draw.
 
     u_0 = loc + scale * noise, u_t = exp(s_t(u_(t-1), h)) * u_(t-1) + m_t(u_(t-1), h), z = u_flows, so that
@@ -72,9 +73,9 @@ class IAF(nn.Module):
     torch.Size([5, 8])
     """
 
-    def __init__(self, net: nn.Module, latent: int, features: int, flows: int = 2, hidden: Sequence[int] = (64,)):
-        super().__init__()
-        self.net, self.latent, self.features = net, latent, features
+    def __init__(self, net: nn.Module, latent: int, features: int = 16, flows: int = 2, hidden: Sequence[int] = (64,)):
+        super().__init__(net)
+        self.latent, self.features = latent, features
         order = torch.arange(latent)
         with warnings.catch_warnings():  # one dim needs no order, and Pyro says so
             warnings.filterwarnings("ignore", message=".*input_dim = 1.*")
@@ -88,6 +89,10 @@ class IAF(nn.Module):
             for p in network.layers[-1].parameters():  # type: ignore[union-attr, index]
                 nn.init.zeros_(p)
 
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent + self.features
+
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent + features] stand for."""
         loc, log_scale, h = _split(outputs, self.latent, self.features)
@@ -95,12 +100,9 @@ class IAF(nn.Module):
         base = dist.Normal(loc, log_scale.exp()).to_event(1)
         return Transformed(base, maps)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class SplineCoupling(nn.Module):
+class SplineCoupling(Amortized):
     """A diagonal normal whose noise has gone through conditional spline couplings, z = loc + scale * g(noise; h).
 
     log q(z | x) = log N(f(u); 0, I) + log |det df/du| - sum_d log scale_d, u = (z - loc) / scale, f the inverse of g: a
@@ -128,25 +130,26 @@ class SplineCoupling(nn.Module):
         self,
         net: nn.Module,
         latent: int,
-        features: int,
+        features: int = 16,
         transforms: int = 2,
         hidden: Sequence[int] = (64,),
         bins: int = 8,
     ):
-        super().__init__()
-        self.net, self.latent, self.features = net, latent, features
+        super().__init__(net)
+        self.latent, self.features = latent, features
         self.flow = at_identity(
             zuko.flows.NSF(latent, features, bins=bins, transforms=transforms, passes=2, hidden_features=hidden)
         )
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent + features] stand for."""
         loc, log_scale, h = _split(outputs, self.latent, self.features)
         place = transforms.AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
         return Transformed(Flow(self.flow(h)), [place])
-
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
 
 
 def _split(outputs: Tensor, latent: int, features: int) -> tuple[Tensor, ...]:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.kl import register_kl
 
+from ppvae.posteriors.amortized import Amortized
+
 
 @final
-class DiagonalNormal(nn.Module):
+class DiagonalNormal(Amortized):
     """A normal posterior with independent dims, q(z | x) = N(z; loc(x), diag(exp(log_scale(x)))^2).
 
     `net` maps data [..., *event] to [..., 2 * latent]: location and log-scale, in this order.
@@ -25,21 +27,19 @@ class DiagonalNormal(nn.Module):
     torch.Size([5, 8])
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent] stand for."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class FullRank(nn.Module):
+class FullRank(Amortized):
     """A normal posterior with any covariance, q(z | x) = N(z; loc(x), L(x) L(x)^T), L lower triangular.
 
     `net` maps data [..., *event] to [..., latent * (latent + 3) / 2] (`FullRank.outputs(latent)`): location, the
@@ -52,10 +52,6 @@ class FullRank(nn.Module):
     >>> FullRank(mlp(64, FullRank.outputs(8)))(torch.zeros(5, 64)).shape()
     torch.Size([5, 8])
     """
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
 
     @staticmethod
     def outputs(latent: int) -> int:
@@ -78,12 +74,9 @@ class FullRank(nn.Module):
         strict[..., row, column] = below
         return dist.MultivariateNormal(loc, scale_tril=scale_tril + strict)
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class LowRank(nn.Module):
+class LowRank(Amortized):
     """A normal posterior whose covariance is a diagonal plus a few directions, q(z | x) = N(z; loc, W W^T + diag(s)^2).
 
     `net` maps data [..., *event] to [..., latent * (2 + rank)]: location, log s, and W [latent, rank] row by row.
@@ -102,10 +95,14 @@ class LowRank(nn.Module):
     """
 
     def __init__(self, net: nn.Module, rank: int):
-        super().__init__()
+        super().__init__(net)
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, found {rank}")
-        self.net, self.rank = net, rank
+        self.rank = rank
+
+    def outputs(self, latent: int) -> int:
+        """How many outputs the network has."""
+        return latent * (2 + self.rank)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., latent * (2 + rank)] stand for."""
@@ -116,9 +113,6 @@ class LowRank(nn.Module):
             )
         loc, log_scale, factor = outputs.split([latent, latent, latent * self.rank], -1)
         return dist.LowRankMultivariateNormal(loc, factor.unflatten(-1, (latent, self.rank)), (2 * log_scale).exp())
-
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
 
 
 @register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)

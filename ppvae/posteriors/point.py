@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import final
 
 import pyro.distributions as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from ppvae.posteriors.amortized import Amortized
 
 
 @final
-class Delta(nn.Module):
+class Delta(Amortized):
     """A point mass at z = net(x): training with it maximises log p(x, z), which is MAP estimation of the latent.
 
     It has no density, and importance weights under it mean nothing: `log_marginal` and bounds of the IWAE kind refuse
@@ -23,13 +25,11 @@ class Delta(nn.Module):
     torch.Size([5, 8])
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The point mass at outputs [..., latent]."""
         return dist.Delta(outputs, event_dim=1)
-
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))

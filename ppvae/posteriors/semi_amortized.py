@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from typing import final
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
+
+from ppvae.conditional import called
+from ppvae.errors import ContractError
 
 
 @final
@@ -22,8 +26,8 @@ class SemiAmortized(nn.Module):
 
     Args:
         net: maps data [..., *event] to [..., 2 * latent], location and log-scale.
-        prior, likelihood: the pair's own modules p(z) and p(x | z), neither of which may declare `context`. The decoder
-            must take any leading dims.
+        prior, likelihood: the pair's own modules p(z) and p(x | z). The decoder must take any leading dims. They and
+            the network are given the batch's second tensor where they declare `context`.
         steps: how many; each costs a pass through the decoder and back for every particle.
         rate: the first step size; one is Newton's step for a normal posterior of the right scale.
         num_particles: noise draws for the expectation, in pairs of opposite sign and with variance one in every dim;
@@ -33,7 +37,7 @@ class SemiAmortized(nn.Module):
         seed: of the noise.
 
     Returns batch shape [...], event shape [latent]. Works without gradients as well: it switches them on for its steps.
-    Raises ValueError for a prior or likelihood with context, for steps < 0, and for an odd number of particles.
+    Raises ValueError for steps < 0 and for an odd number of particles, ContractError for a prior over anything else.
     Source: Kim et al. 2018, Semi-amortized variational autoencoders (arXiv 1802.02550).
 
     >>> from ppvae import VAE, likelihoods, nn, priors
@@ -42,8 +46,6 @@ class SemiAmortized(nn.Module):
     >>> vae.guide(torch.zeros(5, 64)).shape
     torch.Size([5, 8])
     """
-
-    noise: Tensor
 
     def __init__(
         self,
@@ -57,42 +59,49 @@ class SemiAmortized(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        for name, part in (("prior", prior), ("likelihood", likelihood)):
-            if "context" in inspect.signature(part.forward).parameters:
-                raise ValueError(f"{name}: expected one without `context`, found {type(part).__name__}")
         if steps < 0:
             raise ValueError(f"steps: expected 0 or more, found {steps}")
         if num_particles < 2 or num_particles % 2:
             raise ValueError(f"num_particles: expected an even number, found {num_particles}")
         self.net, self.prior, self.likelihood = net, prior, likelihood
         self.steps, self.rate, self.through = steps, rate, through
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            latent = prior().event_shape[-1]
-        half = torch.randn(num_particles // 2, latent, generator=generator)
-        if len(half) >= latent:  # as many draws as dims: uncorrelated, too
-            half = torch.linalg.qr(half).Q
-        half = half / (half**2).mean(0).sqrt()
-        self.register_buffer("noise", torch.cat([half, -half]))
+        self.num_particles, self.seed = num_particles, seed
+
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that parameters [..., 2 * latent] stand for."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
-    def elbo(self, x: Tensor, outputs: Tensor) -> Tensor:
+    def elbo(self, x: Tensor, outputs: Tensor, context: Tensor | None = None) -> Tensor:
         """L of each datum at parameters [..., 2 * latent], with the fixed noise and up to a constant: [...] nats."""
         loc, log_scale = outputs.chunk(2, dim=-1)
-        noise = self.noise.reshape(len(self.noise), *(1,) * (loc.dim() - 1), -1)
-        z = loc + log_scale.exp() * noise
-        joint = self.likelihood(z).log_prob(x) + self.prior().log_prob(z)
+        noise = _noise(self.num_particles, loc.shape[-1], self.seed).to(loc)
+        z = loc + log_scale.exp() * noise.reshape(len(noise), *(1,) * (loc.dim() - 1), -1)
+        prior, likelihood = self._prior(loc, context), called(self.likelihood, z, context=context)
+        joint = likelihood.log_prob(x) + prior.log_prob(z)
         return joint.mean(0) + log_scale.sum(-1)
 
-    def _refined(self, x: Tensor, best: Tensor, through: bool) -> Tensor:
+    def _prior(self, loc: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        """The prior, which must live where a normal does."""
+        prior = called(self.prior, context=context)
+        support = getattr(prior.support, "base_constraint", prior.support)
+        if support not in (constraints.real, constraints.real_vector) or prior.event_shape != loc.shape[-1:]:
+            raise ContractError(
+                f"SemiAmortized: expected a prior over real vectors {list(loc.shape[-1:])}, as its normal is, found "
+                f"{type(self.prior).__name__} over {list(prior.event_shape)}"
+            )
+        return prior
+
+    def _refined(self, x: Tensor, best: Tensor, through: bool, context: Tensor | None) -> Tensor:
         """The parameters after the steps; `best` is where they start, and takes a gradient."""
 
         def looked_at(point: Tensor) -> tuple[Tensor, Tensor]:
-            value = self.elbo(x, point)
+            value = self.elbo(x, point, context)
             (slope,) = torch.autograd.grad(value.sum(), point, create_graph=through)
             return value.detach(), slope
 
@@ -112,10 +121,20 @@ class SemiAmortized(nn.Module):
             rate = torch.where(better, (1.5 * rate).clamp(max=self.rate), rate / 2)
         return best
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        start = self.net(x)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        start = called(self.net, x, context=context)
         if torch.is_grad_enabled() and self.through and start.requires_grad:
-            return self.head(self._refined(x, start, True))
+            return self.head(self._refined(x, start, True, context))
         with torch.enable_grad():
-            shift = self._refined(x, start.detach().requires_grad_(), False).detach() - start.detach()
+            shift = self._refined(x, start.detach().requires_grad_(), False, context).detach() - start.detach()
         return self.head(start + shift)
+
+
+@functools.cache
+def _noise(count: int, latent: int, seed: int) -> Tensor:
+    """Standard normal noise [count, latent], in pairs of opposite sign and with variance one in every dim."""
+    half = torch.randn(count // 2, latent, generator=torch.Generator().manual_seed(seed))
+    if len(half) >= latent:  # as many draws as dims: uncorrelated, too
+        half = torch.linalg.qr(half).Q
+    half = half / (half**2).mean(0).sqrt()
+    return torch.cat([half, -half])

@@ -8,11 +8,12 @@ import pyro.distributions as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.simplex import DirichletVector, LogisticNormalVector
 
 
 @final
-class Dirichlet(nn.Module):
+class Dirichlet(Amortized):
     """A Dirichlet posterior over proportions, q(z | x) = Dirichlet(z; floor + softplus(net(x))).
 
     Draws are reparameterised implicitly. The floor keeps concentrations from where draws leave float32.
@@ -32,21 +33,23 @@ class Dirichlet(nn.Module):
     """
 
     def __init__(self, net: nn.Module, floor: float = 1e-2):
-        super().__init__()
+        super().__init__(net)
         if not floor > 0:
             raise ValueError(f"floor: expected a positive number, found {floor}")
-        self.net, self.floor = net, floor
+        self.floor = floor
+
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., latent] stand for."""
         return DirichletVector(self.floor + F.softplus(outputs))
 
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
-
 
 @final
-class LogisticNormal(nn.Module):
+class LogisticNormal(Amortized):
     """A logistic-normal posterior over proportions, z = softmax(y), y ~ N(loc(x), diag(exp(log_scale(x)))^2).
 
     Its density is that of the proportions, with respect to all elements but one (see `priors.LogisticNormal`).
@@ -60,14 +63,12 @@ class LogisticNormal(nn.Module):
     torch.Size([5, 8])
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent] stand for."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return LogisticNormalVector(loc, log_scale.exp())
-
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))

@@ -10,10 +10,11 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import constraints
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from ppvae.distributions.base import expanded
+from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.sphere import SphereUniform, unit
 
 
@@ -89,7 +90,7 @@ def _kl_to_uniform(p: PowerSphericalVector, q: SphereUniform) -> Tensor:
 
 
 @final
-class PowerSpherical(nn.Module):
+class PowerSpherical(Amortized):
     """A posterior over unit vectors around a mean direction, q(z | x) proportional to (1 + loc(x) . z)^kappa(x).
 
     Reparameterised throughout: 2 t - 1 with t from a Beta distribution along `loc`, a uniform direction across. The
@@ -97,7 +98,7 @@ class PowerSpherical(nn.Module):
 
     Args:
         net: maps data [..., *event] to [..., latent + 1]: a vector whose direction is loc, and a number whose softplus
-            is kappa, in this order.
+            is kappa, in this order; a vector of zeros counts as the first axis.
 
     Returns a distribution of batch shape [...] and event shape [latent], a density on the sphere's surface.
     Raises ValueError for fewer than three outputs.
@@ -109,15 +110,16 @@ class PowerSpherical(nn.Module):
     True
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many outputs the network has."""
+        return latent + 1
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., latent + 1] stand for."""
         if outputs.shape[-1] < 3:
             raise ValueError(f"net: expected latent + 1 outputs with latent at least 2, found {outputs.shape[-1]}")
-        return PowerSphericalVector(unit(outputs[..., :-1]), F.softplus(outputs[..., -1]))
-
-    def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.head(self.net(x))
+        where = outputs[..., :-1]
+        nowhere = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
+        axis = F.pad(torch.ones_like(where[..., :1]), (0, where.shape[-1] - 1))
+        return PowerSphericalVector(unit(torch.where(nowhere, axis, where)), F.softplus(outputs[..., -1]))

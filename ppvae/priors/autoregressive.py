@@ -142,7 +142,13 @@ class AutoregressiveCategorical(nn.Module):
 class AutoregressiveOneHot(nn.Module):
     """`AutoregressiveCategorical` with each class written as a one-hot vector, end to end, as `OneHot` has them.
 
+    Args:
+        classes: values of each variable.
+        variables: how many one-hot vectors z is made of.
+        hidden: the widths of the masked network.
+
     Returns batch shape [], event shape [variables * classes]; values in floating point, which a network takes.
+    Source: Germain et al. 2015 (arXiv 1502.03509); Jang et al. 2017 (arXiv 1611.01144) for the one-hot vectors.
 
     >>> AutoregressiveOneHot(3, variables=2)().shape()
     torch.Size([6])

@@ -30,9 +30,9 @@ class ConditionalNormal(nn.Module):
         self.net = net
 
     @classmethod
-    def of_labels(cls, classes: int, latent: int) -> ConditionalNormal:
-        """One normal for each label 0 .. classes - 1: locations start at draws of a standard normal, scales at one."""
-        table = nn.Embedding(classes, 2 * latent)
+    def of_labels(cls, num_labels: int, latent: int) -> ConditionalNormal:
+        """One normal for each label 0 .. num_labels - 1: locations start at standard normal draws, scales at one."""
+        table = nn.Embedding(num_labels, 2 * latent)
         nn.init.zeros_(table.weight[:, latent:].detach())
         return cls(table)
 

@@ -37,6 +37,12 @@ class Bernoulli(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         return Vector(distributions.Bernoulli(logits=self.logits), 1)
 
+    def relaxed(self, temperature: float = 0.5) -> RelaxedBernoulli:
+        """The relaxed prior with the same logits, whose `discrete` is this one."""
+        new = RelaxedBernoulli(len(self.logits), temperature)
+        new.discrete = self
+        return new
+
 
 @final
 class Categorical(nn.Module):
@@ -91,6 +97,12 @@ class OneHot(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         base = Vector(dist.Categorical(logits=self.logits), 1)
         return OneHotVector(base, self.logits.shape[-1], self.logits.dtype)
+
+    def relaxed(self, temperature: float = 0.5) -> RelaxedOneHot:
+        """The relaxed prior with the same logits, whose `discrete` is this one."""
+        new = RelaxedOneHot(self.logits.shape[1], len(self.logits), temperature)
+        new.discrete = self
+        return new
 
 
 @final

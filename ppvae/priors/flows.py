@@ -115,7 +115,8 @@ class MAF(nn.Module):
         hidden: the widths of each layer's masked network.
 
     Returns batch shape [], event shape [latent].
-    Source: Papamakarios et al. 2017 (arXiv 1705.07057), zuko.flows.MAF; as a prior, Chen et al. 2017 (1611.02731).
+    Source: Papamakarios et al. 2017 (arXiv 1705.07057), zuko.flows.MAF; as a prior, Chen et al. 2017 (arXiv
+    1611.02731).
 
     >>> MAF(4)().log_prob(torch.zeros(5, 4)).shape
     torch.Size([5])

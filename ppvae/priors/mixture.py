@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
@@ -11,7 +10,9 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae.conditional import called, needs_context, takes_context
 from ppvae.distributions.base import expanded
+from ppvae.errors import ContractError
 
 _NUMBERS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
 
@@ -121,9 +122,12 @@ class VampPrior(nn.Module):
     Args:
         posterior: the module q(z | x) that the pair's guide uses.
         pseudo_inputs: where they start, [K, *event]; `VampPrior.from_data` takes them from data.
+        context: for a posterior that declares `context`, what goes with each pseudo-input, [K, ...]: real numbers are
+            trained as the pseudo-inputs are, labels stay as they are.
 
     Returns batch shape [], event shape [latent]; draws choose k uniformly.
-    Raises ValueError for a posterior that declares `context`: a pseudo-input has none.
+    Raises ValueError for a posterior that cannot do without a context where there is none, or that takes none where
+    there is one; ContractError for a point mass, which is no density.
     Source: Tomczak and Welling 2018 (arXiv 1705.07120).
 
     >>> from ppvae import nn, posteriors
@@ -133,23 +137,48 @@ class VampPrior(nn.Module):
     (torch.Size([20, 64]), torch.Size([5]))
     """
 
-    def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor):
+    context: Tensor | None
+
+    def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor, context: Tensor | None = None):
         super().__init__()
-        if "context" in inspect.signature(posterior.forward).parameters:
+        name = type(posterior).__name__
+        if context is None and needs_context(posterior):
             raise ValueError(
-                f"posterior: expected one that takes data alone, found {type(posterior).__name__}, which declares "
-                f"`context`: a pseudo-input has no context"
+                f"VampPrior: expected a context for each pseudo-input, which the posterior {name} declares, found none"
+            )
+        if context is not None and not (takes_context(posterior) and len(context) == len(pseudo_inputs)):
+            raise ValueError(
+                f"VampPrior: expected a context for each of {len(pseudo_inputs)} pseudo-inputs and a posterior that "
+                f"declares it, found {len(context)} for {name}"
             )
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        if context is not None and context.is_floating_point():
+            self.context = nn.Parameter(context.detach().clone())
+        else:
+            self.register_buffer("context", context)
         self._kept: tuple[Any, Any] | None = None
 
     @classmethod
     def from_data(
-        cls, posterior: nn.Module, data: Any, components: int = 500, noise: float = 0.01, seed: int = 0
+        cls,
+        posterior: nn.Module,
+        data: Any,
+        components: int = 500,
+        noise: float = 0.01,
+        seed: int = 0,
+        context: Tensor | None = None,
     ) -> VampPrior:
-        """Pseudo-inputs that start at different rows of data [N, *event] or a split, plus normal noise of that scale.
+        """Pseudo-inputs that start at different rows of data [N, *event] or a split, plus normal noise.
 
+        Args:
+            posterior: the module q(z | x) that the pair's guide uses.
+            data: the training data.
+            components: how many pseudo-inputs, K.
+            noise: the scale of the noise.
+            seed: of the choice of rows and of the noise.
+
+        `context` [N, ...] are the rows' own contexts, where the posterior declares one.
         Raises ValueError where there are fewer rows than components.
         """
         if not 1 <= components <= len(data):
@@ -157,20 +186,29 @@ class VampPrior(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(data), generator=generator)[:components]
         rows = data.read(index) if hasattr(data, "read") else data[index.to(data.device)]
-        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows))
+        chosen = None if context is None else context[index.to(context.device)]
+        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), chosen)
 
     def forward(self) -> dist.TorchDistribution:
         if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
             self._kept = None
-            return Mixture(self.posterior(self.pseudo_inputs))
+            return Mixture(self._components())
         state = self._state()
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, self.posterior(self.pseudo_inputs)
+            self._kept = state, self._components()
         return Mixture(self._kept[1])
+
+    def _components(self) -> Any:
+        found = called(self.posterior, self.pseudo_inputs, context=self.context)
+        if isinstance(found, dist.Delta):
+            raise ContractError(
+                f"VampPrior: expected a posterior with a density, found {type(self.posterior).__name__}, a point mass"
+            )
+        return found
 
     def _state(self) -> Any:
         """What tells whether any tensor has changed: place, version and sum (fused optimizers leave versions alone)."""
-        tensors = [self.pseudo_inputs, *self.posterior.parameters(), *self.posterior.buffers()]
+        tensors = [*self.parameters(), *self.buffers()]
         sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist()
         return torch.is_inference_mode_enabled(), [
             (t.data_ptr(), t.dtype, t._version, s) for t, s in zip(tensors, sums, strict=True)

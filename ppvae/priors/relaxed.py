@@ -32,6 +32,7 @@ class BinaryConcrete(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.unit_interval
     has_rsample = True
+    relaxes = True  # a stand-in for a discrete distribution
 
     def __init__(self, temperature: Tensor, logits: Tensor, validate_args: bool | None = None):
         self.temperature, self.logits = temperature, logits
@@ -74,6 +75,7 @@ class Concrete(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = True
+    relaxes = True  # a stand-in for a discrete distribution
 
     def __init__(self, temperature: Tensor, logits: Tensor, validate_args: bool | None = None):
         self.temperature, self.logits = temperature, logits.log_softmax(-1)

@@ -62,8 +62,10 @@ class Subject:
         return len(self.columns[0])
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The rows of every column."""
-        return tuple(c.read(rows) if hasattr(c, "read") else c[rows.to(c.device)] for c in self.columns)
+        """The rows of every column, marked where they have missing values."""
+        return tuple(
+            c.read(rows) if hasattr(c, "read") and not c.missing else c[rows.to(c.device)] for c in self.columns
+        )
 
     def called_with(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         """What to call the pair with to learn about `rows`, and where they are in what comes back."""

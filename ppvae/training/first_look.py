@@ -35,7 +35,7 @@ def look(
     """Checks the contract on the first batch, and finds the modules that the pair calls; `move` puts them in place."""
     rows = torch.arange(min(batch_size, len(train)))
     with undisturbed():
-        first = train.read(rows.to(place))
+        first = train.first(batch_size)
         if move:  # the modules of a plain pair are known once it has run, which it does where they are
             with modules_called(model, guide) as modules, eval_mode(model, guide):
                 here = place_of(model, guide, None) if modules else torch.device("cpu")

@@ -68,7 +68,8 @@ def fit(
     not depend on the batch; every metric is in nats per datum.
 
     Args:
-        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch).
+        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). In data marked by
+            `data.with_missing`, NaN is a missing value.
         valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch.
         objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
         optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
@@ -169,6 +170,12 @@ class _Trainer:
             self.structure, modules = look(
                 self.model, self.guide, self.train, batch_size, objective, place, move=device is not None
             )
+            for module in modules if self.valid is not None else ():
+                if getattr(module, "of_its_data_alone", False):
+                    raise UsageError(
+                        f"valid: {type(module).__name__} has parameters for the training data alone; leave valid "
+                        f"out, and refit for an ELBO of other data"
+                    )
             self.state = PairState(self.scope, modules)
             self.monitor = Monitor(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
@@ -295,7 +302,8 @@ class _Trainer:
     def _warm_up(self) -> None:
         """Lets the objective look at the pair now: what it does only once must not fall into the noise of an epoch."""
         rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
-        with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad():
+        quiet = pyro.validation_enabled(False)  # as in an epoch
+        with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
             batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
             self.objective.loss(self.model, self.guide, *batch)
 

@@ -57,6 +57,10 @@ class Columns:
             for part in self.parts
         )
 
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """The rows on which a pair is looked at, with every gap that there is in the data."""
+        return self.read(datasets.first_rows(self.parts, count))
+
     def whole(self) -> tuple[Tensor, ...]:
         """All rows, for a pair whose plate draws its own subsample."""
         return tuple((part.read() if hasattr(part, "read") else part).to(self.device) for part in self.parts)

@@ -7,18 +7,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import torch
 from torch import Tensor
 
+from ppvae.choices import Argument, among, arguments, as_kind
 from ppvae.errors import UsageError
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
+LABELS_ARGUMENT = "num_labels"  # and one of this name the number of labels, None where the batch brings no label
 
 
 def resolve(text: str) -> Any:
@@ -82,7 +82,7 @@ def _only(module: Any, place: str) -> Any:
     )
 
 
-def parameters(factory: Any) -> dict[str, tuple[Any, Any, str]]:
+def parameters(factory: Any) -> dict[str, Argument]:
     """A factory's own arguments: {name: (type, default, help)}; `inspect.Parameter.empty` where there is no default.
 
     Raises:
@@ -90,28 +90,33 @@ def parameters(factory: Any) -> dict[str, tuple[Any, Any, str]]:
     """
     if not callable(factory) or _is_pair(factory):
         return {}
-    hints = typing.get_type_hints(factory if inspect.isroutine(factory) else factory.__init__)
-    texts = {p.arg_name: p.description or "" for p in docstring_parser.parse(inspect.getdoc(factory) or "").params}
-    found = {}
-    for name, p in inspect.signature(factory).parameters.items():
-        if name == DATA_ARGUMENT or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
-            continue
-        kind = hints.get(name, type(p.default) if p.default not in (p.empty, None) else None)
+    found = arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
+    for name, (kind, _, _) in found.items():
         if kind is None:
             raise UsageError(f"{getattr(factory, '__name__', factory)}: expected a type for its argument {name!r}")
-        found[name] = (kind, p.default, texts.get(name, ""))
     return found
 
 
-def build(factory: Any, arguments: Mapping[str, Any], train: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(model, guide) from a factory, or from something that has `.model` and `.guide` itself."""
+def build(
+    factory: Any, given: Mapping[str, Any], train: Any, num_labels: int | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(model, guide) from a factory, or from something that has `.model` and `.guide` itself.
+
+    An argument that chooses a class (`choices.Among`) is {"name": the class, its arguments}.
+
+    Raises:
+        UsageError: the factory fails, or makes no pair.
+    """
     made = factory
     if callable(factory) and not _is_pair(factory):
-        given = dict(arguments)
-        if DATA_ARGUMENT in inspect.signature(factory).parameters:
-            given[DATA_ARGUMENT] = train
+        kinds = parameters(factory)
+        own = {n: _value(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
+        supplied = {DATA_ARGUMENT: train, LABELS_ARGUMENT: num_labels}
+        taken = inspect.signature(factory).parameters
         try:
-            made = factory(**given)
+            made = factory(**own, **{name: value for name, value in supplied.items() if name in taken})
+        except UsageError:
+            raise
         except (Exception, SystemExit) as error:
             name = getattr(factory, "__name__", factory)
             raise UsageError(f"{name}: the factory failed ({type(error).__name__}: {_line(error)})") from error
@@ -139,12 +144,10 @@ def rebuild(config: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[...
     The stand-in only sets shapes: every parameter is then read from the checkpoint.
     """
     entry = config["pair"]
-    factory = resolve(entry["name"])
-    kinds = parameters(factory)
-    arguments = {n: _as_kind(v, kinds[n][0]) if n in kinds else v for n, v in entry["arguments"].items()}
     stand_in = [_stand_in(shape, dtype) for shape, dtype in entry["train"]]
+    train = stand_in[0] if len(stand_in) == 1 else tuple(stand_in)
     torch.manual_seed(0)
-    return build(factory, arguments, stand_in[0] if len(stand_in) == 1 else tuple(stand_in))
+    return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
 
 
 def _stand_in(shape: list[int], dtype: str) -> Tensor:
@@ -152,11 +155,11 @@ def _stand_in(shape: list[int], dtype: str) -> Tensor:
     return torch.full((), 0.5 if kind.is_floating_point else 0, dtype=kind).expand(shape)
 
 
-def _as_kind(value: Any, kind: Any) -> Any:
-    """JSON has no tuples."""
-    if isinstance(value, list) and (kind is tuple or typing.get_origin(kind) is tuple):
-        return tuple(value)
-    return value
+def _value(name: str, value: Any, kind: Any) -> Any:
+    choice = among(kind)
+    if choice is not None and isinstance(value, Mapping):
+        return choice.chosen(value, name)
+    return as_kind(value, kind)
 
 
 def _line(error: BaseException) -> str:

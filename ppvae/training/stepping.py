@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae.errors import PpvaeError, TrainingError
 from ppvae.inference.evaluating import eval_mode
+from ppvae.inference.missing import LEAVE_OUT, with_gaps
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
 from ppvae.inference.tracing import node_log_prob, sample_nodes, traces
@@ -69,10 +70,10 @@ class Stepper:
         kept = "the parameters are as they were before the step"
         if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
             kept += f"; last good checkpoint: {self.checkpoints}"
-        return TrainingError(
-            f"step {self.taken + 1} (epoch {epoch}): {what}{where}; {kept}. "
-            f"Try a smaller learning rate, clip, or a bounded scale"
-        )
+        cure = "Try a smaller learning rate, clip, or a bounded scale"
+        if with_gaps(batch):
+            cure += f"; as values are missing (NaN), whose gradient is NaN even under a mask, {LEAVE_OUT}"
+        return TrainingError(f"step {self.taken + 1} (epoch {epoch}): {what}{where}; {kept}. {cure}")
 
     def _culprit(self, batch: tuple[Tensor, ...]) -> str:
         for name, p in self.state.params().items():

@@ -1,0 +1,266 @@
+"""The cells of a table: each is computed once, and kept as JSON with what it takes to compute it again.
+
+A script has a frozen dataclass of settings, a function `compute` for one cell, a function `table` that turns cells into
+markdown, and a `main` of three lines; `python -m experiments.readme` collects the tables. The axes of a table are the
+settings' tuples: the axis "seed" runs over the field `seeds`, and a cell gets one value of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from experiments.bench import processor
+from ppvae import fit
+from ppvae.errors import UsageError
+from ppvae.evaluation.estimate import Estimate
+from ppvae.settings import HelpShown, parse
+from ppvae.training.folder import versions
+from ppvae.training.run import Run, write_json
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "experiments" / "results"
+GROUPS = 100
+
+Cells = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a cell is computed: `folder` for its runs, which resume; `root` of the data; `device`."""
+
+    folder: Path
+    root: Path | None
+    device: str | None
+
+
+def run(
+    name: str,
+    cls: type,
+    axes: Sequence[str],
+    compute: Callable[..., dict[str, Any]],
+    table: Callable[[Cells], str],
+    smoke: Mapping[str, Any],
+    doc: str | None,
+    args: list[str] | None = None,
+) -> tuple[Cells, Path]:
+    """Reads the flags, computes the cells that are not there yet, prints the table; the cells and their folder.
+
+    Args:
+        axes: the columns that tell cells apart, outermost first; axis "seed" runs over the field `seeds` of `cls`.
+        compute: called as compute(settings, here, seed=..., ...); gives the numbers of one cell, the data's "digest"
+            among them. It trains in `here.folder` with `resume=True`.
+        table: cells as markdown.
+        smoke: the settings that `--smoke` puts in place, for seconds on data that need no download. It keeps its
+            results under runs/smoke, and begins anew every time.
+    """
+    options: dict[str, tuple[Any, Any, str]] = {
+        "smoke": (bool, False, "a run of seconds that only shows that everything works"),
+        "root": (Path | None, None, "the folder that holds the data; PPVAE_DATA by default"),
+        "device": (str | None, None, "where to compute, such as cuda; the processor by default"),
+    }
+    prog = f"python -m experiments.{name}"
+    try:
+        settings, given = parse(cls, sys.argv[1:] if args is None else args, prog, doc or "", options)
+    except HelpShown:
+        raise SystemExit(0) from None
+    except UsageError as error:
+        raise SystemExit(f"{prog}: {error}") from None
+    usual, results, runs = cls(), RESULTS / name, Path("runs") / "experiments" / name
+    if given["smoke"]:
+        chosen = _changed(settings, usual)
+        usual = dataclasses.replace(usual, **smoke)
+        settings = dataclasses.replace(settings, **{k: v for k, v in smoke.items() if k not in chosen})
+        results = runs = Path("runs") / "smoke" / name
+        shutil.rmtree(runs, ignore_errors=True)
+    cells, commit = [], _commit()  # that of the code that has been loaded, whatever is done to the files meanwhile
+    for point in itertools.product(*(getattr(settings, f"{axis}s") for axis in axes)):
+        cell = dict(zip(axes, point, strict=True))
+        one = dataclasses.replace(settings, **{f"{axis}s": (value,) for axis, value in cell.items()})
+        others = _plain({k: v for k, v in dataclasses.asdict(one).items() if k.removesuffix("s") not in axes})
+        stem = "-".join(map(str, point)) + "".join(f",{k}={v}" for k, v in _changed(one, usual, axes).items())
+        stem = stem.replace("/", " ").replace(" ", "")
+        path = results / f"{stem}.json"
+        known = _read(path)
+        if known is None or known["settings"] != others:
+            here = Here(runs / stem, given["root"] or _root(), given["device"])
+            print(f"{name} {stem}", flush=True)
+            start = time.perf_counter()
+            result = compute(one, here, **cell)
+            known = {
+                "experiment": name,
+                "cell": cell,
+                "folder": str(here.folder),
+                "command": " ".join([prog, *(["--smoke"] if given["smoke"] else []), *_flags(one, usual)]),
+                "settings": others,
+                "result": _plain(result),
+                "commit": commit,
+                "machine": processor() if given["device"] is None else torch.cuda.get_device_name(),
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+                "duration": round(time.perf_counter() - start, 1),
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
+        cells.append(known)
+    print(table(cells))
+    return cells, results
+
+
+def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float, **options: Any) -> Run:
+    """Fits in the cell's folder, where it resumes; by Adam, whose rate falls to zero along a cosine if no other way."""
+    clock = [time.process_time()]
+
+    def timed(run: Run, metrics: dict[str, Any]) -> None:
+        metrics["cpu_seconds"] = time.process_time() - clock[0]  # a busy machine stretches wall time, not this
+        clock[0] = time.process_time()
+
+    usual = {
+        "optimizer": functools.partial(torch.optim.Adam, lr=lr),
+        "scheduler": functools.partial(CosineAnnealingLR, T_max=epochs),
+    }
+    where = {"device": here.device, "directory": here.folder, "resume": True}
+    return fit(vae.model, vae.guide, data, valid=valid, epochs=epochs, callbacks=(timed,), **where, **(usual | options))
+
+
+def of_run(trained: Run) -> dict[str, Any]:
+    """What training took, and the ELBO of the validation data at its end, by which settings are chosen."""
+    cpu = sum(epoch["cpu_seconds"] for epoch in trained.history)
+    return {
+        "valid_elbo": trained.metrics["valid_elbo"],
+        "epochs": trained.metrics["epoch"],
+        "training_seconds": round(sum(epoch["seconds"] for epoch in trained.history), 1),
+        "training_cpu_seconds": round(cpu, 1),
+        "cpu_ms_per_step": round(1000 * cpu / trained.metrics["step"], 2),
+    }
+
+
+def of_estimate(est: Estimate) -> dict[str, Any]:
+    """The numbers over the data set, and `groups`: log p(x) averaged over 100 groups of neighbouring data, whose
+    differences between two cells on the same data give the paired standard error without keeping every datum."""
+    groups = est.log_px.tensor_split(min(GROUPS, len(est.log_px)))
+    return est.attributes() | {"groups": [round(float(g.mean()), 5) for g in groups]}
+
+
+def collected(cells: Cells, *axes: str) -> dict[tuple[Any, ...], Cells]:
+    """Cells by their values along some axes: rows, each with its seeds, in the order of the cells."""
+    rows: dict[tuple[Any, ...], Cells] = {}
+    for c in cells:
+        rows.setdefault(tuple(c["cell"][axis] for axis in axes), []).append(c)
+    return rows
+
+
+def values(cells: Cells, key: str) -> list[float]:
+    """One number of each cell."""
+    return [float(c["result"][key]) for c in cells]
+
+
+def mean(cells: Cells, key: str = "nll") -> float:
+    """The mean of a number over cells, as over seeds."""
+    return statistics.fmean(values(cells, key))
+
+
+def standard_error(cells: Cells) -> float:
+    """Of the mean NLL over seeds, in nats: sqrt(variance over seeds / seeds + variance over data / data)."""
+    nlls = values(cells, "nll")
+    seeds = statistics.variance(nlls) / len(nlls) if len(nlls) > 1 else 0.0
+    return math.sqrt(seeds + mean(cells, "nll_std_error") ** 2)
+
+
+def difference(a: Cells, b: Cells) -> tuple[float, float]:
+    """(NLL of b minus NLL of a, its standard error): positive where a is better; nats.
+
+    The yardstick for "a beats b" is a difference beyond 2 sqrt(seed variance / seeds + paired variance), with three
+    seeds or more a row. The paired variance is that of the groups' differences, averaged over seeds. ValueError where
+    the two rows are not of the same data.
+    """
+    if len({c["result"]["digest"] for c in a + b}) > 1:
+        raise ValueError(f"the rows {a[0]['cell']} and {b[0]['cell']} were evaluated on different data")
+    of_groups = [
+        statistics.fmean(c["result"]["groups"][i] for c in a) - statistics.fmean(c["result"]["groups"][i] for c in b)
+        for i in range(len(a[0]["result"]["groups"]))
+    ]
+    variance = statistics.variance(of_groups) / len(of_groups)
+    variance += sum(statistics.variance(values(r, "nll")) / len(r) for r in (a, b) if len(r) > 1)
+    return mean(b) - mean(a), math.sqrt(variance)
+
+
+def verdict(a: Cells, b: Cells, min_seeds: int = 3) -> str:
+    """The yardstick in words: by how much a is better than b, and whether that counts."""
+    delta, error = difference(a, b)
+    seeds = min(len(a), len(b))
+    says = "not resolved" if abs(delta) <= 2 * error else "better" if delta > 0 else "worse"
+    if seeds < min_seeds:
+        says = f"undecided: {seeds} seed{'s' * (seeds > 1)}"
+    return f"{delta:+.2f} ± {error:.2f} ({says})"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; the first column stands left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _root() -> Path | None:
+    """PPVAE_DATA (which `data.load` reads for itself), else a folder beside the repository, where there is one."""
+    shared = REPOSITORY.parent / "shared" / "data"
+    return shared if "PPVAE_DATA" not in os.environ and shared.is_dir() else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """As it will be read back: tuples are lists."""
+    return json.loads(json.dumps(content, allow_nan=False))
+
+
+def _changed(settings: Any, usual: Any, axes: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings that are not the usual ones, the axes left out."""
+    known = dataclasses.asdict(usual)
+    return {k: v for k, v in dataclasses.asdict(settings).items() if v != known[k] and k.removesuffix("s") not in axes}
+
+
+def _flags(settings: Any, usual: Any) -> list[str]:
+    out = []
+    for key, value in _changed(settings, usual).items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            out += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return out
+
+
+def _commit() -> str:
+    """The commit of the code, "-dirty" where a Python file differs from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if dirty else "")
+    except OSError:
+        return "unknown"

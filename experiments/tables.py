@@ -1,0 +1,149 @@
+"""scikit-learn's tables of real, count, binary and categorical columns, cells removed at random: log p(x_observed) and
+imputed cells (Mattei and Frellsen 2019, arXiv 1812.02633), against independent columns, which impute mean or mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn import datasets
+from torch import Tensor
+from torch import nn as tnn
+
+from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error
+from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, posteriors, priors
+from ppvae.plots.style import BLUE, FAINT, figure, styled
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The tables, the share of their cells that is removed, and the budget."""
+
+    tables: tuple[str, ...] = ("wine", "diabetes", "breast_cancer")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    missing: float = 0.3
+    latent: int = 4
+    hidden: tuple[int, ...] = (32,)
+    epochs: int = 1000
+    patience: int = 100
+    lr: float = 3e-3
+    particles: int = 5000
+
+
+SMOKE = {"tables": ("wine",), "seeds": (0,), "hidden": (8,), "epochs": 2, "particles": 100}
+COUNTS = ("age", "s1", "magnesium")
+
+
+def loaded(name: str, missing: float) -> tuple[Tensor, Tensor, list[likelihoods.Column]]:
+    """The rows in a fixed random order, target included; which cells are removed; what the columns are."""
+    held: Any = getattr(datasets, f"load_{name}")(**({"scaled": False} if name == "diabetes" else {}))
+    x, columns = torch.from_numpy(np.column_stack([held.data, held.target])).float(), []
+    for d, column in enumerate([*held.feature_names, "target"]):
+        codes = x[:, d].unique()
+        if len(codes) <= 3:  # sex, diagnosis, cultivar
+            x[:, d] = torch.searchsorted(codes, x[:, d].contiguous()).float()
+        kind: Any = {2: ("binary",), 3: ("categorical", 3)}.get(len(codes), ("count" if column in COUNTS else "real",))
+        columns.append(likelihoods.Column(*kind))
+    generator = torch.Generator().manual_seed(0)
+    x = x[torch.randperm(len(x), generator=generator)]
+    removed = torch.rand(x.shape, generator=generator) < missing
+    removed[removed.all(1), 0] = False
+    return x, removed, columns
+
+
+def independent(x: Tensor, columns: list[likelihoods.Column]) -> likelihoods.Mixed:
+    """Columns that no z moves, fitted to standardised reals, to counts, and to codes (a row more of each category)."""
+    out: list[float] = []
+    for c, values, centre in zip(columns, x.T, x.nanmean(0), strict=True):
+        rows = torch.tensor([float((values == k).sum()) + 1 for k in range(c.levels)])
+        out += {"real": [0.0], "count": [centre.log()], "binary": [centre.logit()], "categorical": rows.log()}[c.kind]
+    net = nn.mlp(1, len(out), hidden=())
+    tnn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
+    nn.set_output_bias(net, torch.tensor(out))
+    return likelihoods.Mixed(net, columns, floor=0.0)
+
+
+@torch.no_grad()
+def imputed(likelihood: likelihoods.Mixed, z: Tensor) -> Tensor:
+    """Over draws of z [draws, N, latent]: means of real and count columns, the most probable code of the others."""
+    out = torch.empty(z.shape[1], len(likelihood.columns))
+    for index, fn in likelihood(z).groups:
+        kind = likelihood.columns[int(index[0])].kind
+        best = fn.logits.softmax(-1).mean(0).argmax(-1).float() if kind == "categorical" else fn.mean.mean(0)
+        out[:, index] = best.round() if kind == "binary" else best
+    return out
+
+
+def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
+    """Trains on the observed cells of some rows; evaluates on those of others, and on what is removed of them."""
+    whole, removed, columns = loaded(table, s.missing)
+    cuts = (int(0.6 * len(whole)), int(0.75 * len(whole)))
+    real, count = (torch.tensor([c.kind == kind for c in columns]) for kind in ("real", "count"))
+    known = whole.masked_fill(removed, torch.nan)[: cuts[0]]
+    centre, spread = known.nanmean(0), (known - known.nanmean(0)).square().nanmean(0).sqrt()
+    whole = torch.where(real, (whole - centre) / spread, whole)
+    start, unit = torch.where(count, centre, 0.0), torch.where(count, spread, 1.0)
+    parts = whole.masked_fill(removed, torch.nan).tensor_split(cuts)
+    train, valid, test = (data.with_missing(part, name=table) for part in parts)
+    baseline = independent(parts[0], columns)
+    torch.manual_seed(seed)
+    decoder = nn.mlp(s.latent, likelihoods.table_outputs(columns), hidden=s.hidden)
+    nn.set_output_bias(decoder, baseline.net[0].bias.detach())  # type: ignore[index]
+    posterior = posteriors.DiagonalNormal(nn.Missing(nn.mlp(2 * len(columns), 2 * s.latent, hidden=s.hidden)))
+    posterior.net.register_forward_pre_hook(lambda _, x: ((x[0] - start.to(x[0])) / unit.to(x[0]),))
+    vae = VAE(priors.StandardNormal(s.latent), likelihoods.Mixed(decoder, columns, floor=0.05), posterior)
+    trained = fit(
+        vae.model, vae.guide, train, valid=valid, optimizer=functools.partial(torch.optim.AdamW, lr=s.lr), seed=seed,
+        epochs=s.epochs, patience=s.patience, device=here.device, directory=here.folder, resume=True,
+    )  # fmt: skip
+    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, posterior_draws=100)
+    gain = est.log_px - baseline(torch.zeros(len(test), 1)).log_prob(parts[2]).detach()
+    answer, removed, result = whole[cuts[1] :], removed[cuts[1] :], of_estimate(est) | {"gain": float(gain.mean())}
+    guesses = imputed(vae.likelihood.cpu(), est.posterior["z"]), imputed(baseline, torch.zeros(1, len(test), 1))
+    for who, guess in zip(("", "alone_"), guesses, strict=True):
+        result[f"{who}rmse"] = float(((guess - answer) / unit)[removed & (real | count)].square().mean().sqrt())
+        result[f"{who}wrong"] = float((guess != answer)[removed & ~real & ~count].float().mean())
+    np.savez(here.folder / "shown.npz", answer=answer[removed & real], guess=guesses[0][removed & real])
+    return result | {"gain_error": float(gain.std()) / len(gain) ** 0.5}
+
+
+def table(cells: Cells) -> str:
+    """One row a table: log p of observed cells, and errors of removed ones."""
+    header = ("table", "seeds", "NLL", "independent", "gain", "RMSE", "of means", "wrong", "of modes", "not reliable")
+    lines = []
+    for (name,), r in collected(cells, "table").items():
+        nll, gain = f"{mean(r):.2f} ± {standard_error(r):.2f}", f"{mean(r, 'gain'):+.2f} ± {mean(r, 'gain_error'):.2f}"
+        errors = (f"{mean(r, key):.3f}" for key in ("rmse", "alone_rmse", "wrong", "alone_wrong"))
+        doubt = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.0f} %"
+        lines.append((name, len(r), nll, f"{mean(r) + mean(r, 'gain'):.2f}", gain, *errors, doubt))
+    return markdown(header, lines)
+
+
+@styled
+def picture(cells: Cells) -> Any:
+    """Real cells that were removed of the test rows and what is put there, in standard deviations of their column."""
+    rows = collected([c for c in cells if (Path(c["folder"]) / "shown.npz").exists()], "table")
+    fig = figure(3.2 * len(rows), 3.3)
+    for ax, ((name,), r) in zip(fig.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+        held = np.load(Path(r[0]["folder"]) / "shown.npz")
+        ax.axline((0, 0), slope=1, color=FAINT, lw=1)
+        ax.plot(held["answer"], held["guess"], ".", color=BLUE, alpha=0.4, markersize=4)
+        ax.set(
+            title=f"{name}, {len(held['guess'])} cells", xlabel="removed", ylabel="imputed", xlim=(-3, 4), ylim=(-3, 4)
+        )
+    return fig
+
+
+def main(args: list[str] | None = None) -> None:
+    """Fills the table and draws the picture."""
+    cells, folder = run("tables", Settings, ("table", "seed"), compute, table, SMOKE, __doc__, args)
+    picture(cells).savefig(folder / "tables.png")
+
+
+if __name__ == "__main__":
+    main()

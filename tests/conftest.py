@@ -1,0 +1,42 @@
+"""What tests share, and what they say at the end: how many parts and combinations they covered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """float64, a seed and an empty param store; type and store as they were, afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(before)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Puts together what tests that passed have recorded, in whichever process they ran."""
+    covered: dict[str, set[str]] = {}
+    totals: dict[str, int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in getattr(report, "user_properties", []):
+            if isinstance(value, list):
+                covered.setdefault(name, set()).update(value)
+            elif isinstance(value, int):
+                totals[name] = value
+    rooms = [f"{len(covered[r])} {r}" for r in ("priors", "likelihoods", "posteriors", "networks") if r in covered]
+    if rooms:
+        terminalreporter.write_line(f"parts: {', '.join(rooms)}")
+    if "fitting" in covered:
+        terminalreporter.write_line(
+            f"combinations: {len(covered['fitting'])} of {totals['all fitting']} fitting, trained and evaluated; "
+            f"{len(covered['refused'])} of {totals['all refused']} misfits, refused"
+        )

@@ -1,0 +1,82 @@
+"""Every experiment runs with --smoke, keeps its cells, and does not compute them twice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments import cells, readme
+
+NAMES = ("likelihoods", "parts", "iwae", "counts", "tables")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_runs_with_smoke(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip(f"experiments.{name}")
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"experiments.{name}")
+    module.main(["--smoke"])
+    files = list((tmp_path / "runs" / "smoke" / name).glob("*.json"))
+    assert files
+    for file in files:
+        cell = json.loads(file.read_text())
+        assert {"command", "settings", "commit", "machine", "threads", "duration"} <= set(cell)
+        assert math.isfinite(cell["result"]["nll"])
+        assert len(cell["result"]["digest"]) == 64
+    assert "|" in capsys.readouterr().out
+
+
+def test_a_cell_is_computed_once_and_again_from_its_command(tmp_path, monkeypatch):
+    from experiments import parts
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    small = ["--data", "digits", "--latent", "2", "--hidden", "8", "--epochs", "1", "--num-test", "20"]
+    args = [*small, "--particles", "25", "--priors", "StandardNormal", "--posteriors", "DiagonalNormal"]
+    parts.main(args)
+    (path,) = (tmp_path / "results" / "parts").glob("*.json")
+    first = path.read_text()
+    parts.main(args)
+    assert path.read_text() == first
+    path.unlink()
+    for file in sorted((tmp_path / "runs").rglob("*"), reverse=True):  # nothing may come from the run before
+        file.rmdir() if file.is_dir() else file.unlink()
+    command = json.loads(first)["command"].split()
+    assert command[:3] == ["python", "-m", "experiments.parts"]
+    parts.main(command[3:])
+    again, before = json.loads(path.read_text())["result"], json.loads(first)["result"]
+    assert again["nll"] == before["nll"]
+    assert again["digest"] == before["digest"]
+
+
+def row(nlls, groups, digest="same"):
+    """Cells of one row, one a seed."""
+    return [
+        {"cell": {"row": "r", "seed": i}, "result": {"nll": n, "nll_std_error": 1.0, "groups": g, "digest": digest}}
+        for i, (n, g) in enumerate(zip(nlls, groups, strict=True))
+    ]
+
+
+def test_a_difference_is_paired_over_data_and_has_the_variance_over_seeds():
+    a = row([1.0, 2.0, 3.0], [[-1.0, -1.0], [-2.0, -2.0], [-3.0, -3.0]])
+    b = row([5.0, 5.0, 5.0], [[-4.0, -6.0]] * 3)
+    delta, error = cells.difference(a, b)
+    assert delta == pytest.approx(3.0)
+    assert error == pytest.approx(math.sqrt(1 / 3 + 2 / 2))  # variance over seeds 1 of 3; over groups 2 of 2
+    assert cells.verdict(a, b).endswith("(better)")
+    assert cells.verdict(b, a).endswith("(worse)")
+    assert cells.verdict(a[:2], b).endswith("(undecided: 2 seeds)")
+    assert cells.verdict(a, row([2.1] * 3, [[-2.1, -2.1]] * 3)).endswith("(not resolved)")
+    with pytest.raises(ValueError, match="different data"):
+        cells.difference(a, row([1.0], [[-1.0, -1.0]], "other"))
+
+
+def test_the_readme_is_that_of_its_results():
+    if not any(cells.RESULTS.glob("*/*.json")):
+        pytest.skip("no results are there")
+    assert (Path(readme.__file__).parent / "README.md").read_text() == readme.text()
