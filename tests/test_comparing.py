@@ -9,8 +9,9 @@ import torch
 
 from ppvae import log_marginal
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.evaluation.comparing import Comparison, Scores, compare
+from ppvae.evaluation.comparing import Comparison, compare
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.loading import load_estimate
 from ppvae.models import LinearGaussian
 
 
@@ -122,9 +123,31 @@ def test_estimates_come_back_from_their_files(tmp_path):
     for text in ("{}", "no", "[1]"):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(CheckpointError, match="not a saved estimate"):
-            Scores.read(tmp_path / "other.json")
+            load_estimate(tmp_path / "other.json")
     with pytest.raises(UsageError, match="expected one of"):
         a.difference("exact", "neither")
+
+
+def test_an_estimate_is_read_back_whole(tmp_path):
+    pair = LinearGaussian(4, 2).requires_grad_(False)
+    x = torch.randn(12, 4)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=60, posterior_draws=3)
+    annealing = {"num_temperatures": 20, "start": "guide"}
+    trusted = torch.arange(12) % 2 == 0
+    other = dataclasses.replace(
+        est, method="annealed importance sampling", settings=annealing, diagnostics={"acceptance": est.ess / 60},
+        trusted=trusted, notes=("one thing", "another"), levels=256, posterior=None,
+    )  # fmt: skip
+    for one, name in ((est, "plain"), (other, "annealed")):
+        again = load_estimate(one.save(tmp_path, name))
+        assert again.table() == one.table()
+        assert again.summary() == one.summary()
+        assert again.notes == one.notes
+        assert torch.equal(again.reliable, one.reliable)
+        assert again.bounds.keys() == one.bounds.keys()
+        assert all(torch.equal(again.bounds[k], one.bounds[k]) for k in one.bounds)
+        assert all(torch.equal(again.per_datum()[k], v.double()) for k, v in one.per_datum().items() if k != "reliable")
+    assert torch.equal(load_estimate(tmp_path / "plain.json").posterior["z"], est.posterior["z"])
 
 
 def test_arviz_compares_the_same_numbers():

@@ -3,72 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppvae.errors import CheckpointError, UsageError
+from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.loading import load_estimate
 from ppvae.evaluation.saved import Saved, mean_words
 
 SHARE = 0.01  # a difference in the share of data not to be trusted that is worth a word
 MIN_RUNS = 3  # of a method, before a difference is one between methods
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a comparison needs to know of one estimate of log p(x)."""
-
-    log_px: Tensor
-    std_error: Tensor
-    reliable: Tensor
-    base_measure: str
-    digest: str
-    data: str
-    method: str
-    lower_bound_only: bool
-    joint: bool
-
-    @staticmethod
-    def of(estimate: Estimate) -> Scores:
-        """The scores of an estimate at hand."""
-        return Scores(
-            estimate.log_px.double().cpu(), estimate.std_error.double().cpu(), estimate.reliable.cpu(),
-            estimate.base_measure, estimate.digest, estimate.data, _method(estimate.attributes()),
-            estimate.lower_bound_only, estimate.joint,
-        )  # fmt: skip
-
-    @staticmethod
-    def read(path: str | os.PathLike[str]) -> Scores:
-        """The scores of an estimate that `Estimate.save` wrote.
-
-        Raises:
-            CheckpointError: no such file, or another one.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            rows = content["per_datum"]
-            log_px, std_error = (torch.tensor([float(v) for v in rows[n]]).double() for n in ("log_px", "std_error"))
-            return Scores(
-                log_px, std_error, torch.tensor(rows["reliable"], dtype=torch.bool), content["base_measure"],
-                content["digest"], content["data"], _method(content), content["lower_bound_only"], content["joint"],
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a saved estimate ({type(error).__name__}: {error})") from error
-
-
-def _method(content: Mapping[str, Any]) -> str:
+def _method(estimate: Estimate) -> str:
     """How an estimate was made, so that two of equal tightness have equal words."""
-    name = content.get("method", "importance sampling")
-    settings = {k: content[k] for k in ("num_particles", "num_temperatures", "num_leapfrog", "start") if k in content}
-    return f"{name}, " + ", ".join(f"{k} {v}" for k, v in settings.items())
+    settings = {"num_particles": estimate.num_particles, **estimate.settings}
+    return f"{estimate.method}, " + ", ".join(f"{k} {v}" for k, v in settings.items() if k != "seed")
 
 
 @dataclass(frozen=True)
@@ -193,14 +149,14 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     >>> found.names, found.difference("b", "a")
     (('a', 'b'), (-1.0, 0.0))
     """
-    scores = {name: _scores(given) for name, given in results.items()}
+    scores = {name: _estimates(given) for name, given in results.items()}
     if len(scores) < 2 or not all(scores.values()):
         raise UsageError(f"compare: expected two models or more with an estimate each, found {sorted(scores)}")
     every = [(name, one) for name, own in scores.items() for one in own]
     first_name, first = every[0]
     for name, one in every:
         _check(first_name, first, name, one)
-    means = {name: torch.stack([one.log_px for one in own]).mean(0) for name, own in scores.items()}
+    means = {name: torch.stack([one.log_px.double().cpu() for one in own]).mean(0) for name, own in scores.items()}
     order = sorted(means, key=lambda name: _order(float(means[name].mean())), reverse=True)
     most = max(len(own) for own in scores.values())
     run_means = torch.full((len(order), most), math.nan, dtype=torch.float64)
@@ -213,7 +169,7 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
         runs=torch.tensor([len(scores[name]) for name in order]),
         run_means=run_means,
         unreliable=torch.tensor([_unreliable(scores[name]) for name in order]).double(),
-        methods=tuple(" and ".join(sorted({one.method for one in scores[name]})) for name in order),
+        methods=tuple(" and ".join(sorted({_method(one) for one in scores[name]})) for name in order),
         base_measure=first.base_measure,
         data=first.data,
         digest=first.digest,
@@ -221,20 +177,20 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     )
 
 
-def _scores(given: Result | Sequence[Result]) -> list[Scores]:
-    several = given if isinstance(given, list | tuple) else [given]
-    return [Scores.of(one) if isinstance(one, Estimate) else Scores.read(one) for one in several]  # type: ignore[arg-type]
+def _estimates(given: Result | Sequence[Result]) -> list[Estimate]:
+    several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    return [one if isinstance(one, Estimate) else load_estimate(one) for one in several]
 
 
 def _order(mean: float) -> float:
     return -math.inf if math.isnan(mean) else mean
 
 
-def _unreliable(own: Sequence[Scores]) -> float:
-    return float(torch.cat([~one.reliable for one in own]).double().mean())
+def _unreliable(own: Sequence[Estimate]) -> float:
+    return float(torch.cat([~one.reliable.cpu() for one in own]).double().mean())
 
 
-def _check(first_name: str, first: Scores, name: str, one: Scores) -> None:
+def _check(first_name: str, first: Estimate, name: str, one: Estimate) -> None:
     if one.base_measure == "density on [0, 1]":
         raise UsageError(
             f"{name}: a density on [0, 1] of grey levels that were not dequantised has no ceiling: it grows "
@@ -253,9 +209,9 @@ def _check(first_name: str, first: Scores, name: str, one: Scores) -> None:
         )
 
 
-def _warnings(order: Sequence[str], scores: Mapping[str, list[Scores]]) -> list[str]:
+def _warnings(order: Sequence[str], scores: Mapping[str, list[Estimate]]) -> list[str]:
     out = []
-    methods = {one.method for own in scores.values() for one in own}
+    methods = {_method(one) for own in scores.values() for one in own}
     if len(methods) > 1:
         out.append(f"unequal tightness: log p(x) was estimated by {'; '.join(sorted(methods))}")
     shares = {name: _unreliable(scores[name]) for name in order}

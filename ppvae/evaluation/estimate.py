@@ -171,7 +171,7 @@ class Estimate:
             "joint": self.joint, "nll": self.nll, "nll_std_error": self.nll_std_error,
             "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
             "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "notes": "; ".join(self.notes),
-            "method": self.method, **self.settings,
+            "levels": self.levels or 0, "method": self.method, **self.settings,
         }  # fmt: skip
 
     def to_arviz(self) -> Any:
