@@ -33,6 +33,9 @@ class Estimate:
         base_measure: what log p(x) is relative to: "binary", "256 levels", "discrete" for other masses, "density on
             [0, 1]", "density", or "mixed".
         nonfinite: how many weights were NaN or +inf (one at least where all were zero); such data are not reliable.
+        method, settings: how it was made; K (`num_particles`) is the number of chains where the method is annealing.
+        diagnostics: what else the method says of each datum, [N] by name.
+        trusted: the verdict per datum of a method whose rule is not that of importance sampling.
     """
 
     log_px: Tensor
@@ -53,6 +56,10 @@ class Estimate:
     bounds: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
     posterior: Mapping[str, Tensor] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    method: str = "importance sampling"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    trusted: Tensor | None = field(default=None, repr=False)
 
     @property
     def k_hat_limit(self) -> float:
@@ -62,6 +69,8 @@ class Estimate:
     @property
     def reliable(self) -> Tensor:
         """Which estimates can be trusted, [N] bool."""
+        if self.trusted is not None:
+            return self.trusted
         if self.lower_bound_only or self.num_particles < 25:
             return torch.zeros_like(self.log_px, dtype=torch.bool)
         enough = min(MIN_ESS, 0.999 * self.num_particles)  # equal weights are enough however few there are
@@ -105,13 +114,14 @@ class Estimate:
         """
         count, bad = len(self.log_px), int((~self.reliable).sum())
         unit = "nats for the whole data set" if self.joint else "nats per datum"
+        how = f"K = {self.num_particles}" if self.trusted is None else f"{self.method}, {self.num_particles} chains"
         lines = [
-            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {count} data (K = {self.num_particles}), "
+            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {count} data ({how}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
             f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
             f"{float(self.std_error.median()):.4f} (median)",
         ]
-        if self.num_particles < 25:
+        if self.num_particles < 25 and self.trusted is None:
             lines.append(f"fewer than 25 particles ({self.num_particles}): too few to judge any datum")
         elif bad:
             lines.append(
@@ -141,6 +151,9 @@ class Estimate:
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
             "ELBO": f"{float(self.elbo.mean()):.3f}",
             "particles": f"{self.num_particles}",
+            **(
+                {} if self.trusted is None else {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
+            ),
             "not to be trusted": f"{bad} of {count} data ({100 * bad / count:.1f} %)",
         }
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
@@ -148,7 +161,7 @@ class Estimate:
     def per_datum(self) -> dict[str, Tensor]:
         """Every per-datum quantity by name, [N]."""
         names = ("log_px", "std_error", "ess", "k_hat", "elbo", "nonfinite", "reliable")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | dict(self.diagnostics)
 
     def attributes(self) -> dict[str, Any]:
         """What the estimate is of and how it was made, as strings and numbers."""
@@ -158,6 +171,7 @@ class Estimate:
             "joint": self.joint, "nll": self.nll, "nll_std_error": self.nll_std_error,
             "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
             "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "notes": "; ".join(self.notes),
+            "levels": self.levels or 0, "method": self.method, **self.settings,
         }  # fmt: skip
 
     def to_arviz(self) -> Any:

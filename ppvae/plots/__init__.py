@@ -3,13 +3,17 @@
 Figures stand alone: nothing here touches pyplot or leaves a setting behind. Nats are per datum.
 """
 
+from ppvae.plots.calibration import calibration_ranks
+from ppvae.plots.comparing import differences
 from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
 from ppvae.plots.images import image_grid
 from ppvae.plots.latents import latent_map
+from ppvae.plots.nats import gap_bars, kl_per_dim, rate_distortion
 from ppvae.plots.profiles import profiles
 from ppvae.plots.style import DPI, to_png
 from ppvae.plots.training import curves
 
 __all__ = [
-    "DPI", "bound_curve", "curves", "diagnosis", "image_grid", "latent_map", "log_px_histogram", "profiles", "to_png",
+    "DPI", "bound_curve", "calibration_ranks", "curves", "diagnosis", "differences", "gap_bars", "image_grid",
+    "kl_per_dim", "latent_map", "log_px_histogram", "profiles", "rate_distortion", "to_png",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from ppvae.errors import PpvaeError
 from ppvae.plots.style import number
 from ppvae.report.of_estimate import bounds, diagnosis, log_px, worst_data
 from ppvae.report.of_pair import interpolations, latent_map, reconstructions, samples, traversals
+from ppvae.report.of_results import results
 from ppvae.report.parts import Drawn, Section, section
 from ppvae.report.subject import LeftOut, Subject
 
@@ -30,6 +31,7 @@ def sections(s: Subject) -> Iterator[Section]:
     yield section("bounds", "Bound against particles", lambda: bounds(s))
     yield section("diagnosis", "Diagnosis", lambda: diagnosis(s))
     yield section("worst", "Data with the worst k̂", lambda: worst_data(s))
+    yield from results(s)
 
 
 def of_latents(s: Subject, key: str, title: str, draw: Callable[[Subject, str], Drawn]) -> Iterator[Section]:

@@ -1,0 +1,214 @@
+"""Simulation-based calibration: whether a guide's draws are distributed as the latents that made the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation.marginal import Block, _columns, _device, _inspected, _quiet, _read, digest_of, stream
+from ppvae.evaluation.saved import Saved
+from ppvae.evaluation.simulated import Assemble, simulated
+from ppvae.evaluation.uniformity import p_value, pointwise
+from ppvae.inference.evaluating import evaluating
+from ppvae.inference.particles import particle_dim
+from ppvae.inference.scope import bound
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.support import mask_of
+from ppvae.inference.tracing import Pair, one_trace, sample_nodes
+from ppvae.inference.weights import draw
+
+
+@dataclass(frozen=True)
+class Calibration(Saved):
+    """Ranks of simulated latents among the guide's draws, and whether they are uniform.
+
+    Attributes:
+        ranks: {site: [replications, dims]}, how many of `num_draws` draws lie below the simulated value, ties broken at
+            random: uniform on 0 .. num_draws if the guide is exact.
+        p_values: {site: [dims]}, of a departure from uniformity as large as the one found, each dim by itself.
+        alpha: how often an exact guide fails, at most, over all dims together.
+    """
+
+    ranks: dict[str, Tensor]
+    p_values: dict[str, Tensor]
+    num_draws: int
+    alpha: float
+    seed: int
+    data: str = ""
+    digest: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The latents that were ranked."""
+        return tuple(self.ranks)
+
+    @property
+    def num_dims(self) -> int:
+        """How many ranks are tested, over all latents."""
+        return sum(len(p) for p in self.p_values.values())
+
+    @property
+    def level(self) -> float:
+        """The p-value below which a single dim fails: alpha shared by all dims (Bonferroni)."""
+        return self.alpha / max(1, self.num_dims)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every dim's ranks are uniform as far as can be told."""
+        return all(bool((p >= self.level).all()) for p in self.p_values.values())
+
+    def verdict(self, site: str, dim: int) -> str:
+        """What a dim's ranks say of the guide: "uniform", or how its draws differ from the latents."""
+        if self.p_values[site][dim] >= self.level:
+            return "uniform"
+        share = (self.ranks[site][:, dim].double() + 0.5) / (self.num_draws + 1)
+        errors = math.sqrt(1 / 12 / len(share)), math.sqrt(1 / 180 / len(share))
+        shift, spread = float(share.mean() - 0.5) / errors[0], float(((share - 0.5) ** 2).mean() - 1 / 12) / errors[1]
+        if abs(shift) > abs(spread):
+            return "too low" if shift > 0 else "too high"
+        return "too narrow" if spread > 0 else "too wide"
+
+    def table(self) -> dict[str, str]:
+        """The verdict on every latent, as words."""
+        count = len(next(iter(self.ranks.values()), ()))
+        rows = {
+            "data": f"{count} data simulated from the model, like {self.data or 'a tensor'}",
+            "verdict": ("no departure found" if self.passed else "the guide is not calibrated")
+            + f" (an exact guide fails with probability {self.alpha:g} at most)",
+        }
+        for site, p in self.p_values.items():
+            failed, worst = int((p < self.level).sum()), int(p.argmin())
+            rows[site] = f"{failed} of {len(p)} dims depart; smallest p-value {_p_words(float(p[worst]))}, dim {worst}"
+            if failed:
+                rows[site] += f": the guide's draws are {self.verdict(site, worst)}"
+        return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
+
+def _p_words(p: float) -> str:
+    return f"{p:.2g}" if p > 1e-10 else "below 1e-10"
+
+
+def calibration(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    replications: int = 2000,
+    num_draws: int = 99,
+    alpha: float = 0.01,
+    seed: int = 0,
+    assemble: Assemble | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Simulation-based calibration of a guide: latents and data from the model, ranks among draws of q(z | x).
+
+    If q(z | x) is the posterior, the simulated latent and the guide's draws are exchangeable and its rank is uniform.
+    The converse fails: a guide that ignores x and returns the prior passes. It says nothing of other data than the
+    model's own. Each dim is tested by its whole empirical distribution with an exact probability (Säilynoja et al.
+    2022, arXiv 2103.10522).
+
+    Args:
+        model, guide: a Pyro pair whose guide is a function of the data, or run.model, run.guide.
+        data: gives the shapes, and what the model is conditioned on, row after row; its observed values are replaced.
+            Fewer than fifty rows are slow: no more are simulated at once.
+        replications: how many latents and data are simulated.
+        num_draws: L, draws of the guide for each.
+        alpha: the probability that an exact guide fails, at most.
+        seed: of the simulated data and the draws.
+        assemble: (simulated values by site, batch) -> batch, where observed sites are not columns of the batch.
+
+    Raises:
+        ContractError: the pair breaks the contract, has a latent shared by all data or none that the guide samples, or
+            simulated values cannot be put into the batch; UsageError, DataError: bad arguments or data.
+
+    Source: Talts et al. 2018, Validating Bayesian inference algorithms (arXiv 1804.06788).
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2).double(), torch.zeros(50, 3).double()
+    >>> calibration(pair.model, pair.guide, x, replications=200).passed
+    True
+    """
+    for name, value, least in (("replications", replications, 20), ("num_draws", num_draws, 1)):
+        if value < least:
+            raise UsageError(f"{name}: expected at least {least}, found {value}")
+    if not 0 < alpha < 1:
+        raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
+    columns = _columns(data, seed)
+    model, guide = bound(model), bound(guide)
+    with undisturbed(), evaluating(model, guide), pyro.validation_enabled(False):
+        place = torch.device(device) if device is not None else _device(model, guide, columns)
+        s, size = _inspected(model, guide, columns, place)
+        if s.joint:
+            raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
+        s = replace(s, enumerated=())  # what would be summed out is drawn
+        total = len(columns[0])
+        size = min(size, total)
+        rows = torch.arange(-(-replications // size) * size if not s.indexes else total) % total
+        tiled = columns if s.indexes else tuple(_read(c, rows, place) for c in columns)
+        parts: list[dict[str, Tensor]] = []
+        left, number = replications, 0
+        masked: set[str] = set()
+        with tqdm(total=replications, desc="calibration", unit="datum", disable=_quiet(progress)) as bar:
+            while left:
+                start = number * size % len(rows)
+                block = Block(tiled, start, min(start + size, len(rows)), number, s, place)
+                count = min(left, block.size)
+                found, hidden = _ranks(model, guide, block, num_draws, seed, assemble)
+                parts.append({n: r[:count].cpu() for n, r in found.items()})
+                masked |= hidden
+                left, number = left - count, number + 1
+                bar.update(count)
+    ranks = {n: torch.cat([p[n] for p in parts]) for n in parts[0] if n not in masked}
+    if not ranks:
+        raise ContractError("the guide samples no latent without a mask: expected one at least, to rank")
+    table = pointwise(replications, num_draws + 1)
+    return Calibration(
+        ranks=ranks,
+        p_values={n: torch.tensor([p_value(c, num_draws + 1, table) for c in r.T]).double() for n, r in ranks.items()},
+        num_draws=num_draws,
+        alpha=alpha,
+        seed=seed,
+        data=getattr(columns[0], "description", ""),
+        digest=digest_of(columns),
+        notes=(f"left out, since a mask hides some of them: {', '.join(sorted(masked))}",) if masked else (),
+    )
+
+
+def _ranks(
+    model: Pair, guide: Pair, block: Block, num_draws: int, seed: int, assemble: Assemble | None
+) -> tuple[dict[str, Tensor], set[str]]:
+    """({site: ranks [N, dims]}, sites with a mask) of a block's rows, simulated anew."""
+    s = block.s
+    torch.manual_seed(stream(seed, block.number, "simulated"))
+    block, latents = simulated(model, s, block, assemble)
+    torch.manual_seed(stream(seed, block.number, "draws"))
+    sites = draw(guide, block.batch, num_draws, structure=s, index=block.index)
+    given = {} if block.index is None else {s.plate: block.index}
+    nodes = dict(sample_nodes(one_trace(guide, block.batch, s, given)))
+    found, masked = {}, set()
+    for name in sites:
+        if s.guide_roles[name] == "auxiliary":
+            continue
+        if mask_of(nodes[name]) is not None:
+            masked.add(name)
+        draws = _flat(sites[name].value, s, name, particle_dim(sites[name].value, s, name))
+        truth = _flat(latents[name].unsqueeze(0), s, name, 0)
+        below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
+        found[name] = (below + (torch.rand(below.shape, device=below.device) * (ties + 1)).long())[: block.size]
+    return found, masked
+
+
+def _flat(value: Tensor, s: Structure, name: str, particles: int) -> Tensor:
+    """[particles, *inner, batch, *event] -> [particles, N, dims]."""
+    data = value.dim() - s.event_dims[name] - 1
+    value = value.movedim((particles, data), (0, 1))
+    return value.reshape(*value.shape[:2], -1)

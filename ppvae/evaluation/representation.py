@@ -1,0 +1,315 @@
+"""What the latents carry: rate and distortion, KL per dim, active units, and the rate split by ELBO surgery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation.aggregate import split_rate
+from ppvae.evaluation.marginal import (
+    DATA_BLOCK,
+    PARTICLE_BLOCK,
+    Block,
+    _columns,
+    _device,
+    _inspected,
+    _quiet,
+    digest_of,
+    stream,
+)
+from ppvae.evaluation.saved import Saved, mean_words
+from ppvae.inference.evaluating import evaluating
+from ppvae.inference.particles import particle_dim, unfold_value
+from ppvae.inference.scope import bound
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.tracing import Pair
+from ppvae.inference.weights import Site, Terms, terms
+
+ACTIVE = 0.01  # Burda et al. 2016
+
+
+@dataclass(frozen=True)
+class Representation(Saved):
+    """What a guide puts into the latents, over a data set; nats, float64.
+
+    Attributes:
+        rate, distortion: [N], E_q[log q(z | x) - log p(z)] and -E_q[log p(x | z)]; ELBO = -(rate + distortion).
+        kl, kl_error: {site: [dims]}, the rate of each dim of a latent, averaged over the data, and its standard error
+            over them; a single number for a latent whose prior or guide does not factorise, or that is masked.
+        variance: {site: [dims]}, Var_x(E_q[u | x]) over the data, free of the bias of a finite number of draws (it may
+            come out a little below zero); a dim is active above 0.01 (Burda et al. 2016, arXiv 1509.00519).
+        surgery_rate: [N], the rate from the draws that the surgery used; None where there was none.
+        information_lower, information_upper: [N], log q(z | x) - log q(z) averaged over those draws, where q(z) is the
+            mean of q(z | x_m) over the N data, with the datum's own among them and without it. On average the first is
+            below the mutual information I_q(x; z) of the population and at most log N, the second above it
+            (Poole et al. 2019, arXiv 1905.06922).
+    """
+
+    rate: Tensor
+    distortion: Tensor
+    kl: dict[str, Tensor]
+    kl_error: dict[str, Tensor]
+    variance: dict[str, Tensor]
+    surgery_rate: Tensor | None
+    information_lower: Tensor | None
+    information_upper: Tensor | None
+    num_particles: int
+    seed: int
+    data: str = ""
+    digest: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The latents that were measured."""
+        return tuple(self.kl)
+
+    @property
+    def elbo(self) -> Tensor:
+        """-(rate + distortion), [N] nats."""
+        return -(self.rate + self.distortion)
+
+    @property
+    def marginal_kl_lower(self) -> Tensor | None:
+        """Rate minus `information_upper`, [N]: on average below KL(q(z) || p(z))."""
+        return self._without(self.information_upper)
+
+    @property
+    def marginal_kl_upper(self) -> Tensor | None:
+        """Rate minus `information_lower`, [N]: on average above KL(q(z) || p(z))."""
+        return self._without(self.information_lower)
+
+    def _without(self, information: Tensor | None) -> Tensor | None:
+        return None if self.surgery_rate is None or information is None else self.surgery_rate - information
+
+    def active(self, site: str, threshold: float = ACTIVE) -> Tensor:
+        """Which dims of a latent are active, [dims] bool."""
+        return self.variance[site] > threshold
+
+    def table(self) -> dict[str, str]:
+        """The numbers over the data set with standard errors, as words."""
+        rows = {
+            "data": f"{self.data or 'a tensor'}, {len(self.rate)} data",
+            "rate": f"{mean_words(self.rate)} nats per datum",
+            "distortion": f"{mean_words(self.distortion)} nats per datum",
+            "ELBO": mean_words(self.elbo),
+        }
+        for site, variance in self.variance.items():
+            dims = len(variance)
+            rows[f"active units of {site}"] = f"{int(self.active(site).sum())} of {dims} (Var_x E_q > {ACTIVE:g})"
+        for site, kl in self.kl.items():
+            rows[f"KL of {site}"] = f"{float(kl.sum()):.3f}" + (f" over {len(kl)} dims" if len(kl) > 1 else "")
+        if self.information_lower is not None:
+            top = math.log(len(self.rate))
+            low, high = mean_words(self.information_lower), mean_words(self.information_upper)
+            rows["mutual information"] = f"between {low} (at most log N = {top:.2f}) and {high}"
+            low, high = mean_words(self.marginal_kl_lower), mean_words(self.marginal_kl_upper)
+            rows["marginal KL"] = f"between {low} and {high}"
+        return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
+
+def representation(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    num_particles: int = 100,
+    surgery_draws: int = 1,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Representation:
+    """Measures what the latents carry of the data, for any pair whose latents the guide samples.
+
+    ELBO surgery splits the rate, averaged over the data, into I_q(x; z) + KL(q(z) || p(z)), with the aggregate
+    posterior q(z) = E_x q(z | x). With q(z) taken over the same N data both parts are biased, in a known direction:
+    each comes as a lower and an upper bound, whose distance shows the bias. It takes `surgery_draws` * N^2 densities of
+    the guide.
+
+    Args:
+        model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
+        data: a tensor [N, *event], a split, or a tuple of them.
+        num_particles: draws per datum.
+        surgery_draws: how many of them go into the surgery; 0 leaves it out.
+        seed: of the draws.
+
+    Raises:
+        ContractError: the pair breaks the contract, has a latent shared by all data, or enumerates a latent, so that
+            its rate does not stand apart; UsageError, DataError: bad arguments or data.
+
+    Source: Alemi et al. 2018 (arXiv 1711.00464) for rate and distortion; Hoffman and Johnson 2016, ELBO surgery.
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2).double(), torch.randn(40, 3).double()
+    >>> found = representation(pair.model, pair.guide, x)
+    >>> bool((found.elbo.mean() - pair.log_px(x).mean()).abs() < 1e-6), found.active("z").shape
+    (True, torch.Size([2]))
+    """
+    if num_particles < 2:
+        raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
+    if not 0 <= surgery_draws <= num_particles:
+        raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
+    columns = _columns(data, seed)
+    model, guide = bound(model), bound(guide)
+    with undisturbed(), evaluating(model, guide), pyro.validation_enabled(False):
+        place = torch.device(device) if device is not None else _device(model, guide, columns)
+        s, size = _inspected(model, guide, columns, place)
+        _check(s)
+        starts = range(0, len(columns[0]), size)
+
+        def blocks(words: str) -> Iterator[Block]:
+            with tqdm(starts, desc=words, unit="block", disable=_quiet(progress)) as bar:
+                for number, start in enumerate(bar):
+                    yield Block(columns, start, min(start + size, len(columns[0])), number, s, place)
+
+        looks: list[_Look] = []
+        for block in blocks("latents"):
+            looks.append(_Look(s, block.size, surgery_draws))
+            for t in _draws(model, guide, block, num_particles, seed):
+                looks[-1].add(t)
+        surgery, why = None, ""
+        if surgery_draws:
+            kept = [look.kept for look in looks]
+            latents = {n: torch.cat([k[n] for k in kept], 1) for n in kept[0]}
+            log_q, log_p = torch.cat([torch.cat(look.kept_logs, 1) for look in looks], -1)
+            surgery, why = split_rate(guide, latents, log_q, log_p, blocks("aggregate posterior"), s)
+    rate, distortion = (torch.cat([getattr(look, n) for look in looks]) for n in ("rate", "distortion"))
+    kl = {n: torch.cat([look.kl[n] for look in looks]) for n in looks[0].kl}
+    whole = [n for n, v in kl.items() if v.shape[1] == 1 and looks[0].dims[n] > 1]
+    notes = (f"KL of the whole latent: {', '.join(whole)} (masked, or no product over its dims)",) if whole else ()
+    return Representation(
+        rate=rate,
+        distortion=distortion,
+        kl={n: v.mean(0) for n, v in kl.items()},
+        kl_error={n: v.std(0, correction=min(1, len(v) - 1)) / math.sqrt(len(v)) for n, v in kl.items()},
+        variance={n: _variance(looks, n) for n in looks[0].moments},
+        surgery_rate=surgery[0] if surgery else None,
+        information_lower=surgery[1] if surgery else None,
+        information_upper=surgery[2] if surgery else None,
+        num_particles=num_particles,
+        seed=seed,
+        data=getattr(columns[0], "description", ""),
+        digest=digest_of(columns),
+        notes=notes + ((f"no mutual information: {why}",) if why else ()),
+    )
+
+
+def _check(s: Structure) -> None:
+    if s.joint:
+        raise ContractError("a latent is shared by all data: expected latents per datum, whose rate is one per datum")
+    if s.enumerated:
+        raise ContractError(
+            f"latents {list(s.enumerated)} are enumerated: expected latents that the guide samples, for a rate apart "
+            f"from the distortion; log_marginal gives the ELBO of such a pair"
+        )
+
+
+def _draws(model: Pair, guide: Pair, block: Block, num_particles: int, seed: int) -> Iterator[Terms]:
+    """Terms of a few particles at a time; of single ones where the pair takes no more."""
+    step = 1 if block.s.layout == "one by one" else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
+    for number, first in enumerate(range(0, num_particles, step)):
+        torch.manual_seed(stream(seed, block.number, number))
+        count = min(step, num_particles - first)
+        yield terms(model, guide, block.batch, count, structure=block.s, index=block.index)
+
+
+class _Look:
+    """Running means over the draws of a block of data, and the first draws themselves."""
+
+    def __init__(self, s: Structure, size: int, keep: int):
+        self.s, self.size, self.keep, self.count = s, size, keep, 0
+        self._sums: dict[str, Tensor] = {}
+        self.dims: dict[str, int] = {}
+        self.kept: dict[str, Tensor] = {}  # latents [draws, N, *inner, *event]
+        self.kept_logs: list[Tensor] = []  # (log q, log p) of them, [2, draws, N]
+
+    def add(self, t: Terms) -> None:
+        """Takes in terms of some particles."""
+        self._add("log_lik", t.log_lik[:, : self.size])
+        self._add("rate", (t.log_guide - t.log_prior)[:, : self.size])
+        for name, role in self.s.guide_roles.items():
+            if role != "latent":
+                continue
+            site, value = t.guide[name], self._flat(t.guide[name].value, name)
+            self.dims[name] = value[0, 0].numel()
+            difference = (site.log_prob - t.model[name].log_prob)[:, : self.size].double()
+            parts = self._per_dim(site, t.model[name], t.num_particles, difference)
+            self._add(f"kl of {name}", difference.unsqueeze(-1) if parts is None else parts)
+            if value.is_floating_point():
+                value = value.double().reshape(*value.shape[:2], -1)
+                self._add(f"u of {name}", value)
+                self._add(f"u^2 of {name}", value**2)
+        if self.count < self.keep:
+            some = min(self.keep - self.count, t.num_particles)
+            for n, site in t.guide.items():
+                value = self._flat(site.value, n)[:some]
+                self.kept[n] = torch.cat([self.kept[n], value]) if n in self.kept else value
+            self.kept_logs.append(torch.stack([t.log_guide, t.log_prior])[:, :some, : self.size])
+        self.count += t.num_particles
+
+    def _add(self, name: str, values: Tensor) -> None:
+        """Adds [particles, N, ...] to a sum over particles."""
+        total = values.sum(0)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def _flat(self, value: Tensor, name: str) -> Tensor:
+        """[particles, *inner, batch, *event] -> [particles, N, *inner, *event]."""
+        data = value.dim() - self.s.event_dims[name] - 1
+        return value.movedim((particle_dim(value, self.s, name), data), (0, 1))[:, : self.size]
+
+    def _per_dim(self, q: Site, p: Site, count: int, difference: Tensor) -> Tensor | None:
+        """The log-ratio of every dim, [particles, N, dims]; None where the two are no products over them."""
+        try:
+            both = [site.per_event() for site in (q, p)]
+        except ValueError:
+            both = [site.distribution.log_prob(site.traced) for site in (q, p)] if not self.s.event_dims[q.name] else []
+        if not both:
+            return None
+        shape = torch.broadcast_shapes(q.traced.shape, *(b.shape for b in both))
+        ratio = (both[0].double() - both[1].double()).expand(shape)
+        if self.s.layout == "folded":
+            ratio = unfold_value(ratio, self.s, q.name, count, q.log_prob.shape[-1])
+        elif self.s.layout == "one by one":
+            ratio = ratio.unsqueeze(0)
+        if ratio.shape != q.value.shape:
+            return None
+        flat = self._flat(ratio, q.name)
+        flat = flat.reshape(*flat.shape[:2], -1)
+        return flat if torch.allclose(flat.sum(-1), difference, rtol=1e-3, atol=1e-3, equal_nan=True) else None
+
+    @property
+    def rate(self) -> Tensor:
+        return (self._sums["rate"] / self.count).cpu()
+
+    @property
+    def distortion(self) -> Tensor:
+        return (-self._sums["log_lik"] / self.count).cpu()
+
+    @property
+    def kl(self) -> dict[str, Tensor]:
+        """{site: [N, dims]}."""
+        return self._of("kl of ")
+
+    @property
+    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{site: (E_q[u | x], variance of that mean over draws)}, both [N, dims]."""
+        first, second = self._of("u of "), self._of("u^2 of ")
+        return {n: (m, (second[n] - m**2).clamp(min=0) / (self.count - 1)) for n, m in first.items()}
+
+    def _of(self, prefix: str) -> dict[str, Tensor]:
+        found = {n.removeprefix(prefix): v for n, v in self._sums.items() if n.startswith(prefix)}
+        return {n: (v / self.count).cpu() for n, v in found.items()}
+
+
+def _variance(looks: list[_Look], name: str) -> Tensor:
+    """Var_x(E_q[u | x]) = variance of the means of K draws, minus what K draws add to it; [dims]."""
+    means, errors = (torch.cat(parts) for parts in zip(*(look.moments[name] for look in looks), strict=True))
+    return means.var(0, correction=1 if len(means) > 1 else 0) - errors.mean(0)

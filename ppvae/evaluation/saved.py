@@ -1,0 +1,116 @@
+"""Results as files: numbers and words in `<name>.json`, arrays beside them in `<name>.npz`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.errors import CheckpointError
+
+
+class Saved:
+    """A frozen dataclass of tensors, dicts of tensors, numbers and words that can be written and read back."""
+
+    def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Writes `<name>.json` and `<name>.npz`, each whole or not at all; by default under the result's own name."""
+        folder, kind = Path(directory), type(self).__name__
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, np.ndarray] = {}
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                arrays[field.name] = value.cpu().numpy()
+            elif isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values()):
+                plain[field.name] = {"sites": list(value)}
+                arrays |= {f"{field.name}/{i}": v.cpu().numpy() for i, v in enumerate(value.values())}
+            else:
+                plain[field.name] = _plain(value)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        path = folder / f"{name or kind.lower()}.json"
+        content = {"kind": kind, "table": self.table(), "fields": plain}
+        _write(path.with_suffix(".npz"), buffer.getvalue())
+        _write(path, (json.dumps(content, allow_nan=False) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads what `save` wrote, given the path of the JSON file.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or holds a result of another kind.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text())
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            if content["kind"] != cls.__name__:
+                raise CheckpointError(f"{path}: expected a result of kind {cls.__name__}, found {content['kind']}")
+            values: dict[str, Any] = {}
+            for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+                if field.name in arrays:
+                    values[field.name] = arrays[field.name]
+                    continue
+                value = content["fields"][field.name]
+                if isinstance(value, dict) and "sites" in value:
+                    value = {site: arrays[f"{field.name}/{i}"] for i, site in enumerate(value["sites"])}
+                values[field.name] = tuple(value) if isinstance(value, list) else _number(value)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path}: not a saved {cls.__name__} ({type(error).__name__}: {error})") from error
+        return cls(**values)
+
+    def table(self) -> dict[str, str]:
+        """The numbers over the data set as words, for printing."""
+        raise NotImplementedError
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean over the data and its standard error; NaN for one datum."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def mean_words(values: Tensor | None) -> str:
+    """Mean over the data and its standard error, as words.
+
+    >>> mean_words(torch.tensor([1.0, 3.0]))
+    '2.000 ± 1.000'
+    """
+    if values is None:
+        return "not known"
+    return "{:.3f} ± {:.3f}".format(*mean_and_error(values))
+
+
+def kind_of(path: Path) -> str:
+    """Which result a JSON file holds; an empty string where it is none of these."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(content.get("kind", "")) if isinstance(content, dict) else ""
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON takes it: a number that is not finite becomes a string."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    os.replace(partial, path)
