@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyro
 import torch
@@ -13,6 +13,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ppvae.inference.tracing import Pair
+
+if TYPE_CHECKING:
+    from ppvae.inference.capture import Captured
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -32,14 +35,41 @@ class SVI:
     True
     """
 
-    def __init__(self, model: Pair, guide: Pair, optim: Optimizer, loss: ELBO):
+    def __init__(self, model: Pair, guide: Pair, optim: Optimizer, loss: ELBO, compile: bool = False):
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.optimizer: torch.optim.Optimizer | None = None
         self.params: list[Tensor] = []
         self._known = -1
+        self._captured: Captured | None = None
+        if compile:
+            self.kernels = "compiled"
+
+    @property
+    def kernels(self) -> str:
+        """How gradients are computed: "eager"; "graph", the same to the last bit; "compiled", up to rounding."""
+        return self._captured.kernels if self._captured else "eager"
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        if kernels not in ("eager", "graph", "compiled"):
+            raise ValueError(f"kernels: expected 'eager', 'graph' or 'compiled', found {kernels!r}")
+        if kernels == "eager":
+            self._captured = None
+            return
+        from ppvae.inference.capture import Captured
+
+        self._captured = Captured(self, kernels)
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
+        if self._captured is not None:
+            for p in self.params:
+                p.grad = None
+            return self._captured.gradients(args, kwargs)
+        return self.eager_gradients(*args, **kwargs)
+
+    def eager_gradients(self, *args: Any, **kwargs: Any) -> float:
+        """The same from a run of the pair itself."""
         for p in self.params:
             p.grad = None
         if self._known == len(pyro.get_param_store()):

@@ -1,0 +1,225 @@
+"""A run of a pair as one graph of tensor operations, with every tensor that it reads as an input."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ppvae.inference.tracing import unread
+
+
+class Uncapturable(Exception):
+    """Why a run cannot be a graph."""
+
+
+@final
+class Graph:
+    """A function of a batch, `graph(*args)`, over tensors that it holds and reads as they stand.
+
+    Attributes:
+        held: parameters, buffers and other tensors, by identity.
+        read: tensors whose values were read into Python while the graph was captured, with their versions.
+        module: the operations, as a function of (*held, *args).
+    """
+
+    def __init__(self, module: fx.GraphModule, held: Sequence[Tensor], read: list[tuple[Tensor, int]]):
+        self.module, self.held, self.read = module, list(held), read
+        self._forward: Callable[..., Any] = module.forward
+        self._kinds = [_kind(t) for t in held]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the tensors that are held still have the shapes, types and devices of the capture."""
+        return [_kind(t) for t in self.held] == self._kinds
+
+    def __call__(self, *args: Tensor) -> list[Any]:
+        with torch.no_grad():
+            return list(self._forward(*self.held, *args))
+
+    def compiled(self, args: Sequence[Tensor]) -> Graph:
+        """The same function compiled by inductor, drawing the same noise in the same order.
+
+        Raises whatever inductor raises, for example where there is no C++ compiler, and Uncapturable where noise
+        depends on values, so that its order could not be kept.
+        """
+        import torch._inductor.config as config
+        from torch._inductor.compile_fx import compile_fx
+
+        noise, rest = _without_noise(self.module)
+        _plain_bias(rest)
+        options = {"fallback_random": True, "cpp.use_decompose_tanh": True}
+        known = {k: v for k, v in options.items() if k in config._config}
+        inputs = [t.detach() for t in (*self.held, *args)]
+        with _quiet(), torch.no_grad(), config.patch(known):
+            drawn = list(noise.forward(*inputs))
+            call = compile_fx(rest, [*drawn, *inputs])
+            call(*drawn, *inputs)  # compiles now
+        new = Graph(rest, self.held, self.read)
+        draw = noise.forward
+        new._forward = lambda *tensors: call(*draw(*tensors), *tensors)
+        return new
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device, t.requires_grad
+
+
+def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], args: Sequence[Tensor]) -> Graph:
+    """The graph of `run`, which reads the tensors `held` and `args` (found by identity) and any others.
+
+    What is not a tensor is baked in: numbers, flags, the course of Python code, shapes. Values of tensors are not, and
+    a run that looks at them is refused.
+
+    Raises:
+        Uncapturable: the run's course depends on the values of tensors; or whatever the run itself raises.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = list({id(t): t for t in held}.values())
+    count = len(inputs)
+    static = _Static()
+
+    def traced(*_: Tensor) -> tuple[Tensor | None, ...]:
+        with static, _Unread(), unread():
+            return tuple(run())
+
+    try:
+        module = make_fx(traced)(*inputs, *args)
+    except (RuntimeError, ValueError) as error:
+        text = str(error)
+        if "tracing tensor" in text or "data-dependent" in text.lower() or "proxy" in text.lower():
+            raise Uncapturable("its course depends on the values of tensors") from error
+        raise
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    first = places[count] if len(places) > count else places[-1].next
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        if not isinstance(value, Tensor):
+            raise Uncapturable(f"it runs {type(value).__name__} that is not a tensor operation")
+        known = next((i for i, t in enumerate(inputs) if t is value), None)
+        if known is None:
+            inputs.append(value)
+            with graph.inserting_before(first):
+                place = graph.placeholder(f"held_{len(inputs)}")
+            places.insert(len(inputs) - 1, place)
+            known = len(inputs) - 1
+        node.replace_all_uses_with(places[known])
+        graph.erase_node(node)
+    _tidy(graph)
+    return Graph(fx.GraphModule({}, graph), inputs, static.read)
+
+
+_ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Takes out what computes nothing; draws and changes in place stay, so that noise and buffers are as they were."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ALIASES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda n: n.is_impure() or _random(n))
+    graph.lint()
+
+
+def _random(node: fx.Node) -> bool:
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The draws of a graph, in order, as a function of its inputs, and the rest of it as one of draws and inputs."""
+    early: dict[fx.Node, None] = {}
+    for node in module.graph.nodes:
+        if node.target in _EMPTY or (_random(node) and all(n in early for n in node.all_input_nodes)):
+            early[node] = None
+        elif _random(node):
+            raise Uncapturable("noise depends on values")
+    noise, rest = fx.Graph(), fx.Graph()
+    places: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            places[node] = noise.placeholder(node.name)
+        elif node in early:
+            places[node] = noise.node_copy(node, places.__getitem__)
+    drawn = [n for n in early if _random(n) and any(u not in early for u in n.users)]
+    noise.output(tuple(places[n] for n in drawn))
+    left = {n: rest.placeholder(f"noise_{i}") for i, n in enumerate(drawn)}
+    for node in module.graph.nodes:
+        if node not in left and not (node in early and _random(node)):
+            left[node] = rest.node_copy(node, left.__getitem__)
+    for node in list(rest.nodes):  # a draw is put where nothing was yet
+        if node.target in _EMPTY and not node.users:
+            rest.erase_node(node)
+    return fx.GraphModule({}, noise), fx.GraphModule({}, rest)
+
+
+_EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default)
+
+
+def _plain_bias(module: fx.GraphModule) -> None:
+    """Adds the bias of a product on the CPU after it, where it melts into what follows instead of filling memory."""
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target is not aten.addmm.default or node.kwargs:
+            continue
+        bias, a, b = node.args
+        meta = bias.meta.get("tensor_meta")
+        if meta is None or len(meta.shape) != 1 or bias.meta["val"].device.type != "cpu":
+            continue
+        with module.graph.inserting_before(node):
+            product = module.graph.call_function(aten.mm.default, (a, b))
+            total = module.graph.call_function(aten.add.Tensor, (product, bias))
+        node.replace_all_uses_with(total)
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+class _Static(TorchDispatchMode):
+    """Refuses operations whose output's shape depends on values, and notes tensors whose values Python reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.dynamic_output_shape in func.tags:
+            indices = args[1] if "index" in func.name() and len(args) > 1 else (None,)
+            kinds = [t.dtype for t in indices if isinstance(t, Tensor)] if isinstance(indices, list | tuple) else []
+            if not kinds or torch.bool in kinds or torch.uint8 in kinds:
+                raise Uncapturable(f"the shape of what {func.name()} gives depends on values")
+        elif torch.Tag.data_dependent_output in func.tags:
+            self.read += [(t, t._version) for t in args if isinstance(t, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__}
+
+
+class _Unread(TorchFunctionMode):
+    """Refuses to hand the values of a tensor to Python unseen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            raise Uncapturable(f"it reads values into Python ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps a remark about a missing CUDA runtime from being made while code for the CPU is compiled."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
