@@ -1,10 +1,10 @@
-"""Training steps from captured graphs: made once, checked against the pair itself, and dropped when anything changes."""
+"""Training steps from captured graphs: made once, checked against the pair, dropped when anything changes."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import random
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +12,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppvae.inference.graphs import Graph, Uncapturable, capture
 from ppvae.inference.scope import unbound
+from ppvae.inference.snapshot import Snapshot
 from ppvae.inference.watching import Watch
 
 if TYPE_CHECKING:
@@ -27,54 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ppvae")
 WAIT = 20  # steps that a new kind of batch, or a change, must have lasted before a graph is made of it
+SECONDS_PER_NODE = 0.8  # what a graph's steps must take eagerly before compiling it pays: a node costs about 0.1 s
 EVERY = 1024  # steps after which a graph is checked against the pair again; also at steps 1, 2, 4, ...
-
-
-@final
-class Snapshot:
-    """What a run of a pair changes besides what it returns: random states, and buffers of the modules it calls."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._before: list[tuple[Tensor, Tensor]] = []
-        self._met: set[int] = set()
-        self._noise = self._random()
-
-    def _random(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Keeps the buffers of each module that is called meanwhile, as they are before the call."""
-        hook = nn.modules.module.register_module_forward_pre_hook(self._keep)
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        try:
-            yield
-        finally:
-            hook.remove()
-        same = all(np.array_equal(a, b) for a, b in zip(numpy, np.random.get_state(), strict=True))  # noqa: NPY002
-        if random.getstate() != python or not same:
-            raise Uncapturable("it draws from Python's or numpy's random numbers")
-
-    def _keep(self, module: nn.Module, _: Any) -> None:
-        if id(module) not in self._met:
-            self._met.add(id(module))
-            self._before += [(b, b.detach().clone()) for b in module.buffers() if all(b is not k for k, _ in self._before)]
-
-    def now(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(random states, buffers) as they are."""
-        return self._random(), [b.detach().clone() for b, _ in self._before]
-
-    def restore(self, to: tuple[list[Tensor], list[Tensor]] | None = None) -> None:
-        """Puts back what was there before, or what `now` gave."""
-        noise, buffers = to if to is not None else (self._noise, [kept for _, kept in self._before])
-        torch.set_rng_state(noise[0])
-        if len(noise) > 1:
-            torch.cuda.set_rng_state(noise[1], self._device)
-        with torch.no_grad():
-            for (buffer, _), kept in zip(self._before, buffers, strict=True):
-                buffer.copy_(kept)
 
 
 @contextmanager
@@ -114,12 +68,13 @@ class Captured:
     "compiled" for what inductor makes of the first graph where that is faster, which gives the same up to rounding.
     """
 
-    def __init__(self, svi: SVI, kernels: str):
-        self.svi, self.kernels = svi, kernels
+    def __init__(self, svi: SVI, kernels: str, seconds: float, settled: bool):
+        self.svi, self.kernels, self._settled = svi, kernels, settled
+        self._largest = math.inf if settled else seconds / SECONDS_PER_NODE  # graph worth compiling
         self.refusal = ""
         self._graphs: dict[Any, _Kept] = {}
         self._seen: dict[Any, int] = {}
-        self._first = True
+        self._first, self._again = True, True
 
     def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Leaves the loss's gradients in `.grad` of the parameters, which have none, and returns the loss."""
@@ -141,7 +96,7 @@ class Captured:
         return _put(kept, kept.graph(*args))
 
     def _drop(self, what: str) -> None:
-        """Forgets all graphs; what inductor has made is not made again, so that a schedule does not compile for ever."""
+        """Forgets all graphs; nothing is compiled again, so that a schedule does not compile for ever."""
         log.info("ppvae: captured steps are made anew: %s has changed", what)
         self._graphs.clear()
         self._seen.clear()
@@ -182,10 +137,15 @@ class Captured:
             kept = _Kept(graph, watch, params)
             before.restore()
             self._agree(graph(*args), loss, grads, kept, before.now(), after)
-            if first and self.kernels == "compiled":
+            if first and self.kernels == "compiled" and len(graph.module.graph.nodes) <= self._largest:
                 kept.graph = self._faster(kept, args, before, loss, grads, after)
+            elif first:
+                self.kernels = "graph"
         except Exception as error:
-            self._refuse(str(error) if isinstance(error, Uncapturable) else _line(error))
+            if first and self._again:  # what a pair sets up at its first run is in place at the second
+                self._first, self._again = True, False
+            else:
+                self._refuse(_line(error))
             before.restore(after)
             _set(svi.params, grads)
             return loss
@@ -225,7 +185,7 @@ class Captured:
     def _agree(
         self, out: Sequence[Tensor], loss: float, grads: Sequence[Tensor | None], kept: _Kept, now: Any, after: Any
     ) -> None:
-        """Raises Uncapturable unless a graph gave the loss, gradients, buffers and random state of the pair's own run."""
+        """Raises Uncapturable unless a graph gave the loss, gradients, buffers and noise of the pair's own run."""
         if any(not torch.equal(a, b) for a, b in zip(now[0], after[0], strict=True)):
             raise Uncapturable("its noise is not drawn as in the graph")
         own = {id(p): g for p, g in zip(self.svi.params, grads, strict=True) if g is not None}
@@ -245,16 +205,15 @@ class Captured:
         self, kept: _Kept, args: tuple[Tensor, ...], before: Snapshot, loss: float, grads: Any, after: Any
     ) -> Graph:
         """The compiled form of a graph, if it can be made, agrees, and is faster; or else the graph."""
-        graph, why = kept.graph, ""
+        graph = kept.graph
         try:
             compiled = graph.compiled(args)
             before.restore()
             self._agree(compiled(*args), loss, grads, kept, before.now(), after)
-            if _seconds(compiled, args) < 0.95 * _seconds(graph, args):
+            if self._settled or _seconds(compiled, args) < 0.95 * _seconds(graph, args):
                 return compiled
         except Exception as error:
-            why = str(error) if isinstance(error, Uncapturable) else _line(error)
-            log.warning("ppvae: captured steps are not compiled: %s", why)
+            log.warning("ppvae: captured steps are not compiled: %s", _line(error))
         self.kernels = "graph"
         return graph
 
@@ -314,4 +273,6 @@ def _seconds(graph: Graph, args: tuple[Tensor, ...]) -> float:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, Uncapturable):
+        return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -49,22 +49,51 @@ class Graph:
         Raises whatever inductor raises, for example where there is no C++ compiler, and Uncapturable where noise
         depends on values, so that its order could not be kept.
         """
-        import torch._inductor.config as config
-        from torch._inductor.compile_fx import compile_fx
-
-        noise, rest = _without_noise(self.module)
-        _plain_bias(rest)
-        options = {"fallback_random": True, "cpp.use_decompose_tanh": True}
-        known = {k: v for k, v in options.items() if k in config._config}
-        inputs = [t.detach() for t in (*self.held, *args)]
-        with _quiet(), torch.no_grad(), config.patch(known):
-            drawn = list(noise.forward(*inputs))
-            call = compile_fx(rest, [*drawn, *inputs])
-            call(*drawn, *inputs)  # compiles now
-        new = Graph(rest, self.held, self.read)
-        draw = noise.forward
-        new._forward = lambda *tensors: call(*draw(*tensors), *tensors)
+        new = Graph(self.module, self.held, self.read)
+        new._forward = compiled(self.module, [*self.held, *args])
         return new
+
+    def divided(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(what does not depend on noise, as a function of the inputs; the rest, as a function of what that gives)."""
+        noisy: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            if _random(node) or node.target in _EMPTY or any(n in noisy for n in node.all_input_nodes):
+                noisy.add(node)
+                changed = node.args[0] if node.op == "call_function" and node.target._schema.is_mutable else node
+                if isinstance(changed, fx.Node) and changed not in noisy:
+                    raise Uncapturable("it changes in place what is the same for all draws")
+        once, each = fx.Graph(), fx.Graph()
+        places: dict[fx.Node, fx.Node] = {}
+        for node in self.module.graph.nodes:
+            if node not in noisy and node.op != "output":
+                places[node] = once.node_copy(node, places.__getitem__)
+        shared = [n for n in places if any(u in noisy or u.op == "output" for u in n.users)]
+        once.output(tuple(places[n] for n in shared))
+        left = {n: each.placeholder(n.name) for n in shared}
+        for n in shared:
+            left[n].meta = dict(n.meta)
+        for node in self.module.graph.nodes:
+            if node in noisy or node.op == "output":
+                left[node] = each.node_copy(node, left.__getitem__)
+        return fx.GraphModule({}, once), fx.GraphModule({}, each)
+
+
+def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A graph compiled by inductor, as `Graph.compiled` says."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    noise, rest = _without_noise(module)
+    draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
+    _plain_bias(rest)
+    name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
+    options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
+    inputs = [t.detach() for t in inputs]
+    with _quiet(), torch.no_grad(), config.patch(options):
+        drawn = list(draw(*inputs))
+        call: Any = compile_fx(rest, [*drawn, *inputs])
+        call(*drawn, *inputs)  # compiles now
+    return lambda *tensors: call(*draw(*tensors), *tensors)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
@@ -184,21 +213,37 @@ def _plain_bias(module: fx.GraphModule) -> None:
 
 
 class _Static(TorchDispatchMode):
-    """Refuses operations whose output's shape depends on values, and notes tensors whose values Python reads."""
+    """Refuses operations whose output's shape depends on values, and knows which values are the same at every run.
+
+    Those are made of numbers alone, and may be read into Python; so may those of tensors that stood outside before the
+    run and are none of its inputs, which are noted, so that a change is noticed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.read: list[tuple[Tensor, int]] = []
+        self._fixed: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.dynamic_output_shape in func.tags:
-            indices = args[1] if "index" in func.name() and len(args) > 1 else (None,)
+        inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        fixed = all(id(t) in self._fixed for t in inputs) and torch.Tag.nondeterministic_seeded not in func.tags
+        if torch.Tag.dynamic_output_shape in func.tags and not fixed:
+            indices = args[1] if "index" in func.name() and len(args) > 1 else None
             kinds = [t.dtype for t in indices if isinstance(t, Tensor)] if isinstance(indices, list | tuple) else []
             if not kinds or torch.bool in kinds or torch.uint8 in kinds:
                 raise Uncapturable(f"the shape of what {func.name()} gives depends on values")
-        elif torch.Tag.data_dependent_output in func.tags:
-            self.read += [(t, t._version) for t in args if isinstance(t, Tensor)]
-        return func(*args, **(kwargs or {}))
+        if torch.Tag.data_dependent_output in func.tags:
+            if fixed:
+                with torch._C._DisableTorchDispatch():
+                    return func(*args, **(kwargs or {}))
+            self.read += [(t, t._version) for t in inputs if id(t) not in self._fixed]
+        out = func(*args, **(kwargs or {}))
+        if fixed:
+            self._fixed.update((id(t), t) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+        elif func._schema.is_mutable:
+            written = {t.untyped_storage()._cdata for t in inputs if id(t) in self._fixed}
+            self._fixed = {i: t for i, t in self._fixed.items() if t.untyped_storage()._cdata not in written}
+        return out
 
 
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__}
@@ -210,7 +255,17 @@ class _Unread(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
             raise Uncapturable(f"it reads values into Python ({func.__name__})")
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """torch's own, which looks for the largest class first; a class that is too large is an error here as there."""
+    if num_classes < 1:
+        raise Uncapturable("one_hot without num_classes reads values")
+    hot = torch.zeros(*tensor.shape, num_classes, dtype=torch.long, device=tensor.device)
+    return hot.scatter(-1, tensor.unsqueeze(-1), 1)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 # code that does not change while a program runs; objects made from it are looked into all the same
-_STILL = {*sys.stdlib_module_names, "torch", "pyro", "numpy", "scipy", "pandas", "sklearn", "tqdm", "ppvae"} - {"__main__"}
+_STILL = {*sys.stdlib_module_names, "torch", "pyro", "numpy", "scipy", "pandas", "sklearn", "tqdm", "ppvae"} - {
+    "__main__"
+}
 _PLAIN = (int, float, complex, str, bytes, type(None), range, slice, enum.Enum, torch.dtype, torch.device)
 _MOST = 50_000  # values
 
@@ -72,9 +74,9 @@ class Watch:
             if t._version != version:
                 return "a tensor whose values were read into Python"
         now = self._now()
-        if len(now) != len(self._values) or not all(map(is_, now, self._values)):
-            if what := self._changed_in_dicts():
-                return what
+        same = len(now) == len(self._values) and all(map(is_, now, self._values))
+        if not same and (what := self._changed_in_dicts()):
+            return what
         for reading in self._readings:
             current, seen = reading.read(), reading.seen
             if len(current) == len(seen) and all(map(is_, current, seen)):
