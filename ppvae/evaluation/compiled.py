@@ -82,8 +82,8 @@ class Cells:
                 if len(graph.module.graph.nodes) * SECONDS_PER_NODE > seconds:
                     return
                 once, each = graph.divided()
-                self._once, self._held = once.forward, graph.held  # type: ignore[assignment]
-                shared = once.forward(*graph.held, *self._batch)  # type: ignore[operator]
+                self._once, self._held = once.forward, graph.held
+                shared = once.forward(*graph.held, *self._batch)
                 call = compiled(each, shared)
                 state = torch.get_rng_state()
                 expected = self._run()

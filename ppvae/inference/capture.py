@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ppvae.inference.svi import SVI
 
 log = logging.getLogger("ppvae")
-WAIT = 20  # steps that a new kind of batch, or a change, must have lasted before a graph is made of it
+WAIT = 20  # steps before a graph is made of a new kind of batch, or after a change; twice as many after each change
 SECONDS_PER_NODE = 0.8  # what a graph's steps must take eagerly before compiling it pays: a node costs about 0.1 s
 EVERY = 1024  # steps after which a graph is checked against the pair again; also at steps 1, 2, 4, ...
 
@@ -74,7 +74,7 @@ class Captured:
         self.refusal = ""
         self._graphs: dict[Any, _Kept] = {}
         self._seen: dict[Any, int] = {}
-        self._first, self._again = True, True
+        self._first, self._again, self._changes = True, True, 0
 
     def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Leaves the loss's gradients in `.grad` of the parameters, which have none, and returns the loss."""
@@ -87,7 +87,7 @@ class Captured:
             kept = None
         if kept is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if not self._first and self._seen[key] < WAIT:
+            if not self._first and self._seen[key] < WAIT << min(self._changes, 6):
                 return self.svi.eager_gradients(*args)
             return self._make(key, args)
         kept.uses += 1
@@ -100,6 +100,7 @@ class Captured:
         log.info("ppvae: captured steps are made anew: %s has changed", what)
         self._graphs.clear()
         self._seen.clear()
+        self._changes += 1
         self.kernels = "graph"
 
     def _refuse(self, why: str) -> None:
@@ -120,9 +121,6 @@ class Captured:
             return loss
         after, grads = before.now(), [p.grad for p in svi.params]
         try:
-            differentiable = getattr(svi.loss, "differentiable_loss", None)
-            if differentiable is None:
-                raise Uncapturable(f"{type(svi.loss).__name__} has no differentiable_loss")
             watch = Watch(model=unbound(svi.model), guide=unbound(svi.guide), loss=svi.loss)
             ids = {id(p) for p in svi.params}
             names = [n for n, p in pyro.get_param_store()._params.items() if id(p) in ids]
@@ -130,7 +128,7 @@ class Captured:
             params: list[Tensor] = []
             before.restore()
             with staying_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad():
-                graph = capture(lambda: _loss_and_gradients(differentiable, svi, args, params), svi.params, args)
+                graph = capture(lambda: _loss_and_gradients(svi, args, params), svi.params, args)
             if what := watch.changed():
                 raise Uncapturable(f"it changes {what} as it runs")
             watch.tensors, watch.read = {id(t) for t in graph.held}, graph.read
@@ -218,16 +216,24 @@ class Captured:
         return graph
 
 
-def _loss_and_gradients(
-    differentiable: Callable[..., Tensor], svi: SVI, args: tuple[Tensor, ...], params: list[Tensor]
-) -> list[Tensor]:
+def _loss_and_gradients(svi: SVI, args: tuple[Tensor, ...], params: list[Tensor]) -> list[Tensor]:
     """[loss, a gradient for each of the parameters that have one], each gradient in memory of its own."""
-    loss = differentiable(svi.model, svi.guide, *args)
-    wanted = [p for p in svi.params if p.requires_grad]
-    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    params[:] = [p for p, g in zip(wanted, grads, strict=True) if g is not None]
+    if type(svi.loss).loss_and_grads.__module__.startswith("pyro."):  # made to stay in tensors
+        _set(svi.params, [None] * len(svi.params))
+        loss = svi.loss.loss_and_grads(svi.model, svi.guide, *args)
+        grads = [p.grad for p in svi.params]
+    elif hasattr(svi.loss, "differentiable_loss"):
+        loss = svi.loss.differentiable_loss(svi.model, svi.guide, *args)
+        wanted = [p for p in svi.params if p.requires_grad]
+        found = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True), strict=True))
+        grads = [found.get(id(p)) for p in svi.params]
+    else:
+        raise Uncapturable(f"{type(svi.loss).__name__} has no differentiable_loss")
+    if not isinstance(loss, Tensor):
+        raise Uncapturable(f"{type(svi.loss).__name__} reads its values into Python")
+    params[:] = [p for p, g in zip(svi.params, grads, strict=True) if g is not None]
     out, taken = [loss.detach()], {t.untyped_storage()._cdata for t in (*svi.params, *args)}
-    for p, g in zip(wanted, grads, strict=True):
+    for p, g in zip(svi.params, grads, strict=True):
         if g is None:
             continue
         if g.stride() != p.stride() or g.untyped_storage()._cdata in taken:  # as .grad of an eager run

@@ -227,6 +227,10 @@ class _Static(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         fixed = all(id(t) in self._fixed for t in inputs) and torch.Tag.nondeterministic_seeded not in func.tags
+        if torch.Tag.dynamic_output_shape in func.tags and not fixed and not any(map(_tracked, inputs)):
+            self.read += [(t, t._version) for t in inputs]
+            with torch._C._DisableTorchDispatch():  # of tensors that stand outside: a constant, too
+                return func(*args, **(kwargs or {}))
         if torch.Tag.dynamic_output_shape in func.tags and not fixed:
             indices = args[1] if "index" in func.name() and len(args) > 1 else None
             kinds = [t.dtype for t in indices if isinstance(t, Tensor)] if isinstance(indices, list | tuple) else []
@@ -244,6 +248,14 @@ class _Static(TorchDispatchMode):
             written = {t.untyped_storage()._cdata for t in inputs if id(t) in self._fixed}
             self._fixed = {i: t for i, t in self._fixed.items() if t.untyped_storage()._cdata not in written}
         return out
+
+
+def _tracked(t: Tensor) -> bool:
+    """Whether a tensor is an input of the run that is captured, or made from one."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    return mode is not None and get_proxy_slot(t, mode.tracer, None) is not None
 
 
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__}

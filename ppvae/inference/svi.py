@@ -34,8 +34,8 @@ class SVI:
     dicts, globals that their code names), and captures anew; parameters, buffers and other tensors are read as they
     stand. What a run writes into attributes is not written, arguments are not validated, and what hides in iterators,
     files or clocks is not seen: at steps 1, 2, 4, ... and every 1024 the graph is compared with a run of the pair. A
-    pair that looks at the values of tensors, draws from other random numbers than torch's, changes its own attributes,
-    or whose loss lacks `differentiable_loss`, steps eagerly; one line in the log "ppvae" says why.
+    pair that looks at the values of tensors, draws from other random numbers than torch's, or changes its own
+    attributes, or a loss that reads its values, steps eagerly; one line in the log "ppvae" says why.
 
     >>> import functools
     >>> from ppvae.models import LinearGaussian
