@@ -56,7 +56,7 @@ class Cells:
                 self._seconds.append(now - self._asked)
             self._asked = now
             if len(self._seconds) >= LOOK:
-                self._compile(min(self._seconds) * self._left)
+                self.compile(min(self._seconds) * self._left)
         if self._each is None or [(t.shape, t.dtype) for t in self._batch] != self._kinds:
             return None
         assert self._once is not None
@@ -69,7 +69,8 @@ class Cells:
         t = terms(self.model, self.guide, self._batch, self.num_particles, structure=self.s)
         return [t.log_weight, t.elbo]
 
-    def _compile(self, seconds: float) -> None:
+    def compile(self, seconds: float) -> None:
+        """Captures and compiles, where what is to come would take so many seconds as things are."""
         self._over = True
         if seconds < LEAST:
             return
