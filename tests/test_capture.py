@@ -31,6 +31,7 @@ from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+SGD = functools.partial(torch.optim.SGD, lr=1e-3)  # Adam would blow up gradients that are rounding alone
 OBJECTIVES = {
     "ELBO": objectives.ELBO,
     "beta": lambda: objectives.ELBO(2, beta=0.5),
@@ -40,9 +41,7 @@ OBJECTIVES = {
     "TraceGraph_ELBO": TraceGraph_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
 }
-EAGER_PARTS = {  # their values decide what is computed
-    "PerDatum", "PerDatum FullRank", "SemiAmortized", "SemiAmortized constant",
-}  # fmt: skip
+EAGER_PARTS = {"PerDatum", "PerDatum FullRank", "GaussianProcess"}  # they look at values: an index, a factorisation
 UNFIT = {  # what the pair cannot be trained on, captured or not
     ("discrete", "ELBO"), ("discrete", "IWAE"), ("enumerated_both", "IWAE"), ("enumerated_both", "Trace_ELBO"),
 }  # fmt: skip
@@ -137,8 +136,8 @@ def prior_pair(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, p in test_priors.PRIORS.items() if p.kind != "discrete"])
-def test_priors_are_captured(name, caplog):
-    check_same(functools.partial(prior_pair, name), objectives.ELBO, caplog)
+def test_priors_are_captured_or_say_why(name, caplog):
+    check_same(functools.partial(prior_pair, name), objectives.ELBO, caplog, may_refuse=name in EAGER_PARTS)
 
 
 @pytest.mark.slow
@@ -481,14 +480,16 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_and_names_the_site(at_o
 def test_compiled_steps_are_the_same_up_to_rounding(name, caplog):
     """Loss and gradients over 20 steps on the same noise."""
     with Scope().entered():
-        eager = trained(PAIRS[name](), objectives.IWAE(3), "eager", 20)
+        eager = trained(PAIRS[name](), objectives.IWAE(3), "eager", 20, SGD)
     with Scope().entered():
-        captured = trained(PAIRS[name](), objectives.IWAE(3), "compiled", 20)
+        captured = trained(PAIRS[name](), objectives.IWAE(3), "compiled", 20, SGD)
     assert captured[-1].kernels == ("graph" if any("not compiled" in r.message for r in caplog.records) else "compiled")
     assert captured[-1].kernels == "compiled" or name == "supports"  # whose noise depends on values
     torch.testing.assert_close(captured[0], eager[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(captured[2], eager[2], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(captured[3], eager[3], rtol=1e-3, atol=1e-3)
+    for step, own in zip(captured[1], eager[1], strict=True):
+        largest = max(float(g.abs().max()) for g in own)
+        torch.testing.assert_close(step, own, rtol=1e-3, atol=1e-4 * largest)
+    torch.testing.assert_close(captured[3], eager[3], rtol=1e-4, atol=1e-5)
     assert torch.equal(captured[4], eager[4])
 
 
@@ -504,8 +505,9 @@ def test_a_compiled_run_is_resumed_with_the_same_bits(tmp_path, monkeypatch):
             assert run.config["kernels"] == "compiled"
         ends.append(list(end.values()))
     assert same(*ends)
-    _, eager = fitted_with(epochs=6, compile=False)
-    torch.testing.assert_close(ends[0], list(eager.values()), rtol=1e-3, atol=1e-3)
+    eager, _ = fitted_with(epochs=6, compile=False)
+    for a, b in zip(run.history, eager.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -528,7 +530,7 @@ def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, cap
             model(x[:50]), guide(x[:50])
         results.append(log_marginal(model, guide, x, num_particles=1050, progress=False, compile=use))
     assert len(made) == 1
-    assert not caplog.records or "folded" in caplog.text
+    assert all("folded" in r.message for r in caplog.records if r.name == "ppvae")
     for field in ("log_px", "elbo", "std_error"):
         torch.testing.assert_close(*(getattr(r, field) for r in results), rtol=1e-4, atol=1e-4)
 

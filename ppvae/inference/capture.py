@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ppvae")
 WAIT = 20  # steps before a graph is made of a new kind of batch, or after a change; twice as many after each change
 SECONDS_PER_NODE = 0.8  # what a graph's steps must take eagerly before compiling it pays: a node costs about 0.1 s
+MOST = 16  # graphs at a time, each for another kind of batch
 EVERY = 1024  # steps after which a graph is checked against the pair again; also at steps 1, 2, 4, ...
 
 
@@ -71,7 +72,7 @@ class Captured:
     def __init__(self, svi: SVI, kernels: str, seconds: float, settled: bool):
         self.svi, self.kernels, self._settled = svi, kernels, settled
         self._largest = math.inf if settled else seconds / SECONDS_PER_NODE  # graph worth compiling
-        self.refusal = ""
+        self.refusal, self._told = "", False
         self._graphs: dict[Any, _Kept] = {}
         self._seen: dict[Any, int] = {}
         self._first, self._again, self._changes = True, True, 0
@@ -80,6 +81,10 @@ class Captured:
         """Leaves the loss's gradients in `.grad` of the parameters, which have none, and returns the loss."""
         key = None if self.refusal or kwargs or _PYRO_STACK else _kind(args)
         if key is None:
+            if not (self.refusal or self._told):
+                self._told = True
+                what = "a handler of Pyro's" if _PYRO_STACK else "arguments that are not plain tensors"
+                log.warning("ppvae: steps are taken without a captured graph: %s", f"{what} cannot be captured")
             return self.svi.eager_gradients(*args, **kwargs)
         kept = self._graphs.get(key)
         if kept is not None and (what := kept.stale()):
@@ -87,7 +92,8 @@ class Captured:
             kept = None
         if kept is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if not self._first and self._seen[key] < WAIT << min(self._changes, 6):
+            soon = self._first or self._seen[key] >= WAIT << min(self._changes, 6)
+            if not soon or len(self._graphs) >= MOST:
                 return self.svi.eager_gradients(*args)
             return self._make(key, args)
         kept.uses += 1
@@ -264,6 +270,7 @@ def _kind(args: tuple[Any, ...]) -> Any:
         return None
     around = (
         torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"),
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return (*around, *((t.shape, t.stride(), t.dtype, t.device) for t in args))

@@ -59,7 +59,8 @@ class Graph:
         for node in self.module.graph.nodes:
             if _random(node) or node.target in _EMPTY or any(n in noisy for n in node.all_input_nodes):
                 noisy.add(node)
-                changed = node.args[0] if node.op == "call_function" and node.target._schema.is_mutable else node
+                schema = getattr(node.target, "_schema", None)
+                changed = node.args[0] if schema is not None and schema.is_mutable else node
                 if isinstance(changed, fx.Node) and changed not in noisy:
                     raise Uncapturable("it changes in place what is the same for all draws")
         once, each = fx.Graph(), fx.Graph()
@@ -177,6 +178,11 @@ def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModu
     for node in module.graph.nodes:
         if node.op == "placeholder":
             places[node] = noise.placeholder(node.name)
+        elif node.target is torch.ops.aten.empty_like.default:
+            kind = node.meta["val"]  # all that it takes from its input
+            size, stride = list(kind.shape), list(kind.stride())
+            options = {"dtype": kind.dtype, "device": kind.device}
+            places[node] = noise.call_function(torch.ops.aten.empty_strided.default, (size, stride), options)
         elif node in early:
             places[node] = noise.node_copy(node, places.__getitem__)
     drawn = [n for n in early if _random(n) and any(u not in early for u in n.users)]
@@ -215,38 +221,44 @@ def _plain_bias(module: fx.GraphModule) -> None:
 class _Static(TorchDispatchMode):
     """Refuses operations whose output's shape depends on values, and knows which values are the same at every run.
 
-    Those are made of numbers alone, and may be read into Python; so may those of tensors that stood outside before the
-    run and are none of its inputs, which are noted, so that a change is noticed.
+    Those are made of numbers alone, or of tensors that stood outside before the run and are none of its inputs. They
+    may be read into Python; the tensors outside are noted then, so that a change is noticed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.read: list[tuple[Tensor, int]] = []
-        self._fixed: dict[int, Tensor] = {}
+        self._known: dict[int, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # with the tensors outside they came from
+
+    def _origin(self, t: Tensor) -> list[tuple[Tensor, int]] | None:
+        """The tensors outside that a value is made of; None where it may be another at the next run."""
+        if id(t) in self._known:
+            return self._known[id(t)][1]
+        return None if _tracked(t) else [(t, t._version)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        fixed = all(id(t) in self._fixed for t in inputs) and torch.Tag.nondeterministic_seeded not in func.tags
-        if torch.Tag.dynamic_output_shape in func.tags and not fixed and not any(map(_tracked, inputs)):
-            self.read += [(t, t._version) for t in inputs]
-            with torch._C._DisableTorchDispatch():  # of tensors that stand outside: a constant, too
+        origins = [self._origin(t) for t in inputs]
+        fixed = None not in origins and torch.Tag.nondeterministic_seeded not in func.tags
+        came_from = [pair for origin in origins for pair in origin or ()]
+        shaped = torch.Tag.dynamic_output_shape in func.tags
+        if fixed and (shaped or torch.Tag.data_dependent_output in func.tags):
+            self.read += came_from
+            with torch._C._DisableTorchDispatch():
                 return func(*args, **(kwargs or {}))
-        if torch.Tag.dynamic_output_shape in func.tags and not fixed:
+        if shaped:
             indices = args[1] if "index" in func.name() and len(args) > 1 else None
             kinds = [t.dtype for t in indices if isinstance(t, Tensor)] if isinstance(indices, list | tuple) else []
             if not kinds or torch.bool in kinds or torch.uint8 in kinds:
                 raise Uncapturable(f"the shape of what {func.name()} gives depends on values")
-        if torch.Tag.data_dependent_output in func.tags:
-            if fixed:
-                with torch._C._DisableTorchDispatch():
-                    return func(*args, **(kwargs or {}))
-            self.read += [(t, t._version) for t in inputs if id(t) not in self._fixed]
+        outside = func._schema.is_mutable and any(id(t) not in self._known for t in inputs)
         out = func(*args, **(kwargs or {}))
-        if fixed:
-            self._fixed.update((id(t), t) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
-        elif func._schema.is_mutable:
-            written = {t.untyped_storage()._cdata for t in inputs if id(t) in self._fixed}
-            self._fixed = {i: t for i, t in self._fixed.items() if t.untyped_storage()._cdata not in written}
+        if fixed and not outside:
+            made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+            self._known.update((id(t), (t, came_from)) for t in made)
+        elif func._schema.is_mutable:  # whatever shares memory with what was written is known no more
+            written = {t.untyped_storage()._cdata for t in inputs}
+            self._known = {i: k for i, k in self._known.items() if k[0].untyped_storage()._cdata not in written}
         return out
 
 

@@ -20,7 +20,7 @@ _STILL = {*sys.stdlib_module_names, "torch", "pyro", "numpy", "scipy", "pandas",
     "__main__"
 }
 _PLAIN = (int, float, complex, str, bytes, type(None), range, slice, enum.Enum, torch.dtype, torch.device)
-_MOST = 50_000  # values
+_MOST = 20_000  # values
 
 
 @final
@@ -45,17 +45,19 @@ class Watch:
         self._met: dict[int, Any] = {}
         self.tensors: set[int] = set()
         self.read: list[tuple[Tensor, int]] = []
-        waiting = deque(roots.items())
+        count, waiting = 0, deque(roots.items())
         while waiting:
             name, thing = waiting.popleft()
             for where, own in self._looked_into(name, thing):
                 if isinstance(own, dict):
+                    count += len(own)
                     self._dicts[where if where not in self._dicts else f"{where} ({len(self._dicts)})"] = own
                     waiting.extend((f"{where}.{key}", value) for key, value in own.items())
                 else:
                     self._readings.append(reading := _Reading(where, *own))
+                    count += len(reading.seen)
                     waiting.extend((reading.place(i), value) for i, value in enumerate(reading.seen))
-            if len(self._met) > _MOST:
+            if count > _MOST:
                 raise ValueError(f"{name}: more Python state than can be watched at every step")
         self._held = list(self._dicts.values())
         self._values = self._now()
