@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ppvae import data as datasets
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation.accumulate import Weights, recorded_bounds
+from ppvae.evaluation.compiled import Cells
 from ppvae.evaluation.estimate import Estimate
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import evaluating
@@ -45,6 +46,7 @@ def log_marginal(
     bounds: Sequence[int] = (),
     posterior_draws: int = 0,
     rows: int | None = None,
+    compile: bool = True,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Estimate:
@@ -63,6 +65,7 @@ def log_marginal(
         bounds: further k at which to record L_k.
         posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
         rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
+        compile: compile the run of the pair where there is enough to compute; the same up to rounding.
         device: where to compute; the parameters' device by default.
         progress: show a progress bar; by default where the output is a terminal.
 
@@ -89,15 +92,19 @@ def log_marginal(
         results: list[dict[str, Tensor]] = []
         draws: list[dict[str, Tensor]] = []
         starts = range(0, len(columns[0]), size)
+        cells = None
+        if compile and not posterior_draws and rows >= PARTICLE_BLOCK * DATA_BLOCK:
+            total = len(columns[0]) // DATA_BLOCK * (num_particles // PARTICLE_BLOCK)
+            cells = Cells(model, guide, structure, PARTICLE_BLOCK, total)
         with tqdm(total=len(starts), desc="log p(x)", unit="block", disable=_quiet(progress)) as bar:
             missing = 0
             for number, start in enumerate(starts):
                 block = Block(columns, start, min(start + size, len(columns[0])), number, structure, place)
                 weights = Weights(num_particles, ks, block.eps)
                 kept = Kept(posterior_draws, stream(seed, number, "posterior"), structure) if posterior_draws else None
-                for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
+                for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows, cells):
                     weights.add(log_weight, elbo)
-                    if kept:
+                    if kept and t is not None:
                         kept.add(log_weight, t)
                 missing += block.missing
                 results.append({name: value.cpu() for name, value in weights.result().items()})
@@ -156,9 +163,12 @@ class Block:
         self.missing = 0  # how many of the numbers observed are missing, once weights were taken
 
     def weights(
-        self, model: Pair, guide: Pair, num_particles: int, seed: int, rows: int
-    ) -> Iterator[tuple[Tensor, Tensor, Terms]]:
-        """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, batch]."""
+        self, model: Pair, guide: Pair, num_particles: int, seed: int, rows: int, cells: Cells | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Terms | None]]:
+        """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, batch].
+
+        Whole blocks of particles after the first may come from compiled `cells`, without terms.
+        """
         s, batch, index = self.s, self.batch, self.index
         if num_particles > PARTICLE_BLOCK:
             guide = amortised(guide, batch, s, index)
@@ -166,10 +176,15 @@ class Block:
         step = max(1, rows // self.size)
         if "cancelled" in s.model_roles.values():  # the model draws for itself, once for all particles of a block
             step = PARTICLE_BLOCK
+        if cells is not None:
+            cells.start(batch)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             for number, first in enumerate(range(0, num_particles, PARTICLE_BLOCK)):
                 count = min(PARTICLE_BLOCK, num_particles - first)
                 torch.manual_seed(stream(seed, self.number, number))
+                if cells is not None and number and count == PARTICLE_BLOCK and (cell := cells()) is not None:
+                    yield *cell, None
+                    continue
                 # the guide's noise must not depend on what the model draws for itself, nor on how memory is cut
                 cut = count > step or s.layout == "one by one"
                 drawn = draw(guide, batch, count, structure=s, index=index) if cut else {}

@@ -132,7 +132,20 @@ def _outside(fn: Any, value: Tensor) -> Tensor | None:
     if fn.has_enumerate_support or getattr(base, "is_discrete", False):
         return None
     inside = support.check(value)
-    return None if bool(inside.all()) else ~inside
+    return None if not _unread and bool(inside.all()) else ~inside
+
+
+_unread: list[None] = []
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Runs a pair without looking at the values of tensors, so that its run can be captured as a graph."""
+    _unread.append(None)
+    try:
+        yield
+    finally:
+        _unread.pop()
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Terms:
                     term = term.sum(-1, keepdim=True)
                 total = term if total is None else total + term
         if total is None:
-            some = next(iter(self.model.values())).log_prob
+            some = next(iter((self.model or self.guide).values())).log_prob
             return torch.zeros(self.num_particles, 1 if self.joint else self.batch_size, device=some.device).double()
         return total.expand(*total.shape[:-1], 1 if self.joint else self.batch_size)
 

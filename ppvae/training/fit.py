@@ -38,6 +38,7 @@ from ppvae.training.stepping import Stepper
 from ppvae.training.validation import Monitor
 
 Callback = Callable[[Run, dict[str, Any]], Any]
+WORTH_CAPTURING = 20.0  # seconds of eager steps
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
@@ -56,6 +57,7 @@ def fit(
     device: str | torch.device | None = None,
     directory: str | Path | None = None,
     resume: bool = False,
+    compile: bool | None = None,
     clip: float | None = None,
     patience: int | None = None,
     checkpoint_seconds: float = 10.0,
@@ -79,6 +81,8 @@ def fit(
         device: where to train; where the parameters are by default.
         directory: the run folder; without one nothing is written.
         resume: go on from the folder's last checkpoint, if it has one; the run ends with bit-identical parameters.
+        compile: take steps from a captured graph (see `ppvae.inference.SVI`); by default where the run is long enough
+            for that to pay. The choice is kept in run.config["kernels"] and used again by a resumed run.
         clip: the largest norm of the gradient (per datum).
         patience: stop after so many epochs without a better validation ELBO, and return the best parameters.
         checkpoint_seconds: the least time between two checkpoints, which are made at the ends of epochs.
@@ -114,6 +118,7 @@ def fit(
         trainer = _Trainer(
             model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip
         )
+        trainer.compile = compile
         settings = {
             "objective": described(trainer.objective),
             "optimizer": described(optimizer),
@@ -164,6 +169,8 @@ class _Trainer:
         self.epoch = 0
         self.finished = self.stopped = self._saved = False
         self.config: dict[str, Any] = {}
+        self.compile: bool | None = None
+        self.kernels: str | None = None  # of the run that is resumed
         with self.scope.entered():
             place = torch.device(device) if device is not None else place_of(self.model, self.guide, data)
             self.train = Columns(data, "data", place)
@@ -233,6 +240,7 @@ class _Trainer:
             self.state.put(saved["state"])
             self.epoch, self.take_step.taken, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
+            self.kernels = self.config["kernels"] = saved.get("kernels", "eager")
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
             elif isinstance(self.svi.optim, PyroOptim):
@@ -259,6 +267,7 @@ class _Trainer:
             "objective": self.objective.state_dict() if isinstance(self.objective, Objective) else None,
             "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
             "settings": self.config["fit"],
+            "kernels": self.svi.kernels,
         }
         if not self._saved:
             checkpoint.check(state)
@@ -288,6 +297,7 @@ class _Trainer:
         self, run: Run, bar: Any, epochs: int, patience: int | None, seconds: float, callbacks: Sequence[Callback]
     ) -> None:
         self._warm_up()
+        self._choose_kernels(epochs)
         self._good = self.state.copy()
         saved_at = time.monotonic()
         while self.epoch < epochs and not self.stopped:
@@ -313,6 +323,31 @@ class _Trainer:
             batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
             self.objective.loss(self.model, self.guide, *batch)
 
+    def _choose_kernels(self, epochs: int) -> None:
+        """Says how steps are computed: as in the run that is resumed, as asked for, or as pays for what is left."""
+        if self.compile is False:
+            return
+        if self.kernels is not None:
+            self.svi.use(self.kernels, settled=True)
+        elif self.compile:
+            self.svi.use("compiled")
+        elif (seconds := self._eager_seconds(epochs)) > WORTH_CAPTURING:
+            self.svi.use("compiled", seconds)
+
+    def _note_kernels(self, kernels: str) -> None:
+        if self.config.get("kernels") != kernels:
+            self.config["kernels"] = kernels
+            if self.folder is not None:
+                write_json(self.folder / "config.json", self.config)
+
+    def _eager_seconds(self, epochs: int) -> float:
+        """About how long the gradients of the steps to come would take as things are: thrice the loss alone."""
+        start = time.perf_counter()
+        self._warm_up()
+        seconds = time.perf_counter() - start
+        rows = self.structure.subsample_size if self.structure.indexes else self.batch_size
+        return 3 * seconds * (epochs - self.epoch) * math.ceil(len(self.train) / rows)
+
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         if not self.structure.indexes:
             yield from self.train.batches(self.batch_size, self.seed, self.epoch)
@@ -333,6 +368,7 @@ class _Trainer:
                 total, norms, count, steps = total + loss * rows, norms + norm, count + rows, steps + 1
                 bar.step(loss)
         self.epoch += 1
+        self._note_kernels(self.svi.kernels)
         rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
         metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": total / count, "grad_norm": norms / steps}
         if isinstance(self.objective, Objective):

@@ -51,6 +51,7 @@ class Monitor:
                 stop = min(start + size, self._count)
                 block = Block(self._parts, start, stop, number, s, self.columns.device)
                 for _, elbo, t in block.weights(model, guide, 1, self.seed, ROWS):
+                    assert t is not None  # no compiled cells
                     rates = t.rates() if latents else {}
                     parts = [elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[n] for n in latents)]
                     totals += torch.stack([p[..., : stop - start].sum().cpu() for p in parts])

@@ -1,0 +1,62 @@
+"""What a run of a pair changes besides what it returns, kept and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ppvae.inference.graphs import Uncapturable
+
+
+@final
+class Snapshot:
+    """What a run of a pair changes besides what it returns: random states, and buffers of the modules it calls."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._met: set[int] = set()
+        self._noise = self._random()
+
+    def _random(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Keeps the buffers of each module that is called meanwhile, as they are before the call."""
+        hook = nn.modules.module.register_module_forward_pre_hook(self._keep)
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            yield
+        finally:
+            hook.remove()
+        same = all(np.array_equal(a, b) for a, b in zip(numpy, np.random.get_state(), strict=True))  # noqa: NPY002
+        if random.getstate() != python or not same:
+            raise Uncapturable("it draws from Python's or numpy's random numbers")
+
+    def _keep(self, module: nn.Module, _: Any) -> None:
+        if id(module) not in self._met:
+            self._met.add(id(module))
+            new = [b for b in module.buffers() if all(b is not kept for kept, _ in self._before)]
+            self._before += [(b, b.detach().clone()) for b in new]
+
+    def now(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(random states, buffers) as they are."""
+        return self._random(), [b.detach().clone() for b, _ in self._before]
+
+    def restore(self, to: tuple[list[Tensor], list[Tensor]] | None = None) -> None:
+        """Puts back what was there before, or what `now` gave."""
+        noise, buffers = to if to is not None else (self._noise, [kept for _, kept in self._before])
+        torch.set_rng_state(noise[0])
+        if len(noise) > 1:
+            torch.cuda.set_rng_state(noise[1], self._device)
+        with torch.no_grad():
+            for (buffer, _), kept in zip(self._before, buffers, strict=True):
+                buffer.copy_(kept)
