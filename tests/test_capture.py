@@ -448,7 +448,7 @@ def test_fit_captures_where_that_pays_and_ends_with_the_same_bits(monkeypatch, t
 def fitted_with(**options):
     vae, _ = dropped()
     x = (torch.rand(50, 6, generator=torch.Generator().manual_seed(2)) > 0.5).float()
-    run = fit(vae.model, vae.guide, x, batch_size=16, optimizer=ADAM, progress=False, **options)
+    run = fit(vae.model, vae.guide, x, batch_size=16, optimizer=ADAM, progress=False, **{"compile": None, **options})
     return run, {k: v.clone() for k, v in vae.state_dict().items()}
 
 
@@ -467,7 +467,7 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_and_names_the_site(at_o
     step = SVI.update
     monkeypatch.setattr(SVI, "update", lambda self: (step(self), keep())[0])
     with pytest.raises(TrainingError, match=r"site 'x'|not finite|gradient"):
-        fit(pair.model, pair.mean_field, x, epochs=3, batch_size=5, progress=False)
+        fit(pair.model, pair.mean_field, x, epochs=3, batch_size=5, progress=False, compile=None)
     assert all(map(torch.equal, kept, pair.parameters()))
 
 

@@ -46,7 +46,7 @@ def log_marginal(
     bounds: Sequence[int] = (),
     posterior_draws: int = 0,
     rows: int | None = None,
-    compile: bool = True,
+    compile: bool = False,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Estimate:
@@ -124,8 +124,9 @@ def log_marginal(
         notes += (f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed",)
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
+    per_datum: dict[str, Any] = {k: v for k, v in joined.items() if not k.startswith("bound_")}
     return Estimate(
-        **{k: v for k, v in joined.items() if not k.startswith("bound_")},
+        **per_datum,
         num_particles=num_particles,
         seed=seed,
         dims=dims * (len(columns[0]) if structure.joint else 1),
