@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 import numpy as np
+import parts
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -127,32 +128,32 @@ def test_objectives_are_captured_to_the_last_bit(name, objective, caplog):
 def prior_pair(name):
     part, prior, fn = test_priors.made(name)
     size = fn.event_shape[0]
-    x = (torch.rand(5, test_priors.FEATURES) > 0.5).double()
+    x = (torch.rand(5, parts.FEATURES) > 0.5).double()
     given = () if part.context is None else (part.context.expand(5, *part.context.shape[1:]),)
-    decoder = networks.mlp(size, test_priors.FEATURES, hidden=(6,))
+    decoder = networks.mlp(size, parts.FEATURES, hidden=(6,))
     vae = VAE(prior, likelihoods.Bernoulli(decoder), test_priors.posterior_for(part.kind, size)).double()
     return vae.model, vae.guide, (x, *given)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n, p in test_priors.PRIORS.items() if p.kind != "discrete"])
+@pytest.mark.parametrize("name", [n for n, p in parts.PRIORS.items() if p.kind != "discrete"])
 def test_priors_are_captured_or_say_why(name, caplog):
     check_same(functools.partial(prior_pair, name), objectives.ELBO, caplog, may_refuse=name in EAGER_PARTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in test_posteriors.POSTERIORS if n != "Categorical"])
+@pytest.mark.parametrize("name", [n for n in parts.POSTERIORS if n != "Categorical"])
 def test_posteriors_are_captured_or_say_why(name, caplog):
     def build():
         vae, batch = test_posteriors.pair_of(name)
         return vae.model, vae.guide, batch
 
-    discrete = test_posteriors.POSTERIORS[name].kind == "discrete"
+    discrete = parts.POSTERIORS[name].kind == "discrete"
     check_same(build, Trace_ELBO if discrete else objectives.ELBO, caplog, may_refuse=name in EAGER_PARTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", test_likelihoods.CASES)
+@pytest.mark.parametrize("name", parts.LIKELIHOODS)
 def test_likelihoods_are_captured_or_say_why(name, caplog):
     def build():
         part, x = test_likelihoods.drawn(name)
@@ -312,6 +313,13 @@ def test_a_graph_waits_longer_after_each_change(monkeypatch):
     for _ in range(160):
         svi.step(x)
     assert svi._captured._graphs
+
+
+def test_objectives_that_follow_the_steps_are_not_captured(caplog):
+    pair = LinearGaussian(3, 2)
+    for objective in (objectives.ELBO(warmup=5), objectives.ELBO(gradient="score")):
+        SVI(pair.model, pair.mean_field, ADAM, objective).use("graph")
+    assert [r.message for r in caplog.records if "follows the steps" in r.message] == [caplog.records[0].message] * 2
 
 
 # -- what is not captured, and says so --------------------------------------------------------------------------------

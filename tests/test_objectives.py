@@ -739,3 +739,13 @@ def test_names_for_the_command_line():
     flags = Among(("ppvae.objectives",), objectives.Objective).flags
     assert {"num_particles", "gradient"} == flags(IWAE).keys()
     assert {"num_particles", "beta", "free_bits", "analytic_kl", "gradient", "warmup"} == flags(ELBO).keys()
+
+
+def test_a_beta_that_is_set_later_is_the_one_that_counts() -> None:
+    pair, x = LinearGaussian(3, 2), torch.randn(5, 3)
+    objective = ELBO(num_particles=4)
+    objective.beta = 0.25
+    torch.manual_seed(0)
+    later = objective.loss(pair.model, pair.mean_field, x)
+    torch.manual_seed(0)
+    assert later == ELBO(num_particles=4, beta=0.25).loss(pair.model, pair.mean_field, x)

@@ -76,6 +76,8 @@ class Captured:
         self._graphs: dict[Any, _Kept] = {}
         self._seen: dict[Any, int] = {}
         self._first, self._again, self._changes = True, True, 0
+        if getattr(svi.loss, "follows", False):
+            self._refuse("its objective follows the steps, by a schedule or a baseline that learns")
 
     def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Leaves the loss's gradients in `.grad` of the parameters, which have none, and returns the loss."""

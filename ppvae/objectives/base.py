@@ -58,7 +58,7 @@ class Objective(PyroELBO):
         self.gradient = named(gradient)
         self.gradient.suits(self)
         self._scheduled: dict[str, Scheduled] = {}
-        self._step = 0
+        self._steps = torch.zeros((), dtype=torch.int64)  # taken; a tensor, as what a captured step may read
         self._known: tuple[Pair, Pair, Structure] | None = None
 
     @abstractmethod
@@ -161,7 +161,7 @@ class Objective(PyroELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
-        self._go_to(self._step + 1)
+        self._go_to(int(self._steps) + 1)
         return loss.item()
 
     def scheduled(self) -> dict[str, float]:
@@ -170,17 +170,26 @@ class Objective(PyroELBO):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold: the steps taken, the gradient's baseline."""
-        return {"step": self._step, "gradient": self.gradient.state_dict()}
+        return {"step": int(self._steps), "gradient": self.gradient.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint; an empty one starts anew."""
         self._go_to(state.get("step", 0))
         self.gradient.load_state_dict(state.get("gradient", {}))
 
+    @property
+    def follows(self) -> bool:
+        """Whether it changes with the steps of training: a schedule, or a baseline that learns."""
+        return any(not number.fixed for number in self._scheduled.values()) or self.gradient.follows
+
     def _now(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value != self._scheduled[name].value:  # set anew by the user
+            self._scheduled[name] = Scheduled(value, self._scheduled[name].warmup)
+            self._scheduled[name].go_to(int(self._steps))
         return self._scheduled[name].now
 
     def _go_to(self, step: int) -> None:
-        self._step = step
+        self._steps.fill_(step)
         for number in self._scheduled.values():
             number.go_to(step)

@@ -73,11 +73,14 @@ class ELBO(Rated):
         self.beta, self.free_bits, self.analytic_kl, self.warmup = beta, free_bits, analytic_kl, warmup
         super().__init__(num_particles, gradient)
         self._scheduled["beta"] = Scheduled(beta, warmup)
-        self._plain = beta == 1 and not warmup
         if free_bits:
             only(self, Pathwise, "free_bits, whose maximum is of the draws")
         elif analytic_kl:
             only(self, Pathwise | Score, "analytic_kl, in which the guide has no score")
+
+    @property
+    def _plain(self) -> bool:
+        return self.beta == 1 and not self.warmup
 
     @property
     def options(self) -> dict[str, Any]:

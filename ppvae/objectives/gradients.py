@@ -16,7 +16,7 @@ from torch import Tensor
 from ppvae.errors import UsageError, refused
 from ppvae.inference.structure import Structure
 from ppvae.inference.weights import Laid, Terms
-from ppvae.objectives.baselines import Baseline, LeaveOneOut, MovingAverage
+from ppvae.objectives.baselines import Baseline, LeaveOneOut, MovingAverage, Nothing
 
 if TYPE_CHECKING:
     from ppvae.objectives.base import Call, Objective
@@ -29,6 +29,11 @@ def added(surrogate: Tensor) -> Tensor:
 
 class Gradient(ABC):
     """How the gradient of an objective is estimated."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether it changes with the steps of training."""
+        return False
 
     @abstractmethod
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
@@ -171,6 +176,10 @@ class Score(Gradient):
 
     def __init__(self, baseline: Baseline | None = None):
         self.baseline = baseline if baseline is not None else MovingAverage()
+
+    @property
+    def follows(self) -> bool:
+        return not isinstance(self.baseline, Nothing | LeaveOneOut)
 
     def suits(self, objective: Objective) -> None:
         if isinstance(self.baseline, LeaveOneOut) and objective.draws < 2:
