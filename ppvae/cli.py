@@ -1,4 +1,4 @@
-"""The command line: `ppvae fit | evaluate | generate | check | data`."""
+"""The command line: `ppvae fit | evaluate | examine | compare | generate | check | data`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ Deep latent-variable models as probabilistic programs.
 
   ppvae fit PAIR [options]        train a model/guide pair with SVI
   ppvae evaluate RUN [options]    estimate log p(x) of a run's test data
+  ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration
+  ppvae compare RUN RUN ...       paired differences of log p(x) between runs
   ppvae generate RUN [options]    samples, reconstructions, interpolations, traversals of a run
   ppvae check PAIR [options]      check a pair against the contract and say what it is
   ppvae data NAME [options]       load a data set and say what it is
@@ -21,7 +23,10 @@ ppvae.models:vae, my_package.pairs:my_pair, pairs.py:my_pair. Its flags come fro
 RUN is a run folder, or a run's name below runs/. `ppvae COMMAND --help` lists the options of a command,
 `ppvae fit PAIR --help` those of the pair too."""
 
-COMMANDS = ("fit", "evaluate", "generate", "check", "data")
+COMMANDS = {
+    "fit": "commands", "evaluate": "commands", "examine": "examining", "compare": "examining",
+    "generate": "commands", "check": "commands", "data": "commands",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +64,9 @@ def _run(command: str, args: list[str]) -> int:
     from ppvae.settings import HelpShown
 
     try:
-        from ppvae import commands
+        import importlib
 
-        return getattr(commands, command)(args)
+        return getattr(importlib.import_module(f"ppvae.{COMMANDS[command]}"), command)(args)
     except HelpShown:
         return 0
     except UsageError as error:

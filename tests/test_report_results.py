@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppvae import VAE, fit, likelihoods, nn, plots, posteriors, priors, report
+from ppvae import VAE, fit, likelihoods, nn, plots, posteriors, priors
 from ppvae.errors import UsageError
 from ppvae.evaluation.calibration import Calibration
 from ppvae.evaluation.comparing import compare
@@ -14,7 +14,7 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.gaps import Gaps
 from ppvae.evaluation.representation import Representation
 from ppvae.evaluation.uniformity import p_value, pointwise
-from ppvae.report.sections import sections
+from ppvae.report.of_results import results
 from ppvae.report.subject import Subject
 
 
@@ -68,6 +68,8 @@ def test_bars_add_up_to_the_inference_gap(richer):
         assert len(own) == (2 if richer is None else 3)
         assert sum(p.get_width() for p in own) == pytest.approx(float(one.inference.mean()))
         assert own[0].get_width() == pytest.approx(float(one.amortisation.mean()))
+        ends = np.cumsum([0.0, *(p.get_width() for p in own)])
+        assert [p.get_x() for p in own] == pytest.approx(list(ends[:-1]))
     words = words_of(figure)
     assert "1.50 ±" in words
     assert "1.90 ±" in words
@@ -111,6 +113,9 @@ def test_a_dim_that_departs_leaves_the_band_and_is_named():
     assert "z[0]" not in words
     assert "1 of 3 dims depart" in words
     figure = plots.calibration_ranks(found, "z")
+    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("z[1]")]
+    share = float((found.ranks["z"][:, 1] < 50).double().mean())
+    assert line.get_ydata()[49] == pytest.approx(share - 0.5)
     heights = [p.get_height() for p in figure.axes[1].patches if p.get_height() > 1]
     assert sum(heights) >= 500
     assert "0 of 3" in words_of(plots.calibration_ranks(calibration_of(bad=()), "z"))
@@ -142,8 +147,7 @@ def trained(tmp_path_factory):
 
 
 def of_results(run, x):
-    keys = ("gaps", "rate_distortion", "kl", "calibration")
-    return {part.key: part for part in sections(Subject(run, x, None, 0)) if part.key in keys}
+    return {part.key: part for part in results(Subject(run, x, None, 0))}
 
 
 def test_what_lies_in_the_folder_is_in_the_report_and_nothing_else(trained):
@@ -157,13 +161,12 @@ def test_what_lies_in_the_folder_is_in_the_report_and_nothing_else(trained):
     found = of_results(run, x)
     assert list(found) == ["gaps", "rate_distortion", "kl", "calibration"]
     assert all(part.drawn is not None for part in found.values())
-    assert "train: inference gap 1.5" in found["gaps"].drawn.caption
+    assert "; train: inference gap 1.5" in found["gaps"].drawn.caption
     assert "6 of 80 data" in found["gaps"].drawn.caption
     assert "between" in found["rate_distortion"].drawn.caption
     assert "the guide is not calibrated" in found["calibration"].drawn.caption
-    page = report.write(run, data=x).read_text()
-    for title in ("Where the nats go", "Rate and distortion", "Rate of each dim of z", "Calibration on simulated data"):
-        assert title in page
+    titles = ["Where the nats go", "Rate and distortion", "Rate of each dim of z", "Calibration on simulated data of z"]
+    assert [part.title for part in found.values()] == titles
     (folder / "calibration.npz").write_bytes(b"damaged")
     (folder / "gaps_test.npz").unlink()
     found = of_results(run, x)

@@ -126,6 +126,8 @@ def test_distortion_and_elbo():
     assert (found.distortion - expected).mean().abs() < 4 * error(found.distortion - expected)
     assert found.information_lower is None
     assert "mutual information" not in found.table()
+    with pytest.raises(UsageError, match="surgery_draws"):
+        _ = found.information
 
 
 def test_unused_dims_are_inactive_and_cost_nothing():
@@ -166,6 +168,8 @@ def test_a_code_that_tells_all_data_apart_carries_log_n():
     found = representation(model, guide, x)
     assert (found.information_lower - math.log(64)).abs().max() < 1e-9
     assert found.information_upper.min() > 1000  # nothing is known about how much more it could carry
+    assert torch.equal(found.information[1], found.surgery_rate)  # but that it is no more than the rate
+    assert "between 0 and" in found.table()["marginal KL"]
 
 
 # -- laws on any pair -------------------------------------------------------------------------------------------------

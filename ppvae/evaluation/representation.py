@@ -78,6 +78,20 @@ class Representation(Saved):
         return -(self.rate + self.distortion)
 
     @property
+    def information(self) -> tuple[Tensor, Tensor]:
+        """Between what the mutual information lies on average over the data, both [N].
+
+        The upper end is the rate where `information_upper` is above it: the marginal KL is not negative.
+
+        Raises:
+            UsageError: there was no surgery.
+        """
+        if self.surgery_rate is None or self.information_lower is None or self.information_upper is None:
+            raise UsageError(f"mutual information: expected surgery_draws >= 1; {'; '.join(self.notes) or 'found 0'}")
+        above = self.information_upper.mean() > self.surgery_rate.mean()
+        return self.information_lower, self.surgery_rate if above else self.information_upper
+
+    @property
     def marginal_kl_lower(self) -> Tensor | None:
         """Rate minus `information_upper`, [N]: on average below KL(q(z) || p(z))."""
         return self._without(self.information_upper)
@@ -109,10 +123,11 @@ class Representation(Saved):
             rows[f"KL of {site}"] = f"{float(kl.sum()):.3f}" + (f" over {len(kl)} dims" if len(kl) > 1 else "")
         if self.information_lower is not None:
             top = math.log(len(self.rate))
-            low, high = mean_words(self.information_lower), mean_words(self.information_upper)
+            low, high = (mean_words(v) for v in self.information)
             rows["mutual information"] = f"between {low} (at most log N = {top:.2f}) and {high}"
-            low, high = mean_words(self.marginal_kl_lower), mean_words(self.marginal_kl_upper)
-            rows["marginal KL"] = f"between {low} and {high}"
+            marginal = self.marginal_kl_lower
+            low = mean_words(marginal) if marginal is not None and marginal.mean() > 0 else "0"
+            rows["marginal KL"] = f"between {low} and {mean_words(self.marginal_kl_upper)}"
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
 

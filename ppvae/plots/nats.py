@@ -133,8 +133,8 @@ def rate_distortion(found: Mapping[str, Representation]) -> Figure:
     for i, one in enumerate(found.values()):
         mean, color = float(one.rate.mean() + one.distortion.mean()), colors[i % len(colors)]
         ax.plot([left, right], [mean - left, mean - right], color=color, linewidth=0.8, linestyle=":")
-        if one.information_lower is not None and one.information_upper is not None:
-            ends = [float(v.mean()) for v in (one.information_lower, one.information_upper)]
+        if one.information_lower is not None:
+            ends = [float(v.mean()) for v in one.information]
             height = low + (0.04 + 0.04 * i) * (high - low)
             ax.plot(ends, [height] * 2, color=color, linewidth=4, solid_capstyle="butt",
                     label="mutual information" if i == 0 else None)  # fmt: skip
