@@ -2,8 +2,16 @@
 
 from ppvae.evaluation.annealing import annealed
 from ppvae.evaluation.bidirectional import Bracket, bdmc
+from ppvae.evaluation.calibration import Calibration, calibration
+from ppvae.evaluation.comparing import Comparison, compare
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.exact import Quadrature, quadrature
+from ppvae.evaluation.gaps import Gaps, gaps
+from ppvae.evaluation.loading import load_estimate
 from ppvae.evaluation.marginal import log_marginal
+from ppvae.evaluation.representation import Representation, representation
 
-__all__ = ["Bracket", "Estimate", "Quadrature", "annealed", "bdmc", "log_marginal", "quadrature"]
+__all__ = [
+    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Quadrature", "Representation", "annealed", "bdmc",
+    "calibration", "compare", "gaps", "load_estimate", "log_marginal", "quadrature", "representation",
+]  # fmt: skip
