@@ -1,0 +1,150 @@
+"""Signal-to-noise ratio and variance of gradient estimators of the importance-weighted bound, as K grows.
+
+Paths: the Gaussian model of Rainforth et al. 2018 (arXiv 1802.04537), z ~ N(mu, I), x | z ~ N(z, I) and
+q(z | x) = N(A x + b, 2/3 I), a little away from its optimum; with a path the guide's signal falls with K, and doubly
+reparameterised it rises (Tucker et al. 2019, arXiv 1810.04152). Scores: the same with bits, z ~ Bernoulli(1/2) and
+x | z ~ N(W z, I), whose guide has no path. The ratio is |mean| / sd of a coordinate's gradient, averaged over them; a
+mean of n draws is itself noise, so that no ratio is told below 0.8 / sqrt(n).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from experiments.cells import Cells, Here, collected, markdown, run
+from ppvae import data, objectives
+from ppvae.objectives import gradients
+from ppvae.objectives.baselines import Nothing
+from ppvae.plots.style import BLUE, GREEN, VERMILLION, figure, styled
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the gradients are looked at, and how often."""
+
+    estimators: tuple[str, ...] = ("pathwise", "stl", "dreg", "score", "score, moving average", "vimco")
+    ks: tuple[int, ...] = (2, 4, 16, 64, 256, 1024)
+    dims: int = 20
+    num_data: int = 16
+    away: float = 0.01
+    draws: int = 2000
+    seed: int = 0
+
+
+SMOKE = {"ks": (2, 8), "dims": 3, "num_data": 4, "draws": 20}
+PATHS = {"pathwise": gradients.Pathwise, "stl": gradients.STL, "dreg": gradients.DReG}
+ESTIMATORS: dict[str, Callable[[], Any]] = PATHS | {
+    "score": lambda: gradients.Score(Nothing()),
+    "score, moving average": gradients.Score,
+    "vimco": gradients.vimco,
+}
+
+
+class Gaussian(nn.Module):
+    """Rainforth's pair at its optimum, A = I / 2 and b = mu / 2, moved away by a little noise."""
+
+    def __init__(self, x: Tensor, away: float):
+        super().__init__()
+        best = {"mu": x.mean(0), "weight": torch.eye(x.shape[1]) / 2, "bias": x.mean(0) / 2}
+        for name, value in best.items():
+            setattr(self, name, nn.Parameter(value + away * torch.randn(value.shape)))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("gaussian", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.mu, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("gaussian", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ self.weight.T + self.bias, (2 / 3) ** 0.5).to_event(1))
+
+
+class Bits(nn.Module):
+    """The same with a bit a dim: its guide is a logistic regression."""
+
+    def __init__(self, x: Tensor, away: float):
+        super().__init__()
+        dims = x.shape[1]
+        self.mu = nn.Parameter(torch.eye(dims) + away * torch.randn(dims, dims))
+        self.weight = nn.Parameter(torch.eye(dims) + away * torch.randn(dims, dims))
+        self.bias = nn.Parameter(-0.5 + away * torch.randn(dims))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("bits", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones_like(self.bias)).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.mu.T, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("bits", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x @ self.weight.T + self.bias).to_event(1))
+
+
+def compute(s: Settings, here: Here, estimator: str, k: int) -> dict[str, Any]:
+    """Signal-to-noise ratio and variance of the gradient, for the guide's and the model's parameters."""
+    pyro.clear_param_store()
+    torch.manual_seed(s.seed)
+    x = torch.randn(s.num_data, s.dims) * 2**0.5 + torch.randn(s.dims)
+    pair = (Gaussian if estimator in PATHS else Bits)(x, s.away)
+    objective = objectives.IWAE(k, gradient=ESTIMATORS[estimator]())
+    wanted = {"guide": [pair.weight, pair.bias], "model": [pair.mu]}
+    total = {name: torch.zeros(2, sum(p.numel() for p in own), dtype=torch.float64) for name, own in wanted.items()}
+    for _ in range(s.draws):
+        pair.zero_grad()
+        objective.loss_and_grads(pair.model, pair.guide, x)
+        for name, own in wanted.items():
+            g = torch.cat([p.grad.flatten() for p in own if p.grad is not None]).double() / s.num_data
+            total[name] += torch.stack([g, g.square()])
+    out: dict[str, Any] = {"digest": data.digest(x)}
+    for name, (first, second) in total.items():
+        mean, variance = first / s.draws, (second - first.square() / s.draws) / (s.draws - 1)
+        out[f"snr_{name}"] = float((mean.abs() / variance.sqrt()).mean())
+        out[f"variance_{name}"] = float(variance.mean())
+    return out
+
+
+def table(found: Cells) -> str:
+    """The guide's and the model's variances, and the guide's signal-to-noise ratios, by K."""
+    ks = [k for (k,) in collected(found, "k")]
+    out = []
+    titles = {"variance": "Variance", "snr": "Signal-to-noise ratio"}
+    for key, side in itertools.product(titles, ("guide", "model")):
+        lines = collected(found, "estimator").items()
+        rows = [[e, *(f"{c['result'][f'{key}_{side}']:.2e}" for c in r)] for (e,), r in lines]
+        out.append(f"**{titles[key]}, {side}**\n\n{markdown(('estimator', *(f'K = {k}' for k in ks)), rows)}\n")
+    return "\n".join(out)
+
+
+@styled
+def picture(found: Cells) -> Any:
+    """The signal-to-noise ratio of the estimators with paths against K."""
+    fig = figure(6.4, 2.8)
+    for ax, side in zip(fig.subplots(1, 2), ("guide", "model"), strict=True):
+        for (name,), r in collected(found, "estimator").items():
+            if name in PATHS:
+                colour = dict(zip(PATHS, (BLUE, GREEN, VERMILLION), strict=True))[name]
+                ax.loglog([c["cell"]["k"] for c in r], [c["result"][f"snr_{side}"] for c in r], "o-", color=colour)
+                ax.annotate(name, (r[-1]["cell"]["k"], r[-1]["result"][f"snr_{side}"]), color=colour)
+        ax.set(title=f"gradient of the {side}", xlabel="particles K", ylabel="signal-to-noise ratio")
+    return fig
+
+
+def main(args: list[str] | None = None) -> None:
+    """Fills the table and draws the picture."""
+    cells, folder = run("gradients", Settings, ("estimator", "k"), compute, table, SMOKE, __doc__, args)
+    picture(cells).savefig(folder / "gradients.png")
+
+
+if __name__ == "__main__":
+    main()
