@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.unconstrained import Point, Unconstrained
+from ppvae.evaluation.tempered import Point
+from ppvae.evaluation.unconstrained import Unconstrained
 
 PILOT_CHAINS = 4
 WARM_UP = 30  # transitions that find the first step size

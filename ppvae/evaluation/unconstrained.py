@@ -13,6 +13,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
+from ppvae.evaluation.tempered import Point, joined
 from ppvae.inference.particles import over_inner_plates, particle_dim
 from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.support import base, is_discrete, mask_of, support_words
@@ -48,50 +49,6 @@ class Coordinate:
     shape: tuple[int, ...]  # of the coordinates without chains and batch, in the order in which the pair has them
     lead: int  # dims of the latent's value that are no event
     dims: tuple[int, int]  # of chains and batch in the latent's value; equal where the latent is shared by all data
-
-
-@dataclass(frozen=True)
-class Point:
-    """A state and its two densities with their gradients: what a leapfrog step needs."""
-
-    u: Tensor  # [chains, batch, dims]
-    log_start: Tensor  # [chains, batch], float64
-    log_joint: Tensor
-    grad_start: Tensor  # [chains, batch, dims]
-    grad_joint: Tensor
-
-    @property
-    def log_weight(self) -> Tensor:
-        """log p(x, z) - log q(z | x), [chains, batch]."""
-        return self.log_joint - self.log_start
-
-    def tempered(self, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """(1 - beta) log start + beta log joint, and its gradient; 0 * -inf is 0."""
-        zero = torch.zeros_like(self.log_joint)
-        value = torch.where(beta > 0, beta * self.log_joint, zero) + torch.where(
-            beta < 1, (1 - beta) * self.log_start, zero
-        )
-        b = beta.to(self.u.dtype)[..., None]
-        return value, (1 - b) * self.grad_start + b * self.grad_joint
-
-    def where(self, chosen: Tensor, other: Point) -> Point:
-        """This point where `chosen` [chains, batch], the other elsewhere."""
-        wide = chosen[..., None]
-        return Point(
-            torch.where(wide, self.u, other.u),
-            torch.where(chosen, self.log_start, other.log_start),
-            torch.where(chosen, self.log_joint, other.log_joint),
-            torch.where(wide, self.grad_start, other.grad_start),
-            torch.where(wide, self.grad_joint, other.grad_joint),
-        )
-
-    def taken(self, index: Tensor) -> Point:
-        """The chains `index` [chains, batch] of each datum."""
-        wide = index[..., None].expand_as(self.u)
-        return Point(
-            self.u.gather(0, wide), self.log_start.gather(0, index), self.log_joint.gather(0, index),
-            self.grad_start.gather(0, wide), self.grad_joint.gather(0, wide),
-        )  # fmt: skip
 
 
 class Unconstrained:
@@ -313,7 +270,7 @@ class Unconstrained:
     def __call__(self, u: Tensor) -> Point:
         """Densities and gradients, a few chains at a time; no parameter gets a gradient."""
         with torch.enable_grad(), constant(self.s.params.values()):
-            return _joined([self._point(part) for part in u.split(self._step)])
+            return joined([self._point(part) for part in u.split(self._step)])
 
     def _point(self, u: Tensor) -> Point:
         u = u.detach().requires_grad_()
@@ -339,13 +296,6 @@ class Unconstrained:
 
 def _at(site: Site, value: Tensor) -> Site:
     return replace(site, value=value, traced=value)
-
-
-def _joined(parts: list[Point]) -> Point:
-    if len(parts) == 1:
-        return parts[0]
-    names = ("u", "log_start", "log_joint", "grad_start", "grad_joint")
-    return Point(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
 
 
 def _numbers(support: Any) -> list[Tensor]:
