@@ -4,6 +4,7 @@ guide, split into approximation gap and amortisation gap, on training and test i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run
-from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, plots, posteriors, priors
+from experiments.cells import train as train_pair
+from ppvae import VAE, data, likelihoods, log_marginal, nn, plots, posteriors, priors
 from ppvae.evaluation.gaps import Gaps, gaps
 
 # Cremer et al. 2018 (arXiv 1801.03558), MNIST, factorised Gaussian guide, as remembered: to compare, not confirmed
@@ -67,19 +69,15 @@ def compute(s: Settings, here: Here, guide: str, split: str, seed: int) -> dict[
     prior = priors.StandardNormal(s.latent)
     likelihood = likelihoods.Bernoulli(nn.mlp(s.latent, dims, hidden=s.hidden, activation=torch.nn.ELU))
     vae = VAE(prior, likelihood, posterior(s, guide, dims, prior, likelihood))
-    trained = fit(
-        vae.model,
-        vae.guide,
+    trained = train_pair(
+        vae,
         train,
-        valid=valid,
-        optimizer=functools.partial(torch.optim.Adam, lr=s.lr),
-        scheduler=functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=s.epochs),
+        valid,
+        dataclasses.replace(here, folder=here.folder.parent / f"{guide}-{seed}"),
         epochs=s.epochs,
+        lr=s.lr,
         batch_size=s.batch_size,
         seed=seed,
-        device=here.device,
-        directory=here.folder.parent / f"{guide}-{seed}",
-        resume=True,
     )
     images = {"train": train, "test": test}[split].head(s.networks if guide == "IAF" else s.refits)
     pair = trained.model, trained.guide
