@@ -26,7 +26,7 @@ from ppvae import VAE, fit, likelihoods, log_marginal, objectives, posteriors, p
 from ppvae import nn as networks
 from ppvae.errors import TrainingError
 from ppvae.evaluation import compiled
-from ppvae.inference import capture
+from ppvae.inference import capture, graphs
 from ppvae.inference.scope import Scope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
@@ -545,3 +545,11 @@ def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, cap
 
 
 compiled_graph = compiled.compiled
+
+
+def test_log1p_by_the_logarithm_alone_keeps_all_digits():
+    x = torch.cat([torch.logspace(-30, 10, 4001), -torch.logspace(-30, -0.001, 3001)])
+    exact = x.double().log1p()
+    assert float(((graphs.log1p_by_log(x) - exact) / exact).abs().max()) < 3e-7  # five units in the last place
+    edges = torch.tensor([-1.0, -0.0, 0.0, torch.inf, torch.nan, -2.0])
+    assert torch.equal(graphs.log1p_by_log(edges).nan_to_num(7.0), edges.log1p().nan_to_num(7.0))

