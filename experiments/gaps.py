@@ -1,5 +1,6 @@
 """Where the nats go on MNIST, after Cremer et al. 2018: log p(x) - ELBO of a diagonal, an IAF and a semi-amortised
-guide, split into approximation gap and amortisation gap, on training and test images.
+guide, split into approximation gap and amortisation gap, on training and test images. The semi-amortised guide takes
+three steps for each image.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Settings:
     data: str = "mnist"
     latent: int = 50
     hidden: tuple[int, ...] = (200, 200)
-    epochs: int = 100
+    epochs: int = 40
     batch_size: int = 100
     lr: float = 1e-3
     refits: int = 100
@@ -53,7 +54,7 @@ def posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) ->
     make: dict[str, Callable[[], torch.nn.Module]] = {
         "DiagonalNormal": lambda: posteriors.DiagonalNormal(net(2 * s.latent)),
         "IAF": lambda: posteriors.IAF(net(3 * s.latent), s.latent, features=s.latent),
-        "SemiAmortized": lambda: posteriors.SemiAmortized(net(2 * s.latent), prior, likelihood, steps=5),
+        "SemiAmortized": lambda: posteriors.SemiAmortized(net(2 * s.latent), prior, likelihood, steps=3),
     }
     return make[name]()
 
