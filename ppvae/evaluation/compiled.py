@@ -85,7 +85,7 @@ class Cells:
                 once, each = graph.divided()
                 self._once, self._held = once.forward, graph.held
                 shared = once.forward(*graph.held, *self._batch)
-                call = compiled(each, shared)
+                call = compiled(each, shared, {})
                 state = torch.get_rng_state()
                 expected = self._run()
                 torch.set_rng_state(state)

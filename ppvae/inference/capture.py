@@ -213,7 +213,7 @@ class Captured:
         """The compiled form of a graph, if it can be made, agrees, and is faster; or else the graph."""
         graph = kept.graph
         try:
-            compiled = graph.compiled(args)
+            compiled = graph.compiled(args, self.svi.products)
             before.restore()
             self._agree(compiled(*args), loss, grads, kept, before.now(), after)
             if self._settled or _seconds(compiled, args) < 0.95 * _seconds(graph, args):

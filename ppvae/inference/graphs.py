@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppvae.inference.products import Choices, take_the_faster
 from ppvae.inference.tracing import unread
 
 
@@ -43,14 +44,15 @@ class Graph:
         with torch.no_grad():
             return list(self._forward(*self.held, *args))
 
-    def compiled(self, args: Sequence[Tensor]) -> Graph:
+    def compiled(self, args: Sequence[Tensor], choices: Choices) -> Graph:
         """The same function compiled by inductor, drawing the same noise in the same order.
 
-        Raises whatever inductor raises, for example where there is no C++ compiler, and Uncapturable where noise
-        depends on values, so that its order could not be kept.
+        `choices` says which library is taken for products, as in `products.take_the_faster`. Raises whatever inductor
+        raises, for example where there is no C++ compiler, and Uncapturable where noise depends on values, so that its
+        order could not be kept.
         """
         new = Graph(self.module, self.held, self.read)
-        new._forward = compiled(self.module, [*self.held, *args])
+        new._forward = compiled(self.module, [*self.held, *args], choices)
         return new
 
     def divided(self) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -79,13 +81,14 @@ class Graph:
         return fx.GraphModule({}, once), fx.GraphModule({}, each)
 
 
-def compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as `Graph.compiled` says."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     noise, rest = _without_noise(module)
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
+    take_the_faster(rest, choices)
     _plain_bias(rest)
     name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
     options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}

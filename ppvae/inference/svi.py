@@ -50,6 +50,7 @@ class SVI:
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.optimizer: torch.optim.Optimizer | None = None
         self.params: list[Tensor] = []
+        self.products: dict[str, bool] = {}  # which kinds of matrix products oneDNN does in compiled steps
         self._known = -1
         self._captured: Captured | None = None
         if compile:

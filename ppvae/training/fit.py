@@ -241,6 +241,7 @@ class _Trainer:
             self.epoch, self.take_step.taken, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
             self.kernels = self.config["kernels"] = saved.get("kernels", "eager")
+            self.svi.products = saved.get("products", {})
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
             elif isinstance(self.svi.optim, PyroOptim):
@@ -268,6 +269,7 @@ class _Trainer:
             "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
             "settings": self.config["fit"],
             "kernels": self.svi.kernels,
+            "products": self.svi.products,
         }
         if not self._saved:
             checkpoint.check(state)
