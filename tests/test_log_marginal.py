@@ -540,7 +540,7 @@ def test_data_without_a_usable_weight_are_flagged_and_counted(what):
         assert est.nll == math.inf
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     assert (est.log_px - exact)[good].abs().max() < 1e-9
-    assert "1 data have non-finite weights" in est.summary()
+    assert "broken weights: 1" in est.summary()
     assert "1 of 6 data" in est.summary()
 
 

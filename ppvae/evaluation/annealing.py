@@ -13,13 +13,13 @@ from ppvae.evaluation.accumulate import Weights, recorded_bounds
 from ppvae.evaluation.annealing_chains import forward
 from ppvae.evaluation.annealing_files import Finished, digest_of_params
 from ppvae.evaluation.annealing_setup import Bar, Session, Settings, session
-from ppvae.evaluation.estimate import MIN_ESS, Estimate
+from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.marginal import _columns, _measure, _quiet, digest_of
+from ppvae.evaluation.verdict import MIN_ACCEPTANCE, MIN_ESS
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
 
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")
-MIN_ACCEPTANCE = 0.2  # chains that hardly move have left the tempered densities behind
 
 
 def annealed(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-
-MIN_ESS = 50.0
+from ppvae.evaluation.psis import MIN_PARTICLES
+from ppvae.evaluation.verdict import advice, by_weights, k_hat_limit, reasons, verdict
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Estimate:
         method, settings: how it was made; K (`num_particles`) is the number of chains where the method is annealing.
         diagnostics: what else the method says of each datum, [N] by name.
         trusted: the verdict per datum of a method whose rule is not that of importance sampling.
+        remedy: what makes log p(x) of this pair tighter where importance sampling fails, in words.
     """
 
     log_px: Tensor
@@ -60,21 +61,21 @@ class Estimate:
     settings: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     trusted: Tensor | None = field(default=None, repr=False)
+    remedy: str = ""
 
     @property
     def k_hat_limit(self) -> float:
         """The largest k_hat of a reliable estimate, min(0.7, 1 - 1 / log10 K); -inf for K < 25, too few to judge."""
-        return min(0.7, 1 - 1 / math.log10(self.num_particles)) if self.num_particles >= 25 else -math.inf
+        return k_hat_limit(self.num_particles)
 
     @property
     def reliable(self) -> Tensor:
         """Which estimates can be trusted, [N] bool."""
         if self.trusted is not None:
             return self.trusted
-        if self.lower_bound_only or self.num_particles < 25:
+        if self.lower_bound_only or self.num_particles < MIN_PARTICLES:
             return torch.zeros_like(self.log_px, dtype=torch.bool)
-        enough = min(MIN_ESS, 0.999 * self.num_particles)  # equal weights are enough however few there are
-        return (self.nonfinite == 0) & (self.ess >= enough) & (self.k_hat < self.k_hat_limit)
+        return by_weights(self.nonfinite, self.ess, self.k_hat, self.num_particles)
 
     def bound(self, k: int) -> Tensor:
         """L_k, the importance-weighted bound with k particles, from the same draws; [N] nats.
@@ -104,15 +105,17 @@ class Estimate:
         return self.nll / (self.dims * math.log(2)) + (math.log2(self.levels) if self.levels else 0.0)
 
     def summary(self) -> str:
-        """The estimate in words, with how many data are not to be trusted.
+        """The estimate in words, with how many data are not to be trusted, why, and what to do about them.
 
         >>> one = torch.ones(2).double()
         >>> print(Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").summary())
         NLL 1.000 ± 0.000 nats per datum over 2 data (K = 100), 0.481 bits per dim (density)
         ELBO -1.000; Monte-Carlo standard error 1.0000 (median)
-        2 of 2 data (100.0 %) are not to be trusted: their log p(x) may be far too low
+        2 of 2 data (100.0 %) are not to be trusted (heavy tail, k_hat not below 0.50: 2, ess below 50: 0, \
+broken weights: 0): log p(x) may be far too low
+        what to do: for 2: a better guide
         """
-        count, bad = len(self.log_px), int((~self.reliable).sum())
+        count = len(self.log_px)
         unit = "nats for the whole data set" if self.joint else "nats per datum"
         how = f"K = {self.num_particles}" if self.trusted is None else f"{self.method}, {self.num_particles} chains"
         lines = [
@@ -121,17 +124,11 @@ class Estimate:
             f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
             f"{float(self.std_error.median()):.4f} (median)",
         ]
-        if self.num_particles < 25 and self.trusted is None:
-            lines.append(f"fewer than 25 particles ({self.num_particles}): too few to judge any datum")
-        elif bad:
-            lines.append(
-                f"{bad} of {count} data ({100 * bad / count:.1f} %) are not to be trusted: "
-                f"their log p(x) may be far too low"
-            )
-        else:
-            lines.append(f"all {count} data are reliable")
-        if int((self.nonfinite > 0).sum()):
-            lines.append(f"{int((self.nonfinite > 0).sum())} data have non-finite weights")
+        lines.append(verdict(self))
+        if not reasons(self) and (broken := int((self.nonfinite > 0).sum())):
+            lines.append(f"{broken} data have non-finite weights")
+        if todo := advice(self):
+            lines.append(f"what to do: {todo}")
         if self.lower_bound_only:
             lines.append("the guide has a point mass on a discrete latent: these are lower bounds only")
         return "\n".join([*lines, *self.notes])
@@ -140,10 +137,10 @@ class Estimate:
         """The numbers over the data set as words, for printing.
 
         >>> one = torch.ones(2).double()
-        >>> Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").table()["not to be trusted"]
-        '2 of 2 data (100.0 %)'
+        >>> Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").table()["what to do"]
+        'for 2: a better guide'
         """
-        count, bad = len(self.log_px), int((~self.reliable).sum())
+        count = len(self.log_px)
         unit = "nats for the whole data set" if self.joint else "nats per datum"
         rows = {
             "data": f"{self.data or 'a tensor'}, {count} data",
@@ -154,8 +151,10 @@ class Estimate:
             **(
                 {} if self.trusted is None else {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
             ),
-            "not to be trusted": f"{bad} of {count} data ({100 * bad / count:.1f} %)",
+            "verdict": verdict(self),
         }
+        if todo := advice(self):
+            rows["what to do"] = todo
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
     def per_datum(self) -> dict[str, Tensor]:
@@ -171,7 +170,7 @@ class Estimate:
             "joint": self.joint, "nll": self.nll, "nll_std_error": self.nll_std_error,
             "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
             "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "notes": "; ".join(self.notes),
-            "levels": self.levels or 0, "method": self.method, **self.settings,
+            "levels": self.levels or 0, "method": self.method, "remedy": self.remedy, **self.settings,
         }  # fmt: skip
 
     def to_arviz(self) -> Any:

@@ -14,10 +14,10 @@ from ppvae.errors import UsageError, refused
 from ppvae.evaluation.annealing_setup import Settings, session
 from ppvae.evaluation.marginal import _columns
 from ppvae.evaluation.unconstrained import SCALE_DRAWS, Unconstrained
+from ppvae.evaluation.verdict import MAX_DIMS
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
 
-MAX_DIMS = 3
 REACH = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales out
 ROUNDS = 4  # of centring and scaling
 COARSE = 33

@@ -16,6 +16,7 @@ from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation.accumulate import Weights, recorded_bounds
 from ppvae.evaluation.compiled import Cells
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.verdict import remedy
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import evaluating
 from ppvae.inference.missing import gaps_in
@@ -139,6 +140,7 @@ def log_marginal(
         bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
         posterior=posterior,
         notes=notes,
+        remedy=remedy(structure),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ppvae.inference.missing import check_missing, failed_on_gaps, with_gaps
 from ppvae.inference.registration import Registration, check_registered
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
-from ppvae.inference.support import base, base_measure, check_support, event_size, is_relaxed, mask_of
+from ppvae.inference.support import base, base_measure, check_support, event_size, is_discrete, is_relaxed, mask_of
 from ppvae.inference.tracing import Pair, as_batch, event_dim, explained, node_log_prob, params_of, sample_nodes, traces
 
 
@@ -93,6 +94,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     frames = [f for node in (*model_nodes.values(), *guide_nodes.values()) for f in node["cond_indep_stack"]]
     full = int(plate.full_size or plate.size)
     observed = {n: node for n, node in model_nodes.items() if model_roles[n] == "observed"}
+    drawn = {n: node for n, node in guide_nodes.items() if guide_roles[n] != "enumerated"}
     structure = Structure(
         plate=plate.name,
         nesting=max(-f.dim for f in frames if f.dim is not None),
@@ -104,11 +106,9 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
         fixed_size=full != plate.size,
         joint=bool(shared),
         lower_bound_only=lower,
-        score_only=tuple(
-            n
-            for n, node in guide_nodes.items()
-            if guide_roles[n] != "enumerated" and not getattr(node["fn"], "has_rsample", False)
-        ),
+        score_only=tuple(n for n, node in drawn.items() if not getattr(node["fn"], "has_rsample", False)),
+        discrete=tuple(n for n, node in drawn.items() if guide_roles[n] == "latent" and is_discrete(node["fn"])),
+        latent_dims=sum(event_size(node) for node in drawn.values() if not isinstance(base(node["fn"]), dist.Delta)),
         relaxed=tuple(n for n, node in model_nodes.items() if model_roles[n] == "latent" and is_relaxed(node["fn"])),
         scaled=scaled,
         refusal=scaled or refusal,

@@ -36,6 +36,8 @@ class Structure:
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     score_only: tuple[str, ...] = ()  # latents that the guide does not reparameterise
+    discrete: tuple[str, ...] = ()  # latents on a discrete set that are drawn, not summed out
+    latent_dims: int = 0  # numbers per datum that the guide draws
     relaxed: tuple[str, ...] = ()  # latents whose prior is a relaxed discrete distribution
     scaled: str = ""  # which scale, other than the data plate's, a site has, so that its densities are not a bound's
     refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.estimate import MIN_ESS, Estimate
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.verdict import MIN_ESS
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, number, plain, styled
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def diagnosis(estimate: Estimate) -> Figure:
     """
     k_hat, good = array(estimate.k_hat), array(estimate.reliable)
     at, left, right = _placed(k_hat)
-    limit = k_hat_limit(estimate.num_particles)
+    limit = estimate.k_hat_limit
     ess, log_px = array(estimate.ess), array(estimate.log_px)
     fig = figure(9.6, 3.8)
     axes: Any = fig.subplots(1, 2, sharex=True)
@@ -100,7 +101,7 @@ def diagnosis(estimate: Estimate) -> Figure:
         _points(ax, at, values, shown & good, BLUE, "o", "reliable")
         ax.set_xlabel(r"Pareto shape $\hat{k}$")
         ax.set_ylabel(words)
-        if limit is not None:
+        if math.isfinite(limit):
             ax.axvline(limit, color=FAINT, linestyle="--", linewidth=1)
         note(ax, _missing(int((~shown).sum()), "no finite value"))
     _edges(axes[0], k_hat, left, right)
@@ -109,15 +110,10 @@ def diagnosis(estimate: Estimate) -> Figure:
     low, high = axes[0].get_ylim()
     axes[0].set_ylim(min(low, 0.6 * MIN_ESS), max(high, 1.2 * estimate.num_particles))
     plain(axes[0].yaxis)
-    if limit is not None:
+    if math.isfinite(limit):
         _shade(axes[0], limit)
     fig.legend(*_legend(axes), loc="outside upper right", ncols=2)
     return fig
-
-
-def k_hat_limit(num_particles: int) -> float | None:
-    """The k_hat below which a datum can be reliable, min(0.7, 1 - 1 / log10 K); None for K < 25."""
-    return min(0.7, 1 - 1 / math.log10(num_particles)) if num_particles >= 25 else None
 
 
 def _placed(k_hat: np.ndarray) -> tuple[np.ndarray, float, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.verdict import advice, verdict
 from ppvae.plots.style import number
 from ppvae.report.of_pair import active
 from ppvae.report.page import Card, Head
@@ -63,20 +64,20 @@ def remarks(s: Subject) -> list[str]:
     if est is None:
         return [s.no_estimate]
     out = []
-    bad, count, broken = int((~est.reliable).sum()), len(est.log_px), int((est.nonfinite > 0).sum())
-    if est.num_particles < 25:
-        out.append(f"K = {est.num_particles} is too few particles to judge any datum; it takes 25.")
-    elif bad and not est.lower_bound_only:
-        what = "The estimate is" if est.joint else f"{bad} of {count} data are"
-        out.append(f"{what} not to be trusted: log p(x){'' if est.joint else ', and so the mean,'} may be far too low.")
-    if broken:
-        out.append(f"{broken} {'datum has' if broken == 1 else 'data have'} weights that are not finite.")
+    if bool((~est.reliable).any()):
+        out.append(_sentence(verdict(est)))
+    if todo := advice(est):
+        out.append(_sentence(f"what to do: {todo}"))
     if est.lower_bound_only:
         out.append("The guide has a point mass on a discrete latent: these are lower bounds on log p(x) only.")
     if est.joint:
         out.append("A latent is shared by all data: weights are joint, and log p(x) is that of the whole data set.")
-    out += [f"{text[:1].upper()}{text[1:]}." for text in est.notes]
+    out += [_sentence(text) for text in est.notes]
     return [*out, s.matched] if s.matched and not est.joint else out
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def facts(s: Subject) -> list[tuple[str, str]]:

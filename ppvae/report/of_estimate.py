@@ -7,8 +7,8 @@ import math
 import torch
 
 from ppvae import plots
-from ppvae.evaluation.estimate import MIN_ESS, Estimate
-from ppvae.plots.estimates import k_hat_limit
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.verdict import MIN_ESS
 from ppvae.plots.style import number
 from ppvae.report.parts import Drawn, grid
 from ppvae.report.subject import LeftOut, Subject
@@ -46,8 +46,8 @@ def bounds(s: Subject) -> Drawn:
 def diagnosis(s: Subject) -> Drawn:
     """Which data can be trusted, and why not."""
     est = _per_datum(s)
-    limit = k_hat_limit(est.num_particles)
-    if limit is None:
+    limit = est.k_hat_limit
+    if not math.isfinite(limit):
         raise LeftOut(f"K = {est.num_particles} is too few particles to judge any datum; it takes 25.")
     return Drawn(
         plots.diagnosis(est),
