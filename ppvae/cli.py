@@ -11,7 +11,7 @@ USAGE = """usage: ppvae COMMAND ...
 Deep latent-variable models as probabilistic programs.
 
   ppvae fit PAIR [options]        train a model/guide pair with SVI
-  ppvae evaluate RUN [options]    estimate log p(x) of a run's test data
+  ppvae evaluate RUN [options]    estimate log p(x) of a run's test data; --method annealed is tighter
   ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration
   ppvae compare RUN RUN ...       paired differences of log p(x) between runs
   ppvae generate RUN [options]    samples, reconstructions, interpolations, traversals of a run
@@ -27,6 +27,12 @@ COMMANDS = {
     "fit": "commands", "evaluate": "commands", "examine": "examining", "compare": "examining",
     "generate": "commands", "check": "commands", "data": "commands",
 }  # fmt: skip
+
+AFTER = {  # an interruption
+    "fit": "; the same command with --name NAME --resume goes on from the last checkpoint",
+    "evaluate": "; the same command goes on from the finished blocks of annealing",
+    "examine": "; the same command goes on from the finished blocks of gaps",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,8 +80,7 @@ def _run(command: str, args: list[str]) -> int:
     except PpvaeError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        after = "; the same command with --name NAME --resume goes on from the last checkpoint"
-        return _fail("interrupted" + (after if command == "fit" else ""), 130)
+        return _fail("interrupted" + AFTER.get(command, ""), 130)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -66,15 +66,26 @@ class Fit(Data):
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate:
-    """Estimate log p(x) of a run's data by importance sampling."""
+    """Estimate log p(x) of a run's data: by importance sampling, or by annealing, which is tighter and slower.
 
-    num_particles: int = 5000
+    An interrupted --method annealed, smc or bdmc goes on with the same command.
+    """
+
+    method: Literal["importance", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket, on simulated data
+    num_particles: int = 5000  # of importance sampling, which is run beside annealing on the same data
     split: Literal["test", "valid", "train"] = "test"
     head: int | None = None  # only so many data
     seed: int = 0
     root: str | None = None
     rows: int | None = None  # the most (datum, particle) rows at once; memory is proportional to it
     device: str | None = None
+    num_chains: int = 16  # of annealing, per datum
+    num_temperatures: int = 1000  # steps from the guide (or prior) to the posterior
+    start: Literal["guide", "prior"] = "guide"  # where chains start
+    schedule: Literal["sigmoid", "linear", "equal_ess"] = "sigmoid"  # of inverse temperatures
+    num_leapfrog: int = 10  # leapfrog steps at each temperature
+    resample: float = 0.5  # of smc: chains are resampled where ess falls below this share of them
+    beside: tuple[int, ...] = ()  # further K of importance sampling to set beside annealing, as 50000
     best: bool = False  # the parameters with the best validation ELBO, instead of those that the run ended with
     runs: str = "runs"
     report: bool = True
@@ -149,15 +160,19 @@ def fit(args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """`ppvae evaluate RUN`."""
+    from ppvae.estimating import by_chains, check_method
     from ppvae.evaluation import log_marginal
 
     settings, directory = _with_run("evaluate", args, Evaluate)
+    check_method(settings)
     run = load_run(directory, best=settings.best or None)
     columns = _of_run(run, settings, settings.split)
     if settings.head is not None:
-        columns = tuple(c.head(settings.head) if hasattr(c, "head") else c[: settings.head] for c in columns)
+        columns = _head(columns, settings.head)
     discrete = getattr(getattr(unbound(run.model), "__self__", None), "discrete", None)
     model, guide = (run.model, run.guide) if discrete is None else (discrete.model, discrete.guide)
+    if settings.method != "importance":
+        return by_chains(run, model, guide, columns, settings, discrete is not None)
     est = log_marginal(
         model, guide, columns, num_particles=settings.num_particles, seed=settings.seed,
         device=settings.device, rows=settings.rows,
@@ -314,6 +329,11 @@ def _directory(settings: Fit, text: str) -> Path:
         return runs / stem
     names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
     return next(runs / n for n in names if not (runs / n).exists())
+
+
+def _head(columns: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The first data."""
+    return tuple(c.head(count) if hasattr(c, "head") else c[:count] for c in columns)
 
 
 def _num_labels(split: Any, wanted: bool) -> int | None:

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ppvae.commands import _about, _of_run, _report, _with_run
-from ppvae.errors import CheckpointError, ContractError, UsageError
+from ppvae.commands import _about, _head, _of_run, _with_run
+from ppvae.errors import ContractError, UsageError
+from ppvae.estimating import report_kept
 from ppvae.settings import parse
 from ppvae.training import load as load_run
 
@@ -46,7 +47,6 @@ def examine(args: list[str]) -> int:
     """`ppvae examine RUN`."""
     from ppvae.evaluation.calibration import calibration
     from ppvae.evaluation.gaps import gaps
-    from ppvae.evaluation.loading import load_estimate
     from ppvae.evaluation.representation import representation
 
     settings, directory = _with_run("examine", args, Examine)
@@ -77,16 +77,8 @@ def examine(args: list[str]) -> int:
         print(f"results: {found.save(directory / 'results', name)}\n")
         shutil.rmtree(directory / "results" / f"{name}_blocks", ignore_errors=True)
     if settings.report:
-        try:
-            est = load_estimate(directory / "results" / "log_marginal.json")
-        except CheckpointError:
-            est = None
-        _report(run, test, est, settings.seed)
+        report_kept(run, settings)
     return 0
-
-
-def _head(columns: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    return tuple(c.head(count) if hasattr(c, "head") else c[:count] for c in columns)
 
 
 def compare(args: list[str]) -> int:

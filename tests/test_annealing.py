@@ -14,7 +14,7 @@ from strangers import PAIRS
 
 from ppvae import log_marginal
 from ppvae.errors import CheckpointError, ContractError, UsageError
-from ppvae.evaluation import Bracket, annealed, annealing, annealing_chains, bdmc, quadrature
+from ppvae.evaluation import Bracket, annealed, annealing, annealing_chains, bdmc, bidirectional, quadrature
 from ppvae.evaluation.annealing_schedule import equal_ess, named
 from ppvae.models import LinearGaussian
 
@@ -417,10 +417,37 @@ def test_simulated_values_that_are_no_column_are_refused_or_put_in_place_by_the_
 def test_a_bracket_is_saved(tmp_path):
     pair, x = oracle(6, 2, 0.7, 10)
     bracket = bdmc(pair.model, pair.mean_field, x, **SHORT)
-    content = json.loads(bracket.save(tmp_path).read_text())
-    assert content["per_datum"]["gap"] == bracket.gap.tolist()
-    assert content["on"] == "data simulated from the model"
-    assert content["num_temperatures"] == 5
+    again = Bracket.load(bracket.save(tmp_path))
+    assert torch.equal(again.gap, bracket.gap)
+    assert again.settings == bracket.settings
+    assert again.table() == bracket.table()
+    assert again.summary() == bracket.summary()
+    assert bracket.table()["num_temperatures"] == "5"
+    assert "simulated from the model" in bracket.table()["data"]
+    assert "says nothing of other data" in bracket.table()["holds for"]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_interrupted_bracket_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    pair, x = oracle(6, 2, 0.7, 120)
+    whole = bdmc(pair.model, pair.mean_field, x, **SHORT)
+    real, calls = bidirectional._of_block, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(bidirectional, "_of_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bdmc(pair.model, pair.mean_field, x, directory=tmp_path, **SHORT)
+    again = bdmc(pair.model, pair.mean_field, x, directory=tmp_path, **SHORT)
+    assert len(calls) == 4  # two blocks, the one that was stopped, and it again
+    for name in ("lower", "upper", "acceptance"):
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+    with pytest.raises(UsageError, match="what is 'bdmc' there and 'annealed' here"):
+        annealed(pair.model, pair.mean_field, x, directory=tmp_path, **SHORT)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

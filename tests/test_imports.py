@@ -11,7 +11,7 @@ FILES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for
 PARTS = ("ppvae.distributions", "ppvae.nn", "ppvae.naming")
 CONDITIONALS = ("ppvae.priors", "ppvae.likelihoods", "ppvae.posteriors")
 ROOMS_OF_WORK = ("ppvae.inference", "ppvae.evaluation", "ppvae.training")
-COMMANDS = ("ppvae.cli", "ppvae.commands", "ppvae.examining")
+COMMANDS = ("ppvae.cli", "ppvae.commands", "ppvae.estimating", "ppvae.examining")
 TOP = (*COMMANDS, "ppvae.settings", "ppvae.report", "ppvae.plots", "ppvae.generate")
 
 

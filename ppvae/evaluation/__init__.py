@@ -10,8 +10,9 @@ from ppvae.evaluation.gaps import Gaps, gaps
 from ppvae.evaluation.loading import load_estimate
 from ppvae.evaluation.marginal import log_marginal
 from ppvae.evaluation.representation import Representation, representation
+from ppvae.evaluation.tightness import looseness
 
 __all__ = [
     "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Quadrature", "Representation", "annealed", "bdmc",
-    "calibration", "compare", "gaps", "load_estimate", "log_marginal", "quadrature", "representation",
+    "calibration", "compare", "gaps", "load_estimate", "log_marginal", "looseness", "quadrature", "representation",
 ]  # fmt: skip

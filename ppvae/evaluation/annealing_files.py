@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,9 +40,9 @@ class Finished:
                 found = json.loads(path.read_text())
             except ValueError as error:
                 raise CheckpointError(f"{path}: not JSON ({error}). Remove the folder, or name another one") from error
-            differs = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
+            differs = [k for k in {*wanted, *found} if wanted.get(k) != found.get(k)]
             if differs:
-                name = differs[0]
+                name = min(differs, key=lambda k: (isinstance(wanted.get(k), list), k))  # the first that is easily read
                 raise UsageError(
                     f"{self.folder}: holds another evaluation: {name} is {found.get(name)!r} there and "
                     f"{wanted.get(name)!r} here. Name another directory, or remove this one"
@@ -83,13 +84,16 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Module] = ()) -> str:
-    """The SHA-256 of parameters, and of all that modules hold: what is frozen, and buffers; with their names."""
+    """The SHA-256 of parameters, and of all that modules hold: what is frozen, and buffers; with their names.
+
+    Two loadings of a run, in one process or in two, have the same: the number of an object in a name does not count.
+    """
     total = hashlib.sha256()
-    found = dict(params)
+    found = list(params.items())
     for i, module in enumerate(modules):
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        found |= {f"{i}.{name}": value for name, value in own}
-    for name, value in sorted(found.items()):
-        total.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        found += [(f"{i}.{name}", value) for name, value in own]
+    for name, value in found:
+        total.update(f"{re.sub(r'#[0-9]+', '#', name)} {list(value.shape)} {value.dtype}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

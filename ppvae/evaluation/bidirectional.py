@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +12,21 @@ from torch import Tensor
 
 from ppvae.errors import refused
 from ppvae.evaluation.accumulate import Weights
+from ppvae.evaluation.annealing import key_of
 from ppvae.evaluation.annealing_chains import backward, forward
 from ppvae.evaluation.annealing_files import Finished
 from ppvae.evaluation.annealing_setup import Bar, Session, Settings, session
-from ppvae.evaluation.estimate import _number
 from ppvae.evaluation.marginal import Block, _columns, _quiet
+from ppvae.evaluation.saved import Saved, mean_words
 from ppvae.evaluation.simulated import Assemble, simulated
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
 
+HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
+
 
 @dataclass(frozen=True)
-class Bracket:
+class Bracket(Saved):
     """log p(x) of simulated data from below and from above; nats per datum, float64, all [N].
 
     Attributes:
@@ -33,7 +34,7 @@ class Bracket:
         upper: -log mean 1/w over reverse chains from the simulated latents themselves, too high on average.
         lower_std_error, upper_std_error: Monte-Carlo standard errors over the chains.
         acceptance: of the forward chains.
-        data: the simulated batch, its columns [N, ...].
+        data: the simulated batch, its columns [N, ...]; not kept in files.
     """
 
     lower: Tensor
@@ -45,7 +46,7 @@ class Bracket:
     seed: int
     joint: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
-    data: tuple[Tensor, ...] = field(default=(), repr=False)
+    data: tuple[Tensor, ...] = field(default=(), repr=False, metadata={"saved": False})
 
     @property
     def gap(self) -> Tensor:
@@ -60,43 +61,29 @@ class Bracket:
         log p(x) of 2 simulated data lies between -1.000 and -0.900 nats on average: a gap of 0.100 ± 0.000
         it certifies these settings on data simulated from the model, and says nothing of other data
         """
-        count = len(self.lower)
-        error = float(self.gap.std()) / count**0.5 if count > 1 else float("nan")
         lines = [
-            f"log p(x) of {count} simulated data lies between {float(self.lower.mean()):.3f} and "
-            f"{float(self.upper.mean()):.3f} nats on average: a gap of {float(self.gap.mean()):.3f} ± {error:.3f}"
+            f"log p(x) of {len(self.lower)} simulated data lies between {float(self.lower.mean()):.3f} and "
+            f"{float(self.upper.mean()):.3f} nats on average: a gap of {mean_words(self.gap)}"
         ]
         if int((self.nonfinite > 0).sum()):
             lines.append(f"{int((self.nonfinite > 0).sum())} data have non-finite weights")
-        lines.append("it certifies these settings on data simulated from the model, and says nothing of other data")
+        lines.append(HOLDS_FOR)
         return "\n".join(lines)
 
-    def per_datum(self) -> dict[str, Tensor]:
-        """Every per-datum quantity by name, [N]."""
-        names = ("lower", "upper", "lower_std_error", "upper_std_error", "gap", "acceptance", "nonfinite")
-        return {name: getattr(self, name) for name in names}
-
-    def attributes(self) -> dict[str, Any]:
-        """What the bracket is of and how it was made, as strings and numbers."""
-        return {
-            "method": "bidirectional Monte Carlo", "on": "data simulated from the model", "seed": self.seed,
-            "num_data": len(self.lower), "joint": self.joint, "lower": float(self.lower.mean()),
-            "upper": float(self.upper.mean()), "gap": float(self.gap.mean()), **self.settings,
-        }  # fmt: skip
-
-    def save(self, directory: str | os.PathLike[str], name: str = "bdmc") -> Path:
-        """Writes `<name>.json`, numbers and per-datum values, whole or not at all."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.json"
-        content = {key: _number(value) for key, value in self.attributes().items()} | {
-            "summary": self.summary().splitlines(),
-            "per_datum": {key: [_number(v) for v in value.tolist()] for key, value in self.per_datum().items()},
+    def table(self) -> dict[str, str]:
+        """The bracket over the data set as words, for printing."""
+        unit = "nats for the whole data set" if self.joint else "nats per datum"
+        rows = {
+            "data": f"{len(self.lower)} simulated from the model",
+            "log p(x) from below": f"{mean_words(self.lower)} {unit}",
+            "log p(x) from above": f"{mean_words(self.upper)} {unit}",
+            "gap": f"{mean_words(self.gap)}; on average it bounds the error of either",
+            "acceptance": f"{float(self.acceptance.mean()):.2f}",
+            **{name: str(value) for name, value in self.settings.items()},
+            "holds for": HOLDS_FOR,
         }
-        partial = path.with_suffix(".json.tmp")
-        partial.write_text(json.dumps(content, allow_nan=False) + "\n")
-        os.replace(partial, path)
-        return path
+        broken = int((self.nonfinite > 0).sum())
+        return rows | ({"broken weights": f"{broken} data"} if broken else {})
 
 
 def bdmc(
@@ -113,6 +100,7 @@ def bdmc(
     seed: int = 0,
     rows: int | None = None,
     assemble: Assemble | None = None,
+    directory: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Bracket:
@@ -127,8 +115,8 @@ def bdmc(
         data: gives the shapes, and whatever the model is conditioned on; its observed values are replaced.
         assemble: (simulated values by site, batch) -> batch with these in it; for a pair whose observed sites are not
             simply columns of the batch.
-        num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, rows, device, progress: as
-            `annealed` takes them; forward and reverse chains share the pilot's step sizes and schedule.
+        num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, rows, directory, device,
+            progress: as `annealed` takes them; forward and reverse chains share the pilot's step sizes and schedule.
         seed: of the simulated data and of every draw.
 
     Raises:
@@ -156,6 +144,7 @@ def bdmc(
                     "a helper" if role == "auxiliary" else "a site enumerated in the guide",
                     "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
                 )  # fmt: skip
+        store = Finished(directory, key_of(ready) | {"what": "bdmc"})
         results: list[dict[str, Tensor]] = []
         batches: list[tuple[Tensor, ...]] = []
         with Bar(ready.blocks, 2 * len(settings.chain_blocks), settings, _quiet(progress), "BDMC") as bar:
@@ -163,7 +152,14 @@ def bdmc(
                 ready.noise(number, "simulated")
                 block, latents = simulated(ready.model, ready.s, ready.block(number), assemble)
                 batches.append(_rows_of(block))
-                results.append(_of_block(ready, block, latents, bar))
+
+                def made(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
+                    return _of_block(ready, block, latents, bar)
+
+                part, there = store.part(f"block-{number:05d}", made)
+                if there:
+                    bar.update((2 * len(settings.chain_blocks) + 1) * max(settings.num_temperatures - 1, 1))
+                results.append(part)
                 gap = torch.cat([r["upper"] - r["lower"] for r in results]).mean()
                 bar.say(gap=f"{gap:.3f}")
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}

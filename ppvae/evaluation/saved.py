@@ -19,7 +19,10 @@ from ppvae.errors import CheckpointError
 
 
 class Saved:
-    """A frozen dataclass of tensors, dicts of tensors, numbers and words that can be written and read back."""
+    """A frozen dataclass of tensors, dicts of tensors, numbers and words that can be written and read back.
+
+    A field with metadata {"saved": False} is left out, and has its default once read back.
+    """
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Writes `<name>.json` and `<name>.npz`, each whole or not at all; by default under the result's own name."""
@@ -27,7 +30,7 @@ class Saved:
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
         plain: dict[str, Any] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in _saved(type(self)):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 arrays[field.name] = value.cpu().numpy()
@@ -59,7 +62,7 @@ class Saved:
             if content["kind"] != cls.__name__:
                 raise CheckpointError(f"{path}: expected a result of kind {cls.__name__}, found {content['kind']}")
             values: dict[str, Any] = {}
-            for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            for field in _saved(cls):
                 if field.name in arrays:
                     values[field.name] = arrays[field.name]
                     continue
@@ -74,6 +77,10 @@ class Saved:
     def table(self) -> dict[str, str]:
         """The numbers over the data set as words, for printing."""
         raise NotImplementedError
+
+
+def _saved(cls: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if field.metadata.get("saved", True)]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

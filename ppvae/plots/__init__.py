@@ -11,9 +11,11 @@ from ppvae.plots.latents import latent_map
 from ppvae.plots.nats import gap_bars, kl_per_dim, rate_distortion
 from ppvae.plots.profiles import profiles
 from ppvae.plots.style import DPI, to_png
+from ppvae.plots.tightness import bracket, looseness_curve
 from ppvae.plots.training import curves
 
 __all__ = [
-    "DPI", "bound_curve", "calibration_ranks", "curves", "diagnosis", "differences", "gap_bars", "image_grid",
-    "kl_per_dim", "latent_map", "log_px_histogram", "profiles", "rate_distortion", "to_png",
+    "DPI", "bound_curve", "bracket", "calibration_ranks", "curves", "diagnosis", "differences", "gap_bars",
+    "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve", "profiles", "rate_distortion",
+    "to_png",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.verdict import advice, verdict
 from ppvae.plots.style import number
+from ppvae.report import of_chains
 from ppvae.report.of_pair import active
 from ppvae.report.page import Card, Head
 from ppvae.report.subject import LeftOut, Subject
@@ -18,6 +19,7 @@ def head(s: Subject) -> Head:
     """Title, headline numbers, remarks and facts."""
     name, _ = s.pair
     cards = of_estimate(s.estimate) if s.estimate is not None else of_history(s.run.metrics)
+    cards += of_chains.cards(s)
     known = getattr(s.columns[0], "name", None)
     short = name.rsplit("/", 1)[-1]
     title = f"{short} on {known}" if known else short
@@ -62,7 +64,7 @@ def remarks(s: Subject) -> list[str]:
     """What a reader must know before using the numbers."""
     est = s.estimate
     if est is None:
-        return [s.no_estimate]
+        return [s.no_estimate, *of_chains.remarks(s)]
     out = []
     if bool((~est.reliable).any()):
         out.append(_sentence(verdict(est)))
@@ -72,7 +74,7 @@ def remarks(s: Subject) -> list[str]:
         out.append("The guide has a point mass on a discrete latent: these are lower bounds on log p(x) only.")
     if est.joint:
         out.append("A latent is shared by all data: weights are joint, and log p(x) is that of the whole data set.")
-    out += [_sentence(text) for text in est.notes]
+    out += [*(_sentence(text) for text in est.notes), *of_chains.remarks(s)]
     return [*out, s.matched] if s.matched and not est.joint else out
 
 

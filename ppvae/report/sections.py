@@ -10,6 +10,7 @@ from ppvae import plots
 from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.plots.style import number
+from ppvae.report.of_chains import chains
 from ppvae.report.of_estimate import bounds, diagnosis, log_px, worst_data
 from ppvae.report.of_pair import interpolations, latent_map, reconstructions, samples, traversals
 from ppvae.report.of_results import results
@@ -31,6 +32,7 @@ def sections(s: Subject) -> Iterator[Section]:
     yield section("bounds", "Bound against particles", lambda: bounds(s))
     yield section("diagnosis", "Diagnosis", lambda: diagnosis(s))
     yield section("worst", "Data with the worst k̂", lambda: worst_data(s))
+    yield from chains(s)
     yield from results(s)
 
 

@@ -1,0 +1,91 @@
+"""log p(x) by chains: how loose importance sampling is beside it, and the bracket on simulated data."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.errors import UsageError
+from ppvae.evaluation.bidirectional import Bracket
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.saved import mean_and_error
+from ppvae.evaluation.tightness import looseness, looseness_and_error
+from ppvae.plots.style import BLUE, INK, ORANGE, VERMILLION, array, figure, note, number, plain, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@styled
+def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
+    """Mean L_k against k below a tighter estimate of the same data, and the difference at K for each datum; nats.
+
+    The band is two paired standard errors of the difference. Data that importance sampling does not trust are apart.
+    """
+    ks = sorted(est.bounds)
+    if len(ks) < 2:
+        raise UsageError(f"est: expected bounds at two k or more, found {ks}")
+    pairs = [looseness_and_error(tighter, est, k) for k in ks]
+    high = float(tighter.log_px.mean())
+    low, error = np.array([high - mean for mean, _ in pairs]), np.array([e for _, e in pairs])
+    fig = figure(9.6, 3.6)
+    axes: Any = fig.subplots(1, 2)
+    ax = axes[0]
+    ax.fill_between(ks, low - 2 * error, low + 2 * error, color=BLUE, alpha=0.15, linewidth=0,
+                    label="two standard errors of the difference")  # fmt: skip
+    ax.plot(ks, low, color=BLUE, marker="o", markersize=3.5, label="mean $L_k$, importance sampling")
+    ax.axhline(high, color=ORANGE, linewidth=1.6, label=f"{tighter.method}, {number(high)}")
+    ax.set_xscale("log")
+    ax.margins(0.06, 0.14)
+    plain(ax.xaxis)
+    ax.set_xlabel("number of particles k")
+    ax.set_ylabel(f"log p(x) (nats {'for the whole data set' if est.joint else 'per datum'})")
+    ax.legend(loc="lower right")
+    own, good = array(looseness(tighter, est)), array(est.reliable)
+    shown = np.isfinite(own)
+    if shown.any():
+        edges = np.histogram_bin_edges(own[shown], bins=min(50, max(10, round(2 * math.sqrt(shown.sum())))))
+        parts = [(own[shown & good], BLUE, "reliable"), (own[shown & ~good], VERMILLION, "not to be trusted")]
+        parts = [part for part in parts if len(part[0])]
+        axes[1].hist(
+            [p[0] for p in parts], edges, stacked=True, color=[p[1] for p in parts], edgecolor="white", linewidth=0.4,
+            label=[f"{p[2]} ({len(p[0])})" for p in parts],
+        )  # fmt: skip
+    axes[1].axvline(0, color=INK, linewidth=0.8, linestyle=":")
+    mean, error_at = pairs[-1]
+    axes[1].axvline(mean, color=INK, linewidth=1.3, label=f"mean {number(mean, 3)} ± {number(error_at, 3)}")
+    axes[1].set_xlabel(f"log p(x) by annealing − $L_{{{ks[-1]}}}$ (nats)")
+    axes[1].set_ylabel("number of data")
+    axes[1].yaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend()
+    note(axes[1], f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
+    return fig
+
+
+@styled
+def bracket(found: Bracket) -> Figure:
+    """The gap between upper and lower bound of log p(x) for each simulated datum, against the lower one; nats.
+
+    Bars are two Monte-Carlo standard errors of both bounds; the band two standard errors of the mean gap.
+    """
+    gap, lower = array(found.gap), array(found.lower)
+    both = 2 * np.hypot(array(found.lower_std_error), array(found.upper_std_error))
+    shown = np.isfinite(gap) & np.isfinite(lower)
+    fig = figure(7.2, 3.4)
+    ax: Any = fig.add_subplot()
+    ax.errorbar(lower[shown], gap[shown], yerr=np.nan_to_num(both[shown]), fmt="o", color=BLUE, markersize=3.5,
+                linewidth=0.7, alpha=0.7, label="a simulated datum")  # fmt: skip
+    mean, error = mean_and_error(found.gap)
+    if math.isfinite(mean):
+        words = f"mean {number(mean, 3)}" + (f" ± {number(error, 3)}" if math.isfinite(error) else "")
+        ax.axhline(mean, color=ORANGE, linewidth=1.6, label=words)
+    if math.isfinite(error):
+        ax.axhspan(mean - 2 * error, mean + 2 * error, color=ORANGE, alpha=0.2, linewidth=0)
+    ax.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+    ax.set_xlabel("log p(x) from below (nats)")
+    ax.set_ylabel("upper − lower bound (nats)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    note(ax, f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
+    return fig
