@@ -18,7 +18,7 @@ CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
 
 
 def check_method(settings: Evaluate) -> None:
-    """Raises UsageError for options that the method does not take, and for numbers below one."""
+    """Raises UsageError for options that the method does not take, and for numbers of particles below one."""
     default = type(settings)()
     given = [name for name in (*CHAINS, "resample", "beside") if getattr(settings, name) != getattr(default, name)]
     takes = {"importance": (), "annealed": (*CHAINS, "beside"), "smc": (*CHAINS, "resample", "beside"), "bdmc": CHAINS}
@@ -26,11 +26,10 @@ def check_method(settings: Evaluate) -> None:
         if name not in takes[settings.method]:
             which = ", ".join(method for method, names in takes.items() if name in names)
             raise UsageError(f"--{name.replace('_', '-')}: goes with --method {which}; found {settings.method}")
-    for name in ("num_particles", "num_chains", "num_temperatures", "num_leapfrog", "head"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(settings, name)}")
-    if any(k < 1 for k in settings.beside):
-        raise UsageError(f"--beside: expected numbers of particles, found {' '.join(map(str, settings.beside))}")
+    for name in ("num_particles", "beside"):  # importance sampling comes after annealing, which takes long
+        ks = getattr(settings, name)
+        if any(k < 1 for k in (ks if isinstance(ks, tuple) else (ks,))):
+            raise UsageError(f"{name}: expected at least 1, found {ks}")
 
 
 def by_chains(run: Run, model: Any, guide: Any, columns: tuple[Any, ...], settings: Evaluate, relaxed: bool) -> int:
