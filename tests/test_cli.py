@@ -249,6 +249,8 @@ def test_the_librarys_own_factories(cli):
     for pair, options in (
         ("ppvae.models:conv_vae", ["--no-flat", "--channels", 4, 8, "--hidden", 16]),
         ("ppvae.models:linear_gaussian", ["--binarize", "none", "--scale", 0.3]),
+        ("ppvae.models:factor_analysis", ["--binarize", "none", "--latent", 3]),
+        ("ppvae.models:gaussian_mixture", ["--binarize", "none", "--rank", 2, "--objective", "ELBO"]),
     ):
         result = cli("fit", pair, *options, "--epochs", 1, "--name", pair.split(":")[1], "--no-report")
         assert result.status == 0, result.err

@@ -18,6 +18,7 @@ from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.choices import Among, given_to
 from ppvae.conditional import called
 from ppvae.errors import UsageError
+from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
 
@@ -246,9 +247,39 @@ def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> Linea
         latent: the size of z.
         scale: the starting noise scale.
     """
-    if train.dim() != 2:
-        raise ValueError(f"linear_gaussian: expected flat data [N, features], found {list(train.shape)}")
-    pair = LinearGaussian(train.shape[1], latent, scale)
+    pair = LinearGaussian(_features("linear_gaussian", train), latent, scale)
     with torch.no_grad():
         pair.loc.copy_(train.mean(0))
     return pair
+
+
+def factor_analysis(train: Tensor, latent: int = 2) -> LinearGaussian:
+    """Factor analysis with its exact posterior as guide, on flat real data [N, features].
+
+    Args:
+        train: the training data.
+        latent: the size of z.
+    """
+    pair = LinearGaussian(_features("factor_analysis", train), latent, train.std(0).clamp(min=1e-3))
+    with torch.no_grad():
+        pair.loc.copy_(train.mean(0))
+    return pair
+
+
+def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = None, start: int = 0) -> GaussianMixture:
+    """A mixture of normals, its cluster summed out, on flat real data [N, features]; takes --objective ELBO.
+
+    Args:
+        train: the training data.
+        components: the number of clusters.
+        rank: None for any covariance, 0 for a diagonal one, r for a mixture of factor analysers.
+        start: the seed of the rows that the clusters start at.
+    """
+    _features("gaussian_mixture", train)
+    return GaussianMixture.from_data(train, components, rank, start)
+
+
+def _features(name: str, train: Tensor) -> int:
+    if train.dim() != 2:
+        raise ValueError(f"{name}: expected flat data [N, features], found {list(train.shape)}")
+    return train.shape[1]

@@ -1,4 +1,4 @@
-"""Probabilistic PCA: the model whose log p(x) is known, and so the oracle that everything is tested on."""
+"""Probabilistic PCA and factor analysis: log p(x) is known, and so they are the oracle that everything is tested on."""
 
 from __future__ import annotations
 
@@ -13,23 +13,37 @@ from ppvae.naming import unique
 
 
 class LinearGaussian(nn.Module):
-    """z ~ N(0, I), x | z ~ N(weight z + loc, scale^2 I), with its exact posterior as guide.
+    """z ~ N(0, I), x | z ~ N(weight z + loc, diag(scale^2)), with its exact posterior as guide.
 
-    log p(x) = log N(x; loc, weight weight^T + scale^2 I);
-    p(z | x) = N(M^-1 weight^T (x - loc), scale^2 M^-1), M = weight^T weight + scale^2 I.
+    One scale for all features is probabilistic PCA, one for each is factor analysis.
+    log p(x) = log N(x; loc, weight weight^T + diag(scale^2));
+    p(z | x) = N(M^-1 weight^T diag(scale^-2) (x - loc), M^-1), M = I + weight^T diag(scale^-2) weight.
     `guide` is the exact posterior of the current parameters, `mean_field` the best guide with independent dims.
-    Source: Tipping and Bishop 1999, Probabilistic principal component analysis.
+
+    Args:
+        features: the size of x.
+        latent: the size of z.
+        scale: where the noise scale starts: a number, or [features] for factor analysis.
+
+    Raises ValueError for scales of another shape.
+    Source: Tipping and Bishop 1999, Probabilistic principal component analysis; Rubin and Thayer 1982, EM algorithms
+    for ML factor analysis.
 
     >>> pair = LinearGaussian(3, 2)
     >>> pair.log_px(torch.zeros(4, 3)).shape, pair.posterior(torch.zeros(4, 3)).shape()
     (torch.Size([4]), torch.Size([4, 2]))
+    >>> LinearGaussian(3, 2, scale=torch.ones(3)).log_scale.shape
+    torch.Size([3])
     """
 
-    def __init__(self, features: int, latent: int, scale: float = 1.0):
+    def __init__(self, features: int, latent: int, scale: float | Tensor = 1.0):
         super().__init__()
+        start = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+        if start.shape not in ((), (features,)):
+            raise ValueError(f"scale: expected a number or [{features}], found {list(start.shape)}")
         self.weight = nn.Parameter(torch.randn(features, latent) / math.sqrt(latent))
         self.loc = nn.Parameter(torch.zeros(features))
-        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
+        self.log_scale = nn.Parameter(start.log())
         self._name = unique("linear_gaussian")
 
     def model(self, x: Tensor) -> Tensor:
@@ -57,10 +71,10 @@ class LinearGaussian(nn.Module):
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
         """p(z | x) in closed form, batch shape [batch], event shape [latent]."""
-        variance = (2 * self.log_scale).exp()
-        m = self.weight.T @ self.weight + variance * torch.eye(self.weight.shape[1]).to(self.weight)
-        loc = torch.linalg.solve(m, self.weight.T @ (x - self.loc).T).T
-        return dist.MultivariateNormal(loc, precision_matrix=m / variance)
+        weighed = self.weight.T * (-2 * self.log_scale).exp()
+        m = weighed @ self.weight + torch.eye(self.weight.shape[1]).to(self.weight)
+        loc = torch.linalg.solve(m, weighed @ (x - self.loc).T).T
+        return dist.MultivariateNormal(loc, precision_matrix=m)
 
     def log_px(self, x: Tensor) -> Tensor:
         """log p(x) in closed form, [batch] nats."""
@@ -69,7 +83,7 @@ class LinearGaussian(nn.Module):
 
     @staticmethod
     def maximum_likelihood(x: Tensor, latent: int) -> LinearGaussian:
-        """The maximum of the likelihood in closed form, from data [N, features].
+        """The maximum of the likelihood of probabilistic PCA in closed form, from data [N, features].
 
         scale^2 is the mean of the discarded eigenvalues of the covariance, and
         weight = U (L - scale^2 I)^(1/2) of the kept ones (Tipping and Bishop 1999, section 3.2).

@@ -1,0 +1,102 @@
+"""Laws of every model: it goes through check, fit, log_marginal, generate and captured steps as any other pair does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from test_capture import check_same
+from torch import Tensor
+
+from ppvae import check, fit, generate, log_marginal, objectives, terms
+from ppvae.inference.contract import inspect
+from ppvae.models import GaussianMixture, LinearGaussian
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, made anew at each call, its data, and the shape of what it generates."""
+
+    make: Callable[[], Any]
+    data: Callable[[], Batch]
+    words: str  # what `check` says of it
+
+    def pair(self) -> tuple[Any, Any, Batch]:
+        """(model, guide, batch) in float64, the same each time."""
+        torch.manual_seed(0)
+        made = self.make().double()
+        return made.model, made.guide, self.data()
+
+
+def real(rows: int = 6, features: int = 4) -> Batch:
+    return (torch.randn(rows, features, generator=torch.Generator().manual_seed(1)).double(),)
+
+
+MODELS = {
+    "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
+    "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
+    "mixture": Case(lambda: GaussianMixture(4, 3), real, "site 'c': enumerated"),
+    "mixture, diagonal": Case(lambda: GaussianMixture(4, 3, rank=0), real, "site 'c': enumerated"),
+    "mixture of factor analysers": Case(lambda: GaussianMixture(4, 3, rank=2), real, "site 'c': enumerated"),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture(params=MODELS)
+def case(request) -> Case:
+    return MODELS[request.param]
+
+
+def test_check_says_what_it_is_and_particles_are_vectorised(case):
+    model, guide, batch = case.pair()
+    words = str(check(model, guide, batch))
+    assert case.words in words
+    assert "vectorised under a plate" in words
+
+
+def test_every_parameter_is_trained(case):
+    model, guide, batch = case.pair()
+    run = fit(model, guide, batch, valid=batch, objective=objectives.ELBO(2), epochs=2, batch_size=4, progress=False)
+    assert torch.tensor([run.metrics["loss"], run.metrics["valid_elbo"]]).isfinite().all()
+    for name, p in model.__self__.named_parameters():
+        assert p.grad is not None, name
+        assert bool(p.grad.isfinite().all()), name
+        assert bool((p.grad != 0).any()), name
+
+
+def test_log_px_is_estimated_and_samples_are_like_the_data(case):
+    model, guide, batch = case.pair()
+    with torch.no_grad():
+        est = log_marginal(model, guide, batch, num_particles=30, progress=False)
+        assert bool(est.log_px.isfinite().all())
+        assert bool((est.log_px >= est.elbo - 1e-9).all())
+        assert generate.samples(model, guide, batch, count=5).shape == (5, *batch[0].shape[1:])
+        assert generate.reconstructions(model, guide, batch).shape == batch[0].shape
+
+
+def test_captured_steps_are_its_own_to_the_last_bit(case, caplog):
+    check_same(case.pair, objectives.ELBO, caplog)
+
+
+def test_a_permuted_batch_has_permuted_weights(case):
+    model, guide, batch = case.pair()
+    s = inspect(model, guide, batch)
+    order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        t = terms(model, guide, batch, 3)
+        drawn = {n: v for n, v in t.guide.items() if n not in s.enumerated}
+        values = {n: v.value.index_select(v.value.dim() - s.event_dims[n] - 1, order) for n, v in drawn.items()}
+        other = terms(model, guide, tuple(b[order] for b in batch), 3, values=values)
+    torch.testing.assert_close(other.log_weight, t.log_weight[:, order])
