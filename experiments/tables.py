@@ -16,7 +16,8 @@ from torch import Tensor
 from torch import nn as tnn
 
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error
-from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, posteriors, priors
+from ppvae import VAE, data, fit, likelihoods, nn, posteriors, priors
+from ppvae.evaluation import impute
 from ppvae.plots.style import BLUE, FAINT, figure, styled
 
 
@@ -68,17 +69,6 @@ def independent(x: Tensor, columns: list[likelihoods.Column]) -> likelihoods.Mix
     return likelihoods.Mixed(net, columns, floor=0.0)
 
 
-@torch.no_grad()
-def imputed(likelihood: likelihoods.Mixed, z: Tensor) -> Tensor:
-    """Over draws of z [draws, N, latent]: means of real and count columns, the most probable code of the others."""
-    out = torch.empty(z.shape[1], len(likelihood.columns))
-    for index, fn in likelihood(z).groups:
-        kind = likelihood.columns[int(index[0])].kind
-        best = fn.logits.softmax(-1).mean(0).argmax(-1).float() if kind == "categorical" else fn.mean.mean(0)
-        out[:, index] = best.round() if kind == "binary" else best
-    return out
-
-
 def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
     """Trains on the observed cells of some rows; evaluates on those of others, and on what is removed of them."""
     whole, removed, columns = loaded(table, s.missing)
@@ -101,14 +91,18 @@ def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
         vae.model, vae.guide, train, valid=valid, optimizer=functools.partial(torch.optim.AdamW, lr=s.lr), seed=seed,
         epochs=s.epochs, patience=s.patience, device=here.device, directory=here.folder, resume=True,
     )  # fmt: skip
-    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, posterior_draws=100)
+    filled = impute(trained.model, trained.guide, test, num_particles=s.particles, draws=100)
+    est, binary = filled.estimate, torch.tensor([c.kind == "binary" for c in columns])
     gain = est.log_px - baseline(torch.zeros(len(test), 1)).log_prob(parts[2]).detach()
     answer, removed, result = whole[cuts[1] :], removed[cuts[1] :], of_estimate(est) | {"gain": float(gain.mean())}
-    guesses = imputed(vae.likelihood.cpu(), est.posterior["z"]), imputed(baseline, torch.zeros(1, len(test), 1))
-    for who, guess in zip(("", "alone_"), guesses, strict=True):
+    own = torch.where(binary, filled.mean.round(), filled.mean)
+    own = torch.where(own.isnan(), filled.values.mode(0).values, own)  # the most frequent of a category's codes
+    modes = torch.stack([column[~column.isnan()].mode().values for column in parts[0].T])
+    alone = torch.where(real, 0.0, torch.where(count, centre, modes)).expand(own.shape)
+    for who, guess in (("", own), ("alone_", alone)):
         result[f"{who}rmse"] = float(((guess - answer) / unit)[removed & (real | count)].square().mean().sqrt())
         result[f"{who}wrong"] = float((guess != answer)[removed & ~real & ~count].float().mean())
-    np.savez(here.folder / "shown.npz", answer=answer[removed & real], guess=guesses[0][removed & real])
+    np.savez(here.folder / "shown.npz", answer=answer[removed & real], guess=own[removed & real])
     return result | {"gain_error": float(gain.std()) / len(gain) ** 0.5}
 
 

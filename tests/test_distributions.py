@@ -132,12 +132,15 @@ def test_mean_is_that_of_the_density(name: str) -> None:
     try:
         mean = fn.mean
     except NotImplementedError:
-        assert name in ("MixtureOfDiscretizedLogistics", "Columns", "Autoregressive")
+        assert name in ("MixtureOfDiscretizedLogistics", "Autoregressive")
         return
+    known = ~mean.isnan()  # the codes of categories have none
+    assert bool(known.all()) == (name != "Columns")
+    assert known.any()
     x, mass = masses(fn, CASES[name].support)
     x = x.reshape(len(x), *(1,) * (mass.dim() - 1), *fn.event_shape)
     expected = (x * mass.reshape(*mass.shape, *(1,) * fn.event_dim)).sum(0)
-    torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mean[known], expected[known], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

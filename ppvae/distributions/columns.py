@@ -54,10 +54,11 @@ class Columns(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The columns' means, where all have one: the codes of categories have none."""
-        if any(isinstance(fn, Levels) for _, fn in self.groups):
-            raise NotImplementedError("the codes of categories have no mean")
-        return self._joined([fn.mean for _, fn in self.groups])
+        """The columns' means; NaN, as torch's Categorical has it, for the codes of categories."""
+        nan = torch.tensor(torch.nan)
+        return self._joined([
+            nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.mean for _, fn in self.groups
+        ])  # fmt: skip
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

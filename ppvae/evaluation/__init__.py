@@ -7,12 +7,14 @@ from ppvae.evaluation.comparing import Comparison, compare
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.exact import Quadrature, quadrature
 from ppvae.evaluation.gaps import Gaps, gaps
+from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.loading import load_estimate
 from ppvae.evaluation.marginal import log_marginal
 from ppvae.evaluation.representation import Representation, representation
 from ppvae.evaluation.tightness import looseness
 
 __all__ = [
-    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Quadrature", "Representation", "annealed", "bdmc",
-    "calibration", "compare", "gaps", "load_estimate", "log_marginal", "looseness", "quadrature", "representation",
+    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Quadrature", "Representation",
+    "annealed", "bdmc", "calibration", "compare", "gaps", "impute", "load_estimate", "log_marginal", "looseness",
+    "quadrature", "representation",
 ]  # fmt: skip

@@ -121,8 +121,7 @@ def log_marginal(
     dims: float = structure.observed_dims
     if missing:
         dims -= missing / len(columns[0])
-        share = 100 * (1 - dims / structure.observed_dims)
-        notes += (f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed",)
+        notes += (_gaps_note(dims, structure),)
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     per_datum: dict[str, Any] = {k: v for k, v in joined.items() if not k.startswith("bound_")}
@@ -360,6 +359,11 @@ def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...
         return "density on [0, 1]", None, (remark,)
     known = getattr(column, "base_measure", "")
     return (known if known == "density on [0, 1]" else s.base_measure), None, ()
+
+
+def _gaps_note(dims: float, s: Structure) -> str:
+    share = 100 * (1 - dims / s.observed_dims)
+    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"
 
 
 def digest_of(columns: tuple[Any, ...]) -> str:

@@ -38,14 +38,14 @@ def gaps_in(value: Tensor, batch: Sequence[Any]) -> Tensor:
     """
     gaps = _isnan(value)
     for t in with_gaps(batch):
-        for like in _laid_like(value, t) if t is batch[0] or t.dim() > 1 else ():
+        for like in laid_like(value, t) if t is batch[0] or t.dim() > 1 else ():
             known = ~like.isnan()
             if bool(known.any()) and bool((value == like)[known].all()):
                 gaps = gaps | ~known
     return gaps
 
 
-def _laid_like(value: Tensor, t: Tensor) -> Iterator[Tensor]:
+def laid_like(value: Tensor, t: Tensor) -> Iterator[Tensor]:
     """A tensor in the shape of a value: reshaped, and with the data last, as inner plates have them."""
     if t.numel() == value.numel():
         yield t.reshape(value.shape)

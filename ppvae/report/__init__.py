@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae import plots
-from ppvae.errors import UsageError
+from ppvae.errors import PpvaeError, UsageError
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.imputation import impute
 from ppvae.report.headline import head
 from ppvae.report.of_estimate import worst
 from ppvae.report.of_pair import interpolations, reconstructions, samples, traversals
@@ -85,7 +86,8 @@ def generated(
     """Writes samples, reconstructions, interpolations and traversals to `generated/`, as pictures and as arrays.
 
     An array has the events in its last dims: samples and reconstructions [count, ...] (of the first data),
-    interpolations [pairs, steps, ...], traversals [dims, values, ...]. What cannot be made is logged and left out.
+    interpolations [pairs, steps, ...], traversals [dims, values, ...]. What cannot be made is logged and left out. Data
+    with missing values get `imputations.npz`: ten imputations of every datum, their mean, and how far to trust them.
     """
     if count < 1:
         raise UsageError(f"count: expected at least 1, found {count}")
@@ -106,6 +108,14 @@ def generated(
         for suffix, content in (("png", plots.to_png(part.drawn.figure)), ("npy", buffer.getvalue())):
             paths.append(folder / f"{part.key}.{suffix}")
             _write(paths[-1], content)
+    if getattr(s.columns[0], "missing", False):
+        try:
+            buffer = io.BytesIO()
+            np.savez(buffer, **impute(run.model, run.guide, s.columns, seed=seed).arrays())
+            paths.append(folder / "imputations.npz")
+            _write(paths[-1], buffer.getvalue())
+        except PpvaeError as error:
+            log.warning("imputations left out: %s", error)
     return paths
 
 

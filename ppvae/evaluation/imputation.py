@@ -1,0 +1,275 @@
+"""Filling missing values by importance resampling: multiple imputations and their mean, for any pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppvae.errors import ContractError, UsageError, refused
+from ppvae.evaluation.accumulate import Weights
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.marginal import (
+    DATA_BLOCK,
+    PARTICLE_BLOCK,
+    Block,
+    Kept,
+    _columns,
+    _device,
+    _gaps_note,
+    _inspected,
+    _measure,
+    _quiet,
+    digest_of,
+    stream,
+)
+from ppvae.evaluation.verdict import remedy
+from ppvae.inference.evaluating import evaluating
+from ppvae.inference.missing import laid_like
+from ppvae.inference.scope import bound
+from ppvae.inference.sites import Site
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.tracing import Pair
+from ppvae.inference.weights import terms
+
+DRAWS = 10  # imputations that are made at once
+
+
+@dataclass(frozen=True)
+class Imputations:
+    """Data with their gaps filled; observed values are those of the data.
+
+    Attributes:
+        values: multiple imputations, draws from p(x_missing | x_observed), [draws, N, *event].
+        mean: E[x_missing | x_observed] by self-normalised weights, [N, *event]; NaN where the likelihood has no mean,
+            as for the codes of categories, of which `values.mode(0)` gives the most frequent.
+        missing: which values are filled, [N, *event] bool.
+        estimate: log p(x_observed) by the same weights; its `ess` and `reliable` say for which data the imputations can
+            be trusted.
+    """
+
+    values: Tensor
+    mean: Tensor
+    missing: Tensor
+    estimate: Estimate
+
+    def arrays(self) -> dict[str, Any]:
+        """Everything as numpy arrays by name, for `np.savez`."""
+        found = {"values": self.values, "mean": self.mean, "missing": self.missing, **self.estimate.per_datum()}
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+def impute(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    num_particles: int = 1000,
+    draws: int = 10,
+    seed: int = 0,
+    rows: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Imputations:
+    """Fills the missing values of the data by importance resampling, for any pair that takes them.
+
+    z_k ~ q(z | x_observed) with weights w_k = p(x_observed, z_k) / q(z_k | x_observed); z is resampled in proportion to
+    w, and x_missing ~ p(x_missing | z). The mean is sum_k w_k E[x_missing | z_k] / sum_k w_k. Both hold as K grows, and
+    where a datum's effective sample size is low they are those of the guide rather than of the model.
+
+    Given z, missing values are taken to be independent of the observed ones: likelihoods that are products, as all
+    that leave gaps out by a mask.
+
+    Args:
+        model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
+        data: marked by `data.with_missing`, [N, *event], or a tuple whose first is: called as model(*batch).
+        num_particles: K.
+        draws: how many imputations.
+        seed: of every draw. The same seed gives the same result however memory is cut.
+        rows, device, progress: as `log_marginal` takes them.
+
+    Raises:
+        UsageError: nothing is missing, or a bad argument; ContractError: the pair does not take gaps, sums a latent
+            out, shares one between data, or observes the data in no site of their own; DataError: bad data.
+
+    Source: Mattei and Frellsen 2019 (arXiv 1812.02633).
+
+    >>> from ppvae import VAE, data, likelihoods, nn, posteriors, priors
+    >>> columns = ["real", "real", ("categorical", 3)]
+    >>> encoder = nn.Missing(nn.mlp(6, 4, hidden=(8,)))
+    >>> decoder = nn.mlp(2, likelihoods.table_outputs(columns), hidden=(8,))
+    >>> vae = VAE(priors.StandardNormal(2), likelihoods.Mixed(decoder, columns), posteriors.DiagonalNormal(encoder))
+    >>> x = data.with_missing(torch.tensor([[0.5, torch.nan, 1.0], [torch.nan, 1.0, torch.nan]]))
+    >>> filled = impute(vae.model, vae.guide, x, draws=5)
+    >>> filled.values.shape, bool(filled.values.isnan().any()), filled.values[:, 0, 0].tolist()
+    (torch.Size([5, 2, 3]), False, [0.5, 0.5, 0.5, 0.5, 0.5])
+    """
+    for name, count in (("num_particles", num_particles), ("draws", draws)):
+        if count < 1:
+            raise UsageError(f"{name}: expected at least 1, found {count}")
+    rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
+    columns = _columns(data, seed)
+    model, guide = bound(model), bound(guide)
+    found: list[dict[str, Tensor]] = []
+    with undisturbed(), evaluating(model, guide), torch.no_grad():
+        place = torch.device(device) if device is not None else _device(model, guide, columns)
+        s, size = _inspected(model, guide, columns, place)
+        _check(s)
+        starts = range(0, len(columns[0]), size)
+        with tqdm(total=len(starts), desc="imputations", unit="block", disable=_quiet(progress)) as bar:
+            for number, start in enumerate(starts):
+                block = Block(columns, start, min(start + size, len(columns[0])), number, s, place)
+                found.append(_of_block(model, guide, block, num_particles, draws, seed, rows))
+                bar.update()
+    values = torch.cat([f.pop("values") for f in found], 1)
+    joined = {name: torch.cat([f[name] for f in found]) for name in found[0]}
+    mean, missing = joined.pop("mean"), joined.pop("missing")
+    if not bool(missing.any()):
+        raise UsageError("impute: expected missing values in the data's first tensor, found none")
+    base, levels, notes = _measure(columns[0], s)
+    dims = s.observed_dims - int(missing.sum()) / len(missing)
+    estimate = Estimate(
+        **joined,  # type: ignore[arg-type]
+        num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
+        notes=(*notes, *s.remarks, _gaps_note(dims, s)), lower_bound_only=s.lower_bound_only,
+        data=getattr(columns[0], "description", ""), digest=digest_of(columns), remedy=remedy(s),
+    )  # fmt: skip
+    return Imputations(values, mean, missing, estimate)
+
+
+def _check(s: Structure) -> None:
+    if s.enumerated:
+        raise refused(
+            s.enumerated[0], "latents that the guide draws, to fill gaps given them", "one that is summed out",
+            "draw it in the guide, without infer={'enumerate': ...}",
+        )  # fmt: skip
+    if s.joint:
+        raise ContractError("impute: expected latents of each datum; found one that is shared by all data")
+
+
+def _of_block(
+    model: Pair, guide: Pair, block: Block, num_particles: int, draws: int, seed: int, rows: int
+) -> dict[str, Tensor]:
+    """Imputations [draws, N, *event] of a block of data, their mean, and what `Weights` says."""
+    s, size, index = block.s, block.size, block.index
+    x = block.batch[0] if index is None else block.batch[0][index]
+    weights, mean = Weights(num_particles, [], block.eps), _Mean()
+    kept = Kept(draws, stream(seed, block.number, "posterior"), s)
+    name, place = "", torch.empty(0)
+    for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
+        assert t is not None
+        weights.add(log_weight, elbo)
+        kept.add(log_weight, t)
+        if not name:
+            name, place = _site(t.model, s, x)
+        means = torch.cat([_in_place(m, place, x) for m in _means(t.model[name], s, t.num_particles)])
+        mean.add(log_weight, means[:, :size])
+    values = []
+    latents = {n: _whole(v, len(x)) for n, v in kept.values.items()}
+    for number, first in enumerate(range(0, draws, DRAWS)):
+        count = min(DRAWS, draws - first)
+        at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
+        at = {n: v.to(x.device) for n, v in at.items()}
+        torch.manual_seed(stream(seed, block.number, "imputed", number))
+        with pyro.validation_enabled(False):
+            t = terms(model, guide, block.batch, count, values=at, structure=s, index=index)
+        values += [_in_place(v, place, x) for v in _samples(t.model[name], s, count)]
+    x = x[:size]
+    gaps = x.isnan()
+    return {
+        "values": torch.where(gaps, torch.cat(values)[:, :size].to(x.dtype), x).cpu(),
+        "mean": torch.where(gaps, mean.value.to(x.dtype), x).cpu(), "missing": gaps.cpu(),
+        **{key: value.cpu() for key, value in weights.result().items()},
+    }  # fmt: skip
+
+
+class _Mean:
+    """sum_k w_k v_k / sum_k w_k per datum, from a few particles at a time."""
+
+    def __init__(self) -> None:
+        self._log_total: Tensor | None = None
+        self.value = torch.zeros(())
+
+    def add(self, log_weight: Tensor, values: Tensor) -> None:
+        """Takes in log-weights [particles, N] and values [particles, N, *event]; broken weights count nothing."""
+        log_weight = torch.where(log_weight.isnan() | (log_weight == torch.inf), -torch.inf, log_weight)
+        new = log_weight.logsumexp(0)
+        total = new if self._log_total is None else torch.logaddexp(self._log_total, new)
+        at = torch.where(total.isfinite(), total, 0.0)
+        share = (log_weight - at).exp()
+        wide = share.reshape(*share.shape, *(1,) * (values.dim() - 2))
+        old = 0.0 if self._log_total is None else (self._log_total - at).exp().reshape(wide.shape[1:]) * self.value
+        self.value = old + (wide * values.double()).sum(0)
+        self._log_total = total
+
+
+def _site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]:
+    """The site that observes the data, and where each of its numbers stands in them, as flat positions."""
+    position = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    for name, site in model.items():
+        if site.role != "observed" or not site.value.is_floating_point():
+            continue
+        value = site.value.narrow(site.value.dim() - s.event_dims[name] - 1, 0, len(x))  # of which folding makes more
+        for like, at in zip(laid_like(value, x), laid_like(value, position), strict=True):
+            known = ~like.isnan()
+            if bool(known.any()) and bool((value == like)[known].all()):
+                return name, at.flatten()
+    names = [name for name, site in model.items() if site.role == "observed"]
+    raise refused(
+        names[0], f"an observed site that holds the data, {list(x.shape)}, so that their gaps can be drawn from it",
+        f"none among {names}", "observe the data's first tensor as a whole, under a mask",
+    )  # fmt: skip
+
+
+def _in_place(value: Tensor, place: Tensor, x: Tensor) -> Tensor:
+    """Values of a site for so many particles, [particles, ...], in the shape of the data, [particles, *x.shape]."""
+    out = torch.empty(len(value), x.numel(), dtype=value.dtype, device=value.device)
+    out[:, place] = value.reshape(len(value), -1)
+    return out.reshape(len(value), *x.shape)
+
+
+def _samples(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
+    for part, fn in _wide(site, s, count):
+        yield _split(fn.sample(), part, s, count)
+
+
+def _means(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
+    for part, fn in _wide(site, s, count):
+        try:
+            mean = fn.mean
+        except (NotImplementedError, AttributeError):
+            mean = part.log_prob.new_full((*fn.batch_shape, *fn.event_shape), torch.nan)
+        yield _split(mean, part, s, count)
+
+
+def _wide(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
+    """The distributions of the runs that a site was joined from, over every plate."""
+    for part in site.parts or (site,):
+        fn = part.distribution
+        lead = part.traced.shape[: part.traced.dim() - s.event_dims[site.name]]
+        if s.layout == "vectorized":
+            lead = torch.Size((count, *(1,) * (s.nesting - len(lead)), *lead))
+        shape = torch.broadcast_shapes(fn.batch_shape, lead)
+        yield part, fn if fn.batch_shape == shape else fn.expand(shape)
+
+
+def _split(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
+    """A value as the run has it, [*plates, *event], with the particles first."""
+    if s.layout == "one by one":
+        return value[None]
+    if s.layout == "vectorized":
+        return value
+    data = value.dim() - s.event_dims[part.name] - 1
+    split = value.reshape(*value.shape[:data], count, -1, *value.shape[data + 1 :])
+    return split.movedim(data, 0)
+
+
+def _whole(value: Tensor, size: int) -> Tensor:
+    """Kept latents [draws, N, ...], padded to so many data."""
+    short = size - value.shape[1]
+    return value if short <= 0 else torch.cat([value, value[:, :1].expand(-1, short, *value.shape[2:])], 1)
