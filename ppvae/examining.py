@@ -35,7 +35,7 @@ class Examine:
 class Compare:
     """Compare runs by log p(x) of the same data, as `ppvae evaluate` left it: paired differences, and what to mind.
 
-    NAME=RUN,RUN,... takes runs of several seeds together.
+    NAME=RUN,RUN,... takes runs of several seeds together; a result's own file may stand for a run.
     """
 
     result: str = "log_marginal"  # which estimate, by its file's name in the runs' folders
@@ -116,6 +116,8 @@ def compare(args: list[str]) -> int:
 
 def _result(name: str, settings: Compare) -> Path:
     folder = Path(name)
+    if folder.suffix == ".json":
+        return folder
     if not folder.exists() and (Path(settings.runs) / name).exists():
         folder = Path(settings.runs) / name
     path = folder / "results" / f"{settings.result}.json"

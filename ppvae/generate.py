@@ -2,7 +2,7 @@
 
 Every function takes the pair and data of the kind it was trained on (a tensor, a split, or a tuple of them), runs with
 modules in evaluation mode, draws from its own `seed`, and gives plain tensors. Pictures are means of p(x | z) unless
-`mean=False` asks for draws.
+`mean=False` asks for draws. Missing values are filled by `ppvae.evaluation.impute`, which weighs what the guide draws.
 """
 
 from __future__ import annotations

@@ -51,6 +51,14 @@ def test_compare_pairs_the_data_and_refuses_what_it_cannot(runs, capsys, tmp_pat
     ):
         assert main(["compare", *args, "--runs", str(runs)]) == 2
         assert words in capsys.readouterr().err
+    annealing = ["--method", "annealed", "--head", "40", "--num-temperatures", "3", "--num-chains", "2"]
+    annealing += ["--num-particles", "30", "--num-leapfrog", "1", "--runs", str(runs), "--no-report"]
+    assert main(["evaluate", "b", *annealing]) == 0
+    own = str(runs / "b" / "results" / "annealed.json")
+    assert main(["compare", "a", f"chains={own}", "--runs", str(runs)]) == 0
+    assert "unequal tightness: log p(x) was estimated by annealed" in capsys.readouterr().out
+    assert main(["compare", "a", f"chains={own}x.json", "--runs", str(runs)]) == 1
+    assert "annealed.jsonx.json: not a saved estimate" in capsys.readouterr().err
     more = ["--num-particles", "30", "--head", "41", "--runs", str(runs), "--no-report"]
     assert main(["evaluate", "b", *more]) == 0
     assert main(["compare", "a", "b", "--runs", str(runs)]) == 2

@@ -97,7 +97,8 @@ class Comparison(Saved):
         """What `arviz.compare` makes of the per-datum log p(x), as a data frame: weights by stacking, differences.
 
         The test set's log p(x) takes the place of an expected log predictive density, and p_loo is zero. Its standard
-        errors leave out the variance over runs.
+        errors leave out the variance over runs. `arviz.loo` and `arviz.waic` have no meaning here: they leave a datum
+        out of draws of parameters that all data share, and a latent of its own datum goes with it.
         """
         import arviz as az
         import xarray
