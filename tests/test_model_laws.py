@@ -12,9 +12,9 @@ import torch
 from test_capture import check_same
 from torch import Tensor
 
-from ppvae import check, fit, generate, log_marginal, objectives, terms
+from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
-from ppvae.models import GaussianMixture, LinearGaussian
+from ppvae.models import ConditionalVAE, DeepMixture, GaussianMixture, LinearGaussian, SemiSupervisedVAE
 
 Batch = tuple[Tensor, ...]
 
@@ -38,12 +38,55 @@ def real(rows: int = 6, features: int = 4) -> Batch:
     return (torch.randn(rows, features, generator=torch.Generator().manual_seed(1)).double(),)
 
 
+def binary(rows: int = 6, features: int = 4) -> Batch:
+    return (real(rows, features)[0].gt(0).double(),)
+
+
+def labelled() -> Batch:
+    return (*binary(), torch.tensor([0, 2, 1, 1, 0, 2]))
+
+
+def partly_labelled() -> Batch:
+    return (*binary(), torch.tensor([0, -1, 1, -1, 2, -1]))
+
+
+def bits(inputs: int) -> likelihoods.Bernoulli:
+    return likelihoods.Bernoulli(nn.mlp(inputs, 4, hidden=(5,)))
+
+
+def normal(inputs: int, latent: int = 2) -> posteriors.DiagonalNormal:
+    return posteriors.DiagonalNormal(nn.mlp(inputs, 2 * latent, hidden=(5,)))
+
+
+def classes(inputs: int = 4) -> posteriors.OneHot:
+    return posteriors.OneHot(nn.mlp(inputs, 3, hidden=(5,)), 3)
+
+
+def conditional(of: Any = None) -> ConditionalVAE:
+    return ConditionalVAE(priors.StandardNormal(2), bits(2 + 3), normal(4 + 3), of)
+
+
+def semi_supervised() -> SemiSupervisedVAE:
+    labels = priors.OneHot(3, learned=True)
+    return SemiSupervisedVAE(labels, priors.StandardNormal(2), bits(2 + 3), normal(4 + 3), classes())
+
+
+def deep_mixture() -> DeepMixture:
+    prior = priors.ConditionalNormal(torch.nn.Linear(3, 2 * 2))
+    return DeepMixture(priors.OneHot(3, learned=True), prior, bits(2), nn.Beside(normal(4 + 3)), classes())
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
     "mixture": Case(lambda: GaussianMixture(4, 3), real, "site 'c': enumerated"),
     "mixture, diagonal": Case(lambda: GaussianMixture(4, 3, rank=0), real, "site 'c': enumerated"),
     "mixture of factor analysers": Case(lambda: GaussianMixture(4, 3, rank=2), real, "site 'c': enumerated"),
+    "conditional VAE": Case(lambda: conditional(nn.Labels(3)), labelled, "site 'z': latent, Normal"),
+    "conditional VAE of features": Case(conditional, lambda: (*binary(), *real(6, 3)), "site 'z': latent, Normal"),
+    "semi-supervised VAE": Case(semi_supervised, partly_labelled, "guide site 'y': enumerated"),
+    "semi-supervised VAE without labels": Case(semi_supervised, binary, "guide site 'y': enumerated"),
+    "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }
 
 

@@ -39,6 +39,7 @@ from ppvae.objectives import (
 from ppvae.objectives.aggregate import mmd
 from ppvae.objectives.baselines import Learned, MovingAverage
 from ppvae.objectives.gradients import Score
+from ppvae.objectives.plus import Plus
 from ppvae.objectives.schedules import Cyclical, Linear
 
 
@@ -749,3 +750,40 @@ def test_a_beta_that_is_set_later_is_the_one_that_counts() -> None:
     later = objective.loss(pair.model, pair.mean_field, x)
     torch.manual_seed(0)
     assert later == ELBO(num_particles=4, beta=0.25).loss(pair.model, pair.mean_field, x)
+
+
+@pytest.mark.parametrize("of", [lambda: ELBO(3), lambda: IWAE(3, gradient="dreg"), lambda: objectives.TVO(4)])
+def test_plus_adds_a_term_of_the_batch_to_loss_and_gradient(of) -> None:
+    p, x = pair()
+    shift = torch.tensor([0.5], dtype=torch.float64)
+    losses, gradients = [], []
+    for objective in (of(), Plus(of(), lambda x: (p.loc * shift - x).sum(-1), weight=2.0)):
+        with Scope().entered():
+            objective.loss(p.model, p.mean_field, x)
+            torch.manual_seed(1)
+            p.zero_grad()
+            losses.append(objective.loss_and_grads(p.model, p.mean_field, x))
+            gradients.append(p.loc.grad.clone())
+    term = 2.0 * (p.loc.detach() * shift - x).sum()
+    assert losses[1] == pytest.approx(losses[0] - float(term), abs=1e-9)
+    torch.testing.assert_close(gradients[1], gradients[0] - 2.0 * 6 * shift.expand(5))
+
+
+def test_plus_follows_the_schedules_of_its_bound() -> None:
+    p, x = pair()
+    objective = Plus(ELBO(warmup=4), lambda x: x.sum(-1))
+    assert objective.follows
+    for step in range(3):
+        assert objective.scheduled()["beta"] == step / 4
+        objective.loss_and_grads(p.model, p.mean_field, x)
+    again = Plus(ELBO(warmup=4), lambda x: x.sum(-1))
+    again.load_state_dict(objective.state_dict())
+    assert again.scheduled() == objective.scheduled()
+
+
+def test_plus_refuses_what_it_cannot_add() -> None:
+    p, x = pair()
+    with pytest.raises(UsageError, match="bound: expected an objective of ppvae, found Trace_ELBO"):
+        Plus(Trace_ELBO(), lambda x: x.sum(-1))
+    with pytest.raises(UsageError, match=r"term: expected a number a datum \[6\], found \[\]"):
+        Plus(ELBO(), lambda x: x.sum()).loss(p.model, p.mean_field, x)

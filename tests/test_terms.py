@@ -620,3 +620,38 @@ def test_every_pair_is_its_own():
         batch = build()[2]
         assert len(batch[0]) == (WHOLE if name in INDEXING else SIZE)
         assert batch[0].dtype is torch.float64
+
+
+# -- enumerated sites that a mask takes out ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["guide", "model"])
+@pytest.mark.parametrize("own", [False, True])  # the distribution's own mask, or a handler's
+def test_a_masked_enumerated_site_is_not_there(side, own, float64):
+    """A class that is known for some data, by obs_mask, and summed out for the others."""
+    loc, classes = torch.randn(3, 4), torch.tensor([0.2, 0.3, 0.5])
+    infer = {"enumerate": "parallel"}
+    known = torch.tensor([True, True, False, False])
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            seen = pyro.sample("seen", dist.Categorical(classes).mask(known), obs=y)
+            fn = dist.Categorical(classes)
+            with poutine.mask(mask=True if own else ~known):
+                unseen = pyro.sample("unseen", fn.mask(~known) if own else fn, infer=infer if side == "model" else {})
+            c = torch.where(known, seen, unseen)
+            pyro.sample("x", dist.Normal(loc[c], 1.0).to_event(1), obs=x)
+
+    def guide(x, y):
+        if side == "guide":
+            fn = dist.Categorical(torch.full((len(x), 3), 1 / 3))
+            with pyro.plate("data", len(x)), poutine.mask(mask=True if own else ~known):
+                pyro.sample("unseen", fn.mask(~known) if own else fn, infer=infer)
+
+    x, y = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+    joint = dist.Normal(loc, 1.0).to_event(1).log_prob(x[:, None]) + classes.log()
+    t = terms(model, guide, (x, y), 2)
+    exact = torch.where(known, joint[torch.arange(4), y], joint.logsumexp(-1))
+    bound = torch.where(known, exact, joint.mean(-1) + math.log(3)) if side == "guide" else exact
+    torch.testing.assert_close(t.log_weight, exact.expand(2, 4))
+    torch.testing.assert_close(t.elbo, bound.expand(2, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from ppvae.inference.structure import Structure
+from ppvae.inference.support import mask_of
 from ppvae.inference.tracing import PARTICLES, node_log_prob, sample_nodes
 
 
@@ -23,6 +25,15 @@ def _over_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
             shape = [1] * (-frame.dim - len(shape)) + shape
             shape[frame.dim] = frame.size
     return log_prob.expand(shape)
+
+
+def _log_values(node: dict[str, Any]) -> Tensor | float:
+    """The log of how many values an enumerated site has, where it is masked out; 0 where it is not."""
+    mask = mask_of(node)
+    if mask is None or mask is True:
+        return 0.0
+    count = math.log(len(node["fn"].enumerate_support(expand=False)))
+    return torch.where(mask, 0.0, count) if isinstance(mask, Tensor) else count
 
 
 def summed_out(
@@ -37,11 +48,14 @@ def summed_out(
 
     log w_k = log sum_y p(x, y, z_ky) / q(z_ky | x, y), and for sites enumerated in the guide
     elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)]; NaN where the guide enumerates
-    inside an inner plate and the model has further enumerated sites of its own.
+    inside an inner plate and the model has further enumerated sites of its own. Where a mask takes an
+    enumerated site out, its values are equally likely on both sides: a sum over them is then one, and so is the ratio.
     """
-    for trace in (guide_trace, model_trace):
-        for _, node in sample_nodes(trace):
-            node["log_prob"] = node["unscaled_log_prob"] = _over_plates(node_log_prob(node).double(), node)
+    for trace, roles in ((guide_trace, s.guide_roles), (model_trace, s.model_roles)):
+        for name, node in sample_nodes(trace):
+            summed = "enumerated" in (roles.get(name), s.guide_roles.get(name))
+            log_prob = node_log_prob(node) - _log_values(node) if summed else node_log_prob(node)
+            node["log_prob"] = node["unscaled_log_prob"] = _over_plates(log_prob.double(), node)
     guide_trace.pack_tensors()
     model_trace.pack_tensors(guide_trace.plate_to_symbol)
 

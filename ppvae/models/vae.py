@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ppvae.conditional import called, takes_context
 from ppvae.errors import ContractError
-from ppvae.naming import unique
+from ppvae.models.composed import Composed
 
 
-class VAE(nn.Module):
+class VAE(Composed):
     """A variational autoencoder composed of a prior p(z), a likelihood p(x | z) and a posterior q(z | x).
 
     The parts are modules that return a distribution: `prior()`, `likelihood(z)`, `posterior(x)`. One that declares
@@ -43,11 +43,10 @@ class VAE(nn.Module):
     """
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module):
-        super().__init__()
+        super().__init__("vae")
         if hasattr(posterior, "discrete") and hasattr(prior, "relaxed"):
             prior = prior.relaxed()  # type: ignore[operator]
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
-        self._name = unique("vae")
         self._fits: Any = None  # the shapes of data for which the parts were found to fit
 
     @property
@@ -58,11 +57,6 @@ class VAE(nn.Module):
         `log_marginal(vae.discrete.model, vae.discrete.guide, x)`. A VAE of other parts has no such attribute.
         """
         return VAE(self.prior.discrete, self.likelihood, self.posterior.discrete)  # type: ignore[arg-type]
-
-    def _call(self, part: str, *args: Tensor, context: Tensor | None) -> Any:
-        conditional = getattr(self, part)
-        pyro.module(f"{self._name}.{part}", conditional)
-        return called(conditional, *args, context=context)
 
     def model(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """p(x, z): draws z from the prior and observes x."""

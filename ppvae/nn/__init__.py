@@ -1,12 +1,15 @@
 """Networks over any leading dims: [..., *event in] -> [..., *event out]."""
 
+from ppvae.nn.context import Beside, Labels, rows_of
 from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
 from ppvae.nn.dense import Gated, Missing, gated_mlp, glorot, mlp, set_output_bias
 from ppvae.nn.masked import MADE, MaskedConv2d, MaskedLinear, PixelCNN, sees_only_the_past
 
 __all__ = [
     "MADE",
+    "Beside",
     "Gated",
+    "Labels",
     "Leading",
     "MaskedConv2d",
     "MaskedLinear",
@@ -20,6 +23,7 @@ __all__ = [
     "mlp",
     "residual_decoder",
     "residual_encoder",
+    "rows_of",
     "sees_only_the_past",
     "set_output_bias",
 ]

@@ -45,7 +45,7 @@ class Stepper:
             loss = self.svi.gradients(*batch) / represented
         except PpvaeError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, IndexError) as error:
             raise self._broken(batch, epoch, before, " ".join(str(error).split())[:160]) from error
         if not math.isfinite(loss):
             raise self._broken(batch, epoch, before, f"the loss is {loss}")

@@ -1,0 +1,136 @@
+"""Deep mixtures: a class and a continuous latent. Labels known for some of the data make them semi-supervised VAEs."""
+
+from __future__ import annotations
+
+from typing import final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ppvae.models.composed import Composed
+from ppvae.nn import Beside, rows_of
+from ppvae.posteriors import OneHot
+
+UNKNOWN = -1  # the label of a datum whose label is not known, as in scikit-learn
+
+
+class DeepMixture(Composed):
+    """p(x) = sum_y p(y) int p(z | y) p(x | z, y) dz with guide q(y | x) q(z | x, y); y is enumerated, a one-hot vector.
+
+    A part that declares `context` gets y under that name, in the place of the batch's second tensor: with a prior
+    p(z | y) and a likelihood p(x | z) this is the Gaussian mixture VAE. y is summed out of weights and ELBOs exactly.
+
+    Labels may come as the batch's second tensor, -1 where unknown. Then y is that label where it is known, in the guide
+    too, and log p(x) is log p(x, label) there; q(y | x) learns nothing from
+    such data itself, but by `objectives.plus.Plus(ELBO(), pair.log_label, weight)`.
+
+    Args:
+        clusters: p(y), `priors.OneHot(classes)`.
+        prior: p(z | y), or p(z): `priors.ConditionalNormal(torch.nn.Linear(classes, 2 * latent))`.
+        likelihood: p(x | z), or p(x | z, y).
+        posterior: q(z | x, y), or q(z | x): `nn.Beside(posteriors.DiagonalNormal(net))` with a network of
+            [..., event + classes].
+        classifier: q(y | x), `posteriors.OneHot(net, classes)`.
+
+    `objectives.ELBO()` trains it. Raises DataError for a label outside the classes, by its row.
+    Source: Kingma et al. 2014 (arXiv 1406.5298); Dilokthanakul et al. 2016 (arXiv 1611.02648).
+
+    >>> from ppvae import likelihoods, nn, posteriors, priors
+    >>> pair = DeepMixture(
+    ...     clusters=priors.OneHot(10),
+    ...     prior=priors.ConditionalNormal(torch.nn.Linear(10, 2 * 8)),
+    ...     likelihood=likelihoods.Bernoulli(nn.mlp(8, 64)),
+    ...     posterior=nn.Beside(posteriors.DiagonalNormal(nn.mlp(64 + 10, 2 * 8))),
+    ...     classifier=posteriors.OneHot(nn.mlp(64, 10), classes=10),
+    ... )
+    >>> pair.guide(torch.zeros(5, 64)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self, clusters: nn.Module, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module, classifier: OneHot
+    ):
+        super().__init__("deep_mixture")
+        self.clusters, self.prior, self.likelihood = clusters, prior, likelihood
+        self.posterior, self.classifier = posterior, classifier
+
+    def model(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """p(x, y, z), and that the label is y where it is known."""
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", self._call("clusters"))
+            if label is not None:
+                known = label != UNKNOWN
+                with poutine.mask(mask=known):
+                    pyro.sample("label", dist.Categorical(logits=y.log()), obs=torch.where(known, label, 0))
+            z = pyro.sample("z", self._call("prior", context=y))
+            return pyro.sample("x", self._call("likelihood", z, context=y), obs=x)
+
+    def guide(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """q(y | x) q(z | x, y), with q(y | x) in the place of a label that is not known."""
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", self.probabilities(x, label), infer={"enumerate": "parallel"})
+            return pyro.sample("z", self._call("posterior", x, context=y))
+
+    def probabilities(self, x: Tensor, label: Tensor | None = None) -> dist.TorchDistribution:
+        """q(y | x), or the label itself where it is known; batch shape [batch], event shape [classes]."""
+        pyro.module(f"{self._name}.classifier", self.classifier)
+        logits = self.classifier.net(x)
+        if label is not None:
+            classes = logits.shape[-1]
+            certain = torch.eye(classes + 1, classes).roll(1, 0).to(logits).log()  # a row for -1 comes first
+            rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN)
+            logits = torch.where((label == UNKNOWN).unsqueeze(-1), logits, rows)
+        return self.classifier.head(logits)
+
+    def log_label(self, x: Tensor, label: Tensor) -> Tensor:
+        """log q(label | x) where the label is known and 0 where it is not, [batch] nats: for `objectives.plus.Plus`."""
+        known = label != UNKNOWN
+        every = torch.eye(self.classifier.classes).to(x)
+        y = rows_of(every, torch.where(known, label, 0), "label: expected classes {first} to {last}")
+        return torch.where(known, self.probabilities(x).log_prob(y), 0.0)
+
+
+@final
+class SemiSupervisedVAE(DeepMixture):
+    """The model M2, p(x) = sum_y p(y) int p(z) p(x | z, y) dz with guide q(y | x) q(z | x, y): a label and a style.
+
+    A `DeepMixture` whose likelihood and posterior take y beside their input. Data are x alone, or (x [batch, *event],
+    label [batch]) with -1 where the label is unknown. Where all labels are known it is the conditional VAE, and
+    log p(x, label) = log p(label) + log p(x | label).
+
+    Args:
+        labels: p(y), `priors.OneHot(classes)`.
+        prior: p(z).
+        likelihood: p(x | z, y), a part whose network takes [..., latent + classes].
+        posterior: q(z | x, y), a part whose network takes [..., event + classes].
+        classifier: q(y | x), `posteriors.OneHot(net, classes)`.
+        event_dim: 1; for images [C, H, W] it is 3, and y is put beside the channels.
+
+    Raises DataError for a label outside the classes, by its row.
+    Source: Kingma et al. 2014 (arXiv 1406.5298).
+
+    >>> from ppvae import likelihoods, nn, posteriors, priors
+    >>> vae = SemiSupervisedVAE(
+    ...     labels=priors.OneHot(10),
+    ...     prior=priors.StandardNormal(8),
+    ...     likelihood=likelihoods.Bernoulli(nn.mlp(8 + 10, 64)),
+    ...     posterior=posteriors.DiagonalNormal(nn.mlp(64 + 10, 2 * 8)),
+    ...     classifier=posteriors.OneHot(nn.mlp(64, 10), classes=10),
+    ... )
+    >>> vae.guide(torch.zeros(2, 64), torch.tensor([3, -1])).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        labels: nn.Module,
+        prior: nn.Module,
+        likelihood: nn.Module,
+        posterior: nn.Module,
+        classifier: OneHot,
+        event_dim: int = 1,
+    ):
+        super().__init__(labels, prior, Beside(likelihood), Beside(posterior, event_dim=event_dim), classifier)

@@ -1,0 +1,78 @@
+"""What is given beside the data, a label or features: written as numbers, and put beside a module's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppvae.errors import DataError
+
+
+class Labels(nn.Module):
+    """Labels 0 .. classes - 1 [...] as one-hot vectors [..., classes].
+
+    Raises DataError for a label outside the classes, naming its row, and for labels that are not whole numbers.
+
+    >>> Labels(3)(torch.tensor([2, 0])).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+
+    table: Tensor
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.register_buffer("table", torch.eye(classes), persistent=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return rows_of(self.table, labels, "labels: expected classes 0 to {last}").to(self.table)
+
+
+def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tensor:
+    """The rows of a table [last - first + 1, *] at numbers `first` .. `last` [...]: [..., *].
+
+    Raises DataError that begins with the words `expected` for numbers that it has no row for. No value is read unless
+    one is wrong, so that a step can be captured.
+    """
+    last = first + len(table) - 1
+    expected = expected.format(first=first, last=last)
+    if index.is_floating_point():
+        raise DataError(f"{expected} in whole numbers, found {index.dtype}")
+    try:
+        return table.index_select(0, index.reshape(-1) - first).reshape(*index.shape, *table.shape[1:])
+    except (IndexError, RuntimeError):
+        wrong = ((index < first) | (index > last)).nonzero()
+        if not len(wrong):
+            raise
+        at = wrong[0].tolist()
+        raise DataError(f"{expected}, found {int(index[tuple(at)])} at row {at[-1]} of the batch") from None
+
+
+class Beside(nn.Module):
+    """Gives a module the batch's second tensor beside its input, module([x, of(context)]), on the last dim.
+
+    Wraps a conditional, or a network. Leading dims of x [..., x] and of the features [..., features] broadcast.
+
+    Args:
+        module: takes [..., x + features].
+        of: maps the context to features [..., features]: `Labels(classes)`; by default the context is features itself.
+        event_dim: 1; for images [..., C, H, W] it is 3, and features are put beside the channels.
+
+    Source: Sohn et al. 2015, Learning structured output representation using deep conditional generative models.
+
+    >>> from ppvae import likelihoods
+    >>> from ppvae.nn import mlp
+    >>> part = Beside(likelihoods.Bernoulli(mlp(8 + 10, 64)), of=Labels(10))
+    >>> part(torch.zeros(5, 8), context=torch.arange(5)).shape()
+    torch.Size([5, 64])
+    """
+
+    def __init__(self, module: nn.Module, of: nn.Module | None = None, event_dim: int = 1):
+        super().__init__()
+        self.module, self.of, self.event_dim = module, nn.Identity() if of is None else of, event_dim
+
+    def forward(self, x: Tensor, *, context: Tensor) -> object:
+        features = self.of(context)
+        lead = torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], features.shape[:-1])
+        x, space = x.expand(*lead, *x.shape[x.dim() - self.event_dim :]), x.shape[x.dim() - self.event_dim + 1 :]
+        features = features.reshape(*features.shape, *(1,) * len(space)).expand(*lead, features.shape[-1], *space)
+        return self.module(torch.cat([x, features.to(x.dtype)], -self.event_dim))
