@@ -1,0 +1,112 @@
+"""ppvae's own steps and estimates, and Pyro's `SVI` on the same pairs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from experiments.bench import Settings, Timed
+from experiments.bench.by_hand import per_step
+from experiments.bench.pairs import build, data
+from ppvae import log_marginal, objectives
+from ppvae.evaluation.accumulate import Weights, recorded_bounds
+from ppvae.evaluation.compiled import Cells
+from ppvae.evaluation.marginal import DATA_BLOCK, PARTICLE_BLOCK
+from ppvae.inference import inspect
+from ppvae.inference.svi import SVI
+
+
+def step(kind: str, s: Settings, particles: int, kernels: str) -> Timed:
+    """Seconds per step of `ppvae.inference.SVI`, its graph already made."""
+    pair, batch = build(kind, s), data(kind, s.batch)
+    loss = objectives.IWAE(particles) if particles > 1 else objectives.ELBO()
+    svi = SVI(pair.model, pair.guide, functools.partial(torch.optim.Adam, lr=1e-3), loss)
+    svi.use(kernels, settled=True)
+    one = _quietly(svi)
+    for _ in range(3):
+        one(batch)
+    if svi.kernels != kernels:
+        raise RuntimeError(f"expected steps by {kernels!r}, found {svi.kernels!r}")
+    return per_step(one, batch, s.steps_of(particles))
+
+
+def pyro_step(kind: str, s: Settings, particles: int) -> Timed:
+    """Seconds per step of Pyro's `SVI` as its VAE example has it; RenyiELBO(0) for the IWAE bound."""
+    pair = build(kind, s)
+    elbo: Any = pyro.infer.Trace_ELBO()
+    if particles > 1:
+        elbo = pyro.infer.RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True)
+    svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
+    return per_step(_quietly(svi), data(kind, s.batch), s.steps_of(particles))
+
+
+def _quietly(svi: Any) -> Any:
+    def one(batch: Tensor) -> None:
+        with pyro.validation_enabled(False):
+            svi.step(batch)
+
+    return one
+
+
+def log_px(s: Settings) -> Timed:
+    """Microseconds per (datum, particle) of `log_marginal`, everything that it reports included, eagerly."""
+    pair, x = build("one layer", s), data("one layer", s.num_eval)
+
+    def run() -> float:
+        start = time.perf_counter()
+        log_marginal(pair.model, pair.guide, x, num_particles=s.particles, progress=False, compile=False)
+        return (time.perf_counter() - start) / (len(x) * s.particles) * 1e6
+
+    return run
+
+
+def compiled_log_px(s: Settings) -> Timed:
+    """The same from the compiled graph, already made, with all reductions."""
+    pair, batches = build("one layer", s), data("one layer", s.num_eval).split(DATA_BLOCK)
+    structure = inspect(pair.model, pair.guide, (batches[0],))
+    cells = Cells(pair.model, pair.guide, structure, PARTICLE_BLOCK, 0)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        cells.start((batches[0],))
+        cells.compile(math.inf)
+
+    @torch.no_grad()
+    def run() -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            cells.start((batch,))
+            weights = Weights(s.particles, recorded_bounds(s.particles), torch.finfo(torch.float32).eps)
+            for _ in range(s.particles // PARTICLE_BLOCK):
+                cell = cells()
+                if cell is None:
+                    raise RuntimeError("expected compiled log-weights, found none")
+                weights.add(*cell)
+            weights.result()
+        return (time.perf_counter() - start) / (s.num_eval * s.particles) * 1e6
+
+    return run
+
+
+PEAK = """
+import resource, torch
+from experiments.bench import Settings
+from experiments.bench.pairs import build, data
+from ppvae import log_marginal
+torch.set_num_threads(1)
+pair = build("one layer", Settings())
+log_marginal(pair.model, pair.guide, data("one layer", 50), num_particles={particles}, compile=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def peak_memory(particles: int) -> float:
+    """Megabytes that a process of its own needs at most to evaluate fifty data."""
+    code = PEAK.format(particles=particles)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
