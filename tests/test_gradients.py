@@ -21,7 +21,7 @@ from toys import AFTER, BITS, COARSE, ENUMERATED, HELD, MIXED, ONE, SHARED, TWO,
 
 from ppvae import objectives
 from ppvae.errors import UsageError
-from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi, ReweightedWakeSleep
+from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi, ReweightedWakeSleep
 from ppvae.objectives.baselines import Learned, LeaveOneOut, MovingAverage, Nothing
 from ppvae.objectives.gradients import STL, DReG, Pathwise, Score
 
@@ -190,6 +190,43 @@ def test_the_score_function_has_the_gradient_of_the_bound_as_mean(name, baseline
         target = exact(toy, count, reduce)
     found = errors(samples(TOYS[toy], objective), target)
     assert max(found.values()) < LIMIT, found
+
+
+WITHOUT = {
+    "elbo": lambda count: ELBO(count),
+    "iwae": lambda count: IWAE(count),
+    "renyi": lambda count: Renyi(0.4, count),
+    "renyi 1": lambda count: Renyi(1.0, count),
+    "renyi 2": lambda count: Renyi(2.0, count),
+    "ciwae": lambda count: CIWAE(0.3, count),
+    "miwae": lambda count: MIWAE(count // 3, 3),
+    "tvo 1": lambda count: TVO(count, 1),
+    "tvo": lambda count: TVO(count, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", WITHOUT)
+def test_bounds_without_a_draw_are_those_with_another_in_its_place(name, dtype):
+    """In O(K), against K bounds of K draws; one weight is nearly all, or all weights are alike."""
+    objective, digits = WITHOUT[name](12), 1e-12 if dtype == torch.float64 else 1e-5
+    for spread in (0.0, 1.0, 30.0):
+        log_weight, others = (spread * torch.randn(2, 12, 7)).to(dtype)
+        log_weight[5, :3] += 200.0
+        found, plain = objective.without(log_weight, others), Objective.without(objective, log_weight, others)
+        assert found.dtype == dtype
+        assert float((found - plain).abs().max()) < digits * (1 + float(plain.abs().max()))
+
+
+def test_vimco_tells_the_share_of_a_draw_that_is_nearly_all_and_of_one_that_is_nothing():
+    """log w = (a, 0, 0): without the first draw the bound is 0, and without another a + log(1 + e^(-a/2) + e^-a)."""
+    for dtype in (torch.float64, torch.float32):
+        a = 100.0
+        log_weight = torch.tensor([[a], [0.0], [0.0]], dtype=dtype)
+        share = LeaveOneOut()(IWAE(3), log_weight, ())[:, 0]
+        bound = a - math.log(3)
+        assert share.tolist() == pytest.approx([bound, 0, 0], abs=1e-4)
+        assert torch.isfinite(LeaveOneOut()(IWAE(3), torch.tensor([[1.0], [2.0], [-torch.inf]]), ())).all()
 
 
 def test_enumerated_sites_have_the_exact_gradient():

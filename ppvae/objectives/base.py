@@ -83,6 +83,14 @@ class Objective(PyroELBO):
         """
         return self.reduce(log_weight).expand_as(log_weight)
 
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        """The bound with each draw's log-weight in turn replaced by another: [which is replaced, batch].
+
+        Both are [particles, batch]. Bounds of a sum of weights have it in O(K); this serves all, in O(K^2).
+        """
+        same = torch.eye(len(log_weight), dtype=torch.bool, device=log_weight.device)[..., None]
+        return self.reduce(torch.where(same, others, log_weight[:, None]))
+
     def doubly(self, log_weight: Tensor) -> Tensor:
         """By what a doubly reparameterised gradient weights each path, beside the pathwise one: [particles, batch].
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
+from ppvae.objectives.reductions import sum_of_others
 
 if TYPE_CHECKING:
     from ppvae.objectives.base import Objective
@@ -53,11 +54,8 @@ class LeaveOneOut(Baseline):
     """
 
     def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
-        count = len(log_weight)
-        others = (log_weight.sum(0) - log_weight) / (count - 1)
-        same = torch.eye(count, dtype=torch.bool, device=log_weight.device)[..., None]
-        without = objective.reduce(torch.where(same, others, log_weight[:, None]))  # [which is replaced, batch]
-        return objective.reduce(log_weight) - without
+        others = sum_of_others(log_weight) / (len(log_weight) - 1)
+        return objective.reduce(log_weight) - objective.without(log_weight, others)
 
 
 @final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import final
 
 import torch
@@ -15,6 +14,7 @@ from ppvae.inference.weights import Terms
 from ppvae.objectives.base import Call, Objective
 from ppvae.objectives.gdreg import Leaves
 from ppvae.objectives.gradients import DReG, Gradient, Pathwise, added, sampled
+from ppvae.objectives.reductions import log_mean_exp, log_mean_exp_without, mean_without
 
 log = logging.getLogger("ppvae")
 
@@ -27,11 +27,6 @@ def warn_of_enumerated(s: Structure) -> None:
             "ppvae: %s: the guide enumerates them, so that the bound sums them out and their probabilities in the "
             "guide get no gradient; train these on ELBO or CIWAE", ", ".join(found)
         )  # fmt: skip
-
-
-def log_mean_exp(log_weight: Tensor) -> Tensor:
-    """log (1/K) sum_k w_k over the first dim."""
-    return log_weight.logsumexp(0) - math.log(len(log_weight))
 
 
 @final
@@ -62,6 +57,9 @@ class IWAE(Objective):
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
+
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        return log_mean_exp_without(log_weight, others)
 
     def doubly(self, log_weight: Tensor) -> Tensor:
         return log_weight.softmax(0)
@@ -107,6 +105,12 @@ class Renyi(Objective):
 
     def credit(self, log_weight: Tensor) -> Tensor:
         return super().credit(log_weight) if self.alpha != 1 else log_weight / len(log_weight)
+
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        power = 1 - self.alpha
+        if not power:
+            return mean_without(log_weight, others)
+        return log_mean_exp_without(power * log_weight, power * others) / power
 
     def doubly(self, log_weight: Tensor) -> Tensor:
         return self.alpha + (1 - self.alpha) * ((1 - self.alpha) * log_weight).softmax(0)
@@ -156,8 +160,13 @@ class MIWAE(Objective):
     def credit(self, log_weight: Tensor) -> Tensor:
         return self._bounds(log_weight).repeat_interleave(self.num_particles, 0) / self.num_bounds
 
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        own = log_mean_exp_without(_grouped(log_weight, self.num_bounds), _grouped(others, self.num_bounds))
+        bounds = self._bounds(log_weight)
+        return _ungrouped(bounds.mean(0) + (own - bounds) / self.num_bounds)
+
     def doubly(self, log_weight: Tensor) -> Tensor:
-        return _grouped(log_weight, self.num_bounds).softmax(0).transpose(0, 1).reshape_as(log_weight)
+        return _ungrouped(_grouped(log_weight, self.num_bounds).softmax(0))
 
 
 @final
@@ -200,6 +209,10 @@ class CIWAE(Objective):
 
     def credit(self, log_weight: Tensor) -> Tensor:
         return self.beta * log_weight / len(log_weight) + (1 - self.beta) * log_mean_exp(log_weight)
+
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        iwae = log_mean_exp_without(log_weight, others)
+        return self.beta * mean_without(log_weight, others) + (1 - self.beta) * iwae
 
     def doubly(self, log_weight: Tensor) -> Tensor:
         w = log_weight.softmax(0)
@@ -245,7 +258,7 @@ class PIWAE(Objective):
         return log_mean_exp(log_weight)
 
     def doubly(self, log_weight: Tensor) -> Tensor:
-        return _grouped(log_weight, self.num_bounds).softmax(0).transpose(0, 1).reshape_as(log_weight)
+        return _ungrouped(_grouped(log_weight, self.num_bounds).softmax(0))
 
     def surrogate(self, call: Call) -> Tensor:
         leaves = Leaves()
@@ -270,3 +283,8 @@ def _counted(num_bounds: int) -> int:
 def _grouped(log_weight: Tensor, groups: int) -> Tensor:
     """[M K, batch] -> [K, M, batch]."""
     return log_weight.reshape(groups, -1, *log_weight.shape[1:]).transpose(0, 1)
+
+
+def _ungrouped(log_weight: Tensor) -> Tensor:
+    """[K, M, batch] -> [M K, batch]."""
+    return log_weight.transpose(0, 1).flatten(0, 1)

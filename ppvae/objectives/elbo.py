@@ -12,6 +12,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.weights import Terms
 from ppvae.objectives.base import Objective
 from ppvae.objectives.gradients import Gradient, Pathwise, Score
+from ppvae.objectives.reductions import mean_without
 from ppvae.objectives.schedules import Schedule, Scheduled
 
 
@@ -28,6 +29,9 @@ class Rated(Objective):
 
     def credit(self, log_weight: Tensor) -> Tensor:
         return log_weight / len(log_weight)
+
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        return mean_without(log_weight, others)
 
     def doubly(self, log_weight: Tensor) -> Tensor:
         return torch.ones_like(log_weight)

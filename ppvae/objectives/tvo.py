@@ -13,6 +13,7 @@ from ppvae.inference.structure import Structure
 from ppvae.objectives.base import Call, Objective
 from ppvae.objectives.bounds import warn_of_enumerated
 from ppvae.objectives.gradients import Gradient, added, sampled
+from ppvae.objectives.reductions import tempered_mean_without
 
 
 @final
@@ -74,6 +75,10 @@ class TVO(Objective):
 
     def credit(self, log_weight: Tensor) -> Tensor:
         return super().credit(log_weight) if self.num_partitions > 1 else log_weight / len(log_weight)
+
+    def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        terms = [width * tempered_mean_without(log_weight, others, b) for b, width in self.path()]
+        return torch.stack(terms).sum(0)
 
 
 @final

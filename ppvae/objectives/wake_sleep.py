@@ -13,8 +13,8 @@ from ppvae.errors import ContractError, UsageError, refused
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import node_log_prob, one_trace, sample_nodes
 from ppvae.objectives.base import Call, Objective
-from ppvae.objectives.bounds import log_mean_exp
 from ppvae.objectives.gradients import added, sampled
+from ppvae.objectives.reductions import log_mean_exp
 
 
 @final
