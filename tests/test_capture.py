@@ -125,6 +125,35 @@ def test_objectives_are_captured_to_the_last_bit(name, objective, caplog):
     check_same(PAIRS[name], OBJECTIVES[objective], caplog)
 
 
+TWICE = {  # objectives that run a side more than once in a step
+    "stl": lambda: objectives.ELBO(3, gradient="stl"),
+    "dreg": lambda: objectives.IWAE(3, "dreg"),
+    "gdreg": lambda: objectives.IWAE(3, "gdreg"),
+    "piwae": lambda: objectives.PIWAE(2, 2),
+    "wake": lambda: objectives.ReweightedWakeSleep(3),
+    "sleep": lambda: objectives.ReweightedWakeSleep(3, 1.0, 1.0),
+    "infovae": lambda: objectives.InfoVAE(num_particles=2),
+}
+
+
+@pytest.mark.parametrize(("name", "objective"), [
+    ("modules", "stl"), ("conv", "dreg"), ("modules", "gdreg"), ("conv", "sleep"),
+    *(pytest.param(n, o, marks=pytest.mark.slow) for n in ("modules", "conv", "hierarchical") for o in TWICE),
+])  # fmt: skip
+def test_sides_that_run_twice_are_captured_to_the_last_bit(name, objective, caplog):
+    check_same(PAIRS[name], TWICE[objective], caplog)
+
+
+def test_dropout_in_a_side_that_runs_twice_is_run_eagerly(caplog):
+    """It has to draw the same again, and a graph cannot go back in its noise."""
+
+    def build():
+        vae, x = dropped()
+        return vae.model, vae.guide, (x,)
+
+    check_same(build, TWICE["dreg"], caplog, may_refuse=True)
+
+
 def prior_pair(name):
     part, prior, fn = test_priors.made(name)
     size = fn.event_shape[0]

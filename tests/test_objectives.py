@@ -537,6 +537,29 @@ def test_every_objective_takes_every_pair_or_says_why_not(pair, doubles, caplog)
     assert all("expected" in reason and "found" in reason for reason in refused.values())
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_step_leaves_batch_norm_as_one_run_of_the_pair_does(name, doubles):
+    """Whatever is run besides, for a frozen density or on other draws, is not gathered."""
+
+    def gathered(build):
+        pyro.clear_param_store()
+        model, guide, batch = PAIRS["conv"]()
+        nets = [
+            c.cell_contents for f in (model, guide) for c in f.__closure__ if isinstance(c.cell_contents, nn.Module)
+        ]
+        objective = build()
+        objective.loss(model, guide, *batch)
+        torch.manual_seed(3)
+        objective.loss_and_grads(model, guide, *batch)
+        return [b for net in nets for b in net.buffers()], objective.draws
+
+    found, draws = gathered(ALL[name])
+    once, _ = gathered(lambda: ELBO(draws))
+    assert len(found) == 6
+    for a, b in zip(found, once, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_a_bound_that_sums_a_guides_site_out_says_that_it_teaches_it_nothing(doubles, caplog):
     model, guide, batch = PAIRS["semi_supervised"]()
     with caplog.at_level(logging.WARNING, logger="ppvae"):

@@ -42,10 +42,11 @@ class Snapshot:
             raise Uncapturable("it draws from Python's or numpy's random numbers")
 
     def _keep(self, module: nn.Module, _: Any) -> None:
-        if id(module) not in self._met:
-            self._met.add(id(module))
-            new = [b for b in module.buffers() if all(b is not kept for kept, _ in self._before)]
-            self._before += [(b, b.detach().clone()) for b in new]
+        for part in module.modules() if id(module) not in self._met else ():
+            if id(part) not in self._met:  # met before: what stands there now may be a copy for a run besides
+                self._met.add(id(part))
+                new = [b for b in part.buffers(recurse=False) if all(b is not kept for kept, _ in self._before)]
+                self._before += [(b, b.detach().clone()) for b in new]
 
     def now(self) -> tuple[list[Tensor], list[Tensor]]:
         """(random states, buffers) as they are."""

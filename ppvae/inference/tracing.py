@@ -18,6 +18,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ppvae.errors import ContractError, refused
+from ppvae.inference.repeating import Noise, on_copies
 from ppvae.inference.structure import Structure
 
 PARTICLES = "_ppvae_particles"
@@ -57,20 +58,6 @@ class Replaced(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
             msg["value"] = self.value(msg["name"], msg["value"])
-
-
-class Noise:
-    """The state of the random generators, so that a second run can draw what the first drew."""
-
-    def __init__(self, batch: Sequence[Any]):
-        devices = {t.device for t in batch if isinstance(t, Tensor) and t.is_cuda}
-        self.cpu = torch.get_rng_state()
-        self.cuda = [(torch.cuda.get_rng_state(d), d) for d in devices]
-
-    def put_back(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for state, device in self.cuda:
-            torch.cuda.set_rng_state(state, device)
 
 
 def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -171,9 +158,12 @@ def one_trace(
     replayed: Any = None,
     num_particles: int | None = None,
     replaced: Callable[[str, Tensor], Tensor] | None = None,
+    noise: Noise | None = None,
 ) -> Any:
     """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
     with ExitStack() as stack:
+        if noise is not None:
+            stack.enter_context(noise)
         if replaced is not None:  # outermost: the trace must see the other value
             stack.enter_context(Replaced(replaced))
         if num_particles is not None:
@@ -208,30 +198,29 @@ def traces(
     the guide runs twice: what it draws first goes through `entry` into the densities, its own included.
     """
 
-    def run(fn: Pair, values: Mapping[str, Tensor], replayed: Any, held: bool, replaced: Any = None) -> Any:
+    def run(fn: Pair, values: Mapping[str, Tensor], held: bool, *how: Any) -> Any:
         # the store's parameters, too: the pair may run in another scope than the one that it was looked at in
         params = [*s.params.values(), *(p for _, p in pyro.get_param_store().named_parameters())] if held else []
         with constant(params):
-            trace = one_trace(fn, batch, s, values, replayed, num_particles, replaced)
+            trace = one_trace(fn, batch, s, values, *how)
             for _, node in sample_nodes(trace) if held else ():  # some distributions ask their network only now
                 node["ppvae_log_prob"] = node_log_prob(node)
             return trace
 
-    again = "guide" in frozen or entry is not None
-    noise = Noise(batch) if again else None
     detached = (lambda _, value: value.detach()) if "latents" in frozen else None
-    guide_trace = run(guide, given, None, False, detached)
-    if noise is not None:
-        paths = {n: node["value"] for n, node in sample_nodes(guide_trace) if s.guide_roles.get(n) != "enumerated"}
-        if entry is not None:
-            paths = {n: entry(n, value) for n, value in paths.items()}
-        index = {s.plate: guide_trace.nodes[s.plate]["value"]} if s.indexes else {}
-        noise.put_back()  # networks that draw noise themselves, as dropout does, draw what they drew
-        guide_trace = run(
-            guide, {**given, **index}, None, "guide" in frozen, lambda name, value: paths.get(name, value)
-        )
+    at, noise = given, None
+    if "guide" in frozen or entry is not None:
+        noise = Noise(batch)
+        with on_copies():
+            drawn = one_trace(guide, batch, s, given, None, num_particles, detached, noise)
+        paths = {n: node["value"] for n, node in sample_nodes(drawn) if s.guide_roles.get(n) != "enumerated"}
+        # never the value itself: a flow that knows what it was made from would go back by live parameters
+        paths = {n: value.view_as(value) if entry is None else entry(n, value) for n, value in paths.items()}
+        at = {**given, **paths, **({s.plate: drawn.nodes[s.plate]["value"]} if s.indexes else {})}
+        noise.again()
+    guide_trace = run(guide, at, "guide" in frozen, None, num_particles, detached, noise)
     unseen = {name: value for name, value in given.items() if name not in guide_trace}
-    model_trace = run(model, unseen, guide_trace, "model" in frozen)
+    model_trace = run(model, unseen, "model" in frozen, guide_trace, num_particles)
     return model_trace, guide_trace
 
 

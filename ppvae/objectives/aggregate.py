@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, refused
+from ppvae.inference.repeating import on_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.weights import Terms, draw, simulate
 from ppvae.objectives.base import Call
@@ -92,7 +93,8 @@ class TCVAE(Aggregate):
         z, count, size = t.guide[name].value, t.num_particles, t.batch_size
         # every draw is a particle, evaluated under the guide of every datum
         each = z.reshape(count * size, 1, *z.shape[2:]).expand(count * size, size, *z.shape[2:])
-        site = draw(call.guide, call.batch, count * size, structure=call.s, values={name: each}, events=True)[name]
+        with on_copies():
+            site = draw(call.guide, call.batch, count * size, structure=call.s, values={name: each}, events=True)[name]
         events = site.events if call.s.event_dims[name] else site.log_prob
         if events is None:
             raise refused(
@@ -134,7 +136,8 @@ class InfoVAE(Aggregate):
 
     def of_batch(self, call: Call, t: Terms) -> Tensor:
         ours, theirs = [], []
-        prior = [simulate(call.model, call.batch) for _ in range(t.num_particles)]
+        with on_copies():
+            prior = [simulate(call.model, call.batch) for _ in range(t.num_particles)]
         for name, site in t.guide.items():
             event = call.s.event_dims[name]
             ours.append(_rows(site.value, event, call.s.nesting))

@@ -47,7 +47,5 @@ def mean_without(log_weight: Tensor, others: Tensor) -> Tensor:
 def tempered_mean_without(log_weight: Tensor, others: Tensor, power: float) -> Tensor:
     """sum_k v_k log w_k, v = softmax(power log w), with each log w_k in turn replaced."""
     low = torch.minimum(log_weight, others).amin(0)  # log-weights above it have logarithms
-    weighted = log_sum_exp_without(
-        power * log_weight + (log_weight - low).log(), power * others + (others - low).log()
-    )
+    weighted = log_sum_exp_without(power * log_weight + (log_weight - low).log(), power * others + (others - low).log())
     return low + (weighted - log_sum_exp_without(power * log_weight, power * others)).exp()

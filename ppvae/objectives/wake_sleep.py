@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
+from ppvae.inference.repeating import on_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import node_log_prob, one_trace, sample_nodes
 from ppvae.objectives.base import Call, Objective
@@ -74,7 +75,8 @@ class ReweightedWakeSleep(Objective):
         weights = held.softmax(0)
         total = (weights * (log_weight + log_q)).sum() + self.wake * (weights * log_q).sum()
         if self.sleep:
-            total = total + self.sleep * dreamt(call)
+            with on_copies():  # batch norm is to know the data, not dreams
+                total = total + self.sleep * dreamt(call)
         return self.reduce(held).sum() + added(total)
 
 
