@@ -30,6 +30,7 @@ from ppvae.training import checkpoint
 from ppvae.training.describing import described, digest_of
 from ppvae.training.first_look import look, place_of
 from ppvae.training.loading import Columns
+from ppvae.training.processes import Processes
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, bind, write_json
 from ppvae.training.seeding import all_noise_kept, seed_all
@@ -68,7 +69,8 @@ def fit(
     """Trains a model/guide pair by stochastic variational inference, by default on Pyro's `Trace_ELBO`.
 
     Loss and gradient are divided by the number of data that they represent, so that learning rate, eps and clipping do
-    not depend on the batch; every metric is in nats per datum.
+    not depend on the batch; every metric is in nats per datum. In a `torch.distributed` group (`torchrun`) every
+    process takes its part of each batch, and parameters stay the same in all; the first one writes the run folder.
 
     Args:
         data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). In data marked by
@@ -133,10 +135,12 @@ def fit(
             "valid": digest_of(trainer.valid) if trainer.valid is not None else None,
         }
         trainer.describe(settings, {"epochs": epochs, **(config or {})})
+        trainer.processes.check_called_alike(repr(settings), trainer.train.device)
         if patience is not None and not trainer.monitor.has_elbo:
             raise UsageError("patience: expected a pair with an ELBO per datum to stop early on, found one without")
         if folder is not None:
             trainer.open(folder, resume, epochs)
+        trainer.join()
         return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
 
 
@@ -169,6 +173,7 @@ class _Trainer:
         self.epoch = 0
         self.finished = self.stopped = self._saved = False
         self.config: dict[str, Any] = {}
+        self.processes = Processes()
         self.compile: bool | None = None
         self.kernels: str | None = None  # of the run that is resumed
         with self.scope.entered():
@@ -222,12 +227,21 @@ class _Trainer:
             self._restore(checkpoint.read(checkpoints), self.config["fit"])
             if self.stopped or self.epoch >= epochs:
                 return  # finished: there is nothing to do, and nothing is touched
+        self.processes.wait()  # until all have read
+        if not self.processes.first:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{folder}: could not be made ({error.strerror})") from error
         write_json(folder / "config.json", self.config)
         self._rewrite_metrics()
+
+    def join(self) -> None:
+        """Begins with the same parameters in every process that trains together with this one."""
+        with self.scope.entered():
+            tensors = [*self.state.params().values(), *self.state.buffers().values()]
+            self.processes.start_from_the_first(tensors)
 
     def _restore(self, saved: dict[str, Any], settings: dict[str, Any]) -> None:
         for key, value in settings.items():
@@ -287,7 +301,9 @@ class _Trainer:
         """Trains up to the given number of epochs, and returns the run."""
         run = Run(Bound(self.model, self.scope), Bound(self.guide, self.scope), self.history, self.folder, self.config)
         if self.epoch < epochs and not self.stopped:
-            with self.scope.entered(), Progress(epochs, self.epoch, progress, self.folder) as bar:
+            first = self.processes.first
+            shown = Progress(epochs, self.epoch, progress if first else False, self.folder if first else None)
+            with self.scope.entered(), shown as bar:
                 self._train(run, bar, epochs, patience, checkpoint_seconds, callbacks)
         if patience is not None and self.best is not None:
             with self.scope.entered():
@@ -310,8 +326,10 @@ class _Trainer:
             self.stopped = patience is not None and not improved and self.epoch - self._best_epoch() >= patience
             for callback in callbacks:
                 self.stopped = bool(callback(run, metrics)) or self.stopped
+            (stopped,) = self.processes.added([float(self.stopped)], [], failed=False)
+            self.stopped = stopped > 0
             self.finished = self.stopped or self.epoch == epochs
-            if self.folder is not None:
+            if self.folder is not None and self.processes.first:
                 self._append_metrics(metrics)
                 if self.finished or time.monotonic() - saved_at >= seconds:
                     self._checkpoint()
@@ -339,7 +357,7 @@ class _Trainer:
     def _note_kernels(self, kernels: str) -> None:
         if self.config.get("kernels") != kernels:
             self.config["kernels"] = kernels
-            if self.folder is not None:
+            if self.folder is not None and self.processes.first:
                 write_json(self.folder / "config.json", self.config)
 
     def _eager_seconds(self, epochs: int) -> float:
@@ -352,24 +370,26 @@ class _Trainer:
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         if not self.structure.indexes:
-            yield from self.train.batches(self.batch_size, self.seed, self.epoch)
+            yield from self.train.batches(self.batch_size, self.seed, self.epoch, self.processes.size)
             return
         whole = self.train.whole()
-        for _ in range(math.ceil(self.structure.full_size / self.structure.subsample_size)):
+        for _ in range(math.ceil(self.structure.full_size / self.structure.subsample_size / self.processes.size)):
             yield whole
 
     def _epoch(self, bar: Any) -> dict[str, Any]:
         start = time.perf_counter()
-        seed_all(stream(self.seed, self.epoch, "noise"))
+        seed_all(stream(self.seed, self.epoch, "noise", *self.processes.key))
         total = norms = 0.0
         count = steps = 0
         with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
             for batch in self._batches():
                 rows = self.structure.size_of(batch)
-                loss, norm = self.take_step(batch, self.epoch + 1)
+                part = batch if self.structure.indexes else self.processes.part(batch)
+                loss, norm = self.take_step(part, self.epoch + 1)
                 total, norms, count, steps = total + loss * rows, norms + norm, count + rows, steps + 1
                 bar.step(loss)
         self.epoch += 1
+        self._stay_together()
         self._note_kernels(self.svi.kernels)
         rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
         metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": total / count, "grad_norm": norms / steps}
@@ -381,6 +401,15 @@ class _Trainer:
             metrics["lr"] = rate
         metrics["seconds"] = round(time.perf_counter() - start, 4)
         return metrics
+
+    def _stay_together(self) -> None:
+        """Makes sure that the processes have the same parameters, and gives all what the first has gathered besides."""
+        if self.processes.size == 1:
+            return
+        self.processes.check_same(list(self.state.params().values()))
+        self.processes.start_from_the_first(list(self.state.buffers().values()))
+        if isinstance(self.objective, Objective):
+            self.objective.load_state_dict(self.processes.of_the_first(self.objective.state_dict()))
 
     def _watched(self) -> dict[str, float]:
         """The monitor's metrics; parameters that an update or the data has broken are put back as they were."""

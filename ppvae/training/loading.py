@@ -65,11 +65,11 @@ class Columns:
         """All rows, for a pair whose plate draws its own subsample."""
         return tuple((part.read() if hasattr(part, "read") else part).to(self.device) for part in self.parts)
 
-    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, batch_size: int, seed: int, epoch: int, processes: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """One pass over the data in an order that is a function of seed and epoch."""
         generator = torch.Generator().manual_seed(stream(seed, epoch, "order"))
         order = list(torch.randperm(len(self), generator=generator).split(batch_size))
-        if len(order) > 1 and len(order[-1]) == 1:  # batch norm cannot take a lone datum
+        if len(order) > 1 and len(order[-1]) < 2 * processes:  # batch norm cannot take a lone datum
             order[-2:] = [torch.cat(order[-2:])]
         if self.lazy:
             loader = torch.utils.data.DataLoader(

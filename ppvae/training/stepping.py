@@ -16,6 +16,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
 from ppvae.inference.tracing import node_log_prob, sample_nodes, traces
 from ppvae.training import checkpoint
+from ppvae.training.processes import Processes
 from ppvae.training.state import PairState
 
 
@@ -30,6 +31,7 @@ class Stepper:
 
     def __init__(self, svi: SVI, state: PairState, structure: Structure, clip: float | None):
         self.svi, self.state, self.structure, self.clip = svi, state, structure, clip
+        self.processes = Processes()
         self.taken = 0
         self.checkpoints: Path | None = None
 
@@ -40,9 +42,8 @@ class Stepper:
             TrainingError: loss or gradient is not finite; the parameters are as they were before the step.
         """
         before = torch.get_rng_state()
-        represented = self.structure.represented(self.structure.size_of(batch))
         try:
-            loss = self.svi.gradients(*batch) / represented
+            loss, represented = self._gradients(batch)
         except PpvaeError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
@@ -62,6 +63,30 @@ class Stepper:
         self.svi.update()
         self.taken += 1
         return loss, norm
+
+    def _gradients(self, batch: tuple[Tensor, ...]) -> tuple[float, float]:
+        """Leaves gradients of the loss in the parameters: (loss per datum, how many data the gradients stand for)."""
+        processes = self.processes
+        if processes.size == 1:
+            alone = self.structure.represented(self.structure.size_of(batch))
+            return self.svi.gradients(*batch) / alone, alone
+        rows = self.structure.size_of(batch)
+        weight = rows if self.structure.fixed_size else 1  # there each part's loss stands for all data by itself
+        loss = 0.0
+        try:
+            for p in self.svi.params:
+                p.grad = None
+            if rows:
+                loss = weight * self.svi.gradients(*batch)
+                for p in self.svi.params:
+                    if p.grad is not None:
+                        p.grad *= weight
+        except Exception:
+            processes.added([0.0, 0.0], self.svi.params, failed=True)
+            raise
+        numbers = [loss, float(weight * self.structure.represented(rows) if rows else 0)]
+        loss, represented = processes.added(numbers, self.svi.params, failed=False)
+        return loss / represented, represented
 
     def _broken(self, batch: tuple[Tensor, ...], epoch: int, rng: Tensor, what: str) -> TrainingError:
         """The error for a step that cannot be taken: names the step, the site, and the last good checkpoint."""

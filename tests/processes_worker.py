@@ -1,0 +1,111 @@
+"""One of several processes that train together: `python processes_worker.py CASE FOLDER`; prints what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from datetime import timedelta
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+
+from ppvae import fit, nn, objectives
+from ppvae.errors import PpvaeError
+from ppvae.models import LinearGaussian
+
+FULL = 21
+
+
+def linear(full):
+    """A pair without noise, z(x) a point: its steps are the same however a batch is divided."""
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Linear(3, 2).double(), torch.nn.Linear(2, 3).double()
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", full or len(x), subsample=x if full else None):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", full or len(x), subsample=x if full else None):
+            pyro.sample("z", dist.Delta(encoder(x)).to_event(1))
+
+    return model, guide
+
+
+def with_batch_norm():
+    torch.manual_seed(rank)  # begins with other weights everywhere: the first one's are taken
+    encoder = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4))
+    decoder = nn.mlp(2, 3, hidden=(8,))
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide
+
+
+def failing():
+    pair = LinearGaussian(3, 2)
+
+    def guide(x):
+        calls.append(torch.is_grad_enabled())
+        if rank == 1 and sum(calls) > 6:
+            raise ValueError("the second process stumbles")
+        pair.mean_field(x)
+
+    calls: list[bool] = []
+    return pair.model, guide
+
+
+def run(case, folder):
+    x = torch.randn(FULL, 3, generator=torch.Generator().manual_seed(1))
+    common = {"batch_size": 5, "progress": False, "checkpoint_seconds": 0}
+    if case in ("plain", "fixed size"):
+        pair = linear(FULL if case == "fixed size" else None)
+        return fit(*pair, x.double(), epochs=4, objective=Trace_ELBO(), **common)
+    if case == "batch norm":
+        return fit(*with_batch_norm(), x, valid=x[:6], epochs=3, patience=2, directory=folder, **common)
+    if case in ("whole", "cut", "resumed"):
+        torch.manual_seed(0)
+        pair = LinearGaussian(3, 2)
+        goal = objectives.ELBO(4, gradient="score")
+        return fit(
+            pair.model, pair.mean_field, x, valid=x, epochs=2 if case == "cut" else 4, objective=goal,
+            directory=folder, resume=case == "resumed", **common,
+        )  # fmt: skip
+    if case == "failing":
+        return fit(*failing(), x, epochs=4, **common)
+    if case == "unlike":
+        pair = LinearGaussian(3, 2)
+        return fit(pair.model, pair.mean_field, x, epochs=1, seed=rank, **common)
+    raise ValueError(case)
+
+
+if __name__ == "__main__":
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        done = run(*sys.argv[1:])
+    except PpvaeError as error:
+        print("error:", error)
+    else:
+        params = [p.detach().double().flatten() for p in done.model.scope.params.values()]
+        flat = torch.cat(params)
+        print("digest:", hashlib.sha256(flat.numpy().tobytes()).hexdigest())
+        print("params:", *flat.tolist())
+        print("elbo:", [m.get("valid_elbo") for m in done.history])
