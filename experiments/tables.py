@@ -91,7 +91,7 @@ def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
         vae.model, vae.guide, train, valid=valid, optimizer=functools.partial(torch.optim.AdamW, lr=s.lr), seed=seed,
         epochs=s.epochs, patience=s.patience, device=here.device, directory=here.folder, resume=True,
     )  # fmt: skip
-    filled = impute(trained.model, trained.guide, test, num_particles=s.particles, draws=100)
+    filled = impute(trained.model, trained.guide, test, num_particles=s.particles, draws=1000)
     est, binary = filled.estimate, torch.tensor([c.kind == "binary" for c in columns])
     gain = est.log_px - baseline(torch.zeros(len(test), 1)).log_prob(parts[2]).detach()
     answer, removed, result = whole[cuts[1] :], removed[cuts[1] :], of_estimate(est) | {"gain": float(gain.mean())}

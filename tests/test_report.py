@@ -16,6 +16,7 @@ from PIL import Image
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, plots, posteriors, priors, report
 from ppvae.errors import UsageError
+from ppvae.evaluation import annealed
 from ppvae.evaluation.estimate import Estimate
 from ppvae.models import LinearGaussian
 from ppvae.report.headline import facts, head, remarks
@@ -533,3 +534,13 @@ def test_plots_leave_no_setting_behind():
     before = dict(matplotlib.rcParams)
     plots.to_png(plots.log_px_histogram(constructed()))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_an_annealed_estimate_is_judged_by_its_chains(digits, tmp_path):
+    run, test, _, _ = digits
+    est = annealed(run.model, run.guide, test, num_chains=2, num_temperatures=3, num_leapfrog=1)
+    text = without_pictures(report.write(run, data=test, estimate=est, directory=tmp_path).read_text())
+    assert "annealed importance sampling with 2 chains" in text
+    assert "particles to judge" not in text
+    assert "is judged by its chains" in text
+    assert "importance sampling with K" not in text

@@ -108,10 +108,9 @@ def _estimated(est: Estimate) -> str:
     median = "" if est.joint else " (median over data)"
     monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats{median}"
     spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
-    return (
-        f"importance sampling with K = {est.num_particles:,} particles, seed {est.seed}, which underestimates log p(x) "
-        f"on average{monte_carlo}{spread}"
-    )
+    chains = est.method != "importance sampling"
+    how = f"{est.num_particles:,} chains" if chains else f"K = {est.num_particles:,} particles"
+    return f"{est.method} with {how}, seed {est.seed}, which underestimates log p(x) on average{monte_carlo}{spread}"
 
 
 def _active(s: Subject) -> list[str]:

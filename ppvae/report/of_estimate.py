@@ -8,7 +8,7 @@ import torch
 
 from ppvae import plots
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.verdict import MIN_ESS
+from ppvae.evaluation.verdict import MIN_ESS, verdict
 from ppvae.plots.style import number
 from ppvae.report.parts import Drawn, grid
 from ppvae.report.subject import LeftOut, Subject
@@ -46,6 +46,8 @@ def bounds(s: Subject) -> Drawn:
 def diagnosis(s: Subject) -> Drawn:
     """Which data can be trusted, and why not."""
     est = _per_datum(s)
+    if est.method != "importance sampling":
+        raise LeftOut(f"{est.method[:1].upper()}{est.method[1:]} is judged by its chains: {verdict(est)}.")
     limit = est.k_hat_limit
     if not math.isfinite(limit):
         raise LeftOut(f"K = {est.num_particles} is too few particles to judge any datum; it takes 25.")
@@ -66,7 +68,7 @@ def worst_data(s: Subject, count: int = 16) -> Drawn:
     titles = [_numbers(s, est, i) for i in rows]
     bad = int((~est.reliable).sum())
     caption = (
-        f"The data with the largest k̂ ({bad} of {len(s)} are not to be trusted), worst first, each with its row, "
+        f"The data that can be trusted least ({bad} of {len(s)} are not to be), worst first, each with its row, "
         "k̂, effective sample size (ESS) and log p(x) in nats: look for what they share, such as a rare style or damage."
     )
     if s.event is not None:
