@@ -19,11 +19,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from experiments.cells import Cells, Here, collected, markdown, run
+from experiments.cells import Cells, Here, collected, markdown, run, values
 from ppvae import data, objectives
 from ppvae.objectives import gradients
 from ppvae.objectives.baselines import Nothing
-from ppvae.plots.style import BLUE, GREEN, VERMILLION, figure, styled
+from ppvae.plots.style import BLUE, FAINT, GREEN, INK, VERMILLION, figure, styled
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,20 @@ def table(found: Cells) -> str:
 
 @styled
 def picture(found: Cells) -> Any:
-    """The signal-to-noise ratio of the estimators with paths against K."""
-    fig = figure(6.4, 2.8)
-    for ax, side in zip(fig.subplots(1, 2), ("guide", "model"), strict=True):
+    """The signal-to-noise ratio of the estimators with paths against K; the model's gradient is the same for all."""
+    fig, floor = figure(6.8, 2.8), 0.8 / found[0]["settings"]["draws"] ** 0.5
+    colours = dict(zip(PATHS, (BLUE, GREEN, VERMILLION), strict=True))
+    for ax, side in zip(fig.subplots(1, 2, sharey=True), ("guide", "model"), strict=True):
         for (name,), r in collected(found, "estimator").items():
-            if name in PATHS:
-                colour = dict(zip(PATHS, (BLUE, GREEN, VERMILLION), strict=True))[name]
-                ax.loglog([c["cell"]["k"] for c in r], [c["result"][f"snr_{side}"] for c in r], "o-", color=colour)
-                ax.annotate(name, (r[-1]["cell"]["k"], r[-1]["result"][f"snr_{side}"]), color=colour)
-        ax.set(title=f"gradient of the {side}", xlabel="particles K", ylabel="signal-to-noise ratio")
+            if name in PATHS and (side == "guide" or name == "pathwise"):
+                label, colour = (name, colours[name]) if side == "guide" else ("all", INK)
+                ks, ratios = [c["cell"]["k"] for c in r], values(r, f"snr_{side}")
+                ax.loglog(ks, ratios, "o-", color=colour)
+                ax.annotate(label, (ks[-1], ratios[-1]), (6, 2), textcoords="offset points", color=colour)
+        ax.axhline(floor, color=FAINT, lw=0.8, ls=":")
+        ax.set(title=f"gradient of the {side}", xlabel="particles K", xlim=(1.5, 8 * ax.get_xlim()[1]))
+    ax.annotate("noise", (2, floor), (0, 2), textcoords="offset points", color=FAINT)
+    fig.axes[0].set_ylabel("signal-to-noise ratio")
     return fig
 
 

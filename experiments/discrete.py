@@ -1,0 +1,111 @@
+"""Discrete VAEs: 200 bits on MNIST, binarised at random, and 8 bits on scikit-learn's digits, which can be summed out.
+
+x | z and q(z | x) are independent Bernoullis from networks with one hidden layer, and so is p(z), whose probabilities
+are learnt. Every row of a data set has the same steps of Adam: VIMCO climbs the importance-weighted bound of K draws
+(Mnih and Rezende 2016, arXiv 1602.06725), reweighted wake-sleep takes K draws for both phases (Bornschein and Bengio
+2015, arXiv 1406.2751), and the score function climbs the ELBO of K draws, less a moving average (Mnih and Gregor 2014,
+arXiv 1402.0030). With 8 bits, log p(x) and the ELBO are exact sums over 256 values, and the ELBO can be climbed without
+noise: what that reaches is the oracle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from pyro.infer import config_enumerate
+
+from experiments import cells
+from experiments.cells import Cells, Here
+from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The rows, data-bits-estimator, and the schedule of them all."""
+
+    rows: tuple[str, ...] = (
+        *("mnist-200-VIMCO", "mnist-200-wake-sleep", "mnist-200-score"),
+        *("digits-8-VIMCO", "digits-8-wake-sleep", "digits-8-score", "digits-8-enumerated"),
+    )
+    seeds: tuple[int, ...] = (0, 1, 2)
+    draws: int = 10
+    hidden: int = 200
+    steps: int = 2000
+    batch_size: int = 100
+    lr: float = 2e-3
+    num_test: int = 1000
+    particles: int = 1000
+
+
+MOST = 16  # bits that are summed out
+SMOKE = {"rows": ("digits-8-VIMCO", "digits-8-wake-sleep", "digits-8-enumerated"), "seeds": (0,), "hidden": 8}
+SMOKE |= {"steps": 14, "num_test": 20, "particles": 50}
+ESTIMATORS: dict[str, Callable[[int], Any]] = {
+    "VIMCO": lambda k: objectives.IWAE(k, gradient="vimco"),
+    "wake-sleep": objectives.ReweightedWakeSleep,
+    "score": lambda k: objectives.ELBO(k, gradient="score"),
+    "enumerated": lambda k: objectives.ELBO(),
+}
+
+
+def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
+    """Trains one pair; evaluates it on validation and test images by L_K, and by sums where there are few bits."""
+    name, bits, estimator = row.split("-", 2)
+    images, valid, test = data.load(name, here.root, binarize="dynamic")
+    torch.manual_seed(seed)
+    latent, dims = int(bits), images.shape[1]
+    decoder = nn.mlp(latent, dims, hidden=(s.hidden,))
+    nn.set_output_bias(decoder, images.as_subclass(torch.Tensor).mean(0).clamp(1e-3, 1 - 1e-3).logit())
+    encoder = nn.mlp(dims, latent, hidden=(s.hidden,))
+    vae = VAE(priors.Bernoulli(latent, learned=True), likelihoods.Bernoulli(decoder), posteriors.Bernoulli(encoder))
+    summed = config_enumerate(vae.guide)
+    pair = SimpleNamespace(model=vae.model, guide=summed if estimator == "enumerated" else vae.guide)
+    trained = cells.train(
+        pair, images, valid, here, epochs=math.ceil(s.steps / math.ceil(len(images) / s.batch_size)), lr=s.lr,
+        batch_size=s.batch_size, seed=seed, objective=ESTIMATORS[estimator](s.draws),
+    )  # fmt: skip
+    valid, test = valid.head(s.num_test), test.head(s.num_test)
+    est, of_valid = (log_marginal(vae.model, vae.guide, x, num_particles=s.particles) for x in (test, valid))
+    result = cells.of_estimate(est) | cells.of_run(trained) | {"valid_nll": of_valid.nll}
+    if latent <= MOST:
+        exact = log_marginal(vae.model, summed, test, num_particles=1)
+        result |= {"exact": exact.nll, "exact_elbo": float(exact.elbo.mean())}
+    return result
+
+
+def table(found: Cells) -> str:
+    """A table for each pair; its rows beside the one that the score function or sums have trained."""
+    out = []
+    rows = {tuple(row.split("-", 2)): r for (row,), r in cells.collected(found, "row").items()}
+    for pair in dict.fromkeys(key[:2] for key in rows):
+        own = {estimator: r for (*of, estimator), r in rows.items() if tuple(of) == pair}
+        oracle = next((e for e in ("enumerated", "score") if e in own), "")
+        sums = int(pair[1]) <= MOST
+        header = ["gradient", "seeds", "test L_K", "validation L_K", "ELBO, drawn", "CPU ms/step"]
+        header += ["exact log p", "exact ELBO"] * sums + [f"gain on {oracle}"] * bool(oracle)
+        lines = []
+        for name, r in own.items():
+            line = [name, len(r), f"{-cells.mean(r):.2f} ± {cells.standard_error(r):.2f}"]
+            line += [f"{-cells.mean(r, 'valid_nll'):.2f}", f"{cells.mean(r, 'elbo'):.2f}"]
+            line += [f"{cells.mean(r, 'cpu_ms_per_step'):.1f}"]
+            line += [f"{-cells.mean(r, 'exact'):.2f}", f"{cells.mean(r, 'exact_elbo'):.2f}"] if sums else []
+            gain = cells.verdict(r, own[oracle]) if oracle and name != oracle else ""
+            lines.append(line + [gain] * bool(oracle))
+        first = found[0]["settings"]
+        title = f"**{pair[0]}, {pair[1]} bits**: K = {first['particles']}, {first['draws']} draws a step"
+        out.append(f"{title}\n\n{cells.markdown(header, lines)}")
+    return "\n\n".join(out)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Fills the table."""
+    cells.run("discrete", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
+
+
+if __name__ == "__main__":
+    main()
