@@ -56,6 +56,7 @@ class Fit(Data):
     seed: int = 0
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     clip: float | None = None  # the largest gradient norm, per datum
+    compile: Literal["auto", "yes", "no"] = "auto"  # steps from a compiled graph; auto: where the run is long enough
     patience: int | None = None  # epochs without a better validation ELBO before stopping
     device: str | None = None
     runs: str = "runs"  # the folder of runs
@@ -140,6 +141,7 @@ def fit(args: list[str]) -> int:
         directory=directory,
         resume=settings.resume,
         clip=settings.clip,
+        compile={"auto": None, "yes": True, "no": False}[settings.compile],
         patience=settings.patience,
         config={
             "pair": {

@@ -16,6 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import Independent
 
 from ppvae.errors import ContractError, refused
 from ppvae.inference.repeating import Noise, on_copies
@@ -37,7 +38,22 @@ class Given(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         value = self.values.get(msg["name"])
         if value is not None and not msg["is_observed"]:
-            msg["value"], msg["done"] = value, True
+            msg["value"], msg["done"] = at_the_point(msg["fn"], value), True
+
+
+def at_the_point(fn: Any, value: Tensor) -> Tensor:
+    """A value for a site; that of a point mass itself where the two differ by rounding alone.
+
+    A point that a product of matrices gives is rounded in another way where rows are more or fewer, and the density of
+    a point mass anywhere else is zero.
+    """
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    if not isinstance(fn, dist.Delta) or not value.is_floating_point():
+        return value
+    point = fn.v
+    near = 64 * torch.finfo(value.dtype).eps * (point.abs() + value.abs()).clamp(min=1)
+    return torch.where((value - point).abs() <= near, point, value)
 
 
 class _Parallel(Messenger):

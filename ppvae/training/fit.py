@@ -58,7 +58,7 @@ def fit(
     device: str | torch.device | None = None,
     directory: str | Path | None = None,
     resume: bool = False,
-    compile: bool | None = False,
+    compile: bool | None = None,
     clip: float | None = None,
     patience: int | None = None,
     checkpoint_seconds: float = 10.0,
@@ -83,8 +83,9 @@ def fit(
         device: where to train; where the parameters are by default.
         directory: the run folder; without one nothing is written.
         resume: go on from the folder's last checkpoint, if it has one; the run ends with bit-identical parameters.
-        compile: take steps from a captured graph (see `ppvae.inference.SVI`); None where the run is long enough for
-            that to pay. The choice is kept in run.config["kernels"] and used again by a resumed run.
+        compile: take steps from a captured and compiled graph (see `ppvae.inference.SVI`); by default where the run is
+            long enough for that to pay. What was chosen is kept in run.config["kernels"] and used again by a resumed
+            run; as it is measured, two long runs of one seed may differ by rounding, which False excludes.
         clip: the largest norm of the gradient (per datum).
         patience: stop after so many epochs without a better validation ELBO, and return the best parameters.
         checkpoint_seconds: the least time between two checkpoints, which are made at the ends of epochs.
