@@ -12,6 +12,7 @@ class Labels(nn.Module):
     """Labels 0 .. classes - 1 [...] as one-hot vectors [..., classes].
 
     Raises DataError for a label outside the classes, naming its row, and for labels that are not whole numbers.
+    Source: Sohn et al. 2015, Learning structured output representation using deep conditional generative models.
 
     >>> Labels(3)(torch.tensor([2, 0])).tolist()
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
