@@ -237,7 +237,7 @@ def _mean(fn: Any, value: Tensor) -> Tensor:
 
 @contextmanager
 def _opened(model: Pair, guide: Pair, x: Any, seed: int) -> Iterator[_Opened]:
-    from ppvae.evaluation.marginal import prepared
+    from ppvae.evaluation.blocks import prepared
 
     model, guide = bound(model), bound(guide)
     with undisturbed(), evaluating(model, guide):

@@ -14,8 +14,8 @@ from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.evaluation.aggregate import split_rate
+from ppvae.evaluation.blocks import Block, inspected
 from ppvae.evaluation.gaps import Gaps
-from ppvae.evaluation.marginal import Block, _inspected
 from ppvae.evaluation.representation import Representation, _Look, representation
 from ppvae.inference import terms
 from ppvae.inference.evaluating import evaluating
@@ -222,7 +222,7 @@ def test_the_aggregate_posterior_is_the_mean_of_the_guides(name):
     model, guide, batch = registered(name)
     count = len(batch[0])
     with torch.no_grad(), evaluating(model, guide):
-        s, size = _inspected(model, guide, batch, torch.device("cpu"))
+        s, size = inspected(model, guide, batch, torch.device("cpu"))
         starts = enumerate(range(0, count, size))
         blocks = [Block(batch, a, min(a + size, count), i, s, torch.device("cpu")) for i, a in starts]
         looks = []

@@ -16,7 +16,7 @@ import torch
 from experiments.bench import SMOKE, Settings, Timed, __doc__, by_hand, by_others, by_ppvae, processor
 from experiments.bench.picture import costs
 from ppvae import plots
-from ppvae.evaluation.marginal import DATA_BLOCK, PARTICLE_BLOCK
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
 
 STEPS = {"VAE step": "one layer", "convolutional step": "convolutional", "hierarchical step": "two layers"}
 CURVES = {"batch": (25, 50, 100, 200, 400), "particles": (1, 2, 5, 10, 20, 50), "latent": (10, 25, 50, 100, 200)}

@@ -55,7 +55,7 @@ class Bound:
 class Weights:
     """Everything that is reported of a block of data, from log-weights taken in a few particles at a time.
 
-    `eps` is the rounding unit in which the densities were computed.
+    `num_particles` is the most that are taken in; `eps` the rounding unit in which the densities were computed.
     """
 
     def __init__(self, num_particles: int, bounds: Sequence[int], eps: float = 0.0):
@@ -102,22 +102,31 @@ class Weights:
             new["top"] = both.topk(min(self._kept, both.shape[1]), dim=1).values
         self._state = new
 
+    def narrowed(self, which: Tensor) -> Weights:
+        """What was taken in of some of the data, [N] bool, to go on with them alone; without bounds."""
+        self._reduce()
+        out = Weights(self.num_particles, (), self._eps)
+        out._count = self._count
+        out._state = {name: value[which.to(value.device)] for name, value in self._state.items()}
+        return out
+
     def result(self) -> dict[str, Tensor]:
         """Per datum: log_px, std_error, ess, k_hat, elbo, nonfinite, and each recorded bound as "bound_k"."""
         self._reduce()
-        s, count = self._state, self.num_particles
-        assert self._count == count
+        s, count = self._state, self._count
+        assert 0 < count <= self.num_particles
+        top = s["top"][:, : tail_length(count) + 1]
         log_ess = 2 * s["log_sum"] - s["log_sum_of_squares"]
         ess = log_ess.exp().clamp(max=count)
         # the delta method: se of log mean(w) is sd(w) / (sqrt(K) mean(w))
         relative = (count / ess - 1).clamp(min=0) / (count - 1) if count > 1 else torch.full_like(ess, torch.nan)
         # Where the largest weight itself makes up the whole tail, as with discrete latents, weights are bounded by what
         # has been seen many times: nothing is left to fit, and ess judges alone.
-        k_hat = pareto_k(s["top"], count, s["smallest"])
+        k_hat = pareto_k(top, count, s["smallest"])
         # Weights that differ by the networks' rounding alone are equal.
-        largest = s["top"].amax(1)
+        largest = top.amax(1)
         rounding = largest - s["smallest"] <= 32 * self._eps * (1 + largest.abs())
-        flat = ((s["top"].amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()
+        flat = ((top.amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()
         broken = (s["nonfinite"] > 0) | (s["zero"] == count)
         return {
             "log_px": s["log_sum"] - math.log(count),

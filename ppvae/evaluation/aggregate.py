@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.marginal import Block
+from ppvae.evaluation.blocks import Block
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
 from ppvae.inference.weights import Terms, amortised, draw

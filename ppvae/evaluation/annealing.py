@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ppvae.evaluation.accumulate import Weights, recorded_bounds
 from ppvae.evaluation.annealing_chains import forward
-from ppvae.evaluation.annealing_files import Finished, digest_of_params
 from ppvae.evaluation.annealing_setup import Bar, Session, Settings, session
+from ppvae.evaluation.blocks import columns_of, digest_of
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.marginal import _columns, _measure, _quiet, digest_of
+from ppvae.evaluation.finished import Finished, key_of
+from ppvae.evaluation.marginal import _measure
+from ppvae.evaluation.sharding import quiet, shared
 from ppvae.evaluation.verdict import MIN_ACCEPTANCE, MIN_ESS
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
@@ -89,15 +91,19 @@ def annealed(
     settings = Settings(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows, resample
     )
-    columns = _columns(data, seed)
-    with undisturbed(), session(model, guide, columns, settings, device) as ready:
-        s = ready.s
-        store = Finished(directory, key_of(ready))
-        results: list[dict[str, Tensor]] = []
-        with Bar(ready.blocks, len(settings.chain_blocks), settings, _quiet(progress), "log p(x)") as bar:
-            for number in range(ready.blocks):
-                results.append(_of_block(ready, number, store, bar))
-                bar.say(nll=f"{-torch.cat([r['log_px'] for r in results]).mean():.3f}")
+    with shared() as shares:
+        columns = columns_of(data, seed)
+        with undisturbed(), session(model, guide, columns, settings, device) as ready:
+            s = ready.s
+            key = key_of_chains(ready, "annealed")
+            store = Finished(directory, key)
+            parts: dict[int, dict[str, Tensor]] = {}
+            mine = shares.mine(ready.blocks)
+            with Bar(len(mine), len(settings.chain_blocks), settings, quiet(progress), "log p(x)") as bar:
+                for number in mine:
+                    parts[number] = _of_block(ready, number, store, bar)
+                    bar.say(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
+        results = shares.gathered(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     base, levels, notes = _measure(columns[0], s)
     diagnostics: dict[str, Tensor] = {name: joined.pop(name) for name in DIAGNOSTICS if name in joined}
@@ -125,14 +131,11 @@ def annealed(
     )
 
 
-def key_of(ready: Session) -> dict[str, Any]:
-    """What an annealed result is a function of: settings, data and parameters, as strings and numbers."""
-    s, settings = ready.s, ready.settings
-    return settings.attributes() | {
-        "what": "annealed", "seed": settings.seed, "betas": settings.betas.tolist(), "data": digest_of(ready.columns),
-        "parameters": digest_of_params(s.params, ready.modules), "sites": sorted({**s.model_roles, **s.guide_roles}),
-        "layout": s.layout,
-    }  # fmt: skip
+def key_of_chains(ready: Session, what: str) -> dict[str, Any]:
+    """What a result of chains is a function of, as strings and numbers."""
+    settings = ready.settings
+    more = {"what": what, "seed": settings.seed, "betas": settings.betas.tolist()}
+    return key_of(ready.columns, ready.s, ready.modules, settings.attributes() | more)
 
 
 def _of_block(ready: Session, number: int, store: Finished, bar: Bar) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing_chains import PILOT_CHAINS, Kernel, Plan, pilot
-from ppvae.evaluation.annealing_files import Finished
 from ppvae.evaluation.annealing_schedule import at_betas, equal_ess, named
-from ppvae.evaluation.marginal import DATA_BLOCK, PARTICLE_BLOCK, Block, _device, _inspected, stream
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, device_of, inspected, stream
+from ppvae.evaluation.finished import Finished
 from ppvae.evaluation.unconstrained import Unconstrained, prior_of
 from ppvae.inference.evaluating import evaluating, modules_called
 from ppvae.inference.scope import bound
@@ -154,9 +154,9 @@ def session(
     """Everything that holds while a pair is annealed; the random state is the caller's to keep."""
     model, guide = bound(model), bound(guide)
     with evaluating(model, guide):
-        place = torch.device(device) if device is not None else _device(model, guide, columns)
+        place = torch.device(device) if device is not None else device_of(model, guide, columns)
         with modules_called(model, guide) as modules:
-            s, size = _inspected(model, guide, columns, place)
+            s, size = inspected(model, guide, columns, place)
         if settings.start == "prior":
             if s.enumerated:
                 raise UsageError(
@@ -164,7 +164,7 @@ def session(
                     f"are summed out of it. Use start='guide'"
                 )
             guide = prior_of(model, s.guide_roles)
-            s, size = _inspected(model, guide, columns, place)
+            s, size = inspected(model, guide, columns, place)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             yield Session(model, guide, s, columns, size, place, settings, modules)
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ppvae.errors import refused
 from ppvae.evaluation.accumulate import Weights
-from ppvae.evaluation.annealing import key_of
+from ppvae.evaluation.annealing import key_of_chains
 from ppvae.evaluation.annealing_chains import backward, forward
-from ppvae.evaluation.annealing_files import Finished
 from ppvae.evaluation.annealing_setup import Bar, Session, Settings, session
-from ppvae.evaluation.marginal import Block, _columns, _quiet
+from ppvae.evaluation.blocks import Block, columns_of
+from ppvae.evaluation.finished import Finished
 from ppvae.evaluation.saved import Saved, mean_words
+from ppvae.evaluation.sharding import quiet, shared
 from ppvae.evaluation.simulated import Assemble, simulated
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
@@ -135,37 +136,44 @@ def bdmc(
     settings = Settings(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows
     )  # fmt: skip
-    columns = _columns(data, seed)
-    with undisturbed(), session(model, guide, columns, settings, device) as ready:
-        for name, role in ready.s.guide_roles.items():
-            if role in ("auxiliary", "enumerated"):
-                raise refused(
-                    name, "a guide whose own draws are the latents, to start a chain at given ones",
-                    "a helper" if role == "auxiliary" else "a site enumerated in the guide",
-                    "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
-                )  # fmt: skip
-        store = Finished(directory, key_of(ready) | {"what": "bdmc"})
-        results: list[dict[str, Tensor]] = []
-        batches: list[tuple[Tensor, ...]] = []
-        with Bar(ready.blocks, 2 * len(settings.chain_blocks), settings, _quiet(progress), "BDMC") as bar:
-            for number in range(ready.blocks):
-                ready.noise(number, "simulated")
-                block, latents = simulated(ready.model, ready.s, ready.block(number), assemble)
-                batches.append(_rows_of(block))
+    with shared() as shares:
+        columns = columns_of(data, seed)
+        with undisturbed(), session(model, guide, columns, settings, device) as ready:
+            _check(ready)
+            key = key_of_chains(ready, "bdmc")
+            store = Finished(directory, key)
+            parts: dict[int, dict[str, Tensor]] = {}
+            mine = shares.mine(ready.blocks)
+            with Bar(len(mine), 2 * len(settings.chain_blocks), settings, quiet(progress), "BDMC") as bar:
+                for number in mine:
+                    ready.noise(number, "simulated")
+                    block, latents = simulated(ready.model, ready.s, ready.block(number), assemble)
 
-                def made(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
-                    return _of_block(ready, block, latents, bar)
+                    def made(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
+                        return _of_block(ready, block, latents, bar)
 
-                part, there = store.part(f"block-{number:05d}", made)
-                if there:
-                    bar.update((2 * len(settings.chain_blocks) + 1) * max(settings.num_temperatures - 1, 1))
-                results.append(part)
-                gap = torch.cat([r["upper"] - r["lower"] for r in results]).mean()
-                bar.say(gap=f"{gap:.3f}")
+                    part, there = store.part(f"block-{number:05d}", made)
+                    if there:
+                        bar.update((2 * len(settings.chain_blocks) + 1) * max(settings.num_temperatures - 1, 1))
+                    parts[number] = part | {f"data_{i}": column for i, column in enumerate(_rows_of(block))}
+                    gap = torch.cat([r["upper"] - r["lower"] for r in parts.values()]).mean()
+                    bar.say(gap=f"{gap:.3f}")
+        results = shares.gathered(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
-    own = tuple(torch.cat([b[i] for b in batches]).cpu() for i in range(len(columns)))
+    own = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
     attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}
     return Bracket(**joined, seed=seed, joint=ready.s.joint, settings=attributes, data=own)
+
+
+def _check(ready: Session) -> None:
+    """Refuses a guide whose own draws are not the latents, so that no chain could start at given ones."""
+    for name, role in ready.s.guide_roles.items():
+        if role in ("auxiliary", "enumerated"):
+            raise refused(
+                name, "a guide whose own draws are the latents, to start a chain at given ones",
+                "a helper" if role == "auxiliary" else "a site enumerated in the guide",
+                "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
+            )  # fmt: skip
 
 
 def _of_block(ready: Session, block: Block, latents: Mapping[str, Tensor], bar: Bar) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.marginal import Block, _columns, _device, _inspected, _quiet, _read, digest_of, stream
+from ppvae.evaluation.blocks import Block, columns_of, device_of, digest_of, inspected, read_rows, stream
+from ppvae.evaluation.finished import key_of
 from ppvae.evaluation.saved import Saved
+from ppvae.evaluation.sharding import quiet, shared
 from ppvae.evaluation.simulated import Assemble, simulated
 from ppvae.evaluation.uniformity import p_value, pointwise
 from ppvae.inference.evaluating import evaluating
@@ -142,32 +144,35 @@ def calibration(
             raise UsageError(f"{name}: expected at least {least}, found {value}")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
-    columns = _columns(data, seed)
     model, guide = bound(model), bound(guide)
-    with undisturbed(), evaluating(model, guide), pyro.validation_enabled(False):
-        place = torch.device(device) if device is not None else _device(model, guide, columns)
-        s, size = _inspected(model, guide, columns, place)
-        if s.joint:
-            raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
-        s = replace(s, enumerated=())  # what would be summed out is drawn
-        total = len(columns[0])
-        size = min(size, total)
-        rows = torch.arange(-(-replications // size) * size if not s.indexes else total) % total
-        tiled = columns if s.indexes else tuple(_read(c, rows, place) for c in columns)
-        parts: list[dict[str, Tensor]] = []
-        left, number = replications, 0
-        masked: set[str] = set()
-        with tqdm(total=replications, desc="calibration", unit="datum", disable=_quiet(progress)) as bar:
-            while left:
-                start = number * size % len(rows)
-                block = Block(tiled, start, min(start + size, len(rows)), number, s, place)
-                count = min(left, block.size)
-                found, hidden = _ranks(model, guide, block, num_draws, seed, assemble)
-                parts.append({n: r[:count].cpu() for n, r in found.items()})
-                masked |= hidden
-                left, number = left - count, number + 1
-                bar.update(count)
-    ranks = {n: torch.cat([p[n] for p in parts]) for n in parts[0] if n not in masked}
+    with shared() as shares:
+        columns = columns_of(data, seed)
+        with undisturbed(), evaluating(model, guide), pyro.validation_enabled(False):
+            place = torch.device(device) if device is not None else device_of(model, guide, columns)
+            s, size = inspected(model, guide, columns, place)
+            if s.joint:
+                raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
+            s = replace(s, enumerated=())  # what would be summed out is drawn
+            total = len(columns[0])
+            size = min(size, total)
+            rows = torch.arange(-(-replications // size) * size if not s.indexes else total) % total
+            tiled = columns if s.indexes else tuple(read_rows(c, rows, place) for c in columns)
+            counts = _counts(replications, size, len(rows))
+            parts: dict[int, dict[str, Tensor]] = {}
+            mine = shares.mine(len(counts))
+            total = sum(counts[number] for number in mine)
+            with tqdm(total=total, desc="calibration", unit="datum", disable=quiet(progress)) as bar:
+                for number in mine:
+                    start = number * size % len(rows)
+                    block = Block(tiled, start, min(start + size, len(rows)), number, s, place)
+                    parts[number] = _ranks(model, guide, block, counts[number], num_draws, seed, assemble)
+                    bar.update(counts[number])
+        numbers = {"what": "calibration", "replications": replications, "num_draws": num_draws, "seed": seed}
+        key = key_of(columns, s, (), numbers)
+        results = shares.gathered(parts, key)
+    masked = {n.removeprefix("masked ") for r in results for n, v in r.items() if n.startswith("masked ") and bool(v)}
+    names = [n for n in results[0] if not n.startswith("masked ") and n not in masked]
+    ranks = {n: torch.cat([r[n] for r in results]) for n in names}
     if not ranks:
         raise ContractError("the guide samples no latent without a mask: expected one at least, to rank")
     table = pointwise(replications, num_draws + 1)
@@ -183,10 +188,23 @@ def calibration(
     )
 
 
+def _counts(replications: int, size: int, rows: int) -> list[int]:
+    """How many data each block replicates; rows are taken again and again, in blocks of one size and a ragged end.
+
+    >>> _counts(7, 2, 5)
+    [2, 2, 1, 2]
+    """
+    counts: list[int] = []
+    while replications > sum(counts):
+        start = len(counts) * size % rows
+        counts.append(min(replications - sum(counts), size, rows - start))
+    return counts
+
+
 def _ranks(
-    model: Pair, guide: Pair, block: Block, num_draws: int, seed: int, assemble: Assemble | None
-) -> tuple[dict[str, Tensor], set[str]]:
-    """({site: ranks [N, dims]}, sites with a mask) of a block's rows, simulated anew."""
+    model: Pair, guide: Pair, block: Block, count: int, num_draws: int, seed: int, assemble: Assemble | None
+) -> dict[str, Tensor]:
+    """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, simulated anew."""
     s = block.s
     torch.manual_seed(stream(seed, block.number, "simulated"))
     block, latents = simulated(model, s, block, assemble)
@@ -194,17 +212,17 @@ def _ranks(
     sites = draw(guide, block.batch, num_draws, structure=s, index=block.index)
     given = {} if block.index is None else {s.plate: block.index}
     nodes = dict(sample_nodes(one_trace(guide, block.batch, s, given)))
-    found, masked = {}, set()
+    found: dict[str, Tensor] = {}
     for name in sites:
         if s.guide_roles[name] == "auxiliary":
             continue
-        if mask_of(nodes[name]) is not None:
-            masked.add(name)
+        found[f"masked {name}"] = torch.tensor(mask_of(nodes[name]) is not None)
         draws = _flat(sites[name].value, s, name, particle_dim(sites[name].value, s, name))
         truth = _flat(latents[name].unsqueeze(0), s, name, 0)
         below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
-        found[name] = (below + (torch.rand(below.shape, device=below.device) * (ties + 1)).long())[: block.size]
-    return found, masked
+        ranks = below + (torch.rand(below.shape, device=below.device) * (ties + 1)).long()
+        found[name] = ranks[:count].cpu()
+    return found
 
 
 def _flat(value: Tensor, s: Structure, name: str, particles: int) -> Tensor:

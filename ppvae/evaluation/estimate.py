@@ -75,7 +75,23 @@ class Estimate:
             return self.trusted
         if self.lower_bound_only or self.num_particles < MIN_PARTICLES:
             return torch.zeros_like(self.log_px, dtype=torch.bool)
-        return by_weights(self.nonfinite, self.ess, self.k_hat, self.num_particles)
+        return by_weights(self)
+
+    @property
+    def particles(self) -> Tensor:
+        """How many particles the estimate of each datum is made of, [N]; K for all unless each got what it needs."""
+        return self.diagnostics.get("num_particles", torch.full(self.log_px.shape, self.num_particles)).long()
+
+    @property
+    def on_target(self) -> Tensor:
+        """Which data are reliable and within the target standard error, [N] bool.
+
+        Raises:
+            UsageError: no target was set; call log_marginal(..., num_particles="auto").
+        """
+        if "target_std_error" not in self.settings:
+            raise UsageError('on_target: no target was set; call log_marginal(..., num_particles="auto")')
+        return self.reliable & (self.std_error <= self.settings["target_std_error"])
 
     def bound(self, k: int) -> Tensor:
         """L_k, the importance-weighted bound with k particles, from the same draws; [N] nats.

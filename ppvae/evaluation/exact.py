@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.errors import UsageError, refused
 from ppvae.evaluation.annealing_setup import Settings, session
-from ppvae.evaluation.marginal import _columns
+from ppvae.evaluation.blocks import columns_of
 from ppvae.evaluation.unconstrained import SCALE_DRAWS, Unconstrained
 from ppvae.evaluation.verdict import MAX_DIMS
 from ppvae.inference.structure import undisturbed
@@ -77,7 +77,7 @@ def quadrature(
     """
     if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
-    columns = _columns(data, 0)
+    columns = columns_of(data, 0)
     settings = Settings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
     results = []
     with undisturbed(), session(model, guide, columns, settings, device) as ready:

@@ -14,8 +14,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppvae.errors import ContractError
+from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, stream
 from ppvae.evaluation.lifting import Affine, lifted, tracked
-from ppvae.evaluation.marginal import PARTICLE_BLOCK, Block, stream
 from ppvae.evaluation.unconstrained import Unconstrained
 from ppvae.inference.tracing import Pair, constant
 from ppvae.inference.weights import terms

@@ -14,21 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.annealing_files import Finished, digest_of_params
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.families import FullRank
-from ppvae.evaluation.marginal import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    _columns,
-    _device,
-    _inspected,
-    _quiet,
-    digest_of,
-)
+from ppvae.evaluation.finished import Finished, key_of
 from ppvae.evaluation.refits import WEIGHED, Plan, check_refit
 from ppvae.evaluation.saved import Saved, mean_words
+from ppvae.evaluation.sharding import quiet, shared
 from ppvae.inference.evaluating import evaluating
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
@@ -172,26 +164,28 @@ def gaps(
     for name, value in (("num_particles", num_particles), ("steps", steps), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
-    columns = _columns(data, seed)
-    _check_given(log_px, columns)
     model, guide = bound(model), bound(guide)
-    with undisturbed(), evaluating(model, guide):
-        place = torch.device(device) if device is not None else _device(model, guide, columns)
-        s, size = _inspected(model, guide, columns, place)
-        check_refit(s)
-        settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
-        plan = Plan(model, guide, s, size, "", richer, "", *settings).settled(columns, place)
-        key = {
-            "gaps of": digest_of(columns), "parameters": digest_of_params(s.params), "refit": plan.refit,
-            "richer": plan.richer_words, "num_particles": num_particles, "steps": steps, "rounds": rounds, "seed": seed,
-        }  # fmt: skip
-        finished, parts = Finished(directory, key), []
-        with tqdm(desc="gaps", unit="step", disable=_quiet(progress)) as bar:
-            for number, start in enumerate(range(0, len(columns[0]), plan.size)):
-                stop = min(start + plan.size, len(columns[0]))
-                bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
-                block = Block(columns, start, stop, number, plan.s, place)
-                parts.append(finished.part(f"block_{number}", functools.partial(plan.of_block, block, bar.update))[0])
+    with shared() as shares:
+        columns = columns_of(data, seed)
+        _check_given(log_px, columns)
+        with undisturbed(), evaluating(model, guide):
+            place = torch.device(device) if device is not None else device_of(model, guide, columns)
+            s, size = inspected(model, guide, columns, place)
+            check_refit(s)
+            settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
+            plan = Plan(model, guide, s, size, "", richer, "", *settings).settled(columns, place)
+            numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds, "seed": seed}
+            what = {"what": "gaps", "refit": plan.refit, "richer": plan.richer_words}
+            key = key_of(columns, s, (), what | numbers)
+            finished, done = Finished(directory, key), {}
+            with tqdm(desc="gaps", unit="step", disable=quiet(progress)) as bar:
+                for number in shares.mine(-(-len(columns[0]) // plan.size)):
+                    start, stop = number * plan.size, min((number + 1) * plan.size, len(columns[0]))
+                    bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
+                    block = Block(columns, start, stop, number, plan.s, place)
+                    made = functools.partial(plan.of_block, block, bar.update)
+                    done[number] = finished.part(f"block_{number}", made)[0]
+        parts = shares.gathered(done, key)
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "rounds"}
     own = {name: found.pop(name) for name in WEIGHED}
     est = _estimate(own, num_particles, seed, s) if log_px is None else log_px

@@ -13,21 +13,20 @@ from tqdm import tqdm
 
 from ppvae.errors import ContractError, UsageError, refused
 from ppvae.evaluation.accumulate import Weights
-from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.marginal import (
+from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
     Block,
-    Kept,
-    _columns,
-    _device,
-    _gaps_note,
-    _inspected,
-    _measure,
-    _quiet,
+    columns_of,
+    device_of,
     digest_of,
+    inspected,
     stream,
 )
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.kept import Kept
+from ppvae.evaluation.marginal import _gaps_note, _measure
+from ppvae.evaluation.sharding import quiet
 from ppvae.evaluation.verdict import remedy
 from ppvae.inference.evaluating import evaluating
 from ppvae.inference.missing import laid_like
@@ -113,15 +112,15 @@ def impute(
         if count < 1:
             raise UsageError(f"{name}: expected at least 1, found {count}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    columns = _columns(data, seed)
+    columns = columns_of(data, seed)
     model, guide = bound(model), bound(guide)
     found: list[dict[str, Tensor]] = []
     with undisturbed(), evaluating(model, guide), torch.no_grad():
-        place = torch.device(device) if device is not None else _device(model, guide, columns)
-        s, size = _inspected(model, guide, columns, place)
+        place = torch.device(device) if device is not None else device_of(model, guide, columns)
+        s, size = inspected(model, guide, columns, place)
         _check(s)
         starts = range(0, len(columns[0]), size)
-        with tqdm(total=len(starts), desc="imputations", unit="block", disable=_quiet(progress)) as bar:
+        with tqdm(total=len(starts), desc="imputations", unit="block", disable=quiet(progress)) as bar:
             for number, start in enumerate(starts):
                 block = Block(columns, start, min(start + size, len(columns[0])), number, s, place)
                 found.append(_of_block(model, guide, block, num_particles, draws, seed, rows))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, PpvaeError, refused
 from ppvae.evaluation.accumulate import Weights
+from ppvae.evaluation.blocks import Block, stream
 from ppvae.evaluation.families import Distributions, FullRank, Guided, Local, Network, Richer, climb
 from ppvae.evaluation.lifting import Unliftable
-from ppvae.evaluation.marginal import Block, stream
 from ppvae.inference.contract import inspect
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair

@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate import split_rate
-from ppvae.evaluation.marginal import (
+from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
     Block,
-    _columns,
-    _device,
-    _inspected,
-    _quiet,
+    columns_of,
+    device_of,
     digest_of,
+    inspected,
     stream,
 )
 from ppvae.evaluation.saved import Saved, mean_words
+from ppvae.evaluation.sharding import quiet
 from ppvae.inference.evaluating import evaluating
 from ppvae.inference.particles import particle_dim, unfold_value
 from ppvae.inference.scope import bound
@@ -172,16 +172,16 @@ def representation(
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:
         raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
-    columns = _columns(data, seed)
+    columns = columns_of(data, seed)
     model, guide = bound(model), bound(guide)
     with undisturbed(), evaluating(model, guide), pyro.validation_enabled(False):
-        place = torch.device(device) if device is not None else _device(model, guide, columns)
-        s, size = _inspected(model, guide, columns, place)
+        place = torch.device(device) if device is not None else device_of(model, guide, columns)
+        s, size = inspected(model, guide, columns, place)
         _check(s)
         starts = range(0, len(columns[0]), size)
 
         def blocks(words: str) -> Iterator[Block]:
-            with tqdm(starts, desc=words, unit="block", disable=_quiet(progress)) as bar:
+            with tqdm(starts, desc=words, unit="block", disable=quiet(progress)) as bar:
                 for number, start in enumerate(bar):
                     yield Block(columns, start, min(start + size, len(columns[0])), number, s, place)
 

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import refused
-from ppvae.evaluation.marginal import Block
+from ppvae.evaluation.blocks import Block
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Given, Pair, sample_nodes
 

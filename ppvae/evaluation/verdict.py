@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ppvae.evaluation.estimate import Estimate
 
 MIN_ESS = 50.0
+MAX_K_HAT = 0.7  # whatever the number of particles
 MIN_ACCEPTANCE = 0.2  # chains that hardly move have left the tempered densities behind
 AFFORDABLE = 100_000  # particles per datum; beyond it the advice is another method, not more of them
 MAX_DIMS = 3  # of quadrature
@@ -28,13 +29,19 @@ def k_hat_limit(num_particles: int) -> float:
     >>> k_hat_limit(5000), k_hat_limit(100), k_hat_limit(20)
     (0.7, 0.5, -inf)
     """
-    return min(0.7, 1 - 1 / math.log10(num_particles)) if num_particles >= MIN_PARTICLES else -math.inf
+    return min(MAX_K_HAT, 1 - 1 / math.log10(num_particles)) if num_particles >= MIN_PARTICLES else -math.inf
 
 
-def by_weights(nonfinite: Tensor, ess: Tensor, k_hat: Tensor, num_particles: int) -> Tensor:
+def by_weights(est: Estimate) -> Tensor:
     """The rule of importance sampling: no non-finite weight, ess >= 50 and k_hat below its limit; [N] bool."""
-    enough = min(MIN_ESS, 0.999 * num_particles)  # equal weights are enough however few there are
-    return (nonfinite == 0) & (ess >= enough) & (k_hat < k_hat_limit(num_particles))
+    enough = (0.999 * est.particles.double()).clamp(max=MIN_ESS)  # equal weights are enough however few there are
+    return (est.nonfinite == 0) & (est.ess >= enough) & (est.k_hat < _limits(est))
+
+
+def _limits(est: Estimate) -> Tensor:
+    """The limit of k_hat for the particles of each datum, [N]."""
+    limits = {k: k_hat_limit(k) for k in set(est.particles.tolist())}
+    return torch.tensor([limits[k] for k in est.particles.tolist()], dtype=torch.float64)
 
 
 def reasons(est: Estimate) -> dict[str, Tensor]:
@@ -48,9 +55,10 @@ def reasons(est: Estimate) -> dict[str, Tensor]:
     if _weighted(est):
         if est.lower_bound_only or est.num_particles < MIN_PARTICLES:
             return {}
-        heavy = bad & ~broken & ~(est.k_hat < est.k_hat_limit)
+        heavy = bad & ~broken & ~(est.k_hat < _limits(est))
+        below = sorted({f"{k_hat_limit(k):.2f}" for k in (est.num_particles, int(est.particles.min()))})
         return {
-            f"heavy tail, k_hat not below {est.k_hat_limit:.2f}": heavy,
+            f"heavy tail, k_hat not below {' to '.join(below)}": heavy,
             f"ess below {MIN_ESS:g}": bad & ~broken & ~heavy,
             "broken weights": broken,
         }
@@ -84,7 +92,7 @@ def advice(est: Estimate) -> str:
         return ""
     first, low, broken = found
     if _weighted(est):
-        need = est.num_particles * MIN_ESS / est.ess[low]
+        need = est.particles[low] * MIN_ESS / est.ess[low]
         within = need <= AFFORDABLE
         rest = int(first.sum()) + int((~within).sum())
         parts = []

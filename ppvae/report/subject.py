@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ppvae import generate
 from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, PpvaeError, UsageError
+from ppvae.evaluation.blocks import digest_of, prepared
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.marginal import digest_of, prepared
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import evaluating
 from ppvae.inference.scope import unbound

@@ -19,7 +19,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
-from ppvae.evaluation.marginal import stream
+from ppvae.evaluation.blocks import stream
 from ppvae.inference.evaluating import eval_mode
 from ppvae.inference.scope import Bound, Scope, unbound
 from ppvae.inference.structure import undisturbed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppvae import data as datasets
 from ppvae.errors import DataError, UsageError
-from ppvae.evaluation.marginal import stream
+from ppvae.evaluation.blocks import stream
 
 
 class Columns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ppvae.evaluation.marginal import Block
+from ppvae.evaluation.blocks import Block
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import eval_mode
 from ppvae.inference.structure import Structure, undisturbed

@@ -1,0 +1,146 @@
+"""Finished parts of a long evaluation, kept in a folder so that it can go on after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.errors import CheckpointError, UsageError
+from ppvae.evaluation.blocks import digest_of
+from ppvae.inference.structure import Structure
+
+SECONDS = 5.0  # between two files of parts that take little time each
+
+
+class Finished:
+    """Named parts, each a few arrays, in files (`.npz`: numbers only) that are written whole or not at all.
+
+    `key` says what the parts belong to, as strings and numbers; a folder that was filled under another key is refused.
+    Parts wait until `seconds` have passed since the last file, and then share one; at the end of a `with`, and so at
+    an interruption, those that still wait are written. Without a folder nothing is kept. Processes may share a folder.
+
+    Raises:
+        UsageError: the folder belongs to another evaluation; the message names what differs.
+        CheckpointError: a file is damaged, or cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None, key: Mapping[str, Any], seconds: float = 0.0):
+        self.folder = None if directory is None else Path(directory)
+        self._seconds, self._last = seconds, time.monotonic()
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._files: dict[str, Path] = {}  # of each part
+        self._key = json.loads(json.dumps(dict(key)))
+        if self.folder is not None and self.folder.exists():
+            self._check_key(self.folder / "evaluation.json")
+            for path in sorted(self.folder.glob("*.npz")):
+                self._files |= dict.fromkeys((name.partition("/")[0] for name in _read(path)), path)
+
+    def _check_key(self, path: Path) -> None:
+        if not path.exists():
+            if any(path.parent.glob("*.npz")):
+                raise CheckpointError(f"{path}: missing, so that the parts in this folder belong to nothing. Remove it")
+            return
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON ({error}). Remove the folder, or name another one") from error
+        differs = [k for k in {*self._key, *found} if self._key.get(k) != found.get(k)]
+        if differs:
+            name = min(differs, key=lambda k: (isinstance(self._key.get(k), list), k))  # the first that is easily read
+            raise UsageError(
+                f"{path.parent}: holds another evaluation: {name} is {found.get(name)!r} there and "
+                f"{self._key.get(name)!r} here. Name another directory, or remove this one"
+            )
+
+    def part(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+        """(the part, whether it was there already); it is made and kept where it was not."""
+        if self.folder is None:
+            return dict(make()), False
+        if name in self._files:
+            return {k: torch.from_numpy(v) for k, v in _read(self._files[name], name).items()}, True
+        made = dict(make())
+        self._waiting[name] = made
+        if time.monotonic() - self._last >= self._seconds:
+            self._write()
+        return made, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self.folder is None or not self._waiting:
+            return
+        path = self.folder / f"{next(iter(self._waiting))}.npz"
+        arrays = {f"{n}/{k}": v.cpu().numpy() for n, part in self._waiting.items() for k, v in part.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "evaluation.json").exists():
+                content = json.dumps(self._key, indent=1).encode()
+                _replace(self.folder / "evaluation.json", lambda file: file.write(content))
+            _replace(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        except OSError as error:
+            raise CheckpointError(f"{path}: could not be written ({error.strerror})") from error
+        self._files |= dict.fromkeys(self._waiting, path)
+        self._waiting, self._last = {}, time.monotonic()
+
+
+def _read(path: Path, part: str | None = None) -> dict[str, np.ndarray]:
+    """A part of a file; without one, the names of all that the file holds."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if part is None:
+                if not all("/" in name for name in file.files):
+                    raise ValueError("it holds no named parts")
+                return dict.fromkeys(file.files, np.empty(0))
+            return {k.partition("/")[2]: file[k] for k in file.files if k.startswith(f"{part}/")}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: damaged ({error}). Remove this file: it will be made again") from error
+
+
+def _replace(path: Path, write: Callable[[Any], Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def key_of(
+    columns: Sequence[Any], s: Structure, modules: Sequence[torch.nn.Module], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an evaluation's parts are a function of, as strings and numbers: settings, data, parameters, sites."""
+    return dict(settings) | {
+        "data": digest_of(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
+        "sites": sorted({**s.model_roles, **s.guide_roles}), "dtype": str(torch.get_default_dtype()),
+    }  # fmt: skip
+
+
+def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Module] = ()) -> str:
+    """The SHA-256 of parameters, and of all that modules hold: what is frozen, and buffers; with their names.
+
+    Two loadings of a run, in one process or in two, have the same: the number of an object in a name does not count.
+    """
+    total = hashlib.sha256()
+    found = list(params.items())
+    for i, module in enumerate(modules):
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        found += [(f"{i}.{name}", value) for name, value in own]
+    for name, value in found:
+        total.update(f"{re.sub(r'#[0-9]+', '#', name)} {list(value.shape)} {value.dtype}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
