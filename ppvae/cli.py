@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 USAGE = """usage: ppvae COMMAND ...
 
@@ -30,7 +30,7 @@ COMMANDS = {
 
 AFTER = {  # an interruption
     "fit": "; the same command with --name NAME --resume goes on from the last checkpoint",
-    "evaluate": "; the same command goes on from the finished blocks of annealing",
+    "evaluate": "; the same command goes on from the finished blocks",
     "examine": "; the same command goes on from the finished blocks of gaps",
 }
 
@@ -62,10 +62,14 @@ def _command(argv: Sequence[str] | None) -> int:
         near = difflib.get_close_matches(args[0], COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return _fail(f"no command {args[0]!r}{hint} (one of {', '.join(COMMANDS)})", 2)
-    return _run(args[0], args[1:])
+    from ppvae.launched import processes, together
+
+    if processes() > 1:
+        return together(args[0], args[1:], _run, _fail)
+    return _run(args[0], args[1:], _fail)
 
 
-def _run(command: str, args: list[str]) -> int:
+def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
     from ppvae.errors import PpvaeError, UsageError
     from ppvae.settings import HelpShown
 
@@ -76,18 +80,18 @@ def _run(command: str, args: list[str]) -> int:
     except HelpShown:
         return 0
     except UsageError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except PpvaeError as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted" + AFTER.get(command, ""), 130)
+        return fail("interrupted" + AFTER.get(command, ""), 130)
     except BrokenPipeError:
         raise
     except Exception as error:
         if os.environ.get("PPVAE_TRACEBACK"):
             raise
         text = " ".join(str(error).split())[:300]
-        return _fail(f"{type(error).__name__}: {text} (PPVAE_TRACEBACK=1 shows where)", 1)
+        return fail(f"{type(error).__name__}: {text} (PPVAE_TRACEBACK=1 shows where)", 1)
 
 
 def _fail(text: str, status: int) -> int:

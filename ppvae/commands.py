@@ -13,13 +13,14 @@ import torch
 
 from ppvae import data as datasets
 from ppvae.choices import Among, Argument, among
-from ppvae.errors import PpvaeError, UsageError
-from ppvae.inference.scope import unbound
+from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.settings import parse
 from ppvae.training import fit as train_pair
 from ppvae.training import load as load_run
 from ppvae.training import pairs
 from ppvae.training.run import Run
+
+PARTS = ("train", "valid", "test")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,11 +70,14 @@ class Fit(Data):
 class Evaluate:
     """Estimate log p(x) of a run's data: by importance sampling, or by annealing, which is tighter and slower.
 
-    An interrupted --method annealed, smc or bdmc goes on with the same command.
+    An interrupted evaluation goes on with the same command. Several processes share the data:
+    torchrun --nproc-per-node 2 -m ppvae evaluate RUN.
     """
 
     method: Literal["importance", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket, on simulated data
-    num_particles: int = 5000  # of importance sampling, which is run beside annealing on the same data
+    num_particles: int | Literal["auto"] = 5000  # of importance sampling, which is run beside annealing; auto: by need
+    target_std_error: float = 0.05  # of auto: of log p(x) of each datum, in nats
+    max_particles: int = 20_000  # of auto: the most that a datum gets
     split: Literal["test", "valid", "train"] = "test"
     head: int | None = None  # only so many data
     seed: int = 0
@@ -88,6 +92,7 @@ class Evaluate:
     resample: float = 0.5  # of smc: chains are resampled where ess falls below this share of them
     beside: tuple[int, ...] = ()  # further K of importance sampling to set beside annealing, as 50000
     best: bool = False  # the parameters with the best validation ELBO, instead of those that the run ended with
+    dtype: Literal["float32", "float64"] | None = None  # to compute in, instead of the run's own
     runs: str = "runs"
     report: bool = True
 
@@ -151,6 +156,7 @@ def fit(args: list[str]) -> int:
                 "num_labels": num_labels,
             },
             "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)} | _places(settings),
+            "test": _digest(columns[2]),
         },
     )
     _print_metrics(run)
@@ -162,34 +168,9 @@ def fit(args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """`ppvae evaluate RUN`."""
-    from ppvae.estimating import by_chains, check_method
-    from ppvae.evaluation import log_marginal
+    from ppvae.estimating import estimate
 
-    settings, directory = _with_run("evaluate", args, Evaluate)
-    check_method(settings)
-    run = load_run(directory, best=settings.best or None)
-    columns = _of_run(run, settings, settings.split)
-    if settings.head is not None:
-        columns = _head(columns, settings.head)
-    discrete = getattr(getattr(unbound(run.model), "__self__", None), "discrete", None)
-    model, guide = (run.model, run.guide) if discrete is None else (discrete.model, discrete.guide)
-    if settings.method != "importance":
-        return by_chains(run, model, guide, columns, settings, discrete is not None)
-    est = log_marginal(
-        model, guide, columns, num_particles=settings.num_particles, seed=settings.seed,
-        device=settings.device, rows=settings.rows,
-    )  # fmt: skip
-    if discrete is not None:
-        note = "log p(x) of the discrete model, whose relaxed counterpart was trained"
-        est = dataclasses.replace(est, notes=(*est.notes, note))
-    name = "log_marginal" if settings.split == "test" else f"log_marginal_{settings.split}"
-    path = est.save(directory / "results", name)
-    for name, value in est.table().items():
-        print(f"{name:18} {value}")
-    print(f"results: {path}")
-    if settings.report:
-        _report(run, columns, est, settings.seed)
-    return 0
+    return estimate(*_with_run("evaluate", args, Evaluate))
 
 
 def generate(args: list[str]) -> int:
@@ -303,7 +284,19 @@ def _of_run(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
     if settings.root is not None:
         known["root"] = settings.root
     chosen = Data(**known)
-    return _columns(_load(chosen)[("train", "valid", "test").index(split)], chosen.labels)
+    splits = {name: _columns(s, chosen.labels) for name, s in zip(PARTS, _load(chosen), strict=True)}
+    fit = run.config["fit"]
+    for name, digest in zip(PARTS, (fit.get("digest"), fit.get("valid"), run.config.get("test")), strict=True):
+        if digest is not None and name in {"train", split} and (now := _digest(splits[name])) != digest:
+            raise DataError(
+                f"{run.directory}: its {name} data are not what they were: expected SHA-256 {digest}, found {now}"
+            )
+    return splits[split]
+
+
+def _digest(columns: tuple[Any, ...]) -> str:
+    """The SHA-256 of each column, as a run keeps it of its data."""
+    return " ".join(c.digest if hasattr(c, "digest") else datasets.digest(c) for c in columns)
 
 
 def _places(settings: Data) -> dict[str, Any]:

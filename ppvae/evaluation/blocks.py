@@ -151,7 +151,7 @@ def prepared(model: Pair, guide: Pair, data: Any, seed: int) -> tuple[Tensor, ..
 
 def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
     if isinstance(column, datasets.LazySplit):
-        value = column.read(rows)
+        value = column.read(rows).to(torch.get_default_dtype())  # pictures have no floating type of their own
     else:
         value = column.as_subclass(Tensor) if rows is None else column.as_subclass(Tensor)[rows.to(column.device)]
     return value.to(device)

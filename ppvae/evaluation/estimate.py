@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.psis import MIN_PARTICLES
-from ppvae.evaluation.verdict import advice, by_weights, k_hat_limit, reasons, verdict
+from ppvae.evaluation.verdict import (
+    advice,
+    by_weights,
+    k_hat_limit,
+    particles_in_words,
+    reasons,
+    target_in_words,
+    verdict,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class Estimate:
             [0, 1]", "density", or "mixed".
         nonfinite: how many weights were NaN or +inf (one at least where all were zero); such data are not reliable.
         method, settings: how it was made; K (`num_particles`) is the number of chains where the method is annealing.
-        diagnostics: what else the method says of each datum, [N] by name.
+        diagnostics: what else the method says of each datum, [N] by name; "num_particles" of each where they were drawn
+            by need, of which K is then the most.
         trusted: the verdict per datum of a method whose rule is not that of importance sampling.
         remedy: what makes log p(x) of this pair tighter where importance sampling fails, in words.
     """
@@ -133,14 +142,16 @@ broken weights: 0): log p(x) may be far too low
         """
         count = len(self.log_px)
         unit = "nats for the whole data set" if self.joint else "nats per datum"
-        how = f"K = {self.num_particles}" if self.trusted is None else f"{self.method}, {self.num_particles} chains"
+        how = f"K = {particles_in_words(self)}"
+        if self.trusted is not None:
+            how = f"{self.method}, {self.num_particles} chains"
         lines = [
             f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {count} data ({how}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
             f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
             f"{float(self.std_error.median()):.4f} (median)",
         ]
-        lines.append(verdict(self))
+        lines += [verdict(self), *([target_in_words(self)] if "target_std_error" in self.settings else [])]
         if not reasons(self) and (broken := int((self.nonfinite > 0).sum())):
             lines.append(f"{broken} data have non-finite weights")
         if todo := advice(self):
@@ -163,11 +174,12 @@ broken weights: 0): log p(x) may be far too low
             "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {unit}",
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
             "ELBO": f"{float(self.elbo.mean()):.3f}",
-            "particles": f"{self.num_particles}",
+            "particles": particles_in_words(self),
             **(
                 {} if self.trusted is None else {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
             ),
             "verdict": verdict(self),
+            **({"target": target_in_words(self)} if "target_std_error" in self.settings else {}),
         }
         if todo := advice(self):
             rows["what to do"] = todo

@@ -100,6 +100,14 @@ def shared() -> Iterator[Shares]:
         raise
 
 
+def left() -> bool:
+    """Leaves the process group, where there is one; True for the first process, which alone goes on to write."""
+    rank = Shares().rank
+    if group.is_available() and group.is_initialized():
+        group.destroy_process_group()
+    return rank == 0
+
+
 def quiet(progress: bool | None) -> bool | None:
     """tqdm's `disable`: None leaves the bar out where the output is not a terminal; only the first process has one."""
     if Shares().rank > 0:

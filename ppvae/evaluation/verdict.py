@@ -82,6 +82,21 @@ def verdict(est: Estimate) -> str:
     return f"{who} not to be trusted{f' ({why})' if why else ''}: log p(x) may be far too low"
 
 
+def particles_in_words(est: Estimate, style: str = "") -> str:
+    """How many particles the data got, each number in a format's style."""
+    least, most = int(est.particles.min()), int(est.particles.max())
+    return f"{most:{style}}" if least == most else f"{least:{style}} to {most:{style}}"
+
+
+def target_in_words(est: Estimate) -> str:
+    """How many data are within the target standard error and reliable, of an estimate that has one."""
+    good, target = int(est.on_target.sum()), est.settings["target_std_error"]
+    spent = int((~est.on_target & (est.particles >= est.settings["max_particles"])).sum())
+    who = "the estimate is" if est.joint and good else f"{good} of {len(est.log_px)} data are"
+    words = f"{who} reliable and within a standard error of {target:g} nats"
+    return f"{words}; {spent} of the others had all {est.settings['max_particles']} particles" if spent else words
+
+
 def advice(est: Estimate) -> str:
     """What to do next about the data that are not to be trusted; an empty string where there are none.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.verdict import advice, verdict
+from ppvae.evaluation.verdict import advice, particles_in_words, verdict
 from ppvae.plots.style import number
 from ppvae.report import of_chains
 from ppvae.report.of_pair import active
@@ -109,7 +109,7 @@ def _estimated(est: Estimate) -> str:
     monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats{median}"
     spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
     chains = est.method != "importance sampling"
-    how = f"{est.num_particles:,} chains" if chains else f"K = {est.num_particles:,} particles"
+    how = f"{est.num_particles:,} chains" if chains else f"K = {particles_in_words(est, ',')} particles"
     return f"{est.method} with {how}, seed {est.seed}, which underestimates log p(x) on average{monte_carlo}{spread}"
 
 

@@ -138,20 +138,22 @@ def _is_pair(thing: Any) -> bool:
     )
 
 
-def rebuild(config: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def rebuild(
+    config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The pair of a run, from its configuration; the training data are stood in for by their shape.
 
-    The stand-in only sets shapes: every parameter is then read from the checkpoint.
+    The stand-in only sets shapes: every parameter is then read from the checkpoint. `dtype` is its floating type.
     """
     entry = config["pair"]
-    stand_in = [_stand_in(shape, dtype) for shape, dtype in entry["train"]]
+    stand_in = [_stand_in(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
     train = stand_in[0] if len(stand_in) == 1 else tuple(stand_in)
     torch.manual_seed(0)
     return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
 
 
-def _stand_in(shape: list[int], dtype: str) -> Tensor:
-    kind = getattr(torch, dtype)
+def _stand_in(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+    kind = dtype if dtype and kind.is_floating_point else kind
     return torch.full((), 0.5 if kind.is_floating_point else 0, dtype=kind).expand(shape)
 
 

@@ -20,6 +20,7 @@ class Run:
         history: a dict of metrics per epoch, nats per datum.
         directory: the run folder, or None.
         config: the resolved configuration.
+        stopped: where a run that has not finished stopped, in words; empty for a finished one.
     """
 
     model: Bound
@@ -27,6 +28,7 @@ class Run:
     history: list[dict[str, Any]] = field(repr=False)
     directory: Path | None = None
     config: dict[str, Any] = field(default_factory=dict, repr=False)
+    stopped: str = ""
 
     @property
     def metrics(self) -> dict[str, Any]:
