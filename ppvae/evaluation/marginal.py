@@ -92,9 +92,9 @@ def log_marginal(
     >>> bool((est.log_px - pair.log_px(x)).abs().max() < 1e-9), bool(est.reliable.all())
     (True, True)
     """
-    if isinstance(num_particles, str) and num_particles != "auto":
+    if num_particles != "auto" and not hasattr(num_particles, "__index__"):
         raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
-    particles = Need(target_std_error, max_particles) if num_particles == "auto" else num_particles
+    particles = Need(target_std_error, max_particles) if num_particles == "auto" else int(num_particles)
     if isinstance(particles, int) and particles < 1:
         raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
