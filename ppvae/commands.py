@@ -14,10 +14,12 @@ import torch
 from ppvae import data as datasets
 from ppvae.choices import Among, Argument, among
 from ppvae.errors import DataError, PpvaeError, UsageError
+from ppvae.evaluation.sharding import left
 from ppvae.settings import parse
 from ppvae.training import fit as train_pair
 from ppvae.training import load as load_run
 from ppvae.training import pairs
+from ppvae.training.processes import Processes
 from ppvae.training.run import Run
 
 PARTS = ("train", "valid", "test")
@@ -50,7 +52,10 @@ class Optimizer:
 
 @dataclasses.dataclass(kw_only=True)
 class Fit(Data):
-    """Train a model/guide pair with stochastic variational inference."""
+    """Train a model/guide pair with stochastic variational inference.
+
+    Several processes share every batch: torchrun --nproc-per-node 2 -m ppvae fit PAIR.
+    """
 
     epochs: int = 50
     batch_size: int = 100
@@ -130,6 +135,7 @@ def fit(args: list[str]) -> int:
     num_labels = _num_labels(splits[0], settings.labels)
     model, guide = pairs.build(factory, arguments, splits[0], num_labels)
     directory = _directory(settings, text)
+    Processes().wait()  # until all have found the same name free
     steps = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
     run = train_pair(
         model,
@@ -159,6 +165,8 @@ def fit(args: list[str]) -> int:
             "test": _digest(columns[2]),
         },
     )
+    if not left():
+        return 0
     _print_metrics(run)
     if settings.report:
         _report(run, columns[2], None, settings.seed)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 Fail = Callable[[str, int], int]
-SHARED = ("evaluate",)  # commands whose work is shared
+SHARED = ("evaluate", "fit")  # commands whose work is shared
 
 
 def processes() -> int:

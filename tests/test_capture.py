@@ -464,7 +464,7 @@ def test_no_compiler_means_the_graph_with_one_line(monkeypatch, caplog):
 
 
 def test_fit_captures_where_that_pays_and_ends_with_the_same_bits(monkeypatch, tmp_path, at_once):
-    fit_module = sys.modules["ppvae.training.fit"]
+    fit_module = sys.modules["ppvae.training.trainer"]
     monkeypatch.setattr(capture, "SECONDS_PER_NODE", 1e9)  # nothing is worth compiling
     ends = {}
     for name, worth, options in (
@@ -490,7 +490,7 @@ def fitted_with(**options):
 
 
 def test_a_step_that_is_not_finite_leaves_the_parameters_and_names_the_site(at_once, monkeypatch):
-    monkeypatch.setattr(sys.modules["ppvae.training.fit"], "WORTH_CAPTURING", 0.0)
+    monkeypatch.setattr(sys.modules["ppvae.training.trainer"], "WORTH_CAPTURING", 0.0)
     monkeypatch.setattr(capture, "SECONDS_PER_NODE", 1e9)
     torch.manual_seed(0)
     pair = LinearGaussian(3, 2)

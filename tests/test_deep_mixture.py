@@ -218,7 +218,7 @@ def test_a_label_outside_the_classes_is_named_in_a_captured_step_too(monkeypatch
     from ppvae.inference import capture
 
     monkeypatch.setattr(capture, "WAIT", 1)
-    monkeypatch.setattr(sys.modules["ppvae.training.fit"], "WORTH_CAPTURING", 0.0)
+    monkeypatch.setattr(sys.modules["ppvae.training.trainer"], "WORTH_CAPTURING", 0.0)
     vae, x = conditional_of(semi_supervised()), data(40)
     label = torch.arange(40) % 3
     label[-1] = 3

@@ -42,7 +42,7 @@ def log_marginal(
     bounds: Sequence[int] = (),
     posterior_draws: int = 0,
     rows: int | None = None,
-    compile: bool = False,
+    compile: bool = True,
     directory: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -76,7 +76,7 @@ def log_marginal(
         bounds: further k at which to record L_k.
         posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
         rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
-        compile: compile the run of the pair where there is enough to compute; the same up to rounding.
+        compile: compile the run of the pair where there is enough left to compute; the same up to rounding.
         directory: where finished blocks of data are kept, so that the same call goes on from them after an
             interruption, and gives the same result.
         device: where to compute; the parameters' device by default.
