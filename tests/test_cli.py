@@ -192,7 +192,9 @@ def test_evaluate_and_generate_take_a_head_a_split_and_the_best(cli, trained):
 
 def test_best_is_a_plain_flag(cli, trained, monkeypatch):
     asked = []
-    monkeypatch.setattr("ppvae.commands.load_run", lambda folder, best: asked.append(best) or load(folder, best=best))
+    monkeypatch.setattr(
+        "ppvae.estimating.load_run", lambda folder, best, dtype: asked.append(best) or load(folder, best=best)
+    )
     for options in ([], ["--best"]):
         result = cli("evaluate", trained, "--head", 3, "--num-particles", 2, "--no-report", *options)
         assert result.status == 0, result.err
