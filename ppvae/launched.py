@@ -22,7 +22,9 @@ def together(command: str, args: list[str], run: Callable[[str, list[str], Fail]
     """Runs a command as one of several processes; only the first prints, and an error is told once."""
     rank, size = int(os.environ["RANK"]), processes()
     if command not in SHARED:
-        text = f"ppvae {command}: expected one process, found {size}; only ppvae {', '.join(SHARED)} shares its work"
+        text = (
+            f"ppvae {command}: expected one process, found {size}; only ppvae {' and '.join(SHARED)} share their work"
+        )
         return fail(text, 2) if rank == 0 else 0  # torchrun would end the first before it has spoken
     import torch
     from torch import distributed as group

@@ -78,7 +78,7 @@ def log_marginal(
         rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
         compile: compile the run of the pair where there is enough left to compute; the same up to rounding.
         directory: where finished blocks of data are kept, so that the same call goes on from them after an
-            interruption, and gives the same result.
+            interruption, and gives the same result (up to rounding where runs of the pair are compiled).
         device: where to compute; the parameters' device by default.
         progress: show a progress bar; by default where the output is a terminal.
 
