@@ -12,8 +12,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from toys import X, Params, Points, Toy, _normal, bernoulli, nodes, normal
 from torch import Tensor
+from toys import Params, Points, Toy, X, _normal, bernoulli, nodes, normal
 
 # -- a helper in the guide, and a latent that is made of it -----------------------------------------------------------
 
@@ -64,7 +64,7 @@ def _inner_guide(p: Params, x: Tensor) -> None:
 
 
 def _inner_points(p: Params) -> Points:
-    noise, mass = nodes(10)
+    noise, mass = nodes(7)
     first, second, third = (n.reshape(-1) for n in torch.meshgrid(noise, noise, noise, indexing="ij"))
     mass = (mass[:, None, None] + mass[:, None] + mass).reshape(-1)
     u = p["a"] * X + p["t"].exp() * first
@@ -213,7 +213,7 @@ TIED = Toy(
 
 # -- a category and, given it, a number of counts: no latent has a path -----------------------------------------------
 
-_COUNTS = torch.arange(12.0)
+_COUNTS = torch.arange(12, dtype=torch.float64)
 
 
 def _counted_model(p: Params, x: Tensor) -> None:
@@ -232,7 +232,7 @@ def _three(u: Tensor) -> Tensor:
 
 
 def _counted_points(p: Params) -> Points:
-    k, n = (t.reshape(-1) for t in torch.meshgrid(torch.arange(3.0), _COUNTS, indexing="ij"))
+    k, n = (t.reshape(-1) for t in torch.meshgrid(_COUNTS[:3], _COUNTS, indexing="ij"))
 
     def of(logits: Tensor, log_rate: Tensor) -> Tensor:
         return _three(logits).log_softmax(-1)[k.long()] + n * log_rate - log_rate.exp() - torch.lgamma(n + 1)

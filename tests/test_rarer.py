@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pyro
 import pytest
 import torch
 from rarer import RARER, WITH_PATHS
@@ -47,10 +48,10 @@ def exact(toy, count, reduce):
     return RARER[toy].gradient(count, reduce)
 
 
-@pytest.mark.parametrize("gradient", ["pathwise", "stl", "dreg", "gdreg", "score", "vimco"])
+@pytest.mark.parametrize("gradient", ["pathwise", "stl", "dreg", "gdreg"])
 @pytest.mark.parametrize("toy", WITH_PATHS)
 def test_gradients_have_the_gradient_of_the_bound_as_mean(toy, gradient):
-    """Of each bound in turn; where no latent lacks a path, the score function and VIMCO are pathwise."""
+    """Of each bound in turn."""
     for name, (build, count, reduce) in PATHS.items():
         if gradient == "stl" and name != "elbo":
             continue
@@ -67,7 +68,7 @@ def test_scores_of_a_category_and_of_counts_without_end(gradient):
     for name, (build, count, reduce) in PATHS.items():
         found = errors(samples(RARER["counted"], build(gradient)), exact("counted", count, reduce))
         assert max(found.values()) < LIMIT, (name, found)
-    for name, (build, *_) in PATHS.items():
+    for build, *_ in PATHS.values():
         for other in ("pathwise", "stl", "dreg", "gdreg"):
             with pytest.raises(ContractError, match=r"'k'.*reparameterised"):
                 samples(RARER["counted"], build(other), 10)
@@ -100,7 +101,7 @@ def test_wake_sleep_and_tvo_have_the_gradients_that_they_state(toy):
 
 @pytest.mark.parametrize("toy", RARER)
 def test_values_have_the_bound_as_mean(toy):
-    """Over 20,000 data, whose draws are their own."""
+    """And what is listed sums to one."""
     own = RARER[toy]
     points = own.points(own.leaves())
     for build, count, reduce in ((lambda: ELBO(1), 1, mean), (lambda: IWAE(2), 2, log_mean_exp)):
@@ -110,6 +111,7 @@ def test_values_have_the_bound_as_mean(toy):
         target = own.expectation(
             count, lambda p, i, r=reduce: r(torch.stack([p.log_weight[k] for k in i])), own.leaves()
         )
+        pyro.clear_param_store()
         model, guide, x, _ = own.pair(SIZE)
         found = torch.stack([torch.tensor(-objective.loss(model, guide, x) / SIZE) for _ in range(10)])
         error = float(found.std()) / 10**0.5
