@@ -75,7 +75,7 @@ def transported(fn: Any, value: Tensor) -> Tensor | None:
     T(T^-1(z; theta) held; theta), z = T(noise; theta).
     """
     fn, _ = factors(fn)
-    if isinstance(fn, dist.TransformedDistribution):
+    if isinstance(fn, torch.distributions.TransformedDistribution) and not isinstance(fn, dist.Gumbel):
         back = value
         for transform in reversed(fn.transforms):
             back = transform.inv(back)
@@ -86,7 +86,9 @@ def transported(fn: Any, value: Tensor) -> Tensor | None:
     if isinstance(fn, dist.MultivariateNormal):
         noise = torch.linalg.solve_triangular(fn.scale_tril, (value - fn.loc)[..., None], upper=False).detach()
         return fn.loc + (fn.scale_tril @ noise)[..., 0]
-    if isinstance(fn, dist.Normal | dist.Laplace | dist.Cauchy | dist.StudentT | dist.Gumbel | dist.Logistic):
+    if isinstance(
+        fn, torch.distributions.Normal | dist.Laplace | dist.Cauchy | dist.StudentT | dist.Gumbel | dist.Logistic
+    ):
         if isinstance(fn, dist.StudentT) and fn.df.requires_grad:
             return None
         return fn.loc + fn.scale * ((value - fn.loc) / fn.scale).detach()
@@ -133,6 +135,11 @@ class GDReG(Gradient):
                 continue
             if site.masked:
                 raise refused(name, "a learnt prior that counts for every datum", "a mask", "take gradient='dreg'")
+            if "auxiliary" in call.s.guide_roles.values():  # the guide's density would have to be one of the latent
+                raise refused(
+                    name, "a guide that draws its latents themselves, for a learnt prior", "one that makes them of a "
+                    "helper", "take gradient='dreg'",
+                )  # fmt: skip
             own = leaves.gradients(site.log_prob, name)
             direct = direct - (site.log_prob.sum(-1, keepdim=True) if t.joint else site.log_prob)
             for number, part in enumerate(site.parts or (site,)):
