@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
-from ppvae.models import ConditionalVAE, DeepMixture, GaussianMixture, LinearGaussian, SemiSupervisedVAE
+from ppvae.models import (
+    ConditionalVAE,
+    DeepMarkovModel,
+    DeepMixture,
+    GaussianMixture,
+    HierarchicalVAE,
+    LadderVAE,
+    LinearGaussian,
+    SemiSupervisedVAE,
+)
 
 Batch = tuple[Tensor, ...]
 
@@ -76,6 +85,28 @@ def deep_mixture() -> DeepMixture:
     return DeepMixture(priors.OneHot(3, learned=True), prior, bits(2), nn.Beside(normal(4 + 3)), classes())
 
 
+def hierarchical() -> HierarchicalVAE:
+    layers, up = [normal(2, 3), normal(2)], [normal(4, 3), normal(3), normal(2)]
+    return HierarchicalVAE(priors.StandardNormal(2), layers, bits(3), up)
+
+
+def ladder() -> LadderVAE:
+    up = [nn.mlp(4, 5, hidden=(5,)), nn.mlp(5, 5, hidden=(5,))]
+    return LadderVAE(priors.StandardNormal(2), [normal(2, 3)], bits(3), up, [normal(5, 3), normal(5)])
+
+
+def sequences() -> Batch:
+    lengths = torch.tensor([3, 2, 1, 2, 3, 3])
+    x = real(18, 3)[0].gt(0).double().reshape(6, 3, 3)
+    return x * (torch.arange(3) < lengths[:, None]).unsqueeze(-1), lengths
+
+
+def deep_markov() -> DeepMarkovModel:
+    emission = likelihoods.Bernoulli(nn.mlp(2, 3, hidden=(5,)))
+    encoder = nn.Backward(torch.nn.GRU(3, 4, batch_first=True))
+    return DeepMarkovModel(2, normal(2), emission, encoder, normal(2 + 4))
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -86,6 +117,9 @@ MODELS = {
     "conditional VAE of features": Case(conditional, lambda: (*binary(), *real(6, 3)), "site 'z': latent, Normal"),
     "semi-supervised VAE": Case(semi_supervised, partly_labelled, "guide site 'y': enumerated"),
     "semi-supervised VAE without labels": Case(semi_supervised, binary, "guide site 'y': enumerated"),
+    "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
+    "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
+    "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
+import torch
 from torch import Tensor, nn
 
-from ppvae.conditional import called
+from ppvae.conditional import called, takes_context
+from ppvae.errors import ContractError
 from ppvae.naming import unique
 
 
@@ -20,6 +24,30 @@ class Composed(nn.Module):
 
     def _call(self, part: str, *args: Tensor, context: Tensor | None = None) -> Any:
         """What a part gives, by the name of the attribute; the context too if it declares one."""
+        return self._part(part)(*args, context=context)
+
+    def _part(self, part: str) -> Callable[..., Any]:
+        """The call of a part that is registered now: a distribution that calls it does so outside the pair's run."""
         conditional = self.get_submodule(part)
         pyro.module(f"{self._name}.{part}", conditional)
-        return called(conditional, *args, context=context)
+        return partial(tried, conditional, "", name=f"{part}: ")
+
+
+def tried(part: nn.Module, what: str = "", *args: Tensor, context: Tensor | None = None, name: str = "") -> Any:
+    """What a part gives. ContractError, by the part and by `what` it was given, where it fails."""
+    try:
+        return called(part, *args, context=context)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        given = [f"{what} of {type_of(t)}" if what else type_of(t) for t in args]
+        if context is not None and takes_context(part):
+            given.append(f"a context of {type_of(context)}")
+        what = " and ".join(given) or "nothing"
+        text = " ".join(str(error).split())[:200]
+        raise ContractError(f"{name}{type(part).__name__} does not take {what}: {text}") from error
+
+
+def type_of(t: Tensor) -> str:
+    """A tensor's type and shape as a message names them."""
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -13,9 +13,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.conditional import called, takes_context
 from ppvae.errors import ContractError
-from ppvae.models.composed import Composed
+from ppvae.models.composed import Composed, tried, type_of
 
 
 class VAE(Composed):
@@ -91,15 +90,15 @@ def _looking(vae: VAE) -> Iterator[None]:
 
 def _check(vae: VAE, x: Tensor, context: Tensor | None) -> None:
     """Refuses parts that do not fit together on a batch, in one sentence that names them."""
-    q = _tried(vae.posterior, "data x", x, context=context)
-    p = _tried(vae.prior, "", context=context)
+    q = tried(vae.posterior, "data x", x, context=context)
+    p = tried(vae.prior, context=context)
     names = [f"{type(part).__name__} ({_space(fn)})" for part, fn in ((vae.prior, p), (vae.posterior, q))]
     pair = f"prior {names[0]} and posterior {names[1]} do not fit together: "
     if p.event_shape != q.event_shape:
         raise ContractError(f"{pair}expected z of one shape, found {list(p.event_shape)} and {list(q.event_shape)}")
     drawn, ours = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
     if ours.is_floating_point() != drawn.is_floating_point():
-        raise ContractError(f"{pair}expected z of one type, found {_type(ours[0])} and {_type(drawn[0])}")
+        raise ContractError(f"{pair}expected z of one type, found {type_of(ours[0])} and {type_of(drawn[0])}")
     if not _holds(p, drawn):
         raise ContractError(
             f"{pair}expected z in one space, found that the posterior draws some that the prior has not"
@@ -108,29 +107,12 @@ def _check(vae: VAE, x: Tensor, context: Tensor | None) -> None:
         raise ContractError(
             f"{pair}expected z in one space, found that the prior has some that the posterior never draws"
         )
-    fn = _tried(vae.likelihood, f"z of the posterior {names[1]}", drawn[0], context=context)
+    fn = tried(vae.likelihood, f"z of the posterior {names[1]}", drawn[0], context=context)
     if fn.event_shape != x.shape[1:]:
         raise ContractError(
             f"likelihood {type(vae.likelihood).__name__} does not fit the data: expected the event shape "
             f"{list(x.shape[1:])} of x, found {list(fn.event_shape)}"
         )
-
-
-def _tried(part: nn.Module, what: str, *args: Tensor, context: Tensor | None) -> Any:
-    try:
-        return called(part, *args, context=context)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, TypeError) as error:
-        given = [f"{what} of {_type(t)}" for t in args]
-        if context is not None and takes_context(part):
-            given.append(f"a context of {_type(context)}")
-        text = " ".join(str(error).split())[:200]
-        raise ContractError(f"{type(part).__name__} does not take {' and '.join(given)}: {text}") from error
-
-
-def _type(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
 def _holds(fn: Any, z: Tensor) -> bool:

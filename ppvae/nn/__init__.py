@@ -4,9 +4,11 @@ from ppvae.nn.context import Beside, Labels, rows_of
 from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
 from ppvae.nn.dense import Gated, Missing, gated_mlp, glorot, mlp, set_output_bias
 from ppvae.nn.masked import MADE, MaskedConv2d, MaskedLinear, PixelCNN, sees_only_the_past
+from ppvae.nn.sequences import Backward, known_times
 
 __all__ = [
     "MADE",
+    "Backward",
     "Beside",
     "Gated",
     "Labels",
@@ -20,6 +22,7 @@ __all__ = [
     "conv_encoder",
     "gated_mlp",
     "glorot",
+    "known_times",
     "mlp",
     "residual_decoder",
     "residual_encoder",

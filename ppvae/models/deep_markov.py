@@ -1,0 +1,92 @@
+"""Deep Markov models: sequences of different lengths, a latent vector at each time."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppvae.distributions.chain import Chain
+from ppvae.errors import DataError
+from ppvae.models.composed import Composed
+from ppvae.nn.sequences import known_times
+
+
+@final
+class DeepMarkovModel(Composed):
+    """p(x, z) = prod_t p(z_t | z_(t-1)) p(x_t | z_t) with guide prod_t q(z_t | z_(t-1), h_t), h_t = encoder(x)_t.
+
+    Data are (x [batch, T, *event], lengths [batch]), shorter sequences filled up to T with zeros, or x alone. Nothing
+    that stands behind a sequence's end has a part in anything: log p(x) is that of its own steps. Sites "z"
+    [T, latent] and "x" [T, *event]; z_0 is learned, one in the model and one in the guide.
+
+    Args:
+        latent: the size of z_t.
+        transition: p(z_t | z_(t-1)), a part as `posteriors.DiagonalNormal`: linear, it is a Kalman filter's model.
+        emission: p(x_t | z_t), any likelihood.
+        encoder: a network of x that gives h [batch, T, hidden] and takes lengths as `context`: `nn.Backward(GRU)`, so
+            that h_t has seen all of x from t on.
+        combiner: q(z_t | z_(t-1), h_t), a part of [..., latent + hidden].
+
+    Raises DataError for a sequence of length 0, or one longer than T, by its row.
+    Source: Krishnan et al. 2017 (arXiv 1609.09869).
+
+    >>> from ppvae import likelihoods, nn, posteriors
+    >>> pair = DeepMarkovModel(
+    ...     latent=4,
+    ...     transition=posteriors.DiagonalNormal(nn.mlp(4, 2 * 4)),
+    ...     emission=likelihoods.Bernoulli(nn.mlp(4, 16)),
+    ...     encoder=nn.Backward(torch.nn.GRU(16, 32, batch_first=True)),
+    ...     combiner=posteriors.DiagonalNormal(nn.mlp(4 + 32, 2 * 4)),
+    ... )
+    >>> pair.guide(torch.zeros(5, 7, 16), torch.tensor([7, 3, 1, 2, 7])).shape
+    torch.Size([5, 7, 4])
+    """
+
+    def __init__(
+        self, latent: int, transition: nn.Module, emission: nn.Module, encoder: nn.Module, combiner: nn.Module
+    ):
+        super().__init__("deep_markov")
+        self.transition, self.emission, self.encoder, self.combiner = transition, emission, encoder, combiner
+        self.start, self.guide_start = _Start(latent), _Start(latent)
+
+    def model(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """p(x, z)."""
+        known, transition = _known(x, lengths), self._part("transition")
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Chain(lambda z, at: transition(z), self._call("start"), known))
+            fn = self._call("emission", z)
+            return pyro.sample("x", fn.mask(known).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """q(z | x)."""
+        known, combiner = _known(x, lengths), self._part("combiner")
+        h = self._call("encoder", x, context=lengths)
+
+        def step(z: Tensor, at: Any) -> Any:
+            seen = h[:, at].expand(*z.shape[:-1], h.shape[-1])
+            return combiner(torch.cat([z, seen], -1))
+
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", Chain(step, self._call("guide_start"), known))
+
+
+class _Start(nn.Module):
+    """z_0."""
+
+    def __init__(self, latent: int):
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(latent))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def _known(x: Tensor, lengths: Tensor | None) -> Tensor:
+    if x.dim() < 3:
+        raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
+    if lengths is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return known_times(x.shape[1], lengths)

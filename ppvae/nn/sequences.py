@@ -1,0 +1,50 @@
+"""Networks of sequences, which see nothing of what stands behind a sequence's end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppvae.nn.context import rows_of
+
+
+def known_times(steps: int, lengths: Tensor) -> Tensor:
+    """Which of so many times sequences of lengths [batch] have, [batch, steps].
+
+    Raises DataError for lengths below 1 or above the number of steps, by their row.
+
+    >>> known_times(3, torch.tensor([1, 3])).tolist()
+    [[True, False, False], [True, True, True]]
+    """
+    table = torch.ones(steps, steps, dtype=torch.bool, device=lengths.device).tril()
+    return rows_of(table, lengths, "lengths: expected {first} to {last}, as there are steps", first=1)
+
+
+class Backward(nn.Module):
+    """Runs a recurrent network from the end of each sequence to its start: [batch, T, features] -> [batch, T, hidden].
+
+    What comes out at time t has seen t, t + 1, ... up to the sequence's own end, and nothing of what stands behind it;
+    behind the end it is 0. `context` are lengths [batch]; all sequences have T steps where there are none.
+
+    Args:
+        rnn: `torch.nn.GRU(features, hidden, batch_first=True)`, or another of that kind.
+
+    Raises DataError for lengths that are no lengths of the sequences.
+    Source: Krishnan et al. 2017 (arXiv 1609.09869), section 4.
+
+    >>> Backward(nn.GRU(3, 5, batch_first=True))(torch.zeros(2, 4, 3), context=torch.tensor([4, 1])).shape
+    torch.Size([2, 4, 5])
+    """
+
+    def __init__(self, rnn: nn.Module):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+        steps = x.shape[1]
+        if context is None:
+            return self.rnn(x.flip(1))[0].flip(1)
+        known = known_times(steps, context)
+        order = (context.unsqueeze(1) - 1 - torch.arange(steps, device=x.device)).clamp(min=0).unsqueeze(-1)
+        out = self.rnn(torch.gather(x, 1, order.expand(x.shape)))[0]
+        return torch.where(known.unsqueeze(-1), torch.gather(out, 1, order.expand(*x.shape[:2], out.shape[-1])), 0.0)
