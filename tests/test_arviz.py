@@ -4,9 +4,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from ppvae.errors import UsageError
+from ppvae.evaluation import calibration, gaps, representation
 from ppvae.evaluation.arviz import GROUP, to_arviz, write_netcdf
+from ppvae.models import LinearGaussian
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # 0.23 warns of 1.0 on import
@@ -135,3 +138,19 @@ def test_writes_over_the_file_it_was_read_from(tree, tmp_path):
     lazy = az.from_netcdf(path)  # its values are still in the file
     write_netcdf(lazy, path)
     np.testing.assert_array_equal(read(path)[GROUP]["log_px"], PER_DATUM["log_px"])
+
+
+def test_every_saved_result_is_there_for_arviz(tmp_path):
+    pair, x = LinearGaussian(3, 2), torch.randn(30, 3, generator=torch.Generator().manual_seed(1))
+    made = {
+        "gaps": gaps(pair.model, pair.mean_field, x[:4], steps=2, rounds=1, num_particles=30),
+        "representation": representation(pair.model, pair.mean_field, x),
+        "calibration": calibration(pair.model, pair.mean_field, x, replications=100),
+    }
+    for name, result in made.items():
+        tree = az.from_netcdf(result.save(tmp_path, name).with_suffix(".nc"))
+        assert tree[name].data_vars
+        assert all(np.isfinite(v.values[v.values == v.values]).all() for v in tree[name].data_vars.values())
+    elbo = az.from_netcdf(tmp_path / "gaps.nc")["gaps"]["elbo"]
+    assert elbo.dims == ("datum",)
+    assert np.array_equal(elbo.values, made["gaps"].elbo.numpy())

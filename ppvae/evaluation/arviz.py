@@ -51,6 +51,31 @@ def to_arviz(
     return _tree(groups, {name: _attribute(value) for name, value in (attrs or {}).items()})
 
 
+def arrays_to_arviz(group: str, arrays: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
+    """A result that is no estimate: all of its arrays in one group, as `InferenceData` or `DataTree`.
+
+    Args:
+        group: its name.
+        arrays: by name; those as long as the first of them have dimension `datum`, and all others, as well as arrays of
+            one site ("kl/z"), dimensions of their own.
+        attrs: as for `to_arviz`.
+
+    >>> tree = arrays_to_arviz("gaps", {"elbo": np.zeros(5), "kl/z": np.zeros(3)})
+    >>> tree["gaps"]["elbo"].dims, tree["gaps"]["kl_z"].dims
+    (('datum',), ('kl_z_dim_0',))
+    """
+    import xarray
+
+    count, variables = None, {}
+    for name, values in arrays.items():
+        values, plain = np.asarray(values), name.replace("/", "_")
+        dims = [f"{plain}_dim_{i}" for i in range(values.ndim)]
+        if "/" not in name and values.ndim and count in (None, len(values)):
+            count, dims[0] = len(values), "datum"
+        variables[plain] = (dims, values)
+    return _tree({group: xarray.Dataset(variables)}, {name: _attribute(value) for name, value in (attrs or {}).items()})
+
+
 def write_netcdf(tree: Any, path: str | os.PathLike[str]) -> Path:
     """Write what `to_arviz` gives to a NetCDF file, whole or not at all, and return its path.
 

@@ -25,7 +25,9 @@ class Saved:
     """
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Writes `<name>.json` and `<name>.npz`, each whole or not at all; by default under the result's own name."""
+        """Writes `<name>.json`, `.npz` and `.nc` (for ArviZ), each whole or not at all; its own name by default."""
+        from ppvae.evaluation.arviz import write_netcdf
+
         folder, kind = Path(directory), type(self).__name__
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
@@ -45,7 +47,21 @@ class Saved:
         content = {"kind": kind, "table": self.table(), "fields": plain}
         _write(path.with_suffix(".npz"), buffer.getvalue())
         _write(path, (json.dumps(content, allow_nan=False) + "\n").encode())
+        write_netcdf(Saved.to_arviz(self), path.with_suffix(".nc"))
         return path
+
+    def to_arviz(self) -> Any:
+        """All arrays for ArviZ, in one group that has the kind's name: `InferenceData` or `DataTree`."""
+        from ppvae.evaluation.arviz import arrays_to_arviz
+
+        arrays: dict[str, Tensor] = {}
+        for field in _saved(type(self)):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                arrays[field.name] = value.cpu()
+            elif isinstance(value, dict):
+                arrays |= {f"{field.name}/{site}": v.cpu() for site, v in value.items() if isinstance(v, Tensor)}
+        return arrays_to_arviz(type(self).__name__.lower(), arrays, self.table())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
