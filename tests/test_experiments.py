@@ -11,7 +11,7 @@ import pytest
 
 from experiments import cells, readme
 
-NAMES = ("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete")
+NAMES = ("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from ppvae.models import (
     HierarchicalVAE,
     LadderVAE,
     LinearGaussian,
+    MultimodalVAE,
     SemiSupervisedVAE,
 )
 
@@ -107,6 +108,16 @@ def deep_markov() -> DeepMarkovModel:
     return DeepMarkovModel(2, normal(2), emission, encoder, normal(2 + 4))
 
 
+def modalities() -> Batch:
+    present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 1], [1, 0]]).bool()
+    return (*binary(), *real(6, 3), present)
+
+
+def multimodal() -> MultimodalVAE:
+    second = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
+    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)])
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -120,6 +131,7 @@ MODELS = {
     "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
+    "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,14 @@ def tried(part: nn.Module, what: str = "", *args: Tensor, context: Tensor | None
         what = " and ".join(given) or "nothing"
         text = " ".join(str(error).split())[:200]
         raise ContractError(f"{name}{type(part).__name__} does not take {what}: {text}") from error
+
+
+def normal_of(fn: Any, part: str) -> Any:
+    """The normal of independent dims that a part's distribution is. ContractError, by the part, for another."""
+    base = getattr(fn, "base_dist", fn)
+    if not isinstance(base, dist.Normal):
+        raise ContractError(f"{part}: expected a normal with independent dims, found {type(base).__name__}")
+    return base
 
 
 def type_of(t: Tensor) -> str:

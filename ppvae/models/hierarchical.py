@@ -9,8 +9,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppvae.errors import ContractError
-from ppvae.models.composed import Composed
+from ppvae.models.composed import Composed, normal_of
 
 
 class _Layers(Composed):
@@ -139,17 +138,9 @@ class LadderVAE(_Layers):
             for i in range(top - 1, 0, -1):
                 ours = self._call(f"posteriors.{i - 1}", above[i - 1], context=context)
                 models = self._call(f"layers.{i - 1}", z, context=context)
-                fn = _product(_normal(ours, f"posteriors.{i - 1}"), _normal(models, f"layers.{i - 1}"))
+                fn = _product(normal_of(ours, f"posteriors.{i - 1}"), normal_of(models, f"layers.{i - 1}"))
                 z = pyro.sample(f"z{i}", fn)
             return z
-
-
-def _normal(fn: Any, part: str) -> Any:
-    """The normal of independent dims that a part's distribution is."""
-    base = getattr(fn, "base_dist", fn)
-    if not isinstance(base, dist.Normal):
-        raise ContractError(f"{part}: expected a normal with independent dims, found {type(base).__name__}")
-    return base
 
 
 def _product(a: Any, b: Any) -> dist.TorchDistribution:

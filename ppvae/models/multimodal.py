@@ -1,0 +1,91 @@
+"""VAEs of several modalities, such as an image and its caption, any of which may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ppvae.errors import DataError
+from ppvae.models.composed import Composed, normal_of
+from ppvae.nn import rows_of
+
+
+@final
+class MultimodalVAE(Composed):
+    """p(x1 .. xM) = int p(z) prod_m p(xm | z) dz, its guide a product of experts, q(z | x) ~ p(z) prod_m q^m(z | xm).
+
+    The products go over the modalities that a datum has, in the model and in the guide: log p(x) is that of those. Data
+    are (x1 [batch, *event1], ..., xM) or, where some are missing, (x1, ..., xM, present [batch, M]), true where a datum
+    has a modality; what stands in the place of a missing one is not looked at. Sites "z", "x1" to "xM".
+
+    Args:
+        prior: p(z), normal with independent dims, which is an expert, too: `priors.StandardNormal`.
+        likelihoods: p(x1 | z), p(x2 | z), ...
+        posteriors: the experts q^1(z | x1), q^2(z | x2), ..., `posteriors.DiagonalNormal`.
+
+    Raises ValueError for other numbers of parts; ContractError, by the part, for an expert that is not normal with
+    independent dims; DataError for another number of tensors, or a datum with no modality, by its row.
+    Source: Wu and Goodman 2018 (arXiv 1802.05335).
+
+    >>> from ppvae import likelihoods, nn, posteriors, priors
+    >>> vae = MultimodalVAE(
+    ...     prior=priors.StandardNormal(4),
+    ...     likelihoods=[likelihoods.Bernoulli(nn.mlp(4, 64)), likelihoods.Normal(nn.mlp(4, 3))],
+    ...     posteriors=[posteriors.DiagonalNormal(nn.mlp(size, 2 * 4)) for size in (64, 3)],
+    ... )
+    >>> present = torch.tensor([[True, True], [True, False]])
+    >>> vae.guide(torch.zeros(2, 64), torch.zeros(2, 3), present).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, prior: nn.Module, likelihoods: Sequence[nn.Module], posteriors: Sequence[nn.Module]):
+        super().__init__("multimodal_vae")
+        if not 0 < len(likelihoods) == len(posteriors):
+            raise ValueError(
+                f"posteriors: expected one for each of {len(likelihoods)} likelihoods, found {len(posteriors)}"
+            )
+        self.prior, self.likelihoods, self.posteriors = prior, nn.ModuleList(likelihoods), nn.ModuleList(posteriors)
+
+    def model(self, *batch: Tensor) -> None:
+        """p(z) and p(xm | z) of the modalities that are there."""
+        data, present = self._split(batch)
+        with pyro.plate("data", len(data[0])):
+            z = pyro.sample("z", self._call("prior"))
+            for m, x in enumerate(data):
+                with poutine.mask(mask=True if present is None else present[:, m]):
+                    pyro.sample(f"x{m + 1}", self._call(f"likelihoods.{m}", z), obs=x)
+
+    def guide(self, *batch: Tensor) -> Tensor:
+        """q(z | x), of the modalities that are there."""
+        data, present = self._split(batch)
+        prior = normal_of(self._call("prior"), "prior")
+        precision, weighed = prior.scale**-2, prior.loc * prior.scale**-2
+        for m, x in enumerate(data):
+            expert = normal_of(self._call(f"posteriors.{m}", x), f"posteriors.{m}")
+            there = expert.scale**-2
+            if present is not None:
+                there = torch.where(present[:, m].unsqueeze(-1), there, 0.0)
+            precision, weighed = precision + there, weighed + there * expert.loc
+        with pyro.plate("data", len(data[0])):
+            return pyro.sample("z", dist.Normal(weighed / precision, precision.rsqrt()).to_event(1))
+
+    def _split(self, batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The modalities, and which of them each datum has."""
+        count = len(self.likelihoods)
+        if len(batch) == count:
+            return batch, None
+        if len(batch) != count + 1 or batch[-1].shape != (len(batch[0]), count):
+            raise DataError(
+                f"data: expected {count} modalities and perhaps which are present [batch, {count}], found "
+                f"{[list(t.shape) for t in batch]}"
+            )
+        present = batch[-1].bool()
+        each = torch.arange(count, device=present.device)
+        rows_of(each, present.sum(-1), "present: expected {first} to {last} modalities of each datum", first=1)
+        return batch[:-1], present
