@@ -63,7 +63,7 @@ def gap_bars(found: Mapping[str, Gaps]) -> Figure:
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0] if ax.get_xlim()[0] < -0.2 * ax.get_xlim()[1] else 0.0))
     ax.set_xlabel("log p(x) − ELBO (nats per datum)")
     if used:
-        fig.legend(loc="outside upper left", ncols=3)
+        fig.legend(loc="outside upper left", ncols=2)
     return fig
 
 
