@@ -125,6 +125,11 @@ class Block:
 
 
 def columns_of(data: Any, seed: int) -> tuple[Any, ...]:
+    """The columns of an evaluation's data, checked and of equal length; noise that is redrawn is fixed by the seed.
+
+    Raises:
+        UsageError: something that is no tensor or split; DataError: other numbers of rows, or values not allowed.
+    """
     columns = tuple(data) if isinstance(data, list | tuple) else (data,)
     if not columns:
         raise UsageError("data: expected a tensor, a split, or a tuple of them; found an empty tuple")
@@ -150,6 +155,7 @@ def prepared(model: Pair, guide: Pair, data: Any, seed: int) -> tuple[Tensor, ..
 
 
 def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
+    """Some rows of a column, or all of them, as a plain tensor on a device."""
     if isinstance(column, datasets.LazySplit):
         value = column.read(rows).to(torch.get_default_dtype())  # pictures have no floating type of their own
     else:
@@ -158,6 +164,7 @@ def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
 
 
 def device_of(model: Pair, guide: Pair, columns: tuple[Any, ...]) -> torch.device:
+    """Where the pair's parameters lie, or else the data."""
     for function in (model, guide):
         scope = getattr(function, "scope", None)
         for p in scope.params.values() if scope else ():
