@@ -11,7 +11,18 @@ import pytest
 
 from experiments import cells, readme
 
-NAMES = ("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised")
+NAMES = (
+    "likelihoods",
+    "parts",
+    "iwae",
+    "counts",
+    "tables",
+    "gaps",
+    "gradients",
+    "discrete",
+    "semi_supervised",
+    "table1",
+)
 
 
 @pytest.mark.slow
