@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import UsageError
+from ppvae.errors import DataError, UsageError
 from ppvae.models.composed import Composed, checked_counts
 from ppvae.nn import Beside, Labels
 from ppvae.priors import ConditionalNormal
@@ -92,6 +92,8 @@ class CountVAE(Composed):
     def library_of(x: Tensor, batch: Tensor) -> ConditionalNormal:
         """p(log l | s) that starts at mean and scale of the logarithms of the sums of the rows of each batch.
 
+        Raises DataError for a batch without rows, and for what is no count.
+
         >>> prior = CountVAE.library_of(torch.full((4, 5), 20.0), torch.tensor([0, 0, 1, 1]))
         >>> round(prior(context=torch.tensor([1])).mean.exp().item(), 2)
         100.0
@@ -101,5 +103,8 @@ class CountVAE(Composed):
         with torch.no_grad():
             for s, row in enumerate(prior.net.weight):  # type: ignore[arg-type]
                 own = log_total[batch == s]
+                if not len(own):
+                    last = int(batch.max())
+                    raise DataError(f"batch: expected rows of each batch 0 to {last}, found none of batch {s}")
                 row.copy_(torch.stack([own.mean(), own.std(correction=0).clamp(min=1e-2).log()]))
         return prior
