@@ -16,6 +16,7 @@ from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objective
 from ppvae.inference.contract import inspect
 from ppvae.models import (
     ConditionalVAE,
+    CountVAE,
     DeepMarkovModel,
     DeepMixture,
     GaussianMixture,
@@ -24,6 +25,7 @@ from ppvae.models import (
     LinearGaussian,
     MultimodalVAE,
     SemiSupervisedVAE,
+    TopicModel,
 )
 
 Batch = tuple[Tensor, ...]
@@ -118,6 +120,27 @@ def multimodal() -> MultimodalVAE:
     return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)])
 
 
+def counted(rows: int = 6, features: int = 4) -> Batch:
+    x = torch.poisson(3 + 0 * real(rows, features)[0], generator=torch.Generator().manual_seed(2))
+    x[:, 0] += 1
+    return (x,)
+
+
+def topics(prior: Any, posterior: Any) -> TopicModel:
+    return TopicModel(prior, nn.Topics(3, 4), posterior)
+
+
+def in_batches() -> Batch:
+    return (*counted(), torch.tensor([0, 1, 1, 0, 1, 0]))
+
+
+def counts(latent_library: bool) -> CountVAE:
+    net = nn.mlp(2 + 2, 2 * 4, hidden=(5,))
+    likelihood = likelihoods.ZeroInflatedNegativeBinomial(net, concentration=(4,), library=True)
+    library = (priors.ConditionalNormal.of_labels(2, latent=1), normal(4 + 2, 1)) if latent_library else ()
+    return CountVAE(priors.StandardNormal(2), likelihood, normal(4 + 2), 2, *library)
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -132,8 +155,21 @@ MODELS = {
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
     "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
+    "topics, logistic-normal": Case(
+        lambda: topics(priors.LogisticNormal(3), posteriors.LogisticNormal(nn.mlp(4, 6, hidden=(5,)))),
+        counted, "model site 'theta': latent, LogisticNormalVector over event [3]",
+    ),
+    "topics, Dirichlet": Case(
+        lambda: topics(priors.Dirichlet(3, learned=True), posteriors.Dirichlet(nn.mlp(4, 3, hidden=(5,)), floor=0.1)),
+        counted, "model site 'theta': latent, DirichletVector over event [3]",
+    ),
+    "counts of a library size": Case(
+        lambda: counts(False), lambda: (*in_batches(), torch.linspace(10.0, 20.0, 6).double()),
+        "model site 'x': observed, ZeroInflated",
+    ),
+    "counts": Case(lambda: counts(True), in_batches, "guide site 'log_library': latent"),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

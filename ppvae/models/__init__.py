@@ -1,6 +1,7 @@
 """Models: short programs on the parts, and factories that the command line can call."""
 
 from ppvae.models.conditional import ConditionalVAE
+from ppvae.models.counts import CountVAE
 from ppvae.models.deep_markov import DeepMarkovModel
 from ppvae.models.deep_mixture import DeepMixture, SemiSupervisedVAE
 from ppvae.models.factories import conv_vae, factor_analysis, gaussian_mixture, linear_gaussian, vae
@@ -8,10 +9,11 @@ from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE
+from ppvae.models.topics import TopicModel
 from ppvae.models.vae import VAE
 
 __all__ = [
-    "VAE", "ConditionalVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE", "LadderVAE",
-    "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "conv_vae", "factor_analysis", "gaussian_mixture",
+    "VAE", "ConditionalVAE", "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE", "LadderVAE",
+    "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "TopicModel", "conv_vae", "factor_analysis", "gaussian_mixture",
     "linear_gaussian", "vae",
 ]  # fmt: skip
