@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,15 @@ from ppvae.models import (
     LadderVAE,
     LinearGaussian,
     MultimodalVAE,
+    QuantizedVAE,
     SemiSupervisedVAE,
 )
 
 Batch = tuple[Tensor, ...]
+
+
+ELBO = functools.partial(objectives.ELBO, 2)
+VIMCO = functools.partial(objectives.IWAE, 3, gradient="vimco")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Case:
     make: Callable[[], Any]
     data: Callable[[], Batch]
     words: str  # what `check` says of it
+    objective: Callable[[], Any] = ELBO
 
     def pair(self) -> tuple[Any, Any, Batch]:
         """(model, guide, batch) in float64, the same each time."""
@@ -118,6 +125,15 @@ def multimodal() -> MultimodalVAE:
     return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)])
 
 
+def quantized(prior: Any, **options: Any) -> QuantizedVAE:
+    encoder = nn.mlp(4, 2 * 3, hidden=(5,))
+    return QuantizedVAE(prior, bits(2 * 3), encoder, nn.Codebook(3, 3), **options)
+
+
+def quantized_relaxed() -> QuantizedVAE:
+    return quantized(priors.OneHot(3, 2, learned=True), posterior=posteriors.RelaxedOneHot)
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -132,6 +148,10 @@ MODELS = {
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
     "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
+    "quantised VAE": Case(
+        lambda: quantized(priors.AutoregressiveOneHot(3, 2)), binary, "site 'z': latent, OneHotVector", VIMCO
+    ),
+    "quantised VAE, relaxed": Case(quantized_relaxed, binary, "site 'z': latent, Concrete"),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }
 
@@ -157,7 +177,7 @@ def test_check_says_what_it_is_and_particles_are_vectorised(case):
 
 def test_every_parameter_is_trained(case):
     model, guide, batch = case.pair()
-    run = fit(model, guide, batch, valid=batch, objective=objectives.ELBO(2), epochs=2, batch_size=4, progress=False)
+    run = fit(model, guide, batch, valid=batch, objective=case.objective(), epochs=2, batch_size=4, progress=False)
     assert torch.tensor([run.metrics["loss"], run.metrics["valid_elbo"]]).isfinite().all()
     for name, p in model.__self__.named_parameters():
         assert p.grad is not None, name
@@ -176,7 +196,7 @@ def test_log_px_is_estimated_and_samples_are_like_the_data(case):
 
 
 def test_captured_steps_are_its_own_to_the_last_bit(case, caplog):
-    check_same(case.pair, objectives.ELBO, caplog)
+    check_same(case.pair, case.objective, caplog)
 
 
 def test_a_permuted_batch_has_permuted_weights(case):

@@ -8,10 +8,11 @@ from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE
+from ppvae.models.quantized import QuantizedVAE
 from ppvae.models.vae import VAE
 
 __all__ = [
     "VAE", "ConditionalVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE", "LadderVAE",
-    "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "conv_vae", "factor_analysis", "gaussian_mixture",
-    "linear_gaussian", "vae",
+    "LinearGaussian", "MultimodalVAE", "QuantizedVAE", "SemiSupervisedVAE", "conv_vae", "factor_analysis",
+    "gaussian_mixture", "linear_gaussian", "vae",
 ]  # fmt: skip

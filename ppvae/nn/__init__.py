@@ -1,5 +1,6 @@
 """Networks over any leading dims: [..., *event in] -> [..., *event out]."""
 
+from ppvae.nn.codebook import Codebook, Nearness
 from ppvae.nn.context import Beside, Labels, rows_of
 from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
 from ppvae.nn.dense import Gated, Missing, gated_mlp, glorot, mlp, set_output_bias
@@ -10,12 +11,14 @@ __all__ = [
     "MADE",
     "Backward",
     "Beside",
+    "Codebook",
     "Gated",
     "Labels",
     "Leading",
     "MaskedConv2d",
     "MaskedLinear",
     "Missing",
+    "Nearness",
     "PixelCNN",
     "Residual",
     "conv_decoder",
