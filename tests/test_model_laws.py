@@ -26,6 +26,8 @@ from ppvae.models import (
     MultimodalVAE,
     QuantizedVAE,
     SemiSupervisedVAE,
+    mixture_of_experts,
+    product_of_experts,
 )
 
 Batch = tuple[Tensor, ...]
@@ -120,9 +122,9 @@ def modalities() -> Batch:
     return (*binary(), *real(6, 3), present)
 
 
-def multimodal() -> MultimodalVAE:
+def multimodal(experts: Any) -> MultimodalVAE:
     second = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
-    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)])
+    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)], experts)
 
 
 def quantized(prior: Any, **options: Any) -> QuantizedVAE:
@@ -147,7 +149,12 @@ MODELS = {
     "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
-    "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
+    "multimodal VAE, product of experts": Case(
+        lambda: multimodal(product_of_experts), modalities, "model site 'x2': observed, Normal"
+    ),
+    "multimodal VAE, mixture of experts": Case(
+        lambda: multimodal(mixture_of_experts), modalities, "guide site 'z': latent, NormalMixture"
+    ),
     "quantised VAE": Case(
         lambda: quantized(priors.AutoregressiveOneHot(3, 2)), binary, "site 'z': latent, OneHotVector", VIMCO
     ),

@@ -7,12 +7,12 @@ from ppvae.models.factories import conv_vae, factor_analysis, gaussian_mixture, 
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
-from ppvae.models.multimodal import MultimodalVAE
+from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
 from ppvae.models.quantized import QuantizedVAE
 from ppvae.models.vae import VAE
 
 __all__ = [
     "VAE", "ConditionalVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE", "LadderVAE",
     "LinearGaussian", "MultimodalVAE", "QuantizedVAE", "SemiSupervisedVAE", "conv_vae", "factor_analysis",
-    "gaussian_mixture", "linear_gaussian", "vae",
+    "gaussian_mixture", "linear_gaussian", "mixture_of_experts", "product_of_experts", "vae",
 ]  # fmt: skip
