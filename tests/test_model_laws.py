@@ -13,13 +13,14 @@ import torch
 from test_capture import check_same
 from torch import Tensor
 
-from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
 from ppvae.models import (
     ConditionalVAE,
     DeepMarkovModel,
     DeepMixture,
     GaussianMixture,
+    GaussianProcessVAE,
     HierarchicalVAE,
     LadderVAE,
     LinearGaussian,
@@ -28,6 +29,8 @@ from ppvae.models import (
     SemiSupervisedVAE,
     mixture_of_experts,
     product_of_experts,
+    smoothed,
+    stepwise,
 )
 
 Batch = tuple[Tensor, ...]
@@ -117,6 +120,17 @@ def deep_markov() -> DeepMarkovModel:
     return DeepMarkovModel(2, normal(2), emission, encoder, normal(2 + 4))
 
 
+def with_gaps() -> Batch:
+    x = real(18, 3)[0].reshape(6, 3, 3)
+    x[0, 2:] = x[3, 0] = x[4, :2] = torch.nan
+    return (data.with_missing(x),)
+
+
+def gaussian_process(steps: Any) -> GaussianProcessVAE:
+    likelihood = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
+    return GaussianProcessVAE(priors.GaussianProcess(2, 1.5), likelihood, normal(3), steps)
+
+
 def modalities() -> Batch:
     present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 1], [1, 0]]).bool()
     return (*binary(), *real(6, 3), present)
@@ -149,6 +163,12 @@ MODELS = {
     "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
+    "Gaussian process VAE": Case(
+        lambda: gaussian_process(smoothed), with_gaps, "guide site 'z': latent, ProcessVector"
+    ),
+    "Gaussian process VAE, stepwise": Case(
+        lambda: gaussian_process(stepwise), with_gaps, "guide site 'z': latent, ProcessVector"
+    ),
     "multimodal VAE, product of experts": Case(
         lambda: multimodal(product_of_experts), modalities, "model site 'x2': observed, Normal"
     ),
