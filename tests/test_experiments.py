@@ -11,18 +11,7 @@ import pytest
 
 from experiments import cells, readme
 
-NAMES = (
-    "likelihoods",
-    "parts",
-    "iwae",
-    "counts",
-    "tables",
-    "gaps",
-    "gradients",
-    "discrete",
-    "semi_supervised",
-    "table1",
-)
+NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - {"__init__", "cells", "readme"})
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from test_capture import check_same
 from torch import Tensor
 
-from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
 from ppvae.models import (
     ConditionalVAE,
@@ -20,15 +21,25 @@ from ppvae.models import (
     DeepMarkovModel,
     DeepMixture,
     GaussianMixture,
+    GaussianProcessVAE,
     HierarchicalVAE,
     LadderVAE,
     LinearGaussian,
     MultimodalVAE,
+    QuantizedVAE,
     SemiSupervisedVAE,
     TopicModel,
+    mixture_of_experts,
+    product_of_experts,
+    smoothed,
+    stepwise,
 )
 
 Batch = tuple[Tensor, ...]
+
+
+ELBO = functools.partial(objectives.ELBO, 2)
+VIMCO = functools.partial(objectives.IWAE, 3, gradient="vimco")
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Case:
     make: Callable[[], Any]
     data: Callable[[], Batch]
     words: str  # what `check` says of it
+    objective: Callable[[], Any] = ELBO
 
     def pair(self) -> tuple[Any, Any, Batch]:
         """(model, guide, batch) in float64, the same each time."""
@@ -110,14 +122,34 @@ def deep_markov() -> DeepMarkovModel:
     return DeepMarkovModel(2, normal(2), emission, encoder, normal(2 + 4))
 
 
+def with_gaps() -> Batch:
+    x = real(18, 3)[0].reshape(6, 3, 3)
+    x[0, 2:] = x[3, 0] = x[4, :2] = torch.nan
+    return (data.with_missing(x),)
+
+
+def gaussian_process(steps: Any) -> GaussianProcessVAE:
+    likelihood = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
+    return GaussianProcessVAE(priors.GaussianProcess(2, 1.5), likelihood, normal(3), steps)
+
+
 def modalities() -> Batch:
     present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 1], [1, 0]]).bool()
     return (*binary(), *real(6, 3), present)
 
 
-def multimodal() -> MultimodalVAE:
+def multimodal(experts: Any) -> MultimodalVAE:
     second = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
-    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)])
+    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)], experts)
+
+
+def quantized(prior: Any, **options: Any) -> QuantizedVAE:
+    encoder = nn.mlp(4, 2 * 3, hidden=(5,))
+    return QuantizedVAE(prior, bits(2 * 3), encoder, nn.Codebook(3, 3), **options)
+
+
+def quantized_relaxed() -> QuantizedVAE:
+    return quantized(priors.OneHot(3, 2, learned=True), posterior=posteriors.RelaxedOneHot)
 
 
 def counted(rows: int = 6, features: int = 4) -> Batch:
@@ -168,6 +200,22 @@ MODELS = {
         "model site 'x': observed, ZeroInflated",
     ),
     "counts": Case(lambda: counts(True), in_batches, "guide site 'log_library': latent"),
+    "Gaussian process VAE": Case(
+        lambda: gaussian_process(smoothed), with_gaps, "guide site 'z': latent, ProcessVector"
+    ),
+    "Gaussian process VAE, stepwise": Case(
+        lambda: gaussian_process(stepwise), with_gaps, "guide site 'z': latent, ProcessVector"
+    ),
+    "multimodal VAE, product of experts": Case(
+        lambda: multimodal(product_of_experts), modalities, "model site 'x2': observed, Normal"
+    ),
+    "multimodal VAE, mixture of experts": Case(
+        lambda: multimodal(mixture_of_experts), modalities, "guide site 'z': latent, NormalMixture"
+    ),
+    "quantised VAE": Case(
+        lambda: quantized(priors.AutoregressiveOneHot(3, 2)), binary, "site 'z': latent, OneHotVector", VIMCO
+    ),
+    "quantised VAE, relaxed": Case(quantized_relaxed, binary, "site 'z': latent, Concrete"),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }  # fmt: skip
 
@@ -193,7 +241,7 @@ def test_check_says_what_it_is_and_particles_are_vectorised(case):
 
 def test_every_parameter_is_trained(case):
     model, guide, batch = case.pair()
-    run = fit(model, guide, batch, valid=batch, objective=objectives.ELBO(2), epochs=2, batch_size=4, progress=False)
+    run = fit(model, guide, batch, valid=batch, objective=case.objective(), epochs=2, batch_size=4, progress=False)
     assert torch.tensor([run.metrics["loss"], run.metrics["valid_elbo"]]).isfinite().all()
     for name, p in model.__self__.named_parameters():
         assert p.grad is not None, name
@@ -212,7 +260,7 @@ def test_log_px_is_estimated_and_samples_are_like_the_data(case):
 
 
 def test_captured_steps_are_its_own_to_the_last_bit(case, caplog):
-    check_same(case.pair, objectives.ELBO, caplog)
+    check_same(case.pair, case.objective, caplog)
 
 
 def test_a_permuted_batch_has_permuted_weights(case):

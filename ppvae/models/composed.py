@@ -78,7 +78,9 @@ def checked_counts(x: Tensor) -> Tensor:
             raise
         row = int((~fine).nonzero()[0])
         if bool(counts[row].all()):
-            raise DataError(f"x: expected at least one count in each row, found none in row {row} of the batch") from None
+            raise DataError(
+                f"x: expected at least one count in each row, found none in row {row} of the batch"
+            ) from None
         column = int((~counts[row]).nonzero()[0])
         raise DataError(
             f"x: expected counts 0, 1, 2, ..., found {x[row, column].item():g} in row {row} of the batch, column {column}"

@@ -1,5 +1,6 @@
 """Networks over any leading dims: [..., *event in] -> [..., *event out]."""
 
+from ppvae.nn.codebook import Codebook, Nearness
 from ppvae.nn.context import Beside, Labels, rows_of
 from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
 from ppvae.nn.dense import Gated, Log1p, Missing, gated_mlp, glorot, mlp, set_output_bias
@@ -11,6 +12,7 @@ __all__ = [
     "MADE",
     "Backward",
     "Beside",
+    "Codebook",
     "Gated",
     "Labels",
     "Leading",
@@ -18,6 +20,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "Missing",
+    "Nearness",
     "PixelCNN",
     "Residual",
     "Topics",
