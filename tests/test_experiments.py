@@ -11,7 +11,9 @@ import pytest
 
 from experiments import cells, readme
 
-NAMES = ("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised")
+NAMES = (
+    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised", "hierarchy",
+)  # fmt: skip
 
 
 @pytest.mark.slow

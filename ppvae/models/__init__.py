@@ -8,10 +8,11 @@ from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE
+from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
 from ppvae.models.vae import VAE
 
 __all__ = [
-    "VAE", "ConditionalVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE", "LadderVAE",
-    "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "conv_vae", "factor_analysis", "gaussian_mixture",
-    "linear_gaussian", "vae",
+    "VAE", "Block", "ConditionalVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE",
+    "LadderVAE", "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "TopDownVAE", "conv_vae", "factor_analysis",
+    "gaussian_mixture", "linear_gaussian", "vae", "very_deep_vae",
 ]  # fmt: skip

@@ -4,10 +4,12 @@ from ppvae.nn.context import Beside, Labels, rows_of
 from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
 from ppvae.nn.dense import Gated, Missing, gated_mlp, glorot, mlp, set_output_bias
 from ppvae.nn.masked import MADE, MaskedConv2d, MaskedLinear, PixelCNN, sees_only_the_past
+from ppvae.nn.pyramid import Added, Pyramid, on_images
 from ppvae.nn.sequences import Backward, known_times
 
 __all__ = [
     "MADE",
+    "Added",
     "Backward",
     "Beside",
     "Gated",
@@ -17,6 +19,7 @@ __all__ = [
     "MaskedLinear",
     "Missing",
     "PixelCNN",
+    "Pyramid",
     "Residual",
     "conv_decoder",
     "conv_encoder",
@@ -24,6 +27,7 @@ __all__ = [
     "glorot",
     "known_times",
     "mlp",
+    "on_images",
     "residual_decoder",
     "residual_encoder",
     "rows_of",
