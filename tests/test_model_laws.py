@@ -16,6 +16,7 @@ from torch import Tensor
 from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
 from ppvae.models import (
+    Block,
     ConditionalVAE,
     CountVAE,
     DeepMarkovModel,
@@ -28,11 +29,16 @@ from ppvae.models import (
     MultimodalVAE,
     QuantizedVAE,
     SemiSupervisedVAE,
+<<<<<<< HEAD
     TopicModel,
     mixture_of_experts,
     product_of_experts,
     smoothed,
     stepwise,
+=======
+    TopDownVAE,
+    very_deep_vae,
+>>>>>>> h3
 )
 
 Batch = tuple[Tensor, ...]
@@ -110,6 +116,19 @@ def ladder() -> LadderVAE:
     return LadderVAE(priors.StandardNormal(2), [normal(2, 3)], bits(3), up, [normal(5, 3), normal(5)])
 
 
+def top_down() -> TopDownVAE:
+    blocks = [Block(normal(5), normal(5 + 3), nn.Added(nn.mlp(2, 5, hidden=(5,)))) for _ in range(3)]
+    return TopDownVAE(torch.zeros(5), blocks, bits(5), nn.mlp(4, 3, hidden=(5,)))
+
+
+def images() -> Batch:
+    return (real(6, 48)[0].mul(2).round().clamp(0, 3).div(3).reshape(6, 3, 4, 4),)
+
+
+def very_deep() -> TopDownVAE:
+    return very_deep_vae(*images(), sides=(1, 4), blocks=(1, 2), width=4, latent=2, components=2, levels=4)
+
+
 def sequences() -> Batch:
     lengths = torch.tensor([3, 2, 1, 2, 3, 3])
     x = real(18, 3)[0].gt(0).double().reshape(6, 3, 3)
@@ -185,6 +204,8 @@ MODELS = {
     "semi-supervised VAE without labels": Case(semi_supervised, binary, "guide site 'y': enumerated"),
     "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
+    "top-down VAE": Case(top_down, binary, "guide site 'z3': latent, Normal"),
+    "VDVAE": Case(very_deep, images, "guide site 'z1': latent, Normal over event [32]"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
     "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
     "topics, logistic-normal": Case(

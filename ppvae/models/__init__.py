@@ -11,11 +11,13 @@ from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
 from ppvae.models.quantized import QuantizedVAE
+from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
 from ppvae.models.topics import TopicModel
 from ppvae.models.vae import VAE
 
 __all__ = [
     "VAE",
+    "Block",
     "ConditionalVAE",
     "CountVAE",
     "DeepMarkovModel",
@@ -28,6 +30,7 @@ __all__ = [
     "MultimodalVAE",
     "QuantizedVAE",
     "SemiSupervisedVAE",
+    "TopDownVAE",
     "TopicModel",
     "conv_vae",
     "factor_analysis",
@@ -38,4 +41,5 @@ __all__ = [
     "smoothed",
     "stepwise",
     "vae",
+    "very_deep_vae",
 ]

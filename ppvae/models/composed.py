@@ -34,6 +34,17 @@ class Composed(nn.Module):
         return partial(tried, conditional, "", name=f"{part}: ")
 
 
+class Learned(nn.Module):
+    """A part that gives a tensor, which is trained."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 def tried(part: nn.Module, what: str = "", *args: Tensor, context: Tensor | None = None, name: str = "") -> Any:
     """What a part gives. ContractError, by the part and by `what` it was given, where it fails."""
     try:
