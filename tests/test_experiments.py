@@ -11,7 +11,10 @@ import pytest
 
 from experiments import cells, readme
 
-NAMES = ("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised")
+NAMES = (
+    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised",
+    "smile", "mixtures", "annealing", "amortised", "grey",
+)  # fmt: skip
 
 
 @pytest.mark.slow
