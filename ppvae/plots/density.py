@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ppvae.errors import UsageError
-from ppvae.plots.style import INK, ORANGE, array, figure, styled
+from ppvae.plots.style import GREEN, INK, array, figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +58,8 @@ def density_maps(
         else:
             ax.scatter(*values.T, s=float(np.clip(4000 / len(values), 1.5, 12)), color=INK, alpha=0.5, linewidths=0)
         if marks is not None and title in marks:
-            ax.plot(*array(marks[title]).T, "+", color=ORANGE, markersize=6, markeredgewidth=1.4)
+            size = 6 if len(marks[title]) < 50 else 3
+            ax.plot(*array(marks[title]).T, "+", color=GREEN, markersize=size, markeredgewidth=size / 5)
         ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         ax.grid(visible=False)
     for ax in axes.flat[len(held) :]:
