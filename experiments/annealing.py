@@ -34,11 +34,11 @@ class Settings:
     data: str = "mnist"
     latent: int = 50
     hidden: tuple[int, ...] = (200, 200)
-    epochs: int = 20
+    epochs: int = 12
     batch_size: int = 100
     lr: float = 2e-3
-    num_test: int = 100
-    num_simulated: int = 40
+    num_test: int = 60
+    num_simulated: int = 25
     particles: int = 50_000
     chains: int = 16
     temperatures: int = 500
