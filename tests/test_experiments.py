@@ -12,7 +12,7 @@ import pytest
 from experiments import cells, readme
 
 NAMES = (
-    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised",
+    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised", "table1",
     "smile", "mixtures", "annealing", "amortised", "grey",
 )  # fmt: skip
 
