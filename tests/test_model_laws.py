@@ -29,16 +29,13 @@ from ppvae.models import (
     MultimodalVAE,
     QuantizedVAE,
     SemiSupervisedVAE,
-<<<<<<< HEAD
+    TopDownVAE,
     TopicModel,
     mixture_of_experts,
     product_of_experts,
     smoothed,
     stepwise,
-=======
-    TopDownVAE,
     very_deep_vae,
->>>>>>> h3
 )
 
 Batch = tuple[Tensor, ...]
