@@ -12,11 +12,6 @@ import pytest
 from experiments import cells, readme
 
 NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - {"__init__", "cells", "readme"})
-NAMES = (
-    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised", "hierarchy",
-    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised", "table1",
-    "smile", "mixtures", "annealing", "amortised", "grey",
-)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -204,7 +204,6 @@ MODELS = {
     "top-down VAE": Case(top_down, binary, "guide site 'z3': latent, Normal"),
     "VDVAE": Case(very_deep, images, "guide site 'z1': latent, Normal over event [32]"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
-    "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
     "topics, logistic-normal": Case(
         lambda: topics(priors.LogisticNormal(3), posteriors.LogisticNormal(nn.mlp(4, 6, hidden=(5,)))),
         counted, "model site 'theta': latent, LogisticNormalVector over event [3]",

@@ -94,5 +94,6 @@ def checked_counts(x: Tensor) -> Tensor:
             ) from None
         column = int((~counts[row]).nonzero()[0])
         raise DataError(
-            f"x: expected counts 0, 1, 2, ..., found {x[row, column].item():g} in row {row} of the batch, column {column}"
+            f"x: expected counts 0, 1, 2, ..., found {x[row, column].item():g} in row {row} of the batch, "
+            f"column {column}"
         ) from None
