@@ -169,7 +169,7 @@ def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float
         "optimizer": functools.partial(torch.optim.Adam, lr=lr),
         "scheduler": functools.partial(CosineAnnealingLR, T_max=epochs),
     }
-    where = {"device": here.device, "directory": here.folder, "resume": True, "compile": None}
+    where = {"device": here.device, "directory": here.folder, "resume": True}
     return fit(vae.model, vae.guide, data, valid=valid, epochs=epochs, callbacks=(timed,), **where, **(usual | options))
 
 
