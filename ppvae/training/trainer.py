@@ -328,7 +328,8 @@ class Trainer:
             broken = [n for n, p in self.state.params().items() if not bool(torch.isfinite(p).all())]
             what = f"parameter {broken[0]!r} is not finite after the optimizer's step" if broken else ""
             if not what:
-                metrics = self.monitor(self.model, self.guide)
+                products = self.svi.products if self.svi.kernels == "compiled" else None
+                metrics = self.monitor(self.model, self.guide, products)
         except PpvaeError:
             raise
         except (ValueError, RuntimeError) as error:
