@@ -169,9 +169,9 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(("wrong", "message"), [
-    (-1.0, r"x: expected counts 0, 1, 2, \.\.\., found -1 in row . of the batch, column 2"),
-    (1.5, r"x: expected counts 0, 1, 2, \.\.\., found 1.5 in row . of the batch, column 2"),
-    ("nothing", r"x: expected at least one count in each row, found none in row . of the batch"),
+    (-1.0, r"x: expected counts 0, 1, 2, \.\.\., found -1 at row . of the batch, column 2"),
+    (1.5, r"x: expected counts 0, 1, 2, \.\.\., found 1.5 at row . of the batch, column 2"),
+    ("nothing", r"x: expected a count in each row, found none at row . of the batch"),
     ("batch", r"labels: expected classes 0 to 1, found 2 at row . of the batch"),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_its_row(use, wrong, message):
@@ -208,6 +208,9 @@ def test_wrong_counts_are_named_in_a_captured_step_too(monkeypatch):
             seed=seeds[0],
             progress=False,
         )
+    batch, options = (x, batch, library), {"epochs": 3, "batch_size": 4, "compile": None, "seed": seeds[0]}
+    with pytest.raises(PpvaeError, match=r"found 0.5 at row . of the batch, column 1"):
+        fit(vae.model, vae.guide, batch, progress=False, **options)
 
 
 def test_data_without_library_sizes_and_half_a_library_are_refused():

@@ -43,3 +43,7 @@ __all__ = [
     "vae",
     "very_deep_vae",
 ]
+    "VAE", "ConditionalVAE", "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE",
+    "LadderVAE", "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "TopicModel", "conv_vae", "factor_analysis",
+    "gaussian_mixture", "linear_gaussian", "vae",
+]  # fmt: skip

@@ -97,3 +97,7 @@ def checked_counts(x: Tensor) -> Tensor:
             f"x: expected counts 0, 1, 2, ..., found {x[row, column].item():g} in row {row} of the batch, "
             f"column {column}"
         ) from None
+            raise DataError(f"x: expected a count in each row, found none at row {row} of the batch") from None
+        column = int((~counts[row]).nonzero()[0])
+        found = f"{x[row, column].item():g} at row {row} of the batch, column {column}"
+        raise DataError(f"x: expected counts 0, 1, 2, ..., found {found}") from None
