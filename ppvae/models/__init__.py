@@ -12,6 +12,8 @@ from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
 from ppvae.models.quantized import QuantizedVAE
 from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
+from ppvae.models.multimodal import MultimodalVAE
+from ppvae.models.table import TableVAE
 from ppvae.models.topics import TopicModel
 from ppvae.models.vae import VAE
 
@@ -44,6 +46,6 @@ __all__ = [
     "very_deep_vae",
 ]
     "VAE", "ConditionalVAE", "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "HierarchicalVAE",
-    "LadderVAE", "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "TopicModel", "conv_vae", "factor_analysis",
-    "gaussian_mixture", "linear_gaussian", "vae",
+    "LadderVAE", "LinearGaussian", "MultimodalVAE", "SemiSupervisedVAE", "TableVAE", "TopicModel", "conv_vae",
+    "factor_analysis", "gaussian_mixture", "linear_gaussian", "vae",
 ]  # fmt: skip
