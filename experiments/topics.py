@@ -1,11 +1,3 @@
-"""Topic models on a planted corpus and on digits. The corpus is made, not found: 25 words on a 5 x 5 grid and ten
-topics, its rows and columns (Griffiths and Steyvers 2004), so that what there is to find is known. A digit is a
-document whose words are its 64 pixels, each as often as it is dark. ProdLDA is a product of experts in the place of
-the mixture; a topic is recovered where less than a tenth of its mass is misplaced.
-
-"planted" and "scikit-learn LDA" are `TopicModel`s whose topics are given, the planted ones and those that scikit-
-learn's LatentDirichletAllocation finds: only their guide is trained, so that log p(x) of all rows is estimated in one
-way.
 """Topic models on a planted corpus and on digits. The corpus is simulated: 25 words on a 5 x 5 grid and ten topics, its
 rows and columns (Griffiths and Steyvers 2004), so that what there is to find is known. A digit is a document whose
 words are its 64 pixels, each as often as it is dark. ProdLDA is a product of experts in the place of the mixture; a

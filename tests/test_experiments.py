@@ -12,6 +12,8 @@ import pytest
 from experiments import cells, readme
 
 NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - {"__init__", "cells", "readme"})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_runs_with_smoke(name, tmp_path, monkeypatch, capsys):

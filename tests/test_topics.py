@@ -83,9 +83,6 @@ def test_log_px_of_two_topics_is_the_quadrature(name):
     if name == "LogisticNormal":  # theta = sigmoid(t), t normal: an integral over the line, by the trapezoid rule
         t = torch.linspace(-12, 12, 4001)[:, None]
         theta = torch.cat([t.sigmoid(), (-t).sigmoid()], -1)
-        log_lik = likelihoods.Multinomial(model.likelihood.net)(
-            theta[:, None].expand(-1, len(x), -1), context=x.sum(-1)
-        ).log_prob(x)
         theta = theta[:, None].expand(-1, len(x), -1)
         log_lik = model.likelihood(theta, context=x.sum(-1)).log_prob(x)
         log_prior = torch.distributions.Normal(0.0, math.sqrt(2)).log_prob(t)
