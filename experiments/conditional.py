@@ -31,10 +31,10 @@ class Settings:
     data: str = "mnist"
     latent: int = 20
     hidden: tuple[int, ...] = (200,)
-    epochs: int = 20
+    epochs: int = 10
     lr: float = 1e-3
-    num_test: int = 500
-    particles: int = 200
+    num_test: int = 300
+    particles: int = 400
 
 
 SMOKE = {"data": "digits", "seeds": (0,), "latent": 4, "hidden": (32,), "epochs": 2, "num_test": 20, "particles": 25}
