@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
+from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.evaluation import quadrature
+from ppvae.inference.svi import SVI
 from ppvae.models import CountVAE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -198,6 +200,22 @@ def test_wrong_counts_are_named_in_a_captured_step_too(monkeypatch):
     batch, options = (x, batch, library), {"epochs": 3, "batch_size": 4, "compile": None, "seed": seeds[0]}
     with pytest.raises(PpvaeError, match=r"found 0.5 at row . of the batch, column 1"):
         fit(vae.model, vae.guide, batch, progress=False, **options)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_its_own_and_name_wrong_counts():
+    vae, (x, batch, library) = pair("ZeroInflatedNegativeBinomial"), data()
+    losses = {}
+    for kernels in ("eager", "compiled"):
+        svi = SVI(vae.model, vae.guide, functools.partial(torch.optim.SGD, lr=0.0), objectives.ELBO())
+        svi.use(kernels, settled=True)
+        torch.manual_seed(0)
+        losses[kernels] = [svi.step(x, batch, library) for _ in range(3)]
+        assert svi.kernels == kernels
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-9)
+    x[3, 1] = 0.5
+    with pytest.raises(DataError, match=r"found 0.5 at row 3 of the batch, column 1"):
+        svi.step(x, batch, library)
 
 
 def test_data_without_library_sizes_and_half_a_library_are_refused():
