@@ -13,7 +13,7 @@ from experiments import cells, readme
 
 NAMES = (
     *("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised"),
-    *("codes", "multimodal", "gp_vae"),
+    *("codes", "multimodal", "gp_vae", "deep_markov"),
 )
 
 
