@@ -12,8 +12,20 @@ import pytest
 from experiments import cells, readme
 
 NAMES = (
-    *("likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised"),
-    *("codes", "multimodal", "gp_vae", "deep_markov"),
+    "likelihoods",
+    "parts",
+    "iwae",
+    "counts",
+    "tables",
+    "gaps",
+    "gradients",
+    "discrete",
+    "semi_supervised",
+    "table1",
+    "codes",
+    "multimodal",
+    "gp_vae",
+    "deep_markov",
 )
 
 

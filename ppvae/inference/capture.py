@@ -18,6 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from ppvae.inference.graphs import Graph, Uncapturable, capture
+from ppvae.inference.precision import layers_in
 from ppvae.inference.scope import unbound
 from ppvae.inference.snapshot import Snapshot
 from ppvae.inference.watching import Watch
@@ -135,7 +136,8 @@ class Captured:
             watch.also("parameter", functools.partial(_stored, names), names + names)
             params: list[Tensor] = []
             before.restore()
-            with staying_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad():
+            rounded = layers_in(svi.precision)
+            with staying_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad(), rounded:
                 graph = capture(lambda: _loss_and_gradients(svi, args, params), svi.params, args)
             if what := watch.changed():
                 raise Uncapturable(f"it changes {what} as it runs")
@@ -200,8 +202,9 @@ class Captured:
         pairs = [(torch.as_tensor(loss), out[0]), *zip((own[id(p)] for p in kept.params), out[1:], strict=True)]
         pairs += list(zip(after[1], now[1], strict=True))
         largest = max((float(g.abs().max()) for g in own.values() if g.numel()), default=0.0)
+        single = 2**-6 if self.svi.precision == "bf16" else 1e-3  # bfloat16 has steps of 2^-8
         for a, b in pairs:
-            exact = 1e-7 if b.dtype == torch.float64 and a.dtype == torch.float64 else 1e-3
+            exact = 1e-7 if b.dtype == torch.float64 and a.dtype == torch.float64 else single
             a, b = a.to(b.device).double(), b.double()
             near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
             if not bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all()):

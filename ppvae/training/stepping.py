@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -15,6 +16,7 @@ from ppvae.inference.missing import LEAVE_OUT, with_gaps
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
 from ppvae.inference.tracing import node_log_prob, sample_nodes, traces
+from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.processes import Processes
 from ppvae.training.state import PairState
@@ -24,13 +26,17 @@ from ppvae.training.state import PairState
 class Stepper:
     """Takes steps of SVI, with loss and gradient divided by the number of data that a batch represents.
 
+    A batch of more than `rows` (datum, particle) rows goes through the pair in parts, whose gradients are added up;
+    objectives of the batch as a whole, and pairs with batch norm, get it at once.
+
     Attributes:
         taken: the steps so far.
         checkpoints: where the run's checkpoints lie, for the error of a step that cannot be taken.
     """
 
-    def __init__(self, svi: SVI, state: PairState, structure: Structure, clip: float | None):
-        self.svi, self.state, self.structure, self.clip = svi, state, structure, clip
+    def __init__(self, svi: SVI, state: PairState, structure: Structure, clip: float | None, rows: int):
+        self.svi, self.state, self.structure, self.clip, self.rows = svi, state, structure, clip, rows
+        self.normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.modules)
         self.processes = Processes()
         self.taken = 0
         self.checkpoints: Path | None = None
@@ -66,27 +72,52 @@ class Stepper:
 
     def _gradients(self, batch: tuple[Tensor, ...]) -> tuple[float, float]:
         """Leaves gradients of the loss in the parameters: (loss per datum, how many data the gradients stand for)."""
-        processes = self.processes
-        if processes.size == 1:
+        parts = self.parts(batch)
+        if self.processes.size == 1 and len(parts) == 1:
             alone = self.structure.represented(self.structure.size_of(batch))
             return self.svi.gradients(*batch) / alone, alone
-        rows = self.structure.size_of(batch)
-        weight = rows if self.structure.fixed_size else 1  # there each part's loss stands for all data by itself
-        loss = 0.0
         try:
-            for p in self.svi.params:
-                p.grad = None
-            if rows:
-                loss = weight * self.svi.gradients(*batch)
-                for p in self.svi.params:
-                    if p.grad is not None:
-                        p.grad *= weight
+            numbers = self._added(parts)
         except Exception:
-            processes.added([0.0, 0.0], self.svi.params, failed=True)
+            self.processes.added([0.0, 0.0], self.svi.params, failed=True)
             raise
-        numbers = [loss, float(weight * self.structure.represented(rows) if rows else 0)]
-        loss, represented = processes.added(numbers, self.svi.params, failed=False)
+        loss, represented = self.processes.added(numbers, self.svi.params, failed=False)
         return loss / represented, represented
+
+    def parts(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """The batch, cut so that no part has more than `rows` (datum, particle) rows; none of an empty one."""
+        size, objective = self.structure.size_of(batch), self.svi.loss
+        if not size:
+            return []
+        together = self.structure.indexes or self.structure.joint or self.normalised
+        if together or not (isinstance(objective, Objective) and objective.separate):
+            return [batch]
+        width = max(1, self.rows // objective.draws)
+        return [batch] if size <= width else list(zip(*(t.split(width) for t in batch), strict=True))
+
+    def _added(self, parts: Sequence[tuple[Tensor, ...]]) -> list[float]:
+        """Leaves the sum of gradients over parts in the parameters: [the sum of losses, the data that they stand for].
+
+        A part of a batch whose loss stands for all data by itself counts by its rows.
+        """
+        params, objective = self.svi.params, self.svi.loss
+        total = represented = 0.0
+        sums: dict[int, Tensor] = {}
+        step = int(objective._steps) if isinstance(objective, Objective) else 0
+        for part in parts:
+            if isinstance(objective, Objective):
+                objective._go_to(step)  # all parts are of the same step
+            rows = self.structure.size_of(part)
+            weight = rows if self.structure.fixed_size else 1
+            total += weight * self.svi.gradients(*part)
+            represented += weight * self.structure.represented(rows)
+            for p in params:  # a first run may have added some
+                if p.grad is not None:
+                    before = sums.get(id(p))
+                    sums[id(p)] = p.grad.mul_(weight) if before is None else before.add_(p.grad, alpha=weight)
+        for p in params:
+            p.grad = sums.get(id(p))
+        return [total, represented]
 
     def _broken(self, batch: tuple[Tensor, ...], epoch: int, rng: Tensor, what: str) -> TrainingError:
         """The error for a step that cannot be taken: names the step, the site, and the last good checkpoint."""

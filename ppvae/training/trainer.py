@@ -57,6 +57,8 @@ class Trainer:
         seed: int,
         device: str | torch.device | None,
         clip: float | None,
+        precision: str,
+        rows: int,
     ):
         start = model.scope if isinstance(model, Bound) else None
         self.model, self.guide = unbound(model), unbound(guide)
@@ -75,6 +77,8 @@ class Trainer:
         self.kernels: str | None = None  # of the run that is resumed
         with self.scope.entered():
             place = torch.device(device) if device is not None else place_of(self.model, self.guide, data)
+            if precision == "tf32" and place.type != "cuda":
+                raise UsageError(f"precision: 'tf32' expects a GPU, found {place.type!r}; take 'bf16' or 'float32'")
             self.train = Columns(data, "data", place)
             self.valid = Columns(valid, "valid", place) if valid is not None else None
             if self.valid is not None:
@@ -93,8 +97,9 @@ class Trainer:
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
             )
             self.svi = SVI(self.model, self.guide, optimizer, objective)
+            self.svi.precision = precision
             self.svi.take_up(self.scope.params.values())
-            self.take_step = Stepper(self.svi, self.state, self.structure, clip)
+            self.take_step = Stepper(self.svi, self.state, self.structure, clip, rows)
         if not self.scope.params:
             raise ContractError(
                 "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
@@ -238,7 +243,7 @@ class Trainer:
         quiet = pyro.validation_enabled(False)  # as in an epoch
         with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
             batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
-            self.objective.loss(self.model, self.guide, *batch)
+            self.objective.loss(self.model, self.guide, *self.take_step.parts(batch)[0])
 
     def _choose_kernels(self, epochs: int) -> None:
         """Says how steps are computed: as in the run that is resumed, as asked for, or as pays for what is left."""
