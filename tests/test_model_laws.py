@@ -16,7 +16,9 @@ from torch import Tensor
 from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
 from ppvae.models import (
+    Block,
     ConditionalVAE,
+    CountVAE,
     DeepMarkovModel,
     DeepMixture,
     GaussianMixture,
@@ -27,10 +29,13 @@ from ppvae.models import (
     MultimodalVAE,
     QuantizedVAE,
     SemiSupervisedVAE,
+    TopDownVAE,
+    TopicModel,
     mixture_of_experts,
     product_of_experts,
     smoothed,
     stepwise,
+    very_deep_vae,
 )
 
 Batch = tuple[Tensor, ...]
@@ -108,6 +113,19 @@ def ladder() -> LadderVAE:
     return LadderVAE(priors.StandardNormal(2), [normal(2, 3)], bits(3), up, [normal(5, 3), normal(5)])
 
 
+def top_down() -> TopDownVAE:
+    blocks = [Block(normal(5), normal(5 + 3), nn.Added(nn.mlp(2, 5, hidden=(5,)))) for _ in range(3)]
+    return TopDownVAE(torch.zeros(5), blocks, bits(5), nn.mlp(4, 3, hidden=(5,)))
+
+
+def images() -> Batch:
+    return (real(6, 48)[0].mul(2).round().clamp(0, 3).div(3).reshape(6, 3, 4, 4),)
+
+
+def very_deep() -> TopDownVAE:
+    return very_deep_vae(*images(), sides=(1, 4), blocks=(1, 2), width=4, latent=2, components=2, levels=4)
+
+
 def sequences() -> Batch:
     lengths = torch.tensor([3, 2, 1, 2, 3, 3])
     x = real(18, 3)[0].gt(0).double().reshape(6, 3, 3)
@@ -150,6 +168,27 @@ def quantized_relaxed() -> QuantizedVAE:
     return quantized(priors.OneHot(3, 2, learned=True), posterior=posteriors.RelaxedOneHot)
 
 
+def counted(rows: int = 6, features: int = 4) -> Batch:
+    x = torch.poisson(3 + 0 * real(rows, features)[0], generator=torch.Generator().manual_seed(2))
+    x[:, 0] += 1
+    return (x,)
+
+
+def topics(prior: Any, posterior: Any) -> TopicModel:
+    return TopicModel(prior, nn.Topics(3, 4), posterior)
+
+
+def in_batches() -> Batch:
+    return (*counted(), torch.tensor([0, 1, 1, 0, 1, 0]))
+
+
+def counts(latent_library: bool) -> CountVAE:
+    net = nn.mlp(2 + 2, 2 * 4, hidden=(5,))
+    likelihood = likelihoods.ZeroInflatedNegativeBinomial(net, concentration=(4,), library=True)
+    library = (priors.ConditionalNormal.of_labels(2, latent=1), normal(4 + 2, 1)) if latent_library else ()
+    return CountVAE(priors.StandardNormal(2), likelihood, normal(4 + 2), 2, *library)
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -162,7 +201,22 @@ MODELS = {
     "semi-supervised VAE without labels": Case(semi_supervised, binary, "guide site 'y': enumerated"),
     "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
+    "top-down VAE": Case(top_down, binary, "guide site 'z3': latent, Normal"),
+    "VDVAE": Case(very_deep, images, "guide site 'z1': latent, Normal over event [32]"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
+    "topics, logistic-normal": Case(
+        lambda: topics(priors.LogisticNormal(3), posteriors.LogisticNormal(nn.mlp(4, 6, hidden=(5,)))),
+        counted, "model site 'theta': latent, LogisticNormalVector over event [3]",
+    ),
+    "topics, Dirichlet": Case(
+        lambda: topics(priors.Dirichlet(3, learned=True), posteriors.Dirichlet(nn.mlp(4, 3, hidden=(5,)), floor=0.1)),
+        counted, "model site 'theta': latent, DirichletVector over event [3]",
+    ),
+    "counts of a library size": Case(
+        lambda: counts(False), lambda: (*in_batches(), torch.linspace(10.0, 20.0, 6).double()),
+        "model site 'x': observed, ZeroInflated",
+    ),
+    "counts": Case(lambda: counts(True), in_batches, "guide site 'log_library': latent"),
     "Gaussian process VAE": Case(
         lambda: gaussian_process(smoothed), with_gaps, "guide site 'z': latent, ProcessVector"
     ),
@@ -180,7 +234,7 @@ MODELS = {
     ),
     "quantised VAE, relaxed": Case(quantized_relaxed, binary, "site 'z': latent, Concrete"),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
