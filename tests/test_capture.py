@@ -615,3 +615,14 @@ def test_sums_over_rows_are_the_same_in_any_shape():
     targets = [str(node.target) for node in graph.module.graph.nodes]
     assert targets.count("ppvae.column_sum.default") == 3
     assert targets.count("aten.sum.dim_IntList") == 2
+
+
+def test_softplus_is_taken_apart_in_every_precision():
+    """An operation that inductor has a way for, and that is left whole, fails to compile."""
+    aten, table = torch.ops.aten, lowering._decompositions()
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(-30, 30, 101, dtype=dtype)
+        torch.testing.assert_close(table[aten.softplus.default](x), torch.nn.functional.softplus(x))
+        torch.testing.assert_close(table[aten.log_sigmoid_forward.default](x)[0], torch.nn.functional.logsigmoid(x))
+        slope = table[aten.softplus_backward.default](torch.ones_like(x), x, 1, 20)
+        torch.testing.assert_close(slope, x.sigmoid(), rtol=1e-6, atol=1e-8)
