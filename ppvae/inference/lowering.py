@@ -27,11 +27,20 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
     name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
     options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
     inputs = [t.detach() for t in inputs]
+    on_gpu = any(t.device.type == "cuda" for t in inputs)
+    if on_gpu:
+        options["triton.cudagraphs"] = True  # a step is one launch
     with _quiet(), torch.no_grad(), config.patch(options):
         drawn = list(draw(*inputs))
         call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
         call(*drawn, *inputs)  # compiles now
-    return lambda *tensors: call(*draw(*tensors), *tensors)
+
+    def run(*tensors: Tensor) -> Any:
+        if on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last run gave has been used
+        return call(*draw(*tensors), *tensors)
+
+    return run
 
 
 def _sums_over_rows(module: fx.GraphModule) -> None:
