@@ -122,7 +122,8 @@ def table(found: Cells) -> str:
         errors = [f"{cells.mean(r, key):.4f}" for key in ("error", "error_nearest")]
         total = f"{cells.mean(r):.1f} ± {cells.standard_error(r):.1f}"
         untrusted = f"{cells.mean(r, 'unreliable') / cells.mean(r, 'num_data'):.0%}"
-        gain = cells.verdict(r, next(iter(rows.values()))) if pair != "independent frames" else ""
+        plain = rows.get(("independent frames",), r)
+        gain = cells.verdict(r, plain) if r is not plain else ""
         lines.append((pair, len(r), total, *nats, *errors, untrusted, gain))
     return cells.markdown(header, lines)
 

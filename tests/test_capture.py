@@ -643,3 +643,14 @@ def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog)
     assert sums == [True] * 3  # the second block of each epoch; the first is looked at, the last is smaller
     assert torch.allclose(torch.tensor(found[0]), torch.tensor(found[1]), atol=1e-4)
     assert not refusals(caplog)
+
+
+def test_softplus_is_taken_apart_in_every_precision():
+    """An operation that inductor has a way for, and that is left whole, fails to compile."""
+    aten, table = torch.ops.aten, lowering._decompositions()
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(-30, 30, 101, dtype=dtype)
+        torch.testing.assert_close(table[aten.softplus.default](x), torch.nn.functional.softplus(x))
+        torch.testing.assert_close(table[aten.log_sigmoid_forward.default](x)[0], torch.nn.functional.logsigmoid(x))
+        slope = table[aten.softplus_backward.default](torch.ones_like(x), x, 1, 20)
+        torch.testing.assert_close(slope, x.sigmoid(), rtol=1e-6, atol=1e-8)

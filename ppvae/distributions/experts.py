@@ -67,7 +67,8 @@ class NormalMixture(dist.TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            chosen = dist.Categorical(logits=self.log_weight).sample(torch.Size(sample_shape))
+            chance = torch.empty(shape[:-1] + self.loc.shape[-2:-1], dtype=self.loc.dtype, device=self.loc.device)
+            chosen = (self.log_weight - chance.exponential_().log()).argmax(-1)  # noise apart from values compiles
             at = chosen[..., None, None].expand(*shape[:-1], 1, shape[-1])
             loc, scale = (
                 t.expand(*shape[:-1], *t.shape[-2:]).gather(-2, at).squeeze(-2) for t in (self.loc, self.scale)

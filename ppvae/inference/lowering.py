@@ -74,7 +74,18 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         aten.softplus_backward.default: softplus_backward,
         aten.log_sigmoid_forward.default: log_sigmoid,
     }
-    return {**select_decomp_table(), **ours}
+    theirs = select_decomp_table()
+    return {**theirs, **{op: _else(fast, theirs.get(op)) for op, fast in ours.items()}}
+
+
+def _else(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What is tried first, then inductor's own: an operation that has one, but is not taken apart, does not compile."""
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        out = fast(*args, **kwargs)
+        return usual(*args, **kwargs) if out is NotImplemented and usual is not None else out
+
+    return decomposed
 
 
 def log1p_by_log(x: Tensor) -> Tensor:
