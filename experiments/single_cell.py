@@ -25,7 +25,7 @@ from torch import Tensor
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error, train, verdict
 from ppvae import generate, likelihoods, log_marginal, nn, posteriors, priors
 from ppvae.models import CountVAE
-from ppvae.plots.style import CLASSES, figure, styled
+from ppvae.plots.style import BLUE, CLASSES, VERMILLION, figure, styled
 
 NAMES = ("NegativeBinomial", "ZeroInflatedNegativeBinomial")
 
@@ -138,12 +138,14 @@ def picture(cells: Cells) -> Any:
     fig = figure(6.4, 3.0 * len(rows))
     for axes, ((told,), r) in zip(fig.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
         held = np.load(Path(r[0]["folder"]) / "shown.npz")
-        for ax, key, name in zip(axes, ("batch", "kind"), ("batch", "cell type"), strict=True):
+        for ax, key, colours in zip(axes, ("batch", "kind"), ((BLUE, VERMILLION), CLASSES), strict=True):
             for value in np.unique(held[key]):
-                ax.plot(
-                    *held["z"][held[key] == value].T, ".", color=CLASSES[value + 2 * (key == "batch")], markersize=4
-                )
-            ax.set(title=f"batch {told}, by {name}", xlabel="PC 1 of z", ylabel="PC 2")
+                ax.plot(*held["z"][held[key] == value].T, ".", color=colours[value], markersize=4)
+            ax.set(
+                title=f"batch {told}, by {'batch' if key == 'batch' else 'cell type'}",
+                xlabel="PC 1 of z",
+                ylabel="PC 2",
+            )
     return fig
 
 
