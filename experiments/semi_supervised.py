@@ -1,10 +1,11 @@
 """A semi-supervised VAE (M2) on images of which few have their label: how many of the test images q(y | x) names right,
-beside the same classifier trained on the labelled images alone. Kingma et al. 2014 report 88.0 % with 100 labels.
+beside the same classifier, a small convolutional network, trained on the labelled images alone. Both see each labelled
+image many times, turned, scaled and moved a little. Kingma et al. 2014 report 88.0 % with 100 labels, by a multilayer
+perceptron on images as they are. Settings were chosen on the validation images.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments import cells
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run
-from ppvae import data, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors
+from ppvae import data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.models import SemiSupervisedVAE
 from ppvae.objectives.plus import Plus
 
@@ -26,20 +28,35 @@ class Settings:
     labels: tuple[int, ...] = (100,)
     seeds: tuple[int, ...] = (0, 1, 2)
     latent: int = 50
-    hidden: tuple[int, ...] = (500,)
+    hidden: int = 200
+    channels: tuple[int, ...] = (16, 32)  # of the classifier
     share: float = 0.1  # of the rows of an epoch that have a label: each labelled image is repeated so often
-    weight: float = 50.0  # of log q(label | x) on a labelled row
-    epochs: int = 50
-    batch_size: int = 200
+    weight: float = 100.0  # of log q(label | x) on a labelled row
+    epochs: int = 6
+    batch_size: int = 100
     lr: float = 1e-3
+    num_valid: int = 1000
     num_test: int = 1000
     particles: int = 50
 
 
 SMOKE = {
-    "data": "digits", "labels": (50,), "seeds": (0,), "latent": 4, "hidden": (32,), "epochs": 2, "num_test": 30,
-    "particles": 25,
+    "data": "digits", "labels": (50,), "seeds": (0,), "latent": 4, "hidden": 32, "channels": (8,), "epochs": 2,
+    "num_test": 30, "particles": 25,
 }  # fmt: skip
+
+
+class Given(torch.nn.Module):
+    """A network of [x, y] with one hidden layer, tanh(A x + B y + a), in which A x is computed once for all classes."""
+
+    def __init__(self, inputs: int, classes: int, outputs: int, hidden: int):
+        super().__init__()
+        self.of_x, self.of_y = torch.nn.Linear(inputs, hidden), torch.nn.Linear(classes, hidden, bias=False)
+        self.rest = torch.nn.Linear(hidden, outputs)
+        nn.glorot(self)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.rest(torch.tanh(self.of_x(x) + self.of_y(context)))
 
 
 def few_labels(truth: Tensor, count: int, classes: int, seed: int) -> Tensor:
@@ -51,62 +68,90 @@ def few_labels(truth: Tensor, count: int, classes: int, seed: int) -> Tensor:
     return label
 
 
-def accuracy(classifier: torch.nn.Module, x: Tensor, truth: Tensor) -> float:
+def moved(x: Tensor, size: tuple[int, ...], seed: int) -> Tensor:
+    """Flat images of a size, each turned by about 8 degrees, scaled by a tenth and moved by a twentieth, at random."""
+    g = torch.Generator().manual_seed(seed)
+    turn, (wide, high) = 0.15 * torch.randn(len(x), generator=g), 1 + 0.1 * torch.randn(2, len(x), generator=g)
+    across, down = 0.1 * torch.randn(2, len(x), generator=g)
+    rows = [wide * turn.cos(), -turn.sin(), across, turn.sin(), high * turn.cos(), down]
+    grid = torch.nn.functional.affine_grid(
+        torch.stack(rows, -1).reshape(-1, 2, 3), [len(x), *size], align_corners=False
+    )
+    return torch.nn.functional.grid_sample(x.reshape(-1, *size), grid, align_corners=False).reshape(len(x), -1)
+
+
+def accuracy(net: torch.nn.Module, images: Any) -> float:
     """The share of images whose most likely class is the right one."""
     with torch.no_grad():
-        found = classifier(x.to(next(classifier.parameters()).device)).argmax(-1)
-    return float((found.cpu() == truth).double().mean())
+        found = net(images.read().to(next(net.parameters()).device)).argmax(-1)
+    return float((found.cpu() == images.labels.long()).double().mean())
 
 
-def alone(s: Settings, classifier: torch.nn.Module, x: Tensor, label: Tensor) -> None:
+def classifier(s: Settings, size: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """The network of q(y | x)."""
+    return nn.conv_encoder(size, classes, channels=s.channels, hidden=128, flat=True)
+
+
+def alone(s: Settings, net: torch.nn.Module, x: Tensor, label: Tensor) -> None:
     """Trains a classifier on the labelled images alone."""
-    adam = torch.optim.Adam(classifier.parameters(), lr=s.lr)
-    for _ in range(300):
-        adam.zero_grad()
-        torch.nn.functional.cross_entropy(classifier(x), label).backward()
-        adam.step()
+    adam = torch.optim.Adam(net.parameters(), lr=s.lr)
+    for _ in range(5):
+        for rows in torch.randperm(len(x)).split(s.batch_size // 2):
+            adam.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[rows]), label[rows]).backward()
+            adam.step()
 
 
 def compute(s: Settings, here: Here, label: int, seed: int) -> dict[str, Any]:
-    """Trains one VAE and one classifier by itself; both are tested on the same images."""
-    train, _, test = data.load(s.data, here.root, binarize="fixed")
-    x, truth, classes = train.read(), train.labels.long(), int(train.labels.max()) + 1
+    """Trains a classifier by itself and a VAE whose classifier starts there; both are tested on the same images.
+
+    Images are binarised at random, every copy of a labelled one by itself.
+    """
+    train, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    truth, classes, features = train.labels.long(), int(train.labels.max()) + 1, train.shape[1]
     known = few_labels(truth, label, classes, seed)
     rows = (known >= 0).nonzero()[:, 0]
-    often = max(1, round(s.share * len(x) / len(rows)))
-    every = torch.cat([torch.arange(len(x)), rows.repeat(often - 1)])
+    often = max(1, round(s.share * len(train) / len(rows) / (1 - s.share)))
     torch.manual_seed(seed)
-    features = x.shape[1]
+    copies = rows.repeat(often)
+    more = moved(train.as_subclass(Tensor)[copies], train.event_shape, seed).clamp(0, 1).bernoulli()
+    x, y = torch.cat([train.read(), more]), torch.cat([known, known[copies]])
     vae = SemiSupervisedVAE(
         priors.OneHot(classes),
         priors.StandardNormal(s.latent),
-        likelihoods.Bernoulli(nn.mlp(s.latent + classes, features, hidden=s.hidden)),
-        posteriors.DiagonalNormal(nn.mlp(features + classes, 2 * s.latent, hidden=s.hidden)),
-        posteriors.OneHot(nn.mlp(features, classes, hidden=s.hidden, activation=torch.nn.ReLU), classes),
+        likelihoods.Bernoulli(nn.mlp(s.latent + classes, features, hidden=(s.hidden,))),
+        posteriors.DiagonalNormal(Given(features, classes, 2 * s.latent, s.hidden)),
+        posteriors.OneHot(classifier(s, train.event_shape, classes), classes),
     )
-    by_itself = nn.mlp(features, classes, hidden=s.hidden, activation=torch.nn.ReLU)
-    alone(s, by_itself, x[rows], known[rows])
-    trained = fit(
-        vae.model, vae.guide, (x[every], known[every]), objective=Plus(objectives.ELBO(), vae.log_label, s.weight),
-        optimizer=functools.partial(torch.optim.Adam, lr=s.lr), epochs=s.epochs, batch_size=s.batch_size, seed=seed,
-        device=here.device, directory=here.folder, resume=True,
+    by_itself = classifier(s, train.event_shape, classes)
+    alone(s, by_itself, more, known[copies])
+    vae.classifier.net.load_state_dict(by_itself.state_dict())
+    held = valid.head(s.num_valid)
+    trained = cells.train(
+        vae, (x, y), (held, torch.full((len(held),), -1)), here, epochs=s.epochs, lr=s.lr,
+        objective=Plus(objectives.ELBO(), vae.log_label, s.weight), batch_size=s.batch_size, seed=seed,
     )  # fmt: skip
-    held, right = test.read(), test.labels.long()
-    est = log_marginal(trained.model, trained.guide, test[: s.num_test], num_particles=s.particles, seed=seed)
-    return of_estimate(est) | {
-        "accuracy": accuracy(vae.classifier.net, held, right),
-        "alone": accuracy(by_itself, held, right),
-    }
+    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    return of_estimate(est) | cells.of_run(trained) | {
+        "accuracy": accuracy(vae.classifier.net, test),
+        "valid_accuracy": accuracy(vae.classifier.net, valid),
+        "alone": accuracy(by_itself, test),
+    }  # fmt: skip
 
 
-def table(cells: Cells) -> str:
+def table(found: Cells) -> str:
     """One row a number of labels."""
     lines = []
-    for (label,), r in collected(cells, "label").items():
-        found = [100 * c["result"]["accuracy"] for c in r]
-        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-        lines.append((label, len(r), f"{mean(r, 'accuracy'):.1%}{spread}", f"{mean(r, 'alone'):.1%}", f"{mean(r):.2f}"))
-    return markdown(("labels", "seeds", "accuracy", "without the VAE", "test NLL"), lines)
+    for (label,), r in collected(found, "label").items():
+        shares = [100 * share for share in cells.values(r, "accuracy")]
+        spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+        minutes = f"{mean(r, 'training_cpu_seconds') / 60:.1f}"
+        lines.append((
+            label, len(r), f"{statistics.fmean(shares):.1f}{spread} %", f"{100 * mean(r, 'alone'):.1f} %",
+            f"{mean(r):.2f}", minutes,
+        ))  # fmt: skip
+    header = ("labels", "seeds", "accuracy", "without the VAE", "test NLL", "CPU minutes")
+    return markdown(header, lines) + "\n\n± is the standard deviation over seeds."
 
 
 def main(args: list[str] | None = None) -> None:

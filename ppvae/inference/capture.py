@@ -80,8 +80,8 @@ class Captured:
         if getattr(svi.loss, "follows", False):
             self._refuse("its objective follows the steps, by a schedule or a baseline that learns")
 
-    def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """Leaves the loss's gradients in `.grad` of the parameters, which have none, and returns the loss."""
+    def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
+        """Leaves the loss's gradients in `.grad` of the parameters, which have none; the loss, unread from a graph."""
         key = None if self.refusal or kwargs or _PYRO_STACK else _kind(args)
         if key is None:
             if not (self.refusal or self._told):
@@ -117,7 +117,7 @@ class Captured:
         self._graphs.clear()
         self.refusal, self.kernels = why, "eager"
 
-    def _make(self, key: Any, args: tuple[Tensor, ...]) -> float:
+    def _make(self, key: Any, args: tuple[Tensor, ...]) -> float | Tensor:
         """One step, eagerly; then the graph of it, which must give the same, and perhaps its compiled form."""
         svi, first = self.svi, self._first
         self._first = False
@@ -161,11 +161,11 @@ class Captured:
         before.restore()
         return self._taken(kept, args)
 
-    def _taken(self, kept: _Kept, args: tuple[Tensor, ...]) -> float:
+    def _taken(self, kept: _Kept, args: tuple[Tensor, ...]) -> Tensor:
         _set(self.svi.params, [None] * len(self.svi.params))
         return _put(kept, kept.graph(*args))
 
-    def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float:
+    def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float | Tensor:
         """One step from the graph, having compared it with the pair's own."""
         before = Snapshot(args[0].device)
         try:
@@ -259,9 +259,9 @@ def _stored(names: Sequence[str]) -> tuple[Any, ...]:
     return (*map(store._params.get, names), *map(store._constraints.get, names))
 
 
-def _put(kept: _Kept, out: Sequence[Tensor]) -> float:
+def _put(kept: _Kept, out: Sequence[Tensor]) -> Tensor:
     _set(kept.params, out[1:])
-    return out[0].item()
+    return out[0]
 
 
 def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

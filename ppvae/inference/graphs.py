@@ -54,9 +54,18 @@ class Graph:
         new._forward = compiled(self.module, [*self.held, *args], choices)
         return new
 
-    def divided(self) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """(what does not depend on noise, as a function of the inputs; the rest, as a function of what that gives)."""
-        noisy: set[fx.Node] = set()
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn."""
+        return any(_random(node) for node in self.module.graph.nodes)
+
+    def divided(self, *varying: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(what depends neither on noise nor on the arguments `varying`, of the others; the rest, of what that gives).
+
+        The rest is a function of (*what the first gives, *varying arguments).
+        """
+        places_of = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        noisy = {places_of[len(self.held) + i] for i in varying}
         for node in self.module.graph.nodes:
             if _random(node) or node.target in _EMPTY or any(n in noisy for n in node.all_input_nodes):
                 noisy.add(node)

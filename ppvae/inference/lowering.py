@@ -27,11 +27,20 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
     name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
     options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
     inputs = [t.detach() for t in inputs]
+    on_gpu = any(t.device.type == "cuda" for t in inputs)
+    if on_gpu:
+        options["triton.cudagraphs"] = True  # a step is one launch
     with _quiet(), torch.no_grad(), config.patch(options):
         drawn = list(draw(*inputs))
         call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
         call(*drawn, *inputs)  # compiles now
-    return lambda *tensors: call(*draw(*tensors), *tensors)
+
+    def run(*tensors: Tensor) -> Any:
+        if on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last run gave has been used
+        return call(*draw(*tensors), *tensors)
+
+    return run
 
 
 def _sums_over_rows(module: fx.GraphModule) -> None:
@@ -65,7 +74,18 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         aten.softplus_backward.default: softplus_backward,
         aten.log_sigmoid_forward.default: log_sigmoid,
     }
-    return {**select_decomp_table(), **ours}
+    theirs = select_decomp_table()
+    return {**theirs, **{op: _else(fast, theirs.get(op)) for op, fast in ours.items()}}
+
+
+def _else(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What is tried first, then inductor's own: an operation that has one, but is not taken apart, does not compile."""
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        out = fast(*args, **kwargs)
+        return usual(*args, **kwargs) if out is NotImplemented and usual is not None else out
+
+    return decomposed
 
 
 def log1p_by_log(x: Tensor) -> Tensor:
@@ -85,7 +105,7 @@ def log1p_by_log(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """log(1 + exp(beta x)) / beta, x itself where beta x is above the threshold; in one pass over memory."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, x, log1p_by_log(_exp(scaled.clamp(max=threshold))) / beta)
@@ -93,7 +113,7 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     """The gradient of `softplus`."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, gradient, gradient * scaled.sigmoid())
@@ -101,7 +121,7 @@ def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """(log sigmoid(x), an empty tensor that its gradient does not need on the CPU after it is taken apart)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
 

@@ -79,6 +79,10 @@ class SVI:
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
+        return float(self.unread_gradients(*args, **kwargs))
+
+    def unread_gradients(self, *args: Any, **kwargs: Any) -> float | Tensor:
+        """The same; a loss that a graph has computed stays a tensor, so that nothing waits for a GPU."""
         if self._captured is not None:
             for p in self.params:
                 p.grad = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions.chain import Chain
 from ppvae.errors import DataError
-from ppvae.models.composed import Composed
+from ppvae.models.composed import Composed, Learned
 from ppvae.nn.sequences import known_times
 
 
@@ -50,7 +50,7 @@ class DeepMarkovModel(Composed):
     ):
         super().__init__("deep_markov")
         self.transition, self.emission, self.encoder, self.combiner = transition, emission, encoder, combiner
-        self.start, self.guide_start = _Start(latent), _Start(latent)
+        self.start, self.guide_start = Learned(torch.zeros(latent)), Learned(torch.zeros(latent))
 
     def model(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """p(x, z)."""
@@ -71,17 +71,6 @@ class DeepMarkovModel(Composed):
 
         with pyro.plate("data", len(x)):
             return pyro.sample("z", Chain(step, self._call("guide_start"), known))
-
-
-class _Start(nn.Module):
-    """z_0."""
-
-    def __init__(self, latent: int):
-        super().__init__()
-        self.value = nn.Parameter(torch.zeros(latent))
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 def _known(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from ppvae.conditional import needs_context
 from ppvae.models.composed import Composed
 from ppvae.nn import Beside, rows_of
 from ppvae.posteriors import OneHot
@@ -97,7 +98,8 @@ class DeepMixture(Composed):
 class SemiSupervisedVAE(DeepMixture):
     """The model M2, p(x) = sum_y p(y) int p(z) p(x | z, y) dz with guide q(y | x) q(z | x, y): a label and a style.
 
-    A `DeepMixture` whose likelihood and posterior take y beside their input. Data are x alone, or (x [batch, *event],
+    A `DeepMixture` whose likelihood and posterior take y beside their input, or as `context` where they, or their
+    networks, declare it. Data are x alone, or (x [batch, *event],
     label [batch]) with -1 where the label is unknown. Where all labels are known it is the conditional VAE, and
     log p(x, label) = log p(label) + log p(x | label).
 
@@ -133,4 +135,6 @@ class SemiSupervisedVAE(DeepMixture):
         classifier: OneHot,
         event_dim: int = 1,
     ):
-        super().__init__(labels, prior, Beside(likelihood), Beside(posterior, event_dim=event_dim), classifier)
+        likelihood = likelihood if needs_context(likelihood) else Beside(likelihood)
+        posterior = posterior if needs_context(posterior) else Beside(posterior, event_dim=event_dim)
+        super().__init__(labels, prior, likelihood, posterior, classifier)

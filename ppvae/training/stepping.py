@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.processes import Processes
 from ppvae.training.state import PairState
+
+Number: TypeAlias = float | Tensor  # of one element
 
 
 @final
@@ -41,8 +43,13 @@ class Stepper:
         self.taken = 0
         self.checkpoints: Path | None = None
 
-    def __call__(self, batch: tuple[Tensor, ...], epoch: int) -> tuple[float, float]:
-        """One step in an epoch (counted from 1); returns loss and gradient norm per datum.
+    @property
+    def reads(self) -> bool:
+        """Whether each step's loss and gradient are looked at before the update; a GPU would have to be waited for."""
+        return all(p.device.type != "cuda" for p in self.svi.params)
+
+    def __call__(self, batch: tuple[Tensor, ...], epoch: int) -> tuple[Number, Number]:
+        """One step in an epoch (counted from 1); returns loss and gradient norm per datum, for `looked_at` at its end.
 
         Raises:
             TrainingError: loss or gradient is not finite; the parameters are as they were before the step.
@@ -54,9 +61,12 @@ class Stepper:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
             raise self._broken(batch, epoch, before, " ".join(str(error).split())[:160]) from error
+        grads = [p.grad for p in self.svi.params if p.grad is not None]
+        if not self.reads:
+            return loss, self._unread_update(grads, represented)
+        loss = float(loss)
         if not math.isfinite(loss):
             raise self._broken(batch, epoch, before, f"the loss is {loss}")
-        grads = [p.grad for p in self.svi.params if p.grad is not None]
         norm = 0.0
         if grads:
             norm = float(torch.nn.utils.get_total_norm(grads)) / represented
@@ -70,12 +80,43 @@ class Stepper:
         self.taken += 1
         return loss, norm
 
-    def _gradients(self, batch: tuple[Tensor, ...]) -> tuple[float, float]:
+    def _unread_update(self, grads: list[Tensor], represented: float) -> Number:
+        """The same update, with no number read; the gradient's norm per datum."""
+        norm: Number = 0.0
+        if grads:
+            norm = torch.nn.utils.get_total_norm(grads) / represented
+            factor = 1.0 if self.clip is None else (self.clip / norm).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor / represented)
+        self.svi.update()
+        self.taken += 1
+        return norm
+
+    def looked_at(self, steps: Sequence[tuple[Number, Number]], epoch: int) -> list[tuple[float, float]]:
+        """An epoch's losses and gradient norms as numbers.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        flat = [torch.as_tensor(x, dtype=torch.float64) for step in steps for x in step]
+        place = next((x.device for x in flat if x.device.type != "cpu"), torch.device("cpu"))
+        numbers = torch.stack([x.to(place) for x in flat]).tolist()
+        found = list(zip(numbers[::2], numbers[1::2], strict=True))
+        for i, (loss, norm) in enumerate(found):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+                raise TrainingError(
+                    f"step {self.taken - len(found) + i + 1} (epoch {epoch}): {what}; the parameters are put back to "
+                    f"the epoch before. Try a smaller learning rate, clip, or a bounded scale"
+                )
+        return found
+
+    def _gradients(self, batch: tuple[Tensor, ...]) -> tuple[Number, float]:
         """Leaves gradients of the loss in the parameters: (loss per datum, how many data the gradients stand for)."""
         parts = self.parts(batch)
         if self.processes.size == 1 and len(parts) == 1:
             alone = self.structure.represented(self.structure.size_of(batch))
-            return self.svi.gradients(*batch) / alone, alone
+            loss = self.svi.unread_gradients(*batch)
+            return (loss.double() if isinstance(loss, Tensor) else loss) / alone, alone
         try:
             numbers = self._added(parts)
         except Exception:

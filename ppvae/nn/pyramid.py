@@ -1,0 +1,87 @@
+"""Networks of images at several sizes, for latents that stand at each: features are vectors, [channels * side^2]."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ppvae.nn.conv import Activation, Leading, Residual
+from ppvae.nn.dense import glorot
+
+
+class Added(nn.Module):
+    """h and z -> then(h + net(z)), over any leading dims: how a latent writes into a stream of features.
+
+    Source: Child 2021 (arXiv 2011.10650).
+
+    >>> import torch
+    >>> Added(nn.Linear(2, 4))(torch.zeros(5, 4), torch.zeros(3, 5, 2)).shape
+    torch.Size([3, 5, 4])
+    """
+
+    def __init__(self, net: nn.Module, then: nn.Module | None = None):
+        super().__init__()
+        self.net, self.then = net, nn.Identity() if then is None else then
+
+    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+        return self.then(h + self.net(z))
+
+
+def on_images(channels: int, side: int, *layers: nn.Module) -> nn.Module:
+    """Layers of images [N, channels, side, side] as a network of vectors [..., channels * side^2], Glorot-initialised.
+
+    >>> import torch
+    >>> on_images(4, 8, nn.Conv2d(4, 2, 1))(torch.zeros(5, 3, 4 * 64)).shape
+    torch.Size([5, 3, 128])
+    """
+    net = nn.Sequential(nn.Unflatten(-1, (channels, side, side)), *layers, nn.Flatten(1))
+    return Leading(glorot(net), event_dim=1)
+
+
+class Pyramid(nn.Module):
+    """An encoder of images [..., C, side, side] that keeps what it sees at each size, from the smallest to the largest.
+
+    At each size stand `blocks` residual blocks; a convolution with the stride of the ratio leads to the next smaller.
+
+    Args:
+        channels: C.
+        width: the channels of its features.
+        sides: of the images, rising, the last that of the data.
+        times: how often the features of each size are given.
+
+    Gives a list of features [..., width * s^2], those of side s as often as `times` says.
+    Raises ValueError for a side that the next does not divide by.
+    Source: Child 2021 (arXiv 2011.10650).
+
+    >>> import torch
+    >>> seen = Pyramid(3, width=8, sides=(1, 4, 16), times=(1, 2, 1))(torch.zeros(5, 3, 16, 16))
+    >>> [e.shape[-1] for e in seen]
+    [8, 128, 128, 2048]
+    """
+
+    def __init__(
+        self, channels: int, width: int, sides: Sequence[int], times: Sequence[int], blocks: int = 1,
+        activation: Activation = nn.GELU,
+    ):  # fmt: skip
+        super().__init__()
+        for small, large in itertools.pairwise(sides):
+            if large % small:
+                raise ValueError(f"sides: expected each to divide the next, found {small} before {large}")
+        self.times = tuple(times)
+        stages = []
+        for side, below in zip(sides[::-1], (None, *sides[::-1]), strict=False):
+            first = nn.Conv2d(channels, width, 3, padding=1)
+            if below is not None:
+                first = nn.Conv2d(width, width, below // side, stride=below // side)
+            stages.append(glorot(nn.Sequential(first, *(Residual(width, activation) for _ in range(blocks)))))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        lead, found = x.shape[:-3], []
+        h = x.reshape(-1, *x.shape[-3:])
+        for stage in self.stages:
+            h = stage(h)
+            found.append(h.reshape(*lead, -1))
+        return [e for e, times in zip(reversed(found), self.times, strict=True) for _ in range(times)]
