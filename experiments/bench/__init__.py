@@ -6,7 +6,7 @@ and Pythae are timed where they are installed (`pip install -e ".[bench]"`).
 
 The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of
 latents, 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is one of Adam on loss
-and """
+and"""
 
 from __future__ import annotations
 
