@@ -13,6 +13,7 @@ from experiments import cells, readme
 
 NAMES = (
     "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised", "hierarchy",
+    "vdvae", "clusters",
 )  # fmt: skip
 
 
