@@ -75,10 +75,12 @@ def run(
         "again": (bool, False, "compute what is kept already anew, under runs/again, and hold it against what is kept"),
         "root": (Path | None, None, "the folder that holds the data; PPVAE_DATA by default"),
         "device": (str | None, None, "where to compute, such as cuda; the processor by default"),
+        "shard": (str | None, None, "I/N: every N-th cell from the I-th on, as one of N processes or machines"),
     }
     prog = f"python -m experiments.{name}"
     try:
         settings, given = parse(cls, sys.argv[1:] if args is None else args, prog, doc or "", options)
+        mine, among = sharded(given["shard"])
     except HelpShown:
         raise SystemExit(0) from None
     except UsageError as error:
@@ -93,7 +95,7 @@ def run(
     elif given["again"]:
         results = runs = Path("runs") / "again" / name
     cells, commit = [], _commit()  # that of the code that has been loaded, whatever is done to the files meanwhile
-    for point in itertools.product(*(getattr(settings, f"{axis}s") for axis in axes)):
+    for number, point in enumerate(itertools.product(*(getattr(settings, f"{axis}s") for axis in axes))):
         cell = dict(zip(axes, point, strict=True))
         one = dataclasses.replace(settings, **{f"{axis}s": (value,) for axis, value in cell.items()})
         others = _plain({k: v for k, v in dataclasses.asdict(one).items() if k.removesuffix("s") not in axes})
@@ -102,6 +104,8 @@ def run(
         path = results / f"{stem}.json"
         known = _read(path)
         if known is None or known["settings"] != others:
+            if number % among != mine:
+                continue
             here = Here(runs / stem, given["root"] or _root(), given["device"])
             print(f"{name} {stem}", flush=True)
             start = time.perf_counter()
@@ -124,8 +128,23 @@ def run(
         cells.append(known)
         if given["again"] and (kept := _read(RESULTS / name / path.name)) is not None:
             print(f"{stem}: {held_against(known, kept)}", flush=True)
-    print(table(cells))
+    if cells:
+        print(table(cells))
     return cells, results
+
+
+def sharded(text: str | None) -> tuple[int, int]:
+    """Which of how many parts a process takes, counted from 0.
+
+    >>> sharded("2/3"), sharded(None)
+    ((1, 3), (0, 1))
+    """
+    if text is None:
+        return 0, 1
+    first, _, among = text.partition("/")
+    if not (first.isdigit() and among.isdigit() and 1 <= int(first) <= int(among)):
+        raise UsageError(f"--shard: expected I/N with I from 1 to N, found {text!r}")
+    return int(first) - 1, int(among)
 
 
 def held_against(again: dict[str, Any], kept: dict[str, Any]) -> str:
@@ -150,7 +169,7 @@ def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float
         "optimizer": functools.partial(torch.optim.Adam, lr=lr),
         "scheduler": functools.partial(CosineAnnealingLR, T_max=epochs),
     }
-    where = {"device": here.device, "directory": here.folder, "resume": True, "compile": None}
+    where = {"device": here.device, "directory": here.folder, "resume": True}
     return fit(vae.model, vae.guide, data, valid=valid, epochs=epochs, callbacks=(timed,), **where, **(usual | options))
 
 

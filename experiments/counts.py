@@ -45,13 +45,6 @@ class Settings:
 SMOKE = {"likelihoods": NAMES[::3], "seeds": (0,), "num_train": 60, "num_test": 20, "epochs": 1, "particles": 25}
 
 
-class Log1p(tnn.Module):
-    """log(1 + x), so that a network sees large counts and small ones."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.log1p()
-
-
 def truth(s: Settings, source: str, z: Tensor, library: Tensor) -> dist.TorchDistribution:
     """p(x | z) of the simulation, in Pyro's own distributions: z [...], library [...] -> event [features]."""
     slope, bend, start = torch.randn(3, s.features, generator=torch.Generator().manual_seed(0)).double()
@@ -92,7 +85,7 @@ def compute(s: Settings, here: Here, source: str, likelihood: str, seed: int) ->
     vae = VAE(
         priors.StandardNormal(s.latent),
         build(nn.mlp(s.latent, outputs, hidden=s.hidden)),
-        posteriors.DiagonalNormal(tnn.Sequential(Log1p(), nn.mlp(dims, 2 * s.latent, hidden=s.hidden))),
+        posteriors.DiagonalNormal(tnn.Sequential(nn.Log1p(), nn.mlp(dims, 2 * s.latent, hidden=s.hidden))),
     )
     optimizer = functools.partial(torch.optim.Adam, lr=s.lr)
     trained = fit(

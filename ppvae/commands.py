@@ -63,6 +63,10 @@ class Fit(Data):
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     clip: float | None = None  # the largest gradient norm, per datum
     compile: Literal["auto", "yes", "no"] = "auto"  # steps from a compiled graph; auto: where the run is long enough
+    precision: Literal["float32", "tf32", "bf16"] = (
+        "float32"  # of products in layers: bf16 where there is hardware for it
+    )
+    rows: int = 20_000  # the most (datum, particle) rows at once; a larger batch is cut, and gradients are added up
     patience: int | None = None  # epochs without a better validation ELBO before stopping
     device: str | None = None
     runs: str = "runs"  # the folder of runs
@@ -153,6 +157,8 @@ def fit(args: list[str]) -> int:
         resume=settings.resume,
         clip=settings.clip,
         compile={"auto": None, "yes": True, "no": False}[settings.compile],
+        precision=settings.precision,
+        rows=settings.rows,
         patience=settings.patience,
         config={
             "pair": {

@@ -1,4 +1,4 @@
-"""Sampling, reconstructing, interpolating and traversing: functions over any pair that keeps the contract.
+"""Sampling, reconstructing, interpolating, traversing, editing: functions over any pair that keeps the contract.
 
 Every function takes the pair and data of the kind it was trained on (a tensor, a split, or a tuple of them), runs with
 modules in evaluation mode, draws from its own `seed`, and gives plain tensors. Pictures are means of p(x | z) unless
@@ -114,13 +114,8 @@ def traversals(
     """
     with _opened(model, guide, x, seed) as pair:
         means = {n: pair.first(n, v) for n, v in pair.encode(mean=True).items()}
-        site = site or next(iter(means), None)
-        if site not in means:
-            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        site = pair.vector(means, site)
         start = means[site]
-        if pair.s.event_dims[site] != 1 or not start.is_floating_point():
-            shape = list(start.shape)
-            raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {shape}")
         size = start.shape[-1]
         wanted = list(range(size)) if dims is None else list(dims)
         if any(not 0 <= d < size for d in wanted):
@@ -135,6 +130,68 @@ def traversals(
         return out.reshape(len(wanted), len(values), *out.shape[1:])
 
 
+def attribute_vector(
+    model: Pair, guide: Pair, x: Any, attribute: Tensor, *, site: str | None = None, seed: int = 0
+) -> Tensor:
+    """How a latent's posterior mean goes with an attribute of the data, [latent]: cov(E_q[z | x], a) / var(a).
+
+    The slope of least squares, in units of z for one unit of the attribute; of a yes-or-no attribute it is the mean of
+    z with it minus the mean without. Attributes that go together in the data go together in their vectors.
+
+    Args:
+        attribute: [N], numbers or bools.
+        site: the latent; the first of the guide by default.
+
+    Raises UsageError for an attribute that is not one finite number a datum or that does not vary.
+    Source: Larsen et al. 2016 (arXiv 1512.09300); White 2016 (arXiv 1609.04468).
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2), torch.randn(4, 3)
+    >>> attribute_vector(pair.model, pair.guide, x, x[:, 0] > 0).shape
+    torch.Size([2])
+    """
+    with _opened(model, guide, x, seed) as pair:
+        means = pair.encode(mean=True)
+        z = means[pair.vector(means, site)]
+    a = attribute.as_subclass(Tensor).to(z)
+    if z.shape[:-1] != a.shape or not bool(torch.isfinite(a).all()):
+        raise UsageError(f"attribute: expected {len(z)} finite numbers, one a datum, found shape {list(a.shape)}")
+    a = a - a.mean()
+    if not bool(a.square().sum() > 0):
+        raise UsageError("attribute: expected values that vary over the data, found one value for all")
+    return a @ (z - z.mean(0)) / a.square().sum()
+
+
+def moved(
+    model: Pair,
+    guide: Pair,
+    x: Any,
+    direction: Tensor,
+    amounts: Sequence[float] = (-1.0, 0.0, 1.0),
+    *,
+    site: str | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Means of p(x | z) with each datum's posterior mean moved by amounts of a direction, [N, amounts, *event].
+
+    Args:
+        direction: [latent], such as an `attribute_vector`.
+        site: the latent to move; the first of the guide by default. Other latents stay at their posterior means.
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair = LinearGaussian(3, 2)
+    >>> moved(pair.model, pair.guide, torch.zeros(4, 3), torch.ones(2)).shape
+    torch.Size([4, 3, 3])
+    """
+    with _opened(model, guide, x, seed) as pair:
+        means = pair.encode(mean=True)
+        site = pair.vector(means, site)
+        if direction.shape != means[site].shape[-1:]:
+            raise UsageError(f"direction: expected {list(means[site].shape[-1:])}, found {list(direction.shape)}")
+        step = direction.to(means[site])
+        return torch.stack([pair.decode(means | {site: means[site] + t * step}, pair.batch, True) for t in amounts], 1)
+
+
 class _Opened:
     """A pair ready for evaluation, with the batch it is asked about."""
 
@@ -147,6 +204,16 @@ class _Opened:
             raise UsageError(f"count: expected at least 1, found {count}")
         rows = torch.zeros(count, dtype=torch.long) if first else torch.arange(count) % len(self.batch[0])
         return tuple(t[rows.to(t.device)] for t in self.batch)
+
+    def vector(self, means: Mapping[str, Tensor], site: str | None) -> str:
+        """The latent to walk in, the first by default, which must be a continuous vector."""
+        site = site or next(iter(means), None)
+        if site is None or site not in means:
+            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        if self.s.event_dims[site] != 1 or not means[site].is_floating_point():
+            shape = list(means[site].shape)
+            raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {shape}")
+        return site
 
     def first(self, name: str, value: Tensor, count: int = 1) -> Tensor:
         """The first datum's value of a latent, `count` times; a latent shared by all data as it is."""

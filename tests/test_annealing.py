@@ -14,7 +14,17 @@ from strangers import PAIRS
 
 from ppvae import log_marginal
 from ppvae.errors import CheckpointError, ContractError, UsageError
-from ppvae.evaluation import Bracket, annealed, annealing, annealing_chains, bdmc, bidirectional, quadrature
+from ppvae.evaluation import (
+    Bracket,
+    annealed,
+    annealing,
+    annealing_chains,
+    bdmc,
+    bidirectional,
+    points,
+    quadrature,
+    unconstrained,
+)  # fmt: skip
 from ppvae.evaluation.annealing_schedule import equal_ess, named
 from ppvae.models import LinearGaussian
 
@@ -685,3 +695,35 @@ def test_settings_that_cannot_be_used_are_named(settings, words):
 def test_the_prior_of_enumerated_sites_is_refused():
     with pytest.raises(UsageError, match="start='prior'"):
         annealed(*registered("enumerated_model"), start="prior", **SHORT)
+
+
+def test_chains_on_a_compiled_graph_are_those_of_the_pair(monkeypatch, caplog):
+    pair, x = LinearGaussian(3, 2).double(), torch.randn(110, 3, dtype=torch.float64)  # blocks of 50, 50 and 10
+    plain = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
+    monkeypatch.setattr(points, "MANY", 1)
+    runs: list[int] = []
+    real = unconstrained.Unconstrained.point
+    monkeypatch.setattr(unconstrained.Unconstrained, "point", lambda self, u: runs.append(1) or real(self, u))
+    fast = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
+    assert torch.allclose(fast.log_px, plain.log_px, atol=1e-9)
+    assert torch.allclose(fast.diagnostics["acceptance"], plain.diagnostics["acceptance"], atol=1e-9)
+    assert len(runs) == 8  # to capture and to check, for pilot and chains, of blocks of two sizes
+    assert not [r for r in caplog.records if r.name == "ppvae"]
+    slow = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2, compile=False)
+    assert torch.equal(slow.log_px, plain.log_px)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_strangers_anneal_on_a_graph_or_say_why(name, monkeypatch, caplog):
+    model, guide, batch = PAIRS[name]()
+    settings = {"num_temperatures": 5, "num_chains": 2, "num_leapfrog": 2, "progress": False}
+    data = batch if len(batch) > 1 else batch[0]
+    try:
+        plain = annealed(model, guide, data, **settings)
+    except (ContractError, UsageError):
+        pytest.skip("cannot be annealed")
+    monkeypatch.setattr(points, "MANY", 1)
+    fast = annealed(model, guide, data, **settings)
+    assert (fast.log_px - plain.log_px).abs().median() < 1e-3 * (1 + plain.log_px.abs().median())
+    assert len([r for r in caplog.records if "compiled graph" in r.message]) <= 1

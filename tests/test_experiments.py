@@ -11,10 +11,7 @@ import pytest
 
 from experiments import cells, readme
 
-NAMES = (
-    "likelihoods", "parts", "iwae", "counts", "tables", "gaps", "gradients", "discrete", "semi_supervised", "hierarchy",
-    "vdvae", "clusters",
-)  # fmt: skip
+NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - {"__init__", "cells", "readme"})
 
 
 @pytest.mark.slow
@@ -85,3 +82,19 @@ def test_the_readme_is_that_of_its_results():
     if not any(cells.RESULTS.glob("*/*.json")):
         pytest.skip("no results are there")
     assert (Path(readme.__file__).parent / "README.md").read_text() == readme.text()
+
+
+def test_shards_fill_one_table(tmp_path, monkeypatch, capsys):
+    from experiments import parts
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    small = ["--data", "digits", "--latent", "2", "--hidden", "8", "--epochs", "1", "--num-test", "20"]
+    args = [*small, "--particles", "25", "--priors", "StandardNormal", "--posteriors", "DiagonalNormal"]
+    for shard, there in (("2/2", 1), ("1/2", 3), ("2/2", 3)):
+        parts.main([*args, "--seeds", "0", "1", "2", "--shard", shard])
+        assert len(list((tmp_path / "results" / "parts").glob("*.json"))) == there
+    said = capsys.readouterr().out
+    assert said.count("parts StandardNormal") == 3  # each cell was computed once
+    with pytest.raises(SystemExit, match=r"--shard: expected I/N with I from 1 to N, found '3/2'"):
+        parts.main(["--shard", "3/2"])

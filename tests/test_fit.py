@@ -23,6 +23,7 @@ from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, DataError, PpvaeError, TrainingError, UsageError
 from ppvae.models import LinearGaussian
 from ppvae.training.pairs import resolve
+from ppvae.training.stepping import Stepper
 
 PAIRS = Path(__file__).parent / "pairs"
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -962,7 +963,8 @@ def test_what_a_run_folder_holds(tmp_path):
     assert config["epochs"] == 3
     assert config["fit"] | {"digest": ""} == {
         "objective": "Trace_ELBO", "optimizer": "Adam(lr=0.001)", "scheduler": None, "batch_size": 100, "seed": 0,
-        "clip": 5.0, "patience": None, "num_data": 120, "data": "", "digest": "", "valid": data.digest(x),
+        "clip": 5.0, "precision": "float32", "rows": 20_000, "patience": None,
+        "num_data": 120, "data": "", "digest": "", "valid": data.digest(x),
     }  # fmt: skip
     assert config["fit"]["digest"] == data.digest(x)
     assert set(config["versions"]) >= {"ppvae", "torch", "pyro", "numpy", "python"}
@@ -1115,3 +1117,32 @@ def test_progress_shows_nats_per_datum(capsys):
     assert "loss" in shown
     fit(oracle.model, oracle.guide, gaussian_data(), epochs=1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_steps_whose_numbers_are_read_at_the_end_of_an_epoch_are_the_same(monkeypatch, clip):
+    found = []
+    for reads in (True, False):
+        monkeypatch.setattr(Stepper, "reads", reads)
+        pair = small_vae()
+        run = fit(pair.model, pair.guide, torch.eye(64)[:12], epochs=2, batch_size=4, clip=clip)
+        found.append([p.detach() for p in pair.parameters()])
+        assert math.isfinite(run.metrics["grad_norm"])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_a_loss_that_is_read_late_puts_the_parameters_back_to_the_epoch_before(monkeypatch):
+    monkeypatch.setattr(Stepper, "reads", False)
+    pair, x = small_vae(), torch.eye(64)[:12]
+    kept = []
+
+    def note(run, metrics):
+        kept.append([p.detach().clone() for p in pair.parameters()])
+        if metrics["epoch"] == 2:
+            pair.likelihood.net[0].register_forward_hook(lambda *args: torch.full_like(args[-1], torch.nan))
+
+    with pytest.raises(TrainingError, match=r"step 7 \(epoch 3\): the loss is nan; the parameters are put back"):
+        fit(pair.model, pair.guide, x, epochs=4, batch_size=4, callbacks=[note])
+    for a, b in zip(kept[1], pair.parameters(), strict=True):
+        assert torch.equal(a, b)

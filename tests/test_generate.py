@@ -152,6 +152,28 @@ def test_a_traversal_to_where_it_is_changes_nothing(x):
         assert torch.allclose(found[0, 0], decoded(oracle, mean), atol=1e-10)
 
 
+def test_an_attribute_vector_is_the_slope_of_the_means(x):
+    """Of a yes-or-no attribute the difference of two means; of a number, the truth where the means are linear in it."""
+    oracle = linear()
+    means, has = oracle.posterior(x).loc.detach(), torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool()
+    found = generate.attribute_vector(oracle.model, oracle.guide, x, has)
+    assert torch.allclose(found, means[has].mean(0) - means[~has].mean(0), atol=1e-12)
+    slope, a = torch.linspace(-1, 2, 5).double(), torch.tensor([0.0, 3, 1, -2, 5, 2, 2])
+    line = torch.ones(5).double() + a[:, None] * slope
+    want = oracle.posterior((oracle.loc.detach() + slope)[None]).loc[0].detach()  # linear in x - loc
+    assert torch.allclose(generate.attribute_vector(oracle.model, oracle.guide, line, a), want, atol=1e-10)
+
+
+def test_moved_data_are_the_means_at_moved_latents(x):
+    oracle, amounts = linear(), (-1.0, 0.0, 2.5)
+    direction = torch.tensor([1.0, -2.0, 0.5]).double()
+    found = generate.moved(oracle.model, oracle.guide, x, direction, amounts)
+    assert found.shape == (7, 3, 5)
+    for i, t in enumerate(amounts):
+        want = decoded(oracle, oracle.posterior(x).loc.detach() + t * direction)
+        assert torch.allclose(found[:, i], want, atol=1e-10)
+
+
 # Laws over strangers
 
 
@@ -234,6 +256,16 @@ def test_a_traversal_of_a_stranger_to_where_it_is_changes_nothing(stranger):
         for d in range(mean.shape[-1]):
             found = generate.traversals(model, guide, x, site=site, dims=[d], values=[float(mean[0, d])])
             assert torch.allclose(found[0, 0], still, atol=1e-5)
+
+
+def test_strangers_are_moved_along_the_vector_of_an_attribute(stranger):
+    model, guide, x, event = stranger
+    site, mean = next(iter(generate.posterior_means(model, guide, x).items()))
+    vector = generate.attribute_vector(model, guide, x, torch.arange(6) % 2 == 0, site=site)
+    assert torch.allclose(vector, mean[::2].mean(0) - mean[1::2].mean(0), atol=1e-5)
+    found = generate.moved(model, guide, x, vector, (0.0, 1.0), site=site)
+    assert found.shape == (6, 2, *event)
+    assert torch.allclose(found[:, 0], generate.interpolations(model, guide, x, x, steps=2)[0], atol=1e-5)
 
 
 def test_the_seed_decides(stranger):
@@ -493,6 +525,11 @@ def test_what_makes_no_sense_is_refused(x):
         (lambda: generate.traversals(oracle.model, oracle.guide, x, site="y"), "'z'.*'y'"),
         (lambda: generate.traversals(oracle.model, oracle.guide, x, dims=[3]), "below 3.*3"),
         (lambda: generate.traversals(oracle.model, oracle.guide, x, dims=[-1]), "below 3.*-1"),
+        (lambda: generate.attribute_vector(oracle.model, oracle.guide, x, x[:3, 0]), "attribute.*7.*3"),
+        (lambda: generate.attribute_vector(oracle.model, oracle.guide, x, x[:, 0] / 0), "attribute.*finite"),
+        (lambda: generate.attribute_vector(oracle.model, oracle.guide, x, torch.ones(7)), "attribute.*vary"),
+        (lambda: generate.moved(oracle.model, oracle.guide, x, torch.ones(2)), "direction.*3.*2"),
+        (lambda: generate.moved(oracle.model, oracle.guide, x, torch.ones(3), site="y"), "'z'.*'y'"),
     ):
         with pytest.raises(UsageError, match=words):
             use()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +13,37 @@ import torch
 from test_capture import check_same
 from torch import Tensor
 
-from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.contract import inspect
 from ppvae.models import (
     Block,
     ConditionalVAE,
+    CountVAE,
     DeepMarkovModel,
     DeepMixture,
     GaussianMixture,
+    GaussianProcessVAE,
     HierarchicalVAE,
     LadderVAE,
     LinearGaussian,
     MultimodalVAE,
+    QuantizedVAE,
     SemiSupervisedVAE,
+    TableVAE,
     TopDownVAE,
+    TopicModel,
+    mixture_of_experts,
+    product_of_experts,
+    smoothed,
+    stepwise,
     very_deep_vae,
 )
 
 Batch = tuple[Tensor, ...]
+
+
+ELBO = functools.partial(objectives.ELBO, 2)
+VIMCO = functools.partial(objectives.IWAE, 3, gradient="vimco")
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class Case:
     make: Callable[[], Any]
     data: Callable[[], Batch]
     words: str  # what `check` says of it
+    objective: Callable[[], Any] = ELBO
 
     def pair(self) -> tuple[Any, Any, Batch]:
         """(model, guide, batch) in float64, the same each time."""
@@ -124,14 +139,60 @@ def deep_markov() -> DeepMarkovModel:
     return DeepMarkovModel(2, normal(2), emission, encoder, normal(2 + 4))
 
 
+def with_gaps() -> Batch:
+    x = real(18, 3)[0].reshape(6, 3, 3)
+    x[0, 2:] = x[3, 0] = x[4, :2] = torch.nan
+    return (data.with_missing(x),)
+
+
+def gaussian_process(steps: Any) -> GaussianProcessVAE:
+    likelihood = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
+    return GaussianProcessVAE(priors.GaussianProcess(2, 1.5), likelihood, normal(3), steps)
+
+
 def modalities() -> Batch:
     present = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 1], [1, 0]]).bool()
     return (*binary(), *real(6, 3), present)
 
 
-def multimodal() -> MultimodalVAE:
+def multimodal(experts: Any) -> MultimodalVAE:
     second = likelihoods.Normal(nn.mlp(2, 3, hidden=(5,)))
-    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)])
+    return MultimodalVAE(priors.StandardNormal(2), [bits(2), second], [normal(4), normal(3)], experts)
+
+
+def quantized(prior: Any, **options: Any) -> QuantizedVAE:
+    encoder = nn.mlp(4, 2 * 3, hidden=(5,))
+    return QuantizedVAE(prior, bits(2 * 3), encoder, nn.Codebook(3, 3), **options)
+
+
+def quantized_relaxed() -> QuantizedVAE:
+    return quantized(priors.OneHot(3, 2, learned=True), posterior=posteriors.RelaxedOneHot)
+
+
+def counted(rows: int = 6, features: int = 4) -> Batch:
+    x = torch.poisson(3 + 0 * real(rows, features)[0], generator=torch.Generator().manual_seed(2))
+    x[:, 0] += 1
+    return (x,)
+
+
+def topics(prior: Any, posterior: Any) -> TopicModel:
+    return TopicModel(prior, nn.Topics(3, 4), posterior)
+
+
+def in_batches() -> Batch:
+    return (*counted(), torch.tensor([0, 1, 1, 0, 1, 0]))
+
+
+def counts(latent_library: bool) -> CountVAE:
+    net = nn.mlp(2 + 2, 2 * 4, hidden=(5,))
+    likelihood = likelihoods.ZeroInflatedNegativeBinomial(net, concentration=(4,), library=True)
+    library = (priors.ConditionalNormal.of_labels(2, latent=1), normal(4 + 2, 1)) if latent_library else ()
+    return CountVAE(priors.StandardNormal(2), likelihood, normal(4 + 2), 2, *library)
+
+
+def mixed() -> Batch:
+    x = torch.stack([real(6, 1)[0][:, 0], counted()[0][:, 0], *binary(6, 1)[0].T, torch.arange(6) % 3.0], -1)
+    return (x,)
 
 
 MODELS = {
@@ -149,9 +210,41 @@ MODELS = {
     "top-down VAE": Case(top_down, binary, "guide site 'z3': latent, Normal"),
     "VDVAE": Case(very_deep, images, "guide site 'z1': latent, Normal over event [32]"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
-    "multimodal VAE": Case(multimodal, modalities, "model site 'x2': observed, Normal"),
+    "topics, logistic-normal": Case(
+        lambda: topics(priors.LogisticNormal(3), posteriors.LogisticNormal(nn.mlp(4, 6, hidden=(5,)))),
+        counted, "model site 'theta': latent, LogisticNormalVector over event [3]",
+    ),
+    "topics, Dirichlet": Case(
+        lambda: topics(priors.Dirichlet(3, learned=True), posteriors.Dirichlet(nn.mlp(4, 3, hidden=(5,)), floor=0.1)),
+        counted, "model site 'theta': latent, DirichletVector over event [3]",
+    ),
+    "counts of a library size": Case(
+        lambda: counts(False), lambda: (*in_batches(), torch.linspace(10.0, 20.0, 6).double()),
+        "model site 'x': observed, ZeroInflated",
+    ),
+    "counts": Case(lambda: counts(True), in_batches, "guide site 'log_library': latent"),
+    "Gaussian process VAE": Case(
+        lambda: gaussian_process(smoothed), with_gaps, "guide site 'z': latent, ProcessVector"
+    ),
+    "Gaussian process VAE, stepwise": Case(
+        lambda: gaussian_process(stepwise), with_gaps, "guide site 'z': latent, ProcessVector"
+    ),
+    "multimodal VAE, product of experts": Case(
+        lambda: multimodal(product_of_experts), modalities, "model site 'x2': observed, Normal"
+    ),
+    "multimodal VAE, mixture of experts": Case(
+        lambda: multimodal(mixture_of_experts), modalities, "guide site 'z': latent, NormalMixture"
+    ),
+    "quantised VAE": Case(
+        lambda: quantized(priors.AutoregressiveOneHot(3, 2)), binary, "site 'z': latent, OneHotVector", VIMCO
+    ),
+    "quantised VAE, relaxed": Case(quantized_relaxed, binary, "site 'z': latent, Concrete"),
+    "table": Case(
+        lambda: TableVAE(["real", "count", "binary", ("categorical", 3)], latent=2, hidden=(5,)), mixed,
+        "model site 'x': observed, Columns over event [4]",
+    ),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +268,7 @@ def test_check_says_what_it_is_and_particles_are_vectorised(case):
 
 def test_every_parameter_is_trained(case):
     model, guide, batch = case.pair()
-    run = fit(model, guide, batch, valid=batch, objective=objectives.ELBO(2), epochs=2, batch_size=4, progress=False)
+    run = fit(model, guide, batch, valid=batch, objective=case.objective(), epochs=2, batch_size=4, progress=False)
     assert torch.tensor([run.metrics["loss"], run.metrics["valid_elbo"]]).isfinite().all()
     for name, p in model.__self__.named_parameters():
         assert p.grad is not None, name
@@ -194,7 +287,7 @@ def test_log_px_is_estimated_and_samples_are_like_the_data(case):
 
 
 def test_captured_steps_are_its_own_to_the_last_bit(case, caplog):
-    check_same(case.pair, objectives.ELBO, caplog)
+    check_same(case.pair, case.objective, caplog)
 
 
 def test_a_permuted_batch_has_permuted_weights(case):

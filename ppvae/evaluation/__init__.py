@@ -12,9 +12,10 @@ from ppvae.evaluation.loading import load_estimate
 from ppvae.evaluation.marginal import log_marginal
 from ppvae.evaluation.representation import Representation, representation
 from ppvae.evaluation.tightness import looseness
+from ppvae.evaluation.topics import coherence, perplexity
 
 __all__ = [
     "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Quadrature", "Representation",
-    "annealed", "bdmc", "calibration", "compare", "gaps", "impute", "load_estimate", "log_marginal", "looseness",
-    "quadrature", "representation",
+    "annealed", "bdmc", "calibration", "coherence", "compare", "gaps", "impute", "load_estimate", "log_marginal",
+    "looseness", "perplexity", "quadrature", "representation",
 ]  # fmt: skip

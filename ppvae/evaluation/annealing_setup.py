@@ -17,6 +17,7 @@ from ppvae.evaluation.annealing_chains import PILOT_CHAINS, Kernel, Plan, pilot
 from ppvae.evaluation.annealing_schedule import at_betas, equal_ess, named
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, device_of, inspected, stream
 from ppvae.evaluation.finished import Finished
+from ppvae.evaluation.points import Points
 from ppvae.evaluation.unconstrained import Unconstrained, prior_of
 from ppvae.inference.evaluating import evaluating, modules_called
 from ppvae.inference.scope import bound
@@ -42,6 +43,7 @@ class Settings:
     seed: int
     rows: int | None
     resample: float = 0.0
+    compile: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_temperatures", "num_leapfrog"):
@@ -90,6 +92,7 @@ class Session:
     device: torch.device
     settings: Settings
     modules: Sequence[torch.nn.Module]
+    points: Points
 
     @property
     def blocks(self) -> int:
@@ -108,7 +111,9 @@ class Session:
         rows = self.settings.rows or DATA_BLOCK * PARTICLE_BLOCK
         guide = amortised(self.guide, block.batch, self.s, block.index)
         prior, cached = self.settings.start == "prior", guide is not self.guide
-        density = Unconstrained(self.model, guide, block.batch, self.s, block.index, rows, prior, cached)
+        density = Unconstrained(
+            self.model, guide, block.batch, self.s, block.index, rows, prior, cached, self.guide, self.points
+        )
         if block.number == 0:
             density.check_steady()
         block._check(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
@@ -166,7 +171,9 @@ def session(
             guide = prior_of(model, s.guide_roles)
             s, size = inspected(model, guide, columns, place)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
-            yield Session(model, guide, s, columns, size, place, settings, modules)
+            runs = -(-len(columns[0]) // size) * (1 + len(settings.chain_blocks))
+            points = Points(runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0)
+            yield Session(model, guide, s, columns, size, place, settings, modules, points)
 
 
 class Bar:

@@ -103,6 +103,7 @@ def bdmc(
     assemble: Assemble | None = None,
     directory: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
+    compile: bool = True,
     progress: bool | None = None,
 ) -> Bracket:
     """Bidirectional Monte Carlo: brackets log p(x) on data simulated from the model, to certify `annealed`'s settings.
@@ -134,7 +135,8 @@ def bdmc(
     (True, True)
     """
     settings = Settings(
-        num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows
+        num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows,
+        compile=compile,
     )  # fmt: skip
     with shared() as shares:
         columns = columns_of(data, seed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,6 +15,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
+from ppvae.evaluation.points import Points
 from ppvae.evaluation.tempered import Point, joined
 from ppvae.inference.particles import over_inner_plates, particle_dim
 from ppvae.inference.structure import Structure, undisturbed
@@ -65,6 +68,8 @@ class Unconstrained:
         rows: the most (chain, datum) rows that go through the pair at once.
         prior: the guide is the model's prior, which is then not run again.
         cached: the guide is `amortised`: its one distribution is the same at every step.
+        whole: the guide that is run for every state where a graph is captured, in which nothing may be cached.
+        points: what gives densities and gradients; by default `point` itself.
 
     Raises:
         ContractError: a latent that is discrete, or whose support has no transform, by the site's name.
@@ -80,9 +85,12 @@ class Unconstrained:
         rows: int,
         prior: bool,
         cached: bool = False,
+        whole: Pair | None = None,
+        points: Points | None = None,
     ):
         self.model, self.guide, self.batch, self.s, self.index = model, guide, batch, s, index
         self.rows, self.prior, self.cached = rows, prior, cached
+        self._whole, self._points = whole, points
         with undisturbed(), torch.no_grad():
             self._sites = draw(guide, batch, 2, structure=s, index=index)
             nodes = self._nodes = self._traced()
@@ -270,9 +278,22 @@ class Unconstrained:
     def __call__(self, u: Tensor) -> Point:
         """Densities and gradients, a few chains at a time; no parameter gets a gradient."""
         with torch.enable_grad(), constant(self.s.params.values()):
-            return joined([self._point(part) for part in u.split(self._step)])
+            at = self.point if self._points is None else partial(self._points, self)
+            return joined([at(part) for part in u.split(self._step)])
 
-    def _point(self, u: Tensor) -> Point:
+    @property
+    def capturable(self) -> bool:
+        """Whether a graph of `point` would serve other blocks of data of the same shape, too."""
+        return self.active is None and self.index is None and not self.s.joint
+
+    def run_whole(self) -> Unconstrained:
+        """The same densities, with nothing in them that was computed before."""
+        other = copy(self)
+        other.guide, other.prior, other.cached = self._whole or self.guide, False, False
+        return other
+
+    def point(self, u: Tensor) -> Point:
+        """Densities and gradients of a state [chains, batch, dims], by a run of the pair."""
         u = u.detach().requires_grad_()
         log_start, log_joint = self.densities(u)
         (grad_start,) = torch.autograd.grad(log_start.sum(), u, retain_graph=True, materialize_grads=True)

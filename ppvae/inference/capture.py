@@ -18,6 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from ppvae.inference.graphs import Graph, Uncapturable, capture
+from ppvae.inference.precision import layers_in
 from ppvae.inference.scope import unbound
 from ppvae.inference.snapshot import Snapshot
 from ppvae.inference.watching import Watch
@@ -79,8 +80,8 @@ class Captured:
         if getattr(svi.loss, "follows", False):
             self._refuse("its objective follows the steps, by a schedule or a baseline that learns")
 
-    def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """Leaves the loss's gradients in `.grad` of the parameters, which have none, and returns the loss."""
+    def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
+        """Leaves the loss's gradients in `.grad` of the parameters, which have none; the loss, unread from a graph."""
         key = None if self.refusal or kwargs or _PYRO_STACK else _kind(args)
         if key is None:
             if not (self.refusal or self._told):
@@ -116,7 +117,7 @@ class Captured:
         self._graphs.clear()
         self.refusal, self.kernels = why, "eager"
 
-    def _make(self, key: Any, args: tuple[Tensor, ...]) -> float:
+    def _make(self, key: Any, args: tuple[Tensor, ...]) -> float | Tensor:
         """One step, eagerly; then the graph of it, which must give the same, and perhaps its compiled form."""
         svi, first = self.svi, self._first
         self._first = False
@@ -135,7 +136,8 @@ class Captured:
             watch.also("parameter", functools.partial(_stored, names), names + names)
             params: list[Tensor] = []
             before.restore()
-            with staying_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad():
+            rounded = layers_in(svi.precision)
+            with staying_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad(), rounded:
                 graph = capture(lambda: _loss_and_gradients(svi, args, params), svi.params, args)
             if what := watch.changed():
                 raise Uncapturable(f"it changes {what} as it runs")
@@ -159,11 +161,11 @@ class Captured:
         before.restore()
         return self._taken(kept, args)
 
-    def _taken(self, kept: _Kept, args: tuple[Tensor, ...]) -> float:
+    def _taken(self, kept: _Kept, args: tuple[Tensor, ...]) -> Tensor:
         _set(self.svi.params, [None] * len(self.svi.params))
         return _put(kept, kept.graph(*args))
 
-    def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float:
+    def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float | Tensor:
         """One step from the graph, having compared it with the pair's own."""
         before = Snapshot(args[0].device)
         try:
@@ -200,8 +202,9 @@ class Captured:
         pairs = [(torch.as_tensor(loss), out[0]), *zip((own[id(p)] for p in kept.params), out[1:], strict=True)]
         pairs += list(zip(after[1], now[1], strict=True))
         largest = max((float(g.abs().max()) for g in own.values() if g.numel()), default=0.0)
+        single = 2**-6 if self.svi.precision == "bf16" else 1e-3  # bfloat16 has steps of 2^-8
         for a, b in pairs:
-            exact = 1e-7 if b.dtype == torch.float64 and a.dtype == torch.float64 else 1e-3
+            exact = 1e-7 if b.dtype == torch.float64 and a.dtype == torch.float64 else single
             a, b = a.to(b.device).double(), b.double()
             near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
             if not bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all()):
@@ -256,9 +259,9 @@ def _stored(names: Sequence[str]) -> tuple[Any, ...]:
     return (*map(store._params.get, names), *map(store._constraints.get, names))
 
 
-def _put(kept: _Kept, out: Sequence[Tensor]) -> float:
+def _put(kept: _Kept, out: Sequence[Tensor]) -> Tensor:
     _set(kept.params, out[1:])
-    return out[0].item()
+    return out[0]
 
 
 def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

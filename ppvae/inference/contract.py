@@ -61,6 +61,8 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
                     raise
                 with pyro.validation_enabled(False):  # a datum whose parameters are NaN is flagged, not refused
                     model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
+    except DataError:  # what the pair itself says of its data
+        raise
     except Exception as error:
         missing = failed_on_gaps(model, guide, batch)
         if missing is None and isinstance(error, PpvaeError):

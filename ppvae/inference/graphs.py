@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -12,7 +10,8 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppvae.inference.products import Choices, take_the_faster
+from ppvae.inference.lowering import lowered
+from ppvae.inference.products import Choices
 from ppvae.inference.tracing import unread
 
 
@@ -55,9 +54,18 @@ class Graph:
         new._forward = compiled(self.module, [*self.held, *args], choices)
         return new
 
-    def divided(self) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """(what does not depend on noise, as a function of the inputs; the rest, as a function of what that gives)."""
-        noisy: set[fx.Node] = set()
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn."""
+        return any(_random(node) for node in self.module.graph.nodes)
+
+    def divided(self, *varying: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(what depends neither on noise nor on the arguments `varying`, of the others; the rest, of what that gives).
+
+        The rest is a function of (*what the first gives, *varying arguments).
+        """
+        places_of = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        noisy = {places_of[len(self.held) + i] for i in varying}
         for node in self.module.graph.nodes:
             if _random(node) or node.target in _EMPTY or any(n in noisy for n in node.all_input_nodes):
                 noisy.add(node)
@@ -83,43 +91,8 @@ class Graph:
 
 def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as `Graph.compiled` says."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
     noise, rest = _without_noise(module)
-    draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
-    take_the_faster(rest, choices)
-    _plain_bias(rest)
-    name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
-    options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
-    inputs = [t.detach() for t in inputs]
-    with _quiet(), torch.no_grad(), config.patch(options):
-        drawn = list(draw(*inputs))
-        call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
-        call(*drawn, *inputs)  # compiles now
-    return lambda *tensors: call(*draw(*tensors), *tensors)
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """What operations inductor is to take apart, and how: its own, and log1p, in softplus and log-sigmoid too."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    return {**select_decomp_table(), torch.ops.aten.log1p.default: log1p_by_log}
-
-
-def log1p_by_log(x: Tensor) -> Tensor:
-    """log(1 + x) to a few units in the last place, from the logarithm alone, which is vectorised seven times faster.
-
-    With u = 1 + x as rounded, log(u) x / (u - 1) (Hewlett-Packard's HP-15C handbook, 1982; Goldberg 1991, theorem 4).
-
-    >>> log1p_by_log(torch.tensor([-1.0, 0.0, 1e-12, 1.0, torch.inf])).tolist()
-    [-inf, 0.0, 9.999999960041972e-13, 0.6931471824645996, inf]
-    """
-    if x.device.type != "cpu" or not x.is_floating_point():
-        return NotImplemented
-    rounded = 1 + x
-    off, log = rounded - 1, rounded.log()
-    return torch.where(off == 0, x, torch.where(rounded == torch.inf, log, log * (x / off)))
+    return lowered(noise, rest, inputs, choices)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
@@ -225,24 +198,6 @@ def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModu
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default)
 
 
-def _plain_bias(module: fx.GraphModule) -> None:
-    """Adds the bias of a product on the CPU after it, where it melts into what follows instead of filling memory."""
-    aten = torch.ops.aten
-    for node in list(module.graph.nodes):
-        if node.target is not aten.addmm.default or node.kwargs:
-            continue
-        bias, a, b = node.args
-        meta = bias.meta.get("tensor_meta")
-        if meta is None or len(meta.shape) != 1 or bias.meta["val"].device.type != "cpu":
-            continue
-        with module.graph.inserting_before(node):
-            product = module.graph.call_function(aten.mm.default, (a, b))
-            total = module.graph.call_function(aten.add.Tensor, (product, bias))
-        node.replace_all_uses_with(total)
-        module.graph.erase_node(node)
-    module.recompile()
-
-
 class _Static(TorchDispatchMode):
     """Refuses operations whose output's shape depends on values, and knows which values are the same at every run.
 
@@ -315,15 +270,3 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
         raise Uncapturable("one_hot without num_classes reads values")
     hot = torch.zeros(*tensor.shape, num_classes, dtype=torch.long, device=tensor.device)
     return hot.scatter(-1, tensor.unsqueeze(-1), 1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps a remark about a missing CUDA runtime from being made while code for the CPU is compiled."""
-    log = logging.getLogger("torch.utils.cpp_extension")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ppvae.inference.precision import layers_in
 from ppvae.inference.tracing import Pair
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class SVI:
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.optimizer: torch.optim.Optimizer | None = None
         self.params: list[Tensor] = []
+        self.precision = "float32"  # of products inside networks, as `precision.layers_in` has it; set before a step
         self.products: dict[str, bool] = {}  # which kinds of matrix products oneDNN does in compiled steps
         self._known = -1
         self._captured: Captured | None = None
@@ -77,6 +79,10 @@ class SVI:
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
+        return float(self.unread_gradients(*args, **kwargs))
+
+    def unread_gradients(self, *args: Any, **kwargs: Any) -> float | Tensor:
+        """The same; a loss that a graph has computed stays a tensor, so that nothing waits for a GPU."""
         if self._captured is not None:
             for p in self.params:
                 p.grad = None
@@ -88,8 +94,9 @@ class SVI:
         for p in self.params:
             p.grad = None
         if self._known == len(pyro.get_param_store()):
-            return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        with poutine.trace(param_only=True) as tracer:
+            with layers_in(self.precision):
+                return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        with poutine.trace(param_only=True) as tracer, layers_in(self.precision):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         sites = tracer.get_trace().nodes.values()
         self.take_up(node["value"].unconstrained() for node in sites if node["type"] == "param")

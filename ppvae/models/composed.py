@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.conditional import called, takes_context
-from ppvae.errors import ContractError
+from ppvae.errors import ContractError, DataError
 from ppvae.naming import unique
 
 
@@ -71,3 +71,25 @@ def normal_of(fn: Any, part: str) -> Any:
 def type_of(t: Tensor) -> str:
     """A tensor's type and shape as a message names them."""
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def checked_counts(x: Tensor) -> Tensor:
+    """The counts [batch, D] themselves. No value is read unless one is wrong, so that a step can be captured.
+
+    Raises DataError for a number that is no count, and for a row in which nothing was counted, by the row.
+    """
+    if x.dim() != 2:
+        raise DataError(f"x: expected rows of counts [batch, D], found {list(x.shape)}")
+    counts = (x >= 0) & (x == x.floor())
+    fine, rows = counts.all(-1) & (x.sum(-1) > 0), torch.arange(len(x), device=x.device)
+    try:
+        return x.index_select(0, torch.where(fine, rows, len(x)))  # a row that is wrong is looked for where none is
+    except (IndexError, RuntimeError):
+        if bool(fine.all()):
+            raise
+        row = int((~fine).nonzero()[0])
+        if bool(counts[row].all()):
+            raise DataError(f"x: expected a count in each row, found none at row {row} of the batch") from None
+        column = int((~counts[row]).nonzero()[0])
+        found = f"{x[row, column].item():g} at row {row} of the batch, column {column}"
+        raise DataError(f"x: expected counts 0, 1, 2, ..., found {found}") from None

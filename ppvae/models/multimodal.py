@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
@@ -11,27 +11,72 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from ppvae.distributions.experts import NormalMixture
 from ppvae.errors import DataError
 from ppvae.models.composed import Composed, normal_of
 from ppvae.nn import rows_of
 
+Experts = Callable[[Any, Sequence[Any], Tensor | None], Any]
+
+
+def product_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | None) -> Any:
+    """q(z | x) ~ p(z) prod_m q^m(z | xm) of normals, over the modalities that are present [batch, M].
+
+    Sharper than each expert, and the exact posterior where the experts are exact.
+    Source: Wu and Goodman 2018 (arXiv 1802.05335).
+
+    >>> z = dist.Normal(torch.zeros(1, 2), 1.0)
+    >>> product_of_experts(z, [z, z], torch.tensor([[True, False]])).base_dist.scale
+    tensor([[0.7071, 0.7071]])
+    """
+    prior = normal_of(prior, "prior")
+    precision, weighed = prior.scale**-2, prior.loc * prior.scale**-2
+    for m, expert in enumerate(experts):
+        there = expert.scale**-2
+        if present is not None:
+            there = torch.where(present[:, m].unsqueeze(-1), there, 0.0)
+        precision, weighed = precision + there, weighed + there * expert.loc
+    return dist.Normal(weighed / precision, precision.rsqrt()).to_event(1)
+
+
+def mixture_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | None) -> Any:
+    """q(z | x) = mean_m q^m(z | xm) of normals, over the modalities that are present [batch, M]; the prior is none.
+
+    As wide as its widest expert: each is drawn from as often as the others, and weighed by the density of them all. A
+    draw has a path, though it chooses its expert (`distributions.experts.NormalMixture`), so that any gradient will do.
+    Source: Shi et al. 2019 (arXiv 1911.03393), who take as many draws from each expert.
+
+    >>> z = dist.Normal(torch.zeros(1, 2), 1.0)
+    >>> mixture_of_experts(z, [z, z], None).log_prob(torch.zeros(2)) - z.to_event(1).log_prob(torch.zeros(2))
+    tensor([0.])
+    """
+    loc, scale = (torch.stack([getattr(e, name) for e in experts], -2) for name in ("loc", "scale"))
+    weight = loc.new_zeros(loc.shape[:-1])
+    if present is not None:
+        there = present.unsqueeze(-1)  # what a missing modality's network makes of nothing may be anything
+        loc, scale = torch.where(there, loc, 0.0), torch.where(there, scale, 1.0)
+        weight = torch.where(present, weight, -torch.inf)
+    return NormalMixture(loc, scale, weight)
+
 
 @final
 class MultimodalVAE(Composed):
-    """p(x1 .. xM) = int p(z) prod_m p(xm | z) dz, its guide a product of experts, q(z | x) ~ p(z) prod_m q^m(z | xm).
+    """p(x1 .. xM) = int p(z) prod_m p(xm | z) dz, its guide a product of experts q^m(z | xm), or a mixture of them.
 
-    The products go over the modalities that a datum has, in the model and in the guide: log p(x) is that of those. Data
-    are (x1 [batch, *event1], ..., xM) or, where some are missing, (x1, ..., xM, present [batch, M]), true where a datum
-    has a modality; what stands in the place of a missing one is not looked at. Sites "z", "x1" to "xM".
+    Both go over the modalities that a datum has, in the model and in the guide: log p(x) is that of those. Data are
+    (x1 [batch, *event1], ..., xM) or, where some are missing, (x1, ..., xM, present [batch, M]), true where a datum has
+    a modality; what stands in the place of a missing one is not looked at. Sites "z", "x1" to "xM".
 
     Args:
-        prior: p(z), normal with independent dims, which is an expert, too: `priors.StandardNormal`.
+        prior: p(z), `priors.StandardNormal`; for a product, normal with independent dims.
         likelihoods: p(x1 | z), p(x2 | z), ...
         posteriors: the experts q^1(z | x1), q^2(z | x2), ..., `posteriors.DiagonalNormal`.
+        experts: what q(z | x) is made of them: `product_of_experts`, in which the prior is an expert, too, or
+            `mixture_of_experts`.
 
     Raises ValueError for other numbers of parts; ContractError, by the part, for an expert that is not normal with
     independent dims; DataError for another number of tensors, or a datum with no modality, by its row.
-    Source: Wu and Goodman 2018 (arXiv 1802.05335).
+    Source: Wu and Goodman 2018 (arXiv 1802.05335); Shi et al. 2019 (arXiv 1911.03393).
 
     >>> from ppvae import likelihoods, nn, posteriors, priors
     >>> vae = MultimodalVAE(
@@ -44,12 +89,19 @@ class MultimodalVAE(Composed):
     torch.Size([2, 4])
     """
 
-    def __init__(self, prior: nn.Module, likelihoods: Sequence[nn.Module], posteriors: Sequence[nn.Module]):
+    def __init__(
+        self,
+        prior: nn.Module,
+        likelihoods: Sequence[nn.Module],
+        posteriors: Sequence[nn.Module],
+        experts: Experts = product_of_experts,
+    ):
         super().__init__("multimodal_vae")
         if not 0 < len(likelihoods) == len(posteriors):
             raise ValueError(
                 f"posteriors: expected one for each of {len(likelihoods)} likelihoods, found {len(posteriors)}"
             )
+        self.experts = experts
         self.prior, self.likelihoods, self.posteriors = prior, nn.ModuleList(likelihoods), nn.ModuleList(posteriors)
 
     def model(self, *batch: Tensor) -> None:
@@ -64,16 +116,9 @@ class MultimodalVAE(Composed):
     def guide(self, *batch: Tensor) -> Tensor:
         """q(z | x), of the modalities that are there."""
         data, present = self._split(batch)
-        prior = normal_of(self._call("prior"), "prior")
-        precision, weighed = prior.scale**-2, prior.loc * prior.scale**-2
-        for m, x in enumerate(data):
-            expert = normal_of(self._call(f"posteriors.{m}", x), f"posteriors.{m}")
-            there = expert.scale**-2
-            if present is not None:
-                there = torch.where(present[:, m].unsqueeze(-1), there, 0.0)
-            precision, weighed = precision + there, weighed + there * expert.loc
+        found = [normal_of(self._call(f"posteriors.{m}", x), f"posteriors.{m}") for m, x in enumerate(data)]
         with pyro.plate("data", len(data[0])):
-            return pyro.sample("z", dist.Normal(weighed / precision, precision.rsqrt()).to_event(1))
+            return pyro.sample("z", self.experts(self._call("prior"), found, present))
 
     def _split(self, batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
         """The modalities, and which of them each datum has."""

@@ -69,6 +69,17 @@ def glorot(network: Network) -> Network:
     return network
 
 
+class Log1p(nn.Module):
+    """log(1 + x), so that a network sees large counts and small ones.
+
+    >>> Log1p()(torch.tensor([0.0, 99.0])).round()
+    tensor([0., 5.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log1p()
+
+
 class Missing(nn.Module):
     """Lets a network take rows with gaps (NaN): [..., D] -> net([..., 2 D]), values with 0 in gaps, then 1 where known.
 

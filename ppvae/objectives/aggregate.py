@@ -20,6 +20,8 @@ from ppvae.objectives.elbo import Rated, apart, parted, rate
 class Aggregate(Rated):
     """An ELBO with terms of the batch as a whole, which ask more of the pair than its terms."""
 
+    separate = False
+
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
         what = type(self).__name__

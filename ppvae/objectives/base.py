@@ -49,6 +49,7 @@ class Objective(PyroELBO):
         gradient: an estimator of the gradient, or its name: "pathwise", "stl", "dreg", "gdreg", "score", "vimco".
     """
 
+    separate = True  # whether a datum's bound depends on no other datum, so that a batch can be cut
     sticks = False  # whether leaving out the guide's score (STL) leaves the gradient unbiased
 
     def __init__(self, num_particles: int, gradient: str | Gradient = "pathwise"):

@@ -39,7 +39,7 @@ class Plus(Objective):
     def __init__(self, bound: Objective, term: Callable[..., Tensor], weight: float = 1.0):
         if not isinstance(bound, Objective):
             raise UsageError(f"bound: expected an objective of ppvae, found {type(bound).__name__}")
-        self.of, self.term, self.weight = bound, term, weight
+        self.of, self.term, self.weight, self.separate = bound, term, weight, bound.separate
         super().__init__(bound.num_particles)
         self.gradient = bound.gradient
 

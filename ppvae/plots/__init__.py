@@ -5,6 +5,7 @@ Figures stand alone: nothing here touches pyplot or leaves a setting behind. Nat
 
 from ppvae.plots.calibration import calibration_ranks
 from ppvae.plots.comparing import differences
+from ppvae.plots.density import density_maps, plane
 from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
 from ppvae.plots.images import image_grid
 from ppvae.plots.latents import latent_map
@@ -15,7 +16,7 @@ from ppvae.plots.tightness import bracket, looseness_curve
 from ppvae.plots.training import curves
 
 __all__ = [
-    "DPI", "bound_curve", "bracket", "calibration_ranks", "curves", "diagnosis", "differences", "gap_bars",
-    "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve", "profiles", "rate_distortion",
-    "to_png",
+    "DPI", "bound_curve", "bracket", "calibration_ranks", "curves", "density_maps", "diagnosis", "differences",
+    "gap_bars", "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve", "plane", "profiles",
+    "rate_distortion", "to_png",
 ]  # fmt: skip

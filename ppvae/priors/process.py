@@ -38,7 +38,8 @@ def cauchy(r: Tensor) -> Tensor:
 class ProcessVector(dist.TorchDistribution):
     """Independent Gaussian vectors over T positions, one for each latent dim, interleaved: z [T * latent], time first.
 
-    log p(z) = sum_l log N(z_l; 0, L_l L_l^T), L = `scale_tril` [..., latent, T, T], worked out in float64.
+    log p(z) = sum_l log N(z_l; loc_l, L_l L_l^T), L = `scale_tril` [..., latent, T, T], worked out in float64; `loc` is
+    [..., latent, T], and 0 where None.
 
     >>> ProcessVector(torch.eye(4).expand(2, 4, 4), torch.float32).shape()
     torch.Size([8])
@@ -48,20 +49,28 @@ class ProcessVector(dist.TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, scale_tril: Tensor, dtype: torch.dtype, validate_args: bool | None = None):
+    def __init__(
+        self, scale_tril: Tensor, dtype: torch.dtype, loc: Tensor | None = None, validate_args: bool | None = None
+    ):
         self.scale_tril, self.dtype = scale_tril.double(), dtype
+        self.loc = self.scale_tril.new_zeros(scale_tril.shape[:-1]) if loc is None else loc.double()
         event = torch.Size([scale_tril.shape[-3:-1].numel()])
         super().__init__(scale_tril.shape[:-3], event, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ProcessVector:
-        return expanded(self, batch_shape, scale_tril=3)
+        return expanded(self, batch_shape, scale_tril=3, loc=2)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of each position and dim, [..., T * latent]."""
+        return self.loc.mT.flatten(-2).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        z = value.double().unflatten(-1, self.scale_tril.shape[-2:-4:-1]).mT.unsqueeze(-1)
-        lead = torch.broadcast_shapes(z.shape[:-3], self.batch_shape)
-        z = z.expand(lead + z.shape[-3:])
+        z = value.double().unflatten(-1, self.scale_tril.shape[-2:-4:-1]).mT - self.loc
+        lead = torch.broadcast_shapes(z.shape[:-2], self.batch_shape)
+        z = z.expand(lead + z.shape[-2:]).unsqueeze(-1)
         noise = torch.linalg.solve_triangular(self.scale_tril, z, upper=False).squeeze(-1)
         log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum((-1, -2))
         constant = value.shape[-1] * math.log(2 * math.pi) / 2
@@ -70,7 +79,18 @@ class ProcessVector(dist.TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.scale_tril.shape[:-1]
         noise = torch.randn(shape, dtype=torch.float64, device=self.scale_tril.device)
-        return (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1).mT.flatten(-2).to(self.dtype)
+        z = self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        return z.mT.flatten(-2).to(self.dtype)
+
+
+def root(covariance: Tensor) -> Tensor:
+    """L of L L^T = covariance [..., T, T]; NaN where there is none, so that no value is read and training stops there.
+
+    >>> root(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
+    [2.0, nan]
+    """
+    found, fails = torch.linalg.cholesky_ex(covariance)
+    return torch.where((fails == 0)[..., None, None], found, torch.nan)
 
 
 @final
@@ -122,4 +142,4 @@ class GaussianProcess(nn.Module):
         distances = torch.linalg.vector_norm(places.unsqueeze(-2) - places.unsqueeze(-3), dim=-1)
         scaled = distances.unsqueeze(-3) * (-self.log_lengthscale.double()).exp()[:, None, None]
         noise = self.jitter * torch.eye(places.shape[-2], dtype=scaled.dtype, device=scaled.device)
-        return ProcessVector(torch.linalg.cholesky(self.kernel(scaled) + noise), self.log_lengthscale.dtype)
+        return ProcessVector(root(self.kernel(scaled) + noise), self.log_lengthscale.dtype)

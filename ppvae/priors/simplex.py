@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions import biject_to, transforms
 
 from ppvae.distributions.base import expanded
 
@@ -39,6 +40,14 @@ class Simplices(constraints.Constraint):
 
 
 simplex = Simplices()
+
+
+@biject_to.register(Simplices)
+def _real_coordinates(support: Simplices) -> transforms.Transform:
+    """One simplex from real numbers, for quadrature and annealing, as torch's own simplex has it."""
+    if hasattr(support, "size"):
+        raise NotImplementedError
+    return transforms.StickBreakingTransform()
 
 
 @final

@@ -12,6 +12,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.errors import UsageError
+from ppvae.inference.precision import PRECISIONS
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Pair
 from ppvae.training.describing import described, digest_of
@@ -38,6 +39,8 @@ def fit(
     directory: str | Path | None = None,
     resume: bool = False,
     compile: bool | None = None,
+    precision: str = "float32",
+    rows: int = 20_000,
     clip: float | None = None,
     patience: int | None = None,
     checkpoint_seconds: float = 10.0,
@@ -65,6 +68,12 @@ def fit(
         compile: take steps from a captured and compiled graph (see `ppvae.inference.SVI`); by default where the run is
             long enough for that to pay. What was chosen is kept in run.config["kernels"] and used again by a resumed
             run; as it is measured, two long runs of one seed may differ by rounding, which False excludes.
+        precision: of the products in linear and convolutional layers and their gradients: "float32"; "bf16", which is
+            faster where the processor or GPU has it; "tf32" on a GPU. Densities, parameters and every ELBO that is
+            reported stay in float32.
+        rows: the most (datum, particle) rows that go through the pair at once; a larger batch is cut, and gradients are
+            added up, so that memory does not grow with the number of particles. Not for Pyro's own objectives, those of
+            a batch as a whole (TCVAE, InfoVAE), or batch norm.
         clip: the largest norm of the gradient (per datum).
         patience: stop after so many epochs without a better validation ELBO, and return the best parameters.
         checkpoint_seconds: the least time between two checkpoints, which are made at the ends of epochs.
@@ -82,7 +91,7 @@ def fit(
     >>> len(run.history), run.metrics["epoch"]
     (2, 2)
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("rows", rows)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
     if not isinstance(objective, ELBO | None):
@@ -91,6 +100,8 @@ def fit(
         raise UsageError(
             f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"
         )
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision: expected one of {', '.join(PRECISIONS)}; found {precision!r}")
     if clip is not None and not clip > 0:
         raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:
@@ -98,8 +109,9 @@ def fit(
     folder = Path(directory) if directory is not None else None
     with all_noise_kept():
         trainer = Trainer(
-            model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip
-        )
+            model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip,
+            precision, rows,
+        )  # fmt: skip
         trainer.compile = compile
         settings = {
             "objective": described(trainer.objective),
@@ -108,6 +120,8 @@ def fit(
             "batch_size": batch_size,
             "seed": seed,
             "clip": clip,
+            "precision": precision,
+            "rows": rows,
             "patience": patience,
             "num_data": len(trainer.train),
             "data": getattr(trainer.train.parts[0], "description", ""),

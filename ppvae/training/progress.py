@@ -30,10 +30,6 @@ class Progress:
         if self.writer is not None:
             self.writer.close()
 
-    def step(self, loss: float) -> None:
-        """Takes in the loss of a step, nats per datum."""
-        self.last = loss
-
     def show(self, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of an epoch."""
         self.bar.update()

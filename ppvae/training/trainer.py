@@ -33,7 +33,7 @@ from ppvae.training.progress import Progress
 from ppvae.training.run import Run, bind, write_json
 from ppvae.training.seeding import seed_all
 from ppvae.training.state import PairState
-from ppvae.training.stepping import Stepper
+from ppvae.training.stepping import Number, Stepper
 from ppvae.training.validation import Monitor
 
 Callback = Callable[[Run, dict[str, Any]], Any]
@@ -57,6 +57,8 @@ class Trainer:
         seed: int,
         device: str | torch.device | None,
         clip: float | None,
+        precision: str,
+        rows: int,
     ):
         start = model.scope if isinstance(model, Bound) else None
         self.model, self.guide = unbound(model), unbound(guide)
@@ -75,6 +77,8 @@ class Trainer:
         self.kernels: str | None = None  # of the run that is resumed
         with self.scope.entered():
             place = torch.device(device) if device is not None else place_of(self.model, self.guide, data)
+            if precision == "tf32" and place.type != "cuda":
+                raise UsageError(f"precision: 'tf32' expects a GPU, found {place.type!r}; take 'bf16' or 'float32'")
             self.train = Columns(data, "data", place)
             self.valid = Columns(valid, "valid", place) if valid is not None else None
             if self.valid is not None:
@@ -93,8 +97,9 @@ class Trainer:
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
             )
             self.svi = SVI(self.model, self.guide, optimizer, objective)
+            self.svi.precision = precision
             self.svi.take_up(self.scope.params.values())
-            self.take_step = Stepper(self.svi, self.state, self.structure, clip)
+            self.take_step = Stepper(self.svi, self.state, self.structure, clip, rows)
         if not self.scope.params:
             raise ContractError(
                 "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
@@ -216,7 +221,7 @@ class Trainer:
         self._good = self.state.copy()
         saved_at = time.monotonic()
         while self.epoch < epochs and not self.stopped:
-            metrics = self._epoch(bar)
+            metrics = self._epoch()
             self.history.append(metrics)
             bar.show(metrics)
             improved = self._note_best(metrics)
@@ -234,11 +239,14 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Lets the objective look at the pair now: what it does only once must not fall into the noise of an epoch."""
-        rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
         quiet = pyro.validation_enabled(False)  # as in an epoch
         with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
-            batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
-            self.objective.loss(self.model, self.guide, *batch)
+            self.objective.loss(self.model, self.guide, *self._first_parts()[0])
+
+    def _first_parts(self) -> list[tuple[Tensor, ...]]:
+        """A batch, as a step cuts it."""
+        rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
+        return self.take_step.parts(self.train.whole() if self.structure.indexes else self.train.read(rows))
 
     def _choose_kernels(self, epochs: int) -> None:
         """Says how steps are computed: as in the run that is resumed, as asked for, or as pays for what is left."""
@@ -262,6 +270,8 @@ class Trainer:
         start = time.perf_counter()
         self._warm_up()
         seconds = time.perf_counter() - start
+        with undisturbed():
+            seconds *= len(self._first_parts())
         rows = self.structure.subsample_size if self.structure.indexes else self.batch_size
         return 3 * seconds * (epochs - self.epoch) * math.ceil(len(self.train) / rows)
 
@@ -273,23 +283,24 @@ class Trainer:
         for _ in range(math.ceil(self.structure.full_size / self.structure.subsample_size / self.processes.size)):
             yield whole
 
-    def _epoch(self, bar: Any) -> dict[str, Any]:
+    def _epoch(self) -> dict[str, Any]:
         start = time.perf_counter()
         seed_all(stream(self.seed, self.epoch, "noise", *self.processes.key))
-        total = norms = 0.0
-        count = steps = 0
+        steps, counts = [], []
         with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
             for batch in self._batches():
                 rows = self.structure.size_of(batch)
                 part = batch if self.structure.indexes else self.processes.part(batch)
-                loss, norm = self.take_step(part, self.epoch + 1)
-                total, norms, count, steps = total + loss * rows, norms + norm, count + rows, steps + 1
-                bar.step(loss)
+                steps.append(self.take_step(part, self.epoch + 1))
+                counts.append(rows)
+        found = self._looked_at(steps)
         self.epoch += 1
         self._stay_together()
         self._note_kernels(self.svi.kernels)
         rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
-        metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": total / count, "grad_norm": norms / steps}
+        loss = sum(loss * rows for (loss, _), rows in zip(found, counts, strict=True)) / sum(counts)
+        norm = sum(norm for _, norm in found) / len(found)
+        metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": loss, "grad_norm": norm}
         if isinstance(self.objective, Objective):
             metrics |= self.objective.scheduled()
         metrics |= self._watched()
@@ -298,6 +309,14 @@ class Trainer:
             metrics["lr"] = rate
         metrics["seconds"] = round(time.perf_counter() - start, 4)
         return metrics
+
+    def _looked_at(self, steps: Sequence[tuple[Number, Number]]) -> list[tuple[float, float]]:
+        """The losses and norms of an epoch; parameters that a step has broken unseen are put back as they were."""
+        try:
+            return self.take_step.looked_at(steps, self.epoch + 1)
+        except TrainingError:
+            self.state.put(self._good)
+            raise
 
     def _stay_together(self) -> None:
         """Makes sure that the processes have the same parameters, and gives all what the first has gathered besides."""
@@ -314,7 +333,8 @@ class Trainer:
             broken = [n for n, p in self.state.params().items() if not bool(torch.isfinite(p).all())]
             what = f"parameter {broken[0]!r} is not finite after the optimizer's step" if broken else ""
             if not what:
-                metrics = self.monitor(self.model, self.guide)
+                products = self.svi.products if self.svi.kernels == "compiled" else None
+                metrics = self.monitor(self.model, self.guide, products)
         except PpvaeError:
             raise
         except (ValueError, RuntimeError) as error:

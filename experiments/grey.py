@@ -1,0 +1,162 @@
+"""Grey pixels under a Bernoulli are no likelihood: what it says, what that integrates to, and log p(x) of likelihoods.
+
+lambda^x (1 - lambda)^(1 - x) sums to one over {0, 1}; over [0, 1] it integrates to 1 / C(lambda) <= 1/2, so that it
+is no density and its ELBO bounds nothing. Divided by its integral it is the continuous Bernoulli (Loaiza-Ganem and
+Cunningham 2019, arXiv 1907.06845). The first row is trained on pixels binarised at every read, which on average is
+its gradient on grey ones, and asked about grey pixels, which the library refuses unless it is told a lie; the second is
+the same network, normalised. log p(x) is of dequantised pixels, and bits per dim, log2 256 included, bound those of a
+mass of the levels (Theis et al. 2016, arXiv 1511.01844): the last four rows can be compared, the first with nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments import cells
+from experiments.cells import Cells, Here
+from experiments.likelihoods import start
+from ppvae import VAE, data, distributions, generate, likelihoods, log_marginal, nn, posteriors, priors
+from ppvae.plots import image_grid
+from ppvae.plots.style import BLUE, INK, figure, styled
+
+BUILD = {name: getattr(likelihoods, name) for name in ("Bernoulli", "ContinuousBernoulli", "Beta")}
+BUILD["Normal"] = functools.partial(likelihoods.Normal, scale="network")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The budget of every likelihood."""
+
+    likelihoods: tuple[str, ...] = tuple(BUILD)
+    seeds: tuple[int, ...] = (0,)
+    data: str = "mnist"
+    latent: int = 20
+    encoder: tuple[int, ...] = (200, 200)
+    decoder: tuple[int, ...] = (200, 200)
+    steps: int = 2000
+    batch_size: int = 100
+    lr: float = 1e-3
+    num_test: int = 1000
+    particles: int = 200
+
+
+SMOKE = {
+    "data": "digits",
+    "latent": 2,
+    "encoder": (16,),
+    "decoder": (16,),
+    "steps": 13,
+    "num_test": 20,
+    "particles": 25,
+}
+
+
+class Lie(distributions.ContinuousBernoulli):
+    """Says that it is a density on [0, 1], and gives a Bernoulli's log-mass."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return distributions.Bernoulli(logits=self.logits, validate_args=False).log_prob(value)
+
+
+class Lies(likelihoods.ContinuousBernoulli):
+    """p(x | z) that is none."""
+
+    def forward(self, z: Tensor) -> Any:
+        return Lie(self.net(z)).to_event(1)
+
+
+def integral(logits: Tensor, nodes: int = 64) -> Tensor:
+    """log of the integral of exp(l x) / (1 + e^l) over x in [0, 1], by Gauss and Legendre's rule; [*]."""
+    x, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(nodes))
+    return (Lie(logits.double().unsqueeze(-1)).log_prob((x + 1) / 2) + (w / 2).log()).logsumexp(-1)
+
+
+def compute(s: Settings, here: Here, likelihood: str, seed: int) -> dict[str, Any]:
+    """Trains one VAE and evaluates it on the first test images; the Bernoulli as it is and normalised."""
+    plain = likelihood == "Bernoulli"
+    train, valid, _ = data.load(s.data, here.root, binarize="dynamic" if plain else None, dequantize=not plain)
+    grey, test = (data.load(s.data, here.root, dequantize=d)[2].head(s.num_test) for d in (False, True))
+    torch.manual_seed(seed)
+    dims = train.shape[1]
+    (outputs,) = BUILD[likelihood](torch.nn.Identity()).output_shape((dims,))
+    decoder = nn.mlp(s.latent, outputs, hidden=s.decoder, activation=torch.nn.ELU)
+    bias = start("ContinuousBernoulli" if plain else likelihood, train.as_subclass(torch.Tensor), grey.levels)
+    nn.set_output_bias(decoder, bias)
+    encoder = nn.mlp(dims, 2 * s.latent, hidden=s.encoder, activation=torch.nn.ELU)
+    prior, posterior = priors.StandardNormal(s.latent), posteriors.DiagonalNormal(encoder)
+    vae = own = VAE(prior, BUILD[likelihood](decoder), posterior)
+    epochs = math.ceil(s.steps * s.batch_size / len(train))
+    cells.train(vae, train, valid, here, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=1000.0, seed=seed)
+    result = {}
+    if plain:
+        lies = VAE(prior, Lies(decoder), posterior)
+        claim = log_marginal(lies.model, lies.guide, grey, num_particles=s.particles, seed=seed)
+        z = generate.posterior_means(lies.model, lies.guide, grey)["z"][:100]
+        whole = integral(decoder(z).detach()).sum(-1).mean()
+        result = {"claim": -claim.nll, "claim_elbo": float(claim.elbo.mean()), "integral": float(whole)}
+        own = VAE(prior, likelihoods.ContinuousBernoulli(decoder), posterior)
+    est = log_marginal(own.model, own.guide, test, num_particles=s.particles, seed=seed)
+    pairs = [(vae, valid), (own, test)]
+    drawn = [generate.samples(p.model, p.guide, x, 8, mean=m, seed=seed) for p, x in pairs for m in (True, False)]
+    np.save(here.folder / "samples.npy", torch.stack(drawn).reshape(2, 16, *grey.event_shape).numpy())
+    return cells.of_estimate(est) | result
+
+
+def table(found: Cells) -> str:
+    """What the Bernoulli says of grey pixels; log p(x) and bits per dim of what integrates to one."""
+    lines: list[tuple[Any, ...]] = []
+    for (name,), r in cells.collected(found, "likelihood").items():
+        if name == "Bernoulli":
+            claim = [f"{cells.mean(r, key):.1f}, it says" for key in ("claim_elbo", "claim")]
+            lines.append((name, len(r), *claim, f"e^{cells.mean(r, 'integral'):.0f} an image", "none", ""))
+        own = f"{-cells.mean(r):.1f} ± {cells.standard_error(r):.1f}"
+        share = f"{100 * cells.mean(r, 'unreliable') / cells.mean(r, 'num_data'):.0f} %"
+        words = "the same, divided by its integral" if name == "Bernoulli" else name
+        bits = f"{cells.mean(r, 'bits_per_dim'):.3f}"
+        lines.append((words, len(r), f"{cells.mean(r, 'elbo'):.1f}", own, 1, bits, share))
+    header = ("likelihood", "seeds", "ELBO", "log p(x), nats", "integrates to", "bits per dim", "not reliable")
+    return cells.markdown(header, lines)
+
+
+@styled
+def picture() -> Any:
+    """What the Bernoulli's function of a grey pixel integrates to, by number, against lambda."""
+    fig, lambdas = figure(5.6, 2.6), torch.linspace(0.001, 0.999, 199).double()
+    ax = fig.add_subplot()
+    ax.plot(lambdas, integral(lambdas.logit()).exp(), color=BLUE, label="integral of $λ^x (1 - λ)^{1 - x}$ over [0, 1]")
+    ax.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="a density")
+    ax.set(xlabel="λ", ylim=(0, 1.1))
+    ax.legend(loc="center right")
+    return fig
+
+
+def samples(found: Cells, folder: Path) -> None:
+    """Eight means and eight draws a row."""
+    rows = {}
+    for (name,), r in cells.collected(found, "likelihood").items():
+        if (path := Path(r[0]["folder"]) / "samples.npy").exists():
+            first, second = np.load(path)
+            rows |= {name: first} | ({"normalised": second} if name == "Bernoulli" else {})
+    if rows:
+        image_grid(np.stack(list(rows.values())), first.shape[1:], row_titles=list(rows)).savefig(
+            folder / "samples.png"
+        )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Fills the table and draws the pictures."""
+    found, folder = cells.run("grey", Settings, ("likelihood", "seed"), compute, table, SMOKE, __doc__, args)
+    picture().savefig(folder / "grey.png")
+    samples(found, folder)
+
+
+if __name__ == "__main__":
+    main()

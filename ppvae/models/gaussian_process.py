@@ -1,0 +1,124 @@
+"""VAEs of sequences whose latents are Gaussian processes over time, with any times missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppvae.errors import ContractError, DataError
+from ppvae.models.composed import Composed, normal_of
+from ppvae.nn import rows_of
+from ppvae.priors.process import ProcessVector, root
+
+Steps = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def smoothed(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """q(z | x) ~ p(z) prod_t N(z_t; loc_t, scale_t^2) over known times: what regression makes of noisy looks at z.
+
+    The exact posterior where each factor is proportional to p(x_t | z_t). With D = diag(known / scale) and
+    B = 1 + D K D, the mean is K D B^-1 D loc and the covariance K - K D B^-1 D K.
+
+    Args:
+        covariance: K, that of the prior, [..., latent, T, T].
+        loc, scale: of the factors, [batch, latent, T].
+        known: [batch, 1, T].
+
+    Returns (mean [batch, latent, T], covariance [batch, latent, T, T]).
+    Source: Johnson et al. 2016 (arXiv 1603.06277); Pearce 2020, The Gaussian process prior VAE for interpretable latent
+    dynamics from pixels; Rasmussen and Williams 2006, section 2.2.
+    """
+    weight = torch.where(known, 1 / scale, 0.0)
+    inner = weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2)
+    half = root(inner + torch.eye(inner.shape[-1]).to(inner))
+    right = torch.cat([weight.unsqueeze(-1) * covariance, (weight * loc).unsqueeze(-1)], -1)
+    spread, seen = torch.linalg.solve_triangular(half, right, upper=False).split([inner.shape[-1], 1], -1)
+    return (spread.mT @ seen).squeeze(-1), covariance - spread.mT @ spread
+
+
+def stepwise(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """q(z | x) = prod_t N(z_t; loc_t, scale_t^2) over known times; p(z_t | z at known times) at the others.
+
+    Arguments and result as of `smoothed`. Source: Casale et al. 2018 (arXiv 1810.11738).
+    """
+    both = known.unsqueeze(-1) & known.unsqueeze(-2)
+    of_known = torch.where(both, covariance, torch.eye(covariance.shape[-1]).to(covariance))
+    to_known = torch.where(known.unsqueeze(-1), covariance, 0.0).expand(of_known.shape)
+    gain = torch.cholesky_solve(to_known, root(of_known)).mT
+    variance = torch.where(known, scale**2, 0.0).diag_embed()
+    left = torch.where(both, covariance, 0.0) - variance
+    return (gain @ torch.where(known, loc, 0.0).unsqueeze(-1)).squeeze(-1), covariance - gain @ left @ gain.mT
+
+
+@final
+class GaussianProcessVAE(Composed):
+    """p(x) = int p(z) prod_t p(x_t | z_t) dz, each dim of z_1 .. z_T a Gaussian process over time; its guide sees it.
+
+    Data are x [batch, T, *event], at times 0 .. T - 1, or (x, times [batch, T]), numbers or points [batch, T, axes]. A
+    time whose x_t is NaN throughout is missing (`data.with_missing`): it has no part in log p(x), and z_t is filled
+    from its neighbours, in the guide as in the model, so that weights are as if it were not there. Sequences of
+    different lengths end in such times. `ppvae.evaluation.impute` fills x. Sites "z" [T * latent], time first, and "x".
+
+    Args:
+        prior: p(z), `priors.GaussianProcess`.
+        likelihood: p(x_t | z_t).
+        posterior: N(z_t; loc(x_t), scale(x_t)^2) of each time, what x_t says of z_t: `posteriors.DiagonalNormal`.
+        steps: what q(z | x) is made of them: `smoothed`, in which the prior is a factor, too, or `stepwise`.
+
+    Raises DataError for a sequence without any known time, by its row, and for times that are not those of x;
+    ContractError for a prior that is no Gaussian process, or a posterior that is not normal with independent dims.
+    Source: Casale et al. 2018 (arXiv 1810.11738); Fortuin et al. 2020, GP-VAE (arXiv 1907.04155).
+
+    >>> from ppvae import likelihoods, nn, posteriors, priors
+    >>> pair = GaussianProcessVAE(
+    ...     prior=priors.GaussianProcess(2, lengthscale=3.0),
+    ...     likelihood=likelihoods.Normal(nn.mlp(2, 16)),
+    ...     posterior=posteriors.DiagonalNormal(nn.mlp(16, 2 * 2)),
+    ... )
+    >>> x = torch.zeros(5, 7, 16)
+    >>> x[0, 3:] = torch.nan
+    >>> pair.guide(x).shape
+    torch.Size([5, 14])
+    """
+
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module, steps: Steps = smoothed):
+        super().__init__("gaussian_process_vae")
+        self.prior, self.likelihood, self.posterior, self.steps = prior, likelihood, posterior, steps
+
+    def model(self, x: Tensor, times: Tensor | None = None) -> Tensor:
+        """p(x, z)."""
+        x, known, times = _read(x, times)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self._call("prior", context=times))
+            fn = self._call("likelihood", z.unflatten(-1, (x.shape[1], -1)), context=times)
+            return pyro.sample("x", fn.mask(known).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, times: Tensor | None = None) -> Tensor:
+        """q(z | x)."""
+        x, known, times = _read(x, times)
+        prior = self._call("prior", context=times)
+        if not isinstance(prior, ProcessVector):
+            raise ContractError(f"prior: expected a Gaussian process, found {type(prior).__name__}")
+        each = normal_of(self._call("posterior", x, context=times), "posterior")
+        covariance = prior.scale_tril @ prior.scale_tril.mT
+        loc, spread = self.steps(covariance, each.loc.double().mT, each.scale.double().mT, known.unsqueeze(-2))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", ProcessVector(root(spread), prior.dtype, loc))
+
+
+def _read(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x with 0 at times that are missing, which are known [batch, T], and when they are."""
+    if x.dim() < 3:
+        raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
+    known = ~x.isnan().flatten(2).all(-1)
+    every = torch.arange(x.shape[1], device=x.device)
+    rows_of(every, known.sum(-1), "x: expected {first} to {last} known times of each sequence", first=1)
+    if times is None:
+        times = every.unsqueeze(0).to(x.dtype)
+    elif times.shape[:2] != x.shape[:2]:
+        raise DataError(f"times: expected {list(x.shape[:2])}, as x has, found {list(times.shape)}")
+    return torch.where(known.reshape(*known.shape, *(1,) * (x.dim() - 2)), x, 0.0), known, times

@@ -1,0 +1,64 @@
+"""A book of learned vectors, and how near others are to them: what quantised latents are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Codebook(nn.Module):
+    """Learned vectors c_1 .. c_V, looked up by one-hot vectors, end to end: [..., M * V] -> [..., M * size].
+
+    A relaxed one-hot vector gives the mean of the vectors by its weights.
+
+    Args:
+        codes: how many vectors, V. They start at draws of a standard normal.
+        size: of each.
+
+    Raises ValueError for fewer than two codes.
+    Source: van den Oord et al. 2017 (arXiv 1711.00937).
+
+    >>> book = Codebook(3, size=2)
+    >>> torch.equal(book(torch.tensor([0.0, 0, 1, 1, 0, 0])), book.table[[2, 0]].flatten())
+    True
+    """
+
+    def __init__(self, codes: int, size: int):
+        super().__init__()
+        if codes < 2:
+            raise ValueError(f"codes: expected at least 2, found {codes}")
+        self.table = nn.Parameter(torch.randn(codes, size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z.unflatten(-1, (-1, len(self.table))) @ self.table).flatten(-2)
+
+
+class Nearness(nn.Module):
+    """Logits of the codes of a book by their distance: [..., M * size] -> [..., M * V], a vector e after the other.
+
+    logit_k = -|e - c_k|^2 / (2 s^2) + |e|^2 / (2 s^2), of which the second part is the same for all k. As s falls, all
+    of the probability comes to the nearest code.
+
+    Args:
+        codebook: the vectors c_1 .. c_V.
+        scale: where the learned s starts.
+
+    Raises ValueError for a scale that is not positive.
+    Source: Takida et al. 2022, SQ-VAE (arXiv 2205.07547), section 3.
+
+    >>> Nearness(Codebook(3, size=2))(torch.zeros(5, 4 * 2)).shape
+    torch.Size([5, 12])
+    """
+
+    def __init__(self, codebook: Codebook, scale: float = 1.0):
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale: expected a positive number, found {scale}")
+        self.codebook, self.log_scale = codebook, nn.Parameter(torch.tensor(math.log(scale)))
+
+    def forward(self, e: Tensor) -> Tensor:
+        table = self.codebook.table
+        near = e.unflatten(-1, (-1, table.shape[1])) @ table.T - table.square().sum(-1) / 2
+        return (near * (-2 * self.log_scale).exp()).flatten(-2)

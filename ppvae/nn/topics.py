@@ -1,0 +1,34 @@
+"""Topics: what proportions of them make of the words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Topics(nn.Module):
+    """A mixture of topics, each a distribution over words: proportions [..., topics] -> log p(word) [..., words].
+
+    log p(w | theta) = log sum_k theta_k beta_kw, with beta_k = softmax(logits_k). It is reckoned relative to the topic
+    that likes a word best, and so is finite wherever that topic has a proportion at all. Logits start at standard
+    normal draws.
+
+    Args:
+        topics: how many.
+        words: the size of the vocabulary.
+
+    Source: Blei et al. 2003, Latent Dirichlet allocation. Without the mixture, softmax(theta @ logits), it is the
+    product of experts of ProdLDA (Srivastava and Sutton 2017, arXiv 1703.01488): `torch.nn.Linear(topics, words)`.
+
+    >>> Topics(2, 3)(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).exp().sum(-1).detach().round(decimals=4)
+    tensor([1., 1.])
+    """
+
+    def __init__(self, topics: int, words: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(topics, words))
+
+    def forward(self, theta: Tensor) -> Tensor:
+        log_beta = self.logits.log_softmax(-1)
+        best = log_beta.detach().amax(0).clamp(min=torch.finfo(log_beta.dtype).min)
+        return (theta @ (log_beta - best).exp()).log() + best

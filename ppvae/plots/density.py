@@ -1,0 +1,67 @@
+"""Densities over the plane, side by side with the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ppvae.errors import UsageError
+from ppvae.plots.style import GREEN, INK, array, figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
+    """The points of a lattice over [-reach, reach]^2, [count * count, 2], at which `density_maps` takes densities.
+
+    >>> plane(1.0, 2).tolist()
+    [[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]
+    """
+    line = torch.linspace(-reach, reach, count)
+    return torch.cartesian_prod(line, line).flip(1)
+
+
+@styled
+def density_maps(
+    panels: Mapping[str, Any], *, reach: float = 4.0, cols: int = 3, marks: Mapping[str, Any] | None = None
+) -> Figure:
+    """Panels over [-reach, reach]^2, {title: log-densities [count^2] at `plane(reach, count)`, or data [N, 2]}.
+
+    All densities share one scale of colours, from none to the highest of the panel that is lowest there.
+
+    Args:
+        marks: {title: points [M, 2]}, crosses on a panel.
+    """
+    if not panels:
+        raise UsageError("panels: expected at least one, found none")
+    held = {title: array(values).astype(float) for title, values in panels.items()}
+    for title, values in held.items():
+        if values.shape[1:] != (2,) and (values.ndim != 1 or math.isqrt(len(values)) ** 2 != len(values)):
+            raise UsageError(f"{title}: expected [count^2] log-densities or data [N, 2], found {list(values.shape)}")
+    cols = min(cols, len(held))
+    rows = math.ceil(len(held) / cols)
+    fig = figure(0.2 + 2.6 * cols, 0.1 + 2.75 * rows)
+    axes = np.atleast_1d(fig.subplots(rows, cols, sharex=True, sharey=True)).reshape(rows, cols)
+    top = min((np.exp(np.nanmax(values)) for values in held.values() if values.ndim == 1), default=1.0)
+    for ax, (title, values) in zip(axes.flat, held.items(), strict=False):
+        if values.ndim == 1:
+            side = math.isqrt(len(values))
+            ax.imshow(
+                np.exp(values).reshape(side, side), origin="lower", extent=(-reach, reach) * 2, vmin=0, vmax=top,
+                cmap="magma_r", interpolation="bilinear",
+            )  # fmt: skip
+        else:
+            ax.scatter(*values.T, s=float(np.clip(4000 / len(values), 1.5, 12)), color=INK, alpha=0.5, linewidths=0)
+        if marks is not None and title in marks:
+            size = 6 if len(marks[title]) < 50 else 3
+            ax.plot(*array(marks[title]).T, "+", color=GREEN, markersize=size, markeredgewidth=size / 5)
+        ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        ax.grid(visible=False)
+    for ax in axes.flat[len(held) :]:
+        ax.set_axis_off()
+    return fig
