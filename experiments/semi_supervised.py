@@ -30,12 +30,12 @@ class Settings:
     latent: int = 50
     hidden: int = 200
     channels: tuple[int, ...] = (16, 32)  # of the classifier
-    num_train: int = 15000  # images, most without a label
+    num_train: int = 50_000  # images, most without a label
     share: float = 0.25  # of the rows of an epoch that have a label: each labelled image is repeated so often
     weight: float = 100.0  # of log q(label | x) on a labelled row
-    epochs: int = 6
+    epochs: int = 5
     batch_size: int = 50
-    lr: float = 2e-3
+    lr: float = 1e-3
     num_valid: int = 1000
     num_test: int = 1000
     particles: int = 50
