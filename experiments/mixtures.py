@@ -39,8 +39,8 @@ class Settings:
     batch_size: int = 200
     lr: float = 2e-2
     hidden: tuple[int, ...] = (64, 64)
-    vae_epochs: int = 400
-    vae_lr: float = 3e-3
+    vae_epochs: int = 300
+    vae_lr: float = 1e-2
     particles: int = 2000
     side: int = 80
 
@@ -94,14 +94,14 @@ def compute(s: Settings, here: Here, name: str, fit: str, seed: int) -> dict[str
     torch.manual_seed(seed)
     if fit == "VAE":
         x, test = x.float(), test.float()
-        decoder, encoder = (nn.mlp(2, 4, hidden=s.hidden, activation=torch.nn.ELU) for _ in range(2))
+        decoder, encoder = (nn.mlp(2, 4, hidden=s.hidden) for _ in range(2))
         parts = (
             priors.StandardNormal(2),
             likelihoods.Normal(decoder, scale="network"),
             posteriors.DiagonalNormal(encoder),
         )
         pair: Any = VAE(*parts)
-        options = {"epochs": s.vae_epochs, "lr": s.vae_lr, "objective": objectives.IWAE(8, gradient="dreg")}
+        options = {"epochs": s.vae_epochs, "lr": s.vae_lr, "objective": objectives.IWAE(8)}
     else:
         pair = started(x, s.components, seed)
         options = {"epochs": s.epochs, "lr": s.lr, "objective": objectives.ELBO()}

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch import nn as tnn
 
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error
-from ppvae import VAE, data, fit, likelihoods, nn, posteriors, priors
+from ppvae import data, fit, likelihoods, nn
 from ppvae.evaluation import impute
+from ppvae.models import TableVAE
 from ppvae.plots.style import BLUE, FAINT, figure, styled
 
 
@@ -58,14 +59,10 @@ def loaded(name: str, missing: float) -> tuple[Tensor, Tensor, list[likelihoods.
 
 
 def independent(x: Tensor, columns: list[likelihoods.Column]) -> likelihoods.Mixed:
-    """Columns that no z moves, fitted to standardised reals, to counts, and to codes (a row more of each category)."""
-    out: list[float] = []
-    for c, values, centre in zip(columns, x.T, x.nanmean(0), strict=True):
-        rows = torch.tensor([float((values == k).sum()) + 1 for k in range(c.levels)])
-        out += {"real": [0.0], "count": [centre.log()], "binary": [centre.logit()], "categorical": rows.log()}[c.kind]
-    net = nn.mlp(1, len(out), hidden=())
+    """Columns that no z moves, fitted to standardised reals, to counts, and to codes."""
+    net = nn.mlp(1, likelihoods.table_outputs(columns), hidden=())
     tnn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
-    nn.set_output_bias(net, torch.tensor(out))
+    nn.set_output_bias(net, likelihoods.marginals(columns, x))
     return likelihoods.Mixed(net, columns, floor=0.0)
 
 
@@ -77,16 +74,12 @@ def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
     known = whole.masked_fill(removed, torch.nan)[: cuts[0]]
     centre, spread = known.nanmean(0), (known - known.nanmean(0)).square().nanmean(0).sqrt()
     whole = torch.where(real, (whole - centre) / spread, whole)
-    start, unit = torch.where(count, centre, 0.0), torch.where(count, spread, 1.0)
+    unit = torch.where(count, spread, 1.0)
     parts = whole.masked_fill(removed, torch.nan).tensor_split(cuts)
     train, valid, test = (data.with_missing(part, name=table) for part in parts)
     baseline = independent(parts[0], columns)
     torch.manual_seed(seed)
-    decoder = nn.mlp(s.latent, likelihoods.table_outputs(columns), hidden=s.hidden)
-    nn.set_output_bias(decoder, baseline.net[0].bias.detach())  # type: ignore[index]
-    posterior = posteriors.DiagonalNormal(nn.Missing(nn.mlp(2 * len(columns), 2 * s.latent, hidden=s.hidden)))
-    posterior.net.register_forward_pre_hook(lambda _, x: ((x[0] - start.to(x[0])) / unit.to(x[0]),))
-    vae = VAE(priors.StandardNormal(s.latent), likelihoods.Mixed(decoder, columns, floor=0.05), posterior)
+    vae = TableVAE.from_data(parts[0], columns, latent=s.latent, hidden=s.hidden, floor=0.05)
     trained = fit(
         vae.model, vae.guide, train, valid=valid, optimizer=functools.partial(torch.optim.AdamW, lr=s.lr), seed=seed,
         epochs=s.epochs, patience=s.patience, device=here.device, directory=here.folder, resume=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
+from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.evaluation import quadrature
+from ppvae.inference.svi import SVI
 from ppvae.models import CountVAE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -169,9 +171,9 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(("wrong", "message"), [
-    (-1.0, r"x: expected counts 0, 1, 2, \.\.\., found -1 in row . of the batch, column 2"),
-    (1.5, r"x: expected counts 0, 1, 2, \.\.\., found 1.5 in row . of the batch, column 2"),
-    ("nothing", r"x: expected at least one count in each row, found none in row . of the batch"),
+    (-1.0, r"x: expected counts 0, 1, 2, \.\.\., found -1 at row . of the batch, column 2"),
+    (1.5, r"x: expected counts 0, 1, 2, \.\.\., found 1.5 at row . of the batch, column 2"),
+    ("nothing", r"x: expected a count in each row, found none at row . of the batch"),
     ("batch", r"labels: expected classes 0 to 1, found 2 at row . of the batch"),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_its_row(use, wrong, message):
@@ -195,19 +197,25 @@ def test_wrong_counts_are_named_in_a_captured_step_too(monkeypatch):
     x[-1, 1] = 0.5
     seeds = [s for s in range(20) if 39 in torch.randperm(40, generator=torch.Generator().manual_seed(s))[-4:]]
     vae = pair()
-    with pytest.raises(
-        PpvaeError, match=r"x: expected counts 0, 1, 2, \.\.\., found 0.5 in row . of the batch, column 1"
-    ):
-        fit(
-            vae.model,
-            vae.guide,
-            (x, batch, library),
-            epochs=3,
-            batch_size=4,
-            compile=None,
-            seed=seeds[0],
-            progress=False,
-        )
+    batch, options = (x, batch, library), {"epochs": 3, "batch_size": 4, "compile": None, "seed": seeds[0]}
+    with pytest.raises(PpvaeError, match=r"found 0.5 at row . of the batch, column 1"):
+        fit(vae.model, vae.guide, batch, progress=False, **options)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_its_own_and_name_wrong_counts():
+    vae, (x, batch, library) = pair("ZeroInflatedNegativeBinomial"), data()
+    losses = {}
+    for kernels in ("eager", "compiled"):
+        svi = SVI(vae.model, vae.guide, functools.partial(torch.optim.SGD, lr=0.0), objectives.ELBO())
+        svi.use(kernels, settled=True)
+        torch.manual_seed(0)
+        losses[kernels] = [svi.step(x, batch, library) for _ in range(3)]
+        assert svi.kernels == kernels
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-9)
+    x[3, 1] = 0.5
+    with pytest.raises(DataError, match=r"found 0.5 at row 3 of the batch, column 1"):
+        svi.step(x, batch, library)
 
 
 def test_data_without_library_sizes_and_half_a_library_are_refused():

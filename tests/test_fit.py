@@ -963,7 +963,8 @@ def test_what_a_run_folder_holds(tmp_path):
     assert config["epochs"] == 3
     assert config["fit"] | {"digest": ""} == {
         "objective": "Trace_ELBO", "optimizer": "Adam(lr=0.001)", "scheduler": None, "batch_size": 100, "seed": 0,
-        "clip": 5.0, "patience": None, "num_data": 120, "data": "", "digest": "", "valid": data.digest(x),
+        "clip": 5.0, "precision": "float32", "rows": 20_000, "patience": None,
+        "num_data": 120, "data": "", "digest": "", "valid": data.digest(x),
     }  # fmt: skip
     assert config["fit"]["digest"] == data.digest(x)
     assert set(config["versions"]) >= {"ppvae", "torch", "pyro", "numpy", "python"}

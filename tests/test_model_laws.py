@@ -29,6 +29,7 @@ from ppvae.models import (
     MultimodalVAE,
     QuantizedVAE,
     SemiSupervisedVAE,
+    TableVAE,
     TopDownVAE,
     TopicModel,
     mixture_of_experts,
@@ -189,6 +190,11 @@ def counts(latent_library: bool) -> CountVAE:
     return CountVAE(priors.StandardNormal(2), likelihood, normal(4 + 2), 2, *library)
 
 
+def mixed() -> Batch:
+    x = torch.stack([real(6, 1)[0][:, 0], counted()[0][:, 0], *binary(6, 1)[0].T, torch.arange(6) % 3.0], -1)
+    return (x,)
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -233,6 +239,10 @@ MODELS = {
         lambda: quantized(priors.AutoregressiveOneHot(3, 2)), binary, "site 'z': latent, OneHotVector", VIMCO
     ),
     "quantised VAE, relaxed": Case(quantized_relaxed, binary, "site 'z': latent, Concrete"),
+    "table": Case(
+        lambda: TableVAE(["real", "count", "binary", ("categorical", 3)], latent=2, hidden=(5,)), mixed,
+        "model site 'x': observed, Columns over event [4]",
+    ),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }  # fmt: skip
 

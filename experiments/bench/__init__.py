@@ -4,10 +4,9 @@
 machine and the thread count, and writes JSON and a picture of cost against batch, particles and latent size. NumPyro
 and Pythae are timed where they are installed (`pip install -e ".[bench]"`).
 
-The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam, float32; the hierarchy has a second layer of
+The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of
 latents, 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is one of Adam on loss
-and gradients; every contender reads its loss as a number at each step, but for the scanned one, which cannot.
-"""
+and"""
 
 from __future__ import annotations
 

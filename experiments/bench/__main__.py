@@ -32,6 +32,7 @@ def contenders(s: Settings, threads: int) -> tuple[dict[tuple[str, str], Callabl
         made[what, "Pyro's SVI"] = lambda kind=kind, k=k: by_ppvae.pyro_step(kind, s, k)
         for kernels in ("eager", "compiled"):
             made[what, f"ppvae {kernels}"] = lambda kind=kind, k=k, n=kernels: by_ppvae.step(kind, s, k, n)
+        made[what, "ppvae compiled, bf16"] = lambda kind=kind, k=k: by_ppvae.step(kind, s, k, "compiled", "bf16")
     made["log p(x)", "hand-written"] = lambda: by_hand.log_px(s, False)
     made["log p(x)", "torch.compile"] = lambda: by_hand.log_px(s, True)
     made["log p(x)", "ppvae eager"] = lambda: by_ppvae.log_px(s)
@@ -80,7 +81,7 @@ def printed(what: str, who: str, times: list[float], ratio: float, flops: float 
     median = statistics.median(times)
     unit = f"{median:8.2f} us per (datum, particle)" if what == "log p(x)" else f"{median * 1e3:8.2f} ms per step"
     rate = "" if flops is None else f"{flops / (median * (1e-6 if what == 'log p(x)' else 1)) / 1e9:6.0f} GFLOP/s"
-    return f"{what:20} {who:18} {unit:36} {ratio:5.2f} of hand-written {rate}"
+    return f"{what:20} {who:21} {unit:36} {ratio:5.2f} of hand-written {rate}"
 
 
 def main(args: list[str] | None = None) -> None:

@@ -24,11 +24,12 @@ from ppvae.inference import inspect
 from ppvae.inference.svi import SVI
 
 
-def step(kind: str, s: Settings, particles: int, kernels: str) -> Timed:
+def step(kind: str, s: Settings, particles: int, kernels: str, precision: str = "float32") -> Timed:
     """Seconds per step of `ppvae.inference.SVI`, its graph already made."""
     pair, batch = build(kind, s), data(kind, s.batch)
     loss = objectives.IWAE(particles) if particles > 1 else objectives.ELBO()
     svi = SVI(pair.model, pair.guide, functools.partial(torch.optim.Adam, lr=1e-3), loss)
+    svi.precision = precision
     svi.use(kernels, settled=True)
     one = _quietly(svi)
     for _ in range(3):

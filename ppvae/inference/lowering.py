@@ -105,7 +105,7 @@ def log1p_by_log(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """log(1 + exp(beta x)) / beta, x itself where beta x is above the threshold; in one pass over memory."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, x, log1p_by_log(_exp(scaled.clamp(max=threshold))) / beta)
@@ -113,7 +113,7 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     """The gradient of `softplus`."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, gradient, gradient * scaled.sigmoid())
@@ -121,7 +121,7 @@ def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """(log sigmoid(x), an empty tensor that its gradient does not need on the CPU after it is taken apart)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
 

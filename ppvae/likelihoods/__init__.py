@@ -16,7 +16,7 @@ from ppvae.likelihoods.counts import (
     ZeroInflatedPoisson,
 )
 from ppvae.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
-from ppvae.likelihoods.table import Column, Mixed, table_outputs
+from ppvae.likelihoods.table import Column, Mixed, marginals, table_outputs
 from ppvae.likelihoods.unit import Beta, ContinuousBernoulli
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "StudentT",
     "ZeroInflatedNegativeBinomial",
     "ZeroInflatedPoisson",
+    "marginals",
     "set_optimal_scale",
     "table_outputs",
 ]

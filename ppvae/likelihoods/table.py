@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.errors import DataError
 
 Kind = Literal["real", "count", "binary", "categorical"]
 
@@ -62,6 +63,34 @@ def table_outputs(columns: Columns) -> int:
     7
     """
     return sum(c.outputs for c in as_columns(columns))
+
+
+def marginals(columns: Columns, x: Tensor) -> Tensor:
+    """What a network gives `Mixed` for columns that no z moves, from their observed values [N, columns]: the mean of a
+    real column, log-mean of a count, log-odds and log-frequencies of codes (one more of each), [table_outputs].
+
+    Raises DataError for data of another size, and for a column in which nothing is observed.
+
+    >>> marginals(["real", ("categorical", 2)], torch.tensor([[1.0, 0.0], [3.0, torch.nan]])).exp()
+    tensor([7.3891, 2.0000, 1.0000])
+    """
+    kinds = as_columns(columns)
+    if x.dim() != 2 or x.shape[1] != len(kinds):
+        raise DataError(f"x: expected rows [N, {len(kinds)}] of {len(kinds)} columns, found {list(x.shape)}")
+    out: list[Tensor] = []
+    for d, (column, values) in enumerate(zip(kinds, x.T, strict=True)):
+        values = values[~values.isnan()]
+        if not len(values):
+            raise DataError(f"column {d}: expected observed values, found none")
+        if column.kind == "real":
+            out.append(values.mean()[None])
+        elif column.kind == "count":
+            out.append(values.mean()[None].clamp(min=1 / len(values)).log())
+        elif column.kind == "binary":
+            out.append(((values.sum()[None] + 1) / (len(values) + 2)).logit())
+        else:
+            out.append(torch.stack([(values == k).sum() + 1 for k in range(column.levels)]).log().to(values))
+    return torch.cat(out)
 
 
 class Mixed(nn.Module):

@@ -11,6 +11,7 @@ from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
 from ppvae.models.quantized import QuantizedVAE
+from ppvae.models.table import TableVAE
 from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
 from ppvae.models.topics import TopicModel
 from ppvae.models.vae import VAE
@@ -30,6 +31,7 @@ __all__ = [
     "MultimodalVAE",
     "QuantizedVAE",
     "SemiSupervisedVAE",
+    "TableVAE",
     "TopDownVAE",
     "TopicModel",
     "conv_vae",

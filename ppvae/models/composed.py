@@ -89,11 +89,7 @@ def checked_counts(x: Tensor) -> Tensor:
             raise
         row = int((~fine).nonzero()[0])
         if bool(counts[row].all()):
-            raise DataError(
-                f"x: expected at least one count in each row, found none in row {row} of the batch"
-            ) from None
+            raise DataError(f"x: expected a count in each row, found none at row {row} of the batch") from None
         column = int((~counts[row]).nonzero()[0])
-        raise DataError(
-            f"x: expected counts 0, 1, 2, ..., found {x[row, column].item():g} in row {row} of the batch, "
-            f"column {column}"
-        ) from None
+        found = f"{x[row, column].item():g} at row {row} of the batch, column {column}"
+        raise DataError(f"x: expected counts 0, 1, 2, ..., found {found}") from None

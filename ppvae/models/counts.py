@@ -68,7 +68,6 @@ class CountVAE(Composed):
 
     def model(self, x: Tensor, batch: Tensor, library: Tensor | None = None) -> Tensor:
         """p(z, x | s, l), or p(z, l, x | s)."""
-        x = checked_counts(x)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._call("prior"))
             if library is None:

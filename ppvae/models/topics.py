@@ -45,16 +45,16 @@ class TopicModel(Composed):
 
     def model(self, x: Tensor) -> Tensor:
         """p(theta, x | N)."""
-        x = checked_counts(x)
+        length = checked_counts(x).sum(-1)
         with pyro.plate("data", len(x)):
             theta = pyro.sample("theta", self._call("prior"))
-            return pyro.sample("x", self._call("likelihood", theta, context=x.sum(-1)), obs=x)
+            return pyro.sample("x", self._call("likelihood", theta, context=length), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(theta | x)."""
-        x = checked_counts(x)
+        counts = checked_counts(x)
         with pyro.plate("data", len(x)):
-            return pyro.sample("theta", self._call("posterior", x))
+            return pyro.sample("theta", self._call("posterior", counts))
 
     @property
     def words(self) -> Tensor:

@@ -59,14 +59,16 @@ _RC: dict[str, Any] = {
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A drawing function under the library's look; settings are as before once it is done."""
+    """A drawing function under the library's look, whose figure a notebook shows; settings are then as before."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         import matplotlib
 
         with matplotlib.rc_context(_RC):
-            return draw(*args, **kwargs)
+            fig = draw(*args, **kwargs)
+        vars(fig)["_repr_png_"] = functools.partial(to_png, fig)  # pyplot, which does this elsewhere, is not loaded
+        return fig
 
     return drawn
 

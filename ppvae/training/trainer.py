@@ -239,11 +239,14 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Lets the objective look at the pair now: what it does only once must not fall into the noise of an epoch."""
-        rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
         quiet = pyro.validation_enabled(False)  # as in an epoch
         with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
-            batch = self.train.whole() if self.structure.indexes else self.train.read(rows)
-            self.objective.loss(self.model, self.guide, *self.take_step.parts(batch)[0])
+            self.objective.loss(self.model, self.guide, *self._first_parts()[0])
+
+    def _first_parts(self) -> list[tuple[Tensor, ...]]:
+        """A batch, as a step cuts it."""
+        rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
+        return self.take_step.parts(self.train.whole() if self.structure.indexes else self.train.read(rows))
 
     def _choose_kernels(self, epochs: int) -> None:
         """Says how steps are computed: as in the run that is resumed, as asked for, or as pays for what is left."""
@@ -267,6 +270,8 @@ class Trainer:
         start = time.perf_counter()
         self._warm_up()
         seconds = time.perf_counter() - start
+        with undisturbed():
+            seconds *= len(self._first_parts())
         rows = self.structure.subsample_size if self.structure.indexes else self.batch_size
         return 3 * seconds * (epochs - self.epoch) * math.ceil(len(self.train) / rows)
 
@@ -328,7 +333,8 @@ class Trainer:
             broken = [n for n, p in self.state.params().items() if not bool(torch.isfinite(p).all())]
             what = f"parameter {broken[0]!r} is not finite after the optimizer's step" if broken else ""
             if not what:
-                metrics = self.monitor(self.model, self.guide)
+                products = self.svi.products if self.svi.kernels == "compiled" else None
+                metrics = self.monitor(self.model, self.guide, products)
         except PpvaeError:
             raise
         except (ValueError, RuntimeError) as error:

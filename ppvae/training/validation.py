@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import torch
+import logging
+from collections.abc import Sequence
+from typing import final
 
-from ppvae.evaluation.blocks import Block
+import pyro
+import torch
+from torch import Tensor
+
+from ppvae.evaluation.blocks import Block, stream
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import eval_mode
+from ppvae.inference.graphs import Graph, Uncapturable, capture
+from ppvae.inference.products import Choices
+from ppvae.inference.scope import unbound
 from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.tracing import Pair
+from ppvae.inference.watching import Watch
+from ppvae.inference.weights import Terms, terms
 from ppvae.training.loading import Columns
+
+log = logging.getLogger("ppvae")
 
 ROWS = 1000
 
 
+@final
 class Monitor:
     """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
 
@@ -26,6 +40,9 @@ class Monitor:
         self.structure, self.columns, self.seed = structure, columns, seed
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
+        self._graph: Graph | None = None
+        self._watch: Watch | None = None
+        self._refused = False
         self._count = len(columns) if held_out else min(len(columns), ROWS)
         with undisturbed():
             torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
@@ -38,8 +55,12 @@ class Monitor:
         """Whether the pair has an ELBO per datum; joint weights and point masses have none."""
         return not (self.structure.joint or self.structure.refusal)
 
-    def __call__(self, model: Pair, guide: Pair) -> dict[str, float]:
-        """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_."""
+    def __call__(self, model: Pair, guide: Pair, products: Choices | None = None) -> dict[str, float]:
+        """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_.
+
+        With `products`, the choices of the steps' compiled graph, whole blocks of data come from one, too: the same
+        numbers, up to rounding.
+        """
         s = self.structure
         if not self.has_elbo:
             return {}
@@ -50,11 +71,14 @@ class Monitor:
             for number, start in enumerate(range(0, self._count, size)):
                 stop = min(start + size, self._count)
                 block = Block(self._parts, start, stop, number, s, self.columns.device)
-                for _, elbo, t in block.weights(model, guide, 1, self.seed, ROWS):
+                sums = None
+                if products is not None and number > 0 and stop - start == size:
+                    sums = self._sums_by_graph(model, guide, block, latents, products)
+                if sums is None:
+                    ((_, _, t),) = block.weights(model, guide, 1, self.seed, ROWS)
                     assert t is not None  # no compiled cells
-                    rates = t.rates() if latents else {}
-                    parts = [elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[n] for n in latents)]
-                    totals += torch.stack([p[..., : stop - start].sum().cpu() for p in parts])
+                    sums = _sums(t, latents, stop - start)
+                totals += sums.cpu()
         elbo, log_lik, rate, *each = (totals / self._count).tolist()
         metrics = {self.key: elbo}
         if not s.enumerated:
@@ -62,6 +86,41 @@ class Monitor:
             if len(latents) > 1:
                 metrics |= {f"{self.prefix}_kl_{name}": kl for name, kl in zip(latents, each, strict=True)}
         return metrics
+
+    def _sums_by_graph(
+        self, model: Pair, guide: Pair, block: Block, latents: Sequence[str], products: Choices
+    ) -> Tensor | None:
+        """The sums of a block of the usual size after the first; None where no graph gives them."""
+        if self._refused or self.structure.layout == "one by one" or self.structure.indexes:
+            return None
+        if self._graph is None or not self._graph.fits or self._watch is None or self._watch.changed():
+            self._watch = Watch(model=unbound(model), guide=unbound(guide))
+
+            def run() -> list[Tensor]:
+                t = terms(model, guide, block.batch, 1, structure=self.structure)
+                return [_sums(t, latents, block.size)]
+
+            held = list(self.structure.params.values())
+            try:
+                with pyro.validation_enabled(False):
+                    graph = capture(run, held, block.batch)
+                    if what := self._watch.changed():
+                        raise Uncapturable(f"it changes {what} as it runs")
+                    self._graph = graph.compiled(block.batch, products)
+            except Exception as error:
+                log.warning("ppvae: validation runs without a compiled graph: %s", " ".join(str(error).split())[:160])
+                self._refused = True
+                return None
+        torch.manual_seed(stream(self.seed, block.number, 0))  # as `Block.weights` has it
+        (sums,) = self._graph(*block.batch)
+        return sums
+
+
+def _sums(t: Terms, latents: Sequence[str], rows: int) -> Tensor:
+    """[elbo, log_lik, rate, a rate for each latent], summed over the first rows."""
+    rates = t.rates() if latents else {}
+    parts = [t.elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[name] for name in latents)]
+    return torch.stack([p[..., :rows].sum() for p in parts])
 
 
 def _fixed(part: object, seed: int) -> object:
