@@ -60,10 +60,10 @@ SMOKE = {
 
 
 class Lie(distributions.ContinuousBernoulli):
-    """Says that it is a density on [0, 1], and gives a Bernoulli's log-mass."""
+    """Says that it is a density on [0, 1], and gives a Bernoulli's x log(lambda) + (1 - x) log(1 - lambda)."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return distributions.Bernoulli(logits=self.logits, validate_args=False).log_prob(value)
+        return value * self.logits - torch.nn.functional.softplus(self.logits)
 
 
 class Lies(likelihoods.ContinuousBernoulli):
