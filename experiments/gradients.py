@@ -41,11 +41,8 @@ class Settings:
 
 SMOKE = {"ks": (2, 8), "dims": 3, "num_data": 4, "draws": 20}
 PATHS = {"pathwise": gradients.Pathwise, "stl": gradients.STL, "dreg": gradients.DReG}
-ESTIMATORS: dict[str, Callable[[], Any]] = PATHS | {
-    "score": lambda: gradients.Score(Nothing()),
-    "score, moving average": gradients.Score,
-    "vimco": gradients.vimco,
-}
+SCORES = {"score": lambda: gradients.Score(Nothing()), "score, moving average": gradients.Score}
+ESTIMATORS: dict[str, Callable[[], Any]] = PATHS | SCORES | {"vimco": gradients.vimco}
 
 
 class Gaussian(nn.Module):
@@ -75,8 +72,7 @@ class Bits(nn.Module):
     def __init__(self, x: Tensor, away: float):
         super().__init__()
         dims = x.shape[1]
-        self.mu = nn.Parameter(torch.eye(dims) + away * torch.randn(dims, dims))
-        self.weight = nn.Parameter(torch.eye(dims) + away * torch.randn(dims, dims))
+        self.mu, self.weight = (nn.Parameter(torch.eye(dims) + away * torch.randn(dims, dims)) for _ in range(2))
         self.bias = nn.Parameter(-0.5 + away * torch.randn(dims))
 
     def model(self, x: Tensor) -> None:
@@ -116,8 +112,7 @@ def compute(s: Settings, here: Here, estimator: str, k: int) -> dict[str, Any]:
 
 def table(found: Cells) -> str:
     """The guide's and the model's variances, and the guide's signal-to-noise ratios, by K."""
-    ks = [k for (k,) in collected(found, "k")]
-    out = []
+    ks, out = [k for (k,) in collected(found, "k")], []
     titles = {"variance": "Variance", "snr": "Signal-to-noise ratio"}
     for key, side in itertools.product(titles, ("guide", "model")):
         lines = collected(found, "estimator").items()

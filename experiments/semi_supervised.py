@@ -30,11 +30,12 @@ class Settings:
     latent: int = 50
     hidden: int = 200
     channels: tuple[int, ...] = (16, 32)  # of the classifier
-    share: float = 0.1  # of the rows of an epoch that have a label: each labelled image is repeated so often
+    num_train: int = 15000  # images, most without a label
+    share: float = 0.25  # of the rows of an epoch that have a label: each labelled image is repeated so often
     weight: float = 100.0  # of log q(label | x) on a labelled row
     epochs: int = 6
-    batch_size: int = 100
-    lr: float = 1e-3
+    batch_size: int = 50
+    lr: float = 2e-3
     num_valid: int = 1000
     num_test: int = 1000
     particles: int = 50
@@ -96,7 +97,7 @@ def alone(s: Settings, net: torch.nn.Module, x: Tensor, label: Tensor) -> None:
     """Trains a classifier on the labelled images alone."""
     adam = torch.optim.Adam(net.parameters(), lr=s.lr)
     for _ in range(5):
-        for rows in torch.randperm(len(x)).split(s.batch_size // 2):
+        for rows in torch.randperm(len(x)).split(s.batch_size):
             adam.zero_grad()
             torch.nn.functional.cross_entropy(net(x[rows]), label[rows]).backward()
             adam.step()
@@ -107,7 +108,8 @@ def compute(s: Settings, here: Here, label: int, seed: int) -> dict[str, Any]:
 
     Images are binarised at random, every copy of a labelled one by itself.
     """
-    train, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    every, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    train = every.head(s.num_train)
     truth, classes, features = train.labels.long(), int(train.labels.max()) + 1, train.shape[1]
     known = few_labels(truth, label, classes, seed)
     rows = (known >= 0).nonzero()[:, 0]

@@ -25,7 +25,7 @@ from torch import Tensor
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error, train, verdict
 from ppvae import generate, likelihoods, log_marginal, nn, posteriors, priors
 from ppvae.models import CountVAE
-from ppvae.plots.style import CLASSES, figure, styled
+from ppvae.plots.style import BLUE, CLASSES, VERMILLION, figure, styled
 
 NAMES = ("NegativeBinomial", "ZeroInflatedNegativeBinomial")
 
@@ -83,8 +83,7 @@ def true_log_px(s: Settings, source: str, x: Tensor, batch: Tensor, library: Ten
 
 def compute(s: Settings, here: Here, source: str, likelihood: str, correction: str, seed: int) -> dict[str, Any]:
     """Trains one model; its log p(x) of test cells, and what is left of batch and type in z."""
-    sizes = (s.num_train, s.num_train // 6, s.num_train // 6)
-    of = [simulated(s, source, size, i) for i, size in enumerate(sizes)]
+    of = [simulated(s, source, size, i) for i, size in enumerate((s.num_train, s.num_train // 6, s.num_train // 6))]
     told = [c["batch"] if correction == "given" else 0 * c["batch"] for c in of]
     fitted, valid, test = ((c["x"], b, c["library"]) for c, b in zip(of, told, strict=True))
     torch.manual_seed(seed)
@@ -102,7 +101,7 @@ def compute(s: Settings, here: Here, source: str, likelihood: str, correction: s
     known, z = (generate.posterior_means(*pair, cells)["z"].cpu().numpy() for cells in (fitted, test))
     neighbours = KNeighborsClassifier(15).fit(known, of[0]["batch"])
     found = KMeans(s.types, n_init=10, random_state=0).fit_predict(z)
-    np.savez(here.folder / "shown.npz", z=PCA(2).fit_transform(z), batch=of[2]["batch"], kind=of[2]["kind"])
+    np.savez(here.folder / "shown.npz", z=PCA(2).fit_transform(z), batch=of[2]["batch"], type=of[2]["kind"])
     behind = true_log_px(s, source, of[2]["x"], of[2]["batch"], of[2]["library"].double()) - est.log_px
     return of_estimate(est) | {
         "behind": float(behind.mean()),
@@ -114,10 +113,7 @@ def compute(s: Settings, here: Here, source: str, likelihood: str, correction: s
 
 def table(cells: Cells) -> str:
     """One row a likelihood and what it is told of the batch, a table a source."""
-    header = (
-        "cells", "likelihood", "batch", "seeds", "test NLL", "behind the truth", "gain on no dropout", "batch in z",
-        "types", "not reliable",
-    )  # fmt: skip
+    header = ("cells", "likelihood", "batch", "seeds", "test NLL", "behind the truth", "gain on NegativeBinomial")
     lines = []
     for key, r in (rows := collected(cells, "source", "likelihood", "correction")).items():
         other = rows.get((key[0], NAMES[0], key[2]))
@@ -126,30 +122,27 @@ def table(cells: Cells) -> str:
         nll, told = f"{mean(r):.2f} ± {standard_error(r):.2f}", f"{100 * mean(r, 'batch_in_z'):.0f} %"
         doubt = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.0f} %"
         lines.append((*key, len(r), nll, behind, gain, told, f"{mean(r, 'rand'):.2f}", doubt))
-    return markdown(header, lines)
+    return markdown((*header, "batch in z", "types", "not reliable"), lines)
 
 
 @styled
 def picture(cells: Cells) -> Any:
     """Test cells in two principal components of z, coloured by batch and by type, with and without the batch given."""
     here = [c for c in cells if (Path(c["folder"]) / "shown.npz").exists()]
-    last = here[-1]["cell"]
-    rows = collected([c for c in here if all(c["cell"][k] == last[k] for k in ("source", "likelihood"))], "correction")
+    rows = collected([c for c in here if {c["cell"]["source"], c["cell"]["likelihood"]} == {NAMES[1]}], "correction")
     fig = figure(6.4, 3.0 * len(rows))
     for axes, ((told,), r) in zip(fig.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
         held = np.load(Path(r[0]["folder"]) / "shown.npz")
-        for ax, key, name in zip(axes, ("batch", "kind"), ("batch", "cell type"), strict=True):
+        for ax, key, colours in zip(axes, ("batch", "type"), ((BLUE, VERMILLION), CLASSES), strict=True):
             for value in np.unique(held[key]):
-                ax.plot(
-                    *held["z"][held[key] == value].T, ".", color=CLASSES[value + 2 * (key == "batch")], markersize=4
-                )
-            ax.set(title=f"batch {told}, by {name}", xlabel="PC 1 of z", ylabel="PC 2")
+                ax.plot(*held["z"][held[key] == value].T, ".", color=colours[value], markersize=4)
+            ax.set(title=f"batch {told}, by {key}", xlabel="PC 1 of z", ylabel="PC 2")
     return fig
 
 
 def main(args: list[str] | None = None) -> None:
     """Fills the table and draws the picture."""
-    axes = ("source", "likelihood", "correction", "seed")
+    axes = "source", "likelihood", "correction", "seed"
     cells, folder = run("single_cell", Settings, axes, compute, table, SMOKE, __doc__, args)
     picture(cells).savefig(folder / "single_cell.png")
 

@@ -24,6 +24,7 @@ from torch import nn as tnn
 
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error, train, verdict
 from ppvae import data, log_marginal, nn, posteriors, priors
+from ppvae.distributions import Multinomial
 from ppvae.evaluation import coherence, perplexity
 from ppvae.models import TopicModel
 from ppvae.plots.style import figure, styled
@@ -68,9 +69,7 @@ def corpus(s: Settings, source: str) -> list[Tensor]:
     for size in (s.num_train, s.num_train // 4, s.num_train // 4):
         theta = torch.distributions.Dirichlet(torch.full((10,), s.concentration)).sample((size,))
         length = 1 + torch.poisson(torch.full((size,), s.length - 1.0))
-        words = torch.multinomial(theta @ bars(), int(length.max()), replacement=True)
-        there = torch.arange(words.shape[1]) < length[:, None]
-        out.append(torch.zeros(size, 25).scatter_add_(1, words, there.float()))
+        out.append(Multinomial(length, (theta @ bars()).log()).sample())
     return out
 
 

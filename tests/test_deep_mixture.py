@@ -112,6 +112,30 @@ def test_the_elbo_is_that_of_the_paper():
     torch.testing.assert_close(t.elbo, torch.where(label < 0, unlabelled, known))
 
 
+class AfterX(torch.nn.Module):
+    """A network of [x, y] that is given y as its context."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, context):
+        lead = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        return self.net(torch.cat([x.expand(*lead, -1), context.expand(*lead, -1)], -1))
+
+
+def test_a_part_that_declares_a_context_is_given_the_label_as_it_is():
+    vae, x = semi_supervised(), data()
+    other = SemiSupervisedVAE(
+        vae.clusters, vae.prior, vae.likelihood.module, posteriors.DiagonalNormal(AfterX(vae.posterior.module.net)),
+        vae.classifier,
+    )  # fmt: skip
+    t = terms(vae.model, vae.guide, x, 4)
+    again = terms(other.model, other.guide, x, 4, values={"z": t.guide["z"].value})
+    assert isinstance(other.posterior, posteriors.DiagonalNormal)
+    torch.testing.assert_close(again.log_weight, t.log_weight)
+
+
 def test_one_cluster_is_the_vae():
     vae = VAE(priors.StandardNormal(LATENT), likelihood(LATENT), posterior(FEATURES))
     one = DeepMixture(

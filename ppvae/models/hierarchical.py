@@ -7,6 +7,7 @@ from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from ppvae.models.composed import Composed, normal_of
@@ -145,5 +146,6 @@ class LadderVAE(_Layers):
 
 def _product(a: Any, b: Any) -> dist.TorchDistribution:
     """The normal whose density is proportional to the product of two, [...], event [latent]."""
-    p, q = a.scale**-2, b.scale**-2
-    return dist.Normal((a.loc * p + b.loc * q) / (p + q), (p + q).rsqrt()).to_event(1)
+    both = torch.hypot(a.scale, b.scale)  # precisions would overflow where a scale is small
+    share = (b.scale / both).square()
+    return dist.Normal(b.loc + share * (a.loc - b.loc), a.scale * (b.scale / both)).to_event(1)
