@@ -66,10 +66,8 @@ def pinwheel(count: int, generator: torch.Generator) -> Tensor:
 
 def started(x: Tensor, components: int, seed: int) -> GaussianMixture:
     """A mixture with k-means' centres and the scale that its clusters have on average."""
-    means, pair = (
-        KMeans(components, n_init=1, random_state=seed).fit(x.numpy()),
-        GaussianMixture.from_data(x, components),
-    )
+    means = KMeans(components, n_init=1, random_state=seed).fit(x.numpy())
+    pair = GaussianMixture.from_data(x, components)
     with torch.no_grad():
         pair.loc.copy_(torch.from_numpy(means.cluster_centers_))
         pair.log_scale.fill_(0.5 * math.log(means.inertia_ / x.numel()))
@@ -95,12 +93,8 @@ def compute(s: Settings, here: Here, name: str, fit: str, seed: int) -> dict[str
     if fit == "VAE":
         x, test = x.float(), test.float()
         decoder, encoder = (nn.mlp(2, 4, hidden=s.hidden) for _ in range(2))
-        parts = (
-            priors.StandardNormal(2),
-            likelihoods.Normal(decoder, scale="network"),
-            posteriors.DiagonalNormal(encoder),
-        )
-        pair: Any = VAE(*parts)
+        prior, posterior = priors.StandardNormal(2), posteriors.DiagonalNormal(encoder)
+        pair: Any = VAE(prior, likelihoods.Normal(decoder, scale="network"), posterior)
         options = {"epochs": s.vae_epochs, "lr": s.vae_lr, "objective": objectives.IWAE(8)}
     else:
         pair = started(x, s.components, seed)
