@@ -1,13 +1,11 @@
-"""Deep Markov models (Krishnan et al. 2017, arXiv 1609.09869) beside a VAE of each step by itself: the same model whose
-transition, and whose guide, see nothing of other steps.
-
-"linear" is simulated: two latents that turn and decay, looked at through noise, sequences of 5 to 20 steps; log p(x) of
-what they were drawn from is known, by the Kalman filter. "digits" are scikit-learn's images, binarised, a sequence of 8
-rows of 8 pixels. Networks, steps and learning rates are the same for both models.
+"""Deep Markov models (Krishnan et al. 2017, arXiv 1609.09869) beside the same model whose transition and guide see
+nothing of other steps. "linear" is simulated: two latents that turn and decay, seen through noise, 5 to 20 steps; the
+truth's log p(x) comes from the Kalman filter. "digits" are scikit-learn's, binarised: 8 rows of 8 pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +95,7 @@ def compute(s: Settings, here: Here, source: str, model: str, seed: int) -> dict
     """Trains one model on one kind of sequence; log p(x) on others."""
     train, valid, test = loaded(s, source)
     torch.manual_seed(seed)
-    size, static = train[0].shape[-1], model == "VAE of each step"
-    net = lambda inputs, outputs: nn.mlp(inputs, outputs, hidden=(s.hidden,))  # noqa: E731
+    size, static, net = train[0].shape[-1], model == "VAE of each step", functools.partial(nn.mlp, hidden=(s.hidden,))
     transition, emission = net(s.latent, 2 * s.latent), net(s.latent, size)
     combiner = net(s.latent + s.hidden, 2 * s.latent)
     pair = DeepMarkovModel(
@@ -112,9 +109,9 @@ def compute(s: Settings, here: Here, source: str, model: str, seed: int) -> dict
         pair, train, valid, here, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size, seed=seed,
         objective=objectives.ELBO(warmup=s.warmup),
     )  # fmt: skip
-    own, like = (trained.model, trained.guide), (test[0][:1], test[1].max()[None])
+    own = trained.model, trained.guide
     est = log_marginal(*own, test, num_particles=s.particles, seed=seed)
-    drawn = generate.samples(*own, like, 16, mean=False, seed=seed)
+    drawn = generate.samples(*own, (test[0][:1], test[1].max()[None]), 16, mean=False, seed=seed)
     np.save(here.folder / "samples.npy", torch.stack([test[0][:16], drawn[: len(test[0])]]).numpy())
     best = {"best": -float(kalman(*test).mean())} if source == "linear" else {}
     return cells.of_estimate(est) | cells.of_run(trained) | {"steps": float(test[1].double().mean())} | best
@@ -130,9 +127,8 @@ def table(found: Cells) -> str:
         total, share = cells.mean(r), cells.mean(r, "unreliable") / cells.mean(r, "num_data")
         numbers = [f"{total:.2f} ± {cells.standard_error(r):.2f}", f"{total / cells.mean(r, 'steps'):.3f}"]
         numbers += [f"{cells.mean(r, 'elbo'):.2f}", f"{share:.0%}", cells.verdict(r, plain) if r is not plain else ""]
-        lines.append(
-            (source, model, len(r), *numbers, f"{total - cells.mean(r, 'best'):.2f}" if source == "linear" else "")
-        )
+        numbers += [f"{total - cells.mean(r, 'best'):.2f}" if source == "linear" else ""]
+        lines.append((source, model, len(r), *numbers))
     return cells.markdown(header, lines)
 
 
@@ -147,9 +143,8 @@ def picture(found: Cells, folder: Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Fills the table and draws the picture."""
-    found, folder = cells.run(
-        "deep_markov", Settings, ("source", "model", "seed"), compute, table, SMOKE, __doc__, args
-    )
+    axes = "source", "model", "seed"
+    found, folder = cells.run("deep_markov", Settings, axes, compute, table, SMOKE, __doc__, args)
     picture(found, folder)
 
 

@@ -2,10 +2,9 @@
 Fortuin et al. 2020, arXiv 1907.04155) beside independent frames.
 
 Simulated from real images: a digit turns at a constant speed, of 15 to 35 degrees a frame, for 10 frames of 14 x 14
-binary pixels; 40 % of the frames are missing, in training too. Each row has the same networks and steps. The guide is
-the process smoothed by what each frame says of it, or independent at the frames that are there. log p of the missing
-frames given the others is log p(all) - log p(known); the error of imputation is the mean square of (pixel - its mean
-given the known frames), beside that of the nearest known frame.
+binary pixels; 40 % of the frames are missing, in training too. Each row has the same networks. The guide is the process
+smoothed by what each frame says of it, or independent at known frames. log p of the missing frames given the others is
+log p(all) - log p(known); the error is the mean square of (pixel - its mean given the known frames).
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def white(r: Tensor) -> Tensor:
     return (r == 0).to(r.dtype)
 
 
-PAIRS = {"independent frames": (white, smoothed), "process, smoothed": (rbf, smoothed)}
-PAIRS |= {"process, stepwise": (rbf, stepwise)}
+PAIRS = dict(zip(Settings.pairs, ((white, smoothed), (rbf, smoothed), (rbf, stepwise)), strict=True))
 
 
 def rotating(images: Tensor, s: Settings, seed: int) -> tuple[Tensor, Tensor]:

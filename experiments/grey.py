@@ -1,11 +1,10 @@
 """Grey pixels under a Bernoulli are no likelihood: what it says, what that integrates to, and log p(x) of likelihoods.
 
-lambda^x (1 - lambda)^(1 - x) sums to one over {0, 1}; over [0, 1] it integrates to 1 / C(lambda) <= 1/2, so that it
-is no density and its ELBO bounds nothing. Divided by its integral it is the continuous Bernoulli (Loaiza-Ganem and
-Cunningham 2019, arXiv 1907.06845). The first row is trained on pixels binarised at every read, which on average is
-its gradient on grey ones, and asked about grey pixels, which the library refuses unless it is told a lie; the second is
-the same network, normalised. log p(x) is of dequantised pixels, and bits per dim, log2 256 included, bound those of a
-mass of the levels (Theis et al. 2016, arXiv 1511.01844): the last four rows can be compared, the first with nothing.
+lambda^x (1 - lambda)^(1 - x) sums to one over {0, 1}; over [0, 1] it integrates to 1 / C(lambda) <= 1/2: it is no
+density, and its ELBO bounds nothing. Divided by its integral it is the continuous Bernoulli (Loaiza-Ganem and Cunningham
+2019, arXiv 1907.06845). The first row is trained on pixels binarised at every read and asked about grey ones, which the
+library refuses unless it is told a lie; the second is the same network, normalised. log p(x) is of dequantised pixels,
+and bits per dim bound those of a mass of 256 levels (Theis et al. 2016, arXiv 1511.01844).
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Settings:
     particles: int = 200
 
 
-SMOKE = {"data": "digits", "latent": 2, "encoder": (16,), "decoder": (16,), "steps": 13}
-SMOKE |= {"num_test": 20, "particles": 25}
+SMALL = {"latent": 2, "encoder": (16,), "decoder": (16,), "steps": 13, "num_test": 20, "particles": 25}
+SMOKE = {"data": "digits"} | SMALL
 
 
 class Lie(distributions.ContinuousBernoulli):
@@ -132,15 +131,14 @@ def picture() -> Any:
 
 def samples(found: Cells, folder: Path) -> None:
     """Eight means and eight draws a row."""
-    rows = {}
+    rows: dict[str, Any] = {}
     for (name,), r in cells.collected(found, "likelihood").items():
         if (path := Path(r[0]["folder"]) / "samples.npy").exists():
             first, second = np.load(path)
             rows |= {name: first} | ({"normalised": second} if name == "Bernoulli" else {})
     if rows:
-        image_grid(np.stack(list(rows.values())), first.shape[1:], row_titles=list(rows)).savefig(
-            folder / "samples.png"
-        )
+        grid = image_grid(np.stack(list(rows.values())), first.shape[1:], row_titles=list(rows))
+        grid.savefig(folder / "samples.png")
 
 
 def main(args: list[str] | None = None) -> None:

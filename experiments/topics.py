@@ -1,11 +1,7 @@
-"""Topic models on a planted corpus and on digits. The corpus is simulated: 25 words on a 5 x 5 grid and ten topics, its
-rows and columns (Griffiths and Steyvers 2004), so that what there is to find is known. A digit is a document whose
-words are its 64 pixels, each as often as it is dark. ProdLDA is a product of experts in the place of the mixture; a
-topic is recovered where less than a tenth of its mass is misplaced.
-
-"planted" and "scikit-learn LDA" are `TopicModel`s whose topics are given, the planted ones and those that the
-LatentDirichletAllocation of scikit-learn finds: only their guide is trained, so that log p(x) of all rows is estimated
-in one way.
+"""Topic models on a simulated corpus, 25 words on a 5 x 5 grid and ten topics, its rows and columns (Griffiths and
+Steyvers 2004), and on digits, documents whose words are their 64 pixels, each as often as it is dark. ProdLDA is a
+product of experts; a topic is recovered where less than a tenth of its mass is misplaced. "planted" and "scikit-learn
+LDA" are `TopicModel`s whose topics are given; only their guide is trained, to estimate log p(x) of all in one way.
 """
 
 from __future__ import annotations
