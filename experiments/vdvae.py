@@ -1,7 +1,7 @@
 """A small VDVAE (Child 2021) in bits per dimension beside a VAE with one vector of latents and the same likelihood, a
-mixture of discretised logistics for each pixel, in as many passes with the same free bits. Colour images of 32x32, as
-CIFAR-10's, are a file `--data cifar10.npz` of images [N, 32, 32, 3], uint8, with `--levels 256`,
-`--sides 1 4 8 16 32 --blocks 1 2 2 2 1`; "discs" are some of its own. Settings were chosen on the validation images.
+mixture of discretised logistics for each pixel, in as many passes with the same free bits. Colour images of 32x32:
+`--data cifar10` (torchvision's files below the root, or an .npz of images [N, 32, 32, 3], uint8) with `--levels 256
+--sides 1 4 8 16 32 --blocks 1 2 2 2 1`; "discs" are some of its own. Settings were chosen on the validation images.
 """
 
 from __future__ import annotations

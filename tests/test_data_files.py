@@ -783,3 +783,27 @@ def test_omniglot_of_torchvision(tmp_path, monkeypatch, relative):
 
 def test_the_known_names():
     assert set(named.NAMES) == {"digits", "mnist", "fashion-mnist", "omniglot", "celeba", "freyfaces", "smiles"}
+
+
+def test_cifar10_is_what_torchvision_reads(tmp_path, monkeypatch):
+    assert "cifar-10-batches-py" in refused("cifar10", root=tmp_path)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert "is not complete" in refused("cifar10", root=tmp_path)  # torchvision misses the files
+
+    class Held:
+        base_folder = "cifar-10-batches-py"
+        classes = ("airplane", "automobile")
+
+        def __init__(self, root, train, download):
+            assert not download
+            count = 50_000 if train else 10_000
+            self.data = np.zeros((count, 32, 32, 3), dtype=np.uint8)
+            self.data[0, 1, 2] = (10, 20, 30) if train else (40, 50, 60)
+            self.targets = [1] + [0] * (count - 1)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Held)
+    train, valid, test = data.load("cifar10", root=tmp_path, flat=False)
+    assert [tuple(split.shape) for split in (train, valid, test)] == [(n, 3, 32, 32) for n in (45_000, 5_000, 10_000)]
+    assert (train.read()[0, :, 1, 2] * 255).round().tolist() == [10, 20, 30]
+    assert (test.read()[0, :, 1, 2] * 255).round().tolist() == [40, 50, 60]
+    assert (train.labels[0], valid.labels[0], test.labels[0]) == (1, 0, 1)
