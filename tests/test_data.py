@@ -132,7 +132,7 @@ def test_environment_names_the_root_and_an_argument_goes_first(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"name": "mnits"}, "Did you mean 'mnist'.*digits, mnist, fashion-mnist, omniglot, celeba, freyfaces, smiles, cifar10"),
+        ({"name": "mnits"}, "Did you mean 'mnist'.*digits, mnist, fashion-mnist, omniglot, celeba, freyfaces, smiles"),
         ({"name": "no such set"}, "Known: digits"),
         ({"name": 3}, "expected a name or a path, found int"),
         ({"name": "digits", "binarize": "static"}, "expected None, 'fixed' or 'dynamic', found 'static'"),

@@ -35,9 +35,9 @@ def load(
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
     `name` is digits, mnist, fashion-mnist, omniglot, celeba, freyfaces, smiles or cifar10, or the path of an .npz,
-    .npy or .pt file or of a folder of images. `root` is the folder that holds the named sets: the argument, else the environment
-    variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place; nothing is written, but MNIST and Fashion-MNIST
-    are fetched where they are missing and the root can be written.
+    .npy or .pt file or of a folder of images. `root` is the folder that holds the named sets: the argument, else the
+    environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place; nothing is written, but MNIST and
+    Fashion-MNIST are fetched where they are missing and the root can be written.
 
     Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are; an
     array [N, H, W] gets a channel, [N, H, W, C] becomes [N, C, H, W]. Labels, attributes and `index` (positions in the
