@@ -782,7 +782,16 @@ def test_omniglot_of_torchvision(tmp_path, monkeypatch, relative):
 
 
 def test_the_known_names():
-    assert set(named.NAMES) == {"digits", "mnist", "fashion-mnist", "omniglot", "celeba", "freyfaces", "smiles"}
+    assert set(named.NAMES) == {
+        "digits",
+        "mnist",
+        "fashion-mnist",
+        "omniglot",
+        "celeba",
+        "freyfaces",
+        "smiles",
+        "cifar10",
+    }
 
 
 def test_cifar10_is_what_torchvision_reads(tmp_path, monkeypatch):

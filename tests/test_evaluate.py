@@ -224,10 +224,10 @@ def test_a_run_that_has_not_finished_says_so(tmp_path, run, monkeypatch, capsys)
     assert load(run).stopped == ""
     real = room.Trainer._epoch
 
-    def stopped(self, bar):
+    def stopped(self):
         if self.epoch == 2:
             raise KeyboardInterrupt
-        return real(self, bar)
+        return real(self)
 
     monkeypatch.setattr(room.Trainer, "_epoch", stopped)
     monkeypatch.setattr(room.time, "monotonic", iter(range(0, 10**6, 100)).__next__)  # a checkpoint every epoch

@@ -72,6 +72,8 @@ def glorot(network: Network) -> Network:
 class Log1p(nn.Module):
     """log(1 + x), so that a network sees large counts and small ones.
 
+    Source: Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics.
+
     >>> Log1p()(torch.tensor([0.0, 99.0])).round()
     tensor([0., 5.])
     """
