@@ -109,9 +109,9 @@ def compute(s: Settings, here: Here, source: str, model: str, seed: int) -> dict
         pair, train, valid, here, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size, seed=seed,
         objective=objectives.ELBO(warmup=s.warmup),
     )  # fmt: skip
-    own = trained.model, trained.guide
+    own, like = (trained.model, trained.guide), (test[0][:1], test[1].max()[None])
     est = log_marginal(*own, test, num_particles=s.particles, seed=seed)
-    drawn = generate.samples(*own, (test[0][:1], test[1].max()[None]), 16, mean=False, seed=seed)
+    drawn = generate.samples(*own, like, 16, mean=False, seed=seed)
     np.save(here.folder / "samples.npy", torch.stack([test[0][:16], drawn[: len(test[0])]]).numpy())
     best = {"best": -float(kalman(*test).mean())} if source == "linear" else {}
     return cells.of_estimate(est) | cells.of_run(trained) | {"steps": float(test[1].double().mean())} | best
@@ -127,8 +127,8 @@ def table(found: Cells) -> str:
         total, share = cells.mean(r), cells.mean(r, "unreliable") / cells.mean(r, "num_data")
         numbers = [f"{total:.2f} ± {cells.standard_error(r):.2f}", f"{total / cells.mean(r, 'steps'):.3f}"]
         numbers += [f"{cells.mean(r, 'elbo'):.2f}", f"{share:.0%}", cells.verdict(r, plain) if r is not plain else ""]
-        numbers += [f"{total - cells.mean(r, 'best'):.2f}" if source == "linear" else ""]
-        lines.append((source, model, len(r), *numbers))
+        last = f"{total - cells.mean(r, 'best'):.2f}" if source == "linear" else ""
+        lines.append((source, model, len(r), *numbers, last))
     return cells.markdown(header, lines)
 
 
@@ -143,9 +143,7 @@ def picture(found: Cells, folder: Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Fills the table and draws the picture."""
-    axes = "source", "model", "seed"
-    found, folder = cells.run("deep_markov", Settings, axes, compute, table, SMOKE, __doc__, args)
-    picture(found, folder)
+    picture(*cells.run("deep_markov", Settings, ("source", "model", "seed"), compute, table, SMOKE, __doc__, args))
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ def few_labels(truth: Tensor, count: int, classes: int, seed: int) -> Tensor:
     """The labels [N] with as many kept of each class, `count` in all, and -1 elsewhere."""
     order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))
     kept = torch.cat([order[truth[order] == c][: count // classes] for c in range(classes)])
-    label = torch.full_like(truth, -1)
-    label[kept] = truth[kept]
-    return label
+    return torch.full_like(truth, -1).index_copy(0, kept, truth[kept])
 
 
 def moved(x: Tensor, size: tuple[int, ...], seed: int) -> Tensor:
