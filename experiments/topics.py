@@ -61,7 +61,7 @@ def corpus(s: Settings, source: str) -> list[Tensor]:
     if source == "digits":
         return [(16 * part.read()).round()[: s.num_train] for part in data.load("digits")]
     torch.manual_seed(0)
-    out = []
+    out: list[Tensor] = []
     for size in (s.num_train, s.num_train // 4, s.num_train // 4):
         theta = torch.distributions.Dirichlet(torch.full((10,), s.concentration)).sample((size,))
         length = 1 + torch.poisson(torch.full((size,), s.length - 1.0))
@@ -106,8 +106,7 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
     made = pair(s, model, fitted, seed)
     trained = train(made, fitted, valid, here, epochs=s.epochs, lr=s.lr, seed=seed)
     est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
-    words = made.words.cpu()
-    np.savez(here.folder / "shown.npz", words=words)
+    np.savez(here.folder / "shown.npz", words=(words := made.words.cpu()))
     found = {"perplexity": perplexity(est.log_px, test), "npmi": float(coherence(words, test, s.top).mean())}
     return of_estimate(est) | found | ({"recovered": float(recovered(words))} if source == "bars" else {})
 
