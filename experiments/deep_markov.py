@@ -1,6 +1,6 @@
-"""Deep Markov models (Krishnan et al. 2017, arXiv 1609.09869) beside the same model whose transition and guide see
-nothing of other steps. "linear" is simulated: two latents that turn and decay, seen through noise, 5 to 20 steps; the
-truth's log p(x) comes from the Kalman filter. "digits" are scikit-learn's, binarised: 8 rows of 8 pixels.
+"""Deep Markov models (Krishnan et al. 2017, arXiv 1609.09869) beside the same that sees nothing of other steps.
+"linear" is simulated: two latents that turn and decay, seen through noise, 5 to 20 steps; the truth's log p(x) comes
+from the Kalman filter. "digits": 8 rows of 8 bits.
 """
 
 from __future__ import annotations

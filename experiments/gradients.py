@@ -1,9 +1,8 @@
 """Signal-to-noise ratio and variance of gradient estimators of the importance-weighted bound, as K grows.
-
-Paths: the Gaussian model of Rainforth et al. 2018 (arXiv 1802.04537), z ~ N(mu, I), x | z ~ N(z, I) and
-q(z | x) = N(A x + b, 2/3 I), a little away from its optimum; with a path the guide's signal falls with K, and doubly
-reparameterised it rises (Tucker et al. 2019, arXiv 1810.04152). Scores: the same with bits, z ~ Bernoulli(1/2) and
-x | z ~ N(W z, I), whose guide has no path. The ratio is |mean| / sd of a coordinate's gradient, averaged over them; a
+Paths: the Gaussian model of Rainforth et al. 2018 (arXiv 1802.04537), z ~ N(mu, I), x | z ~ N(z, I) and q(z | x) =
+N(A x + b, 2/3 I), a little away from its optimum; with a path the guide's signal falls with K, and doubly
+reparameterised it rises (Tucker et al. 2019, arXiv 1810.04152). Scores: the same with bits, z ~ Bernoulli(1/2) and x
+| z ~ N(W z, I), whose guide has no path. The ratio is |mean| / sd of a coordinate's gradient, averaged over them; a
 mean of n draws is itself noise, so that no ratio is told below 0.8 / sqrt(n).
 """
 

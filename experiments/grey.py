@@ -1,10 +1,8 @@
-"""Grey pixels under a Bernoulli are no likelihood: what it says, what that integrates to, and log p(x) of likelihoods.
-
+"""Grey pixels under a Bernoulli are no likelihood: what it says, what that integrates to, and others' log p(x).
 lambda^x (1 - lambda)^(1 - x) sums to one over {0, 1}; over [0, 1] it integrates to 1 / C(lambda) <= 1/2: it is no
-density, and its ELBO bounds nothing. Divided by its integral it is the continuous Bernoulli (Loaiza-Ganem and
-Cunningham 2019, arXiv 1907.06845). The first row is trained on pixels binarised at every read and asked about grey
-ones, which the library refuses unless it is told a lie; the second is the same network, normalised. log p(x) is of
-dequantised pixels; bits per dim bound those of a mass of 256 levels (Theis et al. 2016, arXiv 1511.01844).
+density. Divided by its integral it is the continuous Bernoulli (Loaiza-Ganem and Cunningham 2019, arXiv 1907.06845).
+The first row is trained on bits drawn from grey pixels and asked about these; the second is the same network,
+normalised. Bits per dim bound those of a mass of 256 levels (Theis et al. 2016, arXiv 1511.01844).
 """
 
 from __future__ import annotations

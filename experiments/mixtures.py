@@ -1,9 +1,8 @@
 """A mixture of Gaussians is a latent-variable model, and a VAE is one with a cluster for every point of the plane.
-
 Two sets of data in the plane: planted clusters, a mixture itself, and a pinwheel, which is none. A mixture with the
-cluster summed out is fitted by stochastic variational inference, whose bound is then log p(x) itself, and by
-scikit-learn's EM from the same start (k-means), which climbs the same function; then a VAE, p(x) = integral of
-N(x; f(z), s(z)^2) over z ~ N(0, I). log p(x) of the mixtures is exact, of the VAE by importance sampling.
+cluster summed out is fitted by stochastic variational inference, whose bound is then log p(x) itself, and by scikit-
+learn's EM from the same start (k-means), which climbs the same function; then a VAE, p(x) = integral of N(x; f(z),
+s(z)^2) over z ~ N(0, I). log p(x) of the mixtures is exact, of the VAE by importance sampling.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """A binarised image and its label as two modalities: product of experts (Wu and Goodman 2018, arXiv 1802.05335) beside
-mixture of experts (Shi et al. 2019, arXiv 1911.03393), with the same networks and steps.
-
-Every image is there three times an epoch, with its label, alone, and as the label alone, so that the guide learns all
-of them. log p(label | image) = log p(image, label) - log p(image), by chance log(1/10) = -2.30; accuracy is that of
-argmax_y sum_k w_k p(y | z_k), z_k drawn given the image. Images drawn given a label are coherent where the nearest of
-5000 training images has that label.
+mixture of experts (Shi et al. 2019, arXiv 1911.03393).
+Every image is there three times an epoch, with its label, alone, and as the label alone, so that the guide learns
+all of them. log p(label | image) = log p(image, label) - log p(image), by chance log(1/10) = -2.30; accuracy is that
+of argmax_y sum_k w_k p(y | z_k), z_k drawn given the image. Images drawn given a label are coherent where their
+nearest training image has it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Counts of single cells, simulated so that what there is to find is known: four cell types, each moved along a
-direction of its own by t ~ N(0, 1), in two batches, which shift genes and differ in depth; three in ten counts are lost
-(zero-inflated), or none. A `CountVAE` is given the batch, or told that there is but one (Lopez et al. 2018). "Batch in
-z" is how well 15 nearest neighbours tell the batch of test cells from z (chance: 50 %), "types" the adjusted Rand index
-of k-means on z with the true cell types.
+"""Counts of single cells, simulated: four cell types, in two batches, which shift genes and differ in depth; three in
+ten counts are lost (zero-inflated), or none. A `CountVAE` is given the batch, or told that there is but one (Lopez et
+al. 2018). "Batch in z" is how well 15 nearest neighbours tell the batch of test cells from z (chance: 50 %), "types"
+the adjusted Rand index of k-means on z with the true cell types.
 """
 
 from __future__ import annotations

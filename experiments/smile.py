@@ -1,10 +1,9 @@
-"""Making a face smile: held-out images moved along the vector of an attribute in a convolutional VAE, and measured.
-
-The vector is cov(E_q[z | x], a) / var(a) over the training data; images without the attribute are moved by 0.5, 1 and
-1.5 of it, encoded again, and moved back. A judge that knows nothing of the VAE says how often an image has it: a small
-network trained on real images; ink is measured, one for two standard deviations. Outside the vector's direction a moved
-image should still be itself: how far its encoding is from the original's, in units of the distance of two test images,
-and how often the original is the nearest of all. Rows: smiles (or celeba, below the root), a 3 to an 8, a digit's ink.
+"""Making a face smile: held-out images moved along the vector of an attribute in a convolutional VAE, and measured. The
+vector is cov(E_q[z | x], a) / var(a) over the training data; images without the attribute are moved by 0.5, 1 and 1.5
+of it, encoded again, and moved back. A judge that knows nothing of the VAE says how often an image has it: a small
+network trained on real images; ink is measured, one for two standard deviations. Outside the vector's direction a
+moved image should still be itself: how far its encoding is from the original's, in units of the distance of two test
+images, and how often the original is the nearest of all. Rows: smiles (or celeba), a 3 to an 8, ink.
 """
 
 from __future__ import annotations

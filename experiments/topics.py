@@ -1,7 +1,6 @@
 """Topic models on a simulated corpus, 25 words on a 5 x 5 grid and ten topics, its rows and columns (Griffiths and
-Steyvers 2004), and on digits, documents whose words are their 64 pixels, each as often as it is dark. ProdLDA is a
-product of experts; a topic is recovered where less than a tenth of its mass is misplaced. "planted" and "scikit-learn
-LDA" are `TopicModel`s whose topics are given; only their guide is trained, to estimate log p(x) of all in one way.
+Steyvers 2004), and on digits, documents of pixels. ProdLDA is a product of experts; a topic is recovered where less
+than a tenth of its mass is misplaced. "planted" and "scikit-learn LDA" are given.
 """
 
 from __future__ import annotations
