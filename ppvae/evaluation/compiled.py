@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.inference.capture import SECONDS_PER_NODE
-from ppvae.inference.graphs import Uncapturable, capture, compiled
+from ppvae.inference.graphs import Uncapturable, capture, close, compiled, in_a_line
 from ppvae.inference.scope import unbound
 from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.tracing import Pair
@@ -91,11 +91,10 @@ class Cells:
                 torch.set_rng_state(state)
                 for a, b in zip(expected, call(*shared), strict=True):
                     near = (1e-9 if self._double else 1e-5) * (1 + a.abs())
-                    if not bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all()):
+                    if not close(a, b, near):
                         raise Uncapturable("it gives other weights than the graph of it")
         except Exception as error:
-            text = str(error) if isinstance(error, Uncapturable) else f"{type(error).__name__}: {error}"
-            log.warning("ppvae: log-weights are computed without a compiled graph: %s", " ".join(text.split())[:160])
+            log.warning("ppvae: log-weights are computed without a compiled graph: %s", in_a_line(error))
             return
         self._each, self._kinds = call, [(t.shape, t.dtype) for t in self._batch]
 

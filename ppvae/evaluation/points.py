@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.tempered import Point
-from ppvae.inference.graphs import Uncapturable, capture, compiled
+from ppvae.inference.graphs import Uncapturable, capture, close, compiled, in_a_line
 
 if TYPE_CHECKING:
     from ppvae.evaluation.unconstrained import Unconstrained
@@ -60,8 +60,7 @@ class Points:
                 self._made[kind] = _make(density, u)
             except Exception as error:
                 self._over = True
-                text = str(error) if isinstance(error, Uncapturable) else f"{type(error).__name__}: {error}"
-                log.warning("ppvae: chains run without a compiled graph: %s", " ".join(text.split())[:160])
+                log.warning("ppvae: chains run without a compiled graph: %s", in_a_line(error))
                 return density.point(u)
         with torch.no_grad():
             return self._made[kind](density, u)
@@ -87,6 +86,6 @@ def _make(density: Unconstrained, u: Tensor) -> _Made:
     for name in ("log_start", "log_joint", "grad_start", "grad_joint"):
         a, b = getattr(expected, name).double(), getattr(found, name).double()
         near = (1e-9 if u.dtype == torch.float64 else 1e-4) * (1 + a.abs().amax())
-        if not bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all()):
+        if not close(a, b, near):
             raise Uncapturable(f"{name} is another than that of the pair")
     return made

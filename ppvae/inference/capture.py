@@ -17,7 +17,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from ppvae.inference.graphs import Graph, Uncapturable, capture
+from ppvae.inference.graphs import Graph, Uncapturable, capture, close
 from ppvae.inference.precision import layers_in
 from ppvae.inference.scope import unbound
 from ppvae.inference.snapshot import Snapshot
@@ -207,7 +207,7 @@ class Captured:
             exact = 1e-7 if b.dtype == torch.float64 and a.dtype == torch.float64 else single
             a, b = a.to(b.device).double(), b.double()
             near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
-            if not bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all()):
+            if not close(a, b, near):
                 raise Uncapturable("it gives another loss or gradient than the graph of it")
 
     def _faster(

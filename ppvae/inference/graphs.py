@@ -19,6 +19,17 @@ class Uncapturable(Exception):
     """Why a run cannot be a graph."""
 
 
+def in_a_line(error: Exception) -> str:
+    """Why something is not captured or compiled, for a line in the log."""
+    text = str(error) if isinstance(error, Uncapturable) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:160]
+
+
+def close(a: Tensor, b: Tensor, near: Tensor | float) -> bool:
+    """Whether all values are within `near` of each other, infinite or missing ones in the same places."""
+    return bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all())
+
+
 @final
 class Graph:
     """A function of a batch, `graph(*args)`, over tensors that it holds and reads as they stand.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.evaluation.blocks import Block, stream
 from ppvae.inference.contract import inspect
 from ppvae.inference.evaluating import eval_mode
-from ppvae.inference.graphs import Graph, Uncapturable, capture
+from ppvae.inference.graphs import Graph, Uncapturable, capture, in_a_line
 from ppvae.inference.products import Choices
 from ppvae.inference.scope import unbound
 from ppvae.inference.structure import Structure, undisturbed
@@ -108,7 +108,7 @@ class Monitor:
                         raise Uncapturable(f"it changes {what} as it runs")
                     self._graph = graph.compiled(block.batch, products)
             except Exception as error:
-                log.warning("ppvae: validation runs without a compiled graph: %s", " ".join(str(error).split())[:160])
+                log.warning("ppvae: validation runs without a compiled graph: %s", in_a_line(error))
                 self._refused = True
                 return None
         torch.manual_seed(stream(self.seed, block.number, 0))  # as `Block.weights` has it
