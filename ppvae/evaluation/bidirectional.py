@@ -118,7 +118,8 @@ def bdmc(
         assemble: (simulated values by site, batch) -> batch with these in it; for a pair whose observed sites are not
             simply columns of the batch.
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, rows, directory, device,
-            compile, progress: as `annealed` takes them; forward and reverse chains share the pilot's step sizes and schedule.
+            compile, progress: as `annealed` takes them; forward and reverse chains share the pilot's step sizes and
+            schedule.
         seed: of the simulated data and of every draw.
 
     Raises:
