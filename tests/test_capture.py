@@ -26,7 +26,7 @@ from ppvae import VAE, fit, likelihoods, log_marginal, objectives, posteriors, p
 from ppvae import nn as networks
 from ppvae.errors import TrainingError
 from ppvae.evaluation import compiled
-from ppvae.inference import capture, graphs, lowering
+from ppvae.inference import capture
 from ppvae.inference.scope import Scope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
@@ -578,48 +578,6 @@ def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, cap
 compiled_graph = compiled.compiled
 
 
-def test_log1p_by_the_logarithm_alone_keeps_all_digits():
-    x = torch.cat([torch.logspace(-30, 10, 4001), -torch.logspace(-30, -0.001, 3001)])
-    exact = x.double().log1p()
-    assert float(((lowering.log1p_by_log(x) - exact) / exact).abs().max()) < 3e-7  # five units in the last place
-    edges = torch.tensor([-1.0, -0.0, 0.0, torch.inf, torch.nan, -2.0])
-    assert torch.equal(lowering.log1p_by_log(edges).nan_to_num(7.0), edges.log1p().nan_to_num(7.0))
-
-
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_softplus_and_log_sigmoid_as_they_are_compiled_keep_their_digits(dtype, digits):
-    """Every type has them: inductor takes a function apart for all types, or for none."""
-    x = torch.cat([torch.linspace(-100, 100, 20001), torch.linspace(-2, 2, 4001)]).to(dtype)
-    for mine, exact in (
-        (lowering.softplus(x, threshold=40.0), torch.nn.functional.softplus(x.double(), threshold=1000)),
-        (lowering.softplus(x, 2.0, 40.0), torch.nn.functional.softplus(x.double(), 2.0, threshold=1000)),
-        (lowering.log_sigmoid(x)[0], torch.nn.functional.logsigmoid(x.double())),
-    ):
-        error = (mine.double() - exact).abs()
-        assert float((error / (exact.abs() + 1e-3)).max()) < digits
-    edges = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    assert torch.equal(lowering.softplus(edges).nan_to_num(7.0), torch.tensor([3.4028234663852886e38, 0.0, 7.0]))
-    grad = lowering.softplus_backward(torch.ones_like(x), x, 1.0, 20.0)
-    assert torch.allclose(grad, x.sigmoid(), atol=1e-7)  # where x is above the threshold, it is one
-
-
-def test_sums_over_rows_are_the_same_in_any_shape():
-    x = torch.randn(7, 600, 80)
-
-    def sums(x):
-        wide = x * 2
-        return [wide.sum((0, 1)), wide.sum((0, 1), keepdim=True), wide.view(-1, 80).sum(0), wide.sum(0), wide.sum(-1)]
-
-    graph = graphs.capture(lambda: sums(x), [], (x,))
-    for a, b in zip(graph.compiled((x,), {})(x), sums(x), strict=True):
-        assert a.shape == b.shape
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
-    lowering._sums_over_rows(graph.module)
-    targets = [str(node.target) for node in graph.module.graph.nodes]
-    assert targets.count("ppvae.column_sum.default") == 3
-    assert targets.count("aten.sum.dim_IntList") == 2
-
-
 def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog):
     monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("lowered" in repr(graph._forward)))
     monkeypatch.setattr(validation, "ROWS", 16)
@@ -643,14 +601,3 @@ def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog)
     assert sums == [True] * 3  # the second block of each epoch; the first is looked at, the last is smaller
     assert torch.allclose(torch.tensor(found[0]), torch.tensor(found[1]), atol=1e-4)
     assert not refusals(caplog)
-
-
-def test_softplus_is_taken_apart_in_every_precision():
-    """An operation that inductor has a way for, and that is left whole, fails to compile."""
-    aten, table = torch.ops.aten, lowering._decompositions()
-    for dtype in (torch.float32, torch.float64):
-        x = torch.linspace(-30, 30, 101, dtype=dtype)
-        torch.testing.assert_close(table[aten.softplus.default](x), torch.nn.functional.softplus(x))
-        torch.testing.assert_close(table[aten.log_sigmoid_forward.default](x)[0], torch.nn.functional.logsigmoid(x))
-        slope = table[aten.softplus_backward.default](torch.ones_like(x), x, 1, 20)
-        torch.testing.assert_close(slope, x.sigmoid(), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,139 @@
+"""What inductor is told: functions taken apart that keep their digits, sums and logarithms in fewer operations."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from ppvae import distributions
+from ppvae.inference import graphs, lowering
+
+
+def test_log1p_by_the_logarithm_alone_keeps_all_digits():
+    x = torch.cat([torch.logspace(-30, 10, 4001), -torch.logspace(-30, -0.001, 3001)])
+    exact = x.double().log1p()
+    assert float(((lowering.log1p_by_log(x) - exact) / exact).abs().max()) < 3e-7  # five units in the last place
+    edges = torch.tensor([-1.0, -0.0, 0.0, torch.inf, torch.nan, -2.0])
+    assert torch.equal(lowering.log1p_by_log(edges).nan_to_num(7.0), edges.log1p().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_softplus_and_log_sigmoid_as_they_are_compiled_keep_their_digits(dtype, digits):
+    """Every type has them: inductor takes a function apart for all types, or for none."""
+    x = torch.cat([torch.linspace(-100, 100, 20001), torch.linspace(-2, 2, 4001)]).to(dtype)
+    for mine, exact in (
+        (lowering.softplus(x, threshold=40.0), torch.nn.functional.softplus(x.double(), threshold=1000)),
+        (lowering.softplus(x, 2.0, 40.0), torch.nn.functional.softplus(x.double(), 2.0, threshold=1000)),
+        (lowering.log_sigmoid(x)[0], torch.nn.functional.logsigmoid(x.double())),
+    ):
+        error = (mine.double() - exact).abs()
+        assert float((error / (exact.abs() + 1e-3)).max()) < digits
+    edges = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert torch.equal(lowering.softplus(edges).nan_to_num(7.0), torch.tensor([3.4028234663852886e38, 0.0, 7.0]))
+    grad = lowering.softplus_backward(torch.ones_like(x), x, 1.0, 20.0)
+    assert torch.allclose(grad, x.sigmoid(), atol=1e-7)  # where x is above the threshold, it is one
+
+
+def test_sums_over_rows_are_the_same_in_any_shape():
+    x = torch.randn(7, 600, 80)
+
+    def sums(x):
+        wide = x * 2
+        return [wide.sum((0, 1)), wide.sum((0, 1), keepdim=True), wide.view(-1, 80).sum(0), wide.sum(0), wide.sum(-1)]
+
+    graph = graphs.capture(lambda: sums(x), [], (x,))
+    for a, b in zip(graph.compiled((x,), {})(x), sums(x), strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+    lowering._sums_over_rows(graph.module)
+    targets = [str(node.target) for node in graph.module.graph.nodes]
+    assert targets.count("ppvae.column_sum.default") == 3
+    assert targets.count("aten.sum.dim_IntList") == 2
+
+
+def test_softplus_is_taken_apart_in_every_precision():
+    """An operation that inductor has a way for, and that is left whole, fails to compile."""
+    aten, table = torch.ops.aten, lowering._decompositions()
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(-30, 30, 101, dtype=dtype)
+        torch.testing.assert_close(table[aten.softplus.default](x), torch.nn.functional.softplus(x))
+        torch.testing.assert_close(table[aten.log_sigmoid_forward.default](x)[0], torch.nn.functional.logsigmoid(x))
+        slope = table[aten.softplus_backward.default](torch.ones_like(x), x, 1, 20)
+        torch.testing.assert_close(slope, x.sigmoid(), rtol=1e-6, atol=1e-8)
+
+
+def of_bits(kind, logits, bits, dims):
+    """log p(bits) as ppvae's Bernoulli writes it, as Pyro's does, and with a sign turned by hand."""
+    if kind == "ppvae":
+        return distributions.Bernoulli(logits=logits, validate_args=False).to_event(dims).log_prob(bits)
+    if kind == "Pyro":
+        return dist.Bernoulli(logits=logits, validate_args=False).to_event(dims).log_prob(bits)
+    return -torch.nn.functional.softplus((1 - 2 * bits) * logits, threshold=40).flatten(-dims).sum(-1)
+
+
+@pytest.mark.parametrize("event", [(64,), (1, 8, 8), (7 * 112,), (3, 32, 32), (65,), (48,), (16,)], ids=str)
+@pytest.mark.parametrize("kind", ["ppvae", "Pyro", "by hand"])
+def test_log_likelihoods_of_bits_take_one_logarithm_for_many(kind, event):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(5, 4, *event, generator=generator)
+    bits = torch.bernoulli(torch.full((4, *event), 0.4), generator=generator)
+    exact = -torch.nn.functional.softplus(((1 - 2 * bits) * logits).double(), threshold=1000).flatten(2).sum(-1)
+    graph = graphs.capture(lambda: [of_bits(kind, logits, bits, len(event))], [], (logits, bits))
+    count = logits[0, 0].numel()
+    for function in (graph, graph.compiled((logits, bits), {})):
+        (found,) = function(logits, bits)
+        assert found.shape == exact.shape
+        assert float((found - exact).abs().max()) < 1e-6 * count
+    lowering._logarithms_of_products(graph.module)
+    rewritten = [n for n in graph.module.graph.nodes if n.target is lowering.sum_of_softplus]
+    assert len(rewritten) == (count % 16 == 0 and count > 48)
+    (found,) = graph(logits, bits)
+    assert float((found - exact).abs().max()) < 1e-6 * count
+
+
+@pytest.mark.parametrize("kind", ["ppvae", "Pyro"])
+def test_gradients_of_log_likelihoods_of_bits_are_as_before(kind):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(5, 4, 64, generator=generator)
+    bits = torch.bernoulli(torch.full((4, 64), 0.4), generator=generator)
+
+    def run():
+        x = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            total = of_bits(kind, x, bits, 1)
+            return [total.detach(), *torch.autograd.grad((total**2).sum(), [x])]
+
+    graph = graphs.capture(run, [], (logits, bits))
+    for a, b in zip(graph.compiled((logits, bits), {})(logits, bits), run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("logit", [0.0, 1e-4, 30.0, 1e4, -1e4])
+def test_products_of_many_factors_stay_numbers(logit):
+    for x in (torch.full((2, 6400), logit), torch.full((2, 3, 40, 40), logit)):
+        exact = torch.nn.functional.softplus(x.double()).flatten(1).sum(1)
+        assert torch.allclose(lowering.sum_of_softplus(x, None, 1).double(), exact, rtol=1e-6, atol=1e-3)
+        exact -= (0.25 * x.double()).flatten(1).sum(1)
+        found = lowering.sum_of_softplus(x, torch.full_like(x, 0.25), 1, -1).double()
+        assert torch.allclose(found, -exact, rtol=1e-6, atol=1e-3)
+
+
+def test_terms_that_are_used_twice_or_summed_otherwise_are_left_alone():
+    x = torch.randn(5, 64)
+
+    def run(x):
+        terms = torch.nn.functional.softplus(x)
+        return [
+            terms.sum(-1),
+            terms,
+            torch.nn.functional.softplus(x).sum(0),
+            torch.nn.functional.softplus(x, 2.0).sum(-1),
+        ]
+
+    for values in (x, x.double()):
+        graph = graphs.capture(lambda values=values: run(values), [], (values,))
+        lowering._logarithms_of_products(graph.module)
+        assert all(n.target is not lowering.sum_of_softplus for n in graph.module.graph.nodes)
+        for a, b in zip(graph(values), run(values), strict=True):
+            assert torch.equal(a, b)
