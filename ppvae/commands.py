@@ -92,6 +92,7 @@ class Evaluate:
     seed: int = 0
     root: str | None = None
     rows: int | None = None  # the most (datum, particle) rows at once; memory is proportional to it
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products in layers, in importance sampling
     device: str | None = None
     num_chains: int = 16  # of annealing, per datum
     num_temperatures: int = 1000  # steps from the guide (or prior) to the posterior

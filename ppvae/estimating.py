@@ -29,11 +29,10 @@ CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
 def check_method(settings: Evaluate) -> None:
     """Raises UsageError for options that the method does not take, and for numbers of particles below one."""
     default = type(settings)()
-    given = [
-        name for name in (*CHAINS, "resample", "beside", *AUTO) if getattr(settings, name) != getattr(default, name)
-    ]
+    names = (*CHAINS, "resample", "beside", *AUTO, "precision")
+    given = [name for name in names if getattr(settings, name) != getattr(default, name)]
     takes = {
-        "importance": AUTO,
+        "importance": (*AUTO, "precision"),
         "annealed": (*CHAINS, "beside"),
         "smc": (*CHAINS, "resample", "beside"),
         "bdmc": CHAINS,
@@ -82,7 +81,7 @@ def by_weights(run: Run, model: Any, guide: Any, columns: tuple[Any, ...], setti
     est = log_marginal(
         model, guide, columns, num_particles=settings.num_particles, target_std_error=settings.target_std_error,
         max_particles=settings.max_particles, seed=settings.seed, device=settings.device, rows=settings.rows,
-        directory=blocks,
+        precision=settings.precision, directory=blocks,
     )  # fmt: skip
     if not left():
         return 0

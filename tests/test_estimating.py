@@ -234,6 +234,7 @@ def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
         (["--method", "anealed"], "method"),
         (["--num-chain", "3"], "did you mean --num-chains"),
         (["--method", "importance", "--num-temperatures", "5"], "goes with --method annealed, smc, bdmc"),
+        (["--precision", "bf16"], "--precision: goes with --method importance; found annealed"),
         (["--method", "bdmc", "--beside", "50"], "--beside: goes with --method annealed, smc; found bdmc"),
         (["--method", "importance", "--num-particles", "0"], "num_particles: expected at least 1"),
         (["--method", "smc", "--resample", "2"], "resample: expected a share from 0 to 1"),

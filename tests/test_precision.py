@@ -8,8 +8,9 @@ import pyro
 import pytest
 import torch
 
-from ppvae import VAE, data, fit, likelihoods, models, nn, objectives, posteriors, priors
+from ppvae import VAE, data, fit, likelihoods, log_marginal, models, nn, objectives, posteriors, priors
 from ppvae.errors import CheckpointError, UsageError
+from ppvae.evaluation import compiled
 from ppvae.inference.precision import layers_in
 from ppvae.inference.svi import SVI
 
@@ -91,6 +92,58 @@ def test_precisions_that_do_not_exist_are_refused():
         fit(pair.model, pair.guide, images(20), epochs=1, precision="fp8")
     with pytest.raises(UsageError, match="'tf32' expects a GPU, found 'cpu'"):
         fit(pair.model, pair.guide, images(20), epochs=1, precision="tf32")
+    for name in ("fp8", "tf32"):
+        with pytest.raises(UsageError, match=f"precision: .*found .*({name}|cpu)"):
+            log_marginal(pair.model, pair.guide, images(20), precision=name)
+
+
+class Rounded(torch.nn.Module):
+    """A layer that multiplies bfloat16 numbers, written out in float32."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        product = x.bfloat16().float() @ self.layer.weight.bfloat16().float().t()
+        return product.bfloat16().float() + self.layer.bias
+
+
+def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
+    x, pair = images(60), vae()
+    options = {"num_particles": 200, "posterior_draws": 2, "progress": False}
+    found = log_marginal(pair.model, pair.guide, x, precision="bf16", **options)
+    usual = log_marginal(pair.model, pair.guide, x, **options)
+    few = functools.partial(log_marginal, pair.model, pair.guide, x[:50], num_particles=100)
+    moved = few(precision="bf16").log_px - few().log_px
+    for net in (pair.likelihood.net, pair.posterior.net):
+        for name, layer in list(net.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                net.set_submodule(name, Rounded(layer))
+    own = log_marginal(pair.model, pair.guide, x, **options)
+    near, off = (found.log_px - own.log_px).abs().max(), (found.log_px - usual.log_px).abs().max()
+    assert float(near) < 0.1 * float(off)  # sums in another order may round another way
+    assert usual.settings == own.settings == {}
+    assert found.settings == {"precision": "bf16"}
+    assert found.notes == (
+        f"products in bf16: with 100 particles log p(x) of the first 50 data is {float(moved.mean()):+.4f} nats from "
+        f"float32 on average, {float(moved.abs().max()):.4f} at most",
+    )
+    assert not usual.notes
+
+
+def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
+    made, real = [], compiled.compiled
+    monkeypatch.setattr(compiled, "compiled", lambda *a: made.append(real(*a)) or made[-1])
+    x, pair = images(100), vae()
+    options = {"num_particles": 1000, "precision": "bf16", "progress": False}
+    eager, graph = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
+    assert len(made) == 1
+    assert not [r for r in caplog.records if r.name == "ppvae"]
+    assert torch.allclose(eager.log_px, graph.log_px, atol=2e-3)
+    assert not torch.equal(eager.log_px, graph.log_px)
 
 
 def mixture(rows: int, objective: objectives.IWAE, x: torch.Tensor, **options) -> torch.Tensor:

@@ -37,6 +37,7 @@ def contenders(s: Settings, threads: int) -> tuple[dict[tuple[str, str], Callabl
     made["log p(x)", "torch.compile"] = lambda: by_hand.log_px(s, True)
     made["log p(x)", "ppvae eager"] = lambda: by_ppvae.log_px(s)
     made["log p(x)", "ppvae compiled"] = lambda: by_ppvae.compiled_log_px(s)
+    made["log p(x)", "ppvae compiled, bf16"] = lambda: by_ppvae.compiled_log_px(s, "bf16")
     made |= by_others.contenders(s, threads)
     cell, flops = DATA_BLOCK * PARTICLE_BLOCK, {}
     shapes = {"VAE step": ((s.batch, s.batch), True), f"IWAE-{s.iwae} step": ((s.batch, s.batch * s.iwae), True)}

@@ -21,6 +21,7 @@ from ppvae.evaluation.accumulate import Weights, recorded_bounds
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
 from ppvae.evaluation.compiled import Cells
 from ppvae.inference import inspect
+from ppvae.inference.precision import layers_in
 from ppvae.inference.svi import SVI
 
 
@@ -69,12 +70,12 @@ def log_px(s: Settings) -> Timed:
     return run
 
 
-def compiled_log_px(s: Settings) -> Timed:
+def compiled_log_px(s: Settings, precision: str = "float32") -> Timed:
     """The same from the compiled graph, already made, with all reductions."""
     pair, batches = build("one layer", s), data("one layer", s.num_eval).split(DATA_BLOCK)
     structure = inspect(pair.model, pair.guide, (batches[0],))
-    cells = Cells(pair.model, pair.guide, structure, PARTICLE_BLOCK, 0)
-    with torch.no_grad(), pyro.validation_enabled(False):
+    cells = Cells(pair.model, pair.guide, structure, PARTICLE_BLOCK, 0, precision)
+    with torch.no_grad(), pyro.validation_enabled(False), layers_in(precision):
         cells.start((batches[0],))
         cells.compile(math.inf)
 

@@ -32,8 +32,9 @@ class Cells:
     draws are those of `terms` from the same random state, and the values equal up to rounding, which is checked.
     """
 
-    def __init__(self, model: Pair, guide: Pair, s: Structure, num_particles: int, total: int):
+    def __init__(self, model: Pair, guide: Pair, s: Structure, num_particles: int, total: int, precision: str):
         self.model, self.guide, self.s, self.num_particles, self._left = model, guide, s, num_particles, total
+        self._precision = precision
         self._seconds: list[float] = []
         self._asked = 0.0
         self._once: Callable[..., Any] | None = None
@@ -90,7 +91,7 @@ class Cells:
                 expected = self._run()
                 torch.set_rng_state(state)
                 for a, b in zip(expected, call(*shared), strict=True):
-                    near = (1e-9 if self._double else 1e-5) * (1 + a.abs())
+                    near = self._digits * (1 + a.abs())
                     if not close(a, b, near):
                         raise Uncapturable("it gives other weights than the graph of it")
         except Exception as error:
@@ -99,6 +100,9 @@ class Cells:
         self._each, self._kinds = call, [(t.shape, t.dtype) for t in self._batch]
 
     @property
-    def _double(self) -> bool:
+    def _digits(self) -> float:
+        """How far a compiled weight may be from the pair's."""
         kinds = [t.dtype for t in (*self._batch, *self.s.params.values()) if t.is_floating_point()]
-        return all(k == torch.float64 for k in kinds)
+        if all(k == torch.float64 for k in kinds):
+            return 1e-9
+        return 2**-6 if self._precision == "bf16" else 1e-5  # bfloat16 has steps of 2^-8

@@ -20,6 +20,7 @@ from ppvae.evaluation.sharding import quiet, shared
 from ppvae.evaluation.verdict import remedy
 from ppvae.evaluation.weighing import Weighing
 from ppvae.inference.evaluating import evaluating, modules_called
+from ppvae.inference.precision import check_precision
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
 from ppvae.inference.tracing import Pair
@@ -42,6 +43,7 @@ def log_marginal(
     bounds: Sequence[int] = (),
     posterior_draws: int = 0,
     rows: int | None = None,
+    precision: str = "float32",
     compile: bool = True,
     directory: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
@@ -76,6 +78,9 @@ def log_marginal(
         bounds: further k at which to record L_k.
         posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
         rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
+        precision: of the products in linear and convolutional layers, as in `fit`: what is estimated with "bf16" is
+            log p(x) of the model whose layers multiply in bfloat16. The estimate's notes say how far that is from
+            float32 on some of the data; everything outside layers is as ever.
         compile: compile the run of the pair where there is enough left to compute; the same up to rounding.
         directory: where finished blocks of data are kept, so that the same call goes on from them after an
             interruption, and gives the same result (up to rounding where runs of the pair are compiled).
@@ -105,9 +110,12 @@ def log_marginal(
         columns = columns_of(data, seed)
         with undisturbed(), evaluating(model, guide):
             place = torch.device(device) if device is not None else device_of(model, guide, columns)
+            check_precision(precision, place)
             with modules_called(model, guide) as modules:
                 s, size = inspected(model, guide, columns, place)
-            task = Weighing(model, guide, s, columns, size, place, particles, bounds, posterior_draws, seed, rows)
+            task = Weighing(
+                model, guide, s, columns, size, place, particles, bounds, posterior_draws, seed, rows, precision
+            )
             key: dict[str, Any] = {}
             if directory is not None or shares.size > 1:
                 more = {"what": "log_marginal", "device": place.type}
@@ -122,13 +130,14 @@ def log_marginal(
                     bar.update()
                     if not bar.disable:
                         bar.set_postfix(nll=f"{-torch.cat([p['log_px'] for p in parts.values()]).mean():.3f}")
+            rounding = task.rounding_note()
         results = shares.gathered(parts, key)
     missing = int(sum(r.pop("missing") for r in results))
     names = [n for n in results[0] if all(n in r for r in results)]  # L_k for those k that every datum has
     joined = {n: torch.cat([r[n] for r in results], dim=int(n.startswith("posterior/"))) for n in names}
     posterior = {n.partition("/")[2]: joined.pop(n) for n in list(joined) if n.startswith("posterior/")}
     base, levels, notes = _measure(columns[0], s)
-    notes += s.remarks
+    notes += s.remarks + rounding
     dims: float = s.observed_dims
     if missing:
         dims -= missing / len(columns[0])
@@ -151,7 +160,10 @@ def log_marginal(
         bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
         posterior=posterior or None,
         notes=notes,
-        settings={} if isinstance(particles, int) else {"particles": "by need", **particles.settings()},
+        settings={
+            **({} if isinstance(particles, int) else {"particles": "by need", **particles.settings()}),
+            **({} if precision == "float32" else {"precision": precision}),
+        },
         diagnostics=diagnostics,
         remedy=remedy(s),
     )

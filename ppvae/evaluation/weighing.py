@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, stream
 from ppvae.evaluation.compiled import Cells
 from ppvae.evaluation.kept import Kept
 from ppvae.evaluation.need import Need, pilot
+from ppvae.inference.precision import layers_in
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
 
@@ -33,6 +35,7 @@ class Weighing:
     posterior_draws: int
     seed: int
     rows: int
+    precision: str = "float32"
 
     @property
     def blocks(self) -> int:
@@ -45,6 +48,7 @@ class Weighing:
             "num_particles": self.particles if isinstance(self.particles, int) else "auto", "seed": self.seed,
             "posterior_draws": self.posterior_draws, "bounds": sorted(self.bounds),
             **({} if isinstance(self.particles, int) else self.particles.settings()),
+            **({} if self.precision == "float32" else {"precision": self.precision}),
         }  # fmt: skip
 
     def cells(self, blocks: int) -> Cells | None:
@@ -53,10 +57,25 @@ class Weighing:
         if isinstance(k, Need) or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
             return None
         total = min(blocks, len(self.columns[0]) // DATA_BLOCK) * (k // PARTICLE_BLOCK)
-        return Cells(self.model, self.guide, self.s, PARTICLE_BLOCK, total)
+        return Cells(self.model, self.guide, self.s, PARTICLE_BLOCK, total, self.precision)
+
+    def rounding_note(self) -> tuple[str, ...]:
+        """How far log p(x) of the first data is from float32, with the same noise; nothing where it is float32."""
+        if self.precision == "float32":
+            return ()
+        few = dataclasses.replace(self, particles=PARTICLE_BLOCK, bounds=(), posterior_draws=0)
+        moved = few(0)["log_px"] - dataclasses.replace(few, precision="float32")(0)["log_px"]
+        return (
+            f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of the first {len(moved)} data is "
+            f"{float(moved.mean()):+.4f} nats from float32 on average, {float(moved.abs().max()):.4f} at most",
+        )
 
     def __call__(self, number: int, cells: Cells | None = None) -> dict[str, Tensor]:
         """All that is reported of a block's data, [N] by name; latents [draws, N, ...] as "posterior/name"."""
+        with layers_in(self.precision):
+            return self._weighed(number, cells)
+
+    def _weighed(self, number: int, cells: Cells | None) -> dict[str, Tensor]:
         first = number * self.size
         block = Block(
             self.columns, first, min(first + self.size, len(self.columns[0])), number, self.s, self.device

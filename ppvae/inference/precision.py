@@ -31,8 +31,7 @@ def layers_in(precision: str) -> Iterator[None]:
     ...     torch.nn.functional.linear(torch.tensor([[1.001]]), torch.ones(1, 1))
     tensor([[1.]])
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision: expected one of {', '.join(PRECISIONS)}; found {precision!r}")
+    check_precision(precision)
     if precision == "bf16":
         with _Bfloat16():
             yield
@@ -48,6 +47,14 @@ def layers_in(precision: str) -> Iterator[None]:
                 place.allow_tf32 = value
     else:
         yield
+
+
+def check_precision(precision: str, place: torch.device | None = None) -> None:
+    """Raises UsageError for a precision that there is not, or not at that place."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision: expected one of {', '.join(PRECISIONS)}; found {precision!r}")
+    if precision == "tf32" and place is not None and place.type != "cuda":
+        raise UsageError(f"precision: 'tf32' expects a GPU, found {place.type!r}; take 'bf16' or 'float32'")
 
 
 class _Bfloat16(TorchFunctionMode):

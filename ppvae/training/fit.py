@@ -12,7 +12,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.errors import UsageError
-from ppvae.inference.precision import PRECISIONS
+from ppvae.inference.precision import check_precision
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Pair
 from ppvae.training.describing import described, digest_of
@@ -100,8 +100,7 @@ def fit(
         raise UsageError(
             f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"
         )
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision: expected one of {', '.join(PRECISIONS)}; found {precision!r}")
+    check_precision(precision)
     if clip is not None and not clip > 0:
         raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
 from ppvae.evaluation.blocks import stream
 from ppvae.inference.evaluating import eval_mode
+from ppvae.inference.precision import check_precision
 from ppvae.inference.scope import Bound, Scope, unbound
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.svi import SVI, Optimizer
@@ -77,8 +78,7 @@ class Trainer:
         self.kernels: str | None = None  # of the run that is resumed
         with self.scope.entered():
             place = torch.device(device) if device is not None else place_of(self.model, self.guide, data)
-            if precision == "tf32" and place.type != "cuda":
-                raise UsageError(f"precision: 'tf32' expects a GPU, found {place.type!r}; take 'bf16' or 'float32'")
+            check_precision(precision, place)
             self.train = Columns(data, "data", place)
             self.valid = Columns(valid, "valid", place) if valid is not None else None
             if self.valid is not None:
