@@ -47,7 +47,11 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
 
 
 def _sums_over_rows(module: fx.GraphModule) -> None:
-    """Leaves large sums over all dims but the last to torch: inductor goes through memory column by column."""
+    """Leaves large sums over all dims but the last to torch: inductor goes through memory column by column.
+
+    What products take in bfloat16 is summed from there, as gradients of a bias are beside those of its weight, so that
+    the float32 numbers are never written to memory.
+    """
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
         if node.target is not aten.sum.dim_IntList or node.kwargs:
@@ -57,13 +61,22 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
         leading = sorted(d % x.dim() for d in dims) == list(range(x.dim() - 1)) and x.is_contiguous()
         if not (leading and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= LEAST):
             continue
+        source = next((u for u in node.args[0].users if _to_bfloat16(u)), node.args[0])
+        if source is not node.args[0]:
+            node.args[0].append(source)  # now, not where it stood: after this sum, perhaps
         with module.graph.inserting_before(node):
-            rows = module.graph.call_function(aten.reshape.default, (node.args[0], [-1, x.shape[-1]]))
-            total = module.graph.call_function(column_sum(), (rows,))
-            shaped = module.graph.call_function(aten.reshape.default, (total, list(kept.shape)))
+            shaped = module.graph.call_function(_column_sums, (source, list(kept.shape)))
         node.replace_all_uses_with(shaped)
         module.graph.erase_node(node)
     module.recompile()
+
+
+def _column_sums(x: Tensor, shape: list[int]) -> Tensor:
+    return column_sum()(x.reshape(-1, x.shape[-1])).float().reshape(shape)
+
+
+def _to_bfloat16(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten._to_copy.default and node.kwargs.get("dtype") is torch.bfloat16
 
 
 def _logarithms_of_products(module: fx.GraphModule) -> None:
