@@ -138,6 +138,7 @@ def test_terms_that_are_used_twice_or_summed_otherwise_are_left_alone():
             terms,
             torch.nn.functional.softplus(x).sum(0),
             torch.nn.functional.softplus(x, 2.0).sum(-1),
+            torch.nn.functional.softplus(x, 1.0, 2.0).sum(-1),
         ]
 
     for values in (x, x.double()):

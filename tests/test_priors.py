@@ -18,7 +18,7 @@ from parts import FEATURES, PRIORS, vamp
 from torch import Tensor
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
-from ppvae.inference import inspect
+from ppvae.inference import graphs, inspect
 from ppvae.priors import mixture, process
 from ppvae.priors.flows import Flow, zuko
 from ppvae.priors.relaxed import BinaryConcrete, Concrete
@@ -358,6 +358,22 @@ def test_vamp_keeps_its_components_until_something_changes(change: str) -> None:
         torch.testing.assert_close(now, prior().log_prob(z.to(prior.pseudo_inputs.dtype)), rtol=0, atol=0)
     assert prior.posterior.calls == 3
     assert change == "another dtype" or not torch.equal(now, first)
+
+
+def test_vamp_goes_into_a_graph_as_it_stands() -> None:
+    torch.manual_seed(0)
+    prior = priors.VampPrior(Counting(), torch.rand(3, FEATURES)).eval()
+    z = torch.randn(5, 2)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        prior().log_prob(z)
+        graph = graphs.capture(lambda: [prior().log_prob(z)], list(prior.parameters()), (z,))
+    assert not graph.read
+    step(prior, torch.optim.Adam)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(z)[0], prior().log_prob(z))
+        once, each = graph.divided(0)  # the components do not depend on z
+    assert any("mm" in str(n.target) for n in once.graph.nodes)
+    assert not any("mm" in str(n.target) for n in each.graph.nodes)
 
 
 def test_vamp_keeps_nothing_in_training_and_runs_in_the_posteriors_mode() -> None:

@@ -111,20 +111,23 @@ def _logarithms_of_products(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+_SOFTPLUS = (torch.ops.aten.softplus.default, torch.ops.aten.softplus.out)
+
+
 def _softplus_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     """(x, target) of a node that is softplus(x) - target x; None for another."""
-    aten, args = torch.ops.aten, node.args
-    if node.target in (aten.softplus.default, aten.softplus.out) and (len(args) < 2 or args[1] == 1):
-        x = args[0]
-        assert isinstance(x, fx.Node)
-        in_place = node.target is aten.softplus.out
-        return None if in_place and (node.kwargs["out"] is not x or len(x.users) > 1) else (x, None)
-    if node.target is aten.binary_cross_entropy_with_logits.default and args[2:] == (None, None, 0):
-        x, target = args[:2]
-        assert isinstance(x, fx.Node)
-        assert isinstance(target, fx.Node)
-        return x, target
-    return None
+    cross_entropy = torch.ops.aten.binary_cross_entropy_with_logits.default
+    args: tuple[Any, ...] = node.args
+    if node.target is cross_entropy and args[2:] == (None, None, 0):
+        return args[0], args[1]
+    if node.target not in _SOFTPLUS:
+        return None
+    x: Any = args[0]
+    beta, threshold = (*args[1:], *(1, 20)[len(args) - 1 :])
+    if beta != 1 or threshold < 15:  # a line from there on
+        return None
+    alone = len(x.users) == 1 and node.kwargs.get("out") is x
+    return (x, None) if alone or "out" not in node.kwargs else None
 
 
 def _factors(count: int) -> int:

@@ -190,7 +190,7 @@ class VampPrior(nn.Module):
         return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), chosen)
 
     def forward(self) -> dist.TorchDistribution:
-        if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
+        if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()) or _traced():
             self._kept = None
             return Mixture(self._components())
         state = self._state()
@@ -213,3 +213,10 @@ class VampPrior(nn.Module):
         return torch.is_inference_mode_enabled(), [
             (t.data_ptr(), t.dtype, t._version, s) for t, s in zip(tensors, sums, strict=True)
         ]
+
+
+def _traced() -> bool:
+    """Whether operations are being written into a graph, which computes by itself only once what stays the same."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
