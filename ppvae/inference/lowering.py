@@ -117,8 +117,8 @@ _SOFTPLUS = (torch.ops.aten.softplus.default, torch.ops.aten.softplus.out)
 def _softplus_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     """(x, target) of a node that is softplus(x) - target x; None for another."""
     cross_entropy = torch.ops.aten.binary_cross_entropy_with_logits.default
-    args: tuple[Any, ...] = node.args
-    if node.target is cross_entropy and args[2:] == (None, None, 0):
+    args: list[Any] = list(node.args)
+    if node.target is cross_entropy and args[2:] == [None, None, 0]:
         return args[0], args[1]
     if node.target not in _SOFTPLUS:
         return None
