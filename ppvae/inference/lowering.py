@@ -123,7 +123,7 @@ def _softplus_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     if node.target not in _SOFTPLUS:
         return None
     x: Any = args[0]
-    beta, threshold = (*args[1:], *(1, 20)[len(args) - 1 :])
+    beta, threshold = args[1:] + [1, 20][len(args) - 1 :]
     if beta != 1 or threshold < 15:  # a line from there on
         return None
     alone = len(x.users) == 1 and node.kwargs.get("out") is x
