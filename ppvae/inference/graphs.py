@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppvae.inference.lowering import lowered
+from ppvae.inference.noise import with_fixed_noise
 from ppvae.inference.products import Choices
 from ppvae.inference.tracing import unread
 
@@ -102,7 +103,7 @@ class Graph:
 
 def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as `Graph.compiled` says."""
-    noise, rest = _without_noise(module)
+    noise, rest = _without_noise(with_fixed_noise(module))
     return lowered(noise, rest, inputs, choices)
 
 
