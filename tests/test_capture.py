@@ -33,6 +33,8 @@ from ppvae.inference.noise import with_fixed_noise
 from ppvae.inference.scope import Scope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
+from ppvae.objectives.plus import Plus
+from ppvae.objectives.schedules import Cyclical
 from ppvae.training import validation
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -349,11 +351,51 @@ def test_a_graph_waits_longer_after_each_change(monkeypatch):
     assert svi._captured._graphs
 
 
-def test_objectives_that_follow_the_steps_are_not_captured(caplog):
+SCHEDULES = {
+    "warm-up": lambda: objectives.ELBO(2, warmup=15),
+    "cycles": lambda: objectives.ELBO(beta=Cyclical(5), free_bits=0.1),
+    "capacity": lambda: objectives.Capacity(2.0, gamma=1.0, warmup=15),
+    "of a sum": lambda: Plus(objectives.ELBO(warmup=4), lambda x: x.sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_followed_by_one_graph(name, caplog):
+    ends = []
+    for kernels in ("eager", "graph"):
+        with Scope().entered():
+            objective = SCHEDULES[name]()
+            ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled()))
+    assert all(same(a, b) for i, (a, b) in enumerate(zip(*ends, strict=True)) if i != 5)
+    graph = next(iter(ends[1][5]._captured._graphs.values()))
+    assert graph.uses == 19
+    assert not refusals(caplog)
+    assert ends[1][-1].keys() == {"capacity" if name == "capacity" else "beta"}
+
+
+def test_a_warm_up_is_resumed_with_the_same_bits(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(sys.modules["ppvae.training.trainer"], "WORTH_CAPTURING", 0.0)
+    monkeypatch.setattr(capture, "SECONDS_PER_NODE", 1e9)  # nothing is worth compiling
+    ends = []
+    for epochs, options in (((4,), {"compile": False}), ((2, 4), {"directory": tmp_path / "run", "resume": True})):
+        for number in epochs:
+            run, end = fitted_with(epochs=number, objective=objectives.ELBO(warmup=12), **options)
+        ends.append((list(end.values()), [m["beta"] for m in run.history], [m["loss"] for m in run.history]))
+    assert run.config["kernels"] == "graph"
+    assert ends[0][1] == [4 / 12, 8 / 12, 1.0, 1.0]
+    assert same(*ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["warm-up", "cycles", "capacity"])
+def test_compiled_steps_follow_schedules(name):
+    check_compiled(PAIRS["modules"], SCHEDULES[name])
+
+
+def test_objectives_with_a_baseline_that_learns_are_not_captured(caplog):
     pair = LinearGaussian(3, 2)
-    for objective in (objectives.ELBO(warmup=5), objectives.ELBO(gradient="score")):
-        SVI(pair.model, pair.mean_field, ADAM, objective).use("graph")
-    assert [r.message for r in caplog.records if "follows the steps" in r.message] == [caplog.records[0].message] * 2
+    SVI(pair.model, pair.mean_field, ADAM, objectives.ELBO(gradient="score")).use("graph")
+    assert "baseline that learns" in caplog.records[0].message
 
 
 # -- what is not captured, and says so --------------------------------------------------------------------------------

@@ -795,7 +795,6 @@ def test_plus_adds_a_term_of_the_batch_to_loss_and_gradient(of) -> None:
 def test_plus_follows_the_schedules_of_its_bound() -> None:
     p, x = pair()
     objective = Plus(ELBO(warmup=4), lambda x: x.sum(-1))
-    assert objective.follows
     for step in range(3):
         assert objective.scheduled()["beta"] == step / 4
         objective.loss_and_grads(p.model, p.mean_field, x)

@@ -78,8 +78,8 @@ class Captured:
         self._graphs: dict[Any, _Kept] = {}
         self._seen: dict[Any, int] = {}
         self._first, self._again, self._changes = True, True, 0
-        if getattr(svi.loss, "follows", False):
-            self._refuse("its objective follows the steps, by a schedule or a baseline that learns")
+        if getattr(svi.loss, "learns", False):
+            self._refuse("its objective has a baseline that learns")
 
     def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
         """Leaves the loss's gradients in `.grad` of the parameters, which have none; the loss, unread from a graph."""
@@ -103,7 +103,13 @@ class Captured:
         kept.uses += 1
         if kept.doubted or kept.uses & (kept.uses - 1) == 0 or kept.uses % EVERY == 0:
             return self._check(kept, args)
-        return _put(kept, kept.graph(*args))
+        return self._put(kept, kept.graph(*args))
+
+    def _put(self, kept: _Kept, out: Sequence[Tensor]) -> Tensor:
+        _set(kept.params, out[1:])
+        if hasattr(self.svi.loss, "advance"):  # its schedules; Pyro's own have none
+            self.svi.loss.advance()
+        return out[0]
 
     def _drop(self, what: str) -> None:
         """Forgets all graphs; nothing is compiled again, so that a schedule does not compile for ever."""
@@ -122,7 +128,7 @@ class Captured:
         """One step, eagerly; then the graph of it, which must give the same, and perhaps its compiled form."""
         svi, first = self.svi, self._first
         self._first = False
-        before = Snapshot(args[0].device)
+        before = Snapshot(args[0].device, svi.loss)
         try:
             with before.taken():
                 loss = svi.eager_gradients(*args)
@@ -164,11 +170,11 @@ class Captured:
 
     def _taken(self, kept: _Kept, args: tuple[Tensor, ...]) -> Tensor:
         _set(self.svi.params, [None] * len(self.svi.params))
-        return _put(kept, kept.graph(*args))
+        return self._put(kept, kept.graph(*args))
 
     def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float | Tensor:
         """One step from the graph, having compared it with the pair's own."""
-        before = Snapshot(args[0].device)
+        before = Snapshot(args[0].device, self.svi.loss)
         try:
             with before.taken():
                 loss = self.svi.eager_gradients(*args)
@@ -192,7 +198,7 @@ class Captured:
             _set(self.svi.params, grads)
             return loss
         _set(self.svi.params, [None] * len(self.svi.params))
-        return _put(kept, out)
+        return self._put(kept, out)
 
     def _agree(
         self, out: Sequence[Tensor], loss: float, grads: Sequence[Tensor | None], kept: _Kept, now: Any, after: Any
@@ -261,11 +267,6 @@ def _loss_and_gradients(svi: SVI, args: tuple[Tensor, ...], params: list[Tensor]
 def _stored(names: Sequence[str]) -> tuple[Any, ...]:
     store = pyro.get_param_store()
     return (*map(store._params.get, names), *map(store._constraints.get, names))
-
-
-def _put(kept: _Kept, out: Sequence[Tensor]) -> Tensor:
-    _set(kept.params, out[1:])
-    return out[0]
 
 
 def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

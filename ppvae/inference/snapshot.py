@@ -16,10 +16,11 @@ from ppvae.inference.graphs import Uncapturable
 
 @final
 class Snapshot:
-    """What a run of a pair changes besides what it returns: random states, and buffers of the modules it calls."""
+    """What a run of a pair changes besides what it returns: random states, buffers of modules, steps of schedules."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, loss: Any = None):
+        self._device, self._loss = device, loss
+        self._step = self._taken()
         self._before: list[tuple[Tensor, Tensor]] = []
         self._met: set[int] = set()
         self._noise = self._random()
@@ -48,13 +49,18 @@ class Snapshot:
                 new = [b for b in part.buffers(recurse=False) if all(b is not kept for kept, _ in self._before)]
                 self._before += [(b, b.detach().clone()) for b in new]
 
-    def now(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(random states, buffers) as they are."""
-        return self._random(), [b.detach().clone() for b, _ in self._before]
+    def _taken(self) -> int | None:
+        return self._loss.taken if hasattr(self._loss, "advance") else None  # an objective, perhaps with schedules
 
-    def restore(self, to: tuple[list[Tensor], list[Tensor]] | None = None) -> None:
+    def now(self) -> tuple[list[Tensor], list[Tensor], int | None]:
+        """(random states, buffers, steps taken) as they are."""
+        return self._random(), [b.detach().clone() for b, _ in self._before], self._taken()
+
+    def restore(self, to: tuple[list[Tensor], list[Tensor], int | None] | None = None) -> None:
         """Puts back what was there before, or what `now` gave."""
-        noise, buffers = to if to is not None else (self._noise, [kept for _, kept in self._before])
+        noise, buffers, step = to if to is not None else (self._noise, [b for _, b in self._before], self._step)
+        if step is not None:
+            self._loss.go_to(step)
         torch.set_rng_state(noise[0])
         if len(noise) > 1:
             torch.cuda.set_rng_state(noise[1], self._device)

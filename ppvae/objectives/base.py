@@ -170,8 +170,12 @@ class Objective(PyroELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
-        self._go_to(int(self._steps) + 1)
+        self.advance()
         return loss.item()
+
+    def advance(self) -> None:
+        """Goes on to the schedules' next step, as `loss_and_grads` does, and as a step from a graph has to."""
+        self.go_to(self.taken + 1)
 
     def scheduled(self) -> dict[str, float]:
         """The numbers that may follow the steps, as they are now."""
@@ -179,26 +183,32 @@ class Objective(PyroELBO):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold: the steps taken, the gradient's baseline."""
-        return {"step": int(self._steps), "gradient": self.gradient.state_dict()}
+        return {"step": self.taken, "gradient": self.gradient.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint; an empty one starts anew."""
-        self._go_to(state.get("step", 0))
+        self.go_to(state.get("step", 0))
         self.gradient.load_state_dict(state.get("gradient", {}))
 
     @property
-    def follows(self) -> bool:
-        """Whether it changes with the steps of training: a schedule, or a baseline that learns."""
-        return any(not number.fixed for number in self._scheduled.values()) or self.gradient.follows
+    def learns(self) -> bool:
+        """Whether it learns from the steps of training, beside its schedules: a baseline that does."""
+        return self.gradient.learns
+
+    @property
+    def taken(self) -> int:
+        """How many steps its schedules have gone."""
+        return int(self._steps)
 
     def _now(self, name: str) -> Tensor:
         value = getattr(self, name)
         if value != self._scheduled[name].value:  # set anew by the user
             self._scheduled[name] = Scheduled(value, self._scheduled[name].warmup)
-            self._scheduled[name].go_to(int(self._steps))
+            self._scheduled[name].go_to(self.taken)
         return self._scheduled[name].now
 
-    def _go_to(self, step: int) -> None:
+    def go_to(self, step: int) -> None:
+        """Sets its schedules to what they are after so many steps."""
         self._steps.fill_(step)
         for number in self._scheduled.values():
             number.go_to(step)

@@ -31,8 +31,8 @@ class Gradient(ABC):
     """How the gradient of an objective is estimated."""
 
     @property
-    def follows(self) -> bool:
-        """Whether it changes with the steps of training."""
+    def learns(self) -> bool:
+        """Whether it learns from the steps of training: a baseline that does."""
         return False
 
     @abstractmethod
@@ -178,7 +178,7 @@ class Score(Gradient):
         self.baseline = baseline if baseline is not None else MovingAverage()
 
     @property
-    def follows(self) -> bool:
+    def learns(self) -> bool:
         return not isinstance(self.baseline, Nothing | LeaveOneOut)
 
     def suits(self, objective: Objective) -> None:

@@ -82,10 +82,6 @@ class Plus(Objective):
         super().load_state_dict(state)
         self.of.load_state_dict(state)
 
-    @property
-    def follows(self) -> bool:
-        return self.of.follows
-
-    def _go_to(self, step: int) -> None:
-        super()._go_to(step)
-        self.of._go_to(step)
+    def go_to(self, step: int) -> None:
+        super().go_to(step)
+        self.of.go_to(step)

@@ -61,7 +61,6 @@ class Scheduled:
 
     def __init__(self, value: float | Schedule, warmup: int = 0):
         self.value, self.warmup = value, warmup
-        self.fixed = not callable(value) and not warmup
         self.now: Tensor = torch.zeros((), dtype=torch.float64)
         self.go_to(0)
 

@@ -144,10 +144,10 @@ class Stepper:
         params, objective = self.svi.params, self.svi.loss
         total = represented = 0.0
         sums: dict[int, Tensor] = {}
-        step = int(objective._steps) if isinstance(objective, Objective) else 0
+        step = objective.taken if isinstance(objective, Objective) else 0
         for part in parts:
             if isinstance(objective, Objective):
-                objective._go_to(step)  # all parts are of the same step
+                objective.go_to(step)  # all parts are of the same step
             rows = self.structure.size_of(part)
             weight = rows if self.structure.fixed_size else 1
             total += weight * self.svi.gradients(*part)
