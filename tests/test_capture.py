@@ -48,7 +48,7 @@ OBJECTIVES = {
     "TraceGraph_ELBO": TraceGraph_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
 }
-EAGER_PARTS = {"PerDatum", "PerDatum FullRank", "GaussianProcess"}  # they look at values: an index, a factorisation
+EAGER_PARTS = {"PerDatum", "PerDatum FullRank"}  # they look at values: an index
 UNFIT = {  # what the pair cannot be trained on, captured or not
     ("discrete", "ELBO"), ("discrete", "IWAE"), ("enumerated_both", "IWAE"), ("enumerated_both", "Trace_ELBO"),
 }  # fmt: skip

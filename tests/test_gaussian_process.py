@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ppvae import VAE, check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import ContractError, DataError
 from ppvae.evaluation import impute
+from ppvae.inference.svi import SVI
 from ppvae.models import GaussianProcessVAE, smoothed, stepwise
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -221,6 +223,52 @@ def test_training_finds_the_lengthscale():
         optimizer=lambda p: torch.optim.Adam(p, lr=0.03), progress=False,
     )  # fmt: skip
     assert 2.2 < float(pair.prior.log_lengthscale.detach().exp()) < 4.0
+
+
+# -- positions --------------------------------------------------------------------------------------------------------
+
+
+def test_positions_that_show_as_shared_give_the_densities_of_those_that_do_not():
+    pair, x = deep(), sequences()
+    times = torch.linspace(0, 4, STEPS).expand(4, STEPS)
+    assert pair.prior(context=times).batch_shape == pair.prior(context=times[:1]).batch_shape == ()
+    assert pair.prior(context=times.clone()).batch_shape == (4,)
+    z = torch.randn(4, STEPS * LATENT)
+    one, each = (pair.prior(context=t).log_prob(z) for t in (times, times.clone()))
+    torch.testing.assert_close(one, each, rtol=1e-10, atol=0)
+    found = [terms(pair.model, pair.guide, (x, t), 3) for t in (times, times.clone()) if torch.manual_seed(0)]
+    torch.testing.assert_close(found[0].log_weight, found[1].log_weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["one row", "expanded", "each its own"])
+def test_steps_are_captured_whatever_the_positions(layout):
+    x = torch.where(sequences().isnan(), torch.zeros(()).double(), sequences()).as_subclass(Tensor)
+    times = torch.arange(STEPS).double().expand(4, STEPS)
+    batch = (x,) if layout == "one row" else (x, times if layout == "expanded" else times + torch.rand(4, STEPS) / 2)
+    ends = []
+    for kernels in ("eager", "graph"):
+        pair = deep()
+        svi = SVI(pair.model, pair.guide, functools.partial(torch.optim.Adam, lr=1e-2), objectives.ELBO())
+        svi.use(kernels)
+        torch.manual_seed(3)
+        ends.append([svi.step(*batch) for _ in range(6)] + [p.detach() for p in pair.parameters()])
+    assert svi.kernels == "graph"
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*ends, strict=True))
+
+
+def test_fit_keeps_one_row_of_positions_in_memory():
+    x, seen = sequences(torch.ones_like(KNOWN)), []
+    times = torch.arange(STEPS).double().expand(4, STEPS)
+    pair = deep()
+
+    def model(x, times):
+        seen.append(times)
+        return pair.model(x, times)
+
+    fit(model, pair.guide, (x, times), epochs=1, batch_size=2, progress=False)
+    batches = [t for t in seen if len(t) == 2]
+    assert len(batches) > 1
+    assert all(t.stride(0) == 0 and torch.equal(t, times[:2]) for t in batches)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

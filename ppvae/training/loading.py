@@ -53,8 +53,8 @@ class Columns:
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The rows of every column, on the device, with fresh noise where a split redraws its values."""
         return tuple(
-            (part.read(rows) if hasattr(part, "read") else part[rows.to(part.device)]).to(self.device)
-            for part in self.parts
+            (part.read(rows) if hasattr(part, "read") else _taken(part, rows, i > 0)).to(self.device)
+            for i, part in enumerate(self.parts)
         )
 
     def first(self, count: int) -> tuple[Tensor, ...]:
@@ -79,6 +79,13 @@ class Columns:
         else:
             for rows in order:
                 yield self.read(rows.to(self.device))
+
+
+def _taken(column: Tensor, rows: Tensor, beside: bool) -> Tensor:
+    """Some rows of a column; beside the data, one row that is expanded to all of it stays one in memory."""
+    if beside and column.stride(0) == 0 and len(column) > 1:
+        return column[:1].expand(len(rows), *column.shape[1:])
+    return column[rows.to(column.device)]
 
 
 def _fits(values: Tensor, device: torch.device) -> bool:
