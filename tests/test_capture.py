@@ -33,6 +33,8 @@ from ppvae.inference.noise import with_fixed_noise
 from ppvae.inference.scope import Scope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
+from ppvae.objectives.baselines import Learned
+from ppvae.objectives.gradients import Score
 from ppvae.objectives.plus import Plus
 from ppvae.objectives.schedules import Cyclical
 from ppvae.training import validation
@@ -394,7 +396,8 @@ def test_compiled_steps_follow_schedules(name):
 
 def test_objectives_with_a_baseline_that_learns_are_not_captured(caplog):
     pair = LinearGaussian(3, 2)
-    SVI(pair.model, pair.mean_field, ADAM, objectives.ELBO(gradient="score")).use("graph")
+    learned = Score(Learned(nn.Linear(3, 1)))
+    SVI(pair.model, pair.mean_field, ADAM, objectives.ELBO(gradient=learned)).use("graph")
     assert "baseline that learns" in caplog.records[0].message
 
 
@@ -624,6 +627,7 @@ def discrete_pair(name):
 
 DISCRETE = {
     "vimco": lambda: objectives.IWAE(4, "vimco"),
+    "average": lambda: objectives.ELBO(2, gradient="score"),
     "wake and sleep": lambda: objectives.ReweightedWakeSleep(3, 1.0, 1.0),
     "Trace_ELBO": lambda: Trace_ELBO(num_particles=2),
 }
@@ -636,6 +640,11 @@ DISCRETE = {
 ])  # fmt: skip
 def test_compiled_steps_with_discrete_draws_are_the_same_up_to_rounding(build, objective):
     check_compiled(build, DISCRETE[objective])
+
+
+@pytest.mark.parametrize("objective", DISCRETE)
+def test_discrete_draws_are_captured_to_the_last_bit(objective, caplog):
+    check_same(choosing, DISCRETE[objective], caplog)
 
 
 def test_steps_whose_discrete_draws_stand_apart_are_the_same(monkeypatch):

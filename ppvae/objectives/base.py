@@ -192,7 +192,7 @@ class Objective(PyroELBO):
 
     @property
     def learns(self) -> bool:
-        """Whether it learns from the steps of training, beside its schedules: a baseline that does."""
+        """Whether it learns from the steps of training, by a network that is its own: a baseline that does."""
         return self.gradient.learns
 
     @property

@@ -70,22 +70,38 @@ class MovingAverage(Baseline):
 
     def __init__(self, decay: float = 0.9):
         self.decay = decay
-        self.average: Tensor | None = None
+        self._past = _Past()
 
     def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
-        level = log_weight.new_zeros(()) if self.average is None else self.average.to(log_weight)
-        now = objective.reduce(log_weight).mean()
-        self.average = now if self.average is None else level.lerp(now, 1 - self.decay)
+        level = self._past(objective.reduce(log_weight).mean(), self.decay)
         return objective.credit(log_weight - level)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.average is None else {"average": self.average.cpu().clone()}
+        return {} if bool(self._past.average.isnan()) else {"average": self._past.average.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average = state.get("average")
+        self._past.average.fill_(state.get("average", torch.nan))
 
     def __repr__(self) -> str:
         return f"MovingAverage({self.decay})"
+
+
+class _Past(nn.Module):
+    """An average in a buffer, NaN before the first number: a captured step reads it and moves it on."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.full((), torch.nan, dtype=torch.float64))
+
+    def forward(self, now: Tensor, decay: float) -> Tensor:
+        """The average before this number, 0 if there is none."""
+        if self.average.device != now.device:
+            self.to(now.device)
+        none, past = self.average.isnan(), self.average.to(now.dtype)
+        self.average.copy_(torch.where(none, now, past.lerp(now, 1 - decay)))
+        return torch.where(none, 0.0, past)
 
 
 @final

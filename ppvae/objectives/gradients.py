@@ -179,7 +179,7 @@ class Score(Gradient):
 
     @property
     def learns(self) -> bool:
-        return not isinstance(self.baseline, Nothing | LeaveOneOut)
+        return not isinstance(self.baseline, Nothing | LeaveOneOut | MovingAverage)
 
     def suits(self, objective: Objective) -> None:
         if isinstance(self.baseline, LeaveOneOut) and objective.draws < 2:
