@@ -229,30 +229,33 @@ def test_training_finds_the_lengthscale():
 
 
 def test_positions_that_show_as_shared_give_the_densities_of_those_that_do_not():
-    pair, x = deep(), sequences()
+    pair = deep()
     times = torch.linspace(0, 4, STEPS).expand(4, STEPS)
-    assert pair.prior(context=times).batch_shape == pair.prior(context=times[:1]).batch_shape == ()
-    assert pair.prior(context=times.clone()).batch_shape == (4,)
+    for shared in (times, times[:1], times.clone()):
+        assert pair.prior(context=shared).batch_shape == ()
+    near = times.clone()
+    near[0, 0] += 1e-9
+    assert pair.prior(context=near).batch_shape == (4,)
     z = torch.randn(4, STEPS * LATENT)
-    one, each = (pair.prior(context=t).log_prob(z) for t in (times, times.clone()))
-    torch.testing.assert_close(one, each, rtol=1e-10, atol=0)
-    found = [terms(pair.model, pair.guide, (x, t), 3) for t in (times, times.clone()) if torch.manual_seed(0)]
-    torch.testing.assert_close(found[0].log_weight, found[1].log_weight, rtol=1e-9, atol=1e-9)
+    one, each = (pair.prior(context=t).log_prob(z) for t in (times, near))
+    torch.testing.assert_close(one, each, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["one row", "expanded", "each its own"])
-def test_steps_are_captured_whatever_the_positions(layout):
+@pytest.mark.parametrize(
+    ("layout", "kernels"), [("one row", "graph"), ("expanded", "graph"), ("each its own", "eager")]
+)
+def test_steps_are_captured_where_positions_show_as_shared(layout, kernels):
     x = torch.where(sequences().isnan(), torch.zeros(()).double(), sequences()).as_subclass(Tensor)
     times = torch.arange(STEPS).double().expand(4, STEPS)
     batch = (x,) if layout == "one row" else (x, times if layout == "expanded" else times + torch.rand(4, STEPS) / 2)
     ends = []
-    for kernels in ("eager", "graph"):
+    for wanted in ("eager", "graph"):
         pair = deep()
         svi = SVI(pair.model, pair.guide, functools.partial(torch.optim.Adam, lr=1e-2), objectives.ELBO())
-        svi.use(kernels)
+        svi.use(wanted)
         torch.manual_seed(3)
         ends.append([svi.step(*batch) for _ in range(6)] + [p.detach() for p in pair.parameters()])
-    assert svi.kernels == "graph"
+    assert svi.kernels == kernels
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*ends, strict=True))
 
 

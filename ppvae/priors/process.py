@@ -102,9 +102,10 @@ class GaussianProcess(nn.Module):
     are independent of each other, so that each has its own weight and its own log p(x).
 
     Cov(z_tl, z_t'l) = kernel(|s_t - s_t'| / lengthscale_l) + jitter [t = t'], in nats log N(z_l; 0, K_l) for each dim,
-    exactly, by Cholesky decompositions in float64, each T^3: latent of them where all sequences share their positions
-    and that shows, in positions [1, T] or one row expanded, `times.expand(N, T)`, which `fit` keeps; batch * latent
-    otherwise. The jitter is white noise, a part of the prior, which keeps near positions apart.
+    exactly, by Cholesky decompositions in float64: latent of them for a batch that shares its positions, batch * latent
+    otherwise, each T^3. The jitter is white noise, a part of the prior, which keeps near positions apart. Steps of
+    training are compiled where it shows without a look at values that positions are shared: [1, T], or one row
+    expanded, `times.expand(N, T)`, which `fit` keeps.
 
     Args:
         latent: the number of dims at each position.
@@ -112,7 +113,7 @@ class GaussianProcess(nn.Module):
         kernel: a function of distances in lengthscales that is one at zero: `rbf`, `matern12`, `matern32`, `cauchy`.
         jitter: the variance of the white noise.
 
-    `forward(context=positions)` returns batch shape [batch], or [] where shared positions show, and event
+    `forward(context=positions)` returns batch shape [batch], or [] where all sequences share their positions, and event
     shape [T * latent]. Raises ValueError for a lengthscale or jitter that is not positive.
     Source: Casale et al. 2018 (arXiv 1810.11738); Fortuin et al. 2020, GP-VAE (arXiv 1907.04155).
 
@@ -136,7 +137,7 @@ class GaussianProcess(nn.Module):
         self.kernel, self.jitter = kernel, jitter
 
     def forward(self, *, context: Tensor) -> dist.TorchDistribution:
-        shared = len(context) == 1 or context.stride(0) == 0  # no value is read, so that a step can be captured
+        shared = len(context) == 1 or context.stride(0) == 0 or bool((context == context[:1]).all())
         places = (context[0] if shared else context).double()
         if context.dim() == 2:
             places = places.unsqueeze(-1)
