@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -147,3 +151,27 @@ def test_terms_that_are_used_twice_or_summed_otherwise_are_left_alone():
         assert all(n.target is not lowering.sum_of_softplus for n in graph.module.graph.nodes)
         for a, b in zip(graph(values), run(values), strict=True):
             assert torch.equal(a, b)
+
+
+FAULTS = """
+import resource, torch
+from ppvae.inference.memory import keep_freed
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(10 * 2**20)  # 40 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), keep_freed(), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(own):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    env |= {"MALLOC_MMAP_THRESHOLD_": "1000000"} if own else {}
+    out = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True, env=env).stdout
+    before, kept, after = out.split()
+    assert kept == str(not own)
+    assert int(before) > 20 * 100  # at least, with pages of 2 MB ahead of their use
+    assert int(after) > 2000 if own else int(after) < int(before) / 5
