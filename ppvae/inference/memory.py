@@ -6,10 +6,7 @@ import ctypes
 import functools
 import os
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = (
-    (-3, 128 * 2**20),
-    (-1, 512 * 2**20),
-)  # bytes: blocks and free ends that go back at once
+MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 128 * 2**20), (-1, 512 * 2**20)  # bytes from which memory goes back at once
 OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
