@@ -65,8 +65,11 @@ class Weighing:
             return ()
         few = dataclasses.replace(self, particles=PARTICLE_BLOCK, bounds=(), posterior_draws=0)
         moved = few(0)["log_px"] - dataclasses.replace(few, precision="float32")(0)["log_px"]
+        if not moved.any():
+            return (f"products in {self.precision} change nothing here: layers are not in float32",)
+        who = "all data" if self.s.joint else f"the first {len(moved)} data"
         return (
-            f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of the first {len(moved)} data is "
+            f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of {who} is "
             f"{float(moved.mean()):+.4f} nats from float32 on average, {float(moved.abs().max()):.4f} at most",
         )
 

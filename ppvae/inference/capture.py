@@ -20,7 +20,7 @@ from torch import Tensor
 from ppvae.inference.graphs import Graph, Uncapturable, capture, close
 from ppvae.inference.precision import layers_in
 from ppvae.inference.scope import unbound
-from ppvae.inference.snapshot import Snapshot
+from ppvae.inference.snapshot import Snapshot, following_steps
 from ppvae.inference.watching import Watch
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ class Captured:
 
     def _put(self, kept: _Kept, out: Sequence[Tensor]) -> Tensor:
         _set(kept.params, out[1:])
-        if hasattr(self.svi.loss, "advance"):  # its schedules; Pyro's own have none
-            self.svi.loss.advance()
+        if (loss := following_steps(self.svi.loss)) is not None:
+            loss.advance()
         return out[0]
 
     def _drop(self, what: str) -> None:
@@ -209,12 +209,13 @@ class Captured:
         own = {id(p): g for p, g in zip(self.svi.params, grads, strict=True) if g is not None}
         if own.keys() != {id(p) for p in kept.params}:
             raise Uncapturable("other parameters get a gradient than in the graph")
-        pairs = [(torch.as_tensor(loss), out[0]), *zip((own[id(p)] for p in kept.params), out[1:], strict=True)]
-        pairs += list(zip(after[1], now[1], strict=True))
+        pairs = [(torch.as_tensor(loss), out[0]), *zip(after[1], now[1], strict=True)]
+        pairs += zip((own[id(p)] for p in kept.params), out[1:], strict=True)
         largest = max((float(g.abs().max()) for g in own.values() if g.numel()), default=0.0)
-        single = 2**-6 if self.svi.precision == "bf16" else 1e-3  # bfloat16 has steps of 2^-8
-        for a, b in pairs:
-            exact = 1e-7 if b.dtype == torch.float64 and a.dtype == torch.float64 else single
+        double = all(g.dtype == torch.float64 for g in own.values())
+        for i, (a, b) in enumerate(pairs):
+            rounds = self.svi.precision == "bf16" and i > len(after[1])  # a gradient, in steps of 2^-8
+            exact = 2**-6 if rounds else 1e-7 if double and a.dtype == b.dtype == torch.float64 else 1e-3
             a, b = a.to(b.device).double(), b.double()
             near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
             if not close(a, b, near):

@@ -57,7 +57,7 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
     """
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
-        if node.target is not aten.sum.dim_IntList or node.kwargs:
+        if node.target is not aten.sum.dim_IntList or node.kwargs or node.args[1] is None:
             continue
         x, dims = node.args[0].meta["val"], node.args[1]
         kept = node.meta["val"]
@@ -86,7 +86,7 @@ def _logarithms_of_products(module: fx.GraphModule) -> None:
     """Has `sum_of_softplus` add up log-likelihoods of bits, from softplus or from the cross-entropy of logits."""
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
-        if node.target is not aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs:
+        if node.target is not aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs or node.args[1] is None:
             continue
         kept, (term, dims), sign, chain = node.meta["val"].shape, node.args, 1, [node]
         shapes = [term.meta["val"].shape]
@@ -103,9 +103,12 @@ def _logarithms_of_products(module: fx.GraphModule) -> None:
         trailing = [d % len(shapes[0]) for d in dims] == list(range(len(kept), len(shapes[0])))
         if not trailing or any(shape[: len(kept)] != kept for shape in shapes):
             continue
-        if value.dtype != torch.float32 or value.device.type != "cpu" or _factors(value.shape[len(kept) :].numel()) < 4:
+        if value.device.type != "cpu" or _factors(value.shape[len(kept) :].numel()) < 4:
             continue
-        with module.graph.inserting_before(node):
+        kinds = [(t.meta["val"].shape, t.meta["val"].dtype) for t in (term, x, target or x)]
+        if any(kind != (value.shape, torch.float32) for kind in kinds):
+            continue
+        with module.graph.inserting_before(term):  # what it reads may be changed in place between term and sum
             total = module.graph.call_function(sum_of_softplus, (x, target, len(kept), sign))
         total.meta = dict(node.meta)
         node.replace_all_uses_with(total)
@@ -129,8 +132,10 @@ def _softplus_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     beta, threshold = args[1:] + [1, 20][len(args) - 1 :]
     if beta != 1 or threshold < 15:  # a line from there on
         return None
-    alone = len(x.users) == 1 and node.kwargs.get("out") is x
-    return (x, None) if alone or "out" not in node.kwargs else None
+    if node.target is torch.ops.aten.softplus.out:  # what it overwrites must be of no other use, nor a view of others
+        mine = x.target is torch.ops.aten.mul.Tensor and len(x.users) == 1 and node.kwargs["out"] is x
+        return (x, None) if mine else None
+    return x, None
 
 
 def _factors(count: int) -> int:
@@ -150,7 +155,7 @@ def sum_of_softplus(x: Tensor, target: Tensor | None, first: int, sign: float = 
     """
     kept, count = x.shape[:first], x.shape[first:].numel()
     shape = (*kept, -1, _factors(count), LANES)
-    linear = x.clamp(min=0) if target is None else x.clamp(min=0) - target * x
+    linear = x.clamp(min=0) if target is None else (1 - target) * x - x.clamp(max=0)
     product = (1 + _exp(-x.abs())).reshape(shape).prod(-2)
     return sign * (linear.reshape(shape).sum(-2) + product.log()).sum((-2, -1))
 
@@ -236,6 +241,7 @@ def _plain_bias(module: fx.GraphModule) -> None:
         with module.graph.inserting_before(node):
             product = module.graph.call_function(aten.mm.default, (a, b))
             total = module.graph.call_function(aten.add.Tensor, (product, bias))
+        product.meta, total.meta = dict(node.meta), dict(node.meta)
         node.replace_all_uses_with(total)
         module.graph.erase_node(node)
     module.recompile()

@@ -6,7 +6,8 @@ import ctypes
 import functools
 import os
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 128 * 2**20), (-1, 512 * 2**20)  # bytes from which memory goes back at once
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # their numbers in malloc.h
+LARGEST, END = (128 * 2**20, 32 * 2**20), 512 * 2**20  # bytes from which a block, or a free end, goes back at once
 OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
@@ -23,4 +24,5 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return all([mallopt(*MMAP_THRESHOLD), mallopt(*TRIM_THRESHOLD)])
+    # the second alone would keep the first from growing, and glibc before 2.35 takes no more than 32 MB
+    return any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST) and bool(mallopt(TRIM_THRESHOLD, END))

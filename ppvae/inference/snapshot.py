@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from ppvae.inference.graphs import Uncapturable
 
 
+def following_steps(loss: Any) -> Any:
+    """The loss, if it is an objective with schedules, which know the steps taken; Pyro's own have none."""
+    return loss if all(hasattr(loss, name) for name in ("taken", "go_to", "advance")) else None
+
+
 @final
 class Snapshot:
     """What a run of a pair changes besides what it returns: random states, buffers of modules, steps of schedules."""
 
     def __init__(self, device: torch.device, loss: Any = None):
-        self._device, self._loss = device, loss
+        self._device, self._loss = device, following_steps(loss)
         self._step = self._taken()
         self._before: list[tuple[Tensor, Tensor]] = []
         self._met: set[int] = set()
@@ -50,7 +55,7 @@ class Snapshot:
                 self._before += [(b, b.detach().clone()) for b in new]
 
     def _taken(self) -> int | None:
-        return self._loss.taken if hasattr(self._loss, "advance") else None  # an objective, perhaps with schedules
+        return None if self._loss is None else self._loss.taken
 
     def now(self) -> tuple[list[Tensor], list[Tensor], int | None]:
         """(random states, buffers, steps taken) as they are."""
@@ -59,7 +64,7 @@ class Snapshot:
     def restore(self, to: tuple[list[Tensor], list[Tensor], int | None] | None = None) -> None:
         """Puts back what was there before, or what `now` gave."""
         noise, buffers, step = to if to is not None else (self._noise, [b for _, b in self._before], self._step)
-        if step is not None:
+        if self._loss is not None:
             self._loss.go_to(step)
         torch.set_rng_state(noise[0])
         if len(noise) > 1:

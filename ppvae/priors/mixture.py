@@ -190,7 +190,9 @@ class VampPrior(nn.Module):
         return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), chosen)
 
     def forward(self) -> dist.TorchDistribution:
-        if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()) or _traced():
+        if _traced():
+            return Mixture(self._components())
+        if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
             self._kept = None
             return Mixture(self._components())
         state = self._state()
@@ -207,12 +209,17 @@ class VampPrior(nn.Module):
         return found
 
     def _state(self) -> Any:
-        """What tells whether any tensor has changed: place, version and sum (fused optimizers leave versions alone)."""
+        """What tells whether any tensor has changed, by place, version and sum (fused optimizers leave versions alone).
+
+        And whether a mode is on in which layers are others, such as of products in bfloat16.
+        """
         tensors = [*self.parameters(), *self.buffers()]
         sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist()
-        return torch.is_inference_mode_enabled(), [
-            (t.data_ptr(), t.dtype, t._version, s) for t, s in zip(tensors, sums, strict=True)
-        ]
+        return (
+            torch.is_inference_mode_enabled(),
+            torch._C._len_torch_function_stack(),
+            [(t.data_ptr(), t.dtype, t._version, s) for t, s in zip(tensors, sums, strict=True)],
+        )
 
 
 def _traced() -> bool:

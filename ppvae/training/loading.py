@@ -31,7 +31,7 @@ class Columns:
                 raise UsageError(f"{place}: expected a tensor or a split, found {type(part).__name__}")
             if isinstance(part, Tensor):
                 part = datasets.validated(part, place)
-                part = part.to(device) if _fits(part, device) else part
+                part = _moved(part, device) if _fits(part, device) else part
             if len(part) != len(parts[0]):
                 raise DataError(f"{place}: expected {len(parts[0])} rows as in the first tensor, found {len(part)}")
             self.parts.append(part)
@@ -81,11 +81,20 @@ class Columns:
                 yield self.read(rows.to(self.device))
 
 
+def _moved(column: Tensor, device: torch.device) -> Tensor:
+    """A column on a device, one row that is expanded to all of it as such."""
+    return column[:1].to(device).expand(column.shape) if _one_row(column) else column.to(device)
+
+
 def _taken(column: Tensor, rows: Tensor, beside: bool) -> Tensor:
     """Some rows of a column; beside the data, one row that is expanded to all of it stays one in memory."""
-    if beside and column.stride(0) == 0 and len(column) > 1:
-        return column[:1].expand(len(rows), *column.shape[1:])
+    if beside and _one_row(column):
+        return column[:1].clone().expand(len(rows), *column.shape[1:])
     return column[rows.to(column.device)]
+
+
+def _one_row(column: Tensor) -> bool:
+    return len(column) > 1 and column.stride(0) == 0
 
 
 def _fits(values: Tensor, device: torch.device) -> bool:

@@ -156,6 +156,8 @@ class Stepper:
                 if p.grad is not None:
                     before = sums.get(id(p))
                     sums[id(p)] = p.grad.mul_(weight) if before is None else before.add_(p.grad, alpha=weight)
+        if isinstance(objective, Objective):
+            objective.go_to(step + 1)  # a process without a part of the batch goes on too
         for p in params:
             p.grad = sums.get(id(p))
         return [total, represented]
