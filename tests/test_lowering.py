@@ -58,11 +58,35 @@ def test_sums_over_rows_are_the_same_in_any_shape():
 
 def test_sums_over_rows_of_what_products_take_in_bfloat16_are_of_the_same_numbers():
     x = torch.randn(7, 600, 80, generator=torch.Generator().manual_seed(0)) + 0.1
-    graph = graphs.capture(lambda: [(wide := x * 2).sum((0, 1)) + 1, wide.bfloat16()], [], (x,))
-    total, taken = graph.compiled((x,), {})(x)
-    assert torch.equal(taken, (x * 2).bfloat16())
+    weight = torch.randn(80, 30).bfloat16()
+
+    def gradients(x):
+        return [(wide := x * 2).sum((0, 1)) + 1, wide.bfloat16().view(-1, 80) @ weight]
+
+    total, product = graphs.capture(lambda: gradients(x), [weight], (x,)).compiled((x,), {})(x)
+    taken = (x * 2).bfloat16()
     assert total.dtype == torch.float32
-    assert torch.allclose(total.double(), taken.double().sum((0, 1)) + 1, rtol=2**-8)
+    assert torch.allclose(total.double(), taken.double().sum((0, 1)) + 1, rtol=1e-5)
+    assert float((total - 1 - (x * 2).sum((0, 1))).abs().max()) > 1e-3  # of the others
+    assert torch.allclose(product, taken.view(-1, 80) @ weight, rtol=2**-6, atol=0.1)
+
+
+@pytest.mark.parametrize("use", ["a result", "changed in between"])
+def test_sums_over_rows_of_what_has_another_use_are_in_float32(use):
+    x = torch.randn(7, 600, 80, generator=torch.Generator().manual_seed(0)) + 0.1
+    weight = torch.randn(80, 30).bfloat16()
+
+    def run(x):
+        wide = x * 2
+        total = wide.sum((0, 1))
+        if use == "changed in between":
+            wide[..., 0] = 7.0
+        copy = wide.bfloat16()
+        return [total, copy.view(-1, 80) @ weight, *([copy] if use == "a result" else [])]
+
+    graph = graphs.capture(lambda: run(x), [weight], (x,)).compiled((x,), {})
+    for a, b in zip(graph(x), run(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if a.dtype == torch.float32 else 2**-6, atol=1e-3)
 
 
 def test_softplus_is_taken_apart_in_every_precision():
@@ -120,6 +144,48 @@ def test_gradients_of_log_likelihoods_of_bits_are_as_before(kind):
     graph = graphs.capture(run, [], (logits, bits))
     for a, b in zip(graph.compiled((logits, bits), {})(logits, bits), run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def changed_later(x, bits):
+    terms = torch.nn.functional.softplus(x)
+    x.view(-1).clamp_(-1, 1)
+    return [terms.sum(-1), x.sum(-1)]
+
+
+def overwritten_view(x, bits):
+    base = x * 2
+    wrong = base.view(-1, 64)
+    torch.ops.aten.softplus.out(wrong, 1, 40, out=wrong)
+    return [wrong.neg_().sum(-1), base.sum(-1)]
+
+
+def coarse_logits(x, bits):
+    return [-torch.nn.functional.binary_cross_entropy_with_logits(x.bfloat16(), bits, reduction="none").sum(-1)]
+
+
+def sum_of_a_layer(x, bits):
+    return [torch.nn.functional.linear(x, bits, bits[:, 0]).sum(-1), torch.sum(x * 2, dim=None)]
+
+
+@pytest.mark.parametrize("run", [changed_later, overwritten_view, coarse_logits, sum_of_a_layer])
+def test_rewriting_keeps_the_order_of_changes_and_the_types(run):
+    x = 3 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    bits = (x > 0).float()
+    expected = run(x.clone(), bits)
+    work = x.clone()
+    graph = graphs.capture(lambda: run(work, bits), [], (work, bits)).compiled((x.clone(), bits), {})
+    for a, b in zip(graph(x.clone(), bits), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6 if run is coarse_logits else 1e-5, atol=1e-4)
+    lowering._logarithms_of_products(graph.module)
+    assert (run is changed_later) == any(n.target is lowering.sum_of_softplus for n in graph.module.graph.nodes)
+
+
+def test_infinite_logits_are_as_in_torch():
+    x = torch.full((2, 64), torch.inf) * torch.tensor([[1.0], [-1.0]])
+    for target in (torch.zeros(2, 64), torch.ones(2, 64)):
+        exact = torch.nn.functional.binary_cross_entropy_with_logits(x, target, reduction="none").sum(-1)
+        found = lowering.sum_of_softplus(x, target, 1)
+        assert torch.equal(found.nan_to_num(7.0), exact.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("logit", [0.0, 1e-4, 30.0, 1e4, -1e4])

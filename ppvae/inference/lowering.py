@@ -52,8 +52,8 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
 def _sums_over_rows(module: fx.GraphModule) -> None:
     """Leaves large sums over all dims but the last to torch: inductor goes through memory column by column.
 
-    What products take in bfloat16 is summed from there, as gradients of a bias are beside those of its weight, so that
-    the float32 numbers are never written to memory.
+    What is there for products in bfloat16 alone, a gradient of a layer that rounds, is summed as they take it, in
+    float32: so that the numbers are not written to memory twice.
     """
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
@@ -64,7 +64,7 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
         leading = sorted(d % x.dim() for d in dims) == list(range(x.dim() - 1)) and x.is_contiguous()
         if not (leading and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= LEAST):
             continue
-        source = next((u for u in node.args[0].users if _to_bfloat16(u)), node.args[0])
+        source = next((u for u in node.args[0].users if _for_products(u)), node.args[0])
         if source is not node.args[0]:
             node.args[0].append(source)  # now, not where it stood: after this sum, perhaps
         with module.graph.inserting_before(node):
@@ -75,11 +75,28 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
 
 
 def _column_sums(x: Tensor, shape: list[int]) -> Tensor:
-    return column_sum()(x.reshape(-1, x.shape[-1])).float().reshape(shape)
+    return column_sum()(x.reshape(-1, x.shape[-1])).reshape(shape)
 
 
-def _to_bfloat16(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten._to_copy.default and node.kwargs.get("dtype") is torch.bfloat16
+def _for_products(node: fx.Node) -> bool:
+    """Whether it is a cast to bfloat16 for products alone, and nothing is changed in place before it is made."""
+    aten = torch.ops.aten
+    if node.target is not aten._to_copy.default or node.kwargs.get("dtype") is not torch.bfloat16:
+        return False
+    before = node.prev
+    while before is not node.args[0]:
+        schema = getattr(before.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return False
+        before = before.prev
+    uses = list(node.users)
+    while uses:
+        use = uses.pop()
+        if use.target in (aten.view.default, aten.t.default):
+            uses += use.users
+        elif use.target is not aten.mm.default:
+            return False
+    return True
 
 
 def _logarithms_of_products(module: fx.GraphModule) -> None:
