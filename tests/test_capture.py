@@ -775,3 +775,16 @@ def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog)
     assert sums == [True] * 3  # the second block of each epoch; the first is looked at, the last is smaller
     assert torch.allclose(torch.tensor(found[0]), torch.tensor(found[1]), atol=1e-4)
     assert not refusals(caplog)
+
+
+def test_a_strangers_loss_may_have_a_method_of_any_name():
+    class Mine(Trace_ELBO):
+        def advance(self):
+            raise AssertionError("it is not ours to call")
+
+    model, guide, batch = PAIRS["modules"]()
+    svi = SVI(model, guide, ADAM, Mine())
+    svi.use("graph")
+    for _ in range(3):
+        svi.step(*batch)
+    assert svi.kernels == "graph"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppvae import distributions
-from ppvae.inference import graphs, lowering
+from ppvae.inference import graphs, lowering, memory
 
 
 def test_log1p_by_the_logarithm_alone_keeps_all_digits():
@@ -217,6 +217,23 @@ def test_terms_that_are_used_twice_or_summed_otherwise_are_left_alone():
         assert all(n.target is not lowering.sum_of_softplus for n in graph.module.graph.nodes)
         for a, b in zip(graph(values), run(values), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("takes", "asked"), [(2**30, [128, 512]), (2**25, [128, 32, 512]), (0, [128, 32])])
+def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, monkeypatch):
+    calls = []
+
+    class Library:
+        @staticmethod
+        def mallopt(which, size):
+            calls.append(size // 2**20)
+            return int(which == memory.TRIM_THRESHOLD or size <= takes)
+
+    for name in memory.OWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library)
+    assert memory.keep_freed.__wrapped__() == (len(asked) != 2 or 512 in asked)
+    assert calls == asked
 
 
 FAULTS = """

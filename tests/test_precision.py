@@ -132,6 +132,35 @@ def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
     assert not usual.notes
 
 
+@pytest.mark.parametrize(("off", "taken"), [(0.0, True), (0.3, False)])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precision, monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
+    monkeypatch.setattr(compiled, "compiled", lambda module, *_: lambda *a: [t + off for t in module(*a)])
+    x, pair = images(50), vae()
+    options = {"num_particles": 600, "precision": precision, "progress": False}
+    eager, found = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
+    assert torch.allclose(eager.log_px, found.log_px, atol=1e-4)
+    assert ("other weights" in caplog.text) != taken
+
+
+def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
+    x, pair = images(50), vae()
+    with torch.no_grad():
+        for p in pair.posterior.parameters():
+            p.mul_(4)
+    pair.prior = priors.VampPrior.from_data(pair.posterior, x, components=10)
+    few = functools.partial(log_marginal, pair.model, pair.guide, x, num_particles=100, progress=False)
+    moved = few(precision="bf16").log_px - few().log_px
+    found = log_marginal(pair.model, pair.guide, x, num_particles=600, precision="bf16", progress=False)
+    assert f"{float(moved.mean()):+.4f} nats" in found.notes[0]
+    assert f"{float(moved.abs().max()):.4f} at most" in found.notes[0]
+    assert not [r for r in caplog.records if r.name == "ppvae"]
+
+
 def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "LEAST", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
