@@ -20,7 +20,7 @@ from ppvae.training.folder import default_dtype, floating
 from ppvae.training.run import Run
 
 if TYPE_CHECKING:
-    from ppvae.commands import Evaluate
+    from ppvae.options import Evaluate
 
 AUTO = ("target_std_error", "max_particles")
 CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")

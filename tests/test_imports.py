@@ -12,7 +12,7 @@ PARTS = ("ppvae.distributions", "ppvae.nn", "ppvae.naming")
 CONDITIONALS = ("ppvae.priors", "ppvae.likelihoods", "ppvae.posteriors")
 ROOMS_OF_WORK = ("ppvae.inference", "ppvae.evaluation", "ppvae.training")
 COMMANDS = ("ppvae.cli", "ppvae.commands", "ppvae.estimating", "ppvae.examining")
-TOP = (*COMMANDS, "ppvae.settings", "ppvae.report", "ppvae.plots", "ppvae.generate")
+TOP = (*COMMANDS, "ppvae.options", "ppvae.settings", "ppvae.report", "ppvae.plots", "ppvae.generate")
 
 
 class Imports(ast.NodeVisitor):

@@ -160,10 +160,7 @@ def log_marginal(
         bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
         posterior=posterior or None,
         notes=notes,
-        settings={
-            **({} if isinstance(particles, int) else {"particles": "by need", **particles.settings()}),
-            **({} if precision == "float32" else {"precision": precision}),
-        },
+        settings=({} if isinstance(particles, int) else {"particles": "by need"}) | task.chosen(),
         diagnostics=diagnostics,
         remedy=remedy(s),
     )

@@ -46,10 +46,13 @@ class Weighing:
         """What a result is a function of, beside pair and data."""
         return {
             "num_particles": self.particles if isinstance(self.particles, int) else "auto", "seed": self.seed,
-            "posterior_draws": self.posterior_draws, "bounds": sorted(self.bounds),
-            **({} if isinstance(self.particles, int) else self.particles.settings()),
-            **({} if self.precision == "float32" else {"precision": self.precision}),
+            "posterior_draws": self.posterior_draws, "bounds": sorted(self.bounds), **self.chosen(),
         }  # fmt: skip
+
+    def chosen(self) -> dict[str, Any]:
+        """What was asked for beside so many particles in float32."""
+        need = {} if isinstance(self.particles, int) else self.particles.settings()
+        return need | ({} if self.precision == "float32" else {"precision": self.precision})
 
     def cells(self, blocks: int) -> Cells | None:
         """Compiled weights for so many blocks, where they can be used."""
@@ -66,7 +69,7 @@ class Weighing:
         few = dataclasses.replace(self, particles=PARTICLE_BLOCK, bounds=(), posterior_draws=0)
         moved = few(0)["log_px"] - dataclasses.replace(few, precision="float32")(0)["log_px"]
         if not moved.any():
-            return (f"products in {self.precision} change nothing here: layers are not in float32",)
+            return (f"products in {self.precision} change nothing here: there is no layer in float32",)
         who = "all data" if self.s.joint else f"the first {len(moved)} data"
         return (
             f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of {who} is "

@@ -17,7 +17,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from ppvae.inference.graphs import Graph, Uncapturable, capture, close
+from ppvae.inference.graphs import Graph, Uncapturable, capture, close, in_a_line
 from ppvae.inference.precision import layers_in
 from ppvae.inference.scope import unbound
 from ppvae.inference.snapshot import Snapshot, following_steps
@@ -160,7 +160,7 @@ class Captured:
             if first and self._again:  # what a pair sets up at its first run is in place at the second
                 self._first, self._again = True, False
             else:
-                self._refuse(_line(error))
+                self._refuse(in_a_line(error))
             before.restore(after)
             _set(svi.params, grads)
             return loss
@@ -233,7 +233,7 @@ class Captured:
             if self._settled or _seconds(compiled, args) < 0.95 * _seconds(graph, args):
                 return compiled
         except Exception as error:
-            log.warning("ppvae: captured steps are not compiled: %s", _line(error))
+            log.warning("ppvae: captured steps are not compiled: %s", in_a_line(error))
         self.kernels = "graph"
         return graph
 
@@ -294,9 +294,3 @@ def _seconds(graph: Graph, args: tuple[Tensor, ...]) -> float:
         graph(*args)[0].item()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, Uncapturable):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
