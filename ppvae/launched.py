@@ -54,6 +54,6 @@ def together(command: str, args: list[str], run: Callable[[str, list[str], Fail]
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         status = run(command, args, once)
-    if group.is_initialized() and not status:
-        group.destroy_process_group()
+    if group.is_initialized() and not (status and on_cuda):  # NCCL would wait for processes that failed
+        group.destroy_process_group()  # or its threads may abort the process as it ends
     return status

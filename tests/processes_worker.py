@@ -109,3 +109,6 @@ if __name__ == "__main__":
         print("digest:", hashlib.sha256(flat.numpy().tobytes()).hexdigest())
         print("params:", *flat.tolist())
         print("elbo:", [m.get("valid_elbo") for m in done.history])
+    finally:
+        if size > 1:
+            torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
