@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from ppvae.inference.memory import keep_freed
-from ppvae.inference.products import Choices, column_sum, take_the_faster
+from ppvae.inference.products import Choices, take_the_faster
 
-LEAST = 2**18  # numbers whose sum over rows is worth an operation of its own
+LEAST = 2**18  # numbers whose sum over rows is worth parting
+ROWS = 100  # of a part
 LANES = 16  # sums side by side
 FACTORS = 64  # at most in a product: each is at most 2, and 2^64 is a float32
 
@@ -50,9 +51,9 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
 
 
 def _sums_over_rows(module: fx.GraphModule) -> None:
-    """Leaves large sums over all dims but the last to torch: inductor goes through memory column by column.
+    """Parts large sums over all dims but the last by rows: inductor goes through memory column by column.
 
-    What is there for products in bfloat16 alone, a gradient of a layer that rounds, is summed as they take it, in
+    What is there for products in bfloat16 alone, a gradient of a layer that rounds, may be summed as they take it, in
     float32: so that the numbers are not written to memory twice.
     """
     aten = torch.ops.aten
@@ -75,7 +76,11 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
 
 
 def _column_sums(x: Tensor, shape: list[int]) -> Tensor:
-    return column_sum()(x.reshape(-1, x.shape[-1])).reshape(shape)
+    """The sum over all dims but the last, in float32, first within blocks of rows that a cache holds."""
+    rows = x.reshape(-1, x.shape[-1])
+    whole = len(rows) // ROWS * ROWS
+    blocks = rows[:whole].reshape(-1, ROWS, rows.shape[1])
+    return (blocks.sum(1, dtype=torch.float32).sum(0) + rows[whole:].sum(0, dtype=torch.float32)).reshape(shape)
 
 
 def _for_products(node: fx.Node) -> bool:

@@ -98,13 +98,4 @@ def _product() -> Any:
         run = torch.ops.mkldnn._linear_pointwise.default
         _library.impl("product", lambda x, weight, bias: run(x, weight, bias, "none", [], ""), "CPU")
         _library.impl("product", lambda x, weight, bias: x.new_empty(len(x), len(weight)), "Meta")
-        _library.define("column_sum(Tensor x) -> Tensor")
-        _library.impl("column_sum", lambda x: x.sum(0, dtype=torch.float32), "CPU")
-        _library.impl("column_sum", lambda x: x.new_empty(x.shape[1], dtype=torch.float32), "Meta")
     return torch.ops.ppvae.product.default
-
-
-def column_sum() -> Any:
-    """x.sum(0) in float32 by torch's own kernel, as an operation that graphs may hold."""
-    _product()
-    return torch.ops.ppvae.column_sum.default
