@@ -173,15 +173,17 @@ def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float
     return fit(vae.model, vae.guide, data, valid=valid, epochs=epochs, callbacks=(timed,), **where, **(usual | options))
 
 
-def of_run(trained: Run) -> dict[str, Any]:
-    """What training took, and the ELBO of the validation data at its end, by which settings are chosen."""
-    cpu = sum(epoch["cpu_seconds"] for epoch in trained.history)
+def of_run(*runs: Run) -> dict[str, Any]:
+    """What training took, in one run or several on end, and the ELBO of the validation data at its end, by which
+    settings are chosen."""
+    epochs = [epoch for run in runs for epoch in run.history]
+    cpu = sum(epoch["cpu_seconds"] for epoch in epochs)
     return {
-        "valid_elbo": trained.metrics["valid_elbo"],
-        "epochs": trained.metrics["epoch"],
-        "training_seconds": round(sum(epoch["seconds"] for epoch in trained.history), 1),
+        "valid_elbo": runs[-1].metrics["valid_elbo"],
+        "epochs": len(epochs),
+        "training_seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
         "training_cpu_seconds": round(cpu, 1),
-        "cpu_ms_per_step": round(1000 * cpu / trained.metrics["step"], 2),
+        "cpu_ms_per_step": round(1000 * cpu / sum(run.metrics["step"] for run in runs), 2),
     }
 
 
