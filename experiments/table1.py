@@ -5,8 +5,8 @@ a shortened schedule: ours beside the paper's, and whether it is within 1.5 nats
 training images, Adam with eps 1e-4, its rate falling from `--lr` along a cosine; fewer epochs of smaller batches
 for more draws, as the table says, 300,000 steps for all, and the rate by the root of the batch; with 50 draws, which
 gain most from more steps, the rate falls once more, from 3e-4 over 300,000 steps (Loshchilov and Hutter 2017, arXiv
-1608.03983): from 1.4e-3 the training loss rose. Products in bfloat16, evaluation in float32. `--paper` runs the paper's schedule: 3^i passes at
-1e-3 * 10^(-i/7), i = 0 .. 7, 3280 in all, in batches of 20, in float32.
+1608.03983): from 1.4e-3 the training loss rose. Products in bfloat16, evaluation in float32. `--paper` runs the
+paper's schedule: 3^i passes at 1e-3 * 10^(-i/7), i = 0 .. 7, 3280 in all, in batches of 20, in float32.
 """
 
 from __future__ import annotations
