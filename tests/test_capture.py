@@ -707,6 +707,37 @@ def test_a_compiled_graph_that_differs_once_is_looked_at_again(monkeypatch, capl
     assert "another loss" in refusals(caplog)[0]
 
 
+@pytest.mark.parametrize(("share", "kernels"), [(1.0, "compiled"), (-1.0, "compiled"), (20.0, "graph")])
+def test_a_graph_may_round_as_much_as_the_pair_itself(share, kernels, monkeypatch, caplog):
+    """Two rows that cancel but for what bfloat16 rounds away: the weight's gradient is 2^-9 of the bias's, and by the
+    pair itself 0. The graph adds a share of the exact one."""
+    x, net = torch.tensor([[8.0], [-8.0 * (1 + 2**-12)]]), torch.nn.Linear(1, 1)
+
+    def guide(x):
+        pyro.module("net", net)
+        pyro.sample("z", dist.Normal(net(x).sum(), 1.0))
+
+    def shifted(graph, *_):
+        def forward(*args):
+            loss, *grads = graph.module(*args)
+            bias = next(g for g in grads if g.shape == (1,)) / 2  # one half a row
+            return [loss, *(g - share * 2**-9 * bias if g.shape == (1, 1) else g for g in grads)]
+
+        new = Graph(graph.module, graph.held, graph.read)
+        new._forward = forward
+        return new
+
+    monkeypatch.setattr(Graph, "compiled", shifted)
+    svi = SVI(lambda x: pyro.sample("z", dist.Normal(3.0, 1.0)), guide, ADAM, Trace_ELBO())
+    svi.precision = "bf16"
+    svi.use("compiled", settled=True)
+    for _ in range(4):
+        svi.step(x)
+    weight = next(p for p in svi.params if p.shape == (1, 1))
+    assert weight.grad is not None
+    assert svi.kernels == kernels, refusals(caplog)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(
