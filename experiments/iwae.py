@@ -9,6 +9,7 @@ Var_x(E_q[u | x]) > 0.01.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,12 @@ OBJECTIVES = {
 }
 
 
-def stages(s: Settings) -> list[int]:
-    """The stage i of every epoch."""
-    return [i for i in range(8) for _ in range(3**i if s.paper else s.passes)]
+PAPER = [i for i in range(8) for _ in range(3**i)]  # the stage of each of the paper's epochs
+
+
+def falling(stage: list[int]) -> Callable[[torch.optim.Optimizer], LambdaLR]:
+    """The rate of every epoch, 10^(-i/7) of the first in stage i."""
+    return functools.partial(LambdaLR, lr_lambda=lambda epoch: 10 ** (-stage[min(epoch, len(stage) - 1)] / 7))
 
 
 def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
@@ -83,7 +87,8 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
         posteriors.DiagonalNormal(nn.mlp(dims, 2 * s.latent, hidden=s.hidden)),
     )
     name, k = row.split("-")
-    stage, lr = stages(s), 1e-3 if s.paper else s.lr
+    stage = PAPER if s.paper else [i for i in range(8) for _ in range(s.passes)]
+    lr = 1e-3 if s.paper else s.lr
     trained = cells.train(
         vae,
         images,
@@ -93,7 +98,7 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
         lr=lr,
         objective=OBJECTIVES[name](int(k)),
         optimizer=functools.partial(torch.optim.Adam, lr=lr, eps=s.eps),
-        scheduler=functools.partial(LambdaLR, lr_lambda=lambda epoch: 10 ** (-stage[min(epoch, len(stage) - 1)] / 7)),
+        scheduler=falling(stage),
         batch_size=s.batch_size,
         seed=seed,
     )

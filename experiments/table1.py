@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from experiments import cells, iwae
 from experiments.cells import Cells, Here
@@ -71,7 +70,7 @@ def plan(s: Settings, row: str) -> list[Stage]:
     """The stages of a row, each from where the last ended."""
     name, draws = row.split("-")
     if s.paper:
-        return [Stage(name, int(draws), 3280, 20, 1e-3)]
+        return [Stage(name, int(draws), len(iwae.PAPER), 20, 1e-3)]
     part = {1: 1.0, 5: 0.5, 50: 0.2}[int(draws)]
     shares = [(name, int(draws), part, part, part**0.5)]
     if row == "IWAE-50":
@@ -104,9 +103,7 @@ def compute(s: Settings, here: Here, layer: int, row: str, seed: int) -> dict[st
     images, valid, test = data.load(s.data, here.root, binarize="dynamic")
     torch.manual_seed(seed)
     vae = pair_of(s, layer, images.as_subclass(torch.Tensor).mean(0))
-    of = [i for i in range(8) for _ in range(3**i)]  # the paper's stage of every epoch
-    paper = functools.partial(LambdaLR, lr_lambda=lambda epoch: 10 ** (-of[min(epoch, len(of) - 1)] / 7))
-    options: dict[str, Any] = {"scheduler": paper} if s.paper else {"precision": "bf16"}
+    options: dict[str, Any] = {"scheduler": iwae.falling(iwae.PAPER)} if s.paper else {"precision": "bf16"}
     runs = [
         cells.train(
             vae, images, valid.head(2000), dataclasses.replace(here, folder=here.folder / str(number)),
@@ -137,6 +134,7 @@ def table(found: Cells) -> str:
             layers, row, len(r), steps, f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}", first["active"],
             *published, f"{first['training_cpu_seconds'] / 60:.0f}",
         ))  # fmt: skip
+    first = found[0]["result"]
     says = f"NLL is L_{first['num_particles']} on {first['num_data']} test images; the paper's after 3280 epochs."
     return f"{says}\n\n{cells.markdown((*HEADER, f'within {TOLERANCE}', 'CPU minutes'), lines)}"
 

@@ -211,19 +211,19 @@ class Captured:
         own = {id(p): g for p, g in zip(self.svi.params, grads, strict=True) if g is not None}
         if own.keys() != {id(p) for p in kept.params}:
             raise Uncapturable("other parameters get a gradient than in the graph")
-        pairs = [(torch.as_tensor(loss), out[0]), *zip(after[1], now[1], strict=True)]
-        pairs += zip((own[id(p)] for p in kept.params), out[1:], strict=True)
+        pairs: list[tuple[Tensor | None, Tensor, Tensor]] = [(None, torch.as_tensor(loss), out[0])]
+        pairs += [(None, *both) for both in zip(after[1], now[1], strict=True)]
+        pairs += [(p, own[id(p)], g) for p, g in zip(kept.params, out[1:], strict=True)]
         largest = max((float(g.abs().max()) for g in own.values() if g.numel()), default=0.0)
         double = all(g.dtype == torch.float64 for g in own.values())
         full: dict[int, Tensor] = {}
-        for i, (a, b) in enumerate(pairs):
-            rounds = self.svi.precision == "bf16" and i > len(after[1])  # a gradient, in steps of 2^-8
+        for p, a, b in pairs:
+            rounds = self.svi.precision == "bf16" and p is not None  # a gradient, in steps of 2^-8
             exact = 2**-6 if rounds else 1e-7 if double and a.dtype == b.dtype == torch.float64 else 1e-3
             a, b = a.to(b.device).double(), b.double()
             near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
-            if not close(a, b, near) and i > len(after[1]) and self.svi.precision != "float32":
+            if p is not None and self.svi.precision != "float32" and not close(a, b, near):
                 full = full or self._in_float32(before, args)
-                p = kept.params[i - len(after[1]) - 1]
                 near = near + 4 * (a - full[id(p)]).abs().max()  # where sums cancel, the pair itself is off by as much
             if not close(a, b, near):
                 raise Uncapturable("it gives another loss or gradient than the graph of it")
