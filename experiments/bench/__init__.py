@@ -1,8 +1,9 @@
 """Times training steps and log p(x) of ppvae beside hand-written PyTorch, Pyro, NumPyro and Pythae, in one run.
 
-`python -m experiments.bench` (or `make bench`) interleaves rounds of all of them, prints medians and ratios with the
-machine and the thread count, and writes JSON and a picture of cost against batch, particles and latent size. NumPyro
-and Pythae are timed where they are installed (`pip install -e ".[bench]"`).
+`python -m experiments.bench` (or `make bench`) gives each of them a process of its own, as its users do, so that none
+works with the memory and threads that another has set up; takes rounds of them in turn; prints medians and ratios with
+the machine and the thread count; and writes JSON and a picture of cost against batch, particles and latent size.
+NumPyro and Pythae are timed where they are installed (`pip install -e ".[bench]"`).
 
 The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of
 latents, 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is one of Adam on loss
@@ -26,14 +27,14 @@ class Settings:
     batch: int = 100
     steps: int = 100  # of a round, fewer by the number of particles
     iwae: int = 50
-    num_eval: int = 200  # data of log p(x)
-    particles: int = 1000
+    num_eval: int = 100  # data of log p(x)
+    particles: int = 5000
     latent: int = 50
     hidden: tuple[int, ...] = (200, 200)
 
     def steps_of(self, particles: int) -> int:
-        """Steps of a round, so that each takes about as long."""
-        return max(2, self.steps // particles)
+        """Steps of a round, so that rounds take about as long."""
+        return min(self.steps, max(10, self.steps // particles))
 
 
 SMOKE = Settings(rounds=1, steps=2, batch=20, iwae=5, num_eval=50, particles=100, hidden=(16,), latent=4)

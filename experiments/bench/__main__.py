@@ -7,81 +7,29 @@ import dataclasses
 import json
 import os
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.bench import SMOKE, Settings, Timed, __doc__, by_hand, by_others, by_ppvae, processor
+from experiments.bench import SMOKE, Settings, __doc__, by_ppvae, processor
+from experiments.bench.contenders import CELL, CURVES, Key, contenders, flops
 from experiments.bench.picture import costs
+from experiments.bench.processes import rounds
 from ppvae import plots
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
-
-STEPS = {"VAE step": "one layer", "convolutional step": "convolutional", "hierarchical step": "two layers"}
-CURVES = {"batch": (25, 50, 100, 200, 400), "particles": (1, 2, 5, 10, 20, 50), "latent": (10, 25, 50, 100, 200)}
 
 
-def contenders(s: Settings, threads: int) -> tuple[dict[tuple[str, str], Callable[[], Timed]], dict[str, float]]:
-    """({(what, who): how it is made ready}, flops of what there are bare products of)."""
-    made: dict[tuple[str, str], Callable[[], Timed]] = {}
-    kinds = {**{what: (kind, 1) for what, kind in STEPS.items()}, f"IWAE-{s.iwae} step": ("one layer", s.iwae)}
-    for what, (kind, k) in kinds.items():
-        made[what, "hand-written"] = lambda kind=kind, k=k: by_hand.step(kind, s, k, False)
-        made[what, "torch.compile"] = lambda kind=kind, k=k: by_hand.step(kind, s, k, True)
-        made[what, "Pyro's SVI"] = lambda kind=kind, k=k: by_ppvae.pyro_step(kind, s, k)
-        for kernels in ("eager", "compiled"):
-            made[what, f"ppvae {kernels}"] = lambda kind=kind, k=k, n=kernels: by_ppvae.step(kind, s, k, n)
-        made[what, "ppvae compiled, bf16"] = lambda kind=kind, k=k: by_ppvae.step(kind, s, k, "compiled", "bf16")
-    made["log p(x)", "hand-written"] = lambda: by_hand.log_px(s, False)
-    made["log p(x)", "torch.compile"] = lambda: by_hand.log_px(s, True)
-    made["log p(x)", "ppvae eager"] = lambda: by_ppvae.log_px(s)
-    made["log p(x)", "ppvae compiled"] = lambda: by_ppvae.compiled_log_px(s)
-    made["log p(x)", "ppvae compiled, bf16"] = lambda: by_ppvae.compiled_log_px(s, "bf16")
-    made |= by_others.contenders(s, threads)
-    cell, flops = DATA_BLOCK * PARTICLE_BLOCK, {}
-    shapes = {"VAE step": ((s.batch, s.batch), True), f"IWAE-{s.iwae} step": ((s.batch, s.batch * s.iwae), True)}
-    for what, (rows, back) in (shapes | {"log p(x)": ((0, cell), False)}).items():
-        per = 1e6 / cell if what == "log p(x)" else 1.0
-        for onednn, who in ((False, "products, usual"), (True, "products, oneDNN")):
-            run, count = by_hand.products(s, rows, back, onednn)
-            made[what, who] = lambda run=run, per=per: lambda: per * run()
-            flops[what] = count / cell if what == "log p(x)" else count
-    return made, flops
+def in_units(key: Key, seconds: list[float]) -> list[float]:
+    """Rounds as they are printed: bare products of log p(x) are timed a cell at a time."""
+    bare = key[0] == "log p(x)" and str(key[1]).startswith("products")
+    return [t * 1e6 / CELL for t in seconds] if bare else seconds
 
 
-def medians(made: dict[Any, Callable[[], Timed]], rounds: int) -> dict[Any, list[float]]:
-    """Rounds of everything, interleaved; the first one warms up."""
-    ready = {key: make() for key, make in made.items()}
-    times: dict[Any, list[float]] = {key: [] for key in ready}
-    for round_ in range(rounds + 1):
-        for key, run in ready.items():
-            seconds = run()
-            if round_:
-                times[key].append(seconds)
-    return times
-
-
-def curves(s: Settings, which: dict[str, tuple[int, ...]]) -> dict[str, dict[str, dict[int, float]]]:
-    """{what changes: {who: {its value: seconds per step}}}."""
-    made: dict[tuple[str, str, int], Callable[[], Timed]] = {}
-    for axis, values in which.items():
-        for value in values:
-            one = s if axis == "particles" else dataclasses.replace(s, **{axis: value})
-            k = value if axis == "particles" else 1
-            made[axis, "hand-written", value] = lambda one=one, k=k: by_hand.step("one layer", one, k, False)
-            made[axis, "ppvae", value] = lambda one=one, k=k: by_ppvae.step("one layer", one, k, "compiled")
-    found: dict[str, dict[str, dict[int, float]]] = {axis: {} for axis in which}
-    for (axis, who, value), seconds in medians(made, s.rounds).items():
-        found[axis].setdefault(who, {})[value] = statistics.median(seconds)
-    return found
-
-
-def printed(what: str, who: str, times: list[float], ratio: float, flops: float | None) -> str:
+def printed(what: str, who: str, times: list[float], ratio: float, count: float | None) -> str:
     """One line of the table."""
     median = statistics.median(times)
     unit = f"{median:8.2f} us per (datum, particle)" if what == "log p(x)" else f"{median * 1e3:8.2f} ms per step"
-    rate = "" if flops is None else f"{flops / (median * (1e-6 if what == 'log p(x)' else 1)) / 1e9:6.0f} GFLOP/s"
+    rate = "" if count is None else f"{count / (median * (1e-6 if what == 'log p(x)' else 1)) / 1e9:6.0f} GFLOP/s"
     return f"{what:20} {who:21} {unit:36} {ratio:5.2f} of hand-written {rate}"
 
 
@@ -90,21 +38,35 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything; the figures mean nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", metavar="WHAT", help="rows of the table that begin so, as in 'IWAE'; no picture")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     given = parser.parse_args(args)
-    torch.set_num_threads(given.threads)
     s = SMOKE if given.smoke else Settings()
-    made, flops = contenders(s, given.threads)
-    times = medians(made, s.rounds)
-    rows = []
+    values = {axis: v[:1] if given.smoke else v for axis, v in CURVES.items()}
+    keys = [key for key in contenders(s, given.threads) if len(key) == 2 or key[2] in values[str(key[0])]]
+    table = sorted((key for key in keys if len(key) == 2), key=lambda key: [k[0] for k in keys].index(key[0]))
+    if given.only:
+        table = keys = [key for key in table if str(key[0]).startswith(given.only)]
+        if not keys:
+            parser.error(f"--only: expected the beginning of a row's name, as in 'IWAE', found {given.only!r}")
+    try:
+        times = {key: in_units(key, taken) for key, taken in rounds(keys, s, given.threads).items()}
+    except RuntimeError as error:
+        parser.exit(1, f"{error}\n")
+    medians = {key: statistics.median(taken) for key, taken in times.items()}
+    rows: list[dict[str, Any]] = []
     print(f"{processor()}, {given.threads} threads, torch {torch.__version__}")
-    for what, who in sorted(times, key=lambda key: list(dict.fromkeys(w for w, _ in times)).index(key[0])):
-        ratio = statistics.median(times[what, who]) / statistics.median(times[what, "hand-written"])
+    for what, who in table:
+        ratio = medians[what, who] / medians[what, "hand-written"]
         rows.append({"what": what, "who": who, "ratio": ratio, "rounds": times[what, who]})
-        print(printed(what, who, times[what, who], ratio, flops.get(what)))
+        print(printed(str(what), str(who), times[what, who], ratio, flops(s).get(str(what))))
+    if given.only:
+        return
     memory = {k: by_ppvae.peak_memory(k) for k in ((25, 50) if given.smoke else (500, 5000, 50_000))}
     print("peak memory of log_marginal: " + ", ".join(f"{mb:.0f} MB at K = {k}" for k, mb in memory.items()))
-    found = curves(s, {axis: values[:1] for axis, values in CURVES.items()} if given.smoke else CURVES)
+    found: dict[str, dict[str, dict[int, float]]] = {axis: {} for axis in CURVES}
+    for axis, who, value in (key for key in keys if len(key) == 3):
+        found[axis].setdefault(who, {})[value] = medians[axis, who, value]
     given.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": dataclasses.asdict(s), "machine": processor(), "threads": given.threads, "rows": rows}
     given.output.write_text(json.dumps(content | {"peak_memory_mb": memory, "curves": found}, indent=2) + "\n")

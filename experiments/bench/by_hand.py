@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from experiments.bench import Settings, Timed
 from experiments.bench.pairs import TwoLayers, build, data
+from ppvae.inference.memory import keep_freed
 from ppvae.inference.products import _product
+
+REPEATS = 5  # of bare products in a round
 
 
 def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
@@ -114,26 +118,49 @@ def log_px(s: Settings, compile: bool) -> Timed:
     return run
 
 
-def products(s: Settings, rows: tuple[int, int], gradients: bool, onednn: bool) -> tuple[Timed, float]:
-    """(seconds of the products of encoder rows and decoder rows and, with gradients, of going back; their flops)."""
+@dataclass(frozen=True)
+class Layer:
+    """The products of a linear layer: [rows, inputs] by [inputs, outputs], and its two gradients."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    first: bool  # in the encoder, where no gradient goes further back
+
+    def flops(self, gradients: bool) -> float:
+        """Of its products, one or three; two where it is the first."""
+        return 2 * self.rows * self.inputs * self.outputs * (1 + gradients * (2 - self.first))
+
+
+def layers(s: Settings, rows: tuple[int, int]) -> list[Layer]:
+    """The layers of the encoder and the decoder that see so many rows."""
     sizes = [(784, *s.hidden, 2 * s.latent), (s.latent, *s.hidden, 784)]
-    made = [
-        (torch.randn(count, a), torch.randn(count, b), torch.randn(b, a), side == 0 and i == 0)
+    return [
+        Layer(count, a, b, side == 0 and i == 0)
         for side, (count, widths) in enumerate(zip(rows, sizes, strict=True)) if count
         for i, (a, b) in enumerate(itertools.pairwise(widths))
     ]  # fmt: skip
-    flops = sum(2 * x.numel() * y.shape[1] * (1 + gradients * (2 - first)) for x, y, _, first in made)
+
+
+def products(of: list[Layer], gradients: bool, onednn: bool) -> Timed:
+    """Seconds of the bare matrix products of these layers, one after another."""
+    keep_freed()  # their outputs are not to be paid for page by page: a bound is to be tight
+    made = [
+        (torch.randn(n.rows, n.inputs), torch.randn(n.rows, n.outputs), torch.randn(n.outputs, n.inputs), n.first)
+        for n in of
+    ]
     times = (lambda a, b: _product()(a, b.T, None)) if onednn else torch.mm
 
     @torch.no_grad()
     def run() -> float:
         start = time.perf_counter()
-        for x, y, w, first in made:
-            times(x, w.T)
-            if gradients:
-                times(y.T, x)
-                if not first:
-                    times(y, w)
-        return time.perf_counter() - start
+        for _ in range(REPEATS):
+            for x, y, w, first in made:
+                times(x, w.T)
+                if gradients:
+                    times(y.T, x)
+                    if not first:
+                        times(y, w)
+        return (time.perf_counter() - start) / REPEATS
 
-    return run, flops
+    return run

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppvae.plots.style import BLUE, VERMILLION, figure, plain, styled
 
-COLOURS = {"hand-written": VERMILLION, "ppvae": BLUE}
+COLOURS = {"hand-written": VERMILLION, "ppvae compiled": BLUE}
 NAMES = {"batch": "batch", "particles": "particles (batch 100)", "latent": "size of z"}
 
 

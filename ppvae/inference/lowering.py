@@ -26,7 +26,6 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
 
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
     take_the_faster(rest, choices)
-    _plain_bias(rest)
     _sums_over_rows(rest)
     _logarithms_of_products(rest)
     name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
@@ -248,25 +247,6 @@ def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
 def _exp(x: Tensor) -> Tensor:
     """exp(x) as a power of two: a value that holds exp or log and is used twice, inductor writes to memory first."""
     return torch.exp2(x * 1.4426950408889634)
-
-
-def _plain_bias(module: fx.GraphModule) -> None:
-    """Adds the bias of a product on the CPU after it, where it melts into what follows instead of filling memory."""
-    aten = torch.ops.aten
-    for node in list(module.graph.nodes):
-        if node.target is not aten.addmm.default or node.kwargs:
-            continue
-        bias, a, b = node.args
-        meta = bias.meta.get("tensor_meta")
-        if meta is None or len(meta.shape) != 1 or bias.meta["val"].device.type != "cpu":
-            continue
-        with module.graph.inserting_before(node):
-            product = module.graph.call_function(aten.mm.default, (a, b))
-            total = module.graph.call_function(aten.add.Tensor, (product, bias))
-        product.meta, total.meta = dict(node.meta), dict(node.meta)
-        node.replace_all_uses_with(total)
-        module.graph.erase_node(node)
-    module.recompile()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.errors import PpvaeError, TrainingError
 from ppvae.inference.evaluating import eval_mode
+from ppvae.inference.memory import keep_freed
 from ppvae.inference.missing import LEAVE_OUT, with_gaps
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
@@ -41,6 +42,7 @@ class Stepper:
         self.normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.modules)
         self.processes = Processes()
         self.taken = 0
+        keep_freed()
         self.checkpoints: Path | None = None
 
     @property

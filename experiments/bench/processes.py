@@ -1,0 +1,63 @@
+"""Contenders in processes of their own, a round at a time in turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+
+import torch
+
+from experiments.bench import Settings
+from experiments.bench.contenders import Key, contenders
+
+
+def rounds(keys: Iterable[Key], s: Settings, threads: int) -> dict[Key, list[float]]:
+    """What each round of each contender took; the first, which warms up, is left out.
+
+    All that bear one name, key[1], are timed in one process. While one runs, the others wait for word.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in keys}
+    spawn = multiprocessing.get_context("spawn")
+    lines: dict[object, Connection] = {}
+    processes = []
+    for who in {key[1]: None for key in times}:
+        lines[who], theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, s, threads), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+    for round_ in range(s.rounds + 1):
+        for key, seconds in times.items():
+            try:
+                lines[key[1]].send(key)
+                taken = lines[key[1]].recv()
+            except (EOFError, BrokenPipeError):
+                taken = "its process has ended"
+            if isinstance(taken, str):
+                raise RuntimeError(f"{key[1]} cannot be timed at {key[0]}: {taken}")
+            if round_:
+                seconds.append(taken)
+    for line, process in zip(lines.values(), processes, strict=True):
+        line.close()  # ends it
+        process.join()
+    return times
+
+
+def _serve(line: Connection, s: Settings, threads: int) -> None:
+    """Runs a round of whatever is asked for, made ready at the first time, until nobody asks."""
+    torch.set_num_threads(threads)
+    made = contenders(s, threads)
+    ready = {}
+    while True:
+        try:
+            key = line.recv()
+        except EOFError:
+            return
+        try:
+            if key not in ready:
+                ready[key] = made[key]()
+            taken: float | str = ready[key]()
+        except Exception as error:
+            taken = f"{type(error).__name__}: {error}"
+        line.send(taken)
