@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -1028,3 +1031,29 @@ def test_a_run_of_one_pair_twice():
     fit(model, guide, x + 5, epochs=1)
     with pytest.raises(ContractError, match="was changed after its run had ended"):
         log_marginal(first.model, first.guide, x)
+
+
+PEAK = """
+import re, torch
+from ppvae import log_marginal
+from ppvae.models import LinearGaussian
+pair = LinearGaussian(784, 20)
+log_marginal(pair.model, pair.mean_field, torch.zeros({count}, 784), num_particles={particles}, compile=False)
+print(re.search(r"VmHWM:\\s+([0-9]+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its memory is read from /proc")
+def test_memory_grows_neither_with_particles_nor_with_data():
+    """Peaks of processes of their own, whose malloc gives freed blocks back at once and leaves no holes.
+
+    A block of weights takes 16 MB for each tensor of the size of x, and a process 0.7 GB.
+    """
+
+    def peak(count, particles):
+        code, env = PEAK.format(count=count, particles=particles), os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=env).stdout)
+
+    few = peak(50, 500)
+    assert peak(50, 5000) < 1.02 * few
+    assert peak(500, 500) < 1.02 * few

@@ -38,35 +38,41 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything; the figures mean nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", metavar="WHAT", help="rows of the table that begin so, as in 'IWAE'; no picture")
+    parser.add_argument("--only", metavar="WHAT", help="rows of the table that begin so, as in IWAE, alone")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     given = parser.parse_args(args)
     s = SMOKE if given.smoke else Settings()
-    values = {axis: v[:1] if given.smoke else v for axis, v in CURVES.items()}
-    keys = [key for key in contenders(s, given.threads) if len(key) == 2 or key[2] in values[str(key[0])]]
-    table = sorted((key for key in keys if len(key) == 2), key=lambda key: [k[0] for k in keys].index(key[0]))
+    keys = contenders(s, given.threads).keys()
+    table = [what for what in dict.fromkeys(str(key[0]) for key in keys) if what not in CURVES]
     if given.only:
-        table = keys = [key for key in table if str(key[0]).startswith(given.only)]
-        if not keys:
+        table = [what for what in table if what.startswith(given.only)]
+        if not table:
             parser.error(f"--only: expected the beginning of a row's name, as in 'IWAE', found {given.only!r}")
-    try:
-        times = {key: in_units(key, taken) for key, taken in rounds(keys, s, given.threads).items()}
-    except RuntimeError as error:
-        parser.exit(1, f"{error}\n")
-    medians = {key: statistics.median(taken) for key, taken in times.items()}
+
+    def timed(what: str, values: tuple[int, ...] = ()) -> dict[Key, list[float]]:
+        of_it = [key for key in keys if key[0] == what and (len(key) == 2 or key[2] in values)]
+        try:
+            return rounds(of_it, s, given.threads)
+        except RuntimeError as error:
+            parser.exit(1, f"{error}\n")
+
     rows: list[dict[str, Any]] = []
     print(f"{processor()}, {given.threads} threads, torch {torch.__version__}")
-    for what, who in table:
-        ratio = medians[what, who] / medians[what, "hand-written"]
-        rows.append({"what": what, "who": who, "ratio": ratio, "rounds": times[what, who]})
-        print(printed(str(what), str(who), times[what, who], ratio, flops(s).get(str(what))))
+    for what in table:
+        times = {key: in_units(key, taken) for key, taken in timed(what).items()}
+        base = statistics.median(times[what, "hand-written"])
+        for (_, who), taken in times.items():
+            ratio = statistics.median(taken) / base
+            rows.append({"what": what, "who": who, "ratio": ratio, "rounds": taken})
+            print(printed(what, str(who), taken, ratio, flops(s).get(what)), flush=True)
     if given.only:
         return
     memory = {k: by_ppvae.peak_memory(k) for k in ((25, 50) if given.smoke else (500, 5000, 50_000))}
     print("peak memory of log_marginal: " + ", ".join(f"{mb:.0f} MB at K = {k}" for k, mb in memory.items()))
     found: dict[str, dict[str, dict[int, float]]] = {axis: {} for axis in CURVES}
-    for axis, who, value in (key for key in keys if len(key) == 3):
-        found[axis].setdefault(who, {})[value] = medians[axis, who, value]
+    for axis, values in CURVES.items():
+        for (_, who, value), taken in timed(axis, values[:1] if given.smoke else values).items():
+            found[axis].setdefault(str(who), {})[value] = statistics.median(taken)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": dataclasses.asdict(s), "machine": processor(), "threads": given.threads, "rows": rows}
     given.output.write_text(json.dumps(content | {"peak_memory_mb": memory, "curves": found}, indent=2) + "\n")

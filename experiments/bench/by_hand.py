@@ -17,8 +17,6 @@ from experiments.bench.pairs import TwoLayers, build, data
 from ppvae.inference.memory import keep_freed
 from ppvae.inference.products import _product
 
-REPEATS = 5  # of bare products in a round
-
 
 def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
     """Seconds per step on the ELBO of one draw, in closed form where it has one, or on the IWAE bound."""
@@ -142,8 +140,8 @@ def layers(s: Settings, rows: tuple[int, int]) -> list[Layer]:
     ]  # fmt: skip
 
 
-def products(of: list[Layer], gradients: bool, onednn: bool) -> Timed:
-    """Seconds of the bare matrix products of these layers, one after another."""
+def products(of: list[Layer], gradients: bool, onednn: bool, repeats: int) -> Timed:
+    """Seconds of the bare matrix products of these layers, one after another, so many times a round."""
     keep_freed()  # their outputs are not to be paid for page by page: a bound is to be tight
     made = [
         (torch.randn(n.rows, n.inputs), torch.randn(n.rows, n.outputs), torch.randn(n.outputs, n.inputs), n.first)
@@ -154,13 +152,13 @@ def products(of: list[Layer], gradients: bool, onednn: bool) -> Timed:
     @torch.no_grad()
     def run() -> float:
         start = time.perf_counter()
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for x, y, w, first in made:
                 times(x, w.T)
                 if gradients:
                     times(y.T, x)
                     if not first:
                         times(y, w)
-        return (time.perf_counter() - start) / REPEATS
+        return (time.perf_counter() - start) / repeats
 
     return run

@@ -36,8 +36,9 @@ def contenders(s: Settings, threads: int) -> Contenders:
     made["log p(x)", "ppvae compiled, bf16"] = functools.partial(by_ppvae.compiled_log_px, s, "bf16")
     made |= by_others.contenders(s, threads)
     for what, (layers, gradients) in bare(s).items():
+        repeats = s.steps if what == "VAE step" else s.steps_of(s.iwae)
         for who, onednn in (("products, usual", False), ("products, oneDNN", True)):
-            made[what, who] = functools.partial(by_hand.products, layers, gradients, onednn)
+            made[what, who] = functools.partial(by_hand.products, layers, gradients, onednn, repeats)
     for axis, values in CURVES.items():
         for value in values:
             one = s if axis == "particles" else dataclasses.replace(s, **{axis: value})

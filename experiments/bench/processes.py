@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 
@@ -32,7 +33,7 @@ def rounds(keys: Iterable[Key], s: Settings, threads: int) -> dict[Key, list[flo
             try:
                 lines[key[1]].send(key)
                 taken = lines[key[1]].recv()
-            except (EOFError, BrokenPipeError):
+            except (EOFError, OSError):
                 taken = "its process has ended"
             if isinstance(taken, str):
                 raise RuntimeError(f"{key[1]} cannot be timed at {key[0]}: {taken}")
@@ -46,6 +47,7 @@ def rounds(keys: Iterable[Key], s: Settings, threads: int) -> dict[Key, list[flo
 
 def _serve(line: Connection, s: Settings, threads: int) -> None:
     """Runs a round of whatever is asked for, made ready at the first time, until nobody asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is interrupted
     torch.set_num_threads(threads)
     made = contenders(s, threads)
     ready = {}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ppvae.evaluation.psis import MIN_PARTICLES, pareto_k, tail_length
 
+MANY = 2000  # particles at a time: many small reductions would cost more than the networks
+
 
 class Bound:
     """The average over disjoint groups of k draws of log mean_k w: an unbiased estimate of L_k, per datum.
@@ -62,22 +64,28 @@ class Weights:
         self.num_particles, self._eps = num_particles, eps
         self.bounds = {k: Bound(k) for k in bounds}
         self._kept = tail_length(num_particles) + 1
-        self._waiting: list[Tensor] = []
+        self._waiting: Tensor | None = None  # [2, particles, N], of which the first are taken
         self._count = self._waiting_count = 0
         self._state: dict[str, Tensor] = {}
 
     def add(self, log_weight: Tensor, elbo: Tensor) -> None:
         """Takes in [particles, N], float64."""
-        self._waiting.append(torch.stack([log_weight, elbo]))
-        self._waiting_count += len(log_weight)
-        if self._waiting_count >= 2000:  # many small reductions would cost more than the networks
+        end = self._waiting_count + len(log_weight)
+        if self._waiting is None or end > self._waiting.shape[1]:  # kept: small blocks of long life part the memory
+            self._reduce()
+            end = len(log_weight)
+            self._waiting = log_weight.new_empty(2, min(self.num_particles, MANY + end), log_weight.shape[1])
+        torch.stack([log_weight, elbo], out=self._waiting[:, self._waiting_count : end])
+        self._waiting_count = end
+        if end >= MANY:
             self._reduce()
 
     def _reduce(self) -> None:
-        if not self._waiting:
+        if not self._waiting_count:
             return
-        w, elbo = torch.cat(self._waiting, dim=1)
-        self._waiting, self._waiting_count = [], 0
+        assert self._waiting is not None
+        w, elbo = self._waiting[:, : self._waiting_count]
+        self._waiting_count = 0
         self._count += len(w)
         for bound in self.bounds.values():
             bound.add(w)
