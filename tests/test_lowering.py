@@ -257,3 +257,23 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(own):
     before, kept, after = out.split()
     assert kept == str(not own)
     assert int(after) > int(before) / 2 if own else int(after) < int(before) / 5
+
+
+WARM = """
+import pyro, torch, torch.nn.functional as F
+from ppvae.inference.svi import SVI
+from ppvae.inference import warm
+x = torch.linspace(-30, 30, 10_000)
+def found():
+    entropy = F.binary_cross_entropy_with_logits(x, x, reduction="none")
+    return torch.stack([torch.log1p(x.exp()), F.softplus(x), entropy])
+before = found()
+SVI(lambda: None, lambda: None, pyro.optim.Adam({}), pyro.infer.Trace_ELBO())
+print(warm.warm_up.cache_info().currsize, torch.equal(before, found()))
+"""
+
+
+def test_a_process_that_is_warmed_up_computes_the_same_numbers():
+    """Or else a run would not go on from a checkpoint as it began."""
+    out = subprocess.run([sys.executable, "-c", WARM], check=True, capture_output=True, text=True).stdout
+    assert out.split() == ["1", "True"]

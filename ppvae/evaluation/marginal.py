@@ -20,7 +20,6 @@ from ppvae.evaluation.sharding import quiet, shared
 from ppvae.evaluation.verdict import remedy
 from ppvae.evaluation.weighing import Weighing
 from ppvae.inference.evaluating import evaluating, modules_called
-from ppvae.inference.memory import keep_freed
 from ppvae.inference.precision import check_precision
 from ppvae.inference.scope import bound
 from ppvae.inference.structure import Structure, undisturbed
@@ -107,7 +106,6 @@ def log_marginal(
     if rows < 1:
         raise UsageError(f"rows: expected at least 1, found {rows}")
     model, guide = bound(model), bound(guide)
-    keep_freed()
     with shared() as shares:
         columns = columns_of(data, seed)
         with undisturbed(), evaluating(model, guide):

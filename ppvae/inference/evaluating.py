@@ -11,6 +11,7 @@ from torch import nn
 
 from ppvae.inference.registration import Registration
 from ppvae.inference.scope import Bound, Scope, unbound
+from ppvae.inference.warm import warm_up
 
 
 @contextmanager
@@ -88,6 +89,7 @@ def modules_called(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
 @contextmanager
 def evaluating(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
     """Everything that holds while a pair is evaluated: modules in evaluation mode, no gradient, no new parameter."""
+    warm_up()
     with ExitStack() as stack:
         stack.enter_context(ambient(model, guide))
         stack.enter_context(eval_mode(model, guide))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppvae.inference.precision import layers_in
 from ppvae.inference.tracing import Pair
+from ppvae.inference.warm import warm_up
 
 if TYPE_CHECKING:
     from ppvae.inference.capture import Captured
@@ -55,6 +56,7 @@ class SVI:
         self.products: dict[str, bool] = {}  # which kinds of matrix products oneDNN does in compiled steps
         self._known = -1
         self._captured: Captured | None = None
+        warm_up()
         if compile:
             self.use("compiled")
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ppvae.errors import PpvaeError, TrainingError
 from ppvae.inference.evaluating import eval_mode
-from ppvae.inference.memory import keep_freed
 from ppvae.inference.missing import LEAVE_OUT, with_gaps
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
@@ -42,7 +41,6 @@ class Stepper:
         self.normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.modules)
         self.processes = Processes()
         self.taken = 0
-        keep_freed()
         self.checkpoints: Path | None = None
 
     @property
