@@ -3,8 +3,9 @@
 `python -m experiments.bench` (or `make bench`) gives each of them a process of its own, as its users do, so that none
 works with the memory and threads that another has set up; takes rounds of them in turn, a row of the table after the
 other; prints medians and ratios with the machine and the thread count; and writes JSON and a picture of cost against
-batch, particles and latent size.
-NumPyro and Pythae are timed where they are installed (`pip install -e ".[bench]"`).
+batch, particles and latent size. "Hand-written, warm" is the hand-written one in a process that ppvae has prepared as
+it does for itself (`inference/warm.py`). NumPyro and Pythae are timed where they are installed (`pip install -e
+".[bench]"`).
 
 The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of
 latents, 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is one of Adam on loss

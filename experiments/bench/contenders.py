@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from experiments.bench import Settings, Timed, by_hand, by_others, by_ppvae
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
+from ppvae.inference.warm import warm_up
 
 Key: TypeAlias = tuple[Hashable, ...]  # (what, who, ...)
 Contenders: TypeAlias = dict[Key, Callable[[], Timed]]
@@ -34,6 +35,8 @@ def contenders(s: Settings, threads: int) -> Contenders:
     made["log p(x)", "ppvae eager"] = functools.partial(by_ppvae.log_px, s)
     made["log p(x)", "ppvae compiled"] = functools.partial(by_ppvae.compiled_log_px, s)
     made["log p(x)", "ppvae compiled, bf16"] = functools.partial(by_ppvae.compiled_log_px, s, "bf16")
+    for what, who in [key for key in made if key[1] == "hand-written"]:
+        made[what, f"{who}, warm"] = functools.partial(_warm, made[what, who])
     made |= by_others.contenders(s, threads)
     for what, (layers, gradients) in bare(s).items():
         repeats = s.steps if what == "VAE step" else s.steps_of(s.iwae)
@@ -46,6 +49,12 @@ def contenders(s: Settings, threads: int) -> Contenders:
             made[axis, "hand-written", value] = functools.partial(by_hand.step, "one layer", one, k, False)
             made[axis, "ppvae compiled", value] = functools.partial(by_ppvae.step, "one layer", one, k, "compiled")
     return made
+
+
+def _warm(make: Callable[[], Timed]) -> Timed:
+    """A contender in a process that ppvae has prepared as it does for its own runs."""
+    warm_up()
+    return make()
 
 
 def bare(s: Settings) -> dict[str, tuple[list[by_hand.Layer], bool]]:

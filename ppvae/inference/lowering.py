@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ppvae.inference.memory import keep_freed
 from ppvae.inference.products import Choices, take_the_faster
 
 LEAST = 2**18  # numbers whose sum over rows is worth parting
@@ -34,8 +33,6 @@ def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor
     on_gpu = any(t.device.type == "cuda" for t in inputs)
     if on_gpu:
         options["triton.cudagraphs"] = True  # a step is one launch
-    else:
-        keep_freed()
     with _quiet(), torch.no_grad(), config.patch(options):
         drawn = list(draw(*inputs))
         call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
