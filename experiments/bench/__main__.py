@@ -13,16 +13,10 @@ from typing import Any
 import torch
 
 from experiments.bench import SMOKE, Settings, __doc__, by_ppvae, processor
-from experiments.bench.contenders import CELL, CURVES, Key, contenders, flops
+from experiments.bench.contenders import CURVES, Key, contenders, flops
 from experiments.bench.picture import costs
 from experiments.bench.processes import rounds
 from ppvae import plots
-
-
-def in_units(key: Key, seconds: list[float]) -> list[float]:
-    """Rounds as they are printed: bare products of log p(x) are timed a cell at a time."""
-    bare = key[0] == "log p(x)" and str(key[1]).startswith("products")
-    return [t * 1e6 / CELL for t in seconds] if bare else seconds
 
 
 def printed(what: str, who: str, times: list[float], ratio: float, count: float | None) -> str:
@@ -59,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     print(f"{processor()}, {given.threads} threads, torch {torch.__version__}")
     for what in table:
-        times = {key: in_units(key, taken) for key, taken in timed(what).items()}
+        times = timed(what)
         base = statistics.median(times[what, "hand-written"])
         for (_, who), taken in times.items():
             ratio = statistics.median(taken) / base

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from experiments.bench import Settings, Timed
 from experiments.bench.pairs import TwoLayers, build, data
-from ppvae.inference.memory import keep_freed
 from ppvae.inference.products import _product
 
 
@@ -140,9 +139,8 @@ def layers(s: Settings, rows: tuple[int, int]) -> list[Layer]:
     ]  # fmt: skip
 
 
-def products(of: list[Layer], gradients: bool, onednn: bool, repeats: int) -> Timed:
-    """Seconds of the bare matrix products of these layers, one after another, so many times a round."""
-    keep_freed()  # their outputs are not to be paid for page by page: a bound is to be tight
+def products(of: list[Layer], gradients: bool, onednn: bool, repeats: int, per: float) -> Timed:
+    """`per` times the seconds of the bare matrix products of these layers, taken so many times a round."""
     made = [
         (torch.randn(n.rows, n.inputs), torch.randn(n.rows, n.outputs), torch.randn(n.outputs, n.inputs), n.first)
         for n in of
@@ -159,6 +157,6 @@ def products(of: list[Layer], gradients: bool, onednn: bool, repeats: int) -> Ti
                     times(y.T, x)
                     if not first:
                         times(y, w)
-        return (time.perf_counter() - start) / repeats
+        return per * (time.perf_counter() - start) / repeats
 
     return run
