@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from experiments import cells
 from experiments.cells import Cells, Here
 from ppvae import VAE, data, likelihoods, nn, posteriors, priors
-from ppvae.evaluation.gaps import gaps
+from ppvae.evaluation.local.gaps import gaps
 from ppvae.plots.style import BLUE, GREEN, VERMILLION, figure, plain, styled
 
 NAMES = {"PerDatum": "one by one", "DiagonalNormal": "amortised", "SemiAmortized": "semi-amortised"}

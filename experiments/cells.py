@@ -28,11 +28,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from experiments.bench import processor
 from ppvae import fit
+from ppvae.cli.flags import HelpShown, parse
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.settings import HelpShown, parse
-from ppvae.training.folder import versions
 from ppvae.training.run import Run, write_json
+from ppvae.training.run_folder import versions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "experiments" / "results"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from experiments.cells import Cells, Here, collected, markdown, run, values
 from ppvae import data, objectives
 from ppvae.objectives import gradients
-from ppvae.objectives.baselines import Nothing
+from ppvae.objectives.gradients.control_variates import Nothing
 from ppvae.plots.style import BLUE, FAINT, GREEN, INK, VERMILLION, figure, styled
 
 

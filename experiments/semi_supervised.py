@@ -19,7 +19,7 @@ from experiments import cells
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run
 from ppvae import data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.models import SemiSupervisedVAE
-from ppvae.objectives.plus import Plus
+from ppvae.objectives.auxiliary import Plus
 
 
 @dataclass(frozen=True)

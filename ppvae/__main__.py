@@ -2,7 +2,7 @@
 
 import sys
 
-from ppvae.cli import main
+from ppvae.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

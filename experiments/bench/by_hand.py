@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.bench import Settings, Timed
 from experiments.bench.pairs import TwoLayers, build, data
-from ppvae.inference.products import _product
+from ppvae.compilation.matmul_backend import _product
 
 
 def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:

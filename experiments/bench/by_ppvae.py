@@ -18,11 +18,11 @@ from experiments.bench import Settings, Timed
 from experiments.bench.by_hand import per_step
 from experiments.bench.pairs import build, data
 from ppvae import log_marginal, objectives
-from ppvae.evaluation.accumulate import Weights, recorded_bounds
+from ppvae.compilation.precision import layers_in
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
-from ppvae.evaluation.compiled import Cells
+from ppvae.evaluation.importance.accumulators import Weights, recorded_bounds
+from ppvae.evaluation.importance.compiled_weights import Cells
 from ppvae.inference import inspect
-from ppvae.inference.precision import layers_in
 from ppvae.inference.svi import SVI
 
 

@@ -1,15 +1,15 @@
 """Estimating log p(x), and knowing how far to trust the estimate."""
 
-from ppvae.evaluation.annealing import annealed
-from ppvae.evaluation.bidirectional import Bracket, bdmc
+from ppvae.evaluation.annealing.ais import annealed
+from ppvae.evaluation.annealing.bdmc import Bracket, bdmc
 from ppvae.evaluation.calibration import Calibration, calibration
-from ppvae.evaluation.comparing import Comparison, compare
+from ppvae.evaluation.compare import Comparison, compare
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.exact import Quadrature, quadrature
-from ppvae.evaluation.gaps import Gaps, gaps
+from ppvae.evaluation.importance.log_marginal import log_marginal
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.loading import load_estimate
-from ppvae.evaluation.marginal import log_marginal
+from ppvae.evaluation.local.gaps import Gaps, gaps
+from ppvae.evaluation.quadrature import Quadrature, quadrature
 from ppvae.evaluation.representation import Representation, representation
 from ppvae.evaluation.tightness import looseness
 from ppvae.evaluation.topics import coherence, perplexity

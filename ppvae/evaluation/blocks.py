@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ppvae import data as datasets
 from ppvae.errors import ContractError, DataError, UsageError
-from ppvae.evaluation.compiled import Cells
-from ppvae.inference.contract import inspect
-from ppvae.inference.missing import gaps_in
-from ppvae.inference.scope import unbound
+from ppvae.evaluation.importance.compiled_weights import Cells
+from ppvae.inference.contract.missing import gaps_in
+from ppvae.inference.contract.support import check_support
+from ppvae.inference.inspection import inspect
+from ppvae.inference.param_store import unbound
 from ppvae.inference.structure import Structure
-from ppvae.inference.support import check_support
+from ppvae.inference.terms import Terms, amortised, draw, narrowed, terms
 from ppvae.inference.tracing import Pair
-from ppvae.inference.weights import Terms, amortised, draw, narrowed, terms
 
 # Noise is a function of (seed, data block, particle block), so that a result depends neither on how memory is cut nor
 # on how many processes share the work. Changing these numbers changes every estimate within its standard error.

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.distributed import quiet, shared
 from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation.block_cache import key_of
 from ppvae.evaluation.blocks import Block, columns_of, device_of, digest_of, inspected, read_rows, stream
-from ppvae.evaluation.finished import key_of
-from ppvae.evaluation.saved import Saved
-from ppvae.evaluation.sharding import quiet, shared
-from ppvae.evaluation.simulated import Assemble, simulated
+from ppvae.evaluation.results import Saved
+from ppvae.evaluation.simulated_data import Assemble, simulated
 from ppvae.evaluation.uniformity import p_value, pointwise
-from ppvae.inference.evaluating import evaluating
-from ppvae.inference.particles import particle_dim
-from ppvae.inference.scope import bound
+from ppvae.inference.contract.support import mask_of
+from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.param_store import bound
+from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Structure, undisturbed
-from ppvae.inference.support import mask_of
+from ppvae.inference.terms import draw
 from ppvae.inference.tracing import Pair, one_trace, sample_nodes
-from ppvae.inference.weights import draw
 
 
 @dataclass(frozen=True)

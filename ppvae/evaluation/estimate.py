@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.psis import MIN_PARTICLES
-from ppvae.evaluation.verdict import (
+from ppvae.evaluation.importance.psis import MIN_PARTICLES
+from ppvae.evaluation.reliability import (
     advice,
     by_weights,
     k_hat_limit,

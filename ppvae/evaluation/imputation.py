@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.distributed import quiet
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.evaluation.accumulate import Weights
 from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
@@ -24,17 +24,17 @@ from ppvae.evaluation.blocks import (
     stream,
 )
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.kept import Kept
-from ppvae.evaluation.marginal import _gaps_note, _measure
-from ppvae.evaluation.sharding import quiet
-from ppvae.evaluation.verdict import remedy
-from ppvae.inference.evaluating import evaluating
-from ppvae.inference.missing import laid_like
-from ppvae.inference.scope import bound
+from ppvae.evaluation.importance.accumulators import Weights
+from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
+from ppvae.evaluation.importance.resampling import Kept
+from ppvae.evaluation.reliability import remedy
+from ppvae.inference.contract.missing import laid_like
+from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.param_store import bound
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.terms import terms
 from ppvae.inference.tracing import Pair
-from ppvae.inference.weights import terms
 
 DRAWS = 10  # imputations that are made at once
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.distributed import quiet
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.aggregate import split_rate
+from ppvae.evaluation.aggregate_posterior import split_rate
 from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
@@ -24,14 +25,14 @@ from ppvae.evaluation.blocks import (
     inspected,
     stream,
 )
-from ppvae.evaluation.saved import Saved, mean_words
-from ppvae.evaluation.sharding import quiet
-from ppvae.inference.evaluating import evaluating
-from ppvae.inference.particles import particle_dim, unfold_value
-from ppvae.inference.scope import bound
+from ppvae.evaluation.results import Saved, mean_words
+from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.param_store import bound
+from ppvae.inference.particle_layout import particle_dim, unfold_value
+from ppvae.inference.sites import Site
 from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.terms import Terms, terms
 from ppvae.inference.tracing import Pair
-from ppvae.inference.weights import Site, Terms, terms
 
 ACTIVE = 0.01  # Burda et al. 2016
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.saved import mean_and_error
+from ppvae.evaluation.results import mean_and_error
 
 
 def looseness(tighter: Estimate, est: Estimate, k: int | None = None) -> Tensor:

@@ -12,8 +12,8 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
+from ppvae.inference.contract.support import mask_of
 from ppvae.inference.structure import Structure
-from ppvae.inference.support import mask_of
 from ppvae.inference.tracing import PARTICLES, node_log_prob, sample_nodes
 
 

@@ -12,7 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-from ppvae.inference.particles import (
+from ppvae.inference.particle_layout import (
     fold,
     fold_data,
     over_inner_plates,

@@ -13,12 +13,12 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ppvae.inference.precision import layers_in
+from ppvae.compilation.precision import layers_in
 from ppvae.inference.tracing import Pair
 from ppvae.inference.warm import warm_up
 
 if TYPE_CHECKING:
-    from ppvae.inference.capture import Captured
+    from ppvae.inference.compiled_step import Captured
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -75,7 +75,7 @@ class SVI:
             raise ValueError(f"kernels: expected 'eager', 'graph' or 'compiled', found {kernels!r}")
         self._captured = None
         if kernels != "eager":
-            from ppvae.inference.capture import Captured
+            from ppvae.inference.compiled_step import Captured
 
             self._captured = Captured(self, kernels, seconds, settled)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.errors import ContractError, refused
-from ppvae.inference.repeating import Noise, on_copies
+from ppvae.inference.replay import Noise, on_copies
 from ppvae.inference.structure import Structure
 
 PARTICLES = "_ppvae_particles"

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ppvae.inference.memory import keep_freed
+from ppvae.compilation.runtime import keep_freed
 
 
 @functools.cache

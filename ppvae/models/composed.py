@@ -11,9 +11,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.conditional import called, takes_context
 from ppvae.errors import ContractError, DataError
-from ppvae.naming import unique
+from ppvae.nn.conditional import called, takes_context
+from ppvae.parameter_names import unique
 
 
 class Composed(nn.Module):

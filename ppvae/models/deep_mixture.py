@@ -10,9 +10,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.conditional import needs_context
 from ppvae.models.composed import Composed
 from ppvae.nn import Beside, rows_of
+from ppvae.nn.conditional import needs_context
 from ppvae.posteriors import OneHot
 
 UNKNOWN = -1  # the label of a datum whose label is not known, as in scikit-learn

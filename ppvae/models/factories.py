@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
-from ppvae.choices import Among, given_to
-from ppvae.conditional import called
 from ppvae.errors import UsageError
+from ppvae.factories.choices import Among, given_to
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
+from ppvae.nn.conditional import called
 
 Part = Callable[..., Module]
 Prior = Annotated[Part, Among(("ppvae.priors",), Module, ("latent", "posterior", "data", "num_labels"))]

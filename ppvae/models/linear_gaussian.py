@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.naming import unique
+from ppvae.parameter_names import unique
 
 
 class LinearGaussian(nn.Module):

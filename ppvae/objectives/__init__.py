@@ -4,7 +4,7 @@ They follow Pyro's convention: a loss is minus the bound, summed over the batch,
 gradient is estimated is a separate choice, `gradient=`, that never changes a value: see `ppvae.objectives.gradients`.
 """
 
-from ppvae.objectives.aggregate import TCVAE, InfoVAE
+from ppvae.objectives.aggregate_posterior import TCVAE, InfoVAE
 from ppvae.objectives.base import Objective
 from ppvae.objectives.bounds import CIWAE, IWAE, MIWAE, PIWAE, Renyi
 from ppvae.objectives.elbo import ELBO, Capacity

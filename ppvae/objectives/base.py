@@ -11,11 +11,11 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError
-from ppvae.inference.contract import inspect
+from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
+from ppvae.inference.terms import Terms, terms
 from ppvae.inference.tracing import Pair, traces
-from ppvae.inference.weights import Terms, terms
-from ppvae.objectives.gradients import Gradient, named
+from ppvae.objectives.gradients.estimators import Gradient, named
 from ppvae.objectives.schedules import Scheduled
 
 

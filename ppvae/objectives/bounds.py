@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
-from ppvae.inference.weights import Terms
+from ppvae.inference.terms import Terms
 from ppvae.objectives.base import Call, Objective
-from ppvae.objectives.gdreg import Leaves
-from ppvae.objectives.gradients import DReG, Gradient, Pathwise, added, sampled
+from ppvae.objectives.gradients.estimators import DReG, Gradient, Pathwise, added, sampled
+from ppvae.objectives.gradients.gdreg import Leaves
 from ppvae.objectives.reductions import log_mean_exp, log_mean_exp_without, mean_without
 
 log = logging.getLogger("ppvae")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
 from ppvae.inference.structure import Structure
-from ppvae.inference.weights import Terms
+from ppvae.inference.terms import Terms
 from ppvae.objectives.base import Objective
-from ppvae.objectives.gradients import Gradient, Pathwise, Score
+from ppvae.objectives.gradients.estimators import Gradient, Pathwise, Score
 from ppvae.objectives.reductions import mean_without
 from ppvae.objectives.schedules import Schedule, Scheduled
 

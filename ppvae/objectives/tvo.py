@@ -12,7 +12,7 @@ from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.objectives.base import Call, Objective
 from ppvae.objectives.bounds import warn_of_enumerated
-from ppvae.objectives.gradients import Gradient, added, sampled
+from ppvae.objectives.gradients.estimators import Gradient, added, sampled
 from ppvae.objectives.reductions import tempered_mean_without
 
 

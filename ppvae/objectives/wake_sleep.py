@@ -10,11 +10,11 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.inference.repeating import on_copies
+from ppvae.inference.replay import on_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import node_log_prob, one_trace, sample_nodes
 from ppvae.objectives.base import Call, Objective
-from ppvae.objectives.gradients import added, sampled
+from ppvae.objectives.gradients.estimators import added, sampled
 from ppvae.objectives.reductions import log_mean_exp
 
 

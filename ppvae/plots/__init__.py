@@ -4,7 +4,7 @@ Figures stand alone: nothing here touches pyplot or leaves a setting behind. Nat
 """
 
 from ppvae.plots.calibration import calibration_ranks
-from ppvae.plots.comparing import differences
+from ppvae.plots.compare import differences
 from ppvae.plots.density import density_maps, plane
 from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
 from ppvae.plots.images import image_grid

@@ -9,7 +9,7 @@ import numpy as np
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.verdict import MIN_ESS, particles_in_words
+from ppvae.evaluation.reliability import MIN_ESS, particles_in_words
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, number, plain, styled
 
 if TYPE_CHECKING:

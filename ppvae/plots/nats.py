@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.gaps import Gaps
+from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import ACTIVE, Representation
-from ppvae.evaluation.saved import mean_and_error
+from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.style import BLUE, FAINT, INK, ORANGE, SKY, VERMILLION, array, figure, note, number, styled
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppvae.conditional import called
+from ppvae.nn.conditional import called
 
 
 class Amortized(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.conditional import called
 from ppvae.errors import ContractError
+from ppvae.nn.conditional import called
 
 
 @final

@@ -10,9 +10,9 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.conditional import called, needs_context, takes_context
 from ppvae.distributions.base import expanded
 from ppvae.errors import ContractError
+from ppvae.nn.conditional import called, needs_context, takes_context
 
 _NUMBERS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.verdict import advice, particles_in_words, verdict
+from ppvae.evaluation.reliability import advice, particles_in_words, verdict
 from ppvae.plots.style import number
 from ppvae.report import of_chains
 from ppvae.report.of_pair import active
@@ -138,7 +138,7 @@ def _training(s: Subject) -> list[tuple[str, str]]:
 
 
 def _versions(s: Subject) -> str:
-    from ppvae.training.folder import versions
+    from ppvae.training.run_folder import versions
 
     found = s.run.config.get("versions") or versions()
     return ", ".join(f"{name} {version}" for name, version in found.items())

@@ -8,7 +8,7 @@ import torch
 
 from ppvae import plots
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.verdict import MIN_ESS, verdict
+from ppvae.evaluation.reliability import MIN_ESS, verdict
 from ppvae.plots.style import number
 from ppvae.report.parts import Drawn, grid
 from ppvae.report.subject import LeftOut, Subject

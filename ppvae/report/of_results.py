@@ -11,9 +11,9 @@ from ppvae import plots
 from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.calibration import Calibration
-from ppvae.evaluation.gaps import Gaps
+from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import Representation
-from ppvae.evaluation.saved import kind_of
+from ppvae.evaluation.results import kind_of
 from ppvae.report.parts import Drawn, Section, section
 from ppvae.report.subject import Subject
 

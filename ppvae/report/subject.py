@@ -15,9 +15,9 @@ from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, PpvaeError, UsageError
 from ppvae.evaluation.blocks import digest_of, prepared
 from ppvae.evaluation.estimate import Estimate
-from ppvae.inference.contract import inspect
-from ppvae.inference.evaluating import evaluating
-from ppvae.inference.scope import unbound
+from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.inspection import inspect
+from ppvae.inference.param_store import unbound
 from ppvae.inference.structure import Structure
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Training pairs with SVI, and keeping what was trained."""
 
 from ppvae.training.fit import fit
-from ppvae.training.folder import load
 from ppvae.training.run import Run
+from ppvae.training.run_folder import load
 
 __all__ = ["Run", "fit", "load"]

@@ -11,11 +11,11 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
+from ppvae.compilation.precision import check_precision
 from ppvae.errors import UsageError
-from ppvae.inference.precision import check_precision
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Pair
-from ppvae.training.describing import described, digest_of
+from ppvae.training.description import described, digest_of
 from ppvae.training.run import Run
 from ppvae.training.seeding import all_noise_kept
 from ppvae.training.trainer import Callback, Trainer

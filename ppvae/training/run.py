@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppvae.inference.scope import Bound, Scope, remember
+from ppvae.inference.param_store import Bound, Scope, remember
 
 
 @dataclass

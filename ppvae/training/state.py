@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import CheckpointError
-from ppvae.inference.scope import Scope
-from ppvae.naming import canonical
+from ppvae.inference.param_store import Scope
+from ppvae.parameter_names import canonical
 
 
 class PairState:

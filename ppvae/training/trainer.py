@@ -17,24 +17,24 @@ from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
+from ppvae.compilation.precision import check_precision
+from ppvae.data.loader import Columns
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
 from ppvae.evaluation.blocks import stream
-from ppvae.inference.evaluating import eval_mode
-from ppvae.inference.precision import check_precision
-from ppvae.inference.scope import Bound, Scope, unbound
+from ppvae.inference.evaluation_mode import eval_mode
+from ppvae.inference.param_store import Bound, Scope, unbound
 from ppvae.inference.structure import undisturbed
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Pair
 from ppvae.objectives import Objective
 from ppvae.training import checkpoint
-from ppvae.training.first_look import look, place_of
-from ppvae.training.loading import Columns
-from ppvae.training.processes import Processes
+from ppvae.training.data_parallel import Processes
+from ppvae.training.inspection import look, place_of
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, bind, write_json
 from ppvae.training.seeding import seed_all
 from ppvae.training.state import PairState
-from ppvae.training.stepping import Number, Stepper
+from ppvae.training.step import Number, Stepper
 from ppvae.training.validation import Monitor
 
 Callback = Callable[[Run, dict[str, Any]], Any]
@@ -111,7 +111,7 @@ class Trainer:
 
     def describe(self, settings: dict[str, Any], extra: dict[str, Any]) -> None:
         """Notes the resolved configuration."""
-        from ppvae.training.folder import versions
+        from ppvae.training.run_folder import versions
 
         first = self.train.whole() if self.structure.indexes else self.train.read(torch.arange(2) % len(self.train))
         batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in first]

@@ -10,17 +10,17 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppvae.compilation.graph import Graph, Uncapturable, capture, in_a_line
+from ppvae.compilation.guards import Watch
+from ppvae.compilation.matmul_backend import Choices
+from ppvae.data.loader import Columns
 from ppvae.evaluation.blocks import Block, stream
-from ppvae.inference.contract import inspect
-from ppvae.inference.evaluating import eval_mode
-from ppvae.inference.graphs import Graph, Uncapturable, capture, in_a_line
-from ppvae.inference.products import Choices
-from ppvae.inference.scope import unbound
+from ppvae.inference.evaluation_mode import eval_mode
+from ppvae.inference.inspection import inspect
+from ppvae.inference.param_store import unbound
 from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.terms import Terms, terms
 from ppvae.inference.tracing import Pair
-from ppvae.inference.watching import Watch
-from ppvae.inference.weights import Terms, terms
-from ppvae.training.loading import Columns
 
 log = logging.getLogger("ppvae")
 

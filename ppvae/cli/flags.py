@@ -1,0 +1,193 @@
+"""Flags from typed dataclasses and signatures: TOML below, the command line on top, the nearest name for a typo."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import re
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from ppvae.errors import UsageError
+from ppvae.factories.choices import Among, Argument, among
+
+Settings = TypeVar("Settings")
+
+
+def parse(
+    cls: type[Settings],
+    args: list[str],
+    prog: str,
+    description: str,
+    extra: Mapping[str, Argument] | None = None,
+) -> tuple[Settings, dict[str, Any]]:
+    """Reads flags, and `--config file.toml` below them, into a dataclass and further arguments.
+
+    Args:
+        extra: further arguments {name: (type, default, help)}. One with the name of a field gets the field's value.
+            One whose type chooses a class (`choices.Among`) is a flag with a name, and flags `--name.argument` of
+            the class's own; it comes back as {"name": ..., argument: ...}.
+
+    Raises:
+        UsageError: an unknown flag or key, with the nearest name; a value of the wrong type; a required flag missing.
+        HelpShown: `--help` was asked for and printed.
+    """
+    import tyro
+
+    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    entries = {name: entry for name, entry in (extra or {}).items() if name not in own}
+    choices = {name: choice for name, (kind, _, _) in entries.items() if (choice := among(kind)) is not None}
+    args, path, content = _with_config(args, choices)
+    chosen = {name: _chosen(name, choice, entries[name][1], args, content) for name, choice in choices.items()}
+    rest = _dataclass(entries, chosen)
+    known = _flags(cls) | _flags(rest)
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            raise UsageError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    _check_flags(args, sorted(known), prog, {name: of for name, (of, _) in chosen.items()})
+    flat = tyro.conf.arg(name="")
+    both = dataclasses.make_dataclass("Options", [("own", Annotated[cls, flat]), ("rest", Annotated[rest, flat])])
+    shown, printed = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(printed):
+            found: Any = tyro.cli(both, args=[*_as_flags(content), *args], prog=prog, description=description)
+    except SystemExit as done:
+        if done.code in (0, None):
+            print(printed.getvalue(), end="")
+            raise HelpShown from None
+        raise UsageError(_condensed(shown.getvalue() + printed.getvalue(), prog)) from None
+    arguments = {name: getattr(found.own if name in own else found.rest, name) for name in extra or {}}
+    for name in choices:
+        arguments[name] = {"name": arguments[name], **vars(getattr(found.rest, f"own_{name}"))}
+    return found.own, arguments
+
+
+def _chosen(
+    name: str, choice: Among, default: Any, args: list[str], content: Mapping[str, Any]
+) -> tuple[str, dict[str, Argument]]:
+    """The class chosen by flag, by file or by default, and its own arguments."""
+    flag, key = f"--{name.replace('_', '-')}", name.replace("_", "-")
+    given = [a.split("=", 1)[1] for a in args if a.startswith(f"{flag}=")]
+    given += [value for before, value in pairwise(args) if before == flag]
+    if not given and key not in content and default is inspect.Parameter.empty:
+        raise UsageError(f"{flag}: expected one of {', '.join(sorted(choice.classes))}; found nothing")
+    found = str((given or [content.get(key, getattr(default, "__qualname__", default))])[-1])
+    return found, choice.flags(choice.constructor(found, key))
+
+
+def _dataclass(entries: Mapping[str, Argument], chosen: Mapping[str, tuple[str, dict[str, Argument]]]) -> type:
+    """A dataclass of arguments; the own arguments of a chosen class are one inside it."""
+    import tyro
+
+    fields: list[Any] = []
+    for name, (kind, default, text) in entries.items():
+        choice = among(kind)
+        if choice is not None:
+            kind, default = str, chosen[name][0]
+            text = f"{text.rstrip('.')}: one of {', '.join(sorted(choice.classes))}"
+        described: Any = Annotated[kind, tyro.conf.arg(help=text or None)]
+        if default is inspect.Parameter.empty:
+            fields.append((name, described))
+        else:
+            fields.append((name, described, dataclasses.field(default_factory=functools.partial(copy.copy, default))))
+        if choice is not None:
+            flag = name.replace("_", "-")
+            inner: Any = Annotated[_dataclass(chosen[name][1], {}), tyro.conf.arg(name=flag)]
+            fields.append((f"own_{name}", inner, dataclasses.field(metadata={"flag": flag})))
+    return dataclasses.make_dataclass("Pair", fields, kw_only=True)
+
+
+def _check_flags(args: list[str], known: list[str], prog: str, chosen: Mapping[str, str]) -> None:
+    for arg in args:
+        if not arg.startswith("--") or arg == "--help":
+            continue
+        flag = arg.split("=")[0].removeprefix("--").replace("_", "-")
+        if flag in known or re.sub(r"(^|\.)no-", r"\1", flag) in known:
+            continue
+        head, dot, _ = flag.partition(".")
+        near = difflib.get_close_matches(flag, known, 1)
+        hint = f"; did you mean --{near[0]}?" if near else f"; `{prog} --help` lists the options"
+        if dot and head in chosen:
+            taken = [f"--{k}" for k in known if k.startswith(f"{head}.")]
+            hint = f": {chosen[head]} takes {', '.join(taken) or 'none'}{hint if near else ''}"
+        raise UsageError(f"unknown option --{flag}{hint}")
+
+
+class HelpShown(Exception):
+    """Help was printed; the command ends well."""
+
+
+def _flags(cls: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        name = prefix + f.metadata.get("flag", f.name.replace("_", "-"))
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= _flags(hints[f.name], f"{name}.")
+        else:
+            found[name] = hints[f.name]
+    return found
+
+
+def _with_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Path | None, dict[str, Any]]:
+    """The arguments without `--config FILE`, the file, and what is in it as {flag: value}.
+
+    A table of a choice may hold the class's name under `name`, as `[prior]` with `name = "MAF"`.
+    """
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in args:
+        return args, None, {}
+    at = args.index("--config")
+    if at + 1 >= len(args):
+        raise UsageError("--config: expected a TOML file, found nothing after it")
+    path = Path(args[at + 1])
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not TOML ({error})") from error
+    names = {f"{key}.name": key for key in (name.replace("_", "-") for name in choices)}
+    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in _flat(content).items()}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in content.items():
+        name = prefix + key.replace("_", "-")
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{name}.")
+        else:
+            out[name] = value
+    return out
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    out: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, bool):
+            head, _, last = key.rpartition(".")
+            out.append(f"--{head}{'.' if head else ''}{'' if value else 'no-'}{last}")
+        else:
+            out.append(f"--{key}")
+            out += [str(v) for v in (value if isinstance(value, list) else [value])]
+    return out
+
+
+def _condensed(text: str, prog: str) -> str:
+    """tyro's boxed message as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [re.sub(r"[│╭╮╰╯─┃━]+", " ", line).strip() for line in text.splitlines()]
+    said = list(takewhile(lambda line: not line.startswith(("Argument helptext", "Got errors")), lines))
+    said = [line for line in said if line.strip("-") and "helptext" not in line and "--help" not in line]
+    return f"{' '.join(said)[:400]} (`{prog} --help` lists the options)"

@@ -1,0 +1,104 @@
+"""The command line: `ppvae fit | evaluate | examine | compare | generate | check | data`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """usage: ppvae COMMAND ...
+
+Deep latent-variable models as probabilistic programs.
+
+  ppvae fit PAIR [options]        train a model/guide pair with SVI
+  ppvae evaluate RUN [options]    estimate log p(x) of a run's test data; --method annealed is tighter
+  ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration
+  ppvae compare RUN RUN ...       paired differences of log p(x) between runs
+  ppvae generate RUN [options]    samples, reconstructions, interpolations, traversals of a run
+  ppvae check PAIR [options]      check a pair against the contract and say what it is
+  ppvae data NAME [options]       load a data set and say what it is
+
+PAIR is a factory that returns (model, guide) or something with .model and .guide:
+ppvae.models:vae, my_package.pairs:my_pair, pairs.py:my_pair. Its flags come from its signature.
+RUN is a run folder, or a run's name below runs/. `ppvae COMMAND --help` lists the options of a command,
+`ppvae fit PAIR --help` those of the pair too."""
+
+COMMANDS = {
+    "fit": "commands", "evaluate": "commands", "examine": "examine", "compare": "examine",
+    "generate": "commands", "check": "commands", "data": "commands",
+}  # fmt: skip
+
+AFTER = {  # an interruption
+    "fit": "; the same command with --name NAME --resume goes on from the last checkpoint",
+    "evaluate": "; the same command goes on from the finished blocks",
+    "examine": "; the same command goes on from the finished blocks of gaps",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status; an error is at most three lines and no traceback."""
+    try:
+        status = _command(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has gone: not an error of ours, and nothing can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from ppvae import __version__
+
+        print(f"ppvae {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(args[0], COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return _fail(f"no command {args[0]!r}{hint} (one of {', '.join(COMMANDS)})", 2)
+    from ppvae.cli.processes import processes, together
+
+    if processes() > 1:
+        return together(args[0], args[1:], _run, _fail)
+    return _run(args[0], args[1:], _fail)
+
+
+def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
+    from ppvae.cli.flags import HelpShown
+    from ppvae.errors import PpvaeError, UsageError
+
+    try:
+        import importlib
+
+        return getattr(importlib.import_module(f"ppvae.cli.{COMMANDS[command]}"), command)(args)
+    except HelpShown:
+        return 0
+    except UsageError as error:
+        return fail(str(error), 2)
+    except PpvaeError as error:
+        return fail(str(error), 1)
+    except KeyboardInterrupt:
+        return fail("interrupted" + AFTER.get(command, ""), 130)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("PPVAE_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())[:300]
+        return fail(f"{type(error).__name__}: {text} (PPVAE_TRACEBACK=1 shows where)", 1)
+
+
+def _fail(text: str, status: int) -> int:
+    lines = [line for line in text.splitlines() if line.strip()]
+    print("ppvae: error: " + "\n".join(lines[:3]), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

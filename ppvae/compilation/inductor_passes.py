@@ -1,0 +1,258 @@
+"""What inductor is told about a graph, so that what it makes of it is fast on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ppvae.compilation.matmul_backend import Choices, take_the_faster
+
+LEAST = 2**18  # numbers whose sum over rows is worth parting
+ROWS = 100  # of a part
+LANES = 16  # sums side by side
+FACTORS = 64  # at most in a product: each is at most 2, and 2^64 is a float32
+
+
+def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Any:
+    """What inductor makes of a graph, as a function of the inputs; `noise` gives the draws that come before them."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
+    take_the_faster(rest, choices)
+    _sums_over_rows(rest)
+    _logarithms_of_products(rest)
+    name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
+    options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
+    inputs = [t.detach() for t in inputs]
+    on_gpu = any(t.device.type == "cuda" for t in inputs)
+    if on_gpu:
+        options["triton.cudagraphs"] = True  # a step is one launch
+    with _quiet(), torch.no_grad(), config.patch(options):
+        drawn = list(draw(*inputs))
+        call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
+        call(*drawn, *inputs)  # compiles now
+
+    def run(*tensors: Tensor) -> Any:
+        if on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last run gave has been used
+        return call(*draw(*tensors), *tensors)
+
+    return run
+
+
+def _sums_over_rows(module: fx.GraphModule) -> None:
+    """Parts large sums over all dims but the last by rows: inductor goes through memory column by column.
+
+    What is there for products in bfloat16 alone, a gradient of a layer that rounds, may be summed as they take it, in
+    float32: so that the numbers are not written to memory twice.
+    """
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target is not aten.sum.dim_IntList or node.kwargs or node.args[1] is None:
+            continue
+        x, dims = node.args[0].meta["val"], node.args[1]
+        kept = node.meta["val"]
+        leading = sorted(d % x.dim() for d in dims) == list(range(x.dim() - 1)) and x.is_contiguous()
+        if not (leading and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= LEAST):
+            continue
+        source = next((u for u in node.args[0].users if _for_products(u)), node.args[0])
+        if source is not node.args[0]:
+            node.args[0].append(source)  # now, not where it stood: after this sum, perhaps
+        with module.graph.inserting_before(node):
+            shaped = module.graph.call_function(_column_sums, (source, list(kept.shape)))
+        node.replace_all_uses_with(shaped)
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _column_sums(x: Tensor, shape: list[int]) -> Tensor:
+    """The sum over all dims but the last, in float32, first within blocks of rows that a cache holds."""
+    rows = x.reshape(-1, x.shape[-1])
+    whole = len(rows) // ROWS * ROWS
+    blocks = rows[:whole].reshape(-1, ROWS, rows.shape[1])
+    return (blocks.sum(1, dtype=torch.float32).sum(0) + rows[whole:].sum(0, dtype=torch.float32)).reshape(shape)
+
+
+def _for_products(node: fx.Node) -> bool:
+    """Whether it is a cast to bfloat16 for products alone, and nothing is changed in place before it is made."""
+    aten = torch.ops.aten
+    if node.target is not aten._to_copy.default or node.kwargs.get("dtype") is not torch.bfloat16:
+        return False
+    before = node.prev
+    while before is not node.args[0]:
+        schema = getattr(before.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return False
+        before = before.prev
+    uses = list(node.users)
+    while uses:
+        use = uses.pop()
+        if use.target in (aten.view.default, aten.t.default):
+            uses += use.users
+        elif use.target is not aten.mm.default:
+            return False
+    return True
+
+
+def _logarithms_of_products(module: fx.GraphModule) -> None:
+    """Has `sum_of_softplus` add up log-likelihoods of bits, from softplus or from the cross-entropy of logits."""
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target is not aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs or node.args[1] is None:
+            continue
+        kept, (term, dims), sign, chain = node.meta["val"].shape, node.args, 1, [node]
+        shapes = [term.meta["val"].shape]
+        while term.target in (aten.neg.default, aten.neg_.default, aten.view.default) and len(term.users) == 1:
+            chain.append(term)
+            sign = sign if term.target is aten.view.default else -sign
+            term = term.args[0]
+        chain.append(term)
+        found = _softplus_of(term)
+        if found is None or len(term.users) != 1:
+            continue
+        (x, target), value = found, term.meta["val"]
+        shapes.append(value.shape)
+        trailing = [d % len(shapes[0]) for d in dims] == list(range(len(kept), len(shapes[0])))
+        if not trailing or any(shape[: len(kept)] != kept for shape in shapes):
+            continue
+        if value.device.type != "cpu" or _factors(value.shape[len(kept) :].numel()) < 4:
+            continue
+        kinds = [(t.meta["val"].shape, t.meta["val"].dtype) for t in (term, x, target or x)]
+        if any(kind != (value.shape, torch.float32) for kind in kinds):
+            continue
+        with module.graph.inserting_before(term):  # what it reads may be changed in place between term and sum
+            total = module.graph.call_function(sum_of_softplus, (x, target, len(kept), sign))
+        total.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        for done in chain:
+            module.graph.erase_node(done)
+    module.recompile()
+
+
+_SOFTPLUS = (torch.ops.aten.softplus.default, torch.ops.aten.softplus.out)
+
+
+def _softplus_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
+    """(x, target) of a node that is softplus(x) - target x; None for another."""
+    cross_entropy = torch.ops.aten.binary_cross_entropy_with_logits.default
+    args: list[Any] = list(node.args)
+    if node.target is cross_entropy and args[2:] == [None, None, 0]:
+        return args[0], args[1]
+    if node.target not in _SOFTPLUS:
+        return None
+    x: Any = args[0]
+    beta, threshold = args[1:] + [1, 20][len(args) - 1 :]
+    if beta != 1 or threshold < 15:  # a line from there on
+        return None
+    if node.target is torch.ops.aten.softplus.out:  # what it overwrites must be of no other use, nor a view of others
+        mine = x.target is torch.ops.aten.mul.Tensor and len(x.users) == 1 and node.kwargs["out"] is x
+        return (x, None) if mine else None
+    return x, None
+
+
+def _factors(count: int) -> int:
+    """How many of so many numbers go into a product, `LANES` products side by side; 0 where they cannot."""
+    rows, left = divmod(count, LANES)
+    return 0 if left or not rows else max(f for f in range(1, FACTORS + 1) if rows % f == 0)
+
+
+def sum_of_softplus(x: Tensor, target: Tensor | None, first: int, sign: float = 1) -> Tensor:
+    """The sum over dims from `first` on of softplus(x) - target x, times `sign`: x [*kept, *summed] gives [*kept].
+
+    softplus(x) = max(x, 0) + log(1 + exp(-|x|)), and a sum of logarithms is that of a product, one logarithm for up to
+    `FACTORS` numbers. Exact to a few units in the last place of 1 for each number.
+
+    >>> sum_of_softplus(torch.zeros(2, 64), None, 1)
+    tensor([44.3614, 44.3614])
+    """
+    kept, count = x.shape[:first], x.shape[first:].numel()
+    shape = (*kept, -1, _factors(count), LANES)
+    linear = x.clamp(min=0) if target is None else (1 - target) * x - x.clamp(max=0)
+    product = (1 + _exp(-x.abs())).reshape(shape).prod(-2)
+    return sign * (linear.reshape(shape).sum(-2) + product.log()).sum((-2, -1))
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What operations inductor is to take apart, and how: its own, and those that log(1 + exp(x)) is made of."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    aten = torch.ops.aten
+    ours: dict[Any, Callable[..., Any]] = {
+        aten.log1p.default: log1p_by_log,
+        aten.softplus.default: softplus,
+        aten.softplus_backward.default: softplus_backward,
+        aten.log_sigmoid_forward.default: log_sigmoid,
+    }
+    theirs = select_decomp_table()
+    return {**theirs, **{op: _else(fast, theirs.get(op)) for op, fast in ours.items()}}
+
+
+def _else(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What is tried first, then inductor's own: an operation that has one, but is not taken apart, does not compile."""
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        out = fast(*args, **kwargs)
+        return usual(*args, **kwargs) if out is NotImplemented and usual is not None else out
+
+    return decomposed
+
+
+def log1p_by_log(x: Tensor) -> Tensor:
+    """log(1 + x) to a few units in the last place, from the logarithm alone, which is vectorised seven times faster.
+
+    With u = 1 + x as rounded, log(u) x / (u - 1) (Hewlett-Packard's HP-15C handbook, 1982; Goldberg 1991, theorem 4).
+
+    >>> log1p_by_log(torch.tensor([-1.0, 0.0, 1e-12, 1.0, torch.inf])).tolist()
+    [-inf, 0.0, 9.999999960041972e-13, 0.6931471824645996, inf]
+    """
+    if x.device.type != "cpu" or not x.is_floating_point():
+        return NotImplemented
+    rounded = 1 + x
+    off = rounded - 1
+    return torch.where(off == 0, x, rounded.log() * torch.where(off == torch.inf, 1.0, x / off))
+
+
+def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """log(1 + exp(beta x)) / beta, x itself where beta x is above the threshold; in one pass over memory."""
+    if x.device.type != "cpu" or not x.is_floating_point():
+        return NotImplemented
+    scaled = x * beta
+    return torch.where(scaled > threshold, x, log1p_by_log(_exp(scaled.clamp(max=threshold))) / beta)
+
+
+def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    """The gradient of `softplus`."""
+    if x.device.type != "cpu" or not x.is_floating_point():
+        return NotImplemented
+    scaled = x * beta
+    return torch.where(scaled > threshold, gradient, gradient * scaled.sigmoid())
+
+
+def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(log sigmoid(x), an empty tensor that its gradient does not need on the CPU after it is taken apart)."""
+    if x.device.type != "cpu" or not x.is_floating_point():
+        return NotImplemented
+    return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp(x) as a power of two: a value that holds exp or log and is used twice, inductor writes to memory first."""
+    return torch.exp2(x * 1.4426950408889634)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps a remark about a missing CUDA runtime from being made while code for the CPU is compiled."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,207 @@
+"""Bidirectional Monte Carlo: log p(x) of simulated data between two bounds, a certificate of annealing settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae.distributed import quiet, shared
+from ppvae.errors import refused
+from ppvae.evaluation.annealing.ais import key_of_chains
+from ppvae.evaluation.annealing.hmc import backward, forward
+from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
+from ppvae.evaluation.block_cache import Finished
+from ppvae.evaluation.blocks import Block, columns_of
+from ppvae.evaluation.importance.accumulators import Weights
+from ppvae.evaluation.results import Saved, mean_words
+from ppvae.evaluation.simulated_data import Assemble, simulated
+from ppvae.inference.structure import undisturbed
+from ppvae.inference.tracing import Pair
+
+HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
+
+
+@dataclass(frozen=True)
+class Bracket(Saved):
+    """log p(x) of simulated data from below and from above; nats per datum, float64, all [N].
+
+    Attributes:
+        lower: log mean w over forward chains, too low on average.
+        upper: -log mean 1/w over reverse chains from the simulated latents themselves, too high on average.
+        lower_std_error, upper_std_error: Monte-Carlo standard errors over the chains.
+        acceptance: of the forward chains.
+        data: the simulated batch, its columns [N, ...]; not kept in files.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    lower_std_error: Tensor
+    upper_std_error: Tensor
+    acceptance: Tensor
+    nonfinite: Tensor
+    seed: int
+    joint: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: tuple[Tensor, ...] = field(default=(), repr=False, metadata={"saved": False})
+
+    @property
+    def gap(self) -> Tensor:
+        """upper - lower, [N] nats; on average it bounds the error of either."""
+        return self.upper - self.lower
+
+    def summary(self) -> str:
+        """The bracket in words.
+
+        >>> one = torch.ones(2).double()
+        >>> print(Bracket(-one, -0.9 * one, 0 * one, 0 * one, one, 0 * one, 0).summary())
+        log p(x) of 2 simulated data lies between -1.000 and -0.900 nats on average: a gap of 0.100 ± 0.000
+        it certifies these settings on data simulated from the model, and says nothing of other data
+        """
+        lines = [
+            f"log p(x) of {len(self.lower)} simulated data lies between {float(self.lower.mean()):.3f} and "
+            f"{float(self.upper.mean()):.3f} nats on average: a gap of {mean_words(self.gap)}"
+        ]
+        if int((self.nonfinite > 0).sum()):
+            lines.append(f"{int((self.nonfinite > 0).sum())} data have non-finite weights")
+        lines.append(HOLDS_FOR)
+        return "\n".join(lines)
+
+    def table(self) -> dict[str, str]:
+        """The bracket over the data set as words, for printing."""
+        unit = "nats for the whole data set" if self.joint else "nats per datum"
+        rows = {
+            "data": f"{len(self.lower)} simulated from the model",
+            "log p(x) from below": f"{mean_words(self.lower)} {unit}",
+            "log p(x) from above": f"{mean_words(self.upper)} {unit}",
+            "gap": f"{mean_words(self.gap)}; on average it bounds the error of either",
+            "acceptance": f"{float(self.acceptance.mean()):.2f}",
+            **{name: str(value) for name, value in self.settings.items()},
+            "holds for": HOLDS_FOR,
+        }
+        broken = int((self.nonfinite > 0).sum())
+        return rows | ({"broken weights": f"{broken} data"} if broken else {})
+
+
+def bdmc(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    num_chains: int = 16,
+    num_temperatures: int = 1000,
+    start: str = "guide",
+    schedule: str | Sequence[float] | Tensor = "sigmoid",
+    num_leapfrog: int = 10,
+    target_acceptance: float = 0.8,
+    seed: int = 0,
+    rows: int | None = None,
+    assemble: Assemble | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    compile: bool = True,
+    progress: bool | None = None,
+) -> Bracket:
+    """Bidirectional Monte Carlo: brackets log p(x) on data simulated from the model, to certify `annealed`'s settings.
+
+    A latent that was simulated together with x is a draw of p(z | x), so that chains can run from it back to the start
+    density: forward chains give E[w] = p(x) and so a lower bound on average, reverse chains E[1 / w] = 1 / p(x) and so
+    an upper bound. The mean gap bounds the mean error of either, on simulated data only.
+
+    Args:
+        model, guide: a Pyro pair with continuous latents, as `annealed` takes it.
+        data: gives the shapes, and whatever the model is conditioned on; its observed values are replaced.
+        assemble: (simulated values by site, batch) -> batch with these in it; for a pair whose observed sites are not
+            simply columns of the batch.
+        num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, rows, directory, device,
+            compile, progress: as `annealed` takes them; forward and reverse chains share the pilot's step sizes and
+            schedule.
+        seed: of the simulated data and of every draw.
+
+    Raises:
+        ContractError: simulated values cannot be put into the batch, or the pair cannot be annealed, by the site's
+            name; UsageError, DataError: bad arguments or data.
+
+    Source: Grosse, Ghahramani and Adams 2015 (arXiv 1511.02543); Grosse, Ancha and Roy 2016 (arXiv 1606.02275).
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2).double(), torch.zeros(6, 3).double()
+    >>> bracket = bdmc(pair.model, pair.mean_field, x, num_temperatures=50)
+    >>> exact = pair.log_px(bracket.data[0])
+    >>> bool((exact - bracket.lower).abs().max() < 0.2), bool((bracket.upper - exact).abs().max() < 0.2)
+    (True, True)
+    """
+    settings = Settings(
+        num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows,
+        compile=compile,
+    )  # fmt: skip
+    with shared() as shares:
+        columns = columns_of(data, seed)
+        with undisturbed(), session(model, guide, columns, settings, device) as ready:
+            _check(ready)
+            key = key_of_chains(ready, "bdmc")
+            store = Finished(directory, key)
+            parts: dict[int, dict[str, Tensor]] = {}
+            mine = shares.mine(ready.blocks)
+            with Bar(len(mine), 2 * len(settings.chain_blocks), settings, quiet(progress), "BDMC") as bar:
+                for number in mine:
+                    ready.noise(number, "simulated")
+                    block, latents = simulated(ready.model, ready.s, ready.block(number), assemble)
+
+                    def made(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
+                        return _of_block(ready, block, latents, bar)
+
+                    part, there = store.part(f"block-{number:05d}", made)
+                    if there:
+                        bar.update((2 * len(settings.chain_blocks) + 1) * max(settings.num_temperatures - 1, 1))
+                    parts[number] = part | {f"data_{i}": column for i, column in enumerate(_rows_of(block))}
+                    gap = torch.cat([r["upper"] - r["lower"] for r in parts.values()]).mean()
+                    bar.say(gap=f"{gap:.3f}")
+        results = shares.gathered(parts, key)
+    joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
+    own = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
+    attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}
+    return Bracket(**joined, seed=seed, joint=ready.s.joint, settings=attributes, data=own)
+
+
+def _check(ready: Session) -> None:
+    """Refuses a guide whose own draws are not the latents, so that no chain could start at given ones."""
+    for name, role in ready.s.guide_roles.items():
+        if role in ("auxiliary", "enumerated"):
+            raise refused(
+                name, "a guide whose own draws are the latents, to start a chain at given ones",
+                "a helper" if role == "auxiliary" else "a site enumerated in the guide",
+                "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
+            )  # fmt: skip
+
+
+def _of_block(ready: Session, block: Block, latents: Mapping[str, Tensor], bar: Bar) -> dict[str, Tensor]:
+    """Both bounds for one block of simulated data."""
+    settings, number = ready.settings, block.number
+    density = ready.density(block)
+    plan = ready.plan(density, number, Finished(None, {}), bar)
+    width = 1 if ready.s.joint else block.size
+    both = {"lower": Weights(settings.num_chains, [], block.eps), "upper": Weights(settings.num_chains, [], block.eps)}
+    acceptance = torch.zeros(width, dtype=torch.float64)
+    for i, count in enumerate(settings.chain_blocks):
+        noise = ready.noise(number, i)
+        chains = forward(plan, density.start(count), 0.0, noise, bar.update)
+        both["lower"].add(chains.log_weight[:, :width], chains.log_weight[:, :width])
+        acceptance = acceptance + chains.acceptance[:width].cpu() * count / settings.num_chains
+        back = backward(plan, density.single(latents, count), ready.noise(number, i, "reverse"), bar.update)
+        both["upper"].add(-back[:, :width], -back[:, :width])
+    lower, upper = ({k: v.cpu() for k, v in weights.result().items()} for weights in both.values())
+    return {
+        "lower": lower["log_px"], "lower_std_error": lower["std_error"], "acceptance": acceptance,
+        "upper": -upper["log_px"], "upper_std_error": upper["std_error"],
+        "nonfinite": lower["nonfinite"] + upper["nonfinite"],
+    }  # fmt: skip
+
+
+def _rows_of(block: Block) -> tuple[Tensor, ...]:
+    """The block's own rows of its batch."""
+    return tuple((t if block.index is None else t[block.index])[: block.size] for t in block.batch)

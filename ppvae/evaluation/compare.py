@@ -1,0 +1,235 @@
+"""Comparing models by log p(x): paired differences on the same data, and what stands against a ranking."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae.errors import UsageError
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.loading import load_estimate
+from ppvae.evaluation.results import Saved, mean_words
+
+SHARE = 0.01  # a difference in the share of data not to be trusted that is worth a word
+MIN_RUNS = 3  # of a method, before a difference is one between methods
+
+
+def _method(estimate: Estimate) -> str:
+    """How an estimate was made, so that two of equal tightness have equal words."""
+    settings = {"num_particles": estimate.num_particles, **estimate.settings}
+    return f"{estimate.method}, " + ", ".join(f"{k} {v}" for k, v in settings.items() if k != "seed")
+
+
+@dataclass(frozen=True)
+class Comparison(Saved):
+    """Models compared on the same data, best first; nats per datum.
+
+    Attributes:
+        names: of the M models.
+        log_px: [M, N], averaged over the runs of a model.
+        runs: how many of each, [M].
+        run_means: [M, most runs], the mean log p(x) of each run; NaN where there is none.
+        unreliable: [M], the share of data that are not to be trusted.
+        methods: how log p(x) was estimated, per model.
+        warnings: what stands against taking the differences at their word.
+    """
+
+    names: tuple[str, ...]
+    log_px: Tensor
+    runs: Tensor
+    run_means: Tensor
+    unreliable: Tensor
+    methods: tuple[str, ...]
+    base_measure: str
+    data: str
+    digest: str
+    warnings: tuple[str, ...] = ()
+
+    def difference(self, name: str, other: str) -> tuple[float, float]:
+        """(mean log p(x) of `name` minus that of `other`, its standard error); nats per datum.
+
+        The error is sqrt(paired variance over data / N + variance over runs / runs of either), the latter where a model
+        has two runs or more; NaN for a single datum.
+        """
+        a, b = self._at(name), self._at(other)
+        paired = self.log_px[a] - self.log_px[b]
+        variance = float(paired.var()) / len(paired) if len(paired) > 1 else math.nan
+        for i in (a, b):
+            if self.runs[i] > 1:
+                variance += float(self.run_means[i, : int(self.runs[i])].var()) / int(self.runs[i])
+        return float(paired.mean()), math.sqrt(variance)
+
+    def _at(self, name: str) -> int:
+        if name not in self.names:
+            raise UsageError(f"name: expected one of {', '.join(self.names)}; found {name!r}")
+        return self.names.index(name)
+
+    def verdict(self, name: str, other: str) -> str:
+        """Whether the difference counts: beyond two standard errors, and between methods only from three runs each."""
+        delta, error = self.difference(name, other)
+        if not abs(delta) > 2 * error:
+            return "not resolved"
+        what = "better" if delta > 0 else "worse"
+        fewest = int(min(self.runs[self._at(name)], self.runs[self._at(other)]))
+        return what if fewest >= MIN_RUNS else f"{what}, as runs (a method takes {MIN_RUNS} seeds)"
+
+    def table(self) -> dict[str, str]:
+        """A line for every model, best first, with its difference from the best, and the warnings."""
+        rows = {"data": f"{self.data or 'a tensor'}, {self.log_px.shape[1]} data, {self.base_measure}"}
+        for i, name in enumerate(self.names):
+            words = f"log p(x) {mean_words(self.log_px[i])}"
+            if self.runs[i] > 1:
+                words += f" ({int(self.runs[i])} runs)"
+            if i:
+                delta, error = self.difference(name, self.names[0])
+                words += f", {delta:+.3f} ± {error:.3f} from {self.names[0]}: {self.verdict(name, self.names[0])}"
+            rows[name] = words + f"; {100 * float(self.unreliable[i]):.1f} % not to be trusted"
+        return rows | {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
+
+    def to_arviz(self) -> Any:
+        """What `arviz.compare` makes of the per-datum log p(x), as a data frame: weights by stacking, differences.
+
+        The test set's log p(x) takes the place of an expected log predictive density, and p_loo is zero. Its standard
+        errors leave out the variance over runs. `arviz.loo` and `arviz.waic` have no meaning here: they leave a datum
+        out of draws of parameters that all data share, and a latent of its own datum goes with it.
+        """
+        import arviz as az
+        import xarray
+
+        # stacking takes exp(log p(x)), which underflows; what is common to all models does not change its weights
+        common, count = self.log_px.amax(0), self.log_px.shape[1]
+        found = {}
+        for i, name in enumerate(self.names):
+            own = self.log_px[i]
+            pointwise = xarray.DataArray((own - common).numpy(), dims=("datum",))
+            total, error = float(own.sum()), float(own.std() * math.sqrt(count))
+            found[name] = _elpd(az, total, error, pointwise, bool(self.unreliable[i] > 0))
+        if int(az.__version__.split(".")[0]) > 0:
+            return az.compare(found, method="stacking")
+        return az.compare(found, ic="loo", method="stacking")
+
+
+def _elpd(az: Any, total: float, error: float, pointwise: Any, warning: bool) -> Any:
+    """One model's log p(x) as ArviZ holds an expected log predictive density, whose parts 1.x names anew."""
+    common = {"se": error, "n_samples": 1, "n_data_points": pointwise.size, "scale": "log", "warning": warning}
+    if int(az.__version__.split(".")[0]) > 0:
+        from arviz_stats.utils import ELPDData
+
+        kind = {"kind": "loo"} if "kind" in inspect.signature(ELPDData).parameters else {}
+        return ELPDData(**common, **kind, elpd=total, p=0.0, good_k=0.7, elpd_i=pointwise)
+    from arviz.stats.stats_utils import ELPDData
+
+    values = {"elpd_loo": total, **common, "p_loo": 0.0, "loo_i": pointwise}
+    return ELPDData(data=list(values.values()), index=list(values))
+
+
+Result = Estimate | str | os.PathLike[str]
+
+
+def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
+    """Compares models by estimates of log p(x) of the same data: paired differences, never across base measures.
+
+    Args:
+        results: for each model an `Estimate`, the path of a saved one, or a sequence of these, one for each run.
+
+    Raises:
+        UsageError: fewer than two models; other data or another binarisation (their digests differ); another base
+            measure; or a density on grey levels that were not dequantised, whose likelihood has no ceiling.
+
+    >>> one = torch.ones(50).double()
+    >>> def of(log_px):
+    ...     return Estimate(log_px, 0.01 * one, 99 * one, 0.1 * one, log_px, 0 * one, 100, 0, 3, "binary", digest="a")
+    >>> found = compare({"a": of(-one), "b": of(-2 * one)})
+    >>> found.names, found.difference("b", "a")
+    (('a', 'b'), (-1.0, 0.0))
+    """
+    scores = {name: _estimates(given) for name, given in results.items()}
+    if len(scores) < 2 or not all(scores.values()):
+        raise UsageError(f"compare: expected two models or more with an estimate each, found {sorted(scores)}")
+    every = [(name, one) for name, own in scores.items() for one in own]
+    first_name, first = every[0]
+    for name, one in every:
+        _check(first_name, first, name, one)
+    means = {name: torch.stack([one.log_px.double().cpu() for one in own]).mean(0) for name, own in scores.items()}
+    order = sorted(means, key=lambda name: _order(float(means[name].mean())), reverse=True)
+    most = max(len(own) for own in scores.values())
+    run_means = torch.full((len(order), most), math.nan, dtype=torch.float64)
+    for i, name in enumerate(order):
+        for j, one in enumerate(scores[name]):
+            run_means[i, j] = one.log_px.mean()
+    return Comparison(
+        names=tuple(order),
+        log_px=torch.stack([means[name] for name in order]),
+        runs=torch.tensor([len(scores[name]) for name in order]),
+        run_means=run_means,
+        unreliable=torch.tensor([_unreliable(scores[name]) for name in order]).double(),
+        methods=tuple(" and ".join(sorted({_method(one) for one in scores[name]})) for name in order),
+        base_measure=first.base_measure,
+        data=first.data,
+        digest=first.digest,
+        warnings=tuple(_warnings(order, scores)),
+    )
+
+
+def _estimates(given: Result | Sequence[Result]) -> list[Estimate]:
+    several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    return [one if isinstance(one, Estimate) else load_estimate(one) for one in several]
+
+
+def _order(mean: float) -> float:
+    return -math.inf if math.isnan(mean) else mean
+
+
+def _unreliable(own: Sequence[Estimate]) -> float:
+    return float(torch.cat([~one.reliable.cpu() for one in own]).double().mean())
+
+
+def _check(first_name: str, first: Estimate, name: str, one: Estimate) -> None:
+    if one.base_measure == "density on [0, 1]":
+        raise UsageError(
+            f"{name}: a density on [0, 1] of grey levels that were not dequantised has no ceiling: it grows "
+            f"without a bound as a scale shrinks. Train and evaluate with dequantize=True to compare"
+        )
+    if one.base_measure != first.base_measure:
+        raise UsageError(
+            f"log p(x) of {first_name} is relative to {first.base_measure!r} and of {name} to {one.base_measure!r}: "
+            f"numbers on different base measures are not ranked"
+        )
+    if one.log_px.shape != first.log_px.shape or one.digest != first.digest:
+        raise UsageError(
+            f"{first_name} and {name} were evaluated on other data, or on another binarisation of them: "
+            f"{len(first.log_px)} with SHA-256 {first.digest[:12] or 'unknown'}, {len(one.log_px)} with "
+            f"{one.digest[:12] or 'unknown'}. Evaluate both on the same split"
+        )
+
+
+def _warnings(order: Sequence[str], scores: Mapping[str, list[Estimate]]) -> list[str]:
+    out = []
+    methods = {_method(one) for own in scores.values() for one in own}
+    if len(methods) > 1:
+        out.append(f"unequal tightness: log p(x) was estimated by {'; '.join(sorted(methods))}")
+    shares = {name: _unreliable(scores[name]) for name in order}
+    if max(shares.values()) - min(shares.values()) > SHARE:
+        worst = max(shares, key=lambda name: shares[name])
+        out.append(
+            f"unequal tightness: {100 * shares[worst]:.1f} % of the data of {worst} are not to be trusted, and "
+            f"{100 * min(shares.values()):.1f} % where fewest are: its log p(x) may be too low by more"
+        )
+    bounds = [name for name in order if any(one.lower_bound_only for one in scores[name])]
+    if bounds and len(bounds) < len(order):
+        out.append(f"lower bounds only: {', '.join(bounds)}")
+    broken = [name for name in order if not all(bool(one.log_px.isfinite().all()) for one in scores[name])]
+    if broken:
+        out.append(f"log p(x) is not finite for some data: {', '.join(broken)}")
+    if any(one.joint for own in scores.values() for one in own):
+        out.append("weights are joint: one log p(x) for the whole data set, so that nothing is paired")
+    if any(one.digest == "" for own in scores.values() for one in own):
+        out.append("an estimate does not say of which data it is: that they are the same could not be checked")
+    return out

@@ -1,0 +1,158 @@
+"""Running reductions of log-weights over particles: memory does not grow with the number of particles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppvae.evaluation.importance.psis import MIN_PARTICLES, pareto_k, tail_length
+
+MANY = 2000  # particles at a time: many small reductions would cost more than the networks
+
+
+class Bound:
+    """The average over disjoint groups of k draws of log mean_k w: an unbiased estimate of L_k, per datum.
+
+    Source: Burda et al. 2016 (arXiv 1509.00519).
+    """
+
+    def __init__(self, k: int):
+        self.k, self.groups, self._filled = k, 0, 0
+        self._total: Tensor | float = 0.0
+        self._partial: Tensor | None = None
+
+    def add(self, log_weight: Tensor) -> None:
+        """Takes in log-weights [particles, N]."""
+        start = 0
+        if self._filled:
+            start = min(self.k - self._filled, len(log_weight))
+            assert self._partial is not None
+            self._partial = torch.logaddexp(self._partial, log_weight[:start].logsumexp(0))
+            self._filled += start
+            if self._filled == self.k:
+                self._close(self._partial[None])
+                self._filled = 0
+        whole = (len(log_weight) - start) // self.k
+        if whole:
+            end = start + whole * self.k
+            self._close(log_weight[start:end].reshape(whole, self.k, -1).logsumexp(1))
+            start = end
+        if start < len(log_weight):
+            self._partial, self._filled = log_weight[start:].logsumexp(0), len(log_weight) - start
+
+    def _close(self, log_sums: Tensor) -> None:
+        self._total = self._total + (log_sums - math.log(self.k)).sum(0)
+        self.groups += len(log_sums)
+
+    @property
+    def value(self) -> Tensor:
+        """[N] nats."""
+        assert isinstance(self._total, Tensor)
+        return self._total / self.groups
+
+
+class Weights:
+    """Everything that is reported of a block of data, from log-weights taken in a few particles at a time.
+
+    `num_particles` is the most that are taken in; `eps` the rounding unit in which the densities were computed.
+    """
+
+    def __init__(self, num_particles: int, bounds: Sequence[int], eps: float = 0.0):
+        self.num_particles, self._eps = num_particles, eps
+        self.bounds = {k: Bound(k) for k in bounds}
+        self._kept = tail_length(num_particles) + 1
+        self._waiting: Tensor | None = None  # [2, particles, N], of which the first are taken
+        self._count = self._waiting_count = 0
+        self._state: dict[str, Tensor] = {}
+
+    def add(self, log_weight: Tensor, elbo: Tensor) -> None:
+        """Takes in [particles, N], float64."""
+        end = self._waiting_count + len(log_weight)
+        if self._waiting is None or end > self._waiting.shape[1]:  # kept: small blocks of long life part the memory
+            self._reduce()
+            end = len(log_weight)
+            self._waiting = log_weight.new_empty(2, min(self.num_particles, MANY + end), log_weight.shape[1])
+        torch.stack([log_weight, elbo], out=self._waiting[:, self._waiting_count : end])
+        self._waiting_count = end
+        if end >= MANY:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        if not self._waiting_count:
+            return
+        assert self._waiting is not None
+        w, elbo = self._waiting[:, : self._waiting_count]
+        self._waiting_count = 0
+        self._count += len(w)
+        for bound in self.bounds.values():
+            bound.add(w)
+        largest = torch.where(w.isnan(), torch.inf, w)
+        new = {
+            "log_sum": w.logsumexp(0),
+            "log_sum_of_squares": (2 * w).logsumexp(0),
+            "elbo": elbo.sum(0),
+            "smallest": w.amin(0),
+            "nonfinite": (w.isnan() | (w == torch.inf)).sum(0),
+            "zero": (w == -torch.inf).sum(0),
+            "top": largest.T.topk(min(self._kept, len(w)), dim=1).values,
+        }
+        if self._state:
+            old = self._state
+            for name in ("log_sum", "log_sum_of_squares"):
+                new[name] = torch.logaddexp(old[name], new[name])
+            for name in ("elbo", "nonfinite", "zero"):
+                new[name] = old[name] + new[name]
+            new["smallest"] = torch.minimum(old["smallest"], new["smallest"])
+            both = torch.cat([old["top"], new["top"]], dim=1)
+            new["top"] = both.topk(min(self._kept, both.shape[1]), dim=1).values
+        self._state = new
+
+    def narrowed(self, which: Tensor) -> Weights:
+        """What was taken in of some of the data, [N] bool, to go on with them alone; without bounds."""
+        self._reduce()
+        out = Weights(self.num_particles, (), self._eps)
+        out._count = self._count
+        out._state = {name: value[which.to(value.device)] for name, value in self._state.items()}
+        return out
+
+    def result(self) -> dict[str, Tensor]:
+        """Per datum: log_px, std_error, ess, k_hat, elbo, nonfinite, and each recorded bound as "bound_k"."""
+        self._reduce()
+        s, count = self._state, self._count
+        assert 0 < count <= self.num_particles
+        top = s["top"][:, : tail_length(count) + 1]
+        log_ess = 2 * s["log_sum"] - s["log_sum_of_squares"]
+        ess = log_ess.exp().clamp(max=count)
+        # the delta method: se of log mean(w) is sd(w) / (sqrt(K) mean(w))
+        relative = (count / ess - 1).clamp(min=0) / (count - 1) if count > 1 else torch.full_like(ess, torch.nan)
+        # Where the largest weight itself makes up the whole tail, as with discrete latents, weights are bounded by what
+        # has been seen many times: nothing is left to fit, and ess judges alone.
+        k_hat = pareto_k(top, count, s["smallest"])
+        # Weights that differ by the networks' rounding alone are equal.
+        largest = top.amax(1)
+        rounding = largest - s["smallest"] <= 32 * self._eps * (1 + largest.abs())
+        flat = ((top.amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()
+        broken = (s["nonfinite"] > 0) | (s["zero"] == count)
+        return {
+            "log_px": s["log_sum"] - math.log(count),
+            "std_error": relative.sqrt(),
+            "ess": ess,
+            "k_hat": torch.where(flat & (count >= MIN_PARTICLES), -torch.inf, k_hat),
+            "elbo": s["elbo"] / count,
+            "nonfinite": torch.where(broken, s["nonfinite"].clamp(min=1), s["nonfinite"]),
+            **{f"bound_{k}": b.value for k, b in self.bounds.items()},
+        }
+
+
+def recorded_bounds(num_particles: int) -> list[int]:
+    """The k at which L_k is recorded: powers of two, the series 1, 2, 5, 10, ..., and K itself.
+
+    >>> recorded_bounds(20)
+    [1, 2, 4, 5, 8, 10, 16, 20]
+    """
+    series = {m * 10**e for e in range(len(str(num_particles))) for m in (1, 2, 5)}
+    powers = {2**e for e in range(num_particles.bit_length())}
+    return sorted(k for k in series | powers | {num_particles} if k <= num_particles)

@@ -1,0 +1,238 @@
+"""Where the nats go: the inference gap of a trained pair, split into approximation gap and amortisation gap."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppvae.distributed import quiet, shared
+from ppvae.errors import UsageError
+from ppvae.evaluation.block_cache import Finished, key_of
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.local.guides import FullRank
+from ppvae.evaluation.local.refit import WEIGHED, Plan, check_refit
+from ppvae.evaluation.results import Saved, mean_words
+from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.param_store import bound
+from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.tracing import Pair
+
+
+@dataclass(frozen=True)
+class Gaps(Saved):
+    """The inference gap per datum and its parts; nats per datum, float64, all [N].
+
+    log p(x) - ELBO = (log p(x) - best ELBO) + (best ELBO - ELBO): inference = approximation + amortisation gap, where
+    the best is over guides of the same family with parameters of their own for the datum. A refit ends at or below the
+    best, and estimates of log p(x) lie below it on average: so the amortisation gap is a lower bound, the
+    approximation gap too large by what the refit missed and too small by what log p(x) is too low.
+
+    Attributes:
+        log_px, log_px_error: the estimate of log p(x) and its Monte-Carlo standard error (NaN where not known).
+        reliable: whether that estimate can be trusted, as `Estimate.reliable` says (or all, where it was given bare).
+        elbo: of the guide as it is.
+        best_elbo: of the guide refit for the datum.
+        richer_elbo: of the richer family fitted to the datum; None where there is none.
+        gained: what the last round of the refit still gained; a refit that had come to rest gains nothing.
+        refit: what was refit, in words.
+    """
+
+    log_px: Tensor
+    log_px_error: Tensor
+    reliable: Tensor
+    elbo: Tensor
+    best_elbo: Tensor
+    richer_elbo: Tensor | None
+    gained: Tensor
+    refit: str
+    richer: str
+    log_px_from: str
+    num_particles: int
+    steps: int
+    rounds: int
+    seed: int
+    data: str = ""
+    digest: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def inference(self) -> Tensor:
+        """log p(x) - ELBO, [N] nats."""
+        return self.log_px - self.elbo
+
+    @property
+    def approximation(self) -> Tensor:
+        """log p(x) - best ELBO in the family, [N] nats."""
+        return self.log_px - self.best_elbo
+
+    @property
+    def amortisation(self) -> Tensor:
+        """Best ELBO in the family - ELBO, [N] nats; from the same noise, so that what is common cancels."""
+        return self.best_elbo - self.elbo
+
+    def table(self) -> dict[str, str]:
+        """The means over the data with standard errors (paired: of each datum's difference), as words."""
+        rows = {
+            "data": f"{self.data or 'a tensor'}, {len(self.elbo)} data",
+            "log p(x)": f"{mean_words(self.log_px)} nats per datum ({self.log_px_from})",
+            "best ELBO": f"{mean_words(self.best_elbo)} ({self.refit})",
+            "ELBO": mean_words(self.elbo),
+            "inference gap": mean_words(self.inference),
+            "approximation gap": mean_words(self.approximation),
+            "amortisation gap": mean_words(self.amortisation),
+        }
+        if self.richer_elbo is not None:
+            above = mean_words(self.richer_elbo - self.best_elbo)
+            rows["richer family"] = f"{mean_words(self.richer_elbo)} ({self.richer}), {above} above the best"
+        rows["refit"] = f"{self.rounds} rounds of {self.steps} steps; the last gained {mean_words(self.gained)}"
+        return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
+    def summary(self) -> str:
+        """The decomposition in words, with the direction of its errors."""
+        count, bad = len(self.elbo), int((~self.reliable).sum())
+        whole, family, network = (mean_words(v) for v in (self.inference, self.approximation, self.amortisation))
+        lines = [
+            f"inference gap {whole} = approximation gap {family} + amortisation gap {network} nats per datum over "
+            f"{count} data",
+            f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained "
+            f"{mean_words(self.gained)}), the approximation gap an upper bound up to the looseness of log p(x) "
+            f"({self.log_px_from})",
+        ]
+        if bad:
+            lines.append(
+                f"log p(x) of {bad} of {count} data is not to be trusted: their approximation gap may be larger"
+            )
+        return "\n".join([*lines, *self.notes])
+
+
+def gaps(
+    model: Pair,
+    guide: Pair,
+    data: Any,
+    *,
+    log_px: Estimate | Tensor | None = None,
+    num_particles: int = 1000,
+    steps: int = 300,
+    rounds: int = 8,
+    richer: Callable[[Tensor, Tensor], FullRank] | None = FullRank,
+    seed: int = 0,
+    rows: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Gaps:
+    """Splits log p(x) - ELBO of each datum into what the guide's family and what its amortisation cost.
+
+    Where the guide's sites have distributions that are made of arguments and do not depend on each other, every datum
+    gets arguments of its own, started at the guide's (a semi-amortised guide's: after its steps). For any other guide
+    (hierarchical, a flow) a copy of its parameters is refit on each datum by itself, which takes as long as it sounds.
+
+    Args:
+        model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
+        data: a tensor [N, *event], a split, or a tuple of them; take few (a hundred), each is fitted by itself.
+        log_px: the best estimate at hand, of the same data (an `Estimate`, or [N] nats); by default importance
+            sampling with `num_particles` draws from the richest guide fitted here.
+        num_particles: draws per datum for every ELBO, fresh after the refit.
+        steps, rounds: a refit takes at most `rounds` rounds of `steps` steps of Adam; it ends where a round gains less
+            than 0.002 nats on average.
+        richer: makes a richer family of locations [N, D] and scales [N, D, D]; None for none.
+        seed: of all noise.
+        rows: the most (datum, particle) rows that go through the model at once.
+        directory: where finished blocks are kept, so that a call with the same settings goes on from there.
+
+    Raises:
+        ContractError: the pair breaks the contract, has latents shared by all data, or a latent without a pathwise
+            gradient; UsageError, DataError: bad arguments or data.
+
+    Source: Cremer, Li and Duvenaud 2018, Inference suboptimality in variational autoencoders (arXiv 1801.03558).
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair, x = LinearGaussian(3, 2).double(), torch.zeros(4, 3).double()
+    >>> parts = gaps(pair.model, pair.mean_field, x, steps=20, num_particles=100)
+    >>> bool((parts.inference - parts.approximation - parts.amortisation).abs().max() < 1e-12)
+    True
+    """
+    for name, value in (("num_particles", num_particles), ("steps", steps), ("rounds", rounds)):
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, found {value}")
+    model, guide = bound(model), bound(guide)
+    with shared() as shares:
+        columns = columns_of(data, seed)
+        _check_given(log_px, columns)
+        with undisturbed(), evaluating(model, guide):
+            place = torch.device(device) if device is not None else device_of(model, guide, columns)
+            s, size = inspected(model, guide, columns, place)
+            check_refit(s)
+            settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
+            plan = Plan(model, guide, s, size, "", richer, "", *settings).settled(columns, place)
+            numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds, "seed": seed}
+            what = {"what": "gaps", "refit": plan.refit, "richer": plan.richer_words}
+            key = key_of(columns, s, (), what | numbers)
+            finished, done = Finished(directory, key), {}
+            with tqdm(desc="gaps", unit="step", disable=quiet(progress)) as bar:
+                for number in shares.mine(-(-len(columns[0]) // plan.size)):
+                    start, stop = number * plan.size, min((number + 1) * plan.size, len(columns[0]))
+                    bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
+                    block = Block(columns, start, stop, number, plan.s, place)
+                    made = functools.partial(plan.of_block, block, bar.update)
+                    done[number] = finished.part(f"block_{number}", made)[0]
+        parts = shares.gathered(done, key)
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "rounds"}
+    own = {name: found.pop(name) for name in WEIGHED}
+    est = _estimate(own, num_particles, seed, s) if log_px is None else log_px
+    if isinstance(est, Tensor):
+        best, words = est.double().cpu(), "given"
+        error, reliable = torch.full_like(best, math.nan), torch.ones_like(best, dtype=torch.bool)
+    else:
+        best, error, reliable = est.log_px, est.std_error, est.reliable
+        source = f"from {'the richer family' if plan.richer else 'the refit guide'}" if log_px is None else "given"
+        words = f"{est.method}, {source}, K = {est.num_particles}"
+    return Gaps(
+        log_px=best,
+        log_px_error=error,
+        reliable=reliable,
+        elbo=found["elbo"],
+        best_elbo=found["best_elbo"],
+        richer_elbo=found.get("richer_elbo"),
+        gained=found["gained"],
+        refit=plan.refit,
+        richer=plan.richer_words,
+        log_px_from=words
+        if log_px is None
+        else f"given, K = {est.num_particles}"
+        if isinstance(est, Estimate)
+        else "given",
+        num_particles=num_particles,
+        steps=steps,
+        rounds=int(max(part["rounds"] for part in parts)),
+        seed=seed,
+        data=getattr(columns[0], "description", ""),
+        digest=digest_of(columns),
+        notes=(f"no richer family: {plan.why_no_richer}",) if plan.why_no_richer else (),
+    )
+
+
+def _check_given(log_px: Estimate | Tensor | None, columns: tuple[Any, ...]) -> None:
+    if log_px is None:
+        return
+    values = log_px.log_px if isinstance(log_px, Estimate) else log_px
+    if values.shape != (len(columns[0]),):
+        raise UsageError(f"log_px: expected one for each of {len(columns[0])} data, found shape {list(values.shape)}")
+    if isinstance(log_px, Estimate) and log_px.digest not in ("", digest_of(columns)):
+        raise UsageError("log_px: expected an estimate of these data, found one of others (their digests differ)")
+
+
+def _estimate(own: dict[str, Any], num_particles: int, seed: int, s: Structure) -> Estimate:
+    return Estimate(
+        **own, elbo=own["log_px"], num_particles=num_particles, seed=seed, dims=s.observed_dims, base_measure="",
+        lower_bound_only=s.lower_bound_only,
+    )  # fmt: skip

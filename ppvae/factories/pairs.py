@@ -1,0 +1,168 @@
+"""Pairs by name: a factory function in a module or a file, its arguments from its signature."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae.errors import UsageError
+from ppvae.factories.choices import Argument, among, arguments, as_kind
+
+DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
+LABELS_ARGUMENT = "num_labels"  # and one of this name the number of labels, None where the batch brings no label
+
+
+def resolve(text: str) -> Any:
+    """What a pair's name stands for: "package.module:factory", "file.py:factory", or "file.py" with one factory.
+
+    Raises:
+        UsageError: it cannot be found or imported; the message names the nearest name.
+    """
+    place, _, name = text.partition(":")
+    module = _module(place)
+    if not name:
+        return _only(module, place)
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{text}: {place} has no {name!r}{hint}")
+    return getattr(module, name)
+
+
+def _module(place: str) -> Any:
+    path = Path(place)
+    try:
+        if path.suffix == ".py" or path.exists():
+            if not path.is_file():
+                raise UsageError(f"{place}: expected a Python file, found none")
+            spec = importlib.util.spec_from_file_location(f"ppvae_pair_{path.stem}", path.resolve())
+            if spec is None or spec.loader is None:
+                raise UsageError(f"{place}: expected a Python file")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            sys.path.insert(0, str(path.resolve().parent))
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                sys.path.pop(0)
+            return module
+        return importlib.import_module(place)
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{place}: could not be imported ({error}). Give a file, as in pairs.py:my_pair, or an importable module, "
+            f"as in ppvae.models:vae"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {_line(error)})") from error
+
+
+def _only(module: Any, place: str) -> Any:
+    if callable(getattr(module, "model", None)) and callable(getattr(module, "guide", None)):
+        return module
+    own = [
+        n for n, v in vars(module).items()
+        if inspect.isfunction(v) and v.__module__ == module.__name__ and not n.startswith("_")
+    ]  # fmt: skip
+    if len(own) == 1:
+        return getattr(module, own[0])
+    raise UsageError(
+        f"{place}: expected functions model and guide, or one factory; found {sorted(own) or 'no function'}. "
+        f"Name the factory, as in {place}:{own[0] if own else 'my_pair'}"
+    )
+
+
+def parameters(factory: Any) -> dict[str, Argument]:
+    """A factory's own arguments: {name: (type, default, help)}; `inspect.Parameter.empty` where there is no default.
+
+    Raises:
+        UsageError: an argument has neither a type nor a default.
+    """
+    if not callable(factory) or _is_pair(factory):
+        return {}
+    found = arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
+    for name, (kind, _, _) in found.items():
+        if kind is None:
+            raise UsageError(f"{getattr(factory, '__name__', factory)}: expected a type for its argument {name!r}")
+    return found
+
+
+def build(
+    factory: Any, given: Mapping[str, Any], train: Any, num_labels: int | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(model, guide) from a factory, or from something that has `.model` and `.guide` itself.
+
+    An argument that chooses a class (`choices.Among`) is {"name": the class, its arguments}.
+
+    Raises:
+        UsageError: the factory fails, or makes no pair.
+    """
+    made = factory
+    if callable(factory) and not _is_pair(factory):
+        kinds = parameters(factory)
+        own = {n: _value(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
+        supplied = {DATA_ARGUMENT: train, LABELS_ARGUMENT: num_labels}
+        taken = inspect.signature(factory).parameters
+        try:
+            made = factory(**own, **{name: value for name, value in supplied.items() if name in taken})
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:
+            name = getattr(factory, "__name__", factory)
+            raise UsageError(f"{name}: the factory failed ({type(error).__name__}: {_line(error)})") from error
+    if _is_pair(made):
+        return made.model, made.guide
+    if isinstance(made, tuple) and len(made) == 2 and all(map(callable, made)):
+        return made
+    raise UsageError(
+        f"{getattr(factory, '__name__', factory)}: expected (model, guide), or something with .model and .guide; "
+        f"found {type(made).__name__}"
+    )
+
+
+def _is_pair(thing: Any) -> bool:
+    return (
+        not isinstance(thing, type)
+        and callable(getattr(thing, "model", None))
+        and callable(getattr(thing, "guide", None))
+    )
+
+
+def rebuild(
+    config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The pair of a run, from its configuration; the training data are stood in for by their shape.
+
+    The stand-in only sets shapes: every parameter is then read from the checkpoint. `dtype` is its floating type.
+    """
+    entry = config["pair"]
+    stand_in = [_stand_in(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
+    train = stand_in[0] if len(stand_in) == 1 else tuple(stand_in)
+    torch.manual_seed(0)
+    return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
+
+
+def _stand_in(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+    kind = dtype if dtype and kind.is_floating_point else kind
+    return torch.full((), 0.5 if kind.is_floating_point else 0, dtype=kind).expand(shape)
+
+
+def _value(name: str, value: Any, kind: Any) -> Any:
+    choice = among(kind)
+    if choice is not None and isinstance(value, Mapping):
+        return choice.chosen(value, name)
+    return as_kind(value, kind)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,127 @@
+"""Registered parameters: a name used twice, a name that does not exist, a module that is used and never registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from ppvae.errors import ContractError
+from ppvae.inference.param_store import unbound
+from ppvae.inference.tracing import Pair, node_log_prob
+
+
+def _taken(name: str) -> ContractError:
+    return ContractError(
+        f"parameter {name!r} is registered already for another module: Pyro would silently keep the old parameters; "
+        f"give each module a name of its own, or call pyro.clear_param_store()"
+    )
+
+
+class Registration(Messenger):
+    """Watches parameter statements: refuses a name used for two tensors and, where `create` is false, new names.
+
+    `pyro.module` called again under a used name silently keeps the old parameters, so that the new module would never
+    be trained; and an evaluation that creates a parameter would report on an initial value.
+    """
+
+    def __init__(self, create: bool):
+        super().__init__()
+        self.create = create
+        self.params: dict[str, Tensor] = {}
+        self._met: dict[int, tuple[PyroModule, dict[str, Any]]] = {}
+
+    def __enter__(self) -> Any:
+        self._hook = nn.modules.module.register_module_forward_pre_hook(self._meet)
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, *rest: Any) -> Any:
+        self._hook.remove()
+        result = super().__exit__(kind, *rest)
+        taken = ""
+        for module, before in self._met.values():
+            for name, p in before.items():
+                if module._parameters[name] is not p:  # Pyro has put the store's tensor in its place
+                    module._parameters[name], taken = p, name.removesuffix("_unconstrained")
+        if taken and kind is None:
+            raise _taken(taken)
+        return result
+
+    def _meet(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, PyroModule) and id(module) not in self._met:
+            own = {n: p for n, p in module._parameters.items() if n.endswith("_unconstrained")}
+            self._met[id(module)] = (module, own)
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        init = msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
+        store = dict(pyro.get_param_store().named_parameters())
+        stored = store.get(name)
+        if stored is not None:
+            if isinstance(init, nn.Parameter) and stored is not init:
+                raise _taken(name)
+        elif not self.create and not isinstance(init, nn.Parameter):
+            raise ContractError(
+                f"parameter {name!r} does not exist: evaluating a pair must not create parameters; "
+                f"evaluate run.model and run.guide of the run that trained it, or train the pair first"
+            )
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value = msg["value"]
+        # the attribute is a weak reference; plates may hand out an indexed copy that names its source differently
+        source = getattr(value, "_pyro_unconstrained_param", None)
+        if source is None:
+            source = value.unconstrained() if hasattr(value, "unconstrained") else value
+        self.params[msg["name"]] = source
+
+
+def check_registered(
+    model: Pair,
+    guide: Pair,
+    registered: Mapping[str, Tensor],
+    model_nodes: Mapping[str, Any],
+    guide_nodes: Mapping[str, Any],
+    batch: tuple[Any, ...],
+) -> None:
+    """Refuses a module that the pair uses and never registers: SVI would leave it untrained without a word."""
+    known = {id(p) for p in registered.values()} | {id(t) for t in batch}
+    roots = [
+        node_log_prob(node).sum() for node in (*model_nodes.values(), *guide_nodes.values())
+    ]  # fmt: skip
+    stack = [r.grad_fn for r in roots if r.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        fn = stack.pop()
+        variable = getattr(fn, "variable", None)
+        if variable is not None and id(variable) not in known:
+            where = _named(variable, model, guide)
+            raise ContractError(
+                f"a parameter of shape {list(variable.shape)}{where}: expected every parameter that the pair uses to "
+                f"be registered; found it in none of pyro.param, pyro.module. SVI would never train it: call "
+                f"pyro.module('name', network) in the function that uses it"
+            )
+        for parent, _ in fn.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+def _named(variable: Tensor, *functions: Callable[..., Any]) -> str:
+    """Where a stray parameter lives, as far as closures and globals tell."""
+    for function in functions:
+        fn = unbound(function)
+        code = getattr(fn, "__code__", None)
+        if code is None:
+            continue
+        cells = dict(zip(code.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=False))
+        places = cells | {n: fn.__globals__[n] for n in code.co_names if n in fn.__globals__}
+        for place, thing in places.items():
+            if isinstance(thing, nn.Module):
+                for name, p in thing.named_parameters():
+                    if p is variable:
+                        return f" ({place}.{name})"
+    return ""

@@ -1,0 +1,90 @@
+"""Matrix products of compiled steps: the same by either library, timed once, and kept with the run."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppvae import fit
+from ppvae.compilation import matmul_backend as products
+from ppvae.models import LinearGaussian
+from ppvae.training import checkpoint
+
+LAYER = {"x": (300, 40), "weight": (90, 40), "bias": (90,), "slope": (300, 90)}
+
+
+def layer(x, weight, bias, slope):
+    """What a linear layer asks for: its output, and the gradients of its input and its weight."""
+    return torch.addmm(bias, x, weight.t()), slope @ weight, slope.t() @ x
+
+
+def traced(dtype=torch.float32):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=dtype) for shape in LAYER.values()]
+    return make_fx(layer)(*tensors), tensors
+
+
+def operations(module):
+    return [n.target for n in module.graph.nodes if n.target is torch.ops.ppvae.product.default]
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_are_the_same_by_either_library(monkeypatch, onednn):
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: onednn)
+    module, tensors = traced()
+    choices: products.Choices = {}
+    products.take_the_faster(module, choices)
+    assert len(choices) == 3
+    assert set(choices.values()) == {onednn}
+    assert len(operations(module)) == (3 if onednn else 0)
+    for found, exact in zip(module(*tensors), layer(*(t.double() for t in tensors)), strict=True):
+        assert float((found - exact).abs().max()) < 1e-4
+
+
+def test_what_was_chosen_before_is_not_timed_again(monkeypatch):
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: True)
+    choices: products.Choices = {}
+    products.take_the_faster(traced()[0], choices)
+    settled = {kind: i == 1 for i, kind in enumerate(choices)}
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: pytest.fail("timed again"))
+    module, _ = traced()
+    products.take_the_faster(module, settled)
+    assert len(operations(module)) == 1
+
+
+def test_double_precision_and_small_products_are_left_alone():
+    choices: products.Choices = {}
+    products.take_the_faster(traced(torch.float64)[0], choices)
+    products.take_the_faster(make_fx(torch.mm)(torch.ones(4, 3), torch.ones(3, 5)), choices)
+    assert choices == {}
+
+
+def test_a_choice_is_a_measurement():
+    found = products._onednn_is_faster(torch.ones(300, 40), torch.ones(90, 40).t())
+    assert found in (True, False)
+
+
+@pytest.mark.slow
+def test_choices_are_kept_with_a_run_and_used_when_it_goes_on(monkeypatch, tmp_path):
+    pyro.clear_param_store()
+    monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: True)
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+
+    def run(epochs: int, folder, **options):
+        torch.manual_seed(0)
+        pair = LinearGaussian(5, 2)
+        return fit(pair.model, pair.mean_field, x, epochs=epochs, batch_size=16, compile=True, directory=folder,
+                   checkpoint_seconds=0, **options)  # fmt: skip
+
+    whole = run(4, tmp_path / "whole")
+    assert whole.config["kernels"] == "compiled"
+    run(2, tmp_path / "cut")
+    assert True in checkpoint.read(tmp_path / "cut" / "checkpoints")["products"].values()
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: pytest.fail("timed again"))
+    again = run(4, tmp_path / "cut", resume=True)
+    assert again.config["kernels"] == "compiled"
+    pairs = zip(whole.model.scope.params.values(), again.model.scope.params.values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -1,0 +1,269 @@
+"""Imputations against the closed form of a linear-Gaussian model, whichever way a pair leaves gaps out."""
+
+import json
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import nn as torch_nn
+
+from ppvae import data, likelihoods, log_marginal
+from ppvae.cli.main import main
+from ppvae.errors import ContractError, DataError, UsageError
+from ppvae.evaluation import impute
+from tests.inference.test_missing import COLUMNS, PAIR, Gaussian, Observed, gappy, mixed, table
+
+NAN = math.nan
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+def conditional(pair, row):
+    """Mean and covariance of the missing values of a row, in closed form."""
+    with torch.no_grad():
+        cov = pair.weight @ pair.weight.T + pair.scale**2 * torch.eye(len(pair.loc)).double()
+        m, o = row.isnan(), ~row.isnan()
+        gain = cov[m][:, o] @ torch.linalg.inv(cov[o][:, o])
+        return pair.loc[m] + gain @ (row[o] - pair.loc[o]), cov[m][:, m] - gain @ cov[o][:, m]
+
+
+def faults(pair, x, filled):
+    """Which laws the imputations break. Each is a t-test over the data, |t| < 5: p < 1e-5 for 120 data."""
+    found = []
+    means, spreads, averages = [], [], []
+    for i, row in enumerate(x):
+        if not bool(row.isnan().any()):
+            continue
+        m = row.isnan()
+        loc, cov = conditional(pair, row)
+        whitened = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(cov), (filled.values[:, i, m] - loc).T, upper=False
+        )
+        means.append(whitened.mean())
+        spreads.append((whitened**2).mean() - 1)
+        averages.append(((filled.mean[i, m] - loc) / cov.diagonal().sqrt()).mean())
+    for name, values in (("mean", means), ("covariance", spreads), ("average", averages)):
+        v = torch.stack(values)
+        if abs(float(v.mean() / (v.std() / len(v) ** 0.5 + 1e-12))) > 5 or abs(float(v.mean())) > 0.1:
+            found.append(name)
+    return found
+
+
+class Wide(Gaussian):
+    """The guide is too wide and beside the posterior, so that weights matter."""
+
+    def guide(self, x):
+        with poutine.block(), poutine.trace() as tracer:
+            super().guide(x)
+        fn = tracer.trace.nodes["z"]["fn"]
+        with pyro.plate("data", len(x)):
+            scale = 2 * fn.variance.sqrt()
+            pyro.sample("z", dist.Normal(fn.mean + 0.5 * scale, scale).to_event(1))
+
+
+@pytest.mark.parametrize("how", ["mask", "mask alone", "plate", "obs_mask", "distribution"])
+def test_imputations_are_draws_of_the_closed_form(how):
+    pair = Wide(how)
+    x = gappy(pair.draw(120))
+    poutine.trace(pair.model).get_trace(x)
+    filled = impute(pair.model, pair.guide, data.with_missing(x), num_particles=1000, draws=60)
+    assert filled.values.shape == (60, *x.shape)
+    assert torch.equal(filled.missing, x.isnan())
+    known = ~x.isnan()
+    assert torch.equal(filled.values[:, known], x[known].expand(60, -1))
+    assert torch.equal(filled.mean[known], x[known])
+    assert not filled.values.isnan().any()
+    assert faults(pair, x, filled) == []
+    assert filled.estimate.reliable.all()
+    est = log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=1000)
+    assert torch.equal(filled.estimate.log_px, est.log_px)
+    assert filled.estimate.dims == pytest.approx(est.dims)
+    assert filled.estimate.digest == est.digest
+    assert filled.estimate.notes == est.notes
+
+
+def test_the_laws_see_what_is_wrong():
+    """Unweighted draws, the other sign, and a spread that is too small each break a law."""
+    pair = Wide("mask")
+    x = gappy(pair.draw(120))
+    filled = impute(pair.model, pair.guide, data.with_missing(x), num_particles=1000, draws=60)
+    lone = impute(pair.model, pair.guide, data.with_missing(x), num_particles=1, draws=60)
+    assert faults(pair, x, lone)
+    centre = filled.mean
+    for planted in (2 * centre - filled.values + 0.2, centre + 0.8 * (filled.values - centre)):
+        assert faults(pair, x, type(filled)(planted, centre, filled.missing, filled.estimate))
+
+
+class Particular(Gaussian):
+    """A network that takes a flat batch alone, or one datum's own size; particles are folded, or taken one by one."""
+
+    def __init__(self, layout):
+        super().__init__("mask")
+        self.layout = layout
+
+    def model(self, x):
+        pyro.module("gaussian", self)
+        features, latent = self.weight.shape
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent).double(), 1.0).to_event(1))
+            flat = z.view(len(x), latent)
+            mean = flat @ self.weight.T + self.loc
+            if self.layout == "one by one":
+                mean = mean + 0.0 * torch.zeros(120, features).double()[: self.count(x)]
+            pyro.sample("x", dist.Normal(mean, self.scale).mask(~x.isnan()).to_event(1), obs=x.nan_to_num())
+
+    def count(self, x):
+        if len(x) > 60:
+            raise ValueError("too many rows")
+        return len(x)
+
+
+@pytest.mark.parametrize("layout", ["folded", "one by one"])
+def test_however_particles_are_laid_out(layout):
+    pair = Particular(layout)
+    x = gappy(pair.draw(60))
+    few = {"num_particles": 60, "draws": 12, "seed": 3}
+    filled = impute(pair.model, pair.guide, data.with_missing(x), **few)
+    assert filled.values.shape == (12, 60, 5)
+    assert (filled.estimate.log_px - pair.log_px(x)).abs().max() < 1e-9
+    plain = Gaussian("mask")
+    plain.load_state_dict(pair.state_dict())
+    same = impute(plain.model, plain.guide, data.with_missing(x), **few)
+    # the same latents, drawn by the same guide; the mean needs no further noise
+    assert (filled.mean - same.mean).abs().max() < (1e-9 if layout == "folded" else 1.0)
+    exact = torch.stack([conditional(pair, row)[0].sum() for row in x])
+    error = (filled.mean.masked_fill(~x.isnan(), 0.0).sum(1) - exact) / 60**-0.5
+    assert error.mean().abs() < 5 * error.std() / 60**0.5
+
+
+def test_a_plate_that_draws_its_own_rows():
+    """The pair gets all data and its plate the rows; a ragged last block is padded."""
+    pair = Gaussian("mask")
+    x = gappy(pair.draw(70))
+
+    def model(x):
+        pyro.module("gaussian", pair)
+        with pyro.plate("data", 70, subsample_size=30) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            fn = dist.Normal(z @ pair.weight.T + pair.loc, pair.scale)
+            own = x[rows]
+            pyro.sample("x", fn.mask(~own.isnan()).to_event(1), obs=own.nan_to_num())
+
+    def guide(x):
+        with poutine.block(), poutine.trace() as tracer:
+            pair.guide(x)
+        fn = tracer.trace.nodes["z"]["fn"]
+        with pyro.plate("data", 70, subsample_size=30) as rows:
+            pyro.sample("z", dist.MultivariateNormal(fn.mean[rows], fn.covariance_matrix[rows]))
+
+    filled = impute(model, guide, data.with_missing(x), num_particles=300, draws=60)
+    assert filled.values.shape == (60, 70, 5)
+    assert faults(pair, x, filled) == []
+
+
+def test_the_result_does_not_depend_on_how_memory_is_cut_nor_on_other_rows():
+    pair = Wide("mask")
+    x = gappy(pair.draw(60))
+    whole = impute(pair.model, pair.guide, data.with_missing(x), num_particles=250, draws=15)
+    cut = impute(pair.model, pair.guide, data.with_missing(x), num_particles=250, draws=15, rows=170)
+    assert torch.equal(whole.values, cut.values)
+    assert (whole.mean - cut.mean).abs().max() < 1e-9
+    state = torch.get_rng_state()
+    other = impute(pair.model, pair.guide, data.with_missing(x), num_particles=250, draws=15, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(other.values, whole.values)
+
+
+def test_a_mixed_table_gets_values_of_its_columns():
+    pair, x = mixed(), table()
+    filled = impute(pair.model, pair.guide, data.with_missing(x), num_particles=100, draws=8)
+    fn = likelihoods.Mixed(torch_nn.Identity(), COLUMNS)(torch.zeros(1, likelihoods.table_outputs(COLUMNS)))
+    assert fn.support.check(filled.values.reshape(-1, 5)).all()
+    assert not filled.values.isnan().any()
+    codes = torch.tensor([c == ("categorical", 3) for c in COLUMNS])
+    assert torch.equal(filled.mean.isnan(), filled.missing & codes)
+    counts = filled.missing[:, 1]
+    assert (filled.mean[counts, 1] > 0).all()
+
+
+def test_one_broken_datum_leaves_the_others_alone():
+    pair = Wide("distribution")
+    x = gappy(pair.draw(30))
+    clean = impute(pair.model, pair.guide, data.with_missing(x), num_particles=100)
+    x[4, ~x[4].isnan()] = 1e200
+    broken = impute(pair.model, pair.guide, data.with_missing(x), num_particles=100)
+    others = torch.arange(30) != 4
+    assert not broken.estimate.reliable[4]
+    assert torch.equal(broken.values[:, others], clean.values[:, others])
+
+
+def test_what_cannot_be_imputed_is_refused():
+    pair = Gaussian("mask")
+    x = pair.draw(20)
+    with pytest.raises(UsageError, match="missing values"):
+        impute(pair.model, pair.guide, data.with_missing(x))
+    with pytest.raises(DataError, match="with_missing"):
+        impute(pair.model, pair.guide, gappy(x))
+    for words in ({"draws": 0}, {"num_particles": 0}):
+        with pytest.raises(UsageError, match=f"{next(iter(words))}: expected at least 1, found 0"):
+            impute(pair.model, pair.guide, data.with_missing(gappy(x)), **words)
+    filled = Gaussian("filled")
+    with pytest.raises(ContractError, match=r"site 'x'.*fill"):
+        impute(filled.model, filled.guide, data.with_missing(gappy(x)))
+
+    def halves(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            for name, part in (("a", x[:, :2]), ("b", x[:, 2:])):
+                pyro.sample(name, Observed(z[..., None].expand(*z.shape, part.shape[1]), 1.0).to_event(1), obs=part)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    with pytest.raises(ContractError, match=r"observed site that holds the data.*\['a', 'b'\]"):
+        impute(halves, guide, data.with_missing(gappy(x)))
+
+    def classes(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.3)), infer={"enumerate": "parallel"})
+            pyro.sample("x", Observed(c[..., None].expand(*c.shape, 5).double(), 1.0).to_event(1), obs=x)
+
+    def nothing(x):
+        with pyro.plate("data", len(x)):
+            pyro.param("none", torch.zeros(()))
+
+    poutine.trace(nothing).get_trace(x)
+    with pytest.raises(ContractError, match=r"site 'c'.*summed out"):
+        impute(classes, nothing, data.with_missing(gappy(x)))
+
+
+def test_generate_writes_the_imputations_of_a_run_with_gaps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pair.py").write_text(PAIR)
+    x = table(200).numpy()
+    np.savez("table.npz", x=x)
+    fitting = ["fit", "pair.py:pair", "--data", "table.npz", "--epochs", "1", "--name", "a", "--missing", "--no-report"]
+    assert main(fitting) == 0
+    assert main(["generate", "runs/a", "--count", "4"]) == 0
+    assert "imputations.npz" in capsys.readouterr().out
+    with np.load("runs/a/generated/imputations.npz") as found:
+        values, missing, mean = found["values"], found["missing"], found["mean"]
+        assert found["reliable"].shape == found["ess"].shape == (len(mean),)
+    rows = data.load("table.npz", missing=True)[2]
+    assert values.shape == (10, *rows.shape)
+    assert np.array_equal(missing, rows.isnan().numpy())
+    assert not np.isnan(values).any()
+    assert np.array_equal(values[0][~missing], rows.numpy()[~missing])
+    config = json.loads((tmp_path / "runs" / "a" / "config.json").read_text())
+    assert config["data"]["missing"]

@@ -1,0 +1,133 @@
+"""The verdict on an estimate: reasons that add up, what is advised, and that the advice holds."""
+
+import math
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from ppvae import log_marginal
+from ppvae.evaluation import annealed, load_estimate
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.reliability import advice, reasons, verdict
+from ppvae.models import LinearGaussian
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+def estimate(ess, k_hat, nonfinite=None, particles=1000, **words):
+    ess, k_hat = torch.tensor(ess).double(), torch.tensor(k_hat).double()
+    broken = torch.zeros_like(ess) if nonfinite is None else torch.tensor(nonfinite).double()
+    log_px = torch.zeros_like(ess)
+    return Estimate(log_px, 0.1 + log_px, ess, k_hat, log_px, broken, particles, 0, 3, "density", **words)
+
+
+def test_reasons_are_apart_and_add_up_to_what_is_not_reliable():
+    ess = [49.9, 50.0, 10.0, 500.0, 500.0, 500.0, math.nan]
+    k_hat = [0.1, 0.1, 0.9, 0.9, math.nan, 0.2, math.nan]
+    est = estimate(ess, k_hat, [0, 0, 0, 0, 0, 2, 1])
+    heavy, low, broken = reasons(est).values()
+    assert low.tolist() == [True, *[False] * 6]
+    assert heavy.tolist() == [False, False, True, True, True, False, False]
+    assert broken.tolist() == [*[False] * 5, True, True]
+    assert torch.equal(heavy.int() + low.int() + broken.int(), (~est.reliable).int())
+    words = verdict(est)
+    assert words.startswith("6 of 7 data (85.7 %) are not to be trusted")
+    for text in ("k_hat not below 0.67: 3", "ess below 50: 1", "broken weights: 2"):
+        assert text in words
+    assert words in est.summary()
+    assert est.table()["verdict"] == words
+    assert "look at the 2 with broken weights" in advice(est)
+
+
+def test_the_particles_that_are_advised_are_those_that_ess_asks_for():
+    est = estimate([40.0, 25.0, 100.0], [0.1, 0.1, 0.1], remedy="a remedy")
+    assert advice(est) == "about K = 2,000 particles for 2 of them"
+    est = estimate([40.0, 0.25, 60.0], [0.1, 0.1, 0.9], remedy="a remedy")  # 200,000 are too many
+    assert advice(est) == "about K = 1,300 particles for 1 of them; for 2: a remedy"
+    assert est.table()["what to do"] == advice(est)
+    assert advice(estimate([60.0], [0.1])) == ""
+    assert "what to do" not in estimate([60.0], [0.1]).table()
+    few = estimate([10.0], [0.1], particles=20)
+    assert advice(few) == ""
+    assert "non-finite" not in few.summary()
+    assert "1 data have non-finite weights" in estimate([10.0], [0.1], [3], particles=20).summary()
+    assert verdict(few) == "fewer than 25 particles (20): too few to judge any datum"
+
+
+def test_the_advice_holds():
+    """A guide that is too wide has a low ess and light tails: with the particles advised nearly all can be trusted."""
+    torch.manual_seed(1)
+    pair = LinearGaussian(6, 3).double()
+    x = torch.randn(60, 6).double()
+
+    def wide(x):
+        pyro.module("pair", pair)
+        fn = pair.posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(fn.mean, 9 * fn.covariance_matrix))
+
+    est = log_marginal(pair.model, wide, x, num_particles=400)
+    assert int((~est.reliable).sum()) > 20
+    assert reasons(est)["ess below 50"].sum() > 15
+    (found,) = re.findall(r"about K = ([\d,]+) particles", advice(est))
+    more = log_marginal(pair.model, wide, x, num_particles=int(found.replace(",", "")), seed=1)
+    assert more.num_particles < 10_000
+    assert more.reliable.double().mean() > 0.9
+
+
+def discrete(x):
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.ones(3)))
+        pyro.sample("x", dist.Normal(8.0 * c, 0.1), obs=x)
+
+
+def guess(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("c", dist.Categorical(torch.tensor([0.98, 0.01, 0.01])))
+
+
+def test_what_helps_depends_on_the_latents(tmp_path):
+    est = log_marginal(discrete, guess, torch.full((5,), 16.0), num_particles=400)
+    assert not est.reliable.any()
+    assert "'c' summed out by infer={'enumerate': 'parallel'}" in est.summary()
+    assert "annealed" not in est.summary()
+    for latent, word in ((2, "quadrature"), (5, "evaluate --method annealed")):
+        pair = LinearGaussian(8, latent).double()
+        est = log_marginal(pair.model, prior_of(latent), 3 * torch.ones(20, 8).double(), num_particles=100)
+        assert not est.reliable.any()
+        assert word in est.summary()
+        assert ("quadrature" in est.summary()) == (latent < 4)
+        again = load_estimate(est.save(tmp_path))
+        assert again.summary() == est.summary()
+
+
+def prior_of(latent):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(latent).double(), 1.0).to_event(1))
+
+    return guide
+
+
+def test_an_annealed_estimate_has_reasons_of_its_own():
+    pair = LinearGaussian(4, 2).double()
+    est = annealed(pair.model, pair.mean_field, torch.ones(4, 4).double(), num_chains=4, num_temperatures=5)
+    assert list(reasons(est))[1] == "ess below 2 of 4 chains"
+    one = torch.ones(3).double()
+    stuck = Estimate(
+        one, one, torch.tensor([1.0, 9.0, 9.0]).double(), one, one, 0 * one, 10, 0, 3, "density",
+        method="annealed importance sampling", trusted=torch.tensor([False, False, True]),
+        diagnostics={"acceptance": torch.tensor([0.9, 0.1, 0.9])},
+    )  # fmt: skip
+    assert [int(which.sum()) for which in reasons(stuck).values()] == [1, 1, 0]
+    assert "more temperatures and more chains" in advice(stuck)
+    assert "1 whose chains hardly move" in advice(stuck)
