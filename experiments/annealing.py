@@ -18,8 +18,8 @@ from experiments import cells
 from experiments.cells import Cells, Here
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, plots, posteriors, priors
 from ppvae.evaluation import Bracket, annealed, bdmc, load_estimate
+from ppvae.evaluation.compare import looseness_and_error
 from ppvae.evaluation.results import mean_and_error
-from ppvae.evaluation.tightness import looseness_and_error
 
 # log p(x) by annealing and L_K, of 10,000 images; their table says each of its own run
 PUBLISHED = {10_000: (-85.679, -86.902), 100_000: (-85.619, -86.464)}

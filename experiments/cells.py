@@ -31,8 +31,8 @@ from ppvae import fit
 from ppvae.cli.flags import HelpShown, parse
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.training.run import Run, write_json
-from ppvae.training.run_folder import versions
+from ppvae.storage import write_json
+from ppvae.training.run import Run, versions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "experiments" / "results"

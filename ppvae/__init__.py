@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ppvae.inference import terms as terms
     from ppvae.models import VAE as VAE
     from ppvae.training.fit import fit as fit
-    from ppvae.training.run_folder import load as load
+    from ppvae.training.run import load as load
 
 
 def __getattr__(name: str) -> Any:

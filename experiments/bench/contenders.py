@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable
 from typing import TypeAlias
 
 from experiments.bench import Settings, Timed, by_hand, by_others, by_ppvae
+from ppvae.compilation.runtime import warm_up
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
-from ppvae.inference.warm import warm_up
 
 Key: TypeAlias = tuple[Hashable, ...]  # (what, who, ...)
 Contenders: TypeAlias = dict[Key, Callable[[], Timed]]

@@ -16,8 +16,7 @@ from ppvae.distributed import left
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.inference.param_store import unbound
 from ppvae.training import load as load_run
-from ppvae.training.run import Run
-from ppvae.training.run_folder import default_dtype, floating
+from ppvae.training.run import Run, default_dtype, floating
 
 if TYPE_CHECKING:
     from ppvae.cli.options import Evaluate
@@ -151,7 +150,7 @@ def by_chains(
 def _beside(found: Any, model: Any, guide: Any, columns: tuple[Any, ...], settings: Evaluate) -> tuple[Any, Any]:
     """(the estimate with how loose importance sampling is in its notes, importance sampling on the same data)."""
     from ppvae.evaluation import log_marginal
-    from ppvae.evaluation.tightness import in_words
+    from ppvae.evaluation.compare import in_words
 
     ks = {int(settings.num_particles), *settings.beside}
     est = log_marginal(
@@ -163,7 +162,7 @@ def _beside(found: Any, model: Any, guide: Any, columns: tuple[Any, ...], settin
 
 def report_kept(run: Run, settings: Any) -> None:
     """Writes the report with what lies in the run's folder: the estimate of the test data, or another of them."""
-    from ppvae.evaluation.loading import load_estimate
+    from ppvae.evaluation.results import load_estimate
 
     test, est = _of_run(run, settings, "test"), None
     for name in ("log_marginal", "annealed_beside", "smc_beside"):

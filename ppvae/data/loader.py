@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppvae import data as datasets
 from ppvae.errors import DataError, UsageError
-from ppvae.evaluation.blocks import stream
+from ppvae.rng import derive_seed
 
 
 class Columns:
@@ -67,7 +67,7 @@ class Columns:
 
     def batches(self, batch_size: int, seed: int, epoch: int, processes: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """One pass over the data in an order that is a function of seed and epoch."""
-        generator = torch.Generator().manual_seed(stream(seed, epoch, "order"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
         order = list(torch.randperm(len(self), generator=generator).split(batch_size))
         if len(order) > 1 and len(order[-1]) < 2 * processes:  # batch norm cannot take a lone datum
             order[-2:] = [torch.cat(order[-2:])]

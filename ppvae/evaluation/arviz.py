@@ -4,9 +4,7 @@ ArviZ 0.x holds groups in an `InferenceData`, 1.x in an `xarray.DataTree`; both 
 sets, so that names, dimensions and files agree. ArviZ takes seconds to import, so that it is imported on first use.
 """
 
-import contextlib
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ppvae.errors import UsageError
+from ppvae.storage import replace_file
 
 GROUP = "marginal_likelihood"  # not one of ArviZ's own: its sample_stats would need a chain and a draw for every value
 
@@ -88,13 +87,8 @@ def write_netcdf(tree: Any, path: str | os.PathLike[str]) -> Path:
         array([ True, False])
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        tree.to_netcdf(str(partial), engine="h5netcdf")  # ppvae installs no other, and 1.x would look for netCDF4
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    # ppvae installs no other engine, and ArviZ 1.x would look for netCDF4
+    replace_file(path, lambda partial: tree.to_netcdf(str(partial), engine="h5netcdf"))
     return path
 
 

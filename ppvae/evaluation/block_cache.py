@@ -19,6 +19,7 @@ from torch import Tensor
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation.blocks import digest_of
 from ppvae.inference.structure import Structure
+from ppvae.storage import write_bytes, write_stream
 
 SECONDS = 5.0  # between two files of parts that take little time each
 
@@ -90,8 +91,8 @@ class Finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "evaluation.json").exists():
                 content = json.dumps(self._key, indent=1).encode()
-                _replace(self.folder / "evaluation.json", lambda file: file.write(content))
-            _replace(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+                write_bytes(self.folder / "evaluation.json", content)
+            write_stream(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         except OSError as error:
             raise CheckpointError(f"{path}: could not be written ({error.strerror})") from error
         self._files |= dict.fromkeys(self._waiting, path)
@@ -109,15 +110,6 @@ def _read(path: Path, part: str | None = None) -> dict[str, np.ndarray]:
             return {k.partition("/")[2]: file[k] for k in file.files if k.startswith(f"{part}/")}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: damaged ({error}). Remove this file: it will be made again") from error
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def key_of(

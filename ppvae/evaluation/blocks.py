@@ -20,16 +20,12 @@ from ppvae.inference.param_store import unbound
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, amortised, draw, narrowed, terms
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed
 
 # Noise is a function of (seed, data block, particle block), so that a result depends neither on how memory is cut nor
 # on how many processes share the work. Changing these numbers changes every estimate within its standard error.
 DATA_BLOCK = 50
 PARTICLE_BLOCK = 100
-
-
-def stream(*key: Any) -> int:
-    """A seed for the noise that belongs to a key, independent of every other key's."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 class Block:
@@ -85,7 +81,7 @@ class Block:
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
-                torch.manual_seed(stream(seed, self.number, *([noise] if noise else []), number))
+                torch.manual_seed(derive_seed(seed, self.number, *([noise] if noise else []), number))
                 if cells is not None and number and count == PARTICLE_BLOCK and (cell := cells()) is not None:
                     yield *cell, None
                     continue

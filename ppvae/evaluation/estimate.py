@@ -24,6 +24,7 @@ from ppvae.evaluation.reliability import (
     target_in_words,
     verdict,
 )
+from ppvae.storage import write_bytes
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,7 @@ broken weights: 0): log p(x) may be far too low
             "summary": self.summary().splitlines(),
             "per_datum": {key: [_number(v) for v in value.tolist()] for key, value in self.per_datum().items()},
         }
-        partial = path.with_suffix(".json.tmp")
-        partial.write_text(json.dumps(content, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        write_bytes(path, (json.dumps(content, allow_nan=False) + "\n").encode())
         write_netcdf(self.to_arviz(), folder / f"{name}.nc")
         return path
 

@@ -13,16 +13,7 @@ from tqdm import tqdm
 
 from ppvae.distributed import quiet
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    columns_of,
-    device_of,
-    digest_of,
-    inspected,
-    stream,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import Weights
 from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
@@ -32,9 +23,10 @@ from ppvae.inference.contract.missing import laid_like
 from ppvae.inference.evaluation_mode import evaluating
 from ppvae.inference.param_store import bound
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.terms import terms
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed, fork_rng
 
 DRAWS = 10  # imputations that are made at once
 
@@ -115,7 +107,7 @@ def impute(
     columns = columns_of(data, seed)
     model, guide = bound(model), bound(guide)
     found: list[dict[str, Tensor]] = []
-    with undisturbed(), evaluating(model, guide), torch.no_grad():
+    with fork_rng(), evaluating(model, guide), torch.no_grad():
         place = torch.device(device) if device is not None else device_of(model, guide, columns)
         s, size = inspected(model, guide, columns, place)
         _check(s)
@@ -158,7 +150,7 @@ def _of_block(
     s, size, index = block.s, block.size, block.index
     x = block.batch[0] if index is None else block.batch[0][index]
     weights, mean = Weights(num_particles, [], block.eps), _Mean()
-    kept = Kept(draws, stream(seed, block.number, "posterior"), s)
+    kept = Kept(draws, derive_seed(seed, block.number, "posterior"), s)
     name, place = "", torch.empty(0)
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
         assert t is not None
@@ -174,7 +166,7 @@ def _of_block(
         count = min(DRAWS, draws - first)
         at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
         at = {n: v.to(x.device) for n, v in at.items()}
-        torch.manual_seed(stream(seed, block.number, "imputed", number))
+        torch.manual_seed(derive_seed(seed, block.number, "imputed", number))
         with pyro.validation_enabled(False):
             t = terms(model, guide, block.batch, count, values=at, structure=s, index=index)
         values += [_in_place(v, place, x) for v in _samples(t.model[name], s, count)]

@@ -15,8 +15,8 @@ from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Unconstrained
 from ppvae.evaluation.annealing.session import Settings, session
 from ppvae.evaluation.blocks import columns_of
 from ppvae.evaluation.reliability import MAX_DIMS
-from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_rng
 
 REACH = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales out
 ROUNDS = 4  # of centring and scaling
@@ -80,7 +80,7 @@ def quadrature(
     columns = columns_of(data, 0)
     settings = Settings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
     results = []
-    with undisturbed(), session(model, guide, columns, settings, device) as ready:
+    with fork_rng(), session(model, guide, columns, settings, device) as ready:
         for number in range(ready.blocks):
             ready.noise(number)
             block = ready.block(number)

@@ -15,24 +15,16 @@ from tqdm import tqdm
 from ppvae.distributed import quiet
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    columns_of,
-    device_of,
-    digest_of,
-    inspected,
-    stream,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
 from ppvae.evaluation.results import Saved, mean_words
 from ppvae.inference.evaluation_mode import evaluating
 from ppvae.inference.param_store import bound
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, terms
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed, fork_rng
 
 ACTIVE = 0.01  # Burda et al. 2016
 
@@ -175,7 +167,7 @@ def representation(
         raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
     columns = columns_of(data, seed)
     model, guide = bound(model), bound(guide)
-    with undisturbed(), evaluating(model, guide), pyro.validation_enabled(False):
+    with fork_rng(), evaluating(model, guide), pyro.validation_enabled(False):
         place = torch.device(device) if device is not None else device_of(model, guide, columns)
         s, size = inspected(model, guide, columns, place)
         _check(s)
@@ -232,7 +224,7 @@ def _draws(model: Pair, guide: Pair, block: Block, num_particles: int, seed: int
     """Terms of a few particles at a time; of single ones where the pair takes no more."""
     step = 1 if block.s.layout == "one by one" else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
     for number, first in enumerate(range(0, num_particles, step)):
-        torch.manual_seed(stream(seed, block.number, number))
+        torch.manual_seed(derive_seed(seed, block.number, number))
         count = min(step, num_particles - first)
         yield terms(model, guide, block.batch, count, structure=block.s, index=block.index)
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import CheckpointError
+from ppvae.evaluation.arviz import GROUP
+from ppvae.evaluation.estimate import Estimate
+from ppvae.storage import write_bytes
 
 
 class Saved:
@@ -45,8 +48,8 @@ class Saved:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         path = folder / f"{name or kind.lower()}.json"
         content = {"kind": kind, "table": self.table(), "fields": plain}
-        _write(path.with_suffix(".npz"), buffer.getvalue())
-        _write(path, (json.dumps(content, allow_nan=False) + "\n").encode())
+        write_bytes(path.with_suffix(".npz"), buffer.getvalue())
+        write_bytes(path, (json.dumps(content, allow_nan=False) + "\n").encode())
         write_netcdf(Saved.to_arviz(self), path.with_suffix(".nc"))
         return path
 
@@ -133,7 +136,59 @@ def _number(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+FIELDS = ("log_px", "std_error", "ess", "k_hat", "elbo", "nonfinite")
+DERIVED = (
+    "nll", "nll_std_error", "bits_per_dim", "unreliable", "num_data", "curve", "summary", "per_datum", "elbo",
+)  # fmt: skip
+
+
+def load_estimate(path: str | os.PathLike[str]) -> Estimate:
+    """Reads what `Estimate.save` wrote, given the path of the JSON file; bounds and draws are in the NetCDF beside it.
+
+    Raises:
+        CheckpointError: no such file, or another one.
+
+    >>> import tempfile
+    >>> one = torch.ones(30).double()
+    >>> values = (-one, 0.1 * one, 90 * one, 0.2 * one, -2 * one, 0 * one)
+    >>> est = Estimate(*values, 100, 0, 3, "density", bounds={1: -2 * one})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load_estimate(est.save(folder))
+    >>> again.table() == est.table(), torch.equal(again.bound(1), est.bound(1))
+    (True, True)
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        rows = {name: _tensor(values) for name, values in content["per_datum"].items()}
+        own = {f.name for f in dataclasses.fields(Estimate)}
+        plain: dict[str, Any] = {k: v for k, v in content.items() if k in own and k not in DERIVED}
+        settings = {k: v for k, v in content.items() if k not in own and k not in DERIVED}
+        reliable = rows.pop("reliable").bool()
+        bounds, posterior = _arrays(path.with_suffix(".nc"))
+        words = content.get("notes", "")
+        plain |= {name: rows.pop(name) for name in FIELDS}
+        plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
+        est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
+        if est.method == "importance sampling" and torch.equal(est.reliable, reliable):
+            return est
+        return dataclasses.replace(est, trusted=reliable)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a saved estimate ({type(error).__name__}: {error})") from error
+
+
+def _tensor(values: list[Any]) -> Tensor:
+    return torch.tensor([float(v) for v in values], dtype=torch.float64)
+
+
+def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """(bounds per datum, draws of the latents), none where there is no such file."""
+    if not path.exists():
+        return {}, {}
+    import h5py
+
+    with h5py.File(path) as file:
+        kept = {name: torch.from_numpy(values[()]) for name, values in file[GROUP].items() if name.startswith("bound_")}
+        draws = file.get("posterior", {})
+        latents = {n: torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 2}
+    return {int(name.removeprefix("bound_")): values for name, values in kept.items()}, latents

@@ -19,8 +19,9 @@ from ppvae.errors import UsageError
 from ppvae.inference.evaluation_mode import evaluating
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Given, Pair, one_trace, sample_nodes
+from ppvae.rng import fork_rng
 
 ROWS = 500
 
@@ -307,7 +308,7 @@ def _opened(model: Pair, guide: Pair, x: Any, seed: int) -> Iterator[_Opened]:
     from ppvae.evaluation.blocks import prepared
 
     model, guide = bound(model), bound(guide)
-    with undisturbed(), evaluating(model, guide):
+    with fork_rng(), evaluating(model, guide):
         batch = prepared(model, guide, x, seed)
         structure = inspect(model, guide, batch, weights=False, particles=False)
         torch.manual_seed(seed)

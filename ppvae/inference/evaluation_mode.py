@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppvae.compilation.runtime import warm_up
 from ppvae.inference.contract.registration import Registration
 from ppvae.inference.param_store import Bound, Scope, unbound
-from ppvae.inference.warm import warm_up
 
 
 @contextmanager

@@ -29,8 +29,9 @@ from ppvae.inference.contract.support import (
 from ppvae.inference.evaluation_mode import ambient, eval_mode
 from ppvae.inference.layout_search import find_layout
 from ppvae.inference.param_store import bound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair, as_batch, event_dim, explained, node_log_prob, params_of, sample_nodes, traces
+from ppvae.rng import fork_rng
 
 
 def inspect(
@@ -45,7 +46,7 @@ def inspect(
         ContractError: naming the site, what was expected, what was found and the usual cure.
     """
     batch = as_batch(batch)
-    with undisturbed(), eval_mode(model, guide), torch.enable_grad():
+    with fork_rng(), eval_mode(model, guide), torch.enable_grad():
         structure = _single(model, guide, batch)
         if weights and structure.refusal:
             raise ContractError(structure.refusal)

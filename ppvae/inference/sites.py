@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
-
-from ppvae.inference.particle_layout import (
-    fold,
-    fold_data,
-    over_inner_plates,
-    particle_dim,
-    unfold,
-    unfold_value,
-    with_plates,
-)
-from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import node_log_prob
 
 
 @dataclass(frozen=True)
@@ -74,79 +61,6 @@ def divergence(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
         return kl_divergence(q.expand(shape), p.expand(shape)), 0
     except NotImplementedError:
         return None
-
-
-@dataclass(frozen=True)
-class Laid:
-    """So many particles of a batch, laid out as the pair takes them."""
-
-    s: Structure
-    num_particles: int
-    size: int
-    particle: int = 0  # which one a run of a single particle holds
-
-    def runs(
-        self, batch: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Sequence[Any], dict[str, Tensor], int | None, Laid]]:
-        """The runs to make: (batch, values to put in place, size of the particle plate, what the run holds)."""
-        s, count = self.s, self.num_particles
-        if s.layout == "vectorized":
-            yield batch, {n: with_plates(v, s, n) for n, v in given.items()}, count, self
-        elif s.layout == "folded":
-            rows = [fold_data(t, count, self.size) for t in batch]
-            yield rows, {n: fold(v, s, n) for n, v in given.items()}, None, self
-        else:
-            for k in range(count):
-                at = {n: v if n == s.plate else v.select(particle_dim(v, s, n), k) for n, v in given.items()}
-                yield batch, at, None, replace(self, num_particles=1, particle=k)
-
-    def unfold(self, tensor: Tensor) -> Tensor:
-        """[..., batch as run] -> [..., particles, batch]."""
-        if self.s.layout == "vectorized":
-            return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
-        if self.s.layout == "folded":
-            return unfold(tensor, self.num_particles, self.size)
-        return tensor.unsqueeze(-2)
-
-    def spread(self, weights: Tensor, name: str) -> Tensor:
-        """Weights of all particles, [particles, batch], in a shape that multiplies a latent's value in this run."""
-        s, event = self.s, (1,) * self.s.event_dims[name]
-        if s.layout == "vectorized":
-            return weights.reshape(weights.shape[0], *(1,) * (s.nesting - 1), weights.shape[1], *event)
-        if s.layout == "folded":
-            return weights.reshape(-1, *event)
-        return weights[self.particle].reshape(-1, *event)
-
-    def per_datum(self, tensor: Tensor, parts: int, mask: Any) -> Tensor:
-        """[*batch as run, *parts] -> [*parts, particles, batch], masked and summed over inner plates."""
-        if isinstance(mask, Tensor):
-            mask = mask.reshape(*mask.shape, *(1,) * parts)
-        tensor = scale_and_mask(tensor, 1.0, mask)
-        plates = self.s.nesting + (self.s.layout == "vectorized")
-        tensor = tensor.reshape(*(1,) * (plates + parts - tensor.dim()), *tensor.shape)
-        tensor = tensor.movedim(tuple(range(-parts, 0)), tuple(range(parts)))
-        return self.all_particles(self.unfold(over_inner_plates(tensor, self.s.nesting)))
-
-    def all_particles(self, tensor: Tensor) -> Tensor:
-        """[..., 1 or particles, batch] -> [..., particles, batch]."""
-        count = self.num_particles
-        return tensor if tensor.shape[-2] == count else tensor.expand(*tensor.shape[:-2], count, tensor.shape[-1])
-
-    def site(self, name: str, node: dict[str, Any], role: str, events: bool = False) -> Site:
-        """A traced site with its log-density per particle and datum, and per part of its event where asked for."""
-        s, count = self.s, self.num_particles
-        log_prob = self.all_particles(self.unfold(over_inner_plates(node_log_prob(node), s.nesting)))
-        parts = None
-        if events and role == "latent":
-            base, dims = factors(node["fn"])
-            parts = self.per_datum(base.log_prob(node["value"]), dims, node["mask"]) if dims else None
-        value, rows = node["value"], count * self.size
-        if s.layout == "folded" and role == "observed":
-            value = value[: self.size] if value.shape[:1] == (rows,) else value
-        elif s.layout == "folded" and value.shape[value.dim() - s.event_dims[name] - 1 :][:1] == (rows,):
-            value = unfold_value(value, s, name, count, self.size)
-        masked = isinstance(node["mask"], Tensor)
-        return Site(name, role, value, node["fn"], log_prob, node["value"], parts, masked=masked)
 
 
 def joined(parts: Sequence[Mapping[str, Site]], dim: Mapping[str, int]) -> dict[str, Site]:

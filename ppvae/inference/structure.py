@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -65,10 +63,3 @@ class Structure:
     def represented(self, rows: int) -> int:
         """How many data the loss of a batch of so many rows stands for."""
         return self.full_size if self.fixed_size else rows
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Restores the random state afterwards, so that looking at a pair does not change what it draws next."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield

@@ -14,8 +14,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ppvae.compilation.precision import layers_in
+from ppvae.compilation.runtime import warm_up
 from ppvae.inference.tracing import Pair
-from ppvae.inference.warm import warm_up
 
 if TYPE_CHECKING:
     from ppvae.inference.compiled_step import Captured

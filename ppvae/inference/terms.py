@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.inference.enumeration import summed_out
-from ppvae.inference.particle_layout import enumerated_dims, particle_dim
-from ppvae.inference.sites import Laid, Site, divergence, joined
+from ppvae.inference.particle_layout import Laid, enumerated_dims, particle_dim
+from ppvae.inference.sites import Site, divergence, joined
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Given, Pair, as_batch, one_trace, sample_nodes, traces
 

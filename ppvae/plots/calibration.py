@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.calibration import Calibration
-from ppvae.evaluation.uniformity import band, bounds, pointwise
+from ppvae.evaluation.calibration import Calibration, band, bounds, pointwise
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, styled
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import numpy as np
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.bdmc import Bracket
+from ppvae.evaluation.compare import looseness, looseness_and_error
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.results import mean_and_error
-from ppvae.evaluation.tightness import looseness, looseness_and_error
 from ppvae.plots.style import BLUE, INK, ORANGE, VERMILLION, array, figure, note, number, plain, styled
 
 if TYPE_CHECKING:

@@ -141,13 +141,13 @@ def _folder(run: Run, directory: str | os.PathLike[str] | None) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    from ppvae.training.checkpoint import write_atomically
+    from ppvae.storage import write_bytes
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path.parent}: could not be made ({error.strerror})") from error
-    write_atomically(path, content)
+    write_bytes(path, content)
 
 
 def _settings(run: Run) -> str:

@@ -138,7 +138,7 @@ def _training(s: Subject) -> list[tuple[str, str]]:
 
 
 def _versions(s: Subject) -> str:
-    from ppvae.training.run_folder import versions
+    from ppvae.training.run import versions
 
     found = s.run.config.get("versions") or versions()
     return ", ".join(f"{name} {version}" for name, version in found.items())

@@ -13,9 +13,8 @@ from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, Bracket
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.loading import load_estimate
 from ppvae.evaluation.reliability import advice, verdict
-from ppvae.evaluation.results import kind_of
+from ppvae.evaluation.results import kind_of, load_estimate
 from ppvae.plots.style import number
 from ppvae.report.page import Card
 from ppvae.report.parts import Drawn, Section, section

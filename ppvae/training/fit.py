@@ -15,9 +15,9 @@ from ppvae.compilation.precision import check_precision
 from ppvae.errors import UsageError
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_all_rngs
 from ppvae.training.description import described, digest_of
 from ppvae.training.run import Run
-from ppvae.training.seeding import all_noise_kept
 from ppvae.training.trainer import Callback, Trainer
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
@@ -106,7 +106,7 @@ def fit(
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")
     folder = Path(directory) if directory is not None else None
-    with all_noise_kept():
+    with fork_all_rngs():
         trainer = Trainer(
             model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip,
             precision, rows,

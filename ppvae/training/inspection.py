@@ -13,9 +13,10 @@ from ppvae.errors import ContractError
 from ppvae.inference.contract.registration import Registration
 from ppvae.inference.evaluation_mode import eval_mode, modules_called
 from ppvae.inference.inspection import inspect
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair, traces
 from ppvae.objectives import Objective
+from ppvae.rng import fork_rng
 
 
 def place_of(model: Pair, guide: Pair, data: Any) -> torch.device:
@@ -34,7 +35,7 @@ def look(
 ) -> tuple[Structure, list[nn.Module]]:
     """Checks the contract on the first batch, and finds the modules that the pair calls; `move` puts them in place."""
     rows = torch.arange(min(batch_size, len(train)))
-    with undisturbed():
+    with fork_rng():
         first = train.first(batch_size)
         if move:  # the modules of a plain pair are known once it has run, which it does where they are
             with modules_called(model, guide) as modules, eval_mode(model, guide):

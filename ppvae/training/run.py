@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppvae.inference.param_store import Bound, Scope, remember
+import torch
+
+from ppvae.errors import CheckpointError, UsageError
+from ppvae.inference.evaluation_mode import eval_mode, modules_called, modules_within
+from ppvae.inference.param_store import Bound, Scope, remember, unbound
+from ppvae.inference.structure import Structure
+from ppvae.inference.tracing import Pair, traces
+from ppvae.rng import fork_rng
+from ppvae.training import checkpoint
+from ppvae.training.checkpoint import PairState
 
 
 @dataclass
@@ -44,8 +55,109 @@ def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: Scope) -> 
     return Bound(model, scope), Bound(guide, scope)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
-    from ppvae.training.checkpoint import write_atomically
+def versions() -> dict[str, str]:
+    """What the result depends on besides the settings."""
+    import numpy
+    import pyro
 
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    import ppvae
+
+    return {
+        "ppvae": ppvae.__version__,
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The run's config.json.
+
+    Raises:
+        CheckpointError: there is no run in the folder, or the file is damaged.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{directory}: not a run folder: no config.json ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or "fit" not in config:
+        raise CheckpointError(f"{path}: expected the configuration of a run, found something else")
+    return config
+
+
+def load(
+    directory: str | Path,
+    model: Pair | None = None,
+    guide: Pair | None = None,
+    best: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> Run:
+    """Loads a run: one started from a factory rebuilds its pair, otherwise pass the pair; names and shapes are checked.
+
+    Args:
+        directory: the run folder.
+        model, guide: the pair, built as the run built it.
+        best: take the parameters with the best validation ELBO instead of the last ones; by default what `fit`
+            returned: the best where the run had `patience`, else the last.
+        dtype: a floating type for parameters, buffers and what a factory makes, instead of the run's own. Tensors that
+            the pair makes as it runs are of torch's default dtype: set it, too, where the pair is called.
+
+    Raises:
+        CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed.
+    """
+    folder = Path(directory)
+    config = read_config(folder)
+    saved = checkpoint.read(folder / "checkpoints")
+    if model is None or guide is None:
+        if "pair" not in config:
+            raise UsageError(f"{folder}: the run was not started from a factory: call load(directory, model, guide)")
+        from ppvae.factories.pairs import rebuild
+
+        with fork_rng(), default_dtype(dtype):
+            model, guide = rebuild(config, dtype)
+    model, guide = unbound(model), unbound(guide)
+    if best is None:
+        best = config["fit"]["patience"] is not None and saved["best"] is not None
+    scope = Scope()
+    shapes = config["batch"]
+    batch = tuple(floating(torch.zeros(shape, dtype=getattr(torch, kind)), dtype) for shape, kind in shapes)
+    for module in modules_within(model, guide) if dtype else ():
+        module.to(dtype)
+    with (
+        scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), modules_called(model, guide) as modules
+    ):  # fmt: skip
+        with eval_mode(model, guide):
+            traces(model, guide, batch, Structure(), {})
+        if dtype is not None:  # what asks for a type of its own
+            for tensor in (*scope.params.values(), *(b for module in modules for b in module.buffers(recurse=False))):
+                tensor.data = floating(tensor.data, dtype)
+        state = PairState(scope, modules)
+        if best and saved["best"] is None:
+            raise CheckpointError(f"{folder}: the run had no validation data, so that no parameters are best")
+        state.put(saved["best"]["state"] if best else saved["state"])
+    bound_model, bound_guide = bind(model, guide, scope)
+    over = saved["stopped"] or saved["epoch"] >= config.get("epochs", 0)
+    stopped = "" if over else f"the run stopped at epoch {saved['epoch']} of {config['epochs']}"
+    return Run(bound_model, bound_guide, saved["history"], folder, config, stopped)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Makes new tensors of a floating type for the duration; None leaves things as they are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def floating(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """The tensor in a floating type; whole numbers, and everything where the type is None, as they are."""
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value

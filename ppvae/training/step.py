@@ -18,8 +18,8 @@ from ppvae.inference.svi import SVI
 from ppvae.inference.tracing import node_log_prob, sample_nodes, traces
 from ppvae.objectives import Objective
 from ppvae.training import checkpoint
+from ppvae.training.checkpoint import PairState
 from ppvae.training.data_parallel import Processes
-from ppvae.training.state import PairState
 
 Number: TypeAlias = float | Tensor  # of one element
 

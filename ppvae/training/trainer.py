@@ -20,20 +20,19 @@ from torch import Tensor
 from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import Columns
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
-from ppvae.evaluation.blocks import stream
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import Bound, Scope, unbound
-from ppvae.inference.structure import undisturbed
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Pair
 from ppvae.objectives import Objective
+from ppvae.rng import derive_seed, fork_rng, seed_all
+from ppvae.storage import write_bytes, write_json
 from ppvae.training import checkpoint
+from ppvae.training.checkpoint import PairState
 from ppvae.training.data_parallel import Processes
 from ppvae.training.inspection import look, place_of
 from ppvae.training.progress import Progress
-from ppvae.training.run import Run, bind, write_json
-from ppvae.training.seeding import seed_all
-from ppvae.training.state import PairState
+from ppvae.training.run import Run, bind
 from ppvae.training.step import Number, Stepper
 from ppvae.training.validation import Monitor
 
@@ -111,7 +110,7 @@ class Trainer:
 
     def describe(self, settings: dict[str, Any], extra: dict[str, Any]) -> None:
         """Notes the resolved configuration."""
-        from ppvae.training.run_folder import versions
+        from ppvae.training.run import versions
 
         first = self.train.whole() if self.structure.indexes else self.train.read(torch.arange(2) % len(self.train))
         batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in first]
@@ -240,7 +239,7 @@ class Trainer:
     def _warm_up(self) -> None:
         """Lets the objective look at the pair now: what it does only once must not fall into the noise of an epoch."""
         quiet = pyro.validation_enabled(False)  # as in an epoch
-        with undisturbed(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
+        with fork_rng(), eval_mode(self.model, self.guide), torch.no_grad(), quiet:
             self.objective.loss(self.model, self.guide, *self._first_parts()[0])
 
     def _first_parts(self) -> list[tuple[Tensor, ...]]:
@@ -270,7 +269,7 @@ class Trainer:
         start = time.perf_counter()
         self._warm_up()
         seconds = time.perf_counter() - start
-        with undisturbed():
+        with fork_rng():
             seconds *= len(self._first_parts())
         rows = self.structure.subsample_size if self.structure.indexes else self.batch_size
         return 3 * seconds * (epochs - self.epoch) * math.ceil(len(self.train) / rows)
@@ -285,7 +284,7 @@ class Trainer:
 
     def _epoch(self) -> dict[str, Any]:
         start = time.perf_counter()
-        seed_all(stream(self.seed, self.epoch, "noise", *self.processes.key))
+        seed_all(derive_seed(self.seed, self.epoch, "noise", *self.processes.key))
         steps, counts = [], []
         with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
             for batch in self._batches():
@@ -383,7 +382,7 @@ class Trainer:
         """The file holds what the checkpoint knows: epochs after it will be run again."""
         assert self.folder is not None
         text = "".join(json.dumps(m) + "\n" for m in self.history)
-        checkpoint.write_atomically(self.folder / "metrics.jsonl", text.encode())
+        write_bytes(self.folder / "metrics.jsonl", text.encode())
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from ppvae.compilation.graph import Graph, Uncapturable, capture, in_a_line
 from ppvae.compilation.guards import Watch
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.data.loader import Columns
-from ppvae.evaluation.blocks import Block, stream
+from ppvae.evaluation.blocks import Block
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import unbound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, terms
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed, fork_rng
 
 log = logging.getLogger("ppvae")
 
@@ -44,7 +45,7 @@ class Monitor:
         self._watch: Watch | None = None
         self._refused = False
         self._count = len(columns) if held_out else min(len(columns), ROWS)
-        with undisturbed():
+        with fork_rng():
             torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
             self._parts = tuple(_fixed(part, seed) for part in columns.parts)
         if structure.indexes and held_out:  # its plate has another size over other data
@@ -67,7 +68,7 @@ class Monitor:
         size = s.subsample_size if s.indexes else ROWS
         latents = [] if s.enumerated or "auxiliary" in s.guide_roles.values() else list(s.guide_roles)
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
-        with undisturbed(), torch.no_grad(), eval_mode(model, guide):
+        with fork_rng(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
                 stop = min(start + size, self._count)
                 block = Block(self._parts, start, stop, number, s, self.columns.device)
@@ -111,7 +112,7 @@ class Monitor:
                 log.warning("ppvae: validation runs without a compiled graph: %s", in_a_line(error))
                 self._refused = True
                 return None
-        torch.manual_seed(stream(self.seed, block.number, 0))  # as `Block.weights` has it
+        torch.manual_seed(derive_seed(self.seed, block.number, 0))  # as `Block.weights` has it
         (sums,) = self._graph(*block.batch)
         return sums
 

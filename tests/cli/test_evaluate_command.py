@@ -15,7 +15,7 @@ from ppvae.errors import UsageError
 from ppvae.evaluation import annealed, annealing, load_estimate, looseness
 from ppvae.evaluation.annealing import hmc as annealing_chains
 from ppvae.evaluation.annealing.bdmc import Bracket
-from ppvae.evaluation.tightness import in_words, looseness_and_error
+from ppvae.evaluation.compare import in_words, looseness_and_error
 from ppvae.models import LinearGaussian
 
 

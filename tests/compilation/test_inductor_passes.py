@@ -264,7 +264,7 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(own):
 WARM = """
 import pyro, torch, torch.nn.functional as F
 from ppvae.inference.svi import SVI
-from ppvae.inference import warm
+from ppvae.compilation import runtime as warm
 x = torch.linspace(-30, 30, 10_000)
 def found():
     entropy = F.binary_cross_entropy_with_logits(x, x, reduction="none")

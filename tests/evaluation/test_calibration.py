@@ -11,8 +11,7 @@ import torch
 from pyro import poutine
 
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.calibration import Calibration, calibration
-from ppvae.evaluation.uniformity import band, bounds, escape, p_value, pointwise
+from ppvae.evaluation.calibration import Calibration, band, bounds, calibration, escape, p_value, pointwise
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 

@@ -11,7 +11,7 @@ from ppvae import log_marginal
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation.compare import Comparison, compare
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.loading import load_estimate
+from ppvae.evaluation.results import load_estimate
 from ppvae.models import LinearGaussian
 
 

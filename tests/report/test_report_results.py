@@ -8,12 +8,11 @@ import torch
 
 from ppvae import VAE, fit, likelihoods, nn, plots, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.evaluation.calibration import Calibration
+from ppvae.evaluation.calibration import Calibration, p_value, pointwise
 from ppvae.evaluation.compare import compare
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import Representation
-from ppvae.evaluation.uniformity import p_value, pointwise
 from ppvae.report.of_results import results
 from ppvae.report.subject import Subject
 

@@ -18,8 +18,8 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import Weights, recorded_bounds
 from ppvae.evaluation.importance.log_marginal import _measure
 from ppvae.evaluation.reliability import MIN_ACCEPTANCE, MIN_ESS
-from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_rng
 
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")
 
@@ -97,7 +97,7 @@ def annealed(
     )  # fmt: skip
     with shared() as shares:
         columns = columns_of(data, seed)
-        with undisturbed(), session(model, guide, columns, settings, device) as ready:
+        with fork_rng(), session(model, guide, columns, settings, device) as ready:
             s = ready.s
             key = key_of_chains(ready, "annealed")
             store = Finished(directory, key)

@@ -20,8 +20,8 @@ from ppvae.evaluation.blocks import Block, columns_of
 from ppvae.evaluation.importance.accumulators import Weights
 from ppvae.evaluation.results import Saved, mean_words
 from ppvae.evaluation.simulated_data import Assemble, simulated
-from ppvae.inference.structure import undisturbed
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_rng
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
 
@@ -141,7 +141,7 @@ def bdmc(
     )  # fmt: skip
     with shared() as shares:
         columns = columns_of(data, seed)
-        with undisturbed(), session(model, guide, columns, settings, device) as ready:
+        with fork_rng(), session(model, guide, columns, settings, device) as ready:
             _check(ready)
             key = key_of_chains(ready, "bdmc")
             store = Finished(directory, key)

@@ -20,9 +20,10 @@ from ppvae.evaluation.annealing.compiled_potential import Points
 from ppvae.inference.contract.support import base, is_discrete, mask_of, support_words
 from ppvae.inference.particle_layout import over_inner_plates, particle_dim
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.terms import draw, terms
 from ppvae.inference.tracing import Pair, constant, node_log_prob, one_trace, sample_nodes
+from ppvae.rng import fork_rng
 
 SCALE_DRAWS = 100  # draws from the start density that measure its spread
 
@@ -92,7 +93,7 @@ class Unconstrained:
         self.model, self.guide, self.batch, self.s, self.index = model, guide, batch, s, index
         self.rows, self.prior, self.cached = rows, prior, cached
         self._whole, self._points = whole, points
-        with undisturbed(), torch.no_grad():
+        with fork_rng(), torch.no_grad():
             self._sites = draw(guide, batch, 2, structure=s, index=index)
             nodes = self._nodes = self._traced()
             self._plain = all(s.guide_roles[n] == "latent" for n in nodes) and nodes.keys() == self._sites.keys()

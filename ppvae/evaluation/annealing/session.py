@@ -18,12 +18,13 @@ from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, Kernel, Plan, pilot
 from ppvae.evaluation.annealing.potential import Unconstrained, prior_of
 from ppvae.evaluation.annealing.schedules import at_betas, equal_ess, named
 from ppvae.evaluation.block_cache import Finished
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, device_of, inspected, stream
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, device_of, inspected
 from ppvae.inference.evaluation_mode import evaluating, modules_called
 from ppvae.inference.param_store import bound
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import amortised, terms
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class Session:
 
     def noise(self, *key: Any) -> torch.Generator:
         """The stream that belongs to a key; torch's own generator, from which the pair draws, starts there too."""
-        torch.manual_seed(stream(self.settings.seed, *key))
-        return torch.Generator(device=self.device).manual_seed(stream(self.settings.seed, *key, "moves"))
+        torch.manual_seed(derive_seed(self.settings.seed, *key))
+        return torch.Generator(device=self.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
 
     def plan(self, density: Unconstrained, number: int, store: Finished, bar: Bar) -> Plan:
         """Inverse temperatures, step sizes and scales, from a pilot run whose chains are not used again."""

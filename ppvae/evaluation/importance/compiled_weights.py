@@ -14,9 +14,10 @@ from ppvae.compilation.graph import Uncapturable, capture, close, compiled, in_a
 from ppvae.compilation.guards import Watch
 from ppvae.inference.compiled_step import SECONDS_PER_NODE
 from ppvae.inference.param_store import unbound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.terms import terms
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
 LEAST = 20.0  # seconds of runs to come for which a graph is thought of at all
@@ -76,7 +77,7 @@ class Cells:
         if seconds < LEAST:
             return
         try:
-            with undisturbed():
+            with fork_rng():
                 watch = Watch(model=unbound(self.model), guide=unbound(self.guide))
                 graph = capture(self._run, list(self.s.params.values()), self._batch)
                 if what := watch.changed():

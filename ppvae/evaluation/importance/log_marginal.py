@@ -22,8 +22,9 @@ from ppvae.evaluation.importance.sampler import Weighing
 from ppvae.evaluation.reliability import remedy
 from ppvae.inference.evaluation_mode import evaluating, modules_called
 from ppvae.inference.param_store import bound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_rng
 
 MIXED = (
     "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
@@ -108,7 +109,7 @@ def log_marginal(
     model, guide = bound(model), bound(guide)
     with shared() as shares:
         columns = columns_of(data, seed)
-        with undisturbed(), evaluating(model, guide):
+        with fork_rng(), evaluating(model, guide):
             place = torch.device(device) if device is not None else device_of(model, guide, columns)
             check_precision(precision, place)
             with modules_called(model, guide) as modules:

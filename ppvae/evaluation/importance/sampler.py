@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ppvae.compilation.precision import layers_in
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, stream
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block
 from ppvae.evaluation.importance.accumulators import Weights, recorded_bounds
 from ppvae.evaluation.importance.allocation import Need, pilot
 from ppvae.evaluation.importance.compiled_weights import Cells
 from ppvae.evaluation.importance.resampling import Kept
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Tally:
         self.rows = rows
         self.weights = Weights(count, sorted(ks), block.eps)
         which = (count,) if isinstance(w.particles, Need) else ()
-        noise = stream(w.seed, block.number, "posterior", *which)
+        noise = derive_seed(w.seed, block.number, "posterior", *which)
         self.kept = Kept(w.posterior_draws, noise, w.s) if w.posterior_draws else None
 
     def add(self, log_weight: Tensor, elbo: Tensor, t: Any, at: Tensor) -> None:

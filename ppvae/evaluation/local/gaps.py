@@ -23,8 +23,9 @@ from ppvae.evaluation.local.refit import WEIGHED, Plan, check_refit
 from ppvae.evaluation.results import Saved, mean_words
 from ppvae.inference.evaluation_mode import evaluating
 from ppvae.inference.param_store import bound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
+from ppvae.rng import fork_rng
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def gaps(
     with shared() as shares:
         columns = columns_of(data, seed)
         _check_given(log_px, columns)
-        with undisturbed(), evaluating(model, guide):
+        with fork_rng(), evaluating(model, guide):
             place = torch.device(device) if device is not None else device_of(model, guide, columns)
             s, size = inspected(model, guide, columns, place)
             check_refit(s)

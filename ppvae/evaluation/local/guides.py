@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ppvae.errors import ContractError
 from ppvae.evaluation.annealing.potential import Unconstrained
-from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, stream
+from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block
 from ppvae.evaluation.local.parameters import Affine, lifted, tracked
 from ppvae.inference.terms import terms
 from ppvae.inference.tracing import Pair, constant
+from ppvae.rng import derive_seed
 
 DRAWS = 10  # per datum and step of a climb
 SELECTION = 1000  # per datum where it is decided whether a round has raised the ELBO
@@ -71,7 +72,7 @@ def _climbed(local: Local, steps: int, rounds: int, seed: int, tick: Callable[[]
         return gained, 0
     kept = [leaf.detach().clone() for leaf in local.leaves]
     for done in range(1, rounds + 1):
-        torch.manual_seed(stream(seed, "climb", done))
+        torch.manual_seed(derive_seed(seed, "climb", done))
         adam = torch.optim.Adam(local.leaves, lr=local.rate, eps=local.eps)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for _ in range(steps):
@@ -98,7 +99,7 @@ def _climbed(local: Local, steps: int, rounds: int, seed: int, tick: Callable[[]
 
 def _score(local: Local, seed: int) -> Tensor:
     """The ELBO from draws that are the same every time, [N]."""
-    torch.manual_seed(stream(seed, "selection"))
+    torch.manual_seed(derive_seed(seed, "selection"))
     return torch.stack([local.elbo(PARTICLE_BLOCK).mean(0) for _ in range(SELECTION // PARTICLE_BLOCK)]).mean(0)
 
 
@@ -251,7 +252,7 @@ class Richer:
         if "enumerated" in block.s.guide_roles.values():
             raise ContractError("the guide enumerates a latent, so that others are drawn once for each of its values")
         self._size, self._number, self._rows = block.size, block.number, rows
-        torch.manual_seed(stream(seed, block.number, "moments"))
+        torch.manual_seed(derive_seed(seed, block.number, "moments"))
         with start.installed():
             self._at = Unconstrained(start.model, start.guide, block.batch, block.s, block.index, rows, False)
             u = self._at.start(MOMENTS)
@@ -284,6 +285,6 @@ class Richer:
 
     def weights(self, num_particles: int, seed: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number, first in enumerate(range(0, num_particles, PARTICLE_BLOCK)):
-            torch.manual_seed(stream(seed, self._number, number))
+            torch.manual_seed(derive_seed(seed, self._number, number))
             weight = self.elbo(min(PARTICLE_BLOCK, num_particles - first))
             yield weight, weight

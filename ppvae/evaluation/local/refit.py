@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, PpvaeError, refused
-from ppvae.evaluation.blocks import Block, stream
+from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.importance.accumulators import Weights
 from ppvae.evaluation.local.guides import Distributions, FullRank, Guided, Local, Network, Richer, climb
 from ppvae.evaluation.local.parameters import Unliftable
 from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair
+from ppvae.rng import derive_seed
 
 # what is kept of the importance weights under the last guide that was fitted
 WEIGHED = ("log_px", "std_error", "ess", "k_hat", "nonfinite")
@@ -71,7 +72,7 @@ class Plan:
 
     def of_block(self, block: Block, tick: Callable[[], Any]) -> dict[str, Tensor]:
         """Every ELBO of a block's data, and the importance-sampling estimate of the last fitted."""
-        seed = stream(self.seed, block.number)
+        seed = derive_seed(self.seed, block.number)
         climbing = functools.partial(climb, steps=self.steps, rounds=self.rounds, seed=seed, tick=tick)
         kind = Network if self.why_network else Distributions
         best = kind(self.model, self.guide, block)

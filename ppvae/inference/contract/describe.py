@@ -14,8 +14,9 @@ from torch.distributions import constraints
 from ppvae.inference.contract.support import support_words
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unbound
-from ppvae.inference.structure import Structure, undisturbed
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Pair, traces
+from ppvae.rng import fork_rng
 
 
 def described(model: Pair, guide: Pair, batch: tuple[Any, ...], params: Mapping[str, Tensor]) -> Iterator[str]:
@@ -51,7 +52,7 @@ def _called(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> list[tuple[nn.M
         nn.modules.module.register_module_forward_hook(after),
     ]
     try:
-        with undisturbed(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
+        with fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
             traces(model, guide, batch, Structure(), {})
     finally:
         for hook in hooks:

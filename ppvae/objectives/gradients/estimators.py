@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, refused
-from ppvae.inference.sites import Laid
+from ppvae.inference.particle_layout import Laid
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, Nothing

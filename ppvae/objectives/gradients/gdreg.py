@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import refused
-from ppvae.inference.sites import Laid, Site, factors
+from ppvae.inference.particle_layout import Laid
+from ppvae.inference.sites import Site, factors
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimators import Gradient, added, reparameterised, sampled
 

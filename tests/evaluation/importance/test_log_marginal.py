@@ -416,7 +416,7 @@ def test_the_weights_are_those_of_the_terms(recorded):
     scale = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
     found = []
     for number in range(3):
-        torch.manual_seed(weighing.stream(0, 0, number))
+        torch.manual_seed(weighing.derive_seed(0, 0, number))
         z = exact.loc + scale * torch.randn(100, 20, 2)
         log_q = dist.Normal(exact.loc, scale).log_prob(z).sum(-1)
         log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)

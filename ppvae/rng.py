@@ -1,0 +1,49 @@
+"""Random states and seeds: noise is a function of a key, and looking at a pair leaves the caller's noise alone."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def derive_seed(*key: Any) -> int:
+    """A seed that is a function of a key alone, so that the noise of two keys is independent.
+
+    >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(0, 2)
+    (True, False)
+    """
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Restores torch's random state, on the CPU and on every GPU, when the block ends."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+@contextmanager
+def fork_all_rngs() -> Iterator[None]:
+    """Restores the random states of torch, NumPy and Python when the block ends."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered")  # Pyro's warning on NaN; our error says more
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def seed_all(seed: int) -> None:
+    """Seeds torch, NumPy and Python, because a pair may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
