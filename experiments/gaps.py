@@ -19,7 +19,7 @@ from experiments.cells import Cells, Here, collected, markdown, mean, of_estimat
 from experiments.cells import train as train_pair
 from ppvae import VAE, data, likelihoods, log_marginal, nn, plots, posteriors, priors
 from ppvae.evaluation.local.gaps import Gaps, gaps
-from ppvae.evaluation.local.guides import FullRank
+from ppvae.evaluation.local.guides import FullRankFamily
 
 # Cremer et al. 2018 (arXiv 1801.03558), MNIST, factorised Gaussian guide, as remembered: to compare, not confirmed
 PUBLISHED = {"log p": -89.80, "best": -91.23, "elbo": -92.57}
@@ -83,7 +83,7 @@ def compute(s: Settings, here: Here, guide: str, split: str, seed: int) -> dict[
     )
     images = {"train": train, "test": test}[split].head(s.networks if guide == "IAF" else s.refits)
     pair = trained.model, trained.guide
-    richer = None if guide == "IAF" else FullRank  # which is not richer than a flow
+    richer = None if guide == "IAF" else FullRankFamily  # which is not richer than a flow
     found = gaps(
         *pair, images, num_particles=s.particles, steps=s.steps, rounds=s.rounds, richer=richer, seed=seed,
         directory=here.folder / "blocks",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from experiments.cells import Cells, Here, collected, markdown, run, values
 from ppvae import data, objectives
 from ppvae.objectives import gradients
-from ppvae.objectives.gradients.control_variates import Nothing
+from ppvae.objectives.gradients.control_variates import NoBaseline
 from ppvae.plots.style import BLUE, FAINT, GREEN, INK, VERMILLION, figure, styled
 
 
@@ -40,7 +40,7 @@ class Settings:
 
 SMOKE = {"ks": (2, 8), "dims": 3, "num_data": 4, "draws": 20}
 PATHS = {"pathwise": gradients.Pathwise, "stl": gradients.STL, "dreg": gradients.DReG}
-SCORES = {"score": lambda: gradients.Score(Nothing()), "score, moving average": gradients.Score}
+SCORES = {"score": lambda: gradients.Score(NoBaseline()), "score, moving average": gradients.Score}
 ESTIMATORS: dict[str, Callable[[], Any]] = PATHS | SCORES | {"vimco": gradients.vimco}
 
 

@@ -19,7 +19,7 @@ from experiments import cells
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run
 from ppvae import data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.models import SemiSupervisedVAE
-from ppvae.objectives.auxiliary import Plus
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def compute(s: Settings, here: Here, label: int, seed: int) -> dict[str, Any]:
     held = valid.head(s.num_valid)
     trained = cells.train(
         vae, (x, y), (held, torch.full((len(held),), -1)), here, epochs=s.epochs, lr=s.lr,
-        objective=Plus(objectives.ELBO(), vae.log_label, s.weight), batch_size=s.batch_size, seed=seed,
+        objective=AuxiliaryLoss(objectives.ELBO(), vae.log_label, s.weight), batch_size=s.batch_size, seed=seed,
     )  # fmt: skip
     est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
     found = {"accuracy": accuracy(vae.classifier.net, test), "valid_accuracy": accuracy(vae.classifier.net, valid)}

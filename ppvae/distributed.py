@@ -18,7 +18,7 @@ from ppvae.errors import PpvaeError
 
 
 @final
-class Shares:
+class DistributedContext:
     """The share of this process in an evaluation by blocks; all of it where there is no process group.
 
     A block has noise of its own, so that it does not matter which process computes it.
@@ -87,9 +87,9 @@ class Shares:
 
 
 @contextmanager
-def shared() -> Iterator[Shares]:
+def distributed_context() -> Iterator[DistributedContext]:
     """This process's share of what follows, which ends in one `gathered`; an error of one is an error of all."""
-    shares = Shares()
+    shares = DistributedContext()
     try:
         yield shares
     except Exception as error:
@@ -100,17 +100,17 @@ def shared() -> Iterator[Shares]:
         raise
 
 
-def left() -> bool:
+def leave_process_group() -> bool:
     """Leaves the process group, where there is one; True for the first process, which alone goes on to write."""
-    rank = Shares().rank
+    rank = DistributedContext().rank
     if group.is_available() and group.is_initialized():
         group.destroy_process_group()
     return rank == 0
 
 
-def quiet(progress: bool | None) -> bool | None:
+def progress_disabled(progress: bool | None) -> bool | None:
     """tqdm's `disable`: None leaves the bar out where the output is not a terminal; only the first process has one."""
-    if Shares().rank > 0:
+    if DistributedContext().rank > 0:
         return True
     return None if progress is None else not progress
 

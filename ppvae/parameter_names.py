@@ -9,15 +9,15 @@ from collections.abc import Iterable
 _numbers = itertools.count()
 
 
-def unique(prefix: str) -> str:
+def unique_name(prefix: str) -> str:
     """A name that no other object in this process has."""
     return f"{prefix}#{next(_numbers)}"
 
 
-def canonical(names: Iterable[str]) -> dict[str, str]:
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """Maps names to names that do not depend on how many objects this process made before.
 
-    >>> canonical(["vae#7.prior$$$loc", "vae#9.prior$$$loc", "scale"])
+    >>> canonical_names(["vae#7.prior$$$loc", "vae#9.prior$$$loc", "scale"])
     {'vae#7.prior$$$loc': 'vae#0.prior$$$loc', 'vae#9.prior$$$loc': 'vae#1.prior$$$loc', 'scale': 'scale'}
     """
     numbers: dict[str, int] = {}

@@ -18,10 +18,10 @@ from experiments.bench import Settings, Timed
 from experiments.bench.by_hand import per_step
 from experiments.bench.pairs import build, data
 from ppvae import log_marginal, objectives
-from ppvae.compilation.precision import layers_in
+from ppvae.compilation.precision import layer_precision
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
-from ppvae.evaluation.importance.accumulators import Weights, recorded_bounds
-from ppvae.evaluation.importance.compiled_weights import Cells
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
+from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference import inspect
 from ppvae.inference.svi import SVI
 
@@ -75,8 +75,8 @@ def compiled_log_px(s: Settings, precision: str = "float32") -> Timed:
     """The same from the compiled graph, already made, with all reductions."""
     pair, batches = build("one layer", s), data("one layer", s.num_eval).split(DATA_BLOCK)
     structure = inspect(pair.model, pair.guide, (batches[0],))
-    cells = Cells(pair.model, pair.guide, structure, PARTICLE_BLOCK, 0, precision)
-    with torch.no_grad(), pyro.validation_enabled(False), layers_in(precision):
+    cells = CompiledWeights(pair.model, pair.guide, structure, PARTICLE_BLOCK, 0, precision)
+    with torch.no_grad(), pyro.validation_enabled(False), layer_precision(precision):
         cells.start((batches[0],))
         cells.compile(math.inf)
 
@@ -85,7 +85,7 @@ def compiled_log_px(s: Settings, precision: str = "float32") -> Timed:
         start = time.perf_counter()
         for batch in batches:
             cells.start((batch,))
-            weights = Weights(s.particles, recorded_bounds(s.particles), torch.finfo(torch.float32).eps)
+            weights = LogWeightAccumulator(s.particles, recorded_bounds(s.particles), torch.finfo(torch.float32).eps)
             for _ in range(s.particles // PARTICLE_BLOCK):
                 cell = cells()
                 if cell is None:

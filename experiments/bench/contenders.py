@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import TypeAlias
 
 from experiments.bench import Settings, Timed, by_hand, by_others, by_ppvae
-from ppvae.compilation.runtime import warm_up
+from ppvae.compilation.runtime import prepare_process
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
 
 Key: TypeAlias = tuple[Hashable, ...]  # (what, who, ...)
@@ -55,7 +55,7 @@ def contenders(s: Settings, threads: int) -> Contenders:
 
 def _warm(make: Callable[[], Timed]) -> Timed:
     """A contender in a process that ppvae has prepared as it does for its own runs."""
-    warm_up()
+    prepare_process()
     return make()
 
 

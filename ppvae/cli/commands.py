@@ -14,13 +14,13 @@ import torch
 from ppvae import data as datasets
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data, Evaluate, Fit, Generate, Optimizer, Show
-from ppvae.distributed import left
+from ppvae.distributed import leave_process_group
 from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.factories import pairs
-from ppvae.factories.choices import Among, Argument, among
+from ppvae.factories.choices import Argument, ClassChoice, class_choice
 from ppvae.training import fit as train_pair
 from ppvae.training import load as load_run
-from ppvae.training.data_parallel import Processes
+from ppvae.training.data_parallel import DataParallel
 from ppvae.training.run import Run
 
 PARTS = ("train", "valid", "test")
@@ -36,7 +36,7 @@ def fit(args: list[str]) -> int:
     num_labels = _num_labels(splits[0], settings.labels)
     model, guide = pairs.build(factory, arguments, splits[0], num_labels)
     directory = _directory(settings, text)
-    Processes().wait()  # until all have found the same name free
+    DataParallel().wait()  # until all have found the same name free
     steps = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
     run = train_pair(
         model,
@@ -68,7 +68,7 @@ def fit(args: list[str]) -> int:
             "test": _digest(columns[2]),
         },
     )
-    if not left():
+    if not leave_process_group():
         return 0
     _print_metrics(run)
     if settings.report:
@@ -253,12 +253,12 @@ def _objectives() -> Argument:
     """The option that chooses an objective."""
     from pyro.infer import ELBO, Trace_ELBO
 
-    kind = Annotated[ELBO, Among(("ppvae.objectives", "pyro.infer"), ELBO)]
+    kind = Annotated[ELBO, ClassChoice(("ppvae.objectives", "pyro.infer"), ELBO)]
     return kind, Trace_ELBO, "what is maximised."
 
 
 def _objective(chosen: dict[str, Any]) -> Any:
-    choice = among(_objectives()[0])
+    choice = class_choice(_objectives()[0])
     assert choice is not None
     try:
         return choice.chosen(chosen, "objective")()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppvae.cli.commands import _head, _of_run, _report
-from ppvae.distributed import left
+from ppvae.distributed import leave_process_group
 from ppvae.errors import CheckpointError, ContractError, UsageError
-from ppvae.inference.param_store import unbound
+from ppvae.inference.param_store import unwrap
 from ppvae.training import load as load_run
 from ppvae.training.run import Run, default_dtype, floating
 
@@ -61,7 +61,7 @@ def estimate(settings: Evaluate, directory: Path) -> int:
             columns = _head(columns, settings.head)
         notes = [run.stopped] if run.stopped else []
         notes += [f"computed in {settings.dtype}"] if settings.dtype else []
-        discrete = getattr(getattr(unbound(run.model), "__self__", None), "discrete", None)
+        discrete = getattr(getattr(unwrap(run.model), "__self__", None), "discrete", None)
         model, guide = (run.model, run.guide) if discrete is None else (discrete.model, discrete.guide)
         if settings.method != "importance":
             return by_chains(run, model, guide, columns, settings, discrete is not None, notes)
@@ -82,7 +82,7 @@ def by_weights(run: Run, model: Any, guide: Any, columns: tuple[Any, ...], setti
         max_particles=settings.max_particles, seed=settings.seed, device=settings.device, rows=settings.rows,
         precision=settings.precision, directory=blocks,
     )  # fmt: skip
-    if not left():
+    if not leave_process_group():
         return 0
     est = dataclasses.replace(est, notes=(*est.notes, *notes))
     path = est.save(results, name)
@@ -127,12 +127,12 @@ def by_chains(
             f"{error}\nA relaxed run is evaluated as its discrete pair, which cannot be annealed: leave --method out"
         ) from error
     if settings.method == "bdmc":
-        if not left():
+        if not leave_process_group():
             return 0
         path = found.save(results, name)
     else:
         found, beside = _beside(found, model, guide, columns, settings)
-        if not left():
+        if not leave_process_group():
             return 0
         found, beside = (dataclasses.replace(e, notes=(*e.notes, *notes)) for e in (found, beside))
         path = found.save(results, name)

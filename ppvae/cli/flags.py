@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from ppvae.errors import UsageError
-from ppvae.factories.choices import Among, Argument, among
+from ppvae.factories.choices import Argument, ClassChoice, class_choice
 
 Settings = TypeVar("Settings")
 
@@ -34,7 +34,7 @@ def parse(
 
     Args:
         extra: further arguments {name: (type, default, help)}. One with the name of a field gets the field's value.
-            One whose type chooses a class (`choices.Among`) is a flag with a name, and flags `--name.argument` of
+            One whose type chooses a class (`choices.ClassChoice`) is a flag with a name, and flags `--name.argument` of
             the class's own; it comes back as {"name": ..., argument: ...}.
 
     Raises:
@@ -45,7 +45,7 @@ def parse(
 
     own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     entries = {name: entry for name, entry in (extra or {}).items() if name not in own}
-    choices = {name: choice for name, (kind, _, _) in entries.items() if (choice := among(kind)) is not None}
+    choices = {name: choice for name, (kind, _, _) in entries.items() if (choice := class_choice(kind)) is not None}
     args, path, content = _with_config(args, choices)
     chosen = {name: _chosen(name, choice, entries[name][1], args, content) for name, choice in choices.items()}
     rest = _dataclass(entries, chosen)
@@ -73,7 +73,7 @@ def parse(
 
 
 def _chosen(
-    name: str, choice: Among, default: Any, args: list[str], content: Mapping[str, Any]
+    name: str, choice: ClassChoice, default: Any, args: list[str], content: Mapping[str, Any]
 ) -> tuple[str, dict[str, Argument]]:
     """The class chosen by flag, by file or by default, and its own arguments."""
     flag, key = f"--{name.replace('_', '-')}", name.replace("_", "-")
@@ -91,7 +91,7 @@ def _dataclass(entries: Mapping[str, Argument], chosen: Mapping[str, tuple[str, 
 
     fields: list[Any] = []
     for name, (kind, default, text) in entries.items():
-        choice = among(kind)
+        choice = class_choice(kind)
         if choice is not None:
             kind, default = str, chosen[name][0]
             text = f"{text.rstrip('.')}: one of {', '.join(sorted(choice.classes))}"

@@ -12,15 +12,15 @@ Fail = Callable[[str, int], int]
 SHARED = ("evaluate", "fit")  # commands whose work is shared
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes were started together; one where none was told."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if "RANK" in os.environ and size.isdigit() else 1
 
 
-def together(command: str, args: list[str], run: Callable[[str, list[str], Fail], int], fail: Fail) -> int:
+def run_on_all_ranks(command: str, args: list[str], run: Callable[[str, list[str], Fail], int], fail: Fail) -> int:
     """Runs a command as one of several processes; only the first prints, and an error is told once."""
-    rank, size = int(os.environ["RANK"]), processes()
+    rank, size = int(os.environ["RANK"]), world_size()
     if command not in SHARED:
         text = (
             f"ppvae {command}: expected one process, found {size}; only ppvae {' and '.join(SHARED)} share their work"

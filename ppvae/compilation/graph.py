@@ -10,23 +10,23 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppvae.compilation.inductor_passes import lowered
+from ppvae.compilation.inductor_passes import compile_with_inductor
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.compilation.random_ops import with_fixed_noise
-from ppvae.inference.tracing import unread
+from ppvae.inference.tracing import values_hidden
 
 
-class Uncapturable(Exception):
+class CaptureError(Exception):
     """Why a run cannot be a graph."""
 
 
-def in_a_line(error: Exception) -> str:
+def one_line_reason(error: Exception) -> str:
     """Why something is not captured or compiled, for a line in the log."""
-    text = str(error) if isinstance(error, Uncapturable) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:160]
 
 
-def close(a: Tensor, b: Tensor, near: Tensor | float) -> bool:
+def all_close(a: Tensor, b: Tensor, near: Tensor | float) -> bool:
     """Whether all values are within `near` of each other, infinite or missing ones in the same places."""
     return bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all())
 
@@ -84,7 +84,7 @@ class Graph:
                 schema = getattr(node.target, "_schema", None)
                 changed = node.args[0] if schema is not None and schema.is_mutable else node
                 if isinstance(changed, fx.Node) and changed not in noisy:
-                    raise Uncapturable("it changes in place what is the same for all draws")
+                    raise CaptureError("it changes in place what is the same for all draws")
         once, each = fx.Graph(), fx.Graph()
         places: dict[fx.Node, fx.Node] = {}
         for node in self.module.graph.nodes:
@@ -104,7 +104,7 @@ class Graph:
 def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as `Graph.compiled` says."""
     noise, rest = _without_noise(with_fixed_noise(module))
-    return lowered(noise, rest, inputs, choices)
+    return compile_with_inductor(noise, rest, inputs, choices)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
@@ -127,7 +127,7 @@ def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], 
     static = _Static()
 
     def traced(*_: Tensor) -> tuple[Tensor | None, ...]:
-        with static, _Unread(), unread():
+        with static, _Unread(), values_hidden():
             return tuple(run())
 
     try:
@@ -135,7 +135,7 @@ def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], 
     except (RuntimeError, ValueError) as error:
         text = str(error)
         if "tracing tensor" in text or "data-dependent" in text.lower() or "proxy" in text.lower():
-            raise Uncapturable("its course depends on the values of tensors") from error
+            raise CaptureError("its course depends on the values of tensors") from error
         raise
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
@@ -144,7 +144,7 @@ def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], 
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         value = getattr(module, str(node.target))
         if not isinstance(value, Tensor):
-            raise Uncapturable(f"it runs {type(value).__name__} that is not a tensor operation")
+            raise CaptureError(f"it runs {type(value).__name__} that is not a tensor operation")
         known = next((i for i, t in enumerate(inputs) if t is value), None)
         if known is None:
             inputs.append(value)
@@ -182,7 +182,7 @@ def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModu
         if node.target in _EMPTY or (_random(node) and all(n in early for n in node.all_input_nodes)):
             early[node] = None
         elif _random(node):
-            raise Uncapturable("noise depends on values")
+            raise CaptureError("noise depends on values")
     noise, rest = fx.Graph(), fx.Graph()
     places: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -242,7 +242,7 @@ class _Static(TorchDispatchMode):
             indices = args[1] if "index" in func.name() and len(args) > 1 else None
             kinds = [t.dtype for t in indices if isinstance(t, Tensor)] if isinstance(indices, list | tuple) else []
             if not kinds or torch.bool in kinds or torch.uint8 in kinds:
-                raise Uncapturable(f"the shape of what {func.name()} gives depends on values")
+                raise CaptureError(f"the shape of what {func.name()} gives depends on values")
         outside = func._schema.is_mutable and any(id(t) not in self._known for t in inputs)
         out = func(*args, **(kwargs or {}))
         if fixed and not outside:
@@ -270,7 +270,7 @@ class _Unread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
-            raise Uncapturable(f"it reads values into Python ({func.__name__})")
+            raise CaptureError(f"it reads values into Python ({func.__name__})")
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -279,6 +279,6 @@ class _Unread(TorchFunctionMode):
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """torch's own, which looks for the largest class first; a class that is too large is an error here as there."""
     if num_classes < 1:
-        raise Uncapturable("one_hot without num_classes reads values")
+        raise CaptureError("one_hot without num_classes reads values")
     hot = torch.zeros(*tensor.shape, num_classes, dtype=torch.long, device=tensor.device)
     return hot.scatter(-1, tensor.unsqueeze(-1), 1)

@@ -24,7 +24,7 @@ _MOST = 20_000  # values
 
 
 @final
-class Watch:
+class Guards:
     """Remembers the plain values reachable from functions and objects, and says what has changed since.
 
     Looked at: attributes of objects and of their classes, lists and dicts, closures, defaults, and the globals that

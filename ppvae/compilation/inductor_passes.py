@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ppvae.compilation.matmul_backend import Choices, take_the_faster
+from ppvae.compilation.matmul_backend import Choices, choose_matmul_backends
 
 LEAST = 2**18  # numbers whose sum over rows is worth parting
 ROWS = 100  # of a part
@@ -18,13 +18,15 @@ LANES = 16  # sums side by side
 FACTORS = 64  # at most in a product: each is at most 2, and 2^64 is a float32
 
 
-def lowered(noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Any:
+def compile_with_inductor(
+    noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices
+) -> Any:
     """What inductor makes of a graph, as a function of the inputs; `noise` gives the draws that come before them."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
-    take_the_faster(rest, choices)
+    choose_matmul_backends(rest, choices)
     _sums_over_rows(rest)
     _logarithms_of_products(rest)
     name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises

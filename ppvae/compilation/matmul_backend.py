@@ -17,7 +17,7 @@ MARGIN = 0.95  # of the usual library's time, under which oneDNN is taken
 Choices = dict[str, bool]  # by kind of product, whether oneDNN is taken
 
 
-def take_the_faster(module: fx.GraphModule, choices: Choices) -> None:
+def choose_matmul_backends(module: fx.GraphModule, choices: Choices) -> None:
     """Gives oneDNN those float32 products of a graph on the CPU that it does faster.
 
     Kinds of products that are not in `choices` are timed now, at the current number of threads, and put there: kept

@@ -20,14 +20,14 @@ _LAYERS = {
 
 
 @contextlib.contextmanager
-def layers_in(precision: str) -> Iterator[None]:
+def layer_precision(precision: str) -> Iterator[None]:
     """Has linear and convolutional layers multiply in another precision, and their gradients too.
 
     "bf16": inputs and weights of a layer are rounded to bfloat16, its products are added up in float32, rounded again,
     and go on in float32 with its bias; weights and their updates stay in float32. "tf32": a GPU's float32 products, in
     layers and elsewhere, keep 10 bits of each factor. "float32": nothing is changed.
 
-    >>> with layers_in("bf16"):
+    >>> with layer_precision("bf16"):
     ...     torch.nn.functional.linear(torch.tensor([[1.001]]), torch.ones(1, 1))
     tensor([[1.]])
     """

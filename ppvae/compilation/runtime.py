@@ -14,7 +14,7 @@ OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "G
 
 
 @functools.cache
-def keep_freed() -> bool:
+def keep_freed_memory() -> bool:
     """Has glibc's malloc keep freed blocks of up to 128 MB, and up to 512 MB at its end; whether it does now.
 
     Its own limits grow to 32 MB and 64 MB: a step that needs more gets it anew from the system, page by page, each
@@ -31,11 +31,11 @@ def keep_freed() -> bool:
 
 
 @functools.cache
-def warm_up() -> None:
+def prepare_process() -> None:
     """Has freed memory kept, and torch's vectorised log1p set up: the same numbers as ever, sooner.
 
     On some processors (AVX-512 of a Zen 4, torch 2.14) log1p, and softplus and cross-entropy with it, take up to ten
     times as long until lgamma, or a kernel of inductor's, has run once in the process.
     """
-    keep_freed()
+    keep_freed_memory()
     torch.lgamma(torch.ones(1, device="cpu"))

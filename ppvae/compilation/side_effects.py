@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppvae.compilation.graph import Uncapturable
+from ppvae.compilation.graph import CaptureError
 
 
 def following_steps(loss: Any) -> Any:
@@ -20,7 +20,7 @@ def following_steps(loss: Any) -> Any:
 
 
 @final
-class Snapshot:
+class SideEffects:
     """What a run of a pair changes besides what it returns: random states, buffers of modules, steps of schedules."""
 
     def __init__(self, device: torch.device, loss: Any = None):
@@ -45,7 +45,7 @@ class Snapshot:
             hook.remove()
         same = all(np.array_equal(a, b) for a, b in zip(numpy, np.random.get_state(), strict=True))  # noqa: NPY002
         if random.getstate() != python or not same:
-            raise Uncapturable("it draws from Python's or numpy's random numbers")
+            raise CaptureError("it draws from Python's or numpy's random numbers")
 
     def _keep(self, module: nn.Module, _: Any) -> None:
         for part in module.modules() if id(module) not in self._met else ():

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, amortised, draw
-from ppvae.inference.tracing import Pair
+from ppvae.inference.terms import Terms, cache_encoder, sample_guide
+from ppvae.inference.tracing import Program
 
 NUMBERS = 2**21  # in one array of densities of draws under other data's guides
 
 
 def split_rate(
-    guide: Pair,
+    guide: Program,
     latents: Mapping[str, Tensor],
     log_q: Tensor,
     log_p: Tensor,
@@ -42,7 +42,7 @@ def split_rate(
     most = max(v[0].numel() for v in flat.values())
     others = torch.full_like(log_q, -torch.inf).reshape(-1)
     for block in blocks:
-        at = amortised(guide, block.batch, s, block.index)
+        at = cache_encoder(guide, block.batch, s, block.index)
         rows = s.size_of(block.batch) if block.index is None else len(block.index)
         step = max(1, NUMBERS // (rows * most))
         for low in range(0, draws * count, step):
@@ -69,8 +69,8 @@ def _for_all(value: Tensor, rows: int, events: int) -> Tensor:
     return value.expand(*(rows if i == data else n for i, n in enumerate(value.shape)))
 
 
-def _log_guide(guide: Pair, block: Block, s: Structure, values: Mapping[str, Tensor], rows: int) -> Tensor:
+def _log_guide(guide: Program, block: Block, s: Structure, values: Mapping[str, Tensor], rows: int) -> Tensor:
     """log q(z | x) of given draws under every datum of a block, [draws, N]."""
     count = len(next(iter(values.values())))
-    sites = draw(guide, block.batch, count, structure=s, index=block.index, values=values)
-    return Terms({}, sites, count, rows, s.scale, s.joint).log_guide[:, : block.size].clone()
+    sites = sample_guide(guide, block.batch, count, structure=s, index=block.index, values=values)
+    return Terms({}, sites, count, rows, s.scale, s.has_global_latents).log_guide[:, : block.size].clone()

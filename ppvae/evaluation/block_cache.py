@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.evaluation.blocks import digest_of
+from ppvae.evaluation.blocks import data_digest
 from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes, write_stream
 
 SECONDS = 5.0  # between two files of parts that take little time each
 
 
-class Finished:
+class BlockCache:
     """Named parts, each a few arrays, in files (`.npz`: numbers only) that are written whole or not at all.
 
     `key` says what the parts belong to, as strings and numbers; a folder that was filled under another key is refused.
@@ -112,12 +112,12 @@ def _read(path: Path, part: str | None = None) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: damaged ({error}). Remove this file: it will be made again") from error
 
 
-def key_of(
+def cache_key(
     columns: Sequence[Any], s: Structure, modules: Sequence[torch.nn.Module], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What an evaluation's parts are a function of, as strings and numbers: settings, data, parameters, sites."""
     return dict(settings) | {
-        "data": digest_of(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
+        "data": data_digest(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
         "sites": sorted({**s.model_roles, **s.guide_roles}), "dtype": str(torch.get_default_dtype()),
     }  # fmt: skip
 

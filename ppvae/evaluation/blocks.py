@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ppvae import data as datasets
 from ppvae.errors import ContractError, DataError, UsageError
-from ppvae.evaluation.importance.compiled_weights import Cells
-from ppvae.inference.contract.missing import gaps_in
+from ppvae.evaluation.importance.compiled_weights import CompiledWeights
+from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import unbound
+from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, amortised, draw, narrowed, terms
-from ppvae.inference.tracing import Pair
+from ppvae.inference.terms import Terms, cache_encoder, sample_guide, slice_particles, terms
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
 # Noise is a function of (seed, data block, particle block), so that a result depends neither on how memory is cut nor
@@ -37,16 +37,18 @@ class Block:
         self.start, self.size, self.number, self.s = start, stop - start, number, structure
         self.index: Tensor | None = None
         rows: Tensor | None = torch.arange(start, stop)
-        if structure.indexes:  # the pair gets all data and its plate the rows; a ragged end is padded, then cut off
+        if (
+            structure.draws_subsample
+        ):  # the pair gets all data and its plate the rows; a ragged end is padded, then cut off
             rows = None
             self.index = (torch.arange(structure.subsample_size) + start).to(device) % structure.full_size
         self.batch = tuple(read_rows(column, rows, device) for column in columns)
         self.gaps = any(getattr(column, "missing", False) for column in columns)
         self.missing = 0  # how many of the numbers observed are missing, once weights were taken
 
-    def narrowed(self, rows: Tensor) -> tuple[Block, Tensor]:
+    def select_rows(self, rows: Tensor) -> tuple[Block, Tensor]:
         """(a block of these rows alone, where they are in it); the whole block where the pair takes no less."""
-        if len(rows) == self.size or self.s.joint or self.s.indexes:
+        if len(rows) == self.size or self.s.has_global_latents or self.s.draws_subsample:
             return self, rows
         out = Block.__new__(Block)
         vars(out).update(vars(self) | {"batch": tuple(t[rows.to(t.device)] for t in self.batch), "size": len(rows)})
@@ -54,12 +56,12 @@ class Block:
 
     def weights(
         self,
-        model: Pair,
-        guide: Pair,
+        model: Program,
+        guide: Program,
         num_particles: int,
         seed: int,
         rows: int,
-        cells: Cells | None = None,
+        cells: CompiledWeights | None = None,
         *,
         start: int = 0,
         noise: str = "",
@@ -71,8 +73,8 @@ class Block:
         """
         s, batch, index = self.s, self.batch, self.index
         if num_particles > PARTICLE_BLOCK:
-            guide = amortised(guide, batch, s, index)
-        width = 1 if s.joint else self.size
+            guide = cache_encoder(guide, batch, s, index)
+        width = 1 if s.has_global_latents else self.size
         step = max(1, rows // self.size)
         if "cancelled" in s.model_roles.values():  # the model draws for itself, once for all particles of a block
             step = PARTICLE_BLOCK
@@ -87,12 +89,12 @@ class Block:
                     continue
                 # the guide's noise must not depend on what the model draws for itself, nor on how memory is cut
                 cut = count > step or s.layout == "one by one"
-                drawn = draw(guide, batch, count, structure=s, index=index) if cut else {}
+                drawn = sample_guide(guide, batch, count, structure=s, index=index) if cut else {}
                 for low in range(0, count, step):
                     size = min(step, count - low)
                     part: dict[str, Any] = {}
                     if cut:
-                        sites = narrowed(drawn, s, low, size)
+                        sites = slice_particles(drawn, s, low, size)
                         part = {"values": {n: v.value for n, v in sites.items()}} if s.enumerated else {"drawn": sites}
                     t = terms(model, guide, batch, size, structure=s, index=index, **part)
                     if first == low == 0:
@@ -117,10 +119,10 @@ class Block:
             if site.role != "observed":
                 continue
             axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data, of which folding makes more
-            self.missing += int(gaps_in(site.value.narrow(axis, 0, self.size), self.batch).sum())
+            self.missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
 
 
-def columns_of(data: Any, seed: int) -> tuple[Any, ...]:
+def as_columns(data: Any, seed: int) -> tuple[Any, ...]:
     """The columns of an evaluation's data, checked and of equal length; noise that is redrawn is fixed by the seed.
 
     Raises:
@@ -143,10 +145,10 @@ def columns_of(data: Any, seed: int) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def prepared(model: Pair, guide: Pair, data: Any, seed: int) -> tuple[Tensor, ...]:
+def as_single_batch(model: Program, guide: Program, data: Any, seed: int) -> tuple[Tensor, ...]:
     """Checked data as one batch, on the device of the pair's parameters."""
-    columns = columns_of(data, seed)
-    device = device_of(model, guide, columns)
+    columns = as_columns(data, seed)
+    device = program_device(model, guide, columns)
     return tuple(read_rows(column, None, device) for column in columns)
 
 
@@ -159,20 +161,22 @@ def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
     return value.to(device)
 
 
-def device_of(model: Pair, guide: Pair, columns: tuple[Any, ...]) -> torch.device:
+def program_device(model: Program, guide: Program, columns: tuple[Any, ...]) -> torch.device:
     """Where the pair's parameters lie, or else the data."""
     for function in (model, guide):
         scope = getattr(function, "scope", None)
         for p in scope.params.values() if scope else ():
             return p.device
-        owner = getattr(unbound(function), "__self__", unbound(function))
+        owner = getattr(unwrap(function), "__self__", unwrap(function))
         if isinstance(owner, torch.nn.Module):
             for p in owner.parameters():
                 return p.device
     return getattr(columns[0], "device", torch.device("cpu"))
 
 
-def inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch.device) -> tuple[Structure, int]:
+def inspect_columns(
+    model: Program, guide: Program, columns: tuple[Any, ...], device: torch.device
+) -> tuple[Structure, int]:
     """What the pair is, and how many data go into a block."""
     total = len(columns[0])
     rows = datasets.first_rows(columns, DATA_BLOCK)
@@ -188,20 +192,20 @@ def inspected(model: Pair, guide: Pair, columns: tuple[Any, ...], device: torch.
             structure = inspect(model, guide, whole)
         except ContractError:
             raise error from None
-        return structure, structure.subsample_size if structure.indexes else total
-    if not lazy and (structure.indexes or (structure.sized and total > len(first[0]))):
+        return structure, structure.subsample_size if structure.draws_subsample else total
+    if not lazy and (structure.draws_subsample or (structure.has_subsample_size and total > len(first[0]))):
         structure = inspect(model, guide, whole)
-    if structure.joint:
+    if structure.has_global_latents:
         if structure.full_size not in (total, len(first[0])):
             raise ContractError(
                 f"a latent is shared by all data, so that weights are joint: expected all {structure.full_size} data "
                 f"of the plate {structure.plate!r}, found {total}. Pass the whole data set"
             )
         return structure, total
-    return structure, structure.subsample_size if structure.indexes else DATA_BLOCK
+    return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
 
 
-def digest_of(columns: tuple[Any, ...]) -> str:
+def data_digest(columns: tuple[Any, ...]) -> str:
     """The SHA-256 of the data of a result."""
     own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in columns]
     return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()

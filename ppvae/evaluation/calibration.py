@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ppvae.distributed import quiet, shared
+from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.block_cache import key_of
-from ppvae.evaluation.blocks import Block, columns_of, device_of, digest_of, inspected, read_rows
-from ppvae.evaluation.results import Saved
-from ppvae.evaluation.simulated_data import Assemble, simulated
+from ppvae.evaluation.block_cache import cache_key
+from ppvae.evaluation.blocks import Block, as_columns, data_digest, inspect_columns, program_device, read_rows
+from ppvae.evaluation.results import SavedResult
+from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of
-from ppvae.inference.evaluation_mode import evaluating
-from ppvae.inference.param_store import bound
+from ppvae.inference.evaluation_mode import evaluation_mode
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import draw
-from ppvae.inference.tracing import Pair, one_trace, sample_nodes
+from ppvae.inference.terms import sample_guide
+from ppvae.inference.tracing import Program, sample_sites, trace_program
 from ppvae.rng import derive_seed, fork_rng
 
 
 @dataclass(frozen=True)
-class Calibration(Saved):
+class Calibration(SavedResult):
     """Ranks of simulated latents among the guide's draws, and whether they are uniform.
 
     Attributes:
@@ -99,8 +99,8 @@ def _p_words(p: float) -> str:
 
 
 def calibration(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     replications: int = 2000,
@@ -144,31 +144,31 @@ def calibration(
             raise UsageError(f"{name}: expected at least {least}, found {value}")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
-    model, guide = bound(model), bound(guide)
-    with shared() as shares:
-        columns = columns_of(data, seed)
-        with fork_rng(), evaluating(model, guide), pyro.validation_enabled(False):
-            place = torch.device(device) if device is not None else device_of(model, guide, columns)
-            s, size = inspected(model, guide, columns, place)
-            if s.joint:
+    model, guide = bind_program(model), bind_program(guide)
+    with distributed_context() as shares:
+        columns = as_columns(data, seed)
+        with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
+            place = torch.device(device) if device is not None else program_device(model, guide, columns)
+            s, size = inspect_columns(model, guide, columns, place)
+            if s.has_global_latents:
                 raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
             s = replace(s, enumerated=())  # what would be summed out is drawn
             total = len(columns[0])
             size = min(size, total)
-            rows = torch.arange(-(-replications // size) * size if not s.indexes else total) % total
-            tiled = columns if s.indexes else tuple(read_rows(c, rows, place) for c in columns)
+            rows = torch.arange(-(-replications // size) * size if not s.draws_subsample else total) % total
+            tiled = columns if s.draws_subsample else tuple(read_rows(c, rows, place) for c in columns)
             counts = _counts(replications, size, len(rows))
             parts: dict[int, dict[str, Tensor]] = {}
             mine = shares.mine(len(counts))
             total = sum(counts[number] for number in mine)
-            with tqdm(total=total, desc="calibration", unit="datum", disable=quiet(progress)) as bar:
+            with tqdm(total=total, desc="calibration", unit="datum", disable=progress_disabled(progress)) as bar:
                 for number in mine:
                     start = number * size % len(rows)
                     block = Block(tiled, start, min(start + size, len(rows)), number, s, place)
                     parts[number] = _ranks(model, guide, block, counts[number], num_draws, seed, assemble)
                     bar.update(counts[number])
         numbers = {"what": "calibration", "replications": replications, "num_draws": num_draws, "seed": seed}
-        key = key_of(columns, s, (), numbers)
+        key = cache_key(columns, s, (), numbers)
         results = shares.gathered(parts, key)
     masked = {n.removeprefix("masked ") for r in results for n, v in r.items() if n.startswith("masked ") and bool(v)}
     names = [n for n in results[0] if not n.startswith("masked ") and n not in masked]
@@ -183,7 +183,7 @@ def calibration(
         alpha=alpha,
         seed=seed,
         data=getattr(columns[0], "description", ""),
-        digest=digest_of(columns),
+        digest=data_digest(columns),
         notes=(f"left out, since a mask hides some of them: {', '.join(sorted(masked))}",) if masked else (),
     )
 
@@ -202,16 +202,16 @@ def _counts(replications: int, size: int, rows: int) -> list[int]:
 
 
 def _ranks(
-    model: Pair, guide: Pair, block: Block, count: int, num_draws: int, seed: int, assemble: Assemble | None
+    model: Program, guide: Program, block: Block, count: int, num_draws: int, seed: int, assemble: Assemble | None
 ) -> dict[str, Tensor]:
     """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, simulated anew."""
     s = block.s
     torch.manual_seed(derive_seed(seed, block.number, "simulated"))
-    block, latents = simulated(model, s, block, assemble)
+    block, latents = simulate_data(model, s, block, assemble)
     torch.manual_seed(derive_seed(seed, block.number, "draws"))
-    sites = draw(guide, block.batch, num_draws, structure=s, index=block.index)
+    sites = sample_guide(guide, block.batch, num_draws, structure=s, index=block.index)
     given = {} if block.index is None else {s.plate: block.index}
-    nodes = dict(sample_nodes(one_trace(guide, block.batch, s, given)))
+    nodes = dict(sample_sites(trace_program(guide, block.batch, s, given)))
     found: dict[str, Tensor] = {}
     for name in sites:
         if s.guide_roles[name] == "auxiliary":

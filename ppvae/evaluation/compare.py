@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.results import Saved, load_estimate, mean_and_error, mean_words
+from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 
 SHARE = 0.01  # a difference in the share of data not to be trusted that is worth a word
 MIN_RUNS = 3  # of a method, before a difference is one between methods
@@ -27,7 +27,7 @@ def _method(estimate: Estimate) -> str:
 
 
 @dataclass(frozen=True)
-class Comparison(Saved):
+class Comparison(SavedResult):
     """Models compared on the same data, best first; nats per datum.
 
     Attributes:

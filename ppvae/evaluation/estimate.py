@@ -21,8 +21,8 @@ from ppvae.evaluation.reliability import (
     k_hat_limit,
     particles_in_words,
     reasons,
+    reliability_verdict,
     target_in_words,
-    verdict,
 )
 from ppvae.storage import write_bytes
 
@@ -152,7 +152,7 @@ broken weights: 0): log p(x) may be far too low
             f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
             f"{float(self.std_error.median()):.4f} (median)",
         ]
-        lines += [verdict(self), *([target_in_words(self)] if "target_std_error" in self.settings else [])]
+        lines += [reliability_verdict(self), *([target_in_words(self)] if "target_std_error" in self.settings else [])]
         if not reasons(self) and (broken := int((self.nonfinite > 0).sum())):
             lines.append(f"{broken} data have non-finite weights")
         if todo := advice(self):
@@ -179,7 +179,7 @@ broken weights: 0): log p(x) may be far too low
             **(
                 {} if self.trusted is None else {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
             ),
-            "verdict": verdict(self),
+            "verdict": reliability_verdict(self),
             **({"target": target_in_words(self)} if "target_std_error" in self.settings else {}),
         }
         if todo := advice(self):

@@ -11,21 +11,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ppvae.distributed import quiet
+from ppvae.distributed import progress_disabled
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
+from ppvae.evaluation.blocks import (
+    DATA_BLOCK,
+    PARTICLE_BLOCK,
+    Block,
+    as_columns,
+    data_digest,
+    inspect_columns,
+    program_device,
+)
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.accumulators import Weights
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
-from ppvae.evaluation.importance.resampling import Kept
+from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import remedy
-from ppvae.inference.contract.missing import laid_like
-from ppvae.inference.evaluation_mode import evaluating
-from ppvae.inference.param_store import bound
+from ppvae.inference.contract.missing import align_missing
+from ppvae.inference.evaluation_mode import evaluation_mode
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import terms
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
 DRAWS = 10  # imputations that are made at once
@@ -56,8 +64,8 @@ class Imputations:
 
 
 def impute(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     num_particles: int = 1000,
@@ -104,15 +112,15 @@ def impute(
         if count < 1:
             raise UsageError(f"{name}: expected at least 1, found {count}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    columns = columns_of(data, seed)
-    model, guide = bound(model), bound(guide)
+    columns = as_columns(data, seed)
+    model, guide = bind_program(model), bind_program(guide)
     found: list[dict[str, Tensor]] = []
-    with fork_rng(), evaluating(model, guide), torch.no_grad():
-        place = torch.device(device) if device is not None else device_of(model, guide, columns)
-        s, size = inspected(model, guide, columns, place)
+    with fork_rng(), evaluation_mode(model, guide), torch.no_grad():
+        place = torch.device(device) if device is not None else program_device(model, guide, columns)
+        s, size = inspect_columns(model, guide, columns, place)
         _check(s)
         starts = range(0, len(columns[0]), size)
-        with tqdm(total=len(starts), desc="imputations", unit="block", disable=quiet(progress)) as bar:
+        with tqdm(total=len(starts), desc="imputations", unit="block", disable=progress_disabled(progress)) as bar:
             for number, start in enumerate(starts):
                 block = Block(columns, start, min(start + size, len(columns[0])), number, s, place)
                 found.append(_of_block(model, guide, block, num_particles, draws, seed, rows))
@@ -128,7 +136,7 @@ def impute(
         **joined,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
         notes=(*notes, *s.remarks, _gaps_note(dims, s)), lower_bound_only=s.lower_bound_only,
-        data=getattr(columns[0], "description", ""), digest=digest_of(columns), remedy=remedy(s),
+        data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=remedy(s),
     )  # fmt: skip
     return Imputations(values, mean, missing, estimate)
 
@@ -139,18 +147,18 @@ def _check(s: Structure) -> None:
             s.enumerated[0], "latents that the guide draws, to fill gaps given them", "one that is summed out",
             "draw it in the guide, without infer={'enumerate': ...}",
         )  # fmt: skip
-    if s.joint:
+    if s.has_global_latents:
         raise ContractError("impute: expected latents of each datum; found one that is shared by all data")
 
 
 def _of_block(
-    model: Pair, guide: Pair, block: Block, num_particles: int, draws: int, seed: int, rows: int
+    model: Program, guide: Program, block: Block, num_particles: int, draws: int, seed: int, rows: int
 ) -> dict[str, Tensor]:
-    """Imputations [draws, N, *event] of a block of data, their mean, and what `Weights` says."""
+    """Imputations [draws, N, *event] of a block of data, their mean, and what `LogWeightAccumulator` says."""
     s, size, index = block.s, block.size, block.index
     x = block.batch[0] if index is None else block.batch[0][index]
-    weights, mean = Weights(num_particles, [], block.eps), _Mean()
-    kept = Kept(draws, derive_seed(seed, block.number, "posterior"), s)
+    weights, mean = LogWeightAccumulator(num_particles, [], block.eps), _Mean()
+    kept = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
     name, place = "", torch.empty(0)
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
         assert t is not None
@@ -206,7 +214,7 @@ def _site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]
         if site.role != "observed" or not site.value.is_floating_point():
             continue
         value = site.value.narrow(site.value.dim() - s.event_dims[name] - 1, 0, len(x))  # of which folding makes more
-        for like, at in zip(laid_like(value, x), laid_like(value, position), strict=True):
+        for like, at in zip(align_missing(value, x), align_missing(value, position), strict=True):
             known = ~like.isnan()
             if bool(known.any()) and bool((value == like)[known].all()):
                 return name, at.flatten()
@@ -244,7 +252,7 @@ def _wide(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
         fn = part.distribution
         lead = part.traced.shape[: part.traced.dim() - s.event_dims[site.name]]
         if s.layout == "vectorized":
-            lead = torch.Size((count, *(1,) * (s.nesting - len(lead)), *lead))
+            lead = torch.Size((count, *(1,) * (s.plate_nesting - len(lead)), *lead))
         shape = torch.broadcast_shapes(fn.batch_shape, lead)
         yield part, fn if fn.batch_shape == shape else fn.expand(shape)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, refused
-from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Unconstrained
+from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import Settings, session
-from ppvae.evaluation.blocks import columns_of
+from ppvae.evaluation.blocks import as_columns
 from ppvae.evaluation.reliability import MAX_DIMS
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 REACH = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales out
@@ -41,8 +41,8 @@ class Quadrature:
 
 
 def quadrature(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     num_nodes: int | None = None,
@@ -77,7 +77,7 @@ def quadrature(
     """
     if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
-    columns = columns_of(data, 0)
+    columns = as_columns(data, 0)
     settings = Settings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
     results = []
     with fork_rng(), session(model, guide, columns, settings, device) as ready:
@@ -96,14 +96,14 @@ def quadrature(
                     density.coordinates[0].name, "latents that every datum has", "masked ones among them",
                     "use annealed or log_marginal",
                 )  # fmt: skip
-            width = 1 if ready.s.joint else block.size
+            width = 1 if ready.s.has_global_latents else block.size
             log_px, error = _of_block(density, num_nodes)
             nodes = (num_nodes or NODES[density.dims]) ** density.dims
             results.append((log_px[:width].cpu(), error[:width].cpu()))
     return Quadrature(torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results]), nodes)
 
 
-def _of_block(density: Unconstrained, num_nodes: int | None) -> tuple[Tensor, Tensor]:
+def _of_block(density: Potential, num_nodes: int | None) -> tuple[Tensor, Tensor]:
     """(log p(x), its error), [N]."""
     u = density.start(SCALE_DRAWS).double()
     center, factor = u.nanmedian(0).values, torch.diag_embed(density.spread().double())
@@ -115,7 +115,7 @@ def _of_block(density: Unconstrained, num_nodes: int | None) -> tuple[Tensor, Te
 class Grid:
     """The integrand on a grid of nodes t in [-reach, reach]^dims, u = center + factor sinh(t), for each datum."""
 
-    def __init__(self, density: Unconstrained, center: Tensor, factor: Tensor, num_nodes: int):
+    def __init__(self, density: Potential, center: Tensor, factor: Tensor, num_nodes: int):
         self.density, self.center, self.factor = density, center, factor
         self.num_nodes, self.dims = num_nodes, density.dims
         self.width = 2 * REACH / (num_nodes - 1)

@@ -70,7 +70,7 @@ def reasons(est: Estimate) -> dict[str, Tensor]:
     }
 
 
-def verdict(est: Estimate) -> str:
+def reliability_verdict(est: Estimate) -> str:
     """How many data are not to be trusted, and of what they suffer."""
     count, bad = len(est.log_px), int((~est.reliable).sum())
     if est.num_particles < MIN_PARTICLES and est.trusted is None:
@@ -133,7 +133,7 @@ def remedy(s: Structure) -> str:
             f"values are few (annealing follows gradients, and cannot)"
         )
     annealing = "annealing (ppvae.evaluation.annealed; ppvae evaluate --method annealed)"
-    if 0 < s.latent_dims <= MAX_DIMS and not s.joint:
+    if 0 < s.latent_dims <= MAX_DIMS and not s.has_global_latents:
         return f"quadrature (ppvae.evaluation.quadrature: {s.latent_dims} dims are few enough), or {annealing}"
     return annealing
 

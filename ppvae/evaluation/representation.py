@@ -12,25 +12,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ppvae.distributed import quiet
+from ppvae.distributed import progress_disabled
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
-from ppvae.evaluation.results import Saved, mean_words
-from ppvae.inference.evaluation_mode import evaluating
-from ppvae.inference.param_store import bound
+from ppvae.evaluation.blocks import (
+    DATA_BLOCK,
+    PARTICLE_BLOCK,
+    Block,
+    as_columns,
+    data_digest,
+    inspect_columns,
+    program_device,
+)
+from ppvae.evaluation.results import SavedResult, mean_words
+from ppvae.inference.evaluation_mode import evaluation_mode
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, terms
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
 ACTIVE = 0.01  # Burda et al. 2016
 
 
 @dataclass(frozen=True)
-class Representation(Saved):
+class Representation(SavedResult):
     """What a guide puts into the latents, over a data set; nats, float64.
 
     Attributes:
@@ -125,8 +133,8 @@ class Representation(Saved):
 
 
 def representation(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     num_particles: int = 100,
@@ -165,16 +173,16 @@ def representation(
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:
         raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
-    columns = columns_of(data, seed)
-    model, guide = bound(model), bound(guide)
-    with fork_rng(), evaluating(model, guide), pyro.validation_enabled(False):
-        place = torch.device(device) if device is not None else device_of(model, guide, columns)
-        s, size = inspected(model, guide, columns, place)
+    columns = as_columns(data, seed)
+    model, guide = bind_program(model), bind_program(guide)
+    with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
+        place = torch.device(device) if device is not None else program_device(model, guide, columns)
+        s, size = inspect_columns(model, guide, columns, place)
         _check(s)
         starts = range(0, len(columns[0]), size)
 
         def blocks(words: str) -> Iterator[Block]:
-            with tqdm(starts, desc=words, unit="block", disable=quiet(progress)) as bar:
+            with tqdm(starts, desc=words, unit="block", disable=progress_disabled(progress)) as bar:
                 for number, start in enumerate(bar):
                     yield Block(columns, start, min(start + size, len(columns[0])), number, s, place)
 
@@ -205,13 +213,13 @@ def representation(
         num_particles=num_particles,
         seed=seed,
         data=getattr(columns[0], "description", ""),
-        digest=digest_of(columns),
+        digest=data_digest(columns),
         notes=notes + ((f"no mutual information: {why}",) if why else ()),
     )
 
 
 def _check(s: Structure) -> None:
-    if s.joint:
+    if s.has_global_latents:
         raise ContractError("a latent is shared by all data: expected latents per datum, whose rate is one per datum")
     if s.enumerated:
         raise ContractError(
@@ -220,7 +228,7 @@ def _check(s: Structure) -> None:
         )
 
 
-def _draws(model: Pair, guide: Pair, block: Block, num_particles: int, seed: int) -> Iterator[Terms]:
+def _draws(model: Program, guide: Program, block: Block, num_particles: int, seed: int) -> Iterator[Terms]:
     """Terms of a few particles at a time; of single ones where the pair takes no more."""
     step = 1 if block.s.layout == "one by one" else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
     for number, first in enumerate(range(0, num_particles, step)):

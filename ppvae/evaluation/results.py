@@ -21,7 +21,7 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.storage import write_bytes
 
 
-class Saved:
+class SavedResult:
     """A frozen dataclass of tensors, dicts of tensors, numbers and words that can be written and read back.
 
     A field with metadata {"saved": False} is left out, and has its default once read back.
@@ -50,7 +50,7 @@ class Saved:
         content = {"kind": kind, "table": self.table(), "fields": plain}
         write_bytes(path.with_suffix(".npz"), buffer.getvalue())
         write_bytes(path, (json.dumps(content, allow_nan=False) + "\n").encode())
-        write_netcdf(Saved.to_arviz(self), path.with_suffix(".nc"))
+        write_netcdf(SavedResult.to_arviz(self), path.with_suffix(".nc"))
         return path
 
     def to_arviz(self) -> Any:

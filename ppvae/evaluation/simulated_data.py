@@ -12,13 +12,13 @@ from torch import Tensor
 from ppvae.errors import refused
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Given, Pair, sample_nodes
+from ppvae.inference.tracing import Program, Substitute, sample_sites
 
 Assemble = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], Any]
 
 
-def simulated(
-    model: Pair, s: Structure, block: Block, assemble: Assemble | None = None
+def simulate_data(
+    model: Program, s: Structure, block: Block, assemble: Assemble | None = None
 ) -> tuple[Block, dict[str, Tensor]]:
     """A block whose observed values are drawn from the model, and the latents that they were drawn with.
 
@@ -30,16 +30,16 @@ def simulated(
         ContractError: simulated values cannot be put into the batch, by the site's name.
     """
     given = {} if block.index is None else {s.plate: block.index}
-    with poutine.trace() as tracer, poutine.uncondition(), Given(given):
+    with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
         model(*block.batch)
-    drawn = {name: node["value"] for name, node in sample_nodes(tracer.get_trace())}
+    drawn = {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
     seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) == "observed"}
     batch = _placed(model, s, block, seen) if assemble is None else tuple(assemble(seen, block.batch))
     out = replaced(block, batch)
     latents = {name: value for name, value in drawn.items() if name in s.guide_roles}
-    with poutine.trace() as tracer, Given({**given, **latents}):
+    with poutine.trace() as tracer, Substitute({**given, **latents}):
         model(*out.batch)
-    for name, node in sample_nodes(tracer.get_trace()):
+    for name, node in sample_sites(tracer.get_trace()):
         if s.model_roles.get(name) == "observed" and not torch.equal(node["value"], seen[name].to(node["value"])):
             raise refused(
                 name, "the simulated values once they are in the batch", "others",
@@ -55,13 +55,13 @@ def replaced(block: Block, batch: tuple[Tensor, ...]) -> Block:
     return out
 
 
-def _placed(model: Pair, s: Structure, block: Block, seen: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def _placed(model: Program, s: Structure, block: Block, seen: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The batch with each simulated value in the column that its site observed."""
     given = {} if block.index is None else {s.plate: block.index}
-    with poutine.trace() as tracer, Given(given):
+    with poutine.trace() as tracer, Substitute(given):
         model(*block.batch)
     batch = list(block.batch)
-    for name, node in sample_nodes(tracer.get_trace()):
+    for name, node in sample_sites(tracer.get_trace()):
         if name not in seen:
             continue
         rows = [c if block.index is None else c[block.index] for c in block.batch]

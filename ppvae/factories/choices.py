@@ -55,7 +55,7 @@ def _function(thing: Callable[..., Any]) -> Any:
 
 @final
 @dataclass(frozen=True)
-class Among:
+class ClassChoice:
     """Annotates an argument that takes a class of some modules, by its name on the command line.
 
     `Annotated[Callable[..., Module], Among("my.nets", Module)]` makes `--net NAME` choose a class of `my.nets`, and the
@@ -111,12 +111,16 @@ class Among:
 
     def _lacking(self, constructor: Callable[..., Any]) -> list[str]:
         told = arguments(constructor, self.given)
-        return [n for n, (kind, default, _) in told.items() if default is inspect.Parameter.empty and not plain(kind)]
+        return [
+            n
+            for n, (kind, default, _) in told.items()
+            if default is inspect.Parameter.empty and not is_command_line_type(kind)
+        ]
 
     def flags(self, constructor: Callable[..., Any]) -> dict[str, Argument]:
         """The constructor's own arguments that a command line can give."""
-        told = {n: (given_plainly(kind), *rest) for n, (kind, *rest) in arguments(constructor, self.given).items()}
-        return {n: (kind, default, text) for n, (kind, default, text) in told.items() if plain(kind)}
+        told = {n: (command_line_type(kind), *rest) for n, (kind, *rest) in arguments(constructor, self.given).items()}
+        return {n: (kind, default, text) for n, (kind, default, text) in told.items() if is_command_line_type(kind)}
 
     def chosen(self, value: Any, flag: str) -> Callable[..., Any]:
         """The constructor with its arguments, from {"name": ..., argument: ...}."""
@@ -126,34 +130,34 @@ class Among:
         return functools.partial(constructor, **own)
 
 
-def among(kind: Any) -> Among | None:
+def class_choice(kind: Any) -> ClassChoice | None:
     """What an annotation says of the names that it takes, if it does."""
-    return next((m for m in getattr(kind, "__metadata__", ()) if isinstance(m, Among)), None)
+    return next((m for m in getattr(kind, "__metadata__", ()) if isinstance(m, ClassChoice)), None)
 
 
-def plain(kind: Any) -> bool:
+def is_command_line_type(kind: Any) -> bool:
     """Whether a command line can give a value of a type: numbers, words, truth, and tuples of them.
 
-    >>> plain(float | Literal["learned"] | tuple[int, ...]), plain(Callable[[int], int])
+    >>> is_command_line_type(float | Literal["learned"] | tuple[int, ...]), is_command_line_type(Callable[[int], int])
     (True, False)
     """
     origin = typing.get_origin(kind)
     if origin is Literal:
         return True
     if origin in (tuple, list, Sequence, typing.Union, types.UnionType):
-        return all(k is Ellipsis or plain(k) for k in typing.get_args(kind))
+        return all(k is Ellipsis or is_command_line_type(k) for k in typing.get_args(kind))
     return kind in (int, float, bool, str, type(None))
 
 
-def given_plainly(kind: Any) -> Any:
+def command_line_type(kind: Any) -> Any:
     """What of a type a command line can give: of a union, the members that are words and numbers, if there are any.
 
-    >>> given_plainly(str | Callable[[int], int]), given_plainly(Callable[[int], int] | None)
+    >>> command_line_type(str | Callable[[int], int]), command_line_type(Callable[[int], int] | None)
     (<class 'str'>, collections.abc.Callable[[int], int] | None)
     """
-    if typing.get_origin(kind) not in (typing.Union, types.UnionType) or plain(kind):
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType) or is_command_line_type(kind):
         return kind
-    members = tuple(k for k in typing.get_args(kind) if plain(k))
+    members = tuple(k for k in typing.get_args(kind) if is_command_line_type(k))
     return typing.Union[members] if set(members) - {type(None)} else kind  # noqa: UP007  of members found out now
 
 
@@ -168,11 +172,13 @@ def as_kind(value: Any, kind: Any) -> Any:
     return value
 
 
-def given_to(part: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_arguments(part: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the known arguments that a constructor (or a partial one) takes and does not have yet.
 
-    >>> given_to(functools.partial(dict, a=1), {"a": 2}), given_to(lambda latent: 0, {"latent": 3, "net": None})
-    ({}, {'latent': 3})
+    >>> accepted_arguments(functools.partial(dict, a=1), {"a": 2})
+    {}
+    >>> accepted_arguments(lambda latent: 0, {"latent": 3, "net": None})
+    {'latent': 3}
     """
     fixed = part.keywords if isinstance(part, functools.partial) else {}
     try:

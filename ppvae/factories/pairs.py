@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.factories.choices import Argument, among, arguments, as_kind
+from ppvae.factories.choices import Argument, arguments, as_kind, class_choice
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # and one of this name the number of labels, None where the batch brings no label
@@ -158,7 +158,7 @@ def _stand_in(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) ->
 
 
 def _value(name: str, value: Any, kind: Any) -> Any:
-    choice = among(kind)
+    choice = class_choice(kind)
     if choice is not None and isinstance(value, Mapping):
         return choice.chosen(value, name)
     return as_kind(value, kind)

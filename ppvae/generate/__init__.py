@@ -16,17 +16,17 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bound
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Given, Pair, one_trace, sample_nodes
+from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
 ROWS = 500
 
 
-def samples(model: Pair, guide: Pair, x: Any, count: int = 64, *, mean: bool = True, seed: int = 0) -> Tensor:
+def samples(model: Program, guide: Program, x: Any, count: int = 64, *, mean: bool = True, seed: int = 0) -> Tensor:
     """Ancestral samples from the model, [count, *event]: z ~ p(z), then the mean of (or a draw from) p(x | z).
 
     `x` gives the shape of the data, and whatever else the model is conditioned on.
@@ -40,7 +40,7 @@ def samples(model: Pair, guide: Pair, x: Any, count: int = 64, *, mean: bool = T
         return pair.decode({}, pair.repeated(count), mean)
 
 
-def reconstructions(model: Pair, guide: Pair, x: Any, *, mean: bool = True, seed: int = 0) -> Tensor:
+def reconstructions(model: Program, guide: Program, x: Any, *, mean: bool = True, seed: int = 0) -> Tensor:
     """Each datum encoded and decoded, [N, *event]: z ~ q(z | x), then the mean of (or a draw from) p(x | z).
 
     >>> from ppvae.models import LinearGaussian
@@ -52,7 +52,7 @@ def reconstructions(model: Pair, guide: Pair, x: Any, *, mean: bool = True, seed
         return pair.decode(pair.encode(mean=False), pair.batch, mean)
 
 
-def posterior_means(model: Pair, guide: Pair, x: Any, *, seed: int = 0) -> dict[str, Tensor]:
+def posterior_means(model: Program, guide: Program, x: Any, *, seed: int = 0) -> dict[str, Tensor]:
     """The guide's mean of every latent, {site: [N, *event]}; a draw where a distribution has no mean.
 
     In a hierarchical guide a lower site's mean is that given the means above it.
@@ -66,7 +66,7 @@ def posterior_means(model: Pair, guide: Pair, x: Any, *, seed: int = 0) -> dict[
         return pair.encode(mean=True)
 
 
-def interpolations(model: Pair, guide: Pair, start: Any, end: Any, steps: int = 10, *, seed: int = 0) -> Tensor:
+def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: int = 10, *, seed: int = 0) -> Tensor:
     """Means along straight lines between the posterior means of two sets of data, [steps, N, *event].
 
     >>> from ppvae.models import LinearGaussian
@@ -90,8 +90,8 @@ def interpolations(model: Pair, guide: Pair, start: Any, end: Any, steps: int = 
 
 
 def traversals(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     x: Any,
     *,
     site: str | None = None,
@@ -132,7 +132,7 @@ def traversals(
 
 
 def attribute_vector(
-    model: Pair, guide: Pair, x: Any, attribute: Tensor, *, site: str | None = None, seed: int = 0
+    model: Program, guide: Program, x: Any, attribute: Tensor, *, site: str | None = None, seed: int = 0
 ) -> Tensor:
     """How a latent's posterior mean goes with an attribute of the data, [latent]: cov(E_q[z | x], a) / var(a).
 
@@ -164,8 +164,8 @@ def attribute_vector(
 
 
 def moved(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     x: Any,
     direction: Tensor,
     amounts: Sequence[float] = (-1.0, 0.0, 1.0),
@@ -196,7 +196,7 @@ def moved(
 class _Opened:
     """A pair ready for evaluation, with the batch it is asked about."""
 
-    def __init__(self, model: Pair, guide: Pair, batch: tuple[Tensor, ...], structure: Structure):
+    def __init__(self, model: Program, guide: Program, batch: tuple[Tensor, ...], structure: Structure):
         self.model, self.guide, self.batch, self.s = model, guide, batch, structure
 
     def repeated(self, count: int, first: bool = False) -> tuple[Tensor, ...]:
@@ -224,7 +224,7 @@ class _Opened:
     def _pieces(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[slice, tuple[Tensor, ...], dict[str, Tensor]]]:
         """Rows in pieces that the pair takes: (rows, what to call it with, its plate's rows)."""
         count = len(batch[0])
-        if self.s.indexes:
+        if self.s.draws_subsample:
             size = self.s.subsample_size
             for start in range(0, count, size):
                 index = torch.arange(start, start + size) % self.s.full_size
@@ -241,12 +241,12 @@ class _Opened:
             at: dict[str, Tensor] = dict(index)
             if mean:
                 with _Means():
-                    trace = one_trace(self.guide, piece, Structure(), at)
+                    trace = trace_program(self.guide, piece, Structure(), at)
             else:
-                trace = one_trace(self.guide, piece, Structure(), at)
+                trace = trace_program(self.guide, piece, Structure(), at)
             width = rows.stop - rows.start
             found = {}
-            for name, node in sample_nodes(trace):
+            for name, node in sample_sites(trace):
                 if self.s.guide_roles.get(name) in ("latent", "enumerated"):
                     axis = node["value"].dim() - self.s.event_dims[name] - 1
                     shared = self.s.plate not in {f.name for f in node["cond_indep_stack"]}
@@ -269,13 +269,13 @@ class _Opened:
                     given[name] = v
                     continue
                 part = v.narrow(axis, rows.start, width)
-                if self.s.indexes and width < self.s.subsample_size:  # a ragged end is padded, then cut off
+                if self.s.draws_subsample and width < self.s.subsample_size:  # a ragged end is padded, then cut off
                     fill = part.narrow(axis, 0, 1).repeat_interleave(self.s.subsample_size - width, axis)
                     part = torch.cat([part, fill], axis)
                 given[name] = part
-            with poutine.trace() as tracer, poutine.uncondition(), Given(given):
+            with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
                 self.model(*piece)
-            nodes = [n for _, n in sample_nodes(tracer.get_trace()) if n["infer"].get("was_observed")]
+            nodes = [n for _, n in sample_sites(tracer.get_trace()) if n["infer"].get("was_observed")]
             node = next((n for n in nodes if n["infer"].get("obs") is piece[0]), nodes[0])
             value = node["value"]
             if mean:
@@ -304,12 +304,12 @@ def _mean(fn: Any, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _opened(model: Pair, guide: Pair, x: Any, seed: int) -> Iterator[_Opened]:
-    from ppvae.evaluation.blocks import prepared
+def _opened(model: Program, guide: Program, x: Any, seed: int) -> Iterator[_Opened]:
+    from ppvae.evaluation.blocks import as_single_batch
 
-    model, guide = bound(model), bound(guide)
-    with fork_rng(), evaluating(model, guide):
-        batch = prepared(model, guide, x, seed)
+    model, guide = bind_program(model), bind_program(guide)
+    with fork_rng(), evaluation_mode(model, guide):
+        batch = as_single_batch(model, guide, x, seed)
         structure = inspect(model, guide, batch, weights=False, particles=False)
         torch.manual_seed(seed)
         yield _Opened(model, guide, batch, structure)

@@ -17,11 +17,11 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from ppvae.compilation.graph import Graph, Uncapturable, capture, close, in_a_line
-from ppvae.compilation.guards import Watch
-from ppvae.compilation.precision import layers_in
-from ppvae.compilation.side_effects import Snapshot, following_steps
-from ppvae.inference.param_store import unbound
+from ppvae.compilation.graph import CaptureError, Graph, all_close, capture, one_line_reason
+from ppvae.compilation.guards import Guards
+from ppvae.compilation.precision import layer_precision
+from ppvae.compilation.side_effects import SideEffects, following_steps
+from ppvae.inference.param_store import unwrap
 
 if TYPE_CHECKING:
     from ppvae.inference.svi import SVI
@@ -34,7 +34,7 @@ EVERY = 1024  # steps after which a graph is checked against the pair again; als
 
 
 @contextmanager
-def staying_in_tensors(loss: Any) -> Iterator[None]:
+def keep_loss_in_tensors(loss: Any) -> Iterator[None]:
     """Lets a loss of Pyro's add up tensors where it reads numbers: in float64, as Python's numbers are."""
     names: dict[str, Callable[[Any], Any]] = {
         "torch_item": lambda x: x.detach().double() if isinstance(x, Tensor) else x,
@@ -54,7 +54,7 @@ class _Kept:
     """A graph of loss and gradients for one kind of batch."""
 
     graph: Graph
-    watch: Watch
+    watch: Guards
     params: list[Tensor]  # whose gradients follow the loss
     uses: int = 0
     doubted: bool = False  # whether it gave something else than the pair when they were last compared
@@ -64,7 +64,7 @@ class _Kept:
 
 
 @final
-class Captured:
+class CompiledStep:
     """Loss and gradients of an `SVI` from graphs.
 
     `kernels` is "graph" for the pair's own operations, which give what an eager run gives to the last bit, or
@@ -128,26 +128,26 @@ class Captured:
         """One step, eagerly; then the graph of it, which must give the same, and perhaps its compiled form."""
         svi, first = self.svi, self._first
         self._first = False
-        before = Snapshot(args[0].device, svi.loss)
+        before = SideEffects(args[0].device, svi.loss)
         try:
             with before.taken():
                 loss = svi.eager_gradients(*args)
-        except Uncapturable as error:
+        except CaptureError as error:
             self._refuse(str(error))
             return loss
         after, grads = before.now(), [p.grad for p in svi.params]
         try:
-            watch = Watch(model=unbound(svi.model), guide=unbound(svi.guide), loss=svi.loss)
+            watch = Guards(model=unwrap(svi.model), guide=unwrap(svi.guide), loss=svi.loss)
             ids = {id(p) for p in svi.params}
             names = [n for n, p in pyro.get_param_store()._params.items() if id(p) in ids]
             watch.also("parameter", functools.partial(_stored, names), names + names)
             params: list[Tensor] = []
             before.restore()
-            rounded = layers_in(svi.precision)
-            with staying_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad(), rounded:
+            rounded = layer_precision(svi.precision)
+            with keep_loss_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad(), rounded:
                 graph = capture(lambda: _loss_and_gradients(svi, args, params), svi.params, args)
             if what := watch.changed():
-                raise Uncapturable(f"it changes {what} as it runs")
+                raise CaptureError(f"it changes {what} as it runs")
             watch.tensors, watch.read = {id(t) for t in graph.held}, graph.read
             kept = _Kept(graph, watch, params)
             before.restore()
@@ -160,7 +160,7 @@ class Captured:
             if first and self._again:  # what a pair sets up at its first run is in place at the second
                 self._first, self._again = True, False
             else:
-                self._refuse(in_a_line(error))
+                self._refuse(one_line_reason(error))
             before.restore(after)
             _set(svi.params, grads)
             return loss
@@ -174,11 +174,11 @@ class Captured:
 
     def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float | Tensor:
         """One step from the graph, having compared it with the pair's own."""
-        before = Snapshot(args[0].device, self.svi.loss)
+        before = SideEffects(args[0].device, self.svi.loss)
         try:
             with before.taken():
                 loss = self.svi.eager_gradients(*args)
-        except Uncapturable as error:
+        except CaptureError as error:
             self._refuse(str(error))
             return loss
         after, grads = before.now(), [p.grad for p in self.svi.params]
@@ -190,7 +190,7 @@ class Captured:
         try:
             self._agree(out, loss, grads, kept, before, after, args)
             kept.doubted = False
-        except Uncapturable as error:
+        except CaptureError as error:
             if kept.doubted or self.kernels != "compiled":
                 self._refuse(f"{error}, found at step {kept.uses} of the graph")
             kept.doubted = True  # by rounding alone, a bit that is drawn can fall to the other side: look once more
@@ -201,16 +201,16 @@ class Captured:
         return self._put(kept, out)
 
     def _agree(
-        self, out: Sequence[Tensor], loss: float, grads: Sequence[Tensor | None], kept: _Kept, before: Snapshot,
+        self, out: Sequence[Tensor], loss: float, grads: Sequence[Tensor | None], kept: _Kept, before: SideEffects,
         after: Any, args: tuple[Tensor, ...],
     ) -> None:  # fmt: skip
         """Raises Uncapturable unless a graph gave the loss, gradients, buffers and noise of the pair's own run."""
         now = before.now()
         if any(not torch.equal(a, b) for a, b in zip(now[0], after[0], strict=True)):
-            raise Uncapturable("its noise is not drawn as in the graph")
+            raise CaptureError("its noise is not drawn as in the graph")
         own = {id(p): g for p, g in zip(self.svi.params, grads, strict=True) if g is not None}
         if own.keys() != {id(p) for p in kept.params}:
-            raise Uncapturable("other parameters get a gradient than in the graph")
+            raise CaptureError("other parameters get a gradient than in the graph")
         pairs: list[tuple[Tensor | None, Tensor, Tensor]] = [(None, torch.as_tensor(loss), out[0])]
         pairs += [(None, *both) for both in zip(after[1], now[1], strict=True)]
         pairs += [(p, own[id(p)], g) for p, g in zip(kept.params, out[1:], strict=True)]
@@ -222,13 +222,13 @@ class Captured:
             exact = 2**-6 if rounds else 1e-7 if double and a.dtype == b.dtype == torch.float64 else 1e-3
             a, b = a.to(b.device).double(), b.double()
             near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
-            if p is not None and self.svi.precision != "float32" and not close(a, b, near):
+            if p is not None and self.svi.precision != "float32" and not all_close(a, b, near):
                 full = full or self._in_float32(before, args)
                 near = near + 4 * (a - full[id(p)]).abs().max()  # where sums cancel, the pair itself is off by as much
-            if not close(a, b, near):
-                raise Uncapturable("it gives another loss or gradient than the graph of it")
+            if not all_close(a, b, near):
+                raise CaptureError("it gives another loss or gradient than the graph of it")
 
-    def _in_float32(self, before: Snapshot, args: tuple[Tensor, ...]) -> dict[int, Tensor]:
+    def _in_float32(self, before: SideEffects, args: tuple[Tensor, ...]) -> dict[int, Tensor]:
         """The gradients of a run of the pair with the same noise whose products are not rounded, by parameter."""
         now, precision = before.now(), self.svi.precision
         before.restore()
@@ -242,7 +242,7 @@ class Captured:
         return {id(p): p.grad.double() for p in self.svi.params if p.grad is not None}
 
     def _faster(
-        self, kept: _Kept, args: tuple[Tensor, ...], before: Snapshot, loss: float, grads: Any, after: Any
+        self, kept: _Kept, args: tuple[Tensor, ...], before: SideEffects, loss: float, grads: Any, after: Any
     ) -> Graph:
         """The compiled form of a graph, if it can be made, agrees, and is faster; or else the graph."""
         graph = kept.graph
@@ -253,7 +253,7 @@ class Captured:
             if self._settled or _seconds(compiled, args) < 0.95 * _seconds(graph, args):
                 return compiled
         except Exception as error:
-            log.warning("ppvae: captured steps are not compiled: %s", in_a_line(error))
+            log.warning("ppvae: captured steps are not compiled: %s", one_line_reason(error))
         self.kernels = "graph"
         return graph
 
@@ -270,9 +270,9 @@ def _loss_and_gradients(svi: SVI, args: tuple[Tensor, ...], params: list[Tensor]
         found = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True), strict=True))
         grads = [found.get(id(p)) for p in svi.params]
     else:
-        raise Uncapturable(f"{type(svi.loss).__name__} has no differentiable_loss")
+        raise CaptureError(f"{type(svi.loss).__name__} has no differentiable_loss")
     if not isinstance(loss, Tensor):
-        raise Uncapturable(f"{type(svi.loss).__name__} reads its values into Python")
+        raise CaptureError(f"{type(svi.loss).__name__} reads its values into Python")
     params[:] = [p for p, g in zip(svi.params, grads, strict=True) if g is not None]
     out, taken = [loss.detach()], {t.untyped_storage()._cdata for t in (*svi.params, *args)}
     for p, g in zip(svi.params, grads, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppvae.inference.contract.support import mask_of
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import PARTICLES, node_log_prob, sample_nodes
+from ppvae.inference.tracing import PARTICLES, node_log_prob, sample_sites
 
 
 def _over_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
@@ -36,7 +36,7 @@ def _log_values(node: dict[str, Any]) -> Tensor | float:
     return torch.where(mask, 0.0, count) if isinstance(mask, Tensor) else count
 
 
-def summed_out(
+def sum_out_enumerated(
     model_trace: Any,
     guide_trace: Any,
     s: Structure,
@@ -52,7 +52,7 @@ def summed_out(
     enumerated site out, its values are equally likely on both sides: a sum over them is then one, and so is the ratio.
     """
     for trace, roles in ((guide_trace, s.guide_roles), (model_trace, s.model_roles)):
-        for name, node in sample_nodes(trace):
+        for name, node in sample_sites(trace):
             summed = "enumerated" in (roles.get(name), s.guide_roles.get(name))
             log_prob = node_log_prob(node) - _log_values(node) if summed else node_log_prob(node)
             node["log_prob"] = node["unscaled_log_prob"] = _over_plates(log_prob.double(), node)
@@ -60,7 +60,7 @@ def summed_out(
     model_trace.pack_tensors(guide_trace.plate_to_symbol)
 
     def packed(trace: Any, roles: Mapping[str, str], wanted: Sequence[str]) -> list[Tensor]:
-        return [node["packed"]["log_prob"] for n, node in sample_nodes(trace) if roles[n] in wanted]
+        return [node["packed"]["log_prob"] for n, node in sample_sites(trace) if roles[n] in wanted]
 
     def negative(tensor: Tensor) -> Tensor:
         out = -tensor
@@ -71,7 +71,7 @@ def summed_out(
     factors += [negative(t) for t in packed(guide_trace, s.guide_roles, ("latent", "auxiliary"))]
     log_q = packed(guide_trace, s.guide_roles, ("enumerated",))
     symbols = model_trace.plate_to_symbol
-    kept = "".join(symbols[p] for p in ((PARTICLES,) if s.joint else (PARTICLES, s.plate)) if p in symbols)
+    kept = "".join(symbols[p] for p in ((PARTICLES,) if s.has_global_latents else (PARTICLES, s.plate)) if p in symbols)
 
     def reduce(tensors: list[Tensor], output: str) -> Tensor:
         """log sum over enumerated dims of the product over plates, of all dims but those of `output`."""
@@ -103,7 +103,7 @@ def summed_out(
     def per_datum(tensor: Tensor) -> Tensor:
         """[particles, batch] from dims `kept`."""
         tensor = tensor.reshape(tensor.shape[0], -1) if s.layout == "vectorized" else unfold(tensor.reshape(-1))
-        return tensor.expand(num_particles, 1 if s.joint else size)
+        return tensor.expand(num_particles, 1 if s.has_global_latents else size)
 
     def expected(factor: Tensor) -> Tensor:
         """E under q of one log-factor, over the enumerated sites that it depends on, summed over its inner plates."""

@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppvae.compilation.runtime import warm_up
+from ppvae.compilation.runtime import prepare_process
 from ppvae.inference.contract.registration import Registration
-from ppvae.inference.param_store import Bound, Scope, unbound
+from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
 
 
 @contextmanager
-def ambient(*functions: Callable[..., Any]) -> Iterator[None]:
+def fork_param_store(*functions: Callable[..., Any]) -> Iterator[None]:
     """A copy of the surrounding param store, so that what the bare functions register in it is gone afterwards."""
     for function in functions:
-        if isinstance(function, Bound):
+        if isinstance(function, BoundProgram):
             function.scope.check_seal()
-    with Scope.current().entered():
+    with ParamScope.current().entered():
         yield
 
 
-def modules_within(*functions: Callable[..., Any]) -> list[nn.Module]:
+def reachable_modules(*functions: Callable[..., Any]) -> list[nn.Module]:
     """The modules that functions own, close over or name globally, with those inside them, each once."""
     found: dict[int, nn.Module] = {}
     for function in functions:
-        fn = unbound(function)
+        fn = unwrap(function)
         things = [fn, getattr(fn, "__self__", None)]
         code = getattr(getattr(fn, "__func__", fn), "__code__", None)
         if code is not None:
@@ -57,7 +57,7 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
             changed[id(module)] = module
             module.training = False
 
-    for module in modules_within(*functions):
+    for module in reachable_modules(*functions):
         quiet(module)
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: quiet(module))
     try:
@@ -69,9 +69,9 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def modules_called(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
+def record_modules(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
     """Collects the modules that are called meanwhile, after those that own the functions, each once and in order."""
-    modules = modules_within(*functions)
+    modules = reachable_modules(*functions)
     found = {id(m): m for m in modules}
 
     def note(module: nn.Module, _: Any) -> None:
@@ -87,11 +87,11 @@ def modules_called(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
 
 
 @contextmanager
-def evaluating(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
+def evaluation_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
     """Everything that holds while a pair is evaluated: modules in evaluation mode, no gradient, no new parameter."""
-    warm_up()
+    prepare_process()
     with ExitStack() as stack:
-        stack.enter_context(ambient(model, guide))
+        stack.enter_context(fork_param_store(model, guide))
         stack.enter_context(eval_mode(model, guide))
         stack.enter_context(Registration(create=False))
         stack.enter_context(torch.no_grad())

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError, refused
-from ppvae.inference.contract.absolute_continuity import check_continuity, check_families
-from ppvae.inference.contract.describe import described
-from ppvae.inference.contract.missing import check_missing, failed_on_gaps, with_gaps
+from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
+from ppvae.inference.contract.describe import describe_modules
+from ppvae.inference.contract.missing import check_missing, explain_missing_failure, tensors_with_missing
 from ppvae.inference.contract.registration import Registration, check_registered
 from ppvae.inference.contract.support import (
-    base,
+    base_distribution,
     base_measure,
     check_support,
     event_size,
@@ -26,16 +26,25 @@ from ppvae.inference.contract.support import (
     is_relaxed,
     mask_of,
 )
-from ppvae.inference.evaluation_mode import ambient, eval_mode
+from ppvae.inference.evaluation_mode import eval_mode, fork_param_store
 from ppvae.inference.layout_search import find_layout
-from ppvae.inference.param_store import bound
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair, as_batch, event_dim, explained, node_log_prob, params_of, sample_nodes, traces
+from ppvae.inference.tracing import (
+    Program,
+    as_batch,
+    event_dim,
+    explain_failure,
+    node_log_prob,
+    params_of,
+    sample_sites,
+    trace_pair,
+)
 from ppvae.rng import fork_rng
 
 
 def inspect(
-    model: Pair, guide: Pair, batch: Tensor | Sequence[Any], weights: bool = True, particles: bool = True
+    model: Program, guide: Program, batch: Tensor | Sequence[Any], weights: bool = True, particles: bool = True
 ) -> Structure:
     """Runs the pair once on a batch, checks the contract, and says how its particles can be laid out.
 
@@ -56,28 +65,28 @@ def inspect(
             return replace(structure, layout=find_layout(model, guide, batch, structure))
 
 
-def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
+def _single(model: Program, guide: Program, batch: tuple[Any, ...]) -> Structure:
     registration = Registration(create=True)
     sizes = ", ".join(str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch)
     try:
         with registration:
             try:
                 # a missing value is in no support of torch's: `check_missing` and `check_support` look for themselves
-                with pyro.validation_enabled(False) if with_gaps(batch) else nullcontext():
-                    model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
+                with pyro.validation_enabled(False) if tensors_with_missing(batch) else nullcontext():
+                    model_trace, guide_trace = trace_pair(model, guide, batch, Structure(), {})
             except ValueError as error:
                 if "nan" not in str(error):
                     raise
                 with pyro.validation_enabled(False):  # a datum whose parameters are NaN is flagged, not refused
-                    model_trace, guide_trace = traces(model, guide, batch, Structure(), {})
+                    model_trace, guide_trace = trace_pair(model, guide, batch, Structure(), {})
     except DataError:  # what the pair itself says of its data
         raise
     except Exception as error:
-        missing = failed_on_gaps(model, guide, batch)
+        missing = explain_missing_failure(model, guide, batch)
         if missing is None and isinstance(error, PpvaeError):
             raise
-        raise missing or explained(error, sizes) from error
-    model_nodes, guide_nodes = dict(sample_nodes(model_trace)), dict(sample_nodes(guide_trace))
+        raise missing or explain_failure(error, sizes) from error
+    model_nodes, guide_nodes = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     plate, subsample = _data_plate(model_nodes, model_trace, batch)
     model_roles, guide_roles = _roles(model_nodes, guide_nodes)
     check_families(model_nodes, guide_nodes)
@@ -98,7 +107,7 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     except ContractError as error:
         scaled = str(error)
     try:
-        lower = check_continuity(model_nodes, guide_nodes, model_roles, guide_roles)
+        lower = check_absolute_continuity(model_nodes, guide_nodes, model_roles, guide_roles)
     except ContractError as error:
         refusal = str(error)
     check_registered(model, guide, registration.params, model_nodes, guide_nodes, batch)
@@ -108,18 +117,20 @@ def _single(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
     drawn = {n: node for n, node in guide_nodes.items() if guide_roles[n] != "enumerated"}
     structure = Structure(
         plate=plate.name,
-        nesting=max(-f.dim for f in frames if f.dim is not None),
+        plate_nesting=max(-f.dim for f in frames if f.dim is not None),
         scale=full / plate.size,
         full_size=full,
-        indexes=subsample,
+        draws_subsample=subsample,
         subsample_size=plate.size if subsample else 0,
-        sized=_asked_size(model_trace, plate) is not None,
+        has_subsample_size=_asked_size(model_trace, plate) is not None,
         fixed_size=full != plate.size,
-        joint=bool(shared),
+        has_global_latents=bool(shared),
         lower_bound_only=lower,
-        score_only=tuple(n for n, node in drawn.items() if not getattr(node["fn"], "has_rsample", False)),
+        non_reparameterized=tuple(n for n, node in drawn.items() if not getattr(node["fn"], "has_rsample", False)),
         discrete=tuple(n for n, node in drawn.items() if guide_roles[n] == "latent" and is_discrete(node["fn"])),
-        latent_dims=sum(event_size(node) for node in drawn.values() if not isinstance(base(node["fn"]), dist.Delta)),
+        latent_dims=sum(
+            event_size(node) for node in drawn.values() if not isinstance(base_distribution(node["fn"]), dist.Delta)
+        ),
         relaxed=tuple(n for n, node in model_nodes.items() if model_roles[n] == "latent" and is_relaxed(node["fn"])),
         scaled=scaled,
         refusal=scaled or refusal,
@@ -230,7 +241,8 @@ def _roles(model: Mapping[str, Any], guide: Mapping[str, Any]) -> tuple[dict[str
             discrete = getattr(node["fn"], "has_enumerate_support", False)
             raise refused(
                 name, "a site of the same name in the guide",
-                f"a latent ({type(base(node['fn'])).__name__}) that the guide omits; it samples {sorted(guide)}",
+                f"a latent ({type(base_distribution(node['fn'])).__name__}) that the guide omits; it samples "
+                f"{sorted(guide)}",
                 "sample it in the guide" + (
                     ", or mark it infer={'enumerate': 'parallel'} in the model to sum it out" if discrete else ""
                 ),
@@ -290,20 +302,20 @@ def _check_shape(name: str, node: dict[str, Any]) -> None:
                 name,
                 "one log-density per datum, its other dims declared as an event",
                 f"log-density of shape {list(shape)} with plates at dims {sorted(dims)}",
-                f"add .to_event(n) to its {type(base(node['fn'])).__name__}",
+                f"add .to_event(n) to its {type(base_distribution(node['fn'])).__name__}",
             )
 
 
 def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], shared: Sequence[str]) -> Iterator[str]:
     """The pair in words, a line each."""
-    how = f"its own subsample of {s.subsample_size} rows" if s.indexes else "the batch"
+    how = f"its own subsample of {s.subsample_size} rows" if s.draws_subsample else "the batch"
     scale = f", scale {s.scale:g} (divided out of every weight)" if s.scale != 1 else ""
     yield f"data plate {s.plate!r} over {how}, full size {s.full_size}{scale}"
     for title, nodes, roles in (("model", model, s.model_roles), ("guide", guide, s.guide_roles)):
         for name, node in nodes.items():
             fn = node["fn"]
             plates = [f.name for f in node["cond_indep_stack"] if f.name != s.plate]
-            facts = [f"{type(base(fn)).__name__} over event {list(fn.event_shape)}"]
+            facts = [f"{type(base_distribution(fn)).__name__} over event {list(fn.event_shape)}"]
             if plates:
                 facts.append(f"inner plates {plates}")
             if roles[name] in ("latent", "auxiliary") and title == "guide":
@@ -317,7 +329,7 @@ def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], sha
             yield f"{title} site {name!r}: {roles[name]}, {', '.join(facts)}"
     total = sum(p.numel() for p in {id(p): p for p in s.params.values()}.values())
     yield f"{len(s.params)} registered parameters, {total} numbers"
-    if s.joint:
+    if s.has_global_latents:
         yield "a latent is shared by all data: weights are joint, one for the whole data set and not one per datum"
     if s.refusal:
         yield f"can be trained; weights and log p(x) are refused: {s.refusal}"
@@ -326,7 +338,7 @@ def _words(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any], sha
     yield from s.remarks
 
 
-def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
+def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
     """Checks a pair against the contract on one batch and says in words what it is.
 
     The text names the sites with their shapes, plates, what is enumerated and what is reparameterised; the modules that
@@ -345,10 +357,10 @@ def check(model: Pair, guide: Pair, batch: Tensor | Sequence[Any]) -> str:
     ...
     """
 
-    model, guide = bound(model), bound(guide)
-    with ambient(model, guide):
+    model, guide = bind_program(model), bind_program(guide)
+    with fork_param_store(model, guide):
         s = inspect(model, guide, batch, weights=False)
-        parts = tuple(described(model, guide, as_batch(batch), s.params))
+        parts = tuple(describe_modules(model, guide, as_batch(batch), s.params))
     how = {
         "vectorized": "vectorised under a plate",
         "folded": "folded into the batch (the networks do not broadcast)",

@@ -13,12 +13,12 @@ from torch import Tensor
 from ppvae.errors import PpvaeError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, terms
-from ppvae.inference.tracing import Pair, explained
+from ppvae.inference.tracing import Program, explain_failure
 
 log = logging.getLogger("ppvae")
 
 
-def find_layout(model: Pair, guide: Pair, batch: tuple[Any, ...], s: Structure) -> str:
+def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> str:
     """ "vectorized" if the pair broadcasts over a particle plate, else "folded" into the batch, else "one by one".
 
     A layout counts only if it gives the densities that single particles give: some networks run on a particle dim
@@ -31,17 +31,17 @@ def find_layout(model: Pair, guide: Pair, batch: tuple[Any, ...], s: Structure) 
         raise
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in batch if isinstance(t, Tensor))
-        raise explained(error, shapes) from error
-    index = {s.plate: singles_index(singles)} if s.indexes else {}
+        raise explain_failure(error, shapes) from error
+    index = {s.plate: first_rows_index(singles)} if s.draws_subsample else {}
     values = {n: site.value for n, site in {**singles.model, **singles.guide}.items() if site.role in _DRAWN}
     values = {n: v for n, v in values.items() if n not in s.enumerated}
     reason = ""
-    for layout in ("vectorized",) if s.joint or s.indexes else ("vectorized", "folded"):
+    for layout in ("vectorized",) if s.has_global_latents or s.draws_subsample else ("vectorized", "folded"):
         at = replace(s, layout=layout)
         try:
             same = terms(model, guide, batch, count, values={**values, **index}, structure=at)
             single = singles
-            if s.indexes:  # a subsample is drawn at every run: take the same rows on both sides
+            if s.draws_subsample:  # a subsample is drawn at every run: take the same rows on both sides
                 single = terms(
                     model, guide, batch, count, values={**values, **index}, structure=replace(s, layout="one by one")
                 )
@@ -60,7 +60,7 @@ def find_layout(model: Pair, guide: Pair, batch: tuple[Any, ...], s: Structure) 
 _DRAWN = ("latent", "auxiliary", "cancelled")
 
 
-def singles_index(t: Terms) -> Tensor:
+def first_rows_index(t: Terms) -> Tensor:
     """The first rows of the data, as many as the batch holds."""
     return torch.arange(t.batch_size)
 

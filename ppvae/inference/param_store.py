@@ -12,29 +12,29 @@ from torch import Tensor
 
 from ppvae.errors import ContractError
 
-_entered: list[Scope] = []
+_entered: list[ParamScope] = []
 _PARTS = ("_params", "_constraints", "_param_to_name")
 
 
-class Scope:
+class ParamScope:
     """A private part of Pyro's param store: names, unconstrained tensors and constraints.
 
     >>> import pyro, torch
-    >>> scope = Scope()
+    >>> scope = ParamScope()
     >>> with scope.entered():
     ...     _ = pyro.param("loc", torch.zeros(2))
     >>> list(scope.params), "loc" in pyro.get_param_store()
     (['loc'], False)
     """
 
-    def __init__(self, copy: Scope | None = None):
+    def __init__(self, copy: ParamScope | None = None):
         self._parts: tuple[dict[Any, Any], ...] = tuple(dict(d) for d in copy._parts) if copy else ({}, {}, {})
         self._seal: dict[str, tuple[int, str, float]] | None = None
 
     @staticmethod
-    def current() -> Scope:
+    def current() -> ParamScope:
         """A copy of the param store as it stands."""
-        store, scope = pyro.get_param_store(), Scope()
+        store, scope = pyro.get_param_store(), ParamScope()
         scope._parts = tuple(dict(getattr(store, name)) for name in _PARTS)
         return scope
 
@@ -44,7 +44,7 @@ class Scope:
         return self._parts[0]
 
     @contextmanager
-    def entered(self) -> Iterator[Scope]:
+    def entered(self) -> Iterator[ParamScope]:
         """Makes this scope Pyro's param store for the duration; entering it twice is harmless."""
         if _entered and _entered[-1] is self:
             yield self
@@ -82,10 +82,10 @@ def _mark(p: Tensor) -> tuple[int, str, float]:
     return p._version, str(p.dtype), float(p.detach().cpu().double().sum())
 
 
-class Bound:
+class BoundProgram:
     """A model or guide together with the parameters of the run that trained it; called like the function itself."""
 
-    def __init__(self, function: Callable[..., Any], scope: Scope):
+    def __init__(self, function: Callable[..., Any], scope: ParamScope):
         self.function, self.scope = function, scope
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
@@ -98,7 +98,7 @@ class Bound:
 
 
 # The newest scope in which a bare function was trained: {owner: {function name: scope}}; owners are held weakly.
-_trained: weakref.WeakKeyDictionary[Any, dict[str, Scope]] = weakref.WeakKeyDictionary()
+_trained: weakref.WeakKeyDictionary[Any, dict[str, ParamScope]] = weakref.WeakKeyDictionary()
 
 
 def _owner(function: Callable[..., Any]) -> tuple[Any, str]:
@@ -106,7 +106,7 @@ def _owner(function: Callable[..., Any]) -> tuple[Any, str]:
     return (function, "") if instance is None else (instance, getattr(function, "__name__", ""))
 
 
-def remember(function: Callable[..., Any], scope: Scope) -> None:
+def remember_trained(function: Callable[..., Any], scope: ParamScope) -> None:
     """Notes that `function` was trained in `scope`, so that the bare function evaluates identically after `fit`."""
     owner, name = _owner(function)
     try:
@@ -115,18 +115,18 @@ def remember(function: Callable[..., Any], scope: Scope) -> None:
         return
 
 
-def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+def bind_program(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function bound to the parameters it was last trained with, or itself where no run has trained it."""
-    if isinstance(function, Bound):
+    if isinstance(function, BoundProgram):
         return function
     owner, name = _owner(function)
     try:
         scope = _trained.get(owner, {}).get(name)
     except TypeError:
         scope = None
-    return function if scope is None else Bound(function, scope)
+    return function if scope is None else BoundProgram(function, scope)
 
 
-def unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
     """The user's own function."""
-    return function.function if isinstance(function, Bound) else function
+    return function.function if isinstance(function, BoundProgram) else function

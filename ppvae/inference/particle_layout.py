@@ -9,7 +9,7 @@ from typing import Any
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from ppvae.inference.sites import Site, factors
+from ppvae.inference.sites import Site, event_factors
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import node_log_prob
 
@@ -23,12 +23,12 @@ def fold_data(value: Any, num_particles: int, size: int) -> Any:
 
 def particle_dim(value: Tensor, s: Structure, name: str) -> int:
     """Where the particles stand in a latent's value: leftmost, but for dims of sites enumerated in the guide."""
-    return max(value.dim() - s.event_dims[name] - s.nesting - 1, 0)
+    return max(value.dim() - s.event_dims[name] - s.plate_nesting - 1, 0)
 
 
 def enumerated_dims(value: Tensor, s: Structure, name: str) -> int:
     """How many dims on the left of a single particle's value belong to sites enumerated in the guide."""
-    return max(value.dim() - s.event_dims[name] - s.nesting, 0)
+    return max(value.dim() - s.event_dims[name] - s.plate_nesting, 0)
 
 
 def unfold_value(value: Tensor, s: Structure, name: str, num_particles: int, size: int) -> Tensor:
@@ -51,7 +51,7 @@ def with_plates(value: Tensor, s: Structure, name: str) -> Tensor:
     """[particles, *some plates, *event] -> the same with every plate dim present, so that particles stay leftmost."""
     if name == s.plate:
         return value
-    missing = s.nesting + 1 - (value.dim() - s.event_dims[name])
+    missing = s.plate_nesting + 1 - (value.dim() - s.event_dims[name])
     return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:]) if missing > 0 else value
 
 
@@ -62,17 +62,17 @@ def unfold(log_prob: Tensor, num_particles: int, size: int) -> Tensor:
     return log_prob.unsqueeze(-2)
 
 
-def over_inner_plates(log_prob: Tensor, nesting: int) -> Tensor:
+def over_inner_plates(log_prob: Tensor, plate_nesting: int) -> Tensor:
     """Sums over inner plates: dims -nesting .. -2; keeps the data dim and everything left of the plates."""
-    while log_prob.dim() < nesting:
+    while log_prob.dim() < plate_nesting:
         log_prob = log_prob.unsqueeze(0)
-    if nesting > 1:
-        log_prob = log_prob.sum(tuple(range(-nesting, -1)))
+    if plate_nesting > 1:
+        log_prob = log_prob.sum(tuple(range(-plate_nesting, -1)))
     return log_prob
 
 
 @dataclass(frozen=True)
-class Laid:
+class ParticleLayout:
     """So many particles of a batch, laid out as the pair takes them."""
 
     s: Structure
@@ -82,7 +82,7 @@ class Laid:
 
     def runs(
         self, batch: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Sequence[Any], dict[str, Tensor], int | None, Laid]]:
+    ) -> Iterator[tuple[Sequence[Any], dict[str, Tensor], int | None, ParticleLayout]]:
         """The runs to make: (batch, values to put in place, size of the particle plate, what the run holds)."""
         s, count = self.s, self.num_particles
         if s.layout == "vectorized":
@@ -107,7 +107,7 @@ class Laid:
         """Weights of all particles, [particles, batch], in a shape that multiplies a latent's value in this run."""
         s, event = self.s, (1,) * self.s.event_dims[name]
         if s.layout == "vectorized":
-            return weights.reshape(weights.shape[0], *(1,) * (s.nesting - 1), weights.shape[1], *event)
+            return weights.reshape(weights.shape[0], *(1,) * (s.plate_nesting - 1), weights.shape[1], *event)
         if s.layout == "folded":
             return weights.reshape(-1, *event)
         return weights[self.particle].reshape(-1, *event)
@@ -117,10 +117,10 @@ class Laid:
         if isinstance(mask, Tensor):
             mask = mask.reshape(*mask.shape, *(1,) * parts)
         tensor = scale_and_mask(tensor, 1.0, mask)
-        plates = self.s.nesting + (self.s.layout == "vectorized")
+        plates = self.s.plate_nesting + (self.s.layout == "vectorized")
         tensor = tensor.reshape(*(1,) * (plates + parts - tensor.dim()), *tensor.shape)
         tensor = tensor.movedim(tuple(range(-parts, 0)), tuple(range(parts)))
-        return self.all_particles(self.unfold(over_inner_plates(tensor, self.s.nesting)))
+        return self.all_particles(self.unfold(over_inner_plates(tensor, self.s.plate_nesting)))
 
     def all_particles(self, tensor: Tensor) -> Tensor:
         """[..., 1 or particles, batch] -> [..., particles, batch]."""
@@ -130,10 +130,10 @@ class Laid:
     def site(self, name: str, node: dict[str, Any], role: str, events: bool = False) -> Site:
         """A traced site with its log-density per particle and datum, and per part of its event where asked for."""
         s, count = self.s, self.num_particles
-        log_prob = self.all_particles(self.unfold(over_inner_plates(node_log_prob(node), s.nesting)))
+        log_prob = self.all_particles(self.unfold(over_inner_plates(node_log_prob(node), s.plate_nesting)))
         parts = None
         if events and role == "latent":
-            base, dims = factors(node["fn"])
+            base, dims = event_factors(node["fn"])
             parts = self.per_datum(base.log_prob(node["value"]), dims, node["mask"]) if dims else None
         value, rows = node["value"], count * self.size
         if s.layout == "folded" and role == "observed":

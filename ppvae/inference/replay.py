@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @final
-class Noise(Messenger):
+class ReplayNoise(Messenger):
     """The random states before a run and after each of its sites, for a second run that draws nothing at these.
 
     What networks draw between sites, as dropout does, is then drawn as it was; where they draw nothing, the second run
@@ -26,7 +26,7 @@ class Noise(Messenger):
         self._repeats = False
         self._before = self._now()
 
-    def again(self) -> Noise:
+    def again(self) -> ReplayNoise:
         """Goes back to the start, for a second run under this messenger."""
         self._repeats = True
         self._go_to(self._before)
@@ -50,7 +50,7 @@ class Noise(Messenger):
 
 
 @contextmanager
-def on_copies() -> Iterator[None]:
+def buffer_copies() -> Iterator[None]:
     """Runs networks on copies of their buffers: what batch norm and its kin gather meanwhile is forgotten.
 
     A step runs a side once for its densities, and that run gathers; other runs of the step go on copies.

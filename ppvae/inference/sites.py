@@ -34,13 +34,13 @@ class Site:
 
     def per_event(self) -> Tensor:
         """Log-densities before the sum over the event: [..., *event] where the distribution is a product over it."""
-        base, reinterpreted = factors(self.distribution)
+        base, reinterpreted = event_factors(self.distribution)
         if not reinterpreted:
             raise ValueError(f"site {self.name!r}: {type(base).__name__} does not factorise over its event")
         return base.log_prob(self.traced)
 
 
-def factors(distribution: Any) -> tuple[Any, int]:
+def event_factors(distribution: Any) -> tuple[Any, int]:
     """The distribution of one part of the event, and over how many dims the event is a product of such parts."""
     reinterpreted = 0
     while isinstance(distribution, Independent):
@@ -49,10 +49,10 @@ def factors(distribution: Any) -> tuple[Any, int]:
     return distribution, reinterpreted
 
 
-def divergence(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
+def closed_form_kl(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
     """KL(q || p) in closed form, [*batch, *parts], and how many dims are parts; None where none is known."""
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # Pyro leaves out plates where a value is given
-    (q_base, q_dims), (p_base, p_dims) = factors(q.expand(shape)), factors(p.expand(shape))
+    (q_base, q_dims), (p_base, p_dims) = event_factors(q.expand(shape)), event_factors(p.expand(shape))
     if isinstance(q_base, Delta):
         return None
     try:
@@ -63,7 +63,7 @@ def divergence(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
         return None
 
 
-def joined(parts: Sequence[Mapping[str, Site]], dim: Mapping[str, int]) -> dict[str, Site]:
+def concatenate_sites(parts: Sequence[Mapping[str, Site]], dim: Mapping[str, int]) -> dict[str, Site]:
     """Sites of single particles as sites of all of them; values are stacked at the dims given."""
     out = {}
     for name, site in parts[0].items():

@@ -14,15 +14,15 @@ class Structure:
     """What a pair is: its data plate, its sites' roles, its parameters, and how particles can be laid out."""
 
     plate: str = ""
-    nesting: int = 1
+    plate_nesting: int = 1
     scale: float = 1.0
     full_size: int = 0
-    indexes: bool = False  # the plate draws its own subsample of the data, which the pair gets whole
+    draws_subsample: bool = False  # the plate draws its own subsample of the data, which the pair gets whole
     subsample_size: int = 0
-    sized: bool = False  # the plate has a subsample_size, which may be this batch's size by chance
+    has_subsample_size: bool = False  # the plate has a subsample_size, which may be this batch's size by chance
     fixed_size: bool = False  # the plate's full size is a number, not the batch's
     layout: str = "one by one"  # or "vectorized", "folded"
-    joint: bool = False  # a latent is shared by all data
+    has_global_latents: bool = False  # a latent is shared by all data
     lower_bound_only: bool = False  # a point mass on a discrete latent
     enumerated: tuple[str, ...] = ()
     model_roles: Mapping[str, str] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Structure:
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    score_only: tuple[str, ...] = ()  # latents that the guide does not reparameterise
+    non_reparameterized: tuple[str, ...] = ()  # latents that the guide does not reparameterise
     discrete: tuple[str, ...] = ()  # latents on a discrete set that are drawn, not summed out
     latent_dims: int = 0  # numbers per datum that the guide draws
     relaxed: tuple[str, ...] = ()  # latents whose prior is a relaxed discrete distribution
@@ -58,7 +58,7 @@ class Structure:
 
     def size_of(self, batch: Sequence[Any]) -> int:
         """How many data one call of the pair represents by itself."""
-        return self.subsample_size if self.indexes else len(batch[0])
+        return self.subsample_size if self.draws_subsample else len(batch[0])
 
     def represented(self, rows: int) -> int:
         """How many data the loss of a batch of so many rows stands for."""

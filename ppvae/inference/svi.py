@@ -13,12 +13,12 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ppvae.compilation.precision import layers_in
-from ppvae.compilation.runtime import warm_up
-from ppvae.inference.tracing import Pair
+from ppvae.compilation.precision import layer_precision
+from ppvae.compilation.runtime import prepare_process
+from ppvae.inference.tracing import Program
 
 if TYPE_CHECKING:
-    from ppvae.inference.compiled_step import Captured
+    from ppvae.inference.compiled_step import CompiledStep
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -48,15 +48,17 @@ class SVI:
     True
     """
 
-    def __init__(self, model: Pair, guide: Pair, optim: Optimizer, loss: ELBO, compile: bool = False):
+    def __init__(self, model: Program, guide: Program, optim: Optimizer, loss: ELBO, compile: bool = False):
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.optimizer: torch.optim.Optimizer | None = None
         self.params: list[Tensor] = []
-        self.precision = "float32"  # of products inside networks, as `precision.layers_in` has it; set before a step
+        self.precision = (
+            "float32"  # of products inside networks, as `precision.layer_precision` has it; set before a step
+        )
         self.products: dict[str, bool] = {}  # which kinds of matrix products oneDNN does in compiled steps
         self._known = -1
-        self._captured: Captured | None = None
-        warm_up()
+        self._captured: CompiledStep | None = None
+        prepare_process()
         if compile:
             self.use("compiled")
 
@@ -75,9 +77,9 @@ class SVI:
             raise ValueError(f"kernels: expected 'eager', 'graph' or 'compiled', found {kernels!r}")
         self._captured = None
         if kernels != "eager":
-            from ppvae.inference.compiled_step import Captured
+            from ppvae.inference.compiled_step import CompiledStep
 
-            self._captured = Captured(self, kernels, seconds, settled)
+            self._captured = CompiledStep(self, kernels, seconds, settled)
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
@@ -96,9 +98,9 @@ class SVI:
         for p in self.params:
             p.grad = None
         if self._known == len(pyro.get_param_store()):
-            with layers_in(self.precision):
+            with layer_precision(self.precision):
                 return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        with poutine.trace(param_only=True) as tracer, layers_in(self.precision):
+        with poutine.trace(param_only=True) as tracer, layer_precision(self.precision):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         sites = tracer.get_trace().nodes.values()
         self.take_up(node["value"].unconstrained() for node in sites if node["type"] == "param")

@@ -12,13 +12,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.inference.enumeration import summed_out
-from ppvae.inference.particle_layout import Laid, enumerated_dims, particle_dim
-from ppvae.inference.sites import Site, divergence, joined
+from ppvae.inference.enumeration import sum_out_enumerated
+from ppvae.inference.particle_layout import ParticleLayout, enumerated_dims, particle_dim
+from ppvae.inference.sites import Site, closed_form_kl, concatenate_sites
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Given, Pair, as_batch, one_trace, sample_nodes, traces
+from ppvae.inference.tracing import Program, Substitute, as_batch, sample_sites, trace_pair, trace_program
 
-Entry = Callable[[str, Tensor, Laid], Tensor]  # what a latent's value passes through as it enters the densities
+Entry = Callable[
+    [str, Tensor, ParticleLayout], Tensor
+]  # what a latent's value passes through as it enters the densities
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Terms:
     num_particles: int
     batch_size: int
     scale: float
-    joint: bool
+    has_global_latents: bool
     contracted: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     kl: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -45,13 +47,15 @@ class Terms:
         for site in sites:
             if site.role == role:
                 term = site.log_prob.double()
-                if self.joint:
+                if self.has_global_latents:
                     term = term.sum(-1, keepdim=True)
                 total = term if total is None else total + term
         if total is None:
             some = next(iter((self.model or self.guide).values())).log_prob
-            return torch.zeros(self.num_particles, 1 if self.joint else self.batch_size, device=some.device).double()
-        return total.expand(*total.shape[:-1], 1 if self.joint else self.batch_size)
+            return torch.zeros(
+                self.num_particles, 1 if self.has_global_latents else self.batch_size, device=some.device
+            ).double()
+        return total.expand(*total.shape[:-1], 1 if self.has_global_latents else self.batch_size)
 
     @property
     def log_lik(self) -> Tensor:
@@ -101,8 +105,8 @@ class Terms:
 
 
 def terms(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     batch: Tensor | Sequence[Any],
     num_particles: int = 1,
     *,
@@ -126,7 +130,8 @@ def terms(
             guide draws is held constant.
         structure: what `inspect` found of this pair, to save finding it again.
         index: for a plate that draws its own subsample of the data: the rows to take, [batch].
-        drawn: the guide's side as `draw` gave it; the guide is not run again. Not for pairs with enumerated sites.
+        drawn: the guide's side as `sample_guide` gave it; the guide is not run again. Not for pairs with
+            enumerated sites.
         entry: what every sampled value passes through before any density sees it; the guide is run twice.
         events: log-densities of latents per part of their event, too, where they are products over it.
         kl: KL divergences in closed form, too, where the two sites have one.
@@ -151,47 +156,49 @@ def terms(
     if index is not None:
         given[s.plate] = index
 
-    def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None, piece: Laid) -> Terms:
+    def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None, piece: ParticleLayout) -> Terms:
         if drawn is not None:
-            return _assemble(one_trace(model, rows, s, at, num_particles=particles), None, piece, events, kl)
+            return _assemble(trace_program(model, rows, s, at, num_particles=particles), None, piece, events, kl)
         enters = None if entry is None else lambda name, value: entry(name, value, piece)
-        return _assemble(*traces(model, guide, rows, s, at, frozen, particles, enters), piece, events, kl)
+        return _assemble(*trace_pair(model, guide, rows, s, at, frozen, particles, enters), piece, events, kl)
 
-    laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
+    laid = ParticleLayout(s, num_particles, s.size_of(batch) if index is None else len(index))
     parts = [run(*way) for way in laid.runs(batch, given)]
     t = parts[0] if len(parts) == 1 and s.layout != "one by one" else _stacked(parts, s)
     return t if drawn is None else replace(t, guide=dict(drawn))
 
 
-def _assemble(model_trace: Any, guide_trace: Any, laid: Laid, events: bool, kl: bool) -> Terms:
+def _assemble(model_trace: Any, guide_trace: Any, laid: ParticleLayout, events: bool, kl: bool) -> Terms:
     s = laid.s
-    model_sites = {n: laid.site(n, node, s.model_roles[n], events) for n, node in sample_nodes(model_trace)}
+    model_sites = {n: laid.site(n, node, s.model_roles[n], events) for n, node in sample_sites(model_trace)}
     guide_sites = {}
     if guide_trace is not None:
-        guide_sites = {n: laid.site(n, node, s.guide_roles[n], events) for n, node in sample_nodes(guide_trace)}
+        guide_sites = {n: laid.site(n, node, s.guide_roles[n], events) for n, node in sample_sites(guide_trace)}
     closed = _divergences(model_trace, guide_trace, laid) if kl and guide_trace is not None else {}
     contracted = None
     if s.enumerated:
-        contracted = summed_out(model_trace, guide_trace, s, laid.num_particles, laid.size, laid.unfold)
-    return Terms(model_sites, guide_sites, laid.num_particles, laid.size, s.scale, s.joint, contracted, closed)
+        contracted = sum_out_enumerated(model_trace, guide_trace, s, laid.num_particles, laid.size, laid.unfold)
+    return Terms(
+        model_sites, guide_sites, laid.num_particles, laid.size, s.scale, s.has_global_latents, contracted, closed
+    )
 
 
-def _divergences(model_trace: Any, guide_trace: Any, laid: Laid) -> dict[str, Tensor]:
+def _divergences(model_trace: Any, guide_trace: Any, laid: ParticleLayout) -> dict[str, Tensor]:
     """KL(q || p) of the latents that have it in closed form, [*parts, particles, batch].
 
     It stands for E_q[log q - log p] of a site only where whatever the site depends on in the model is drawn before it
     in the guide: in a bottom-up guide, what p(z1 | z2) is given has been drawn given z1.
     """
     drawn: dict[str, set[str]] = {}
-    for name, _ in sample_nodes(guide_trace):
+    for name, _ in sample_sites(guide_trace):
         drawn[name] = set(drawn)
     before: set[str] = set()
     out = {}
-    guide_nodes = dict(sample_nodes(guide_trace))
-    for name, p in sample_nodes(model_trace):
+    guide_nodes = dict(sample_sites(guide_trace))
+    for name, p in sample_sites(model_trace):
         if name in drawn and laid.s.guide_roles[name] == "latent":
             q = guide_nodes[name]
-            found = divergence(q["fn"], p["fn"]) if before <= drawn[name] else None
+            found = closed_form_kl(q["fn"], p["fn"]) if before <= drawn[name] else None
             if found is not None:
                 out[name] = laid.per_datum(*found, q["mask"])
             before.add(name)
@@ -208,11 +215,11 @@ def _stacked(parts: list[Terms], s: Structure) -> Terms:
 
 
 def _joined(parts: Sequence[Mapping[str, Site]], s: Structure) -> dict[str, Site]:
-    return joined(parts, {n: enumerated_dims(site.value, s, n) for n, site in parts[0].items()})
+    return concatenate_sites(parts, {n: enumerated_dims(site.value, s, n) for n, site in parts[0].items()})
 
 
-def draw(
-    guide: Pair,
+def sample_guide(
+    guide: Program,
     batch: tuple[Any, ...],
     num_particles: int,
     *,
@@ -227,16 +234,16 @@ def draw(
     """
     s = structure
     given = {**(values or {}), **({} if index is None else {s.plate: index})}
-    laid = Laid(s, num_particles, s.size_of(batch) if index is None else len(index))
+    laid = ParticleLayout(s, num_particles, s.size_of(batch) if index is None else len(index))
     parts = []
     for rows, at, particles, piece in laid.runs(batch, given):
-        trace = one_trace(guide, rows, s, at, num_particles=particles)
-        nodes = [(n, node) for n, node in sample_nodes(trace) if n not in s.enumerated]
+        trace = trace_program(guide, rows, s, at, num_particles=particles)
+        nodes = [(n, node) for n, node in sample_sites(trace) if n not in s.enumerated]
         parts.append({n: piece.site(n, node, s.guide_roles[n], events) for n, node in nodes})
     return _joined(parts, s) if s.layout == "one by one" else parts[0]
 
 
-def narrowed(drawn: Mapping[str, Site], s: Structure, start: int, count: int) -> dict[str, Site]:
+def slice_particles(drawn: Mapping[str, Site], s: Structure, start: int, count: int) -> dict[str, Site]:
     """Some of the particles of a guide's side."""
     out = {}
     for name, site in drawn.items():
@@ -245,15 +252,15 @@ def narrowed(drawn: Mapping[str, Site], s: Structure, start: int, count: int) ->
     return out
 
 
-def amortised(guide: Pair, batch: tuple[Any, ...], s: Structure, index: Tensor | None = None) -> Pair:
+def cache_encoder(guide: Program, batch: tuple[Any, ...], s: Structure, index: Tensor | None = None) -> Program:
     """The guide with its network already run on this batch, where one latent is all that it samples.
 
     A guide of several latents may feed one into the next, and is returned as it is.
     """
-    if s.layout != "vectorized" or s.enumerated or s.joint or len(s.guide_roles) != 1:
+    if s.layout != "vectorized" or s.enumerated or s.has_global_latents or len(s.guide_roles) != 1:
         return guide
-    trace = one_trace(guide, batch, s, {} if index is None else {s.plate: index})
-    name, node = next(sample_nodes(trace))
+    trace = trace_program(guide, batch, s, {} if index is None else {s.plate: index})
+    name, node = next(sample_sites(trace))
     if node["mask"] is not None:
         return guide
     frames = [f for f in node["cond_indep_stack"] if f.dim is not None]
@@ -269,7 +276,7 @@ def amortised(guide: Pair, batch: tuple[Any, ...], s: Structure, index: Tensor |
 
 
 def simulate(
-    model: Pair, batch: Tensor | Sequence[Any], values: Mapping[str, Tensor] | None = None
+    model: Program, batch: Tensor | Sequence[Any], values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Draws every latent and every observed site from the model: {site: value [batch, *event]}.
 
@@ -281,6 +288,6 @@ def simulate(
     >>> sorted(simulate(LinearGaussian(3, 2).model, torch.zeros(4, 3)).items())[0][1].shape
     torch.Size([4, 3])
     """
-    with poutine.trace() as tracer, poutine.uncondition(), Given(values or {}):
+    with poutine.trace() as tracer, poutine.uncondition(), Substitute(values or {}):
         model(*as_batch(batch))
-    return {name: node["value"] for name, node in sample_nodes(tracer.get_trace())}
+    return {name: node["value"] for name, node in sample_sites(tracer.get_trace())}

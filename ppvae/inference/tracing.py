@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.errors import ContractError, refused
-from ppvae.inference.replay import Noise, on_copies
+from ppvae.inference.replay import ReplayNoise, buffer_copies
 from ppvae.inference.structure import Structure
 
 PARTICLES = "_ppvae_particles"
 
 
-Pair = Callable[..., Any]
+Program = Callable[..., Any]
 
 
-class Given(Messenger):
+class Substitute(Messenger):
     """Sets latent sites (and a plate's subsample) to given values instead of sampling them."""
 
     def __init__(self, values: Mapping[str, Tensor]):
@@ -64,7 +64,7 @@ class _Parallel(Messenger):
             msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
 
 
-class Replaced(Messenger):
+class TransformValues(Messenger):
     """Puts something else in the place of sampled values, after they are drawn: value(site, drawn)."""
 
     def __init__(self, value: Callable[[str, Tensor], Tensor]):
@@ -76,7 +76,7 @@ class Replaced(Messenger):
             msg["value"] = self.value(msg["name"], msg["value"])
 
 
-def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def sample_sites(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sample sites of a trace, without plates and deterministic sites."""
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
@@ -99,7 +99,7 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
     if (
         isinstance(fn, TorchDistributionMixin)
         and not isinstance(fn, dist.Delta)
-        and (not node["is_observed"] or moves(fn))
+        and (not node["is_observed"] or has_dependent_support(fn))
     ):
         outside = _outside(fn, value)
     if outside is None:
@@ -114,7 +114,7 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
     return scale_and_mask(log_prob, 1.0, node["mask"])
 
 
-def moves(fn: Any) -> bool:
+def has_dependent_support(fn: Any) -> bool:
     """Whether a distribution's support is set by its parameters, as a uniform's is, and so perhaps by a latent."""
     try:
         support = fn.support
@@ -142,7 +142,7 @@ _unread: list[None] = []
 
 
 @contextmanager
-def unread() -> Iterator[None]:
+def values_hidden() -> Iterator[None]:
     """Runs a pair without looking at the values of tensors, so that its run can be captured as a graph."""
     _unread.append(None)
     try:
@@ -152,7 +152,7 @@ def unread() -> Iterator[None]:
 
 
 @contextmanager
-def constant(params: Iterable[Tensor]) -> Iterator[None]:
+def frozen_params(params: Iterable[Tensor]) -> Iterator[None]:
     """Holds parameters constant meanwhile: gradients pass through values, none reaches a parameter."""
     held = [p for p in params if p.requires_grad]
     for p in held:
@@ -166,31 +166,31 @@ def constant(params: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def one_trace(
-    fn: Pair,
+def trace_program(
+    fn: Program,
     batch: Sequence[Any],
     s: Structure,
     values: Mapping[str, Tensor],
     replayed: Any = None,
     num_particles: int | None = None,
     replaced: Callable[[str, Tensor], Tensor] | None = None,
-    noise: Noise | None = None,
+    noise: ReplayNoise | None = None,
 ) -> Any:
     """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
     with ExitStack() as stack:
         if noise is not None:
             stack.enter_context(noise)
         if replaced is not None:  # outermost: the trace must see the other value
-            stack.enter_context(Replaced(replaced))
+            stack.enter_context(TransformValues(replaced))
         if num_particles is not None:
-            stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.nesting))
+            stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.plate_nesting))
         tracer = stack.enter_context(poutine.trace())
         if replayed is not None:
             stack.enter_context(poutine.replay(trace=replayed))
-        stack.enter_context(Given(values))
+        stack.enter_context(Substitute(values))
         if s.enumerated:  # innermost: it must see a site before a value is put there
             # the model's dims follow the guide's, so that a replayed value means the same on both sides
-            first = None if replayed is not None else -1 - s.nesting - (num_particles is not None)
+            first = None if replayed is not None else -1 - s.plate_nesting - (num_particles is not None)
             stack.enter_context(poutine.enum(first_available_dim=first))
             stack.enter_context(_Parallel())
         fn(*batch)
@@ -198,9 +198,9 @@ def one_trace(
     return trace
 
 
-def traces(
-    model: Pair,
-    guide: Pair,
+def trace_pair(
+    model: Program,
+    guide: Program,
     batch: Sequence[Any],
     s: Structure,
     given: Mapping[str, Tensor],
@@ -214,25 +214,25 @@ def traces(
     the guide runs twice: what it draws first goes through `entry` into the densities, its own included.
     """
 
-    def run(fn: Pair, values: Mapping[str, Tensor], held: bool, *how: Any) -> Any:
+    def run(fn: Program, values: Mapping[str, Tensor], held: bool, *how: Any) -> Any:
         # the store's parameters, too: the pair may run in another scope than the one that it was looked at in
         params = [*s.params.values(), *(p for _, p in pyro.get_param_store().named_parameters())] if held else []
-        with constant(params):
-            trace = one_trace(fn, batch, s, values, *how)
-            for _, node in sample_nodes(trace) if held else ():  # some distributions ask their network only now
+        with frozen_params(params):
+            trace = trace_program(fn, batch, s, values, *how)
+            for _, node in sample_sites(trace) if held else ():  # some distributions ask their network only now
                 node["ppvae_log_prob"] = node_log_prob(node)
             return trace
 
     detached = (lambda _, value: value.detach()) if "latents" in frozen else None
     at, noise = given, None
     if "guide" in frozen or entry is not None:
-        noise = Noise(batch)
-        with on_copies():
-            drawn = one_trace(guide, batch, s, given, None, num_particles, detached, noise)
-        paths = {n: node["value"] for n, node in sample_nodes(drawn) if s.guide_roles.get(n) != "enumerated"}
+        noise = ReplayNoise(batch)
+        with buffer_copies():
+            drawn = trace_program(guide, batch, s, given, None, num_particles, detached, noise)
+        paths = {n: node["value"] for n, node in sample_sites(drawn) if s.guide_roles.get(n) != "enumerated"}
         # never the value itself: a flow that knows what it was made from would go back by live parameters
         paths = {n: value.view_as(value) if entry is None else entry(n, value) for n, value in paths.items()}
-        at = {**given, **paths, **({s.plate: drawn.nodes[s.plate]["value"]} if s.indexes else {})}
+        at = {**given, **paths, **({s.plate: drawn.nodes[s.plate]["value"]} if s.draws_subsample else {})}
         noise.again()
     guide_trace = run(guide, at, "guide" in frozen, None, num_particles, detached, noise)
     unseen = {name: value for name, value in given.items() if name not in guide_trace}
@@ -256,7 +256,7 @@ def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, list | tuple) else (batch,)
 
 
-def explained(error: Exception, sizes: str) -> ContractError:
+def explain_failure(error: Exception, sizes: str) -> ContractError:
     """The error for a pair that could not run, with what to look at."""
     text = " ".join(str(error).split())[:300]
     if "must be sampled in trace" in text:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError, DataError
-from ppvae.nn.conditional import called, takes_context
-from ppvae.parameter_names import unique
+from ppvae.nn.conditional import call_with_context, takes_context
+from ppvae.parameter_names import unique_name
 
 
 class Composed(nn.Module):
@@ -21,7 +21,7 @@ class Composed(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        self._name = unique(name)
+        self._name = unique_name(name)
 
     def _call(self, part: str, *args: Tensor, context: Tensor | None = None) -> Any:
         """What a part gives, by the name of the attribute; the context too if it declares one."""
@@ -48,7 +48,7 @@ class Learned(nn.Module):
 def tried(part: nn.Module, what: str = "", *args: Tensor, context: Tensor | None = None, name: str = "") -> Any:
     """What a part gives. ContractError, by the part and by `what` it was given, where it fails."""
     try:
-        return called(part, *args, context=context)
+        return call_with_context(part, *args, context=context)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError, TypeError) as error:

@@ -7,16 +7,15 @@ from typing import final
 from torch import nn
 
 from ppvae.models.vae import VAE
-from ppvae.nn import Beside
+from ppvae.nn import ConcatContext
 
 
 @final
 class ConditionalVAE(VAE):
     """p(x | c) = int p(z | c) p(x | z, c) dz with guide q(z | x, c), given c: labels, or features.
 
-    Likelihood and posterior take c beside their input, as `nn.Beside` puts it there; a prior that declares `context`
-    gets c as it is. log p(x) means log p(x | c). Data are
-    (x [batch, *event], c [batch, ...]).
+    Likelihood and posterior take c beside their input, as `nn.ConcatContext` puts it there; a prior that declares
+    `context` gets c as it is. log p(x) means log p(x | c). Data are (x [batch, *event], c [batch, ...]).
 
     Args:
         prior: p(z | c), or p(z).
@@ -49,4 +48,4 @@ class ConditionalVAE(VAE):
         of: nn.Module | None = None,
         event_dim: int = 1,
     ):
-        super().__init__(prior, Beside(likelihood, of), Beside(posterior, of, event_dim))
+        super().__init__(prior, ConcatContext(likelihood, of), ConcatContext(posterior, of, event_dim))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae.errors import DataError, UsageError
 from ppvae.models.composed import Composed, checked_counts
-from ppvae.nn import Beside, Labels
+from ppvae.nn import ConcatContext, Labels
 from ppvae.priors import ConditionalNormal
 
 
@@ -64,7 +64,7 @@ class CountVAE(Composed):
             raise ValueError("library, library_posterior: expected both of them or neither, found one")
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.library, self.library_posterior = library, library_posterior
-        self.beside = Beside(nn.Identity(), Labels(batches))
+        self.beside = ConcatContext(nn.Identity(), Labels(batches))
 
     def model(self, x: Tensor, batch: Tensor, library: Tensor | None = None) -> Tensor:
         """p(z, x | s, l), or p(z, l, x | s)."""

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae.models.composed import Composed
-from ppvae.nn import Beside, rows_of
+from ppvae.nn import ConcatContext, rows_of
 from ppvae.nn.conditional import needs_context
 from ppvae.posteriors import OneHot
 
@@ -26,13 +26,13 @@ class DeepMixture(Composed):
 
     Labels may come as the batch's second tensor, -1 where unknown. Then y is that label where it is known, in the guide
     too, and log p(x) is log p(x, label) there; q(y | x) learns nothing from
-    such data itself, but by `objectives.plus.Plus(ELBO(), pair.log_label, weight)`.
+    such data itself, but by `objectives.auxiliary.AuxiliaryLoss(ELBO(), pair.log_label, weight)`.
 
     Args:
         clusters: p(y), `priors.OneHot(classes)`.
         prior: p(z | y), or p(z): `priors.ConditionalNormal(torch.nn.Linear(classes, 2 * latent))`.
         likelihood: p(x | z), or p(x | z, y).
-        posterior: q(z | x, y), or q(z | x): `nn.Beside(posteriors.DiagonalNormal(net))` with a network of
+        posterior: q(z | x, y), or q(z | x): `nn.ConcatContext(posteriors.DiagonalNormal(net))` with a network of
             [..., event + classes].
         classifier: q(y | x), `posteriors.OneHot(net, classes)`.
 
@@ -44,7 +44,7 @@ class DeepMixture(Composed):
     ...     clusters=priors.OneHot(10),
     ...     prior=priors.ConditionalNormal(torch.nn.Linear(10, 2 * 8)),
     ...     likelihood=likelihoods.Bernoulli(nn.mlp(8, 64)),
-    ...     posterior=nn.Beside(posteriors.DiagonalNormal(nn.mlp(64 + 10, 2 * 8))),
+    ...     posterior=nn.ConcatContext(posteriors.DiagonalNormal(nn.mlp(64 + 10, 2 * 8))),
     ...     classifier=posteriors.OneHot(nn.mlp(64, 10), classes=10),
     ... )
     >>> pair.guide(torch.zeros(5, 64)).shape
@@ -87,7 +87,7 @@ class DeepMixture(Composed):
         return self.classifier.head(logits)
 
     def log_label(self, x: Tensor, label: Tensor) -> Tensor:
-        """log q(label | x) where the label is known and 0 where it is not, [batch] nats: for `objectives.plus.Plus`."""
+        """log q(label | x) where the label is known, 0 where it is not, [batch] nats: for `AuxiliaryLoss`."""
         known = label != UNKNOWN
         every = torch.eye(self.classifier.classes).to(x)
         y = rows_of(every, torch.where(known, label, 0), "label: expected classes {first} to {last}")
@@ -135,6 +135,6 @@ class SemiSupervisedVAE(DeepMixture):
         classifier: OneHot,
         event_dim: int = 1,
     ):
-        likelihood = likelihood if needs_context(likelihood) else Beside(likelihood)
-        posterior = posterior if needs_context(posterior) else Beside(posterior, event_dim=event_dim)
+        likelihood = likelihood if needs_context(likelihood) else ConcatContext(likelihood)
+        posterior = posterior if needs_context(posterior) else ConcatContext(posterior, event_dim=event_dim)
         super().__init__(labels, prior, likelihood, posterior, classifier)

@@ -16,18 +16,20 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.factories.choices import Among, given_to
+from ppvae.factories.choices import ClassChoice, accepted_arguments
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
-from ppvae.nn.conditional import called
+from ppvae.nn.conditional import call_with_context
 
 Part = Callable[..., Module]
-Prior = Annotated[Part, Among(("ppvae.priors",), Module, ("latent", "posterior", "data", "num_labels"))]
-Likelihood = Annotated[Part, Among(("ppvae.likelihoods",), Module, ("net", "masked", "num_labels"))]
+Prior = Annotated[Part, ClassChoice(("ppvae.priors",), Module, ("latent", "posterior", "data", "num_labels"))]
+Likelihood = Annotated[Part, ClassChoice(("ppvae.likelihoods",), Module, ("net", "masked", "num_labels"))]
 Posterior = Annotated[
     Part,
-    Among(("ppvae.posteriors",), Module, ("net", "latent", "prior", "likelihood", "num_labels", "size", "outputs")),
+    ClassChoice(
+        ("ppvae.posteriors",), Module, ("net", "latent", "prior", "likelihood", "num_labels", "size", "outputs")
+    ),
 ]
 Decoder = Callable[[int, tuple[int, ...]], Module]  # of the size of z and the event shape of the output
 Pair = VAE | tuple[Callable[..., Any], Callable[..., Any]]
@@ -172,8 +174,8 @@ def _composed(
             raise UsageError(f"posterior {_name(posterior)}: {error}") from error
         return made
 
-    if given_to(prior, {"posterior": None}):
-        if given_to(posterior, {"prior": None}):
+    if accepted_arguments(prior, {"posterior": None}):
+        if accepted_arguments(posterior, {"prior": None}):
             raise UsageError(
                 f"prior {_name(prior)} is made of the posterior, and posterior {_name(posterior)} of the prior: "
                 f"expected one of them to stand by itself; choose another prior or posterior"
@@ -182,12 +184,12 @@ def _composed(
     known["prior"] = _made("prior", prior, known)
     context = None if num_labels is None else torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
-        z = called(known["prior"], context=context)
+        z = call_with_context(known["prior"], context=context)
     size = z.event_shape.numel()
     known["likelihood"] = _made("likelihood", likelihood, known)
     shape = known["likelihood"].output_shape(tuple(train.shape[1:]))
     classes = _classes(z.support)
-    if not given_to(likelihood, {"masked": None}):
+    if not accepted_arguments(likelihood, {"masked": None}):
         known["likelihood"].net = _embedding(classes, size, shape, decoder) if classes else decoder(size, shape)
     elif classes:
         raise UsageError(
@@ -201,7 +203,7 @@ def _composed(
 
 
 def _made(role: str, part: Part, known: Mapping[str, Any]) -> Module:
-    given = given_to(part, known)
+    given = accepted_arguments(part, known)
     lacking = next((v.what for v in given.values() if isinstance(v, _Lacking)), "")
     if lacking:
         raise UsageError(f"{role} {_name(part)}: expected {lacking}")

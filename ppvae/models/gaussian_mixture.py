@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.parameter_names import unique
+from ppvae.parameter_names import unique_name
 
 
 @final
@@ -50,7 +50,7 @@ class GaussianMixture(nn.Module):
             self.factor = nn.Parameter(torch.zeros(components, features, features))
         elif rank:
             self.factor = nn.Parameter(0.1 * torch.randn(components, features, rank))
-        self._name = unique("gaussian_mixture")
+        self._name = unique_name("gaussian_mixture")
 
     @classmethod
     def from_data(cls, x: Tensor, components: int, rank: int | None = None, seed: int = 0) -> GaussianMixture:

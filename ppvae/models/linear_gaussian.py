@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.parameter_names import unique
+from ppvae.parameter_names import unique_name
 
 
 class LinearGaussian(nn.Module):
@@ -44,7 +44,7 @@ class LinearGaussian(nn.Module):
         self.weight = nn.Parameter(torch.randn(features, latent) / math.sqrt(latent))
         self.loc = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(start.log())
-        self._name = unique("linear_gaussian")
+        self._name = unique_name("linear_gaussian")
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z)."""

@@ -29,7 +29,7 @@ class Block(Module):
 
     def __init__(self, prior: Module, posterior: Module, step: Module):
         super().__init__()
-        self.prior, self.posterior, self.step = prior, nn.Beside(posterior), step
+        self.prior, self.posterior, self.step = prior, nn.ConcatContext(posterior), step
 
 
 @final

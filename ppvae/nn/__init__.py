@@ -1,7 +1,7 @@
 """Networks over any leading dims: [..., *event in] -> [..., *event out]."""
 
 from ppvae.nn.codebook import Codebook, Nearness
-from ppvae.nn.context import Beside, Labels, rows_of
+from ppvae.nn.context import ConcatContext, Labels, rows_of
 from ppvae.nn.conv import Leading, Residual, conv_decoder, conv_encoder, residual_decoder, residual_encoder
 from ppvae.nn.dense import Gated, Log1p, Missing, gated_mlp, glorot, mlp, set_output_bias
 from ppvae.nn.masked import MADE, MaskedConv2d, MaskedLinear, PixelCNN, sees_only_the_past
@@ -13,8 +13,8 @@ __all__ = [
     "MADE",
     "Added",
     "Backward",
-    "Beside",
     "Codebook",
+    "ConcatContext",
     "Gated",
     "Labels",
     "Leading",

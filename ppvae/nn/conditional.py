@@ -32,7 +32,7 @@ def needs_context(part: nn.Module) -> bool:
     return declared.default is declared.empty or any(map(needs_context, part.children()))
 
 
-def called(part: nn.Module, *args: Tensor, context: Tensor | None) -> Any:
+def call_with_context(part: nn.Module, *args: Tensor, context: Tensor | None) -> Any:
     """The part's result, given the context if it declares one, and without it where there is none and it has a default.
 
     Raises `UsageError` where there is none and it has no default.

@@ -48,7 +48,7 @@ def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tens
         raise DataError(f"{expected}, found {int(index[tuple(at)])} at row {at[-1]} of the batch") from None
 
 
-class Beside(nn.Module):
+class ConcatContext(nn.Module):
     """Gives a module the batch's second tensor beside its input, module([x, of(context)]), on the last dim.
 
     Wraps a conditional, or a network. Leading dims of x [..., x] and of the features [..., features] broadcast.
@@ -62,7 +62,7 @@ class Beside(nn.Module):
 
     >>> from ppvae import likelihoods
     >>> from ppvae.nn import mlp
-    >>> part = Beside(likelihoods.Bernoulli(mlp(8 + 10, 64)), of=Labels(10))
+    >>> part = ConcatContext(likelihoods.Bernoulli(mlp(8 + 10, 64)), of=Labels(10))
     >>> part(torch.zeros(5, 8), context=torch.arange(5)).shape()
     torch.Size([5, 64])
     """

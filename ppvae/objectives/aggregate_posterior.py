@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, refused
-from ppvae.inference.replay import on_copies
+from ppvae.inference.replay import buffer_copies
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, draw, simulate
+from ppvae.inference.terms import Terms, sample_guide, simulate
 from ppvae.objectives.base import Call
 from ppvae.objectives.elbo import Rated, apart, parted, rate
 
@@ -78,12 +78,12 @@ class TCVAE(Aggregate):
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
-        if len(s.guide_roles) != 1 or s.nesting != 1:
+        if len(s.guide_roles) != 1 or s.plate_nesting != 1:
             raise ContractError(
                 f"TCVAE: expected one latent, in the data plate alone, found {sorted(s.guide_roles)}"
-                f"{' in inner plates' if s.nesting != 1 else ''}"
+                f"{' in inner plates' if s.plate_nesting != 1 else ''}"
             )
-        if s.indexes:
+        if s.draws_subsample:
             raise ContractError("TCVAE: expected batches that are handed over, found a plate that draws its subsample")
         if self.num_data is None and not s.fixed_size:
             raise ContractError(
@@ -95,8 +95,10 @@ class TCVAE(Aggregate):
         z, count, size = t.guide[name].value, t.num_particles, t.batch_size
         # every draw is a particle, evaluated under the guide of every datum
         each = z.reshape(count * size, 1, *z.shape[2:]).expand(count * size, size, *z.shape[2:])
-        with on_copies():
-            site = draw(call.guide, call.batch, count * size, structure=call.s, values={name: each}, events=True)[name]
+        with buffer_copies():
+            site = sample_guide(
+                call.guide, call.batch, count * size, structure=call.s, values={name: each}, events=True
+            )[name]
         events = site.events if call.s.event_dims[name] else site.log_prob
         if events is None:
             raise refused(
@@ -138,23 +140,23 @@ class InfoVAE(Aggregate):
 
     def of_batch(self, call: Call, t: Terms) -> Tensor:
         ours, theirs = [], []
-        with on_copies():
+        with buffer_copies():
             prior = [simulate(call.model, call.batch) for _ in range(t.num_particles)]
         for name, site in t.guide.items():
             event = call.s.event_dims[name]
-            ours.append(_rows(site.value, event, call.s.nesting))
-            theirs.append(torch.cat([_rows(p[name], event, call.s.nesting) for p in prior]))
+            ours.append(_rows(site.value, event, call.s.plate_nesting))
+            theirs.append(torch.cat([_rows(p[name], event, call.s.plate_nesting) for p in prior]))
         discrepancy = mmd(torch.cat(ours, -1).double(), torch.cat(theirs, -1).double(), self.width)
         bound = t.log_lik - (1 - self.alpha) * rate(t)
         return bound.mean(0) - (self.alpha + self.weight - 1) * discrepancy
 
 
-def _rows(value: Tensor, event: int, nesting: int) -> Tensor:
+def _rows(value: Tensor, event: int, plate_nesting: int) -> Tensor:
     """[(particles,) *inner plates, batch, *event] -> [particles * batch, numbers of one datum]."""
     lead = value.dim() - event
-    if lead <= nesting:
-        value = value.reshape(*(1,) * (nesting + 1 - lead), *value.shape)
-    value = value.movedim(nesting, 1)
+    if lead <= plate_nesting:
+        value = value.reshape(*(1,) * (plate_nesting + 1 - lead), *value.shape)
+    value = value.movedim(plate_nesting, 1)
     return value.reshape(value.shape[0] * value.shape[1], -1)
 
 

@@ -13,11 +13,11 @@ from ppvae.objectives.base import Call, Objective
 
 
 @final
-class Plus(Objective):
+class AuxiliaryLoss(Objective):
     """bound + weight term(*batch), where the term is of the batch alone, in nats per datum: no bound on log p(x).
 
     For semi-supervised VAEs it is log q(label | x) on labelled data, by which the classifier learns from labels, too:
-    `Plus(ELBO(), vae.log_label, weight=...)`, alpha = 0.1 times the number of data in the paper.
+    `AuxiliaryLoss(ELBO(), vae.log_label, weight=...)`, alpha = 0.1 times the number of data in the paper.
 
     Args:
         bound: the objective that is added to; its particles and gradient are this one's.
@@ -31,7 +31,7 @@ class Plus(Objective):
     >>> from ppvae.models import LinearGaussian
     >>> from ppvae.objectives import ELBO
     >>> pair, x = LinearGaussian(3, 2), torch.ones(4, 3)
-    >>> objective = Plus(ELBO(), lambda x: x.sum(-1), weight=2.0)
+    >>> objective = AuxiliaryLoss(ELBO(), lambda x: x.sum(-1), weight=2.0)
     >>> round(ELBO().loss(pair.model, pair.guide, x) - objective.loss(pair.model, pair.guide, x), 3)
     24.0
     """

@@ -14,8 +14,8 @@ from ppvae.errors import ContractError, UsageError
 from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, terms
-from ppvae.inference.tracing import Pair, traces
-from ppvae.objectives.gradients.estimators import Gradient, named
+from ppvae.inference.tracing import Program, trace_pair
+from ppvae.objectives.gradients.estimators import Gradient, gradient_named
 from ppvae.objectives.schedules import Scheduled
 
 
@@ -23,8 +23,8 @@ from ppvae.objectives.schedules import Scheduled
 class Call:
     """A pair on one batch, as an objective looks at it."""
 
-    model: Pair
-    guide: Pair
+    model: Program
+    guide: Program
     batch: tuple[Any, ...]
     s: Structure
     num_particles: int
@@ -33,7 +33,7 @@ class Call:
     def terms(self, **options: Any) -> Terms:
         """The pair's terms; options as `ppvae.inference.terms` takes them."""
         index = None
-        if self.s.indexes:  # drawn here, so that all particles look at the same data
+        if self.s.draws_subsample:  # drawn here, so that all particles look at the same data
             index = torch.randperm(self.s.full_size, device=self.batch[0].device)[: self.s.subsample_size]
         return terms(
             self.model, self.guide, self.batch, self.num_particles, structure=self.s, index=index,
@@ -50,17 +50,17 @@ class Objective(PyroELBO):
     """
 
     separate = True  # whether a datum's bound depends on no other datum, so that a batch can be cut
-    sticks = False  # whether leaving out the guide's score (STL) leaves the gradient unbiased
+    stl_unbiased = False  # whether leaving out the guide's score (STL) leaves the gradient unbiased
 
     def __init__(self, num_particles: int, gradient: str | Gradient = "pathwise"):
         if num_particles < 1:
             raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.gradient = named(gradient)
+        self.gradient = gradient_named(gradient)
         self.gradient.suits(self)
         self._scheduled: dict[str, Scheduled] = {}
         self._steps = torch.zeros((), dtype=torch.int64)  # taken; a tensor, as what a captured step may read
-        self._known: tuple[Pair, Pair, Structure] | None = None
+        self._known: tuple[Program, Program, Structure] | None = None
 
     @abstractmethod
     def reduce(self, log_weight: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Objective(PyroELBO):
         """The bound per datum, [batch] nats."""
         return self.reduce(self.weigh(t))
 
-    def credit(self, log_weight: Tensor) -> Tensor:
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
         """The part of the bound that each particle has a share in, [particles, batch]: all of it, if nothing is known.
 
         What a particle has no share in only adds noise to the score function's estimate.
@@ -92,7 +92,7 @@ class Objective(PyroELBO):
         same = torch.eye(len(log_weight), dtype=torch.bool, device=log_weight.device)[..., None]
         return self.reduce(torch.where(same, others, log_weight[:, None]))
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         """By what a doubly reparameterised gradient weights each path, beside the pathwise one: [particles, batch].
 
         1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k).
@@ -126,17 +126,17 @@ class Objective(PyroELBO):
         """The bound summed over the batch, whose gradient is the estimator's: a scalar."""
         return self.gradient.surrogate(self, call)
 
-    def _get_trace(self, model: Pair, guide: Pair, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         """Pyro's hook for a pair of traces; everything here goes through `terms`."""
-        return traces(model, guide, args, self._structure(model, guide, args), {}, num_particles=self.draws)
+        return trace_pair(model, guide, args, self._structure(model, guide, args), {}, num_particles=self.draws)
 
-    def _structure(self, model: Pair, guide: Pair, batch: tuple[Any, ...]) -> Structure:
+    def _structure(self, model: Program, guide: Program, batch: tuple[Any, ...]) -> Structure:
         if self._known is None or self._known[:2] != (model, guide):
             s = inspect(model, guide, batch, weights=False)
             self.refuse(s)
             if s.scaled:
                 raise ContractError(s.scaled)
-            if s.joint and s.full_size != s.size_of(batch):
+            if s.has_global_latents and s.full_size != s.size_of(batch):
                 raise ContractError(
                     f"a latent is shared by all data: expected all of them in the batch, found {s.size_of(batch)} of "
                     f"{s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
@@ -145,7 +145,7 @@ class Objective(PyroELBO):
             self._known = (model, guide, s)
         return self._known[2]
 
-    def _call(self, model: Pair, guide: Pair, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _call(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if kwargs:
             raise UsageError(f"a pair is called as model(*batch): expected no keywords, found {sorted(kwargs)}")
         return Call(model, guide, args, self._structure(model, guide, args), self.draws, self.options)
@@ -154,18 +154,18 @@ class Objective(PyroELBO):
         rows = call.s.size_of(call.batch)
         return -total * (call.s.represented(rows) / rows)
 
-    def differentiable_loss(self, model: Pair, guide: Pair, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over the batch, times the data plate's scale: a scalar tensor."""
         call = self._call(model, guide, args, kwargs)
         return self._scaled(self.surrogate(call), call)
 
-    def loss(self, model: Pair, guide: Pair, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss as a number, without a gradient."""
         with torch.no_grad():
             call = self._call(model, guide, args, kwargs)
             return self._scaled(self.value(call), call).item()
 
-    def loss_and_grads(self, model: Pair, guide: Pair, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; its gradient is added to `.grad` of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

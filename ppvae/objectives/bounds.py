@@ -12,8 +12,8 @@ from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.base import Call, Objective
-from ppvae.objectives.gradients.estimators import DReG, Gradient, Pathwise, added, sampled
-from ppvae.objectives.gradients.gdreg import Leaves
+from ppvae.objectives.gradients.estimators import DReG, Gradient, Pathwise, accumulate_gradients, sampled_latents
+from ppvae.objectives.gradients.gdreg import LatentLeaves
 from ppvae.objectives.reductions import log_mean_exp, log_mean_exp_without, mean_without
 
 log = logging.getLogger("ppvae")
@@ -61,7 +61,7 @@ class IWAE(Objective):
     def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
         return log_mean_exp_without(log_weight, others)
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         return log_weight.softmax(0)
 
 
@@ -90,21 +90,21 @@ class Renyi(Objective):
         super().__init__(num_particles, gradient)
 
     @property
-    def sticks(self) -> bool:  # type: ignore[override]
+    def stl_unbiased(self) -> bool:  # type: ignore[override]
         return self.alpha == 1
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
         if self.alpha != 0:
-            sampled(s, "a Renyi bound", "take ELBO or CIWAE")
+            sampled_latents(s, "a Renyi bound", "take ELBO or CIWAE")
         warn_of_enumerated(s)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         power = 1 - self.alpha
         return log_mean_exp(power * log_weight) / power if power else log_weight.mean(0)
 
-    def credit(self, log_weight: Tensor) -> Tensor:
-        return super().credit(log_weight) if self.alpha != 1 else log_weight / len(log_weight)
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
+        return super().learning_signal(log_weight) if self.alpha != 1 else log_weight / len(log_weight)
 
     def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
         power = 1 - self.alpha
@@ -112,7 +112,7 @@ class Renyi(Objective):
             return mean_without(log_weight, others)
         return log_mean_exp_without(power * log_weight, power * others) / power
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         return self.alpha + (1 - self.alpha) * ((1 - self.alpha) * log_weight).softmax(0)
 
 
@@ -143,7 +143,7 @@ class MIWAE(Objective):
         return self.num_particles * self.num_bounds
 
     @property
-    def sticks(self) -> bool:  # type: ignore[override]
+    def stl_unbiased(self) -> bool:  # type: ignore[override]
         return self.num_particles == 1
 
     def refuse(self, s: Structure) -> None:
@@ -157,7 +157,7 @@ class MIWAE(Objective):
         """[M, batch], each of K draws that follow one another."""
         return log_mean_exp(_grouped(log_weight, self.num_bounds))
 
-    def credit(self, log_weight: Tensor) -> Tensor:
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
         return self._bounds(log_weight).repeat_interleave(self.num_particles, 0) / self.num_bounds
 
     def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class MIWAE(Objective):
         bounds = self._bounds(log_weight)
         return _ungrouped(bounds.mean(0) + (own - bounds) / self.num_bounds)
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         return _ungrouped(_grouped(log_weight, self.num_bounds).softmax(0))
 
 
@@ -193,7 +193,7 @@ class CIWAE(Objective):
         super().__init__(num_particles, gradient)
 
     @property
-    def sticks(self) -> bool:  # type: ignore[override]
+    def stl_unbiased(self) -> bool:  # type: ignore[override]
         return self.beta == 1
 
     def refuse(self, s: Structure) -> None:
@@ -207,14 +207,14 @@ class CIWAE(Objective):
     def reduce(self, log_weight: Tensor) -> Tensor:
         return self.beta * log_weight.mean(0) + (1 - self.beta) * log_mean_exp(log_weight)
 
-    def credit(self, log_weight: Tensor) -> Tensor:
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
         return self.beta * log_weight / len(log_weight) + (1 - self.beta) * log_mean_exp(log_weight)
 
     def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
         iwae = log_mean_exp_without(log_weight, others)
         return self.beta * mean_without(log_weight, others) + (1 - self.beta) * iwae
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         w = log_weight.softmax(0)
         share = (1 - self.beta) * w
         rate = share + self.beta / len(log_weight)
@@ -252,26 +252,26 @@ class PIWAE(Objective):
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
-        sampled(s, "PIWAE", "take ELBO or CIWAE")
+        sampled_latents(s, "PIWAE", "take ELBO or CIWAE")
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         return _ungrouped(_grouped(log_weight, self.num_bounds).softmax(0))
 
     def surrogate(self, call: Call) -> Tensor:
-        leaves = Leaves()
+        leaves = LatentLeaves()
         t = call.terms(entry=leaves)
         log_weight, log_q = t.log_weight, t.log_guide
         detached = log_weight.detach()
-        slope = self.doubly(detached) / self.num_bounds  # of the mean of the guide's bounds
+        slope = self.dreg_weights(detached) / self.num_bounds  # of the mean of the guide's bounds
         ours = (detached.softmax(0) * (log_weight + log_q)).sum()
         if isinstance(self.gradient, DReG):
-            theirs = leaves.through(leaves.gradients(log_weight), self.doubly(detached) * slope)
+            theirs = leaves.through(leaves.gradients(log_weight), self.dreg_weights(detached) * slope)
         else:
             theirs = leaves.through(leaves.gradients(log_weight), slope) - (slope * log_q).sum()
-        return self.reduce(detached).sum() + added(ours + theirs)
+        return self.reduce(detached).sum() + accumulate_gradients(ours + theirs)
 
 
 def _counted(num_bounds: int) -> int:

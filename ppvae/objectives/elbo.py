@@ -11,7 +11,7 @@ from ppvae.errors import ContractError, UsageError, refused
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.base import Objective
-from ppvae.objectives.gradients.estimators import Gradient, Pathwise, Score
+from ppvae.objectives.gradients.estimators import Gradient, Pathwise, ScoreFunction
 from ppvae.objectives.reductions import mean_without
 from ppvae.objectives.schedules import Schedule, Scheduled
 
@@ -19,7 +19,7 @@ from ppvae.objectives.schedules import Schedule, Scheduled
 class Rated(Objective):
     """An expected log-likelihood less something of the rate; the mean over particles."""
 
-    sticks = True
+    stl_unbiased = True
 
     def refuse(self, s: Structure) -> None:
         """A point mass as guide (MAP) has no weights, and can be trained."""
@@ -27,13 +27,13 @@ class Rated(Objective):
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_weight.mean(0)
 
-    def credit(self, log_weight: Tensor) -> Tensor:
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
         return log_weight / len(log_weight)
 
     def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
         return mean_without(log_weight, others)
 
-    def doubly(self, log_weight: Tensor) -> Tensor:
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
         return torch.ones_like(log_weight)
 
 
@@ -80,7 +80,7 @@ class ELBO(Rated):
         if free_bits:
             only(self, Pathwise, "free_bits, whose maximum is of the draws")
         elif analytic_kl:
-            only(self, Pathwise | Score, "analytic_kl, in which the guide has no score")
+            only(self, Pathwise | ScoreFunction, "analytic_kl, in which the guide has no score")
 
     @property
     def _plain(self) -> bool:
@@ -156,7 +156,7 @@ def rate(t: Terms) -> Tensor:
     for name, kl in t.kl.items():
         sampled = t.guide[name].log_prob.double() - t.model[name].log_prob.double()
         difference = kl.double().sum(tuple(range(kl.dim() - 2))) - sampled if kl.dim() > 2 else kl.double() - sampled
-        total = total + (difference.sum(-1, keepdim=True) if t.joint else difference)
+        total = total + (difference.sum(-1, keepdim=True) if t.has_global_latents else difference)
     return total
 
 
@@ -183,5 +183,5 @@ def parted(s: Structure, what: str) -> None:
                 name, f"latents with a density of their own, for {what}", "a helper that others are made from",
                 "give the latent its density in the guide",
             )  # fmt: skip
-    if s.joint:
+    if s.has_global_latents:
         raise ContractError(f"{what}: expected a rate per datum, found a latent that is shared by all data")

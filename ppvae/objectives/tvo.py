@@ -12,7 +12,7 @@ from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.objectives.base import Call, Objective
 from ppvae.objectives.bounds import warn_of_enumerated
-from ppvae.objectives.gradients.estimators import Gradient, added, sampled
+from ppvae.objectives.gradients.estimators import Gradient, accumulate_gradients, sampled_latents
 from ppvae.objectives.reductions import tempered_mean_without
 
 
@@ -53,13 +53,13 @@ class TVO(Objective):
         super().__init__(num_particles, gradient)
 
     @property
-    def sticks(self) -> bool:  # type: ignore[override]
+    def stl_unbiased(self) -> bool:  # type: ignore[override]
         return self.num_partitions == 1
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
         if self.num_partitions > 1:
-            sampled(s, "TVO", "take ELBO or CIWAE")
+            sampled_latents(s, "TVO", "take ELBO or CIWAE")
         warn_of_enumerated(s)
 
     def path(self) -> list[tuple[float, float]]:
@@ -73,8 +73,8 @@ class TVO(Objective):
             0
         )
 
-    def credit(self, log_weight: Tensor) -> Tensor:
-        return super().credit(log_weight) if self.num_partitions > 1 else log_weight / len(log_weight)
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
+        return super().learning_signal(log_weight) if self.num_partitions > 1 else log_weight / len(log_weight)
 
     def without(self, log_weight: Tensor, others: Tensor) -> Tensor:
         terms = [width * tempered_mean_without(log_weight, others, b) for b, width in self.path()]
@@ -97,7 +97,7 @@ class Covariance(Gradient):
             raise UsageError("num_particles: expected at least 2 for a covariance, found 1")
 
     def refuse(self, objective: Objective, s: Structure) -> None:
-        sampled(s, "covariance")
+        sampled_latents(s, "covariance")
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         assert isinstance(objective, TVO)
@@ -110,4 +110,4 @@ class Covariance(Gradient):
             mean = (v * f).sum(0)
             log_pi = log_q + b * log_weight
             total = total + width * (v * log_weight + v * (f - mean) * log_pi).sum()
-        return objective.reduce(f).sum() + added(total)
+        return objective.reduce(f).sum() + accumulate_gradients(total)

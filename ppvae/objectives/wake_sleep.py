@@ -10,11 +10,11 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.inference.replay import on_copies
+from ppvae.inference.replay import buffer_copies
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import node_log_prob, one_trace, sample_nodes
+from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
 from ppvae.objectives.base import Call, Objective
-from ppvae.objectives.gradients.estimators import added, sampled
+from ppvae.objectives.gradients.estimators import accumulate_gradients, sampled_latents
 from ppvae.objectives.reductions import log_mean_exp
 
 
@@ -52,14 +52,14 @@ class ReweightedWakeSleep(Objective):
 
     def refuse(self, s: Structure) -> None:
         super().refuse(s)
-        sampled(s, "reweighted wake-sleep", "take ELBO or CIWAE")
+        sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
         for name, role in s.guide_roles.items():
             if role == "auxiliary" and self.sleep:
                 raise refused(
                     name, "a guide whose sites the model draws, for sleep", "a helper that the model lacks",
                     "take sleep = 0",
                 )  # fmt: skip
-        if self.sleep and s.joint:
+        if self.sleep and s.has_global_latents:
             raise ContractError("sleep: expected data that are independent, found a latent that all share")
 
     def refuse_gradient(self, s: Structure) -> None:
@@ -75,9 +75,9 @@ class ReweightedWakeSleep(Objective):
         weights = held.softmax(0)
         total = (weights * (log_weight + log_q)).sum() + self.wake * (weights * log_q).sum()
         if self.sleep:
-            with on_copies():  # batch norm is to know the data, not dreams
+            with buffer_copies():  # batch norm is to know the data, not dreams
                 total = total + self.sleep * dreamt(call)
-        return self.reduce(held).sum() + added(total)
+        return self.reduce(held).sum() + accumulate_gradients(total)
 
 
 def dreamt(call: Call) -> Tensor:
@@ -86,7 +86,7 @@ def dreamt(call: Call) -> Tensor:
     with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
         call.model(*batch)
     values = {}
-    for name, node in sample_nodes(tracer.get_trace()):
+    for name, node in sample_sites(tracer.get_trace()):
         if node["infer"].get("was_observed"):
             places = [i for i, given in enumerate(call.batch) if given is node["infer"]["obs"]]
             if not places:
@@ -98,8 +98,8 @@ def dreamt(call: Call) -> Tensor:
             batch[places[0]] = node["value"]
         elif name in s.guide_roles:
             values[name] = node["value"]
-    trace = one_trace(call.guide, batch, replace(s, enumerated=()), values)
+    trace = trace_program(call.guide, batch, replace(s, enumerated=()), values)
     total = torch.zeros((), dtype=torch.float64, device=call.batch[0].device)
-    for _, node in sample_nodes(trace):
+    for _, node in sample_sites(trace):
         total = total + node_log_prob(node).double().sum()
     return total

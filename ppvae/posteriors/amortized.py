@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppvae.nn.conditional import called
+from ppvae.nn.conditional import call_with_context
 
 
 class Amortized(nn.Module):
@@ -23,4 +23,4 @@ class Amortized(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        return self.head(called(self.net, x, context=context))
+        return self.head(call_with_context(self.net, x, context=context))

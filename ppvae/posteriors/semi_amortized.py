@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.nn.conditional import called
+from ppvae.nn.conditional import call_with_context
 
 
 @final
@@ -82,13 +82,13 @@ class SemiAmortized(nn.Module):
         loc, log_scale = outputs.chunk(2, dim=-1)
         noise = _noise(self.num_particles, loc.shape[-1], self.seed).to(loc)
         z = loc + log_scale.exp() * noise.reshape(len(noise), *(1,) * (loc.dim() - 1), -1)
-        prior, likelihood = self._prior(loc, context), called(self.likelihood, z, context=context)
+        prior, likelihood = self._prior(loc, context), call_with_context(self.likelihood, z, context=context)
         joint = likelihood.log_prob(x) + prior.log_prob(z)
         return joint.mean(0) + log_scale.sum(-1)
 
     def _prior(self, loc: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         """The prior, which must live where a normal does."""
-        prior = called(self.prior, context=context)
+        prior = call_with_context(self.prior, context=context)
         support = getattr(prior.support, "base_constraint", prior.support)
         if support not in (constraints.real, constraints.real_vector) or prior.event_shape != loc.shape[-1:]:
             raise ContractError(
@@ -122,7 +122,7 @@ class SemiAmortized(nn.Module):
         return best
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        start = called(self.net, x, context=context)
+        start = call_with_context(self.net, x, context=context)
         if torch.is_grad_enabled() and self.through and start.requires_grad:
             return self.head(self._refined(x, start, True, context))
         with torch.enable_grad():

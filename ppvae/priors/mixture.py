@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions.base import expanded
 from ppvae.errors import ContractError
-from ppvae.nn.conditional import called, needs_context, takes_context
+from ppvae.nn.conditional import call_with_context, needs_context, takes_context
 
 _NUMBERS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
 
@@ -201,7 +201,7 @@ class VampPrior(nn.Module):
         return Mixture(self._kept[1])
 
     def _components(self) -> Any:
-        found = called(self.posterior, self.pseudo_inputs, context=self.context)
+        found = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
         if isinstance(found, dist.Delta):
             raise ContractError(
                 f"VampPrior: expected a posterior with a density, found {type(self.posterior).__name__}, a point mass"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, particles_in_words, verdict
+from ppvae.evaluation.reliability import advice, particles_in_words, reliability_verdict
 from ppvae.plots.style import number
 from ppvae.report import of_chains
 from ppvae.report.of_pair import active
@@ -67,7 +67,7 @@ def remarks(s: Subject) -> list[str]:
         return [s.no_estimate, *of_chains.remarks(s)]
     out = []
     if bool((~est.reliable).any()):
-        out.append(_sentence(verdict(est)))
+        out.append(_sentence(reliability_verdict(est)))
     if todo := advice(est):
         out.append(_sentence(f"what to do: {todo}"))
     if est.lower_bound_only:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ppvae import generate
 from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, PpvaeError, UsageError
-from ppvae.evaluation.blocks import digest_of, prepared
+from ppvae.evaluation.blocks import as_single_batch, data_digest
 from ppvae.evaluation.estimate import Estimate
-from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import unbound
+from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Structure
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Subject:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the data, as `log_marginal` writes it into its result."""
-        return digest_of(self.columns)
+        return data_digest(self.columns)
 
     @property
     def description(self) -> str:
@@ -147,7 +147,7 @@ class Subject:
     @property
     def pair(self) -> tuple[str, str]:
         """The pair's name, and its parts."""
-        model = unbound(self.run.model)
+        model = unwrap(self.run.model)
         owner = getattr(model, "__self__", model)
         thing: Any = type(owner) if isinstance(owner, nn.Module) else model
         name = getattr(thing, "__qualname__", type(thing).__name__).replace("<locals>.", "")
@@ -165,7 +165,7 @@ class Subject:
         try:
             # of two sizes, so that neither is taken for the batch of a pair that draws its own subsample of that size
             found = [self._inspect(count) for count in {min(n, len(self)) for n in FEW}]
-            self.whole = any(structure.indexes or structure.joint for structure in found)
+            self.whole = any(structure.draws_subsample or structure.has_global_latents for structure in found)
         except ContractError:
             self.whole = True
         try:
@@ -174,8 +174,8 @@ class Subject:
             self.problem = one_line(error, 400)
 
     def _inspect(self, count: int) -> Structure:
-        with evaluating(self.run.model, self.run.guide):
-            batch = prepared(self.run.model, self.run.guide, self.read(torch.arange(count)), self.seed)
+        with evaluation_mode(self.run.model, self.run.guide):
+            batch = as_single_batch(self.run.model, self.run.guide, self.read(torch.arange(count)), self.seed)
             return inspect(self.run.model, self.run.guide, batch, weights=False)
 
 

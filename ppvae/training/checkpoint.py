@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import CheckpointError
-from ppvae.inference.param_store import Scope
-from ppvae.parameter_names import canonical
+from ppvae.inference.param_store import ParamScope
+from ppvae.parameter_names import canonical_names
 from ppvae.storage import write_bytes
 
 POINTER = "last"
@@ -95,17 +95,17 @@ def _unpacked(content: bytes, path: Path) -> Any:
 class PairState:
     """Parameters (unconstrained) and buffers of a pair: read out, put back, compared by name and shape."""
 
-    def __init__(self, scope: Scope, modules: list[nn.Module]):
+    def __init__(self, scope: ParamScope, modules: list[nn.Module]):
         self.scope, self.modules = scope, modules
 
     def params(self) -> dict[str, Tensor]:
         """Unconstrained parameters by canonical name, in order of first use."""
-        names = canonical(self.scope.params)
+        names = canonical_names(self.scope.params)
         return {names[name]: p for name, p in self.scope.params.items()}
 
     def renamed(self, state: Mapping[str, Any], back: bool = False) -> dict[str, Any]:
         """An optimizer's state by parameter, with canonical names; `back` gives this process's names."""
-        names = canonical(self.scope.params)
+        names = canonical_names(self.scope.params)
         if back:
             names = {new: old for old, new in names.items()}
         return {names.get(name, name): value for name, value in state.items()}

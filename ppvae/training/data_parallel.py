@@ -26,7 +26,7 @@ def _answering() -> Iterator[None]:
 
 
 @final
-class Processes:
+class DataParallel:
     """The processes of a `torch.distributed` group that train together (by `torchrun`, say); one where there is none.
 
     Each takes every `size`-th row of a batch, so that the order of the data is that of one process, and draws noise of

@@ -11,22 +11,22 @@ from pyro.optim import PyroOptim
 from ppvae.data.loader import Columns
 
 
-def digest_of(columns: Columns) -> str:
+def columns_digest(columns: Columns) -> str:
     """The SHA-256 of each column of the data."""
     from ppvae import data as datasets
 
     return " ".join(p.digest if hasattr(p, "digest") else datasets.digest(p) for p in columns.parts)
 
 
-def described(thing: Any) -> str:
+def describe_setting(thing: Any) -> str:
     """An optimizer, schedule or objective in words that are the same in another process."""
     if isinstance(thing, functools.partial):
-        inside = ", ".join([*map(described, thing.args), *_keywords(thing.keywords)])
-        return f"{described(thing.func)}({inside})"
+        inside = ", ".join([*map(describe_setting, thing.args), *_keywords(thing.keywords)])
+        return f"{describe_setting(thing.func)}({inside})"
     if isinstance(thing, PyroOptim):
         options = thing.pt_optim_args
-        shown = described(options) if callable(options) else ", ".join(_keywords(options))
-        return f"{type(thing).__name__}({described(thing.pt_optim_constructor)}, {shown})"
+        shown = describe_setting(options) if callable(options) else ", ".join(_keywords(options))
+        return f"{type(thing).__name__}({describe_setting(thing.pt_optim_constructor)}, {shown})"
     if isinstance(thing, ELBO):
         try:
             usual = vars(type(thing)())
@@ -42,4 +42,4 @@ def described(thing: Any) -> str:
 
 
 def _keywords(options: dict[str, Any]) -> list[str]:
-    return [f"{k}={described(v) if callable(v) else repr(v)}" for k, v in sorted(options.items())]
+    return [f"{k}={describe_setting(v) if callable(v) else repr(v)}" for k, v in sorted(options.items())]

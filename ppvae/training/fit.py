@@ -14,9 +14,9 @@ from pyro.optim import PyroOptim
 from ppvae.compilation.precision import check_precision
 from ppvae.errors import UsageError
 from ppvae.inference.svi import Optimizer
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_all_rngs
-from ppvae.training.description import described, digest_of
+from ppvae.training.description import columns_digest, describe_setting
 from ppvae.training.run import Run
 from ppvae.training.trainer import Callback, Trainer
 
@@ -24,8 +24,8 @@ _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
 def fit(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     valid: Any = None,
@@ -113,9 +113,9 @@ def fit(
         )  # fmt: skip
         trainer.compile = compile
         settings = {
-            "objective": described(trainer.objective),
-            "optimizer": described(optimizer),
-            "scheduler": described(scheduler) if scheduler else None,
+            "objective": describe_setting(trainer.objective),
+            "optimizer": describe_setting(optimizer),
+            "scheduler": describe_setting(scheduler) if scheduler else None,
             "batch_size": batch_size,
             "seed": seed,
             "clip": clip,
@@ -124,8 +124,8 @@ def fit(
             "patience": patience,
             "num_data": len(trainer.train),
             "data": getattr(trainer.train.parts[0], "description", ""),
-            "digest": digest_of(trainer.train),
-            "valid": digest_of(trainer.valid) if trainer.valid is not None else None,
+            "digest": columns_digest(trainer.train),
+            "valid": columns_digest(trainer.valid) if trainer.valid is not None else None,
         }
         trainer.describe(settings, {"epochs": epochs, **(config or {})})
         trainer.processes.check_called_alike(repr(settings), trainer.train.device)

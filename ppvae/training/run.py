@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.inference.evaluation_mode import eval_mode, modules_called, modules_within
-from ppvae.inference.param_store import Bound, Scope, remember, unbound
+from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
+from ppvae.inference.param_store import BoundProgram, ParamScope, remember_trained, unwrap
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair, traces
+from ppvae.inference.tracing import Program, trace_pair
 from ppvae.rng import fork_rng
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
@@ -34,8 +34,8 @@ class Run:
         stopped: where a run that has not finished stopped, in words; empty for a finished one.
     """
 
-    model: Bound
-    guide: Bound
+    model: BoundProgram
+    guide: BoundProgram
     history: list[dict[str, Any]] = field(repr=False)
     directory: Path | None = None
     config: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -47,12 +47,12 @@ class Run:
         return self.history[-1] if self.history else {}
 
 
-def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: Scope) -> tuple[Bound, Bound]:
+def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope) -> tuple[BoundProgram, BoundProgram]:
     """The pair bound to a scope, which the bare functions then use too."""
     scope.seal()
-    remember(model, scope)
-    remember(guide, scope)
-    return Bound(model, scope), Bound(guide, scope)
+    remember_trained(model, scope)
+    remember_trained(guide, scope)
+    return BoundProgram(model, scope), BoundProgram(guide, scope)
 
 
 def versions() -> dict[str, str]:
@@ -93,8 +93,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def load(
     directory: str | Path,
-    model: Pair | None = None,
-    guide: Pair | None = None,
+    model: Program | None = None,
+    guide: Program | None = None,
     best: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> Run:
@@ -121,19 +121,19 @@ def load(
 
         with fork_rng(), default_dtype(dtype):
             model, guide = rebuild(config, dtype)
-    model, guide = unbound(model), unbound(guide)
+    model, guide = unwrap(model), unwrap(guide)
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None
-    scope = Scope()
+    scope = ParamScope()
     shapes = config["batch"]
     batch = tuple(floating(torch.zeros(shape, dtype=getattr(torch, kind)), dtype) for shape, kind in shapes)
-    for module in modules_within(model, guide) if dtype else ():
+    for module in reachable_modules(model, guide) if dtype else ():
         module.to(dtype)
     with (
-        scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), modules_called(model, guide) as modules
+        scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
         with eval_mode(model, guide):
-            traces(model, guide, batch, Structure(), {})
+            trace_pair(model, guide, batch, Structure(), {})
         if dtype is not None:  # what asks for a type of its own
             for tensor in (*scope.params.values(), *(b for module in modules for b in module.buffers(recurse=False))):
                 tensor.data = floating(tensor.data, dtype)

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import PpvaeError, TrainingError
-from ppvae.inference.contract.missing import LEAVE_OUT, with_gaps
+from ppvae.inference.contract.missing import LEAVE_OUT, tensors_with_missing
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
-from ppvae.inference.tracing import node_log_prob, sample_nodes, traces
+from ppvae.inference.tracing import node_log_prob, sample_sites, trace_pair
 from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
-from ppvae.training.data_parallel import Processes
+from ppvae.training.data_parallel import DataParallel
 
 Number: TypeAlias = float | Tensor  # of one element
 
 
 @final
-class Stepper:
+class TrainingStep:
     """Takes steps of SVI, with loss and gradient divided by the number of data that a batch represents.
 
     A batch of more than `rows` (datum, particle) rows goes through the pair in parts, whose gradients are added up;
@@ -39,7 +39,7 @@ class Stepper:
     def __init__(self, svi: SVI, state: PairState, structure: Structure, clip: float | None, rows: int):
         self.svi, self.state, self.structure, self.clip, self.rows = svi, state, structure, clip, rows
         self.normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.modules)
-        self.processes = Processes()
+        self.processes = DataParallel()
         self.taken = 0
         self.checkpoints: Path | None = None
 
@@ -130,7 +130,7 @@ class Stepper:
         size, objective = self.structure.size_of(batch), self.svi.loss
         if not size:
             return []
-        together = self.structure.indexes or self.structure.joint or self.normalised
+        together = self.structure.draws_subsample or self.structure.has_global_latents or self.normalised
         if together or not (isinstance(objective, Objective) and objective.separate):
             return [batch]
         width = max(1, self.rows // objective.draws)
@@ -170,7 +170,7 @@ class Stepper:
         if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
             kept += f"; last good checkpoint: {self.checkpoints}"
         cure = "Try a smaller learning rate, clip, or a bounded scale"
-        if with_gaps(batch):
+        if tensors_with_missing(batch):
             cure += f"; as values are missing (NaN), whose gradient is NaN even under a mask, {LEAVE_OUT}"
         return TrainingError(f"step {self.taken + 1} (epoch {epoch}): {what}{where}; {kept}. {cure}")
 
@@ -180,9 +180,9 @@ class Stepper:
                 return f" (parameter {name!r} is not finite)"
         try:
             with torch.no_grad(), eval_mode(self.svi.model, self.svi.guide):
-                model_trace, guide_trace = traces(self.svi.model, self.svi.guide, batch, self.structure, {})
+                model_trace, guide_trace = trace_pair(self.svi.model, self.svi.guide, batch, self.structure, {})
                 for side, trace in (("guide", guide_trace), ("model", model_trace)):
-                    for name, node in sample_nodes(trace):
+                    for name, node in sample_sites(trace):
                         if not bool(torch.isfinite(node_log_prob(node)).all()):
                             return f" (site {name!r} of the {side} has a log-density that is not finite)"
         except Exception as error:

@@ -21,20 +21,20 @@ from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import Columns
 from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
 from ppvae.inference.evaluation_mode import eval_mode
-from ppvae.inference.param_store import Bound, Scope, unbound
+from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
 from ppvae.inference.svi import SVI, Optimizer
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
 from ppvae.rng import derive_seed, fork_rng, seed_all
 from ppvae.storage import write_bytes, write_json
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
-from ppvae.training.data_parallel import Processes
-from ppvae.training.inspection import look, place_of
+from ppvae.training.data_parallel import DataParallel
+from ppvae.training.inspection import inspect_for_training, parameter_device
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, bind
-from ppvae.training.step import Number, Stepper
-from ppvae.training.validation import Monitor
+from ppvae.training.step import Number, TrainingStep
+from ppvae.training.validation import ValidationMonitor
 
 Callback = Callable[[Run, dict[str, Any]], Any]
 WORTH_CAPTURING = 20.0  # seconds of eager steps
@@ -46,8 +46,8 @@ class Trainer:
 
     def __init__(
         self,
-        model: Pair,
-        guide: Pair,
+        model: Program,
+        guide: Program,
         data: Any,
         valid: Any,
         objective: ELBO,
@@ -60,9 +60,9 @@ class Trainer:
         precision: str,
         rows: int,
     ):
-        start = model.scope if isinstance(model, Bound) else None
-        self.model, self.guide = unbound(model), unbound(guide)
-        self.scope = Scope(start)
+        start = model.scope if isinstance(model, BoundProgram) else None
+        self.model, self.guide = unwrap(model), unwrap(guide)
+        self.scope = ParamScope(start)
         self.objective, self.batch_size, self.seed = objective, batch_size, seed
         if isinstance(objective, Objective):
             objective.load_state_dict({})  # a run begins with its schedules' first step
@@ -72,17 +72,17 @@ class Trainer:
         self.epoch = 0
         self.finished = self.stopped = self._saved = False
         self.config: dict[str, Any] = {}
-        self.processes = Processes()
+        self.processes = DataParallel()
         self.compile: bool | None = None
         self.kernels: str | None = None  # of the run that is resumed
         with self.scope.entered():
-            place = torch.device(device) if device is not None else place_of(self.model, self.guide, data)
+            place = torch.device(device) if device is not None else parameter_device(self.model, self.guide, data)
             check_precision(precision, place)
             self.train = Columns(data, "data", place)
             self.valid = Columns(valid, "valid", place) if valid is not None else None
             if self.valid is not None:
                 self.valid.check_like(self.train)
-            self.structure, modules = look(
+            self.structure, modules = inspect_for_training(
                 self.model, self.guide, self.train, batch_size, objective, place, move=device is not None
             )
             for module in modules if self.valid is not None else ():
@@ -92,13 +92,13 @@ class Trainer:
                         f"out, and refit for an ELBO of other data"
                     )
             self.state = PairState(self.scope, modules)
-            self.monitor = Monitor(
+            self.monitor = ValidationMonitor(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
             )
             self.svi = SVI(self.model, self.guide, optimizer, objective)
             self.svi.precision = precision
             self.svi.take_up(self.scope.params.values())
-            self.take_step = Stepper(self.svi, self.state, self.structure, clip, rows)
+            self.take_step = TrainingStep(self.svi, self.state, self.structure, clip, rows)
         if not self.scope.params:
             raise ContractError(
                 "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
@@ -112,7 +112,9 @@ class Trainer:
         """Notes the resolved configuration."""
         from ppvae.training.run import versions
 
-        first = self.train.whole() if self.structure.indexes else self.train.read(torch.arange(2) % len(self.train))
+        first = (
+            self.train.whole() if self.structure.draws_subsample else self.train.read(torch.arange(2) % len(self.train))
+        )
         batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in first]
         self.config = {"versions": versions(), "fit": settings, "batch": batch, **extra}
 
@@ -200,7 +202,13 @@ class Trainer:
         progress: bool | None,
     ) -> Run:
         """Trains up to the given number of epochs, and returns the run."""
-        run = Run(Bound(self.model, self.scope), Bound(self.guide, self.scope), self.history, self.folder, self.config)
+        run = Run(
+            BoundProgram(self.model, self.scope),
+            BoundProgram(self.guide, self.scope),
+            self.history,
+            self.folder,
+            self.config,
+        )
         if self.epoch < epochs and not self.stopped:
             first = self.processes.first
             shown = Progress(epochs, self.epoch, progress if first else False, self.folder if first else None)
@@ -245,7 +253,7 @@ class Trainer:
     def _first_parts(self) -> list[tuple[Tensor, ...]]:
         """A batch, as a step cuts it."""
         rows = torch.arange(min(self.batch_size, len(self.train))).to(self.train.device)
-        return self.take_step.parts(self.train.whole() if self.structure.indexes else self.train.read(rows))
+        return self.take_step.parts(self.train.whole() if self.structure.draws_subsample else self.train.read(rows))
 
     def _choose_kernels(self, epochs: int) -> None:
         """Says how steps are computed: as in the run that is resumed, as asked for, or as pays for what is left."""
@@ -271,11 +279,11 @@ class Trainer:
         seconds = time.perf_counter() - start
         with fork_rng():
             seconds *= len(self._first_parts())
-        rows = self.structure.subsample_size if self.structure.indexes else self.batch_size
+        rows = self.structure.subsample_size if self.structure.draws_subsample else self.batch_size
         return 3 * seconds * (epochs - self.epoch) * math.ceil(len(self.train) / rows)
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:
-        if not self.structure.indexes:
+        if not self.structure.draws_subsample:
             yield from self.train.batches(self.batch_size, self.seed, self.epoch, self.processes.size)
             return
         whole = self.train.whole()
@@ -289,7 +297,7 @@ class Trainer:
         with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
             for batch in self._batches():
                 rows = self.structure.size_of(batch)
-                part = batch if self.structure.indexes else self.processes.part(batch)
+                part = batch if self.structure.draws_subsample else self.processes.part(batch)
                 steps.append(self.take_step(part, self.epoch + 1))
                 counts.append(rows)
         found = self._looked_at(steps)

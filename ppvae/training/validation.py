@@ -10,17 +10,17 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae.compilation.graph import Graph, Uncapturable, capture, in_a_line
-from ppvae.compilation.guards import Watch
+from ppvae.compilation.graph import CaptureError, Graph, capture, one_line_reason
+from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.data.loader import Columns
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import unbound
+from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, terms
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
 log = logging.getLogger("ppvae")
@@ -29,7 +29,7 @@ ROWS = 1000
 
 
 @final
-class Monitor:
+class ValidationMonitor:
     """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
@@ -37,26 +37,28 @@ class Monitor:
     are several latents, the KL of each stands by itself, too.
     """
 
-    def __init__(self, model: Pair, guide: Pair, structure: Structure, columns: Columns, held_out: bool, seed: int):
+    def __init__(
+        self, model: Program, guide: Program, structure: Structure, columns: Columns, held_out: bool, seed: int
+    ):
         self.structure, self.columns, self.seed = structure, columns, seed
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
         self._graph: Graph | None = None
-        self._watch: Watch | None = None
+        self._watch: Guards | None = None
         self._refused = False
         self._count = len(columns) if held_out else min(len(columns), ROWS)
         with fork_rng():
             torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
             self._parts = tuple(_fixed(part, seed) for part in columns.parts)
-        if structure.indexes and held_out:  # its plate has another size over other data
+        if structure.draws_subsample and held_out:  # its plate has another size over other data
             self.structure = inspect(model, guide, columns.whole(), weights=False)
 
     @property
     def has_elbo(self) -> bool:
         """Whether the pair has an ELBO per datum; joint weights and point masses have none."""
-        return not (self.structure.joint or self.structure.refusal)
+        return not (self.structure.has_global_latents or self.structure.refusal)
 
-    def __call__(self, model: Pair, guide: Pair, products: Choices | None = None) -> dict[str, float]:
+    def __call__(self, model: Program, guide: Program, products: Choices | None = None) -> dict[str, float]:
         """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_.
 
         With `products`, the choices of the steps' compiled graph, whole blocks of data come from one, too: the same
@@ -65,7 +67,7 @@ class Monitor:
         s = self.structure
         if not self.has_elbo:
             return {}
-        size = s.subsample_size if s.indexes else ROWS
+        size = s.subsample_size if s.draws_subsample else ROWS
         latents = [] if s.enumerated or "auxiliary" in s.guide_roles.values() else list(s.guide_roles)
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with fork_rng(), torch.no_grad(), eval_mode(model, guide):
@@ -89,13 +91,13 @@ class Monitor:
         return metrics
 
     def _sums_by_graph(
-        self, model: Pair, guide: Pair, block: Block, latents: Sequence[str], products: Choices
+        self, model: Program, guide: Program, block: Block, latents: Sequence[str], products: Choices
     ) -> Tensor | None:
         """The sums of a block of the usual size after the first; None where no graph gives them."""
-        if self._refused or self.structure.layout == "one by one" or self.structure.indexes:
+        if self._refused or self.structure.layout == "one by one" or self.structure.draws_subsample:
             return None
         if self._graph is None or not self._graph.fits or self._watch is None or self._watch.changed():
-            self._watch = Watch(model=unbound(model), guide=unbound(guide))
+            self._watch = Guards(model=unwrap(model), guide=unwrap(guide))
 
             def run() -> list[Tensor]:
                 t = terms(model, guide, block.batch, 1, structure=self.structure)
@@ -106,10 +108,10 @@ class Monitor:
                 with pyro.validation_enabled(False):
                     graph = capture(run, held, block.batch)
                     if what := self._watch.changed():
-                        raise Uncapturable(f"it changes {what} as it runs")
+                        raise CaptureError(f"it changes {what} as it runs")
                     self._graph = graph.compiled(block.batch, products)
             except Exception as error:
-                log.warning("ppvae: validation runs without a compiled graph: %s", in_a_line(error))
+                log.warning("ppvae: validation runs without a compiled graph: %s", one_line_reason(error))
                 self._refused = True
                 return None
         torch.manual_seed(derive_seed(self.seed, block.number, 0))  # as `Block.weights` has it

@@ -124,7 +124,7 @@ def test_a_run_loaded_in_float64_has_the_parameters_of_the_run(run):
 
 
 def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
-    real, calls = weighing.Weighing.__call__, []
+    real, calls = weighing.ImportanceSampler.__call__, []
 
     def stopped(self, number, cells=None):
         calls.append(number)
@@ -136,7 +136,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
     assert main(command) == 0
     whole = told(run, "log_marginal_train")
     (run / "results" / "log_marginal_train.json").unlink()
-    monkeypatch.setattr(weighing.Weighing, "__call__", stopped)
+    monkeypatch.setattr(weighing.ImportanceSampler, "__call__", stopped)
     assert main(command) == 130
     assert "the same command goes on from the finished blocks" in capsys.readouterr().err
     assert not (run / "results" / "log_marginal_train.json").exists()

@@ -21,17 +21,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ppvae import VAE, fit, likelihoods, log_marginal, objectives, posteriors, priors
 from ppvae import nn as networks
 from ppvae.compilation import graph as graphs
-from ppvae.compilation.graph import Graph, Uncapturable
+from ppvae.compilation.graph import CaptureError, Graph
 from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import TrainingError
 from ppvae.evaluation.importance import compiled_weights as compiled
 from ppvae.inference import compiled_step as capture
-from ppvae.inference.param_store import Scope
+from ppvae.inference.param_store import ParamScope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
-from ppvae.objectives.auxiliary import Plus
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 from ppvae.objectives.gradients.control_variates import Learned
-from ppvae.objectives.gradients.estimators import Score
+from ppvae.objectives.gradients.estimators import ScoreFunction
 from ppvae.objectives.schedules import Cyclical
 from ppvae.training import validation
 from tests.laws import parts
@@ -104,9 +104,9 @@ def refusals(caplog) -> list[str]:
 
 def check_same(build, objective, caplog, may_refuse: bool = False) -> None:
     """Captured and eager, to the last bit."""
-    with Scope().entered():
+    with ParamScope().entered():
         eager = trained(build(), objective(), "eager")
-    with Scope().entered():
+    with ParamScope().entered():
         captured = trained(build(), objective(), "graph")
     assert bool(refusals(caplog)) == may_refuse, refusals(caplog)
     assert captured[-1].kernels == ("eager" if may_refuse else "graph")
@@ -358,7 +358,7 @@ SCHEDULES = {
     "warm-up": lambda: objectives.ELBO(2, warmup=15),
     "cycles": lambda: objectives.ELBO(beta=Cyclical(5), free_bits=0.1),
     "capacity": lambda: objectives.Capacity(2.0, gamma=1.0, warmup=15),
-    "of a sum": lambda: Plus(objectives.ELBO(warmup=4), lambda x: x.sum(-1)),
+    "of a sum": lambda: AuxiliaryLoss(objectives.ELBO(warmup=4), lambda x: x.sum(-1)),
 }
 
 
@@ -366,7 +366,7 @@ SCHEDULES = {
 def test_schedules_are_followed_by_one_graph(name, caplog):
     ends = []
     for kernels in ("eager", "graph"):
-        with Scope().entered():
+        with ParamScope().entered():
             objective = SCHEDULES[name]()
             ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled()))
     assert all(same(a, b) for i, (a, b) in enumerate(zip(*ends, strict=True)) if i != 5)
@@ -397,7 +397,7 @@ def test_compiled_steps_follow_schedules(name):
 
 def test_objectives_with_a_baseline_that_learns_are_not_captured(caplog):
     pair = LinearGaussian(3, 2)
-    learned = Score(Learned(nn.Linear(3, 1)))
+    learned = ScoreFunction(Learned(nn.Linear(3, 1)))
     SVI(pair.model, pair.mean_field, ADAM, objectives.ELBO(gradient=learned)).use("graph")
     assert "baseline that learns" in caplog.records[0].message
 
@@ -476,7 +476,7 @@ def test_a_change_that_is_not_seen_is_found_by_looking_again(caplog):
 def test_a_loss_that_reads_its_values_is_run_eagerly_with_one_line(caplog):
     for name, loss in (("semi_supervised", TraceEnum_ELBO()), ("modules", RenyiELBO(num_particles=3))):
         caplog.clear()
-        with Scope().entered():
+        with ParamScope().entered():
             svi = trained(PAIRS[name](), loss, "graph", 4)[-1]
         assert len(refusals(caplog)) == (svi.kernels == "eager")
 
@@ -572,9 +572,9 @@ def test_compiled_steps_are_the_same_up_to_rounding(name, caplog):
 
 def check_compiled(build, objective, kernels: str = "compiled") -> None:
     """Loss and gradients over 20 steps on the same noise."""
-    with Scope().entered():
+    with ParamScope().entered():
         eager = trained(build(), objective(), "eager", 20, SGD)
-    with Scope().entered():
+    with ParamScope().entered():
         captured = trained(build(), objective(), "compiled", 20, SGD)
     assert captured[-1].kernels == kernels
     torch.testing.assert_close(captured[0], eager[0], rtol=1e-4, atol=1e-4)
@@ -688,14 +688,14 @@ def test_a_compiled_graph_that_differs_once_is_looked_at_again(monkeypatch, capl
     pair = LinearGaussian(3, 2)
     svi = SVI(pair.model, pair.mean_field, ADAM, Trace_ELBO())
     svi.use("compiled", settled=True)
-    agree, differs = capture.Captured._agree, []
+    agree, differs = capture.CompiledStep._agree, []
 
     def doubtful(self, *args):
         if differs.pop(0):
-            raise Uncapturable("another loss")
+            raise CaptureError("another loss")
         agree(self, *args)
 
-    monkeypatch.setattr(capture.Captured, "_agree", doubtful)
+    monkeypatch.setattr(capture.CompiledStep, "_agree", doubtful)
     differs += [False, False, True, False]  # made, compiled, at its first use, and once more
     for _ in range(3):
         svi.step(torch.randn(5, 3))
@@ -788,9 +788,11 @@ def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog)
     monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("lowered" in repr(graph._forward)))
     monkeypatch.setattr(validation, "ROWS", 16)
     sums: list[bool] = []
-    real = validation.Monitor._sums_by_graph
+    real = validation.ValidationMonitor._sums_by_graph
     monkeypatch.setattr(
-        validation.Monitor, "_sums_by_graph", lambda *args: (out := real(*args), sums.append(out is not None))[0]
+        validation.ValidationMonitor,
+        "_sums_by_graph",
+        lambda *args: (out := real(*args), sums.append(out is not None))[0],
     )
     x = torch.bernoulli(torch.full((40, 6), 0.4), generator=torch.Generator().manual_seed(0))  # 16, 16 and 8 rows
     found = []

@@ -234,7 +234,7 @@ def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, mon
     for name in memory.OWN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library)
-    assert memory.keep_freed.__wrapped__() == (len(asked) != 2 or 512 in asked)
+    assert memory.keep_freed_memory.__wrapped__() == (len(asked) != 2 or 512 in asked)
     assert calls == asked
 
 

@@ -35,7 +35,7 @@ def test_products_are_the_same_by_either_library(monkeypatch, onednn):
     monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: onednn)
     module, tensors = traced()
     choices: products.Choices = {}
-    products.take_the_faster(module, choices)
+    products.choose_matmul_backends(module, choices)
     assert len(choices) == 3
     assert set(choices.values()) == {onednn}
     assert len(operations(module)) == (3 if onednn else 0)
@@ -46,18 +46,18 @@ def test_products_are_the_same_by_either_library(monkeypatch, onednn):
 def test_what_was_chosen_before_is_not_timed_again(monkeypatch):
     monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: True)
     choices: products.Choices = {}
-    products.take_the_faster(traced()[0], choices)
+    products.choose_matmul_backends(traced()[0], choices)
     settled = {kind: i == 1 for i, kind in enumerate(choices)}
     monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: pytest.fail("timed again"))
     module, _ = traced()
-    products.take_the_faster(module, settled)
+    products.choose_matmul_backends(module, settled)
     assert len(operations(module)) == 1
 
 
 def test_double_precision_and_small_products_are_left_alone():
     choices: products.Choices = {}
-    products.take_the_faster(traced(torch.float64)[0], choices)
-    products.take_the_faster(make_fx(torch.mm)(torch.ones(4, 3), torch.ones(3, 5)), choices)
+    products.choose_matmul_backends(traced(torch.float64)[0], choices)
+    products.choose_matmul_backends(make_fx(torch.mm)(torch.ones(4, 3), torch.ones(3, 5)), choices)
     assert choices == {}
 
 

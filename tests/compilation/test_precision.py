@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, models, nn, objectives, posteriors, priors
-from ppvae.compilation.precision import layers_in
+from ppvae.compilation.precision import layer_precision
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation.importance import compiled_weights as compiled
 from ppvae.inference.svi import SVI
@@ -35,7 +35,7 @@ def vae(conv: bool = False) -> VAE:
 ], ids=repr)  # fmt: skip
 def test_a_layer_multiplies_bfloat16_numbers_and_goes_on_in_float32(layer):
     x = torch.randn(4, 5, *(8,) * (layer.weight.dim() - 2))
-    with layers_in("bf16"):
+    with layer_precision("bf16"):
         found = layer(x)
     exact = layer.double()
     numbers = {"weight": exact.weight.detach().float().bfloat16().double()}
@@ -47,7 +47,7 @@ def test_a_layer_multiplies_bfloat16_numbers_and_goes_on_in_float32(layer):
 
 def test_what_is_no_layer_stays_in_float32():
     a = torch.tensor([[1.001]])
-    with layers_in("bf16"):
+    with layer_precision("bf16"):
         assert (a @ a).item() == pytest.approx(1.001**2, abs=1e-6)
         assert pyro.distributions.Normal(a, 1.001).log_prob(a).dtype == torch.float32
         assert torch.nn.functional.linear(a.double(), a.double()).item() == a.double().item() ** 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppvae.distributed import Shares, shared
+from ppvae.distributed import DistributedContext, distributed_context
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.annealing import hmc as annealing_chains
 from tests.distributed.sharding_worker import methods
@@ -77,9 +77,9 @@ def test_an_error_of_one_process_is_an_error_of_all(two):
 
 
 def test_one_process_has_everything():
-    shares = Shares()
+    shares = DistributedContext()
     assert list(shares.mine(3)) == [0, 1, 2]
     parts = {n: {"x": torch.tensor([n])} for n in (1, 0)}
     assert [int(p["x"]) for p in shares.gathered(parts, {})] == [0, 1]
-    with pytest.raises(PpvaeError, match="as it is"), shared():
+    with pytest.raises(PpvaeError, match="as it is"), distributed_context():
         raise PpvaeError("as it is")

@@ -10,7 +10,7 @@ import torch
 from ppvae import log_marginal
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation import block_cache as finished
-from ppvae.evaluation.block_cache import Finished
+from ppvae.evaluation.block_cache import BlockCache
 from ppvae.evaluation.importance import sampler as weighing
 from ppvae.models import LinearGaussian
 
@@ -26,7 +26,7 @@ def oracle(count=170):
 @pytest.fixture
 def stops(monkeypatch):
     """Ctrl-C in the third block, once; and how many blocks were begun."""
-    real, calls = weighing.Weighing.__call__, []
+    real, calls = weighing.ImportanceSampler.__call__, []
 
     def stopped(self, number, cells=None):
         calls.append(number)
@@ -34,7 +34,7 @@ def stops(monkeypatch):
             raise KeyboardInterrupt
         return real(self, number, cells)
 
-    monkeypatch.setattr(weighing.Weighing, "__call__", stopped)
+    monkeypatch.setattr(weighing.ImportanceSampler, "__call__", stopped)
     return calls
 
 
@@ -104,13 +104,13 @@ def test_a_buffer_is_a_parameter_too(tmp_path):
 def test_short_parts_share_a_file(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(finished.time, "monotonic", lambda: now[0])
-    with Finished(tmp_path / "kept", {"a": 1}, seconds=5.0) as store:
+    with BlockCache(tmp_path / "kept", {"a": 1}, seconds=5.0) as store:
         for i in range(7):
             now[0] += 2.0
             store.part(f"part-{i}", lambda i=i: {"x": torch.tensor([i]), "posterior/z": torch.ones(2)})
     names = sorted(p.name for p in (tmp_path / "kept").glob("*.npz"))
     assert names == ["part-0.npz", "part-3.npz", "part-6.npz"]
-    again = Finished(tmp_path / "kept", {"a": 1})
+    again = BlockCache(tmp_path / "kept", {"a": 1})
     for i in range(7):
         part, there = again.part(f"part-{i}", dict)
         assert there
@@ -119,29 +119,29 @@ def test_short_parts_share_a_file(tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_before_there_is_something(tmp_path):
-    with Finished(tmp_path / "kept", {"a": 1}, seconds=5.0):
+    with BlockCache(tmp_path / "kept", {"a": 1}, seconds=5.0):
         pass
     assert not (tmp_path / "kept").exists()
 
 
 def test_folders_that_are_damaged_are_named(tmp_path):
-    with Finished(tmp_path, {"a": 1}) as store:
+    with BlockCache(tmp_path, {"a": 1}) as store:
         store.part("one", lambda: {"x": torch.ones(3)})
     path = tmp_path / "one.npz"
     content = path.read_bytes()
     for broken in (content[: len(content) // 2], b"", b"<html>"):
         path.write_bytes(broken)
         with pytest.raises(CheckpointError, match=r"one\.npz: damaged"):
-            Finished(tmp_path, {"a": 1})
+            BlockCache(tmp_path, {"a": 1})
     np.savez(path, x=np.ones(3))  # numbers, but of no part
     with pytest.raises(CheckpointError, match=r"one\.npz: damaged"):
-        Finished(tmp_path, {"a": 1})
+        BlockCache(tmp_path, {"a": 1})
     path.write_bytes(content)
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
-        Finished(tmp_path, {"a": 1})
+        BlockCache(tmp_path, {"a": 1})
     (tmp_path / "evaluation.json").unlink()
     with pytest.raises(CheckpointError, match="belong to nothing"):
-        Finished(tmp_path, {"a": 1})
+        BlockCache(tmp_path, {"a": 1})
     (tmp_path / "evaluation.json").write_text(json.dumps({"a": 1}))
-    assert Finished(tmp_path, {"a": 1}).part("one", dict)[1]
+    assert BlockCache(tmp_path, {"a": 1}).part("one", dict)[1]

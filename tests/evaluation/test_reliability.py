@@ -11,7 +11,7 @@ import torch
 from ppvae import log_marginal
 from ppvae.evaluation import annealed, load_estimate
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, reasons, verdict
+from ppvae.evaluation.reliability import advice, reasons, reliability_verdict
 from ppvae.models import LinearGaussian
 
 
@@ -39,7 +39,7 @@ def test_reasons_are_apart_and_add_up_to_what_is_not_reliable():
     assert heavy.tolist() == [False, False, True, True, True, False, False]
     assert broken.tolist() == [*[False] * 5, True, True]
     assert torch.equal(heavy.int() + low.int() + broken.int(), (~est.reliable).int())
-    words = verdict(est)
+    words = reliability_verdict(est)
     assert words.startswith("6 of 7 data (85.7 %) are not to be trusted")
     for text in ("k_hat not below 0.67: 3", "ess below 50: 1", "broken weights: 2"):
         assert text in words
@@ -60,7 +60,7 @@ def test_the_particles_that_are_advised_are_those_that_ess_asks_for():
     assert advice(few) == ""
     assert "non-finite" not in few.summary()
     assert "1 data have non-finite weights" in estimate([10.0], [0.1], [3], particles=20).summary()
-    assert verdict(few) == "fewer than 25 particles (20): too few to judge any datum"
+    assert reliability_verdict(few) == "fewer than 25 particles (20): too few to judge any datum"
 
 
 def test_the_advice_holds():

@@ -13,11 +13,11 @@ from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import Block, inspected
+from ppvae.evaluation.blocks import Block, inspect_columns
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import Representation, _Look, representation
 from ppvae.inference import terms
-from ppvae.inference.evaluation_mode import evaluating
+from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -221,8 +221,8 @@ def test_the_aggregate_posterior_is_the_mean_of_the_guides(name):
     """Against the density of the guide at every draw under every datum, one draw at a time, by `terms`."""
     model, guide, batch = registered(name)
     count = len(batch[0])
-    with torch.no_grad(), evaluating(model, guide):
-        s, size = inspected(model, guide, batch, torch.device("cpu"))
+    with torch.no_grad(), evaluation_mode(model, guide):
+        s, size = inspect_columns(model, guide, batch, torch.device("cpu"))
         starts = enumerate(range(0, count, size))
         blocks = [Block(batch, a, min(a + size, count), i, s, torch.device("cpu")) for i, a in starts]
         looks = []
@@ -233,7 +233,7 @@ def test_the_aggregate_posterior_is_the_mean_of_the_guides(name):
         log_q, log_p = torch.cat([torch.cat(look.kept_logs, 1) for look in looks], -1)
         table = torch.zeros(count, count)  # [draw, datum]
         for block in blocks:
-            rows = s.subsample_size if s.indexes else block.size
+            rows = s.subsample_size if s.draws_subsample else block.size
             for n in range(count):
                 values = {}
                 for site, v in latents.items():

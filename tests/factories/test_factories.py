@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ppvae import check, likelihoods, nn, posteriors, priors, terms
 from ppvae.errors import ContractError, UsageError
-from ppvae.factories.choices import Among, among, arguments, plain
+from ppvae.factories.choices import ClassChoice, arguments, class_choice, is_command_line_type
 from ppvae.factories.pairs import build, parameters
 from ppvae.models import conv_vae, vae
 from ppvae.models.factories import Part
 
 ROLES = ("prior", "likelihood", "posterior")
-CHOICES: dict[str, Among] = {role: choice for role in ROLES if (choice := among(parameters(vae)[role][0]))}
+CHOICES: dict[str, ClassChoice] = {role: choice for role in ROLES if (choice := class_choice(parameters(vae)[role][0]))}
 PARTS = [(role, name) for role in ROLES for name in CHOICES[role].classes]
 NUMBERS = {
     "classes": 3,
@@ -112,7 +112,7 @@ def test_every_flag_has_a_help_text(role: str, name: str) -> None:
         pytest.skip("it cannot be made on the command line")
     for flag, (kind, _, text) in CHOICES[role].flags(CHOICES[role].constructor(name, role)).items():
         assert text, flag
-        assert plain(kind)
+        assert is_command_line_type(kind)
 
 
 def test_parts_in_python_are_constructors_and_partial_ones() -> None:
@@ -280,7 +280,7 @@ class Shut(Closed):
         self.within = within
 
 
-HERE = Among((__name__,), Shape, given=("latent",))
+HERE = ClassChoice((__name__,), Shape, given=("latent",))
 
 
 def test_names_are_looked_up_in_the_module() -> None:
@@ -293,7 +293,7 @@ def test_names_are_looked_up_in_the_module() -> None:
     with pytest.raises(UsageError, match=r"--shape: Hidden has no classmethod 'alne'"):
         HERE.constructor("Hidden.alne", "shape")
     with pytest.raises(UsageError, match=r"--shape Shut: its argument 'within' cannot be given"):
-        Among((__name__,), Closed).constructor("Shut", "shape")
+        ClassChoice((__name__,), Closed).constructor("Shut", "shape")
 
 
 def test_arguments_come_from_signature_and_docstring() -> None:
@@ -302,11 +302,11 @@ def test_arguments_come_from_signature_and_docstring() -> None:
         "sides": "how many.", "lengths": "of each side.", "names": "of each side.", "solver": "how it is found."
     }  # fmt: skip
     assert found["names"][:2] == (tuple, ("a",))
-    assert [plain(kind) for kind, _, _ in found.values()] == [True, True, False, False]
+    assert [is_command_line_type(kind) for kind, _, _ in found.values()] == [True, True, False, False]
 
 
 def test_a_factory_of_ones_own_chooses_by_name_too() -> None:
-    def factory(train: Tensor, net: Annotated[Part, Among(("ppvae.nn",), torch.nn.Module)] = nn.Gated):
+    def factory(train: Tensor, net: Annotated[Part, ClassChoice(("ppvae.nn",), torch.nn.Module)] = nn.Gated):
         return (lambda x: net(), lambda x: net())
 
     model, _ = build(factory, {"net": {"name": "Gated", "inputs": 3, "outputs": 4}}, None)

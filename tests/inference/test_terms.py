@@ -113,9 +113,9 @@ def enumerated(fn, args):
     return out
 
 
-def at(value, event_dim, nesting, k, b, combination):
+def at(value, event_dim, plate_nesting, k, b, combination):
     """One datum of one particle, [*inner, 1, *event], from [*enumerated, particles, *inner, batch, *event]."""
-    lead = nesting + 1 + len(combination)
+    lead = plate_nesting + 1 + len(combination)
     value = value.reshape(*(1,) * (lead + event_dim - value.dim()), *value.shape)
     plates = value.dim() - event_dim
     for i, choice in enumerate(reversed(combination)):  # the first enumerated site has the rightmost dim
@@ -136,7 +136,7 @@ def brute(name, model, guide, batch, structure, rows, values, k, b):
     weights, log_q = [], []
     for combination in itertools.product(*(range(len(support)) for support, _ in in_guide.values())):
         fixed = {
-            n: at(v, event_dims[n], structure.nesting, k, None if name in JOINT else b, combination)
+            n: at(v, event_dims[n], structure.plate_nesting, k, None if name in JOINT else b, combination)
             for n, v in values.items()
         }  # fmt: skip
         for choice, (n, (support, _)) in zip(combination, in_guide.items(), strict=True):
@@ -292,7 +292,7 @@ def test_a_shared_site_that_is_enumerated(where):
     z = t.guide["z"].value.reshape(K, SIZE)
     data = dist.Normal(z, 1.0).log_prob(x) - dist.Normal(x / 2, 1.0).log_prob(z)
     joint = torch.stack([(dist.Normal(loc, 1.0).log_prob(z) + data).sum(-1) for loc in locs]) + prior.log()[:, None]
-    assert t.joint
+    assert t.has_global_latents
     torch.testing.assert_close(t.log_weight, joint.logsumexp(0)[:, None], rtol=0, atol=1e-10)
     elbo = (q[:, None] * (joint - q[:, None].log())).sum(0) if where == "guide" else joint.logsumexp(0)
     torch.testing.assert_close(t.elbo, elbo[:, None], rtol=0, atol=1e-10)
@@ -304,7 +304,7 @@ def test_layouts_agree_wherever_they_run(name):
     single = one_by_one(model, guide, batch, structure, index)
     ran = []
     for layout in LAYOUTS:
-        if layout == "folded" and (structure.joint or structure.indexes):
+        if layout == "folded" and (structure.has_global_latents or structure.draws_subsample):
             continue  # particles folded into the batch would share what is shared, or take other rows
         at_layout = replace(structure, layout=layout)
         try:

@@ -101,7 +101,7 @@ def semi_supervised() -> SemiSupervisedVAE:
 
 def deep_mixture() -> DeepMixture:
     prior = priors.ConditionalNormal(torch.nn.Linear(3, 2 * 2))
-    return DeepMixture(priors.OneHot(3, learned=True), prior, bits(2), nn.Beside(normal(4 + 3)), classes())
+    return DeepMixture(priors.OneHot(3, learned=True), prior, bits(2), nn.ConcatContext(normal(4 + 3)), classes())
 
 
 def hierarchical() -> HierarchicalVAE:

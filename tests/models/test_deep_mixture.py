@@ -14,7 +14,7 @@ from torch import Tensor
 from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.models import ConditionalVAE, DeepMixture, SemiSupervisedVAE
-from ppvae.objectives.auxiliary import Plus
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 
 pytestmark = pytest.mark.usefixtures("float64")
 LATENT, FEATURES, CLASSES = 1, 5, 3
@@ -163,7 +163,7 @@ def test_a_deep_mixture_finds_clusters():
         priors.OneHot(2),
         priors.ConditionalNormal(torch.nn.Linear(2, 2 * LATENT)),
         likelihoods.Bernoulli(nn.mlp(LATENT, size, hidden=(7,))),
-        nn.Beside(posteriors.DiagonalNormal(nn.mlp(size + 2, 2 * LATENT, hidden=(7,)))),
+        nn.ConcatContext(posteriors.DiagonalNormal(nn.mlp(size + 2, 2 * LATENT, hidden=(7,)))),
         posteriors.OneHot(nn.mlp(size, 2, hidden=(7,)), 2),
     )
     fit(pair.model, pair.guide, x, objective=objectives.ELBO(), optimizer=ADAM, epochs=100, progress=False)
@@ -177,7 +177,7 @@ def test_few_labels_are_enough_where_classes_stand_apart():
     x = torch.rand(300, FEATURES).lt(centre[truth]).double()
     label = torch.where(torch.arange(300) < 9, truth, -1)
     vae = semi_supervised()
-    objective = Plus(objectives.ELBO(), vae.log_label, weight=10.0)
+    objective = AuxiliaryLoss(objectives.ELBO(), vae.log_label, weight=10.0)
     fit(vae.model, vae.guide, (x, label), objective=objective, optimizer=ADAM, epochs=60, progress=False)
     assert float((most_likely(vae, x) == truth).double().mean()) > 0.9
 

@@ -210,12 +210,12 @@ def test_bad_arguments_are_refused(make: Callable[[], Tensor], words: str) -> No
 
 
 def test_beside_puts_features_at_the_end_and_broadcasts():
-    given = nn.Beside(torch.nn.Identity())
+    given = nn.ConcatContext(torch.nn.Identity())
     x, c = torch.randn(5, 1, 3, 2), torch.randn(4, 3, 6)  # particles of either, as with enumerated classes
     out = given(x, context=c)
     assert out.shape == (5, 4, 3, 8)
     assert torch.equal(out[2, 3, 1], torch.cat([x[2, 0, 1], c[3, 1]]))
-    beside_channels = nn.Beside(torch.nn.Identity(), of=nn.Labels(3), event_dim=3)
+    beside_channels = nn.ConcatContext(torch.nn.Identity(), of=nn.Labels(3), event_dim=3)
     images = beside_channels(torch.zeros(2, 1, 4, 4), context=torch.tensor([2, 0]))
     assert images.shape == (2, 4, 4, 4)
     assert bool((images[0, 3] == 1).all() and (images[1, 1] == 1).all() and images.sum() == 32)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ppvae import fit, load, objectives
 from ppvae.errors import ContractError, UsageError
-from ppvae.factories.choices import Among
+from ppvae.factories.choices import ClassChoice
 from ppvae.inference import terms
-from ppvae.inference.param_store import Scope
+from ppvae.inference.param_store import ParamScope
 from ppvae.models import LinearGaussian
 from ppvae.objectives import (
     CIWAE,
@@ -35,9 +35,9 @@ from ppvae.objectives import (
     ReweightedWakeSleep,
 )  # fmt: skip
 from ppvae.objectives.aggregate_posterior import mmd
-from ppvae.objectives.auxiliary import Plus
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 from ppvae.objectives.gradients.control_variates import Learned, MovingAverage
-from ppvae.objectives.gradients.estimators import Score
+from ppvae.objectives.gradients.estimators import ScoreFunction
 from ppvae.objectives.schedules import Cyclical, Linear
 from tests.programs.strangers import PAIRS, hierarchy
 from tests.programs.toys import MIXED, ONE, TWO
@@ -51,7 +51,7 @@ def pair() -> tuple[LinearGaussian, Tensor]:
 def test_elbo_is_pyros_on_the_same_noise() -> None:
     p, x = pair()
     ours, pyros = objectives.ELBO(num_particles=3), Trace_ELBO(num_particles=3, vectorize_particles=True)
-    with Scope().entered():
+    with ParamScope().entered():
         losses, gradients = [], []
         for objective in (ours, pyros):
             objective.loss(p.model, p.mean_field, x)  # whatever is done once
@@ -134,7 +134,7 @@ def test_a_latent_that_is_not_reparameterised_is_refused_by_name() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("k", dist.Bernoulli(p))
 
-    with Scope().entered(), pytest.raises(ContractError, match=r"'k'.*reparameterised"):
+    with ParamScope().entered(), pytest.raises(ContractError, match=r"'k'.*reparameterised"):
         objectives.ELBO().loss(model, guide, torch.zeros(3))
 
 
@@ -404,8 +404,8 @@ def same_as_pyro(ours, pyros, model, guide, batch) -> None:
 @pytest.mark.parametrize("name", ["modules", "hierarchical", "params", "masked", "inner_plate", "flow", "classes"])
 def test_elbo_is_pyros(name, doubles):
     model, guide, batch = PAIRS[name]()
-    nesting = 2 if name == "inner_plate" else 1
-    pyros = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
+    plate_nesting = 2 if name == "inner_plate" else 1
+    pyros = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=plate_nesting)
     same_as_pyro(ELBO(3), pyros, model, guide, batch)
 
 
@@ -419,8 +419,8 @@ def test_elbo_with_closed_kl_is_pyros(name, doubles):
 @pytest.mark.parametrize("name", ["enumerated_model", "enumerated_vector", "markov", "semi_supervised"])
 def test_elbo_of_enumerated_sites_is_pyros(name, doubles):
     model, guide, batch = PAIRS[name]()
-    nesting = 2 if name == "enumerated_vector" else 1
-    pyros = TraceEnum_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
+    plate_nesting = 2 if name == "enumerated_vector" else 1
+    pyros = TraceEnum_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=plate_nesting)
     same_as_pyro(ELBO(3), pyros, model, guide, batch)
 
 
@@ -677,8 +677,8 @@ def small(seed: int):
 
 RESUMED = {
     "schedule": lambda: ELBO(2, beta=Linear(9, end=0.5), warmup=5, gradient="score"),
-    "average": lambda: IWAE(3, Score(MovingAverage(0.8))),
-    "learned": lambda: IWAE(3, Score(Learned(nn.Linear(4, 1)))),
+    "average": lambda: IWAE(3, ScoreFunction(MovingAverage(0.8))),
+    "learned": lambda: IWAE(3, ScoreFunction(Learned(nn.Linear(4, 1)))),
     "vimco": lambda: IWAE(3, "vimco"),
     "sleep": lambda: ReweightedWakeSleep(3, 1.0, 0.5),
 }
@@ -726,7 +726,7 @@ def test_fit_tells_the_rate_of_each_latent():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with Scope().entered():
+        with ParamScope().entered():
             model, guide, batch = PAIRS["hierarchical"]()
             run = fit(model, guide, batch[0], objective=IWAE(3, "dreg"), epochs=1)
         last = run.history[-1]
@@ -760,7 +760,7 @@ def test_names_for_the_command_line():
         if name != "Objective":
             thing()  # every argument has a default
             assert "Args:" in thing.__doc__
-    flags = Among(("ppvae.objectives",), objectives.Objective).flags
+    flags = ClassChoice(("ppvae.objectives",), objectives.Objective).flags
     assert {"num_particles", "gradient"} == flags(IWAE).keys()
     assert {"num_particles", "beta", "free_bits", "analytic_kl", "gradient", "warmup"} == flags(ELBO).keys()
 
@@ -780,8 +780,8 @@ def test_plus_adds_a_term_of_the_batch_to_loss_and_gradient(of) -> None:
     p, x = pair()
     shift = torch.tensor([0.5], dtype=torch.float64)
     losses, gradients = [], []
-    for objective in (of(), Plus(of(), lambda x: (p.loc * shift - x).sum(-1), weight=2.0)):
-        with Scope().entered():
+    for objective in (of(), AuxiliaryLoss(of(), lambda x: (p.loc * shift - x).sum(-1), weight=2.0)):
+        with ParamScope().entered():
             objective.loss(p.model, p.mean_field, x)
             torch.manual_seed(1)
             p.zero_grad()
@@ -794,11 +794,11 @@ def test_plus_adds_a_term_of_the_batch_to_loss_and_gradient(of) -> None:
 
 def test_plus_follows_the_schedules_of_its_bound() -> None:
     p, x = pair()
-    objective = Plus(ELBO(warmup=4), lambda x: x.sum(-1))
+    objective = AuxiliaryLoss(ELBO(warmup=4), lambda x: x.sum(-1))
     for step in range(3):
         assert objective.scheduled()["beta"] == step / 4
         objective.loss_and_grads(p.model, p.mean_field, x)
-    again = Plus(ELBO(warmup=4), lambda x: x.sum(-1))
+    again = AuxiliaryLoss(ELBO(warmup=4), lambda x: x.sum(-1))
     again.load_state_dict(objective.state_dict())
     assert again.scheduled() == objective.scheduled()
 
@@ -806,6 +806,6 @@ def test_plus_follows_the_schedules_of_its_bound() -> None:
 def test_plus_refuses_what_it_cannot_add() -> None:
     p, x = pair()
     with pytest.raises(UsageError, match="bound: expected an objective of ppvae, found Trace_ELBO"):
-        Plus(Trace_ELBO(), lambda x: x.sum(-1))
+        AuxiliaryLoss(Trace_ELBO(), lambda x: x.sum(-1))
     with pytest.raises(UsageError, match=r"term: expected a number a datum \[6\], found \[\]"):
-        Plus(ELBO(), lambda x: x.sum()).loss(p.model, p.mean_field, x)
+        AuxiliaryLoss(ELBO(), lambda x: x.sum()).loss(p.model, p.mean_field, x)

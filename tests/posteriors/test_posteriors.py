@@ -22,7 +22,7 @@ from ppvae import VAE, data, fit, likelihoods, load, log_marginal, nn, objective
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.inference import check, inspect
 from ppvae.models import LinearGaussian
-from ppvae.parameter_names import unique
+from ppvae.parameter_names import unique_name
 from ppvae.posteriors.sphere import PowerSphericalVector
 from tests.laws.latents import FAILURE, Part, fit_of, integral, perturbed, values_of
 from tests.laws.parts import FEATURES, POINT, POSTERIORS, flow, net, semi
@@ -248,7 +248,7 @@ def test_works_in_a_pair_under_the_particle_plate(name: str) -> None:
     vae, data_ = pair_of(name)
     structure = inspect(vae.model, vae.guide, data_)
     assert structure.layout == "vectorized"
-    assert bool(structure.score_only) == (POSTERIORS[name].kind == "discrete")
+    assert bool(structure.non_reparameterized) == (POSTERIORS[name].kind == "discrete")
     t = terms(vae.model, vae.guide, data_, num_particles=4, structure=structure)
     assert t.log_weight.shape == (4, 5)
     assert bool(t.log_weight.isfinite().all())
@@ -311,7 +311,7 @@ def oracle() -> tuple[LinearGaussian, Tensor]:
 
 
 def guide_of(posterior: torch.nn.Module) -> Callable[[Tensor], Any]:
-    name = unique("posterior")
+    name = unique_name("posterior")
 
     def guide(x: Tensor) -> Any:
         pyro.module(name, posterior)

@@ -23,7 +23,7 @@ from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, DataError, PpvaeError, TrainingError, UsageError
 from ppvae.factories.pairs import resolve
 from ppvae.models import LinearGaussian
-from ppvae.training.step import Stepper
+from ppvae.training.step import TrainingStep
 
 PAIRS = Path(__file__).parents[1] / "programs" / "factory_files"
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -1123,7 +1123,7 @@ def test_progress_shows_nats_per_datum(capsys):
 def test_steps_whose_numbers_are_read_at_the_end_of_an_epoch_are_the_same(monkeypatch, clip):
     found = []
     for reads in (True, False):
-        monkeypatch.setattr(Stepper, "reads", reads)
+        monkeypatch.setattr(TrainingStep, "reads", reads)
         pair = small_vae()
         run = fit(pair.model, pair.guide, torch.eye(64)[:12], epochs=2, batch_size=4, clip=clip)
         found.append([p.detach() for p in pair.parameters()])
@@ -1133,7 +1133,7 @@ def test_steps_whose_numbers_are_read_at_the_end_of_an_epoch_are_the_same(monkey
 
 
 def test_a_loss_that_is_read_late_puts_the_parameters_back_to_the_epoch_before(monkeypatch):
-    monkeypatch.setattr(Stepper, "reads", False)
+    monkeypatch.setattr(TrainingStep, "reads", False)
     pair, x = small_vae(), torch.eye(64)[:12]
     kept = []
 

@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.distributed import quiet, shared
+from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.evaluation.annealing.hmc import forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
-from ppvae.evaluation.block_cache import Finished, key_of
-from ppvae.evaluation.blocks import columns_of, digest_of
+from ppvae.evaluation.block_cache import BlockCache, cache_key
+from ppvae.evaluation.blocks import as_columns, data_digest
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.accumulators import Weights, recorded_bounds
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.log_marginal import _measure
 from ppvae.evaluation.reliability import MIN_ACCEPTANCE, MIN_ESS
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")
 
 
 def annealed(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     num_chains: int = 16,
@@ -95,15 +95,15 @@ def annealed(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows, resample,
         compile,
     )  # fmt: skip
-    with shared() as shares:
-        columns = columns_of(data, seed)
+    with distributed_context() as shares:
+        columns = as_columns(data, seed)
         with fork_rng(), session(model, guide, columns, settings, device) as ready:
             s = ready.s
             key = key_of_chains(ready, "annealed")
-            store = Finished(directory, key)
+            store = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
             mine = shares.mine(ready.blocks)
-            with Bar(len(mine), len(settings.chain_blocks), settings, quiet(progress), "log p(x)") as bar:
+            with Bar(len(mine), len(settings.chain_blocks), settings, progress_disabled(progress), "log p(x)") as bar:
                 for number in mine:
                     parts[number] = _of_block(ready, number, store, bar)
                     bar.say(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
@@ -120,12 +120,12 @@ def annealed(
         **joined,  # type: ignore[arg-type]
         num_particles=num_chains,
         seed=seed,
-        dims=s.observed_dims * (len(columns[0]) if s.joint else 1),
+        dims=s.observed_dims * (len(columns[0]) if s.has_global_latents else 1),
         base_measure=base,
         levels=levels,
-        joint=s.joint,
+        joint=s.has_global_latents,
         data=getattr(columns[0], "description", ""),
-        digest=digest_of(columns),
+        digest=data_digest(columns),
         bounds=bounds,
         notes=notes,
         method="sequential Monte Carlo" if resample else "annealed importance sampling",
@@ -139,17 +139,17 @@ def key_of_chains(ready: Session, what: str) -> dict[str, Any]:
     """What a result of chains is a function of, as strings and numbers."""
     settings = ready.settings
     more = {"what": what, "seed": settings.seed, "betas": settings.betas.tolist()}
-    return key_of(ready.columns, ready.s, ready.modules, settings.attributes() | more)
+    return cache_key(ready.columns, ready.s, ready.modules, settings.attributes() | more)
 
 
-def _of_block(ready: Session, number: int, store: Finished, bar: Bar) -> dict[str, Tensor]:
+def _of_block(ready: Session, number: int, store: BlockCache, bar: Bar) -> dict[str, Tensor]:
     """Everything that is reported of one block of data."""
     settings, block = ready.settings, ready.block(number)
     density = ready.density(block)
     plan = ready.plan(density, number, store, bar)
     bounds = [settings.num_chains] if settings.resample else recorded_bounds(settings.num_chains)
-    weights = Weights(settings.num_chains, bounds, block.eps)
-    width = 1 if ready.s.joint else block.size
+    weights = LogWeightAccumulator(settings.num_chains, bounds, block.eps)
+    width = 1 if ready.s.has_global_latents else block.size
     acceptance = resampled = torch.zeros(width, dtype=torch.float64)
     for i, count in enumerate(settings.chain_blocks):
 

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.distributed import quiet, shared
+from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import refused
 from ppvae.evaluation.annealing.ais import key_of_chains
 from ppvae.evaluation.annealing.hmc import backward, forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
-from ppvae.evaluation.block_cache import Finished
-from ppvae.evaluation.blocks import Block, columns_of
-from ppvae.evaluation.importance.accumulators import Weights
-from ppvae.evaluation.results import Saved, mean_words
-from ppvae.evaluation.simulated_data import Assemble, simulated
-from ppvae.inference.tracing import Pair
+from ppvae.evaluation.block_cache import BlockCache
+from ppvae.evaluation.blocks import Block, as_columns
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.results import SavedResult, mean_words
+from ppvae.evaluation.simulated_data import Assemble, simulate_data
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
 
 
 @dataclass(frozen=True)
-class Bracket(Saved):
+class Bracket(SavedResult):
     """log p(x) of simulated data from below and from above; nats per datum, float64, all [N].
 
     Attributes:
@@ -88,8 +88,8 @@ class Bracket(Saved):
 
 
 def bdmc(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     num_chains: int = 16,
@@ -139,18 +139,18 @@ def bdmc(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows,
         compile=compile,
     )  # fmt: skip
-    with shared() as shares:
-        columns = columns_of(data, seed)
+    with distributed_context() as shares:
+        columns = as_columns(data, seed)
         with fork_rng(), session(model, guide, columns, settings, device) as ready:
             _check(ready)
             key = key_of_chains(ready, "bdmc")
-            store = Finished(directory, key)
+            store = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
             mine = shares.mine(ready.blocks)
-            with Bar(len(mine), 2 * len(settings.chain_blocks), settings, quiet(progress), "BDMC") as bar:
+            with Bar(len(mine), 2 * len(settings.chain_blocks), settings, progress_disabled(progress), "BDMC") as bar:
                 for number in mine:
                     ready.noise(number, "simulated")
-                    block, latents = simulated(ready.model, ready.s, ready.block(number), assemble)
+                    block, latents = simulate_data(ready.model, ready.s, ready.block(number), assemble)
 
                     def made(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
                         return _of_block(ready, block, latents, bar)
@@ -165,7 +165,7 @@ def bdmc(
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     own = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
     attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}
-    return Bracket(**joined, seed=seed, joint=ready.s.joint, settings=attributes, data=own)
+    return Bracket(**joined, seed=seed, joint=ready.s.has_global_latents, settings=attributes, data=own)
 
 
 def _check(ready: Session) -> None:
@@ -183,9 +183,12 @@ def _of_block(ready: Session, block: Block, latents: Mapping[str, Tensor], bar: 
     """Both bounds for one block of simulated data."""
     settings, number = ready.settings, block.number
     density = ready.density(block)
-    plan = ready.plan(density, number, Finished(None, {}), bar)
-    width = 1 if ready.s.joint else block.size
-    both = {"lower": Weights(settings.num_chains, [], block.eps), "upper": Weights(settings.num_chains, [], block.eps)}
+    plan = ready.plan(density, number, BlockCache(None, {}), bar)
+    width = 1 if ready.s.has_global_latents else block.size
+    both = {
+        "lower": LogWeightAccumulator(settings.num_chains, [], block.eps),
+        "upper": LogWeightAccumulator(settings.num_chains, [], block.eps),
+    }
     acceptance = torch.zeros(width, dtype=torch.float64)
     for i, count in enumerate(settings.chain_blocks):
         noise = ready.noise(number, i)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Point:
+class ChainState:
     """A state and its two densities with their gradients: what a leapfrog step needs."""
 
     u: Tensor  # [chains, batch, dims]
@@ -32,10 +32,10 @@ class Point:
         b = beta.to(self.u.dtype)[..., None]
         return value, (1 - b) * self.grad_start + b * self.grad_joint
 
-    def where(self, chosen: Tensor, other: Point) -> Point:
+    def where(self, chosen: Tensor, other: ChainState) -> ChainState:
         """This point where `chosen` [chains, batch], the other elsewhere."""
         wide = chosen[..., None]
-        return Point(
+        return ChainState(
             torch.where(wide, self.u, other.u),
             torch.where(chosen, self.log_start, other.log_start),
             torch.where(chosen, self.log_joint, other.log_joint),
@@ -43,18 +43,18 @@ class Point:
             torch.where(wide, self.grad_joint, other.grad_joint),
         )
 
-    def taken(self, index: Tensor) -> Point:
+    def taken(self, index: Tensor) -> ChainState:
         """The chains `index` [chains, batch] of each datum."""
         wide = index[..., None].expand_as(self.u)
-        return Point(
+        return ChainState(
             self.u.gather(0, wide), self.log_start.gather(0, index), self.log_joint.gather(0, index),
             self.grad_start.gather(0, wide), self.grad_joint.gather(0, wide),
         )  # fmt: skip
 
 
-def joined(parts: list[Point]) -> Point:
+def concatenate_states(parts: list[ChainState]) -> ChainState:
     """Points of some chains each as the point of all of them."""
     if len(parts) == 1:
         return parts[0]
     names = ("u", "log_start", "log_joint", "grad_start", "grad_joint")
-    return Point(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+    return ChainState(*(torch.cat([getattr(p, name) for p in parts]) for name in names))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from ppvae.compilation.graph import Uncapturable, capture, close, compiled, in_a_line
-from ppvae.evaluation.annealing.chain_state import Point
+from ppvae.compilation.graph import CaptureError, all_close, capture, compiled, one_line_reason
+from ppvae.evaluation.annealing.chain_state import ChainState
 
 if TYPE_CHECKING:
-    from ppvae.evaluation.annealing.potential import Unconstrained
+    from ppvae.evaluation.annealing.potential import Potential
 
 log = logging.getLogger("ppvae")
 MANY = 30_000  # gradients that pay for a graph: a number, not a time, so that a run gives the same again
@@ -27,22 +27,22 @@ class _Made:
     once: Callable[..., Any]
     each: Callable[..., Any]
     held: list[Tensor]
-    of: Unconstrained | None = None  # whose block `shared` was computed for
+    of: Potential | None = None  # whose block `shared` was computed for
     shared: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, density: Unconstrained, u: Tensor) -> Point:
+    def __call__(self, density: Potential, u: Tensor) -> ChainState:
         if self.of is not density:
             self.of, self.shared = density, list(self.once(*self.held, *density.batch))
-        return Point(u, *self.each(*self.shared, u))
+        return ChainState(u, *self.each(*self.shared, u))
 
 
 @final
-class Points:
+class CompiledPotential:
     """log q and log p(x, z) of states with their gradients, for one block of data after another.
 
     Args:
         total: gradients that the whole run takes, in all processes: with `MANY` of them they come from a graph that is
-            captured from `Unconstrained.point` and compiled, one for each shape, and checked against it. What does not
+            captured from `Potential.point` and compiled, one for each shape, and checked against it. What does not
             depend on the state, an encoder say, is computed once for each block.
     """
 
@@ -50,7 +50,7 @@ class Points:
         self._over = total < MANY
         self._made: dict[Any, _Made] = {}
 
-    def __call__(self, density: Unconstrained, u: Tensor) -> Point:
+    def __call__(self, density: Potential, u: Tensor) -> ChainState:
         """The point at a state [chains, batch, dims] that needs no gradient itself."""
         if self._over or not density.capturable:
             return density.point(u)
@@ -60,13 +60,13 @@ class Points:
                 self._made[kind] = _make(density, u)
             except Exception as error:
                 self._over = True
-                log.warning("ppvae: chains run without a compiled graph: %s", in_a_line(error))
+                log.warning("ppvae: chains run without a compiled graph: %s", one_line_reason(error))
                 return density.point(u)
         with torch.no_grad():
             return self._made[kind](density, u)
 
 
-def _make(density: Unconstrained, u: Tensor) -> _Made:
+def _make(density: Potential, u: Tensor) -> _Made:
     """Captures, compiles and checks."""
     alone = density.run_whole()
 
@@ -76,7 +76,7 @@ def _make(density: Unconstrained, u: Tensor) -> _Made:
 
     graph = capture(run, list(density.s.params.values()), (u, *density.batch))
     if graph.draws:
-        raise Uncapturable("the densities draw random numbers")
+        raise CaptureError("the densities draw random numbers")
     once, each = graph.divided(0)
     with torch.no_grad():
         shared = once.forward(*graph.held, *density.batch)
@@ -86,6 +86,6 @@ def _make(density: Unconstrained, u: Tensor) -> _Made:
     for name in ("log_start", "log_joint", "grad_start", "grad_joint"):
         a, b = getattr(expected, name).double(), getattr(found, name).double()
         near = (1e-9 if u.dtype == torch.float64 else 1e-4) * (1 + a.abs().amax())
-        if not close(a, b, near):
-            raise Uncapturable(f"{name} is another than that of the pair")
+        if not all_close(a, b, near):
+            raise CaptureError(f"{name} is another than that of the pair")
     return made

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.annealing.chain_state import Point
-from ppvae.evaluation.annealing.potential import Unconstrained
+from ppvae.evaluation.annealing.chain_state import ChainState
+from ppvae.evaluation.annealing.potential import Potential
 
 PILOT_CHAINS = 4
 WARM_UP = 30  # transitions that find the first step size
@@ -28,11 +28,11 @@ class Kernel:
     Source: Neal 2011 (arXiv 1206.1901).
     """
 
-    density: Unconstrained
+    density: Potential
     scale: Tensor
     num_leapfrog: int
 
-    def __call__(self, at: Point, beta: Tensor, step: Tensor, noise: torch.Generator) -> tuple[Point, Tensor]:
+    def __call__(self, at: ChainState, beta: Tensor, step: Tensor, noise: torch.Generator) -> tuple[ChainState, Tensor]:
         """One transition at inverse temperatures [batch]: (where the chains are, acceptance [chains, batch])."""
         u, like = at.u, at.log_joint
         momentum = torch.randn(u.shape, generator=noise, dtype=u.dtype, device=u.device)
@@ -93,7 +93,7 @@ def pilot(
     repeats = -(-ADAPTING // total)
     steps, spread = [log_step], [point.log_weight.std(0)]
 
-    def adapted(at: Point, beta: Tensor, gain: float) -> Point:
+    def adapted(at: ChainState, beta: Tensor, gain: float) -> ChainState:
         nonlocal log_step
         at, acceptance = kernel(at, beta, log_step.exp(), noise)
         log_step = (log_step + gain * (acceptance.mean(0) - target)).clamp(-14.0, 4.0)

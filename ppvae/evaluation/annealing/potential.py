@@ -15,20 +15,20 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.evaluation.annealing.chain_state import Point, joined
-from ppvae.evaluation.annealing.compiled_potential import Points
-from ppvae.inference.contract.support import base, is_discrete, mask_of, support_words
+from ppvae.evaluation.annealing.chain_state import ChainState, concatenate_states
+from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
+from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
 from ppvae.inference.particle_layout import over_inner_plates, particle_dim
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import draw, terms
-from ppvae.inference.tracing import Pair, constant, node_log_prob, one_trace, sample_nodes
+from ppvae.inference.terms import sample_guide, terms
+from ppvae.inference.tracing import Program, frozen_params, node_log_prob, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
 SCALE_DRAWS = 100  # draws from the start density that measure its spread
 
 
-def prior_of(model: Pair, guide_roles: Mapping[str, str]) -> Pair:
+def prior_of(model: Program, guide_roles: Mapping[str, str]) -> Program:
     """The model's prior over the guide's latents, as a guide."""
     latents = {name for name, role in guide_roles.items() if role == "latent"}
 
@@ -56,7 +56,7 @@ class Coordinate:
     dims: tuple[int, int]  # of chains and batch in the latent's value; equal where the latent is shared by all data
 
 
-class Unconstrained:
+class Potential:
     """log q(z | x) and log p(x, z) of a block of data as densities of u in R^dims, z = T(u), both with log |dz/du|.
 
     A state is [chains, batch, dims]: every latent that the guide samples, inner plates and helpers included, one after
@@ -79,25 +79,25 @@ class Unconstrained:
 
     def __init__(
         self,
-        model: Pair,
-        guide: Pair,
+        model: Program,
+        guide: Program,
         batch: tuple[Any, ...],
         s: Structure,
         index: Tensor | None,
         rows: int,
         prior: bool,
         cached: bool = False,
-        whole: Pair | None = None,
-        points: Points | None = None,
+        whole: Program | None = None,
+        points: CompiledPotential | None = None,
     ):
         self.model, self.guide, self.batch, self.s, self.index = model, guide, batch, s, index
         self.rows, self.prior, self.cached = rows, prior, cached
         self._whole, self._points = whole, points
         with fork_rng(), torch.no_grad():
-            self._sites = draw(guide, batch, 2, structure=s, index=index)
+            self._sites = sample_guide(guide, batch, 2, structure=s, index=index)
             nodes = self._nodes = self._traced()
             self._plain = all(s.guide_roles[n] == "latent" for n in nodes) and nodes.keys() == self._sites.keys()
-            self.size = 1 if s.joint else s.size_of(batch) if index is None else len(index)
+            self.size = 1 if s.has_global_latents else s.size_of(batch) if index is None else len(index)
             self.coordinates: tuple[Coordinate, ...] = ()
             self.dims = 0
             for name, node in nodes.items():
@@ -110,12 +110,12 @@ class Unconstrained:
         """The guide's sites that a state is made of, traced once for one particle."""
         s = self.s
         given = {} if self.index is None else {s.plate: self.index}
-        first, second = (dict(sample_nodes(one_trace(self.guide, self.batch, s, given))) for _ in range(2))
+        first, second = (dict(sample_sites(trace_program(self.guide, self.batch, s, given))) for _ in range(2))
         nodes = {}
         for name, node in first.items():
             if s.guide_roles[name] == "enumerated":
                 continue
-            fn = base(node["fn"])
+            fn = base_distribution(node["fn"])
             point = isinstance(fn, dist.Delta)
             if point and not s.lower_bound_only:  # it follows from its helper, which is the coordinate
                 continue
@@ -146,11 +146,12 @@ class Unconstrained:
         except NotImplementedError:
             raise refused(
                 name, "a support with a transform to real numbers (torch.distributions.biject_to)",
-                f"{type(base(node['fn'])).__name__} on {support_words(support)}", "use log_marginal for this pair",
+                f"{type(base_distribution(node['fn'])).__name__} on {support_name(support)}",
+                "use log_marginal for this pair",
             ) from None  # fmt: skip
         lead = value.dim() - event
         chains = particle_dim(value, self.s, name)
-        batch = chains if self.s.joint else lead - 1
+        batch = chains if self.s.has_global_latents else lead - 1
         free = transform.inverse_shape(value.shape)[lead:]
         shape = tuple(n for i, n in enumerate(value.shape[:lead]) if i not in (chains, batch)) + tuple(free)
         last = self.dims + torch.Size(shape).numel()
@@ -181,7 +182,7 @@ class Unconstrained:
 
     def _flat(self, value: Tensor, c: Coordinate) -> Tensor:
         """[..., chains, *inner, batch, *event] -> [chains, batch, dims]."""
-        if self.s.joint:
+        if self.s.has_global_latents:
             value = value.movedim(c.dims[0], 0)
             return value.reshape(len(value), 1, -1)
         value = value.movedim(c.dims, (0, 1))
@@ -190,7 +191,7 @@ class Unconstrained:
     def _natural(self, u: Tensor, c: Coordinate) -> Tensor:
         """[chains, batch, dims] -> the coordinates of one latent as the pair has its dims."""
         own = u[..., c.first : c.last]
-        if self.s.joint:
+        if self.s.has_global_latents:
             return own.reshape(len(u), *c.shape).movedim(0, c.dims[0])
         return own.reshape(*u.shape[:2], *c.shape).movedim((0, 1), c.dims)
 
@@ -221,7 +222,7 @@ class Unconstrained:
     def start(self, num_chains: int) -> Tensor:
         """Draws from the start density under torch's generator, [chains, batch, dims]."""
         with torch.no_grad():
-            sites = draw(self.guide, self.batch, num_chains, structure=self.s, index=self.index)
+            sites = sample_guide(self.guide, self.batch, num_chains, structure=self.s, index=self.index)
             return self.state({c.name: sites[c.name].value for c in self.coordinates})
 
     def single(self, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
@@ -250,14 +251,14 @@ class Unconstrained:
             log_prior = log_start = t.log_prior
             if not self.prior:
                 ((name, node),) = self._nodes.items()
-                log_start = over_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.nesting)
+                log_start = over_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.plate_nesting)
             return log_start + log_det, log_prior + t.log_lik + log_det
         t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, values=values)
         log_start = log_det
         for c in self.coordinates:
             log_prob = t.guide[c.name].log_prob.double()
             log_prob = log_prob.sum(tuple(range(log_prob.dim() - 2))) if log_prob.dim() > 2 else log_prob
-            log_start = log_start + (log_prob.sum(-1, keepdim=True) if s.joint else log_prob)
+            log_start = log_start + (log_prob.sum(-1, keepdim=True) if s.has_global_latents else log_prob)
         if self._plain and t.contracted is None:  # the guide's network is then no part of the joint density's graph
             return log_start, t.log_lik + t.log_prior + log_det
         return log_start, log_start + t.log_weight
@@ -277,30 +278,30 @@ class Unconstrained:
         """Chains that go through the pair at once."""
         return max(1, self.rows // (self.s.size_of(self.batch) if self.index is None else len(self.index)))
 
-    def __call__(self, u: Tensor) -> Point:
+    def __call__(self, u: Tensor) -> ChainState:
         """Densities and gradients, a few chains at a time; no parameter gets a gradient."""
-        with torch.enable_grad(), constant(self.s.params.values()):
+        with torch.enable_grad(), frozen_params(self.s.params.values()):
             at = self.point if self._points is None else partial(self._points, self)
-            return joined([at(part) for part in u.split(self._step)])
+            return concatenate_states([at(part) for part in u.split(self._step)])
 
     @property
     def capturable(self) -> bool:
         """Whether a graph of `point` would serve other blocks of data of the same shape, too."""
-        return self.active is None and self.index is None and not self.s.joint
+        return self.active is None and self.index is None and not self.s.has_global_latents
 
-    def run_whole(self) -> Unconstrained:
+    def run_whole(self) -> Potential:
         """The same densities, with nothing in them that was computed before."""
         other = copy(self)
         other.guide, other.prior, other.cached = self._whole or self.guide, False, False
         return other
 
-    def point(self, u: Tensor) -> Point:
+    def point(self, u: Tensor) -> ChainState:
         """Densities and gradients of a state [chains, batch, dims], by a run of the pair."""
         u = u.detach().requires_grad_()
         log_start, log_joint = self.densities(u)
         (grad_start,) = torch.autograd.grad(log_start.sum(), u, retain_graph=True, materialize_grads=True)
         (grad_joint,) = torch.autograd.grad(log_joint.sum(), u, materialize_grads=True)
-        return Point(u.detach(), log_start.detach(), log_joint.detach(), grad_start, grad_joint)
+        return ChainState(u.detach(), log_start.detach(), log_joint.detach(), grad_start, grad_joint)
 
     def check_steady(self) -> None:
         """Raises ContractError for densities that differ from run to run at the same latents."""

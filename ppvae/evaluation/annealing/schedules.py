@@ -17,7 +17,7 @@ WINDOW = 4  # temperatures on either side over which the pilot's spread is avera
 FLOOR = 0.1  # share of the steps that is spread evenly
 
 
-def named(schedule: str | Sequence[float] | Tensor, num_temperatures: int) -> Tensor:
+def named_schedule(schedule: str | Sequence[float] | Tensor, num_temperatures: int) -> Tensor:
     """Inverse temperatures 0 = beta_0 < ... < beta_T = 1, [T + 1] in float64.
 
     "sigmoid": sigmoid(4 (2 t / T - 1)), shifted and scaled to [0, 1], denser at both ends (Grosse et al. 2015, arXiv
@@ -26,7 +26,7 @@ def named(schedule: str | Sequence[float] | Tensor, num_temperatures: int) -> Te
     Raises:
         UsageError: an unknown name, or numbers that do not rise from 0 to 1.
 
-    >>> named("linear", 4).tolist(), [round(b, 3) for b in named("sigmoid", 4).tolist()]
+    >>> named_schedule("linear", 4).tolist(), [round(b, 3) for b in named_schedule("sigmoid", 4).tolist()]
     ([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 0.105, 0.5, 0.895, 1.0])
     """
     even = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.float64)

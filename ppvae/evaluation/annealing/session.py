@@ -13,17 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.annealing.compiled_potential import Points
+from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, Kernel, Plan, pilot
-from ppvae.evaluation.annealing.potential import Unconstrained, prior_of
-from ppvae.evaluation.annealing.schedules import at_betas, equal_ess, named
-from ppvae.evaluation.block_cache import Finished
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, device_of, inspected
-from ppvae.inference.evaluation_mode import evaluating, modules_called
-from ppvae.inference.param_store import bound
+from ppvae.evaluation.annealing.potential import Potential, prior_of
+from ppvae.evaluation.annealing.schedules import at_betas, equal_ess, named_schedule
+from ppvae.evaluation.block_cache import BlockCache
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns, program_device
+from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import amortised, terms
-from ppvae.inference.tracing import Pair
+from ppvae.inference.terms import cache_encoder, terms
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
 
@@ -63,7 +63,7 @@ class Settings:
     @property
     def betas(self) -> Tensor:
         """Inverse temperatures [T + 1]; of the pilot run where the schedule is measured."""
-        return named(self.schedule, self.num_temperatures)
+        return named_schedule(self.schedule, self.num_temperatures)
 
     @property
     def chain_blocks(self) -> list[int]:
@@ -85,15 +85,15 @@ class Settings:
 class Session:
     """A pair ready to be annealed on its data, block after block."""
 
-    model: Pair
-    guide: Pair
+    model: Program
+    guide: Program
     s: Structure
     columns: tuple[Any, ...]
     size: int  # data in a block
     device: torch.device
     settings: Settings
     modules: Sequence[torch.nn.Module]
-    points: Points
+    points: CompiledPotential
 
     @property
     def blocks(self) -> int:
@@ -107,12 +107,12 @@ class Session:
             self.columns, first, min(first + self.size, len(self.columns[0])), number, self.s, self.device
         )  # fmt: skip
 
-    def density(self, block: Block) -> Unconstrained:
+    def density(self, block: Block) -> Potential:
         """The start density and p(x, z) of a block, whose values are checked against the supports once."""
         rows = self.settings.rows or DATA_BLOCK * PARTICLE_BLOCK
-        guide = amortised(self.guide, block.batch, self.s, block.index)
+        guide = cache_encoder(self.guide, block.batch, self.s, block.index)
         prior, cached = self.settings.start == "prior", guide is not self.guide
-        density = Unconstrained(
+        density = Potential(
             self.model, guide, block.batch, self.s, block.index, rows, prior, cached, self.guide, self.points
         )
         if block.number == 0:
@@ -125,7 +125,7 @@ class Session:
         torch.manual_seed(derive_seed(self.settings.seed, *key))
         return torch.Generator(device=self.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
 
-    def plan(self, density: Unconstrained, number: int, store: Finished, bar: Bar) -> Plan:
+    def plan(self, density: Potential, number: int, store: BlockCache, bar: Bar) -> Plan:
         """Inverse temperatures, step sizes and scales, from a pilot run whose chains are not used again."""
         settings = self.settings
 
@@ -155,14 +155,14 @@ class Session:
 
 @contextmanager
 def session(
-    model: Pair, guide: Pair, columns: tuple[Any, ...], settings: Settings, device: torch.device | str | None
+    model: Program, guide: Program, columns: tuple[Any, ...], settings: Settings, device: torch.device | str | None
 ) -> Iterator[Session]:
     """Everything that holds while a pair is annealed; the random state is the caller's to keep."""
-    model, guide = bound(model), bound(guide)
-    with evaluating(model, guide):
-        place = torch.device(device) if device is not None else device_of(model, guide, columns)
-        with modules_called(model, guide) as modules:
-            s, size = inspected(model, guide, columns, place)
+    model, guide = bind_program(model), bind_program(guide)
+    with evaluation_mode(model, guide):
+        place = torch.device(device) if device is not None else program_device(model, guide, columns)
+        with record_modules(model, guide) as modules:
+            s, size = inspect_columns(model, guide, columns, place)
         if settings.start == "prior":
             if s.enumerated:
                 raise UsageError(
@@ -170,10 +170,12 @@ def session(
                     f"are summed out of it. Use start='guide'"
                 )
             guide = prior_of(model, s.guide_roles)
-            s, size = inspected(model, guide, columns, place)
+            s, size = inspect_columns(model, guide, columns, place)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             runs = -(-len(columns[0]) // size) * (1 + len(settings.chain_blocks))
-            points = Points(runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0)
+            points = CompiledPotential(
+                runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0
+            )
             yield Session(model, guide, s, columns, size, place, settings, modules, points)
 
 

@@ -54,7 +54,7 @@ class Bound:
         return self._total / self.groups
 
 
-class Weights:
+class LogWeightAccumulator:
     """Everything that is reported of a block of data, from log-weights taken in a few particles at a time.
 
     `num_particles` is the most that are taken in; `eps` the rounding unit in which the densities were computed.
@@ -110,10 +110,10 @@ class Weights:
             new["top"] = both.topk(min(self._kept, both.shape[1]), dim=1).values
         self._state = new
 
-    def narrowed(self, which: Tensor) -> Weights:
+    def select(self, which: Tensor) -> LogWeightAccumulator:
         """What was taken in of some of the data, [N] bool, to go on with them alone; without bounds."""
         self._reduce()
-        out = Weights(self.num_particles, (), self._eps)
+        out = LogWeightAccumulator(self.num_particles, (), self._eps)
         out._count = self._count
         out._state = {name: value[which.to(value.device)] for name, value in self._state.items()}
         return out

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block
-from ppvae.evaluation.importance.accumulators import Weights
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import MAX_K_HAT, MIN_ESS
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 
 REACH = 4  # a pilot says what up to so many times its own particles would do
 MARGIN = 0.8  # of the target standard error that is planned for: the estimate's own is another draw
 
 
 @dataclass(frozen=True)
-class Need:
+class AdaptiveAllocation:
     """A standard error for every datum, and the most particles that a datum's estimate may take.
 
     Raises:
@@ -54,7 +54,7 @@ class Need:
 
 
 def pilot(
-    block: Block, model: Pair, guide: Pair, need: Need, seed: int, rows: int
+    block: Block, model: Program, guide: Program, need: AdaptiveAllocation, seed: int, rows: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(particles for the estimate, particles of the pilot), [N] each, of a block's data.
 
@@ -62,13 +62,13 @@ def pilot(
     of the budget is spent: all of the budget then goes into its estimate. A datum with a NaN or infinite weight, which
     no number of particles mends, gets as many as its pilot.
     """
-    width = 1 if block.s.joint else block.size
+    width = 1 if block.s.has_global_latents else block.size
     counts, spent = torch.zeros(2, width, dtype=torch.long)
     active, done = torch.arange(width), 0
-    weights = Weights(need.max_particles, (), block.eps)
+    weights = LogWeightAccumulator(need.max_particles, (), block.eps)
     while len(active):
         count = min(2 * done or PARTICLE_BLOCK, need.max_particles)
-        part, at = block.narrowed(active)
+        part, at = block.select_rows(active)
         for log_weight, elbo, _ in part.weights(model, guide, count, seed, rows, start=done, noise="pilot"):
             where = at.to(log_weight.device)
             weights.add(log_weight[:, where], elbo[:, where])
@@ -80,5 +80,5 @@ def pilot(
         over = (wanted <= REACH * done) | (REACH * done >= need.max_particles)
         counts[active[over]], spent[active[over]] = wanted[over].long(), done
         active = active[~over]
-        weights = weights.narrowed(~over)
+        weights = weights.select(~over)
     return counts, spent

@@ -10,13 +10,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ppvae.compilation.graph import Uncapturable, capture, close, compiled, in_a_line
-from ppvae.compilation.guards import Watch
+from ppvae.compilation.graph import CaptureError, all_close, capture, compiled, one_line_reason
+from ppvae.compilation.guards import Guards
 from ppvae.inference.compiled_step import SECONDS_PER_NODE
-from ppvae.inference.param_store import unbound
+from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import terms
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
@@ -25,7 +25,7 @@ LOOK = 3  # runs of the pair that are timed first
 
 
 @final
-class Cells:
+class CompiledWeights:
     """Log-weights and ELBO of one block of particles after another, [particles, batch], as `terms` gives them.
 
     The first few are left to `terms`, and timed. Where what is to come takes long enough, the run of the pair is
@@ -33,7 +33,7 @@ class Cells:
     draws are those of `terms` from the same random state, and the values equal up to rounding, which is checked.
     """
 
-    def __init__(self, model: Pair, guide: Pair, s: Structure, num_particles: int, total: int, precision: str):
+    def __init__(self, model: Program, guide: Program, s: Structure, num_particles: int, total: int, precision: str):
         self.model, self.guide, self.s, self.num_particles, self._left = model, guide, s, num_particles, total
         self._precision = precision
         self._seconds: list[float] = []
@@ -42,7 +42,12 @@ class Cells:
         self._each: Callable[..., Any] | None = None
         self._held: list[Tensor] = []
         self._shared: list[Tensor] | None = None
-        self._over = s.layout == "one by one" or s.joint or s.indexes or "cancelled" in s.model_roles.values()
+        self._over = (
+            s.layout == "one by one"
+            or s.has_global_latents
+            or s.draws_subsample
+            or "cancelled" in s.model_roles.values()
+        )
         self._kinds: list[tuple[Any, ...]] = []
 
     def start(self, batch: tuple[Tensor, ...]) -> None:
@@ -78,10 +83,10 @@ class Cells:
             return
         try:
             with fork_rng():
-                watch = Watch(model=unbound(self.model), guide=unbound(self.guide))
+                watch = Guards(model=unwrap(self.model), guide=unwrap(self.guide))
                 graph = capture(self._run, list(self.s.params.values()), self._batch)
                 if what := watch.changed():
-                    raise Uncapturable(f"it changes {what} as it runs")
+                    raise CaptureError(f"it changes {what} as it runs")
                 if len(graph.module.graph.nodes) * SECONDS_PER_NODE > seconds:
                     return
                 once, each = graph.divided()
@@ -94,7 +99,7 @@ class Cells:
                 for a, b in zip(expected, call(*shared), strict=True):
                     self._compare(a, b)
         except Exception as error:
-            log.warning("ppvae: log-weights are computed without a compiled graph: %s", in_a_line(error))
+            log.warning("ppvae: log-weights are computed without a compiled graph: %s", one_line_reason(error))
             return
         self._each, self._kinds = call, [(t.shape, t.dtype) for t in self._batch]
 
@@ -102,9 +107,11 @@ class Cells:
         """Raises Uncapturable unless log-weights [particles, batch] are those of the pair up to rounding."""
         kinds = [t.dtype for t in (*self._batch, *self.s.params.values()) if t.is_floating_point()]
         digits = 1e-9 if all(k == torch.float64 for k in kinds) else 1e-5
-        same = close(a, b, digits * (1 + a.abs()))
+        same = all_close(a, b, digits * (1 + a.abs()))
         if self._precision == "bf16" and not same:  # a number may be rounded the other way, here up and there down
             ordinary = torch.where(a.isfinite(), a, 0.0).abs()
-            same = close(a, b, 2**-9 * (1 + ordinary)) and close(a.mean(0), b.mean(0), 2**-12 * (1 + ordinary.mean(0)))
+            same = all_close(a, b, 2**-9 * (1 + ordinary)) and all_close(
+                a.mean(0), b.mean(0), 2**-12 * (1 + ordinary.mean(0))
+            )
         if not same:
-            raise Uncapturable("it gives other weights than the graph of it")
+            raise CaptureError("it gives other weights than the graph of it")

@@ -12,18 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae.compilation.precision import check_precision
-from ppvae.distributed import quiet, shared
+from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import SECONDS, Finished, key_of
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, columns_of, device_of, digest_of, inspected
+from ppvae.evaluation.block_cache import SECONDS, BlockCache, cache_key
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, as_columns, data_digest, inspect_columns, program_device
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.allocation import Need
-from ppvae.evaluation.importance.sampler import Weighing
+from ppvae.evaluation.importance.allocation import AdaptiveAllocation
+from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.reliability import remedy
-from ppvae.inference.evaluation_mode import evaluating, modules_called
-from ppvae.inference.param_store import bound
+from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 MIXED = (
@@ -33,8 +33,8 @@ MIXED = (
 
 
 def log_marginal(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     num_particles: int | Literal["auto"] = 1000,
@@ -100,32 +100,32 @@ def log_marginal(
     """
     if num_particles != "auto" and not hasattr(num_particles, "__index__"):
         raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
-    particles = Need(target_std_error, max_particles) if num_particles == "auto" else int(num_particles)
+    particles = AdaptiveAllocation(target_std_error, max_particles) if num_particles == "auto" else int(num_particles)
     if isinstance(particles, int) and particles < 1:
         raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if rows < 1:
         raise UsageError(f"rows: expected at least 1, found {rows}")
-    model, guide = bound(model), bound(guide)
-    with shared() as shares:
-        columns = columns_of(data, seed)
-        with fork_rng(), evaluating(model, guide):
-            place = torch.device(device) if device is not None else device_of(model, guide, columns)
+    model, guide = bind_program(model), bind_program(guide)
+    with distributed_context() as shares:
+        columns = as_columns(data, seed)
+        with fork_rng(), evaluation_mode(model, guide):
+            place = torch.device(device) if device is not None else program_device(model, guide, columns)
             check_precision(precision, place)
-            with modules_called(model, guide) as modules:
-                s, size = inspected(model, guide, columns, place)
-            task = Weighing(
+            with record_modules(model, guide) as modules:
+                s, size = inspect_columns(model, guide, columns, place)
+            task = ImportanceSampler(
                 model, guide, s, columns, size, place, particles, bounds, posterior_draws, seed, rows, precision
             )
             key: dict[str, Any] = {}
             if directory is not None or shares.size > 1:
                 more = {"what": "log_marginal", "device": place.type}
-                key = key_of(columns, s, modules, task.settings() | more)
+                key = cache_key(columns, s, modules, task.settings() | more)
             mine = shares.mine(task.blocks)
             cells = task.cells(len(mine)) if compile else None
             parts: dict[int, dict[str, Tensor]] = {}
-            bar = tqdm(total=len(mine), desc="log p(x)", unit="block", disable=quiet(progress))
-            with bar, Finished(directory, key, SECONDS) as store:
+            bar = tqdm(total=len(mine), desc="log p(x)", unit="block", disable=progress_disabled(progress))
+            with bar, BlockCache(directory, key, SECONDS) as store:
                 for number in mine:
                     parts[number], _ = store.part(f"block-{number:05d}", functools.partial(task, number, cells))
                     bar.update()
@@ -151,13 +151,13 @@ def log_marginal(
         **per_datum,
         num_particles=particles if isinstance(particles, int) else int(diagnostics["num_particles"].max()),
         seed=seed,
-        dims=dims * (len(columns[0]) if s.joint else 1),
+        dims=dims * (len(columns[0]) if s.has_global_latents else 1),
         base_measure=base,
         levels=levels,
         lower_bound_only=s.lower_bound_only,
-        joint=s.joint,
+        joint=s.has_global_latents,
         data=getattr(columns[0], "description", ""),
-        digest=digest_of(columns),
+        digest=data_digest(columns),
         bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
         posterior=posterior or None,
         notes=notes,

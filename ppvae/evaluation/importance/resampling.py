@@ -10,7 +10,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 
 
-class Kept:
+class PosteriorReservoir:
     """Posterior draws by resampling: each slot holds a particle with probability in proportion to its weight so far.
 
     Particles are taken in a whole block at a time, so that the draws do not depend on how memory is cut.
@@ -18,7 +18,9 @@ class Kept:
 
     def __init__(self, num_draws: int, seed: int, s: Structure):
         self.num_draws, self.s = num_draws, s
-        self.names = [n for n, role in s.guide_roles.items() if role == "latent" and not s.enumerated and not s.joint]
+        self.names = [
+            n for n, role in s.guide_roles.items() if role == "latent" and not s.enumerated and not s.has_global_latents
+        ]
         self._generator = torch.Generator().manual_seed(seed)
         self._log_total: Tensor | None = None
         self._waiting: list[tuple[Tensor, dict[str, Tensor]]] = []

@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.compilation.precision import layers_in
+from ppvae.compilation.precision import layer_precision
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block
-from ppvae.evaluation.importance.accumulators import Weights, recorded_bounds
-from ppvae.evaluation.importance.allocation import Need, pilot
-from ppvae.evaluation.importance.compiled_weights import Cells
-from ppvae.evaluation.importance.resampling import Kept
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
+from ppvae.evaluation.importance.allocation import AdaptiveAllocation, pilot
+from ppvae.evaluation.importance.compiled_weights import CompiledWeights
+from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
-class Weighing:
+class ImportanceSampler:
     """A pair on its data, and how many particles are drawn: so many for every datum, or as each needs."""
 
-    model: Pair
-    guide: Pair
+    model: Program
+    guide: Program
     s: Structure
     columns: tuple[Any, ...]
     size: int  # data in a block
     device: torch.device
-    particles: int | Need
+    particles: int | AdaptiveAllocation
     bounds: Sequence[int]
     posterior_draws: int
     seed: int
@@ -55,13 +55,13 @@ class Weighing:
         need = {} if isinstance(self.particles, int) else self.particles.settings()
         return need | ({} if self.precision == "float32" else {"precision": self.precision})
 
-    def cells(self, blocks: int) -> Cells | None:
+    def cells(self, blocks: int) -> CompiledWeights | None:
         """Compiled weights for so many blocks, where they can be used."""
         k = self.particles
-        if isinstance(k, Need) or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
+        if isinstance(k, AdaptiveAllocation) or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
             return None
         total = min(blocks, len(self.columns[0]) // DATA_BLOCK) * (k // PARTICLE_BLOCK)
-        return Cells(self.model, self.guide, self.s, PARTICLE_BLOCK, total, self.precision)
+        return CompiledWeights(self.model, self.guide, self.s, PARTICLE_BLOCK, total, self.precision)
 
     def rounding_note(self) -> tuple[str, ...]:
         """How far log p(x) of the first data is from float32, with the same noise; nothing where it is float32."""
@@ -71,23 +71,23 @@ class Weighing:
         moved = few(0)["log_px"] - dataclasses.replace(few, precision="float32")(0)["log_px"]
         if not moved.any():
             return (f"products in {self.precision} change nothing here: there is no layer in float32",)
-        who = "all data" if self.s.joint else f"the first {len(moved)} data"
+        who = "all data" if self.s.has_global_latents else f"the first {len(moved)} data"
         return (
             f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of {who} is "
             f"{float(moved.mean()):+.4f} nats from float32 on average, {float(moved.abs().max()):.4f} at most",
         )
 
-    def __call__(self, number: int, cells: Cells | None = None) -> dict[str, Tensor]:
+    def __call__(self, number: int, cells: CompiledWeights | None = None) -> dict[str, Tensor]:
         """All that is reported of a block's data, [N] by name; latents [draws, N, ...] as "posterior/name"."""
-        with layers_in(self.precision):
+        with layer_precision(self.precision):
             return self._weighed(number, cells)
 
-    def _weighed(self, number: int, cells: Cells | None) -> dict[str, Tensor]:
+    def _weighed(self, number: int, cells: CompiledWeights | None) -> dict[str, Tensor]:
         first = number * self.size
         block = Block(
             self.columns, first, min(first + self.size, len(self.columns[0])), number, self.s, self.device
         )  # fmt: skip
-        width = 1 if self.s.joint else block.size
+        width = 1 if self.s.has_global_latents else block.size
         if isinstance(self.particles, int):
             counts, told = torch.full((width,), self.particles), {}
         else:
@@ -99,7 +99,7 @@ class Weighing:
         drawn = missing = 0
         for level in levels:  # data that have had their particles drop out
             rows = (counts >= level).nonzero()[:, 0]
-            part, at = block.narrowed(rows)
+            part, at = block.select_rows(rows)
             for log_weight, elbo, t in part.weights(
                 self.model, self.guide, level, self.seed, self.rows, cells, start=drawn
             ):
@@ -114,12 +114,12 @@ class Weighing:
 class _Tally:
     """What is kept of the data of a block that have the same number of particles."""
 
-    def __init__(self, w: Weighing, block: Block, count: int, rows: Tensor, ks: Sequence[int]):
+    def __init__(self, w: ImportanceSampler, block: Block, count: int, rows: Tensor, ks: Sequence[int]):
         self.rows = rows
-        self.weights = Weights(count, sorted(ks), block.eps)
-        which = (count,) if isinstance(w.particles, Need) else ()
+        self.weights = LogWeightAccumulator(count, sorted(ks), block.eps)
+        which = (count,) if isinstance(w.particles, AdaptiveAllocation) else ()
         noise = derive_seed(w.seed, block.number, "posterior", *which)
-        self.kept = Kept(w.posterior_draws, noise, w.s) if w.posterior_draws else None
+        self.kept = PosteriorReservoir(w.posterior_draws, noise, w.s) if w.posterior_draws else None
 
     def add(self, log_weight: Tensor, elbo: Tensor, t: Any, at: Tensor) -> None:
         """Takes in log-weights and ELBO [particles, batch] of the columns `at`, and the terms that they are of."""

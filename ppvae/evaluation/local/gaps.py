@@ -13,23 +13,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ppvae.distributed import quiet, shared
+from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import Finished, key_of
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, columns_of, device_of, digest_of, inspected
+from ppvae.evaluation.block_cache import BlockCache, cache_key
+from ppvae.evaluation.blocks import (
+    DATA_BLOCK,
+    PARTICLE_BLOCK,
+    Block,
+    as_columns,
+    data_digest,
+    inspect_columns,
+    program_device,
+)
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.local.guides import FullRank
+from ppvae.evaluation.local.guides import FullRankFamily
 from ppvae.evaluation.local.refit import WEIGHED, Plan, check_refit
-from ppvae.evaluation.results import Saved, mean_words
-from ppvae.inference.evaluation_mode import evaluating
-from ppvae.inference.param_store import bound
+from ppvae.evaluation.results import SavedResult, mean_words
+from ppvae.inference.evaluation_mode import evaluation_mode
+from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair
+from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 
 @dataclass(frozen=True)
-class Gaps(Saved):
+class Gaps(SavedResult):
     """The inference gap per datum and its parts; nats per datum, float64, all [N].
 
     log p(x) - ELBO = (log p(x) - best ELBO) + (best ELBO - ELBO): inference = approximation + amortisation gap, where
@@ -116,15 +124,15 @@ class Gaps(Saved):
 
 
 def gaps(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     log_px: Estimate | Tensor | None = None,
     num_particles: int = 1000,
     steps: int = 300,
     rounds: int = 8,
-    richer: Callable[[Tensor, Tensor], FullRank] | None = FullRank,
+    richer: Callable[[Tensor, Tensor], FullRankFamily] | None = FullRankFamily,
     seed: int = 0,
     rows: int | None = None,
     directory: str | os.PathLike[str] | None = None,
@@ -165,21 +173,21 @@ def gaps(
     for name, value in (("num_particles", num_particles), ("steps", steps), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
-    model, guide = bound(model), bound(guide)
-    with shared() as shares:
-        columns = columns_of(data, seed)
+    model, guide = bind_program(model), bind_program(guide)
+    with distributed_context() as shares:
+        columns = as_columns(data, seed)
         _check_given(log_px, columns)
-        with fork_rng(), evaluating(model, guide):
-            place = torch.device(device) if device is not None else device_of(model, guide, columns)
-            s, size = inspected(model, guide, columns, place)
+        with fork_rng(), evaluation_mode(model, guide):
+            place = torch.device(device) if device is not None else program_device(model, guide, columns)
+            s, size = inspect_columns(model, guide, columns, place)
             check_refit(s)
             settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
             plan = Plan(model, guide, s, size, "", richer, "", *settings).settled(columns, place)
             numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds, "seed": seed}
             what = {"what": "gaps", "refit": plan.refit, "richer": plan.richer_words}
-            key = key_of(columns, s, (), what | numbers)
-            finished, done = Finished(directory, key), {}
-            with tqdm(desc="gaps", unit="step", disable=quiet(progress)) as bar:
+            key = cache_key(columns, s, (), what | numbers)
+            finished, done = BlockCache(directory, key), {}
+            with tqdm(desc="gaps", unit="step", disable=progress_disabled(progress)) as bar:
                 for number in shares.mine(-(-len(columns[0]) // plan.size)):
                     start, stop = number * plan.size, min((number + 1) * plan.size, len(columns[0]))
                     bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
@@ -217,7 +225,7 @@ def gaps(
         rounds=int(max(part["rounds"] for part in parts)),
         seed=seed,
         data=getattr(columns[0], "description", ""),
-        digest=digest_of(columns),
+        digest=data_digest(columns),
         notes=(f"no richer family: {plan.why_no_richer}",) if plan.why_no_richer else (),
     )
 
@@ -228,7 +236,7 @@ def _check_given(log_px: Estimate | Tensor | None, columns: tuple[Any, ...]) -> 
     values = log_px.log_px if isinstance(log_px, Estimate) else log_px
     if values.shape != (len(columns[0]),):
         raise UsageError(f"log_px: expected one for each of {len(columns[0])} data, found shape {list(values.shape)}")
-    if isinstance(log_px, Estimate) and log_px.digest not in ("", digest_of(columns)):
+    if isinstance(log_px, Estimate) and log_px.digest not in ("", data_digest(columns)):
         raise UsageError("log_px: expected an estimate of these data, found one of others (their digests differ)")
 
 

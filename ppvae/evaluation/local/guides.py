@@ -14,11 +14,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppvae.errors import ContractError
-from ppvae.evaluation.annealing.potential import Unconstrained
+from ppvae.evaluation.annealing.potential import Potential
 from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block
-from ppvae.evaluation.local.parameters import Affine, lifted, tracked
+from ppvae.evaluation.local.parameters import Affine, per_datum_distribution, trace_arguments
 from ppvae.inference.terms import terms
-from ppvae.inference.tracing import Pair, constant
+from ppvae.inference.tracing import Program, frozen_params
 from ppvae.rng import derive_seed
 
 DRAWS = 10  # per datum and step of a climb
@@ -52,7 +52,7 @@ class Local(Protocol):
         """(log-weights, elbo) of a few particles at a time, both [particles, N]."""
 
 
-def climb(
+def optimize_local_elbo(
     local: Local, *, steps: int, rounds: int, seed: int, tick: Callable[[], Any] = lambda: None
 ) -> tuple[Tensor, int]:
     """Raises every datum's ELBO by its own parameters: (what the last round gained [N] nats, how many rounds ran).
@@ -119,7 +119,7 @@ class Guided:
     data_dims: Sequence[int | None] = ()
     rate, eps = RATE, EPS
 
-    def __init__(self, model: Pair, guide: Pair, block: Block):
+    def __init__(self, model: Program, guide: Program, block: Block):
         self.model, self.guide, self.block, self.s = model, guide, block, block.s
 
     @contextmanager
@@ -166,8 +166,8 @@ class Replaced(Messenger):
 class Distributions(Guided):
     """The guide with its sites' distributions free for every datum of a block; it starts as the guide."""
 
-    def __init__(self, model: Pair, guide: Pair, block: Block):
-        sites = lifted(guide, block.batch, block.s, block.index)
+    def __init__(self, model: Program, guide: Program, block: Block):
+        sites = per_datum_distribution(guide, block.batch, block.s, block.index)
         self.leaves = [leaf for site in sites.values() for leaf in site.leaves]
         self.data_dims = [site.data_dim for site in sites.values() for _ in site.leaves]
 
@@ -181,7 +181,7 @@ class Distributions(Guided):
         self.s = replace(block.s, guide_params={str(i): leaf for i, leaf in enumerate(self.leaves)})
 
     def descend(self, count: int) -> None:
-        with torch.enable_grad(), constant(self._held):
+        with torch.enable_grad(), frozen_params(self._held):
             self._slope(count)
 
 
@@ -194,7 +194,7 @@ class Network(Guided):
 
     rate, eps = NETWORK_RATE, NETWORK_EPS
 
-    def __init__(self, model: Pair, guide: Pair, block: Block):
+    def __init__(self, model: Program, guide: Program, block: Block):
         super().__init__(model, guide, block)
         shared = {id(p) for p in block.s.model_params.values()}
         self._own = {n: p for n, p in block.s.guide_params.items() if id(p) not in shared}
@@ -214,7 +214,12 @@ class Network(Guided):
 
     def descend(self, count: int) -> None:
         params = list(self._own.values())
-        with self.installed(), torch.enable_grad(), tracked(self._own), constant(self.s.model_params.values()):
+        with (
+            self.installed(),
+            torch.enable_grad(),
+            trace_arguments(self._own),
+            frozen_params(self.s.model_params.values()),
+        ):
             before = [p.grad for p in params]
             for p in params:
                 p.grad = None
@@ -223,7 +228,7 @@ class Network(Guided):
                 leaf.grad, p.grad = p.grad, own
 
 
-class FullRank:
+class FullRankFamily:
     """Normals with any covariance, [N, D], that start at given ones; D are all coordinates of a datum's latents.
 
     A richer family is such an object: made of locations [N, D] and lower-triangular scales [N, D, D], it gives a
@@ -242,19 +247,19 @@ class FullRank:
 
 
 @final
-class Richer:
+class FullRankGuide:
     """A richer family over all of a datum's latents in unconstrained space; it starts at the moments of a guide."""
 
     rate, eps = RATE, EPS
 
-    def __init__(self, start: Guided, family: Callable[[Tensor, Tensor], FullRank], seed: int, rows: int):
+    def __init__(self, start: Guided, family: Callable[[Tensor, Tensor], FullRankFamily], seed: int, rows: int):
         block = start.block
         if "enumerated" in block.s.guide_roles.values():
             raise ContractError("the guide enumerates a latent, so that others are drawn once for each of its values")
         self._size, self._number, self._rows = block.size, block.number, rows
         torch.manual_seed(derive_seed(seed, block.number, "moments"))
         with start.installed():
-            self._at = Unconstrained(start.model, start.guide, block.batch, block.s, block.index, rows, False)
+            self._at = Potential(start.model, start.guide, block.batch, block.s, block.index, rows, False)
             u = self._at.start(MOMENTS)
         if self._at.active is not None:
             raise ContractError("a masked latent: its dims differ from datum to datum")
@@ -271,7 +276,7 @@ class Richer:
     def _elbo(self, count: int, paths_only: bool = False) -> Tensor:
         q = self._family()
         u = q.rsample(torch.Size((count,)))
-        with constant(self.leaves if paths_only else ()):
+        with frozen_params(self.leaves if paths_only else ()):
             log_q = self._family().log_prob(u)
         return (self._at.densities(u)[1] - log_q.double())[:, : self._size]
 
@@ -280,7 +285,7 @@ class Richer:
             return self._elbo(count)
 
     def descend(self, count: int) -> None:
-        with torch.enable_grad(), constant(self._held):
+        with torch.enable_grad(), frozen_params(self._held):
             (-self._elbo(count, True).mean(0).sum()).backward()
 
     def weights(self, num_particles: int, seed: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair, one_trace, sample_nodes
+from ppvae.inference.tracing import Program, sample_sites, trace_program
 
 Build = Callable[[int], Any]
 
 
-class Unliftable(Exception):
+class NotParameterized(Exception):
     """Why a distribution cannot be refit by its arguments, in a few words."""
 
 
-class Lifted:
+class PerDatumDistribution:
     """A site's distribution with its learned arguments free for every datum, in unconstrained space.
 
     An argument is free if it depends on learned parameters or differs between data; a constant stays. Locations move in
@@ -56,7 +56,7 @@ class Lifted:
         free, held = _arguments(fn, batch)
         if not free and isinstance(fn, torch.distributions.TransformedDistribution):
             if not all(map(_plain, fn.transforms)):
-                raise Unliftable("a transform with parameters")
+                raise NotParameterized("a transform with parameters")
             inner = self._lift(fn.base_dist, batch)
             return lambda copies: dist.TransformedDistribution(inner(copies), fn.transforms)
         units = _units(fn, free)
@@ -74,10 +74,10 @@ class Lifted:
         try:
             to = transform_to(constraint)
         except NotImplementedError:
-            raise Unliftable(f"an argument without a transform ({constraint})") from None
+            raise NotParameterized(f"an argument without a transform ({constraint})") from None
         leaf = self._leaf(to.inv(value))
         if bool(leaf.isinf().any()):
-            raise Unliftable("an argument at the edge of its support")
+            raise NotParameterized("an argument at the edge of its support")
         return lambda copies: self._tiled(to(leaf), copies)
 
     def _normal(self, fn: Any, batch: torch.Size) -> Build:
@@ -135,18 +135,18 @@ def _arguments(fn: Any, batch: torch.Size) -> tuple[dict[str, tuple[Tensor, Any]
             continue
         value, constraint = getattr(fn, name, parameter.default), known.get(name)
         if value is parameter.empty:
-            raise Unliftable(f"{type(fn).__name__} does not keep its argument {name!r}")
+            raise NotParameterized(f"{type(fn).__name__} does not keep its argument {name!r}")
         if not isinstance(value, Tensor):
             held[name] = value
         elif constraint is None or getattr(constraint, "is_discrete", False):
             if value.requires_grad or value.numel() > 1:
-                raise Unliftable(f"an argument of {type(fn).__name__} without a constraint ({name})")
+                raise NotParameterized(f"an argument of {type(fn).__name__} without a constraint ({name})")
             held[name] = value
         else:
             events = constraint.event_dim
             free[name] = (value.expand(*batch, *value.shape[value.dim() - events :]), constraint)
     if not free:
-        raise Unliftable(f"{type(fn).__name__} does not say what its arguments are")
+        raise NotParameterized(f"{type(fn).__name__} does not say what its arguments are")
     return free, held
 
 
@@ -180,7 +180,9 @@ def _is_constraint(value: Any) -> bool:
     return isinstance(value, constraints.Constraint)
 
 
-def lifted(guide: Pair, batch: tuple[Any, ...], s: Structure, index: Tensor | None) -> dict[str, Lifted]:
+def per_datum_distribution(
+    guide: Program, batch: tuple[Any, ...], s: Structure, index: Tensor | None
+) -> dict[str, PerDatumDistribution]:
     """The guide's sites as distributions with free parameters, none where nothing is to be refit.
 
     An argument counts as learned where it depends on the guide's parameters or on the data.
@@ -189,34 +191,34 @@ def lifted(guide: Pair, batch: tuple[Any, ...], s: Structure, index: Tensor | No
         Unliftable: a distribution cannot be made from its arguments, or one depends on the latents drawn before it.
     """
     plain, given = replace(s, enumerated=()), {} if index is None else {s.plate: index}
-    with torch.enable_grad(), tracked(s.guide_params):
+    with torch.enable_grad(), trace_arguments(s.guide_params):
         batch = tuple(_followed(t) for t in batch)
-        first, other = (dict(sample_nodes(one_trace(guide, batch, plain, given))) for _ in range(2))
+        first, other = (dict(sample_sites(trace_program(guide, batch, plain, given))) for _ in range(2))
         points = {n for n, node in first.items() if isinstance(node["fn"], dist.Delta)}
         fixed = {n: node["value"].detach() for n, node in first.items() if n not in points}
-        nodes = dict(sample_nodes(one_trace(guide, batch, plain, {**given, **fixed})))
+        nodes = dict(sample_sites(trace_program(guide, batch, plain, {**given, **fixed})))
         out = {}
         for name, node in nodes.items():
             fn = node["fn"]
             if name in points:  # it carries a helper's value over: nothing to refit, unless it has parameters
                 if fn.v.requires_grad or torch.as_tensor(fn.log_density).requires_grad:
-                    raise Unliftable(f"{name!r} is a helper's value moved by a transform with parameters")
+                    raise NotParameterized(f"{name!r} is a helper's value moved by a transform with parameters")
                 continue
             try:
-                out[name] = Lifted(fn)
-                start, again = out[name].start, Lifted(other[name]["fn"]).start
+                out[name] = PerDatumDistribution(fn)
+                start, again = out[name].start, PerDatumDistribution(other[name]["fn"]).start
                 with torch.no_grad():
                     before, after = fn.log_prob(node["value"]), out[name]().log_prob(node["value"])
-            except Unliftable as error:
-                raise Unliftable(f"{name!r}: {error}") from None
+            except NotParameterized as error:
+                raise NotParameterized(f"{name!r}: {error}") from None
             except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-                raise Unliftable(f"{name!r}: {type(fn).__name__} could not be made again ({error})") from None
+                raise NotParameterized(f"{name!r}: {type(fn).__name__} could not be made again ({error})") from None
             if not all(
                 a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(start, again, strict=True)
             ):
-                raise Unliftable(f"{name!r} depends on the latents drawn before it")
+                raise NotParameterized(f"{name!r} depends on the latents drawn before it")
             if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise Unliftable(f"{name!r}: {type(fn).__name__} is not what its arguments say")
+                raise NotParameterized(f"{name!r}: {type(fn).__name__} is not what its arguments say")
     return out
 
 
@@ -227,7 +229,7 @@ def _followed(value: Any) -> Any:
 
 
 @contextmanager
-def tracked(params: Mapping[str, Tensor]) -> Iterator[None]:
+def trace_arguments(params: Mapping[str, Tensor]) -> Iterator[None]:
     """Lets every parameter take a gradient meanwhile, so that what depends on one shows."""
     frozen = [p for p in params.values() if not p.requires_grad]
     for p in frozen:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import refused
-from ppvae.inference.contract.support import base, event_size, is_discrete, mask_of, support_words
+from ppvae.inference.contract.support import base_distribution, event_size, is_discrete, mask_of, support_name
 
 
-def check_continuity(
+def check_absolute_continuity(
     model: Mapping[str, Any], guide: Mapping[str, Any], model_roles: Mapping[str, str], guide_roles: Mapping[str, str]
 ) -> bool:
     """Refuses a guide that is not absolutely continuous with its prior; True where it gives a lower bound only."""
@@ -29,7 +29,7 @@ def check_continuity(
                 name, "the same mask in model and guide", "a mask that differs between the two",
                 "mask both sides of a latent alike",
             )  # fmt: skip
-        prior, posterior = base(p["fn"]), base(q["fn"])
+        prior, posterior = base_distribution(p["fn"]), base_distribution(q["fn"])
         discrete = getattr(p["fn"], "has_enumerate_support", False) or is_discrete(prior)
         if isinstance(posterior, dist.Delta):
             if discrete:
@@ -48,7 +48,8 @@ def check_continuity(
         if points:
             name = next(iter(points))
             raise refused(
-                name, f"a guide absolutely continuous with its prior {type(base(model[name]['fn'])).__name__}",
+                name,
+                f"a guide absolutely continuous with its prior {type(base_distribution(model[name]['fn'])).__name__}",
                 "a Delta (point mass), under which importance weights look perfect and are wrong",
                 "use a guide with a density to estimate log p(x); Delta can still be trained (MAP)",
             )  # fmt: skip
@@ -64,9 +65,9 @@ def check_continuity(
 def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
     """Refuses a continuous guide of a discrete latent, and the other way round."""
     for name, q in guide.items():
-        if name not in model or isinstance(base(q["fn"]), dist.Delta):
+        if name not in model or isinstance(base_distribution(q["fn"]), dist.Delta):
             continue
-        prior, posterior = base(model[name]["fn"]), base(q["fn"])
+        prior, posterior = base_distribution(model[name]["fn"]), base_distribution(q["fn"])
         if is_discrete(prior) != is_discrete(posterior):
             kind = "discrete" if is_discrete(prior) else "continuous"
             raise refused(
@@ -106,8 +107,8 @@ def _check_support_covers(name: str, p: dict[str, Any], q: dict[str, Any]) -> No
                 return
     raise refused(
         name,
-        f"a guide whose support holds the prior's ({support_words(prior)})",
-        f"{type(base(q['fn'])).__name__} on {support_words(posterior)}",
+        f"a guide whose support holds the prior's ({support_name(prior)})",
+        f"{type(base_distribution(q['fn'])).__name__} on {support_name(posterior)}",
         "choose a guide, or transform it, so that it reaches wherever the prior has mass",
     )
 

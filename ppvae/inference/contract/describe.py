@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppvae.inference.contract.support import support_words
+from ppvae.inference.contract.support import support_name
 from ppvae.inference.evaluation_mode import eval_mode
-from ppvae.inference.param_store import unbound
+from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair, traces
+from ppvae.inference.tracing import Program, trace_pair
 from ppvae.rng import fork_rng
 
 
-def described(model: Pair, guide: Pair, batch: tuple[Any, ...], params: Mapping[str, Tensor]) -> Iterator[str]:
+def describe_modules(
+    model: Program, guide: Program, batch: tuple[Any, ...], params: Mapping[str, Tensor]
+) -> Iterator[str]:
     """A line for each module that the pair calls and that is in no other: a `VAE`'s parts, a plain pair's networks."""
     parts = _parts(model, guide)
     met = _called(model, guide, batch)
@@ -35,7 +37,7 @@ def described(model: Pair, guide: Pair, batch: tuple[Any, ...], params: Mapping[
         yield f"{parts.get(module) or _registered(module, params)}: {cls.__name__}, {', '.join(facts)}{_sentence(cls)}"
 
 
-def _called(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> list[tuple[nn.Module, Any]]:
+def _called(model: Program, guide: Program, batch: tuple[Any, ...]) -> list[tuple[nn.Module, Any]]:
     found: dict[int, tuple[nn.Module, Any]] = {}
     inside: list[nn.Module] = []
 
@@ -53,7 +55,7 @@ def _called(model: Pair, guide: Pair, batch: tuple[Any, ...]) -> list[tuple[nn.M
     ]
     try:
         with fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
-            traces(model, guide, batch, Structure(), {})
+            trace_pair(model, guide, batch, Structure(), {})
     finally:
         for hook in hooks:
             hook.remove()
@@ -67,12 +69,12 @@ def _where(fn: Any) -> str:
         return ""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return f" in {support_words(support).removesuffix('()')}"
+    return f" in {support_name(support).removesuffix('()')}"
 
 
-def _parts(model: Pair, guide: Pair) -> dict[nn.Module, str]:
+def _parts(model: Program, guide: Program) -> dict[nn.Module, str]:
     """The modules that the modules whose methods the pair is are made of, and their names."""
-    owners = [getattr(unbound(function), "__self__", None) for function in (model, guide)]
+    owners = [getattr(unwrap(function), "__self__", None) for function in (model, guide)]
     return {m: name for owner in owners if isinstance(owner, nn.Module) for name, m in owner.named_children()}
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import ContractError, refused
-from ppvae.inference.contract.support import base, mask_of
+from ppvae.inference.contract.support import base_distribution, mask_of
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Pair, node_log_prob, sample_nodes, traces
+from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
 
 LEAVE_OUT = (
     "use ppvae.likelihoods.Mixed, which leaves out what is NaN; or observe torch.nan_to_num(x) under "
@@ -26,26 +26,26 @@ TAKE_IN = (
 )
 
 
-def with_gaps(batch: Sequence[Any]) -> list[Tensor]:
+def tensors_with_missing(batch: Sequence[Any]) -> list[Tensor]:
     """The tensors of a batch that have missing values."""
     return [t for t in batch if isinstance(t, Tensor) and t.is_floating_point() and bool(t.isnan().any())]
 
 
-def gaps_in(value: Tensor, batch: Sequence[Any]) -> Tensor:
+def missing_mask(value: Tensor, batch: Sequence[Any]) -> Tensor:
     """Where an observed value is missing: NaN, or equal to the data but for what fills their gaps.
 
     Labels, a vector beside the data, are not looked for: so few numbers may be equal by chance.
     """
     gaps = _isnan(value)
-    for t in with_gaps(batch):
-        for like in laid_like(value, t) if t is batch[0] or t.dim() > 1 else ():
+    for t in tensors_with_missing(batch):
+        for like in align_missing(value, t) if t is batch[0] or t.dim() > 1 else ():
             known = ~like.isnan()
             if bool(known.any()) and bool((value == like)[known].all()):
                 gaps = gaps | ~known
     return gaps
 
 
-def laid_like(value: Tensor, t: Tensor) -> Iterator[Tensor]:
+def align_missing(value: Tensor, t: Tensor) -> Iterator[Tensor]:
     """A tensor in the shape of a value: reshaped, and with the data last, as inner plates have them."""
     if t.numel() == value.numel():
         yield t.reshape(value.shape)
@@ -58,14 +58,14 @@ def check_missing(model: Mapping[str, Any], guide: Mapping[str, Any], batch: Seq
     A guide must give draws and densities that are numbers. An observed site must leave missing values out: by its
     distribution, or by a mask. A gap that is filled without a mask would count as data.
     """
-    if not with_gaps(batch):
+    if not tensors_with_missing(batch):
         return
     for name, node in guide.items():
         if bool(_isnan(node["value"]).any()) or _fails(node):
             raise refused(name, "a guide that takes missing values (NaN)", f"{_fn(node)} that is NaN", TAKE_IN)
     for name, node in model.items():
         value = node["value"]
-        uncovered = gaps_in(value, batch) & _kept(node) if node["is_observed"] else _isnan(value)
+        uncovered = missing_mask(value, batch) & _kept(node) if node["is_observed"] else _isnan(value)
         count, filled = int(uncovered.sum()), int((uncovered & ~_isnan(value)).sum())
         if filled:
             found = f"{filled} of them observed as the numbers that fill them"
@@ -75,13 +75,13 @@ def check_missing(model: Mapping[str, Any], guide: Mapping[str, Any], batch: Seq
             raise refused(name, "a density that leaves missing values (NaN) out", found, LEAVE_OUT)
 
 
-def failed_on_gaps(model: Pair, guide: Pair, batch: Sequence[Any]) -> ContractError | None:
+def explain_missing_failure(model: Program, guide: Program, batch: Sequence[Any]) -> ContractError | None:
     """The error for a pair that runs where gaps are filled with 0, and not as they are; None for any other failure."""
-    if not with_gaps(batch):
+    if not tensors_with_missing(batch):
         return None
     filled = [t.nan_to_num() if isinstance(t, Tensor) else t for t in batch]
     try:
-        sites = [name for name, _ in sample_nodes(traces(model, guide, filled, Structure(), {})[1])]
+        sites = [name for name, _ in sample_sites(trace_pair(model, guide, filled, Structure(), {})[1])]
     except Exception:
         return None
     with poutine.trace() as tracer, suppress(Exception):
@@ -130,4 +130,4 @@ def _isnan(value: Tensor) -> Tensor:
 
 
 def _fn(node: Mapping[str, Any]) -> str:
-    return type(base(node["fn"])).__name__
+    return type(base_distribution(node["fn"])).__name__

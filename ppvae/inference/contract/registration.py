@@ -11,8 +11,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.inference.param_store import unbound
-from ppvae.inference.tracing import Pair, node_log_prob
+from ppvae.inference.param_store import unwrap
+from ppvae.inference.tracing import Program, node_log_prob
 
 
 def _taken(name: str) -> ContractError:
@@ -80,8 +80,8 @@ class Registration(Messenger):
 
 
 def check_registered(
-    model: Pair,
-    guide: Pair,
+    model: Program,
+    guide: Program,
     registered: Mapping[str, Tensor],
     model_nodes: Mapping[str, Any],
     guide_nodes: Mapping[str, Any],
@@ -113,7 +113,7 @@ def check_registered(
 def _named(variable: Tensor, *functions: Callable[..., Any]) -> str:
     """Where a stray parameter lives, as far as closures and globals tell."""
     for function in functions:
-        fn = unbound(function)
+        fn = unwrap(function)
         code = getattr(fn, "__code__", None)
         if code is None:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import constraints
 
 from ppvae.errors import DataError
-from ppvae.inference.tracing import moves
+from ppvae.inference.tracing import has_dependent_support
 
 
 def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
@@ -19,7 +19,12 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     support = getattr(fn, "support", None)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is None or value is None or support in (constraints.real, constraints.real_vector) or moves(fn):
+    if (
+        support is None
+        or value is None
+        or support in (constraints.real, constraints.real_vector)
+        or has_dependent_support(fn)
+    ):
         return
     try:
         inside = support.check(value)
@@ -32,12 +37,12 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
         at = (~inside).nonzero()[0].tolist()
         where = f"row {at[0] + first_row}" + (f", position {at[1:]}" if len(at) > 1 else "")
         raise DataError(
-            f"site {name!r}: {type(base(fn)).__name__} takes values in {support_words(support)}; found "
+            f"site {name!r}: {type(base_distribution(fn)).__name__} takes values in {support_name(support)}; found "
             f"{value[tuple(at)].flatten()[0].item():g} at {where}. {_cure(fn)}"
         )
 
 
-def support_words(support: Any) -> str:
+def support_name(support: Any) -> str:
     """A support as an error message names it."""
     if support is constraints.boolean:
         return "{0, 1}"
@@ -64,7 +69,7 @@ def _cure(fn: Any) -> str:
     return "Choose a likelihood whose support holds the data"
 
 
-def base(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
     """The distribution inside masks and declared events."""
     while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
@@ -73,7 +78,7 @@ def base(fn: Any) -> Any:
 
 def is_relaxed(fn: Any) -> bool:
     """Whether a distribution is a continuous stand-in for a discrete one: Pyro's, or one that says so by `relaxes`."""
-    fn = base(fn)
+    fn = base_distribution(fn)
     kinds = (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)
     return isinstance(fn, kinds) or bool(getattr(fn, "relaxes", False))
 
@@ -99,7 +104,7 @@ def is_discrete(fn: Any) -> bool:
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     """What the log-density of observed sites is relative to: "binary", "256 levels" (or so many), "discrete" for other
     masses, "density on [0, 1]", "density", or "mixed" where some are masses and some are densities."""
-    found = {measure for node in nodes for measure in _measures(base(node["fn"]))}
+    found = {measure for node in nodes for measure in _measures(base_distribution(node["fn"]))}
     if len(found) == 1:
         return found.pop()
     densities = {measure for measure in found if measure.startswith("density")}

@@ -39,11 +39,11 @@ class Baseline(ABC):
 
 
 @final
-class Nothing(Baseline):
+class NoBaseline(Baseline):
     """No baseline: the bare score function."""
 
     def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
-        return objective.credit(log_weight)
+        return objective.learning_signal(log_weight)
 
 
 @final
@@ -74,7 +74,7 @@ class MovingAverage(Baseline):
 
     def __call__(self, objective: Objective, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         level = self._past(objective.reduce(log_weight).mean(), self.decay)
-        return objective.credit(log_weight - level)
+        return objective.learning_signal(log_weight - level)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if bool(self._past.average.isnan()) else {"average": self._past.average.cpu().clone()}
@@ -138,7 +138,7 @@ class Learned(Baseline):
             self._optimizer.zero_grad()
             (objective.reduce(log_weight) - level).square().mean().backward()
         self._optimizer.step()
-        return objective.credit(log_weight - level.detach())
+        return objective.learning_signal(log_weight - level.detach())
 
     def state_dict(self) -> dict[str, Any]:
         if self._optimizer is None:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, refused
-from ppvae.inference.particle_layout import Laid
+from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
-from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, Nothing
+from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
 
 if TYPE_CHECKING:
     from ppvae.objectives.base import Call, Objective
 
 
-def added(surrogate: Tensor) -> Tensor:
+def accumulate_gradients(surrogate: Tensor) -> Tensor:
     """Zero, with the gradient of the surrogate."""
     return surrogate - surrogate.detach()
 
@@ -58,16 +58,16 @@ class Gradient(ABC):
         return f"{type(self).__name__}()"
 
 
-def reparameterised(s: Structure, what: str) -> None:
+def reparameterized_latents(s: Structure, what: str) -> None:
     """Refuses latents that a guide does not reparameterise."""
-    if s.score_only:
+    if s.non_reparameterized:
         raise refused(
-            s.score_only[0], f"a reparameterised latent for a {what} gradient", "one without",
+            s.non_reparameterized[0], f"a reparameterised latent for a {what} gradient", "one without",
             "enumerate it (infer={'enumerate': 'parallel'}), or take an objective with gradient='score' or 'vimco'",
         )  # fmt: skip
 
 
-def sampled(s: Structure, what: str, cure: str = "take gradient='pathwise'") -> None:
+def sampled_latents(s: Structure, what: str, cure: str = "take gradient='pathwise'") -> None:
     """Refuses sites that are enumerated in the guide, whose probabilities are not weighed as draws are."""
     for name in s.enumerated:
         if name in s.guide_roles:
@@ -82,7 +82,7 @@ class Pathwise(Gradient):
     """
 
     def refuse(self, objective: Objective, s: Structure) -> None:
-        reparameterised(s, "pathwise")
+        reparameterized_latents(s, "pathwise")
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         return objective.bound(call.terms()).sum()
@@ -98,15 +98,15 @@ class STL(Gradient):
     """
 
     def suits(self, objective: Objective) -> None:
-        if objective.draws > 1 and not objective.sticks:
+        if objective.draws > 1 and not objective.stl_unbiased:
             warnings.warn(
                 f"STL is biased for {type(objective).__name__} with more than one particle: take gradient='dreg'",
                 stacklevel=4,
             )
 
     def refuse(self, objective: Objective, s: Structure) -> None:
-        reparameterised(s, "stl")
-        sampled(s, "stl")
+        reparameterized_latents(s, "stl")
+        sampled_latents(s, "stl")
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         return objective.bound(call.terms(frozen=("guide",))).sum()
@@ -118,7 +118,7 @@ class Gate:
     def __init__(self) -> None:
         self.weights: Tensor | None = None
 
-    def __call__(self, name: str, value: Tensor, piece: Laid) -> Tensor:
+    def __call__(self, name: str, value: Tensor, piece: ParticleLayout) -> Tensor:
         if not value.requires_grad:
             return value
 
@@ -142,30 +142,30 @@ class DReG(Gradient):
     """
 
     def suits(self, objective: Objective) -> None:
-        objective.doubly(torch.zeros(objective.draws, 1))
+        objective.dreg_weights(torch.zeros(objective.draws, 1))
 
     def refuse(self, objective: Objective, s: Structure) -> None:
-        reparameterised(s, "dreg")
-        sampled(s, "dreg")
+        reparameterized_latents(s, "dreg")
+        sampled_latents(s, "dreg")
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         gate = Gate()
         t = call.terms(frozen=("guide",), entry=gate)
-        gate.weights = objective.doubly(objective.weigh(t).detach())
+        gate.weights = objective.dreg_weights(objective.weigh(t).detach())
         return objective.bound(t).sum()
 
 
 def score_sites(s: Structure, t: Terms) -> Tensor | None:
     """log q of the latents that the guide does not reparameterise, [particles, batch]."""
-    sites = [t.guide[name].log_prob.double() for name in s.score_only]
+    sites = [t.guide[name].log_prob.double() for name in s.non_reparameterized]
     if not sites:
         return None
     total: Any = sum(sites)
-    return total.sum(-1, keepdim=True) if s.joint else total
+    return total.sum(-1, keepdim=True) if s.has_global_latents else total
 
 
 @final
-class Score(Gradient):
+class ScoreFunction(Gradient):
     """The score function for latents without a path, sum_k (R - b_k) d log q(z_k) / dphi; pathwise for all others.
 
     Args:
@@ -180,18 +180,18 @@ class Score(Gradient):
 
     @property
     def learns(self) -> bool:
-        return not isinstance(self.baseline, Nothing | LeaveOneOut | MovingAverage)
+        return not isinstance(self.baseline, NoBaseline | LeaveOneOut | MovingAverage)
 
     def suits(self, objective: Objective) -> None:
         if isinstance(self.baseline, LeaveOneOut) and objective.draws < 2:
             raise UsageError(
                 "num_particles: expected at least 2 for a baseline made of the other particles (vimco), found 1"
             )
-        objective.credit(torch.zeros(objective.draws, 1))
+        objective.learning_signal(torch.zeros(objective.draws, 1))
 
     def refuse(self, objective: Objective, s: Structure) -> None:
-        if s.score_only:
-            sampled(s, "the score function of another site")
+        if s.non_reparameterized:
+            sampled_latents(s, "the score function of another site")
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         t = call.terms()
@@ -200,7 +200,7 @@ class Score(Gradient):
         if log_q is None:
             return total
         signal = self.baseline(objective, objective.weigh(t).detach(), call.batch)
-        return total + added((signal * log_q).sum())
+        return total + accumulate_gradients((signal * log_q).sum())
 
     def state_dict(self) -> dict[str, Any]:
         return self.baseline.state_dict()
@@ -212,16 +212,16 @@ class Score(Gradient):
         return f"Score({self.baseline!r})"
 
 
-def vimco() -> Score:
+def vimco() -> ScoreFunction:
     """VIMCO: each particle's share in the bound is told by the bound without it.
 
     b_k is the bound with log w_k replaced by the mean of the others: for an ELBO, leave-one-out.
     Source: Mnih and Rezende 2016 (arXiv 1602.06725).
     """
-    return Score(LeaveOneOut())
+    return ScoreFunction(LeaveOneOut())
 
 
-def named(gradient: str | Gradient) -> Gradient:
+def gradient_named(gradient: str | Gradient) -> Gradient:
     """The estimator of a name, or the estimator itself."""
     from ppvae.objectives.gradients.gdreg import GDReG
     from ppvae.objectives.tvo import Covariance
@@ -229,7 +229,7 @@ def named(gradient: str | Gradient) -> Gradient:
     if isinstance(gradient, Gradient):
         return gradient
     known = {
-        "pathwise": Pathwise, "stl": STL, "dreg": DReG, "gdreg": GDReG, "score": Score, "vimco": vimco,
+        "pathwise": Pathwise, "stl": STL, "dreg": DReG, "gdreg": GDReG, "score": ScoreFunction, "vimco": vimco,
         "covariance": Covariance,
     }  # fmt: skip
     if gradient not in known:

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import refused
-from ppvae.inference.particle_layout import Laid
-from ppvae.inference.sites import Site, factors
+from ppvae.inference.particle_layout import ParticleLayout
+from ppvae.inference.sites import Site, event_factors
 from ppvae.inference.structure import Structure
-from ppvae.objectives.gradients.estimators import Gradient, added, reparameterised, sampled
+from ppvae.objectives.gradients.estimators import (
+    Gradient,
+    accumulate_gradients,
+    reparameterized_latents,
+    sampled_latents,
+)
 
 if TYPE_CHECKING:
     from ppvae.objectives.base import Call, Objective
@@ -20,13 +25,13 @@ if TYPE_CHECKING:
 Paths = dict[tuple[str, int], Tensor]
 
 
-class Leaves:
+class LatentLeaves:
     """Cuts latents off where they enter the densities, and keeps both ends: the path that led there, and the leaf."""
 
     def __init__(self) -> None:
-        self.met: dict[tuple[str, int], tuple[Tensor, Tensor, Laid]] = {}
+        self.met: dict[tuple[str, int], tuple[Tensor, Tensor, ParticleLayout]] = {}
 
-    def __call__(self, name: str, value: Tensor, piece: Laid) -> Tensor:
+    def __call__(self, name: str, value: Tensor, piece: ParticleLayout) -> Tensor:
         if not value.is_floating_point():
             return value
         leaf = value.detach().requires_grad_()
@@ -75,7 +80,7 @@ def transported(fn: Any, value: Tensor) -> Tensor | None:
 
     T(T^-1(z; theta) held; theta), z = T(noise; theta).
     """
-    fn, _ = factors(fn)
+    fn, _ = event_factors(fn)
     if isinstance(fn, torch.distributions.TransformedDistribution) and not isinstance(fn, dist.Gumbel):
         back = value
         for transform in reversed(fn.transforms):
@@ -109,25 +114,25 @@ class GDReG(Gradient):
     """
 
     def suits(self, objective: Objective) -> None:
-        objective.doubly(torch.zeros(objective.draws, 1))
+        objective.dreg_weights(torch.zeros(objective.draws, 1))
 
     def refuse(self, objective: Objective, s: Structure) -> None:
-        reparameterised(s, "gdreg")
-        sampled(s, "gdreg")
+        reparameterized_latents(s, "gdreg")
+        sampled_latents(s, "gdreg")
         if s.enumerated:
             raise refused(
                 s.enumerated[0], "a latent whose prior is a density of it alone", "one summed out", "take 'dreg'"
             )
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
-        leaves = Leaves()
+        leaves = LatentLeaves()
         t = call.terms(entry=leaves)
         log_weight = objective.weigh(t)
         held = log_weight.detach().requires_grad_()
         bound = objective.reduce(held).sum()
         (r,) = torch.autograd.grad(bound, held)
         held = held.detach()
-        d = r * objective.doubly(held)
+        d = r * objective.dreg_weights(held)
         paths, of_guide = leaves.gradients(log_weight), leaves.gradients(t.log_guide)
         direct = t.log_lik + t.log_prior
         theirs = leaves.through(paths, d)
@@ -142,12 +147,12 @@ class GDReG(Gradient):
                     "helper", "take gradient='dreg'",
                 )  # fmt: skip
             own = leaves.gradients(site.log_prob, name)
-            direct = direct - (site.log_prob.sum(-1, keepdim=True) if t.joint else site.log_prob)
+            direct = direct - (site.log_prob.sum(-1, keepdim=True) if t.has_global_latents else site.log_prob)
             for number, part in enumerate(site.parts or (site,)):
                 key = name, number
                 moved = transported(part.distribution, part.traced.detach())
                 if moved is None:
-                    family = type(factors(part.distribution)[0]).__name__
+                    family = type(event_factors(part.distribution)[0]).__name__
                     raise refused(
                         name, "a learnt prior that moves its noise by a location and a scale, or by a transform",
                         family, "take gradient='dreg', which leaves the prior's score as it is",
@@ -156,4 +161,4 @@ class GDReG(Gradient):
                 rest = paths[key] + of_guide[key] - own[key]
                 flow = piece.spread(r, name).to(rest) * rest - piece.spread(d, name).to(rest) * paths[key]
                 theirs = theirs + (moved * flow).sum()
-        return bound.detach() + added((r * direct).sum() + theirs)
+        return bound.detach() + accumulate_gradients((r * direct).sum() + theirs)

@@ -26,7 +26,7 @@ from ppvae.evaluation.annealing import (
 from ppvae.evaluation.annealing import (
     potential as unconstrained,
 )
-from ppvae.evaluation.annealing.schedules import equal_ess, named
+from ppvae.evaluation.annealing.schedules import equal_ess, named_schedule
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -467,14 +467,14 @@ def test_an_interrupted_bracket_goes_on_to_the_same_numbers(tmp_path, monkeypatc
 
 def test_a_schedule_of_equal_ess_has_steps_of_equal_length():
     """sd(log w) = 1 / (0.01 + beta): the steps lie evenly in log(0.01 + beta), where nothing is spread evenly."""
-    betas = named("sigmoid", 400)
+    betas = named_schedule("sigmoid", 400)
     spread = (1 / (0.01 + betas[:-1])).expand(2, -1).T
     found = equal_ess(betas, spread)
     assert found.shape == (401, 2)
     assert (found.diff(dim=0) > 0).all()
     steps = (0.01 + found[:, 0]).log().diff()[20:-20]
     assert steps.std() / steps.mean() < 0.25
-    even = named("linear", 400).add(0.01).log().diff()[20:-20]
+    even = named_schedule("linear", 400).add(0.01).log().diff()[20:-20]
     assert even.std() / even.mean() > 0.8  # so that the law is not empty
     flat = equal_ess(betas, torch.zeros(400, 1))
     assert (flat.diff(dim=0) > 0).all()
@@ -484,7 +484,7 @@ def test_a_schedule_of_equal_ess_has_steps_of_equal_length():
 def test_given_temperatures_are_taken_as_they_are():
     pair, x = oracle(6, 2, 0.7, 10)
     by_name = annealed(pair.model, pair.mean_field, x, schedule="sigmoid", **SHORT)
-    given = annealed(pair.model, pair.mean_field, x, schedule=named("sigmoid", 5).tolist(), **SHORT)
+    given = annealed(pair.model, pair.mean_field, x, schedule=named_schedule("sigmoid", 5).tolist(), **SHORT)
     assert torch.equal(by_name.log_px, given.log_px)
 
 
@@ -704,8 +704,8 @@ def test_chains_on_a_compiled_graph_are_those_of_the_pair(monkeypatch, caplog):
     plain = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
     monkeypatch.setattr(points, "MANY", 1)
     runs: list[int] = []
-    real = unconstrained.Unconstrained.point
-    monkeypatch.setattr(unconstrained.Unconstrained, "point", lambda self, u: runs.append(1) or real(self, u))
+    real = unconstrained.Potential.point
+    monkeypatch.setattr(unconstrained.Potential, "point", lambda self, u: runs.append(1) or real(self, u))
     fast = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
     assert torch.allclose(fast.log_px, plain.log_px, atol=1e-9)
     assert torch.allclose(fast.diagnostics["acceptance"], plain.diagnostics["acceptance"], atol=1e-9)

@@ -12,7 +12,7 @@ from ppvae import data as datasets
 from ppvae import log_marginal
 from ppvae.errors import UsageError
 from ppvae.evaluation import Estimate, load_estimate
-from ppvae.evaluation.importance.allocation import MARGIN, Need
+from ppvae.evaluation.importance.allocation import MARGIN, AdaptiveAllocation
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -297,4 +297,4 @@ def test_what_a_pilot_calls_for():
         "k_hat": torch.tensor([0.1, 0.1, 0.65, 0.7, -torch.inf, 0.45]),
     }
     assert MARGIN == 0.8
-    assert Need(0.05, 10_000).particles(found, 100).tolist() == [800, 1600, 800, torch.inf, 100, 100]
+    assert AdaptiveAllocation(0.05, 10_000).particles(found, 100).tolist() == [800, 1600, 800, torch.inf, 100, 100]

@@ -14,8 +14,8 @@ from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.evaluation.local.gaps import Gaps, gaps
-from ppvae.evaluation.local.guides import FullRank, Network
-from ppvae.evaluation.local.parameters import Lifted, Unliftable
+from ppvae.evaluation.local.guides import FullRankFamily, Network
+from ppvae.evaluation.local.parameters import NotParameterized, PerDatumDistribution
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -280,7 +280,7 @@ def test_blocks_and_an_interruption_do_not_change_the_result(tmp_path):
 
 def test_results_are_written_and_read(tmp_path):
     pair, x = oracle(count=4)
-    for richer in (None, FullRank):
+    for richer in (None, FullRankFamily):
         found = gaps(pair.model, pair.mean_field, x, steps=2, rounds=1, num_particles=30, richer=richer)
         again = Gaps.load(found.save(tmp_path))
         for field in dataclasses.fields(Gaps):
@@ -342,7 +342,7 @@ LIFTED = {
 def test_a_lifted_distribution_is_the_same_one_and_moves_datum_by_datum(name):
     torch.manual_seed(3)
     fn = LIFTED[name](torch.randn(*SHAPE).requires_grad_())
-    site = Lifted(fn)
+    site = PerDatumDistribution(fn)
     value = fn.sample()
     assert torch.allclose(fn.log_prob(value), site().log_prob(value))
     assert site.leaves
@@ -358,13 +358,15 @@ def test_a_lifted_distribution_is_the_same_one_and_moves_datum_by_datum(name):
 
 def test_constants_stay_and_what_cannot_be_made_again_is_named():
     v = torch.randn(*SHAPE).requires_grad_()
-    assert len(Lifted(dist.StudentT(4.0, v, v.exp())).leaves) == 2
-    assert len(Lifted(dist.Normal(torch.zeros(SHAPE), torch.ones(SHAPE))).leaves) == 0
-    assert len(Lifted(dist.Normal(torch.randn(SHAPE), torch.ones(SHAPE))).leaves) == 1  # differs between data
+    assert len(PerDatumDistribution(dist.StudentT(4.0, v, v.exp())).leaves) == 2
+    assert len(PerDatumDistribution(dist.Normal(torch.zeros(SHAPE), torch.ones(SHAPE))).leaves) == 0
+    assert (
+        len(PerDatumDistribution(dist.Normal(torch.randn(SHAPE), torch.ones(SHAPE))).leaves) == 1
+    )  # differs between data
     step = dist.transforms.affine_autoregressive(3, hidden_dims=[4])
     for fn, why in (
         (dist.TransformedDistribution(dist.Normal(v, 1.0).to_event(1), [step]), "with parameters"),
         (dist.StudentT(math.inf + 0 * v, v, 1.0), "edge"),
     ):
-        with pytest.raises(Unliftable, match=why):
-            Lifted(fn)
+        with pytest.raises(NotParameterized, match=why):
+            PerDatumDistribution(fn)

@@ -21,8 +21,8 @@ from torch import nn
 from ppvae import objectives
 from ppvae.errors import UsageError
 from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi, ReweightedWakeSleep
-from ppvae.objectives.gradients.control_variates import Learned, LeaveOneOut, MovingAverage, Nothing
-from ppvae.objectives.gradients.estimators import STL, DReG, Pathwise, Score
+from ppvae.objectives.gradients.control_variates import Learned, LeaveOneOut, MovingAverage, NoBaseline
+from ppvae.objectives.gradients.estimators import STL, DReG, Pathwise, ScoreFunction
 from tests.programs.toys import AFTER, BITS, COARSE, ENUMERATED, HELD, MIXED, ONE, SHARED, TWO, X, bernoulli, nodes
 
 FAILURE, COORDINATES = 1e-6, 2000
@@ -166,7 +166,7 @@ def test_a_kl_in_closed_form_has_the_same_gradient(toy):
 # -- discrete draws ---------------------------------------------------------------------------------------------------
 
 BASELINES = {
-    "none": Nothing,
+    "none": NoBaseline,
     "average": MovingAverage,
     "others": LeaveOneOut,
     "learned": lambda: Learned(nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))),
@@ -183,7 +183,7 @@ def tvo(log_weight, path):
 @pytest.mark.parametrize("name", SCORES)
 def test_the_score_function_has_the_gradient_of_the_bound_as_mean(name, baseline, toy):
     build, count, reduce = SCORES[name]
-    objective = build(Score(BASELINES[baseline]()))
+    objective = build(ScoreFunction(BASELINES[baseline]()))
     if name == "tvo":
         target = TOYS[toy].gradient(count, functools.partial(tvo, path=objective.path()))
     else:
@@ -394,20 +394,20 @@ def test_gdreg_leaves_less_noise_in_the_priors_of_two_layers():
 def test_baselines_take_noise_away():
     """Measured for IWAE at K = 8: a moving average takes variance down by 16 to 22, VIMCO by 12 to 15 more."""
     names = BITS.guide_params
-    bare = noise(BITS, IWAE(8, Score(Nothing())), names)
-    average = noise(BITS, IWAE(8, Score(MovingAverage())), names)
+    bare = noise(BITS, IWAE(8, ScoreFunction(NoBaseline())), names)
+    average = noise(BITS, IWAE(8, ScoreFunction(MovingAverage())), names)
     assert (average * 5 < bare).all()
     assert (noise(BITS, IWAE(8, "vimco"), names) * 3 < average).all()
     broad = replace(BITS, values={**BITS.values, "e": 1.0})  # whose log-weights are larger than their spread
-    bare = noise(broad, ELBO(8, gradient=Score(Nothing())), names)
+    bare = noise(broad, ELBO(8, gradient=ScoreFunction(NoBaseline())), names)
     for baseline in (MovingAverage(), LeaveOneOut()):
-        assert (noise(broad, ELBO(8, gradient=Score(baseline)), names) * 5 < bare).all()
+        assert (noise(broad, ELBO(8, gradient=ScoreFunction(baseline)), names) * 5 < bare).all()
 
 
 def test_a_learned_baseline_learns_the_bound():
     model, guide, x, _ = BITS.pair(500)
     baseline = Learned(BASELINES["learned"]().net, functools.partial(torch.optim.Adam, lr=0.05))
-    objective = ELBO(2, gradient=Score(baseline))
+    objective = ELBO(2, gradient=ScoreFunction(baseline))
     for _ in range(200):
         objective.loss_and_grads(model, guide, x)
     bound = -objective.loss(model, guide, x) / 500
