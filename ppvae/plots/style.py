@@ -112,7 +112,7 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def decimal_log_ticks(axis: Any) -> None:
-    """Decimal tick labels on a logarithmic axis: 1, 10, 100, and multiples of 2 and 5 over about three decades or less."""
+    """Decimal tick labels on a logarithmic axis: 1, 10, 100, and multiples of 2 and 5 over a short range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
