@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.errors import refused
 from ppvae.evaluation.blocks import Block
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites
 
 Assemble = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], Any]
@@ -33,14 +33,14 @@ def simulate_data(
     with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
         model(*block.batch)
     drawn = {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
-    seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) == "observed"}
+    seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) is Role.OBSERVED}
     batch = _placed(model, s, block, seen) if assemble is None else tuple(assemble(seen, block.batch))
     out = replaced(block, batch)
     latents = {name: value for name, value in drawn.items() if name in s.guide_roles}
     with poutine.trace() as tracer, Substitute({**given, **latents}):
         model(*out.batch)
     for name, node in sample_sites(tracer.get_trace()):
-        if s.model_roles.get(name) == "observed" and not torch.equal(node["value"], seen[name].to(node["value"])):
+        if s.model_roles.get(name) is Role.OBSERVED and not torch.equal(node["value"], seen[name].to(node["value"])):
             raise refused(
                 name, "the simulated values once they are in the batch", "others",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",

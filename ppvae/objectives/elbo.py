@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.base import Objective
 from ppvae.objectives.gradients.estimators import Gradient, Pathwise, ScoreFunction
@@ -178,7 +178,7 @@ def apart(s: Structure, what: str) -> None:
 def parted(s: Structure, what: str) -> None:
     """Refuses pairs whose rate has parts that belong to no latent, or to all data."""
     for name, role in s.guide_roles.items():
-        if role == "auxiliary":
+        if role is Role.AUXILIARY:
             raise refused(
                 name, f"latents with a density of their own, for {what}", "a helper that others are made from",
                 "give the latent its density in the guide",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, refused
 from ppvae.inference.replay import buffer_copies
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
 from ppvae.objectives.base import Call, Objective
 from ppvae.objectives.gradients.estimators import accumulate_gradients, sampled_latents
@@ -54,7 +54,7 @@ class ReweightedWakeSleep(Objective):
         super().refuse(s)
         sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
         for name, role in s.guide_roles.items():
-            if role == "auxiliary" and self.sleep:
+            if role is Role.AUXILIARY and self.sleep:
                 raise refused(
                     name, "a guide whose sites the model draws, for sleep", "a helper that the model lacks",
                     "take sleep = 0",

@@ -262,7 +262,7 @@ def test_a_point_mass_has_no_weights_and_can_be_trained():
             pyro.sample("x", dist.Normal(z @ weight, 1.0).to_event(1), obs=x)
 
     refused(model, guide_of(delta), data(2), "'z'", "Delta", "Normal", "MAP", by=(inspect, log_marginal, terms))
-    assert inspect(model, guide_of(delta), data(2), weights=False).refusal
+    assert inspect(model, guide_of(delta), data(2), weights=False).weights_refusal
     assert "can be trained" in check(model, guide_of(delta), data(2))
     run = fit(model, guide_of(delta), torch.randn(60, 2), epochs=2)
     assert run.history[-1]["loss"] < run.history[0]["loss"] + 1

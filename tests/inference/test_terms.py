@@ -15,7 +15,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import nn
 
 from ppvae import check, log_marginal
-from ppvae.inference import inspect, simulate, terms
+from ppvae.inference import Layout, inspect, simulate, terms
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS, SIZE, WHOLE, hierarchy
 
@@ -35,7 +35,7 @@ def opened(name):
     model, guide, batch = PAIRS[name]()
     structure = inspect(model, guide, batch)
     with poutine.trace(param_only=True):
-        terms(model, guide, batch, structure=replace(structure, layout="one by one"))
+        terms(model, guide, batch, structure=replace(structure, layout=Layout.ONE_BY_ONE))
     for fn in (model, guide):
         for cell in getattr(fn, "__closure__", None) or ():
             if isinstance(cell.cell_contents, nn.Module):
@@ -45,7 +45,7 @@ def opened(name):
 
 
 def one_by_one(model, guide, batch, structure, index, **options):
-    return terms(model, guide, batch, K, structure=replace(structure, layout="one by one"), index=index, **options)
+    return terms(model, guide, batch, K, structure=replace(structure, layout=Layout.ONE_BY_ONE), index=index, **options)
 
 
 def latents(t):
@@ -169,7 +169,7 @@ def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
     torch.testing.assert_close(t.log_weight, expected, rtol=0, atol=1e-9)
     if name not in GUIDE_ENUMERATED:
         assert torch.equal(t.elbo, t.log_weight)
-    if t.contracted is None and name not in JOINT:
+    if t.contraction is None and name not in JOINT:
         for side, which in ((t.model, 2), (t.guide, 3)):
             for n, site in side.items():
                 if site.role != "cancelled":

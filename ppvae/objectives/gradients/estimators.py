@@ -124,7 +124,7 @@ class Gate:
 
         def weighted(gradient: Tensor) -> Tensor:
             assert self.weights is not None
-            return gradient * piece.spread(self.weights, name).to(gradient)
+            return gradient * piece.broadcast_weights(self.weights, name).to(gradient)
 
         entered = value.view_as(value)
         entered.register_hook(weighted)
@@ -150,7 +150,7 @@ class DReG(Gradient):
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         gate = Gate()
-        t = call.terms(frozen=("guide",), entry=gate)
+        t = call.terms(frozen=("guide",), latent_hook=gate)
         gate.weights = objective.dreg_weights(objective.weigh(t).detach())
         return objective.bound(t).sum()
 
