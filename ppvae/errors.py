@@ -1,4 +1,4 @@
-"""The exceptions that ppvae raises; a message names the object, what was expected, what was found, and the usual cure."""
+"""Exceptions of ppvae; a message names the object, what was expected, what was found, and the usual cure."""
 
 
 class PpvaeError(Exception):

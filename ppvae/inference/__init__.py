@@ -12,12 +12,13 @@ second to the third, and knows Pyro only.
   estimates of log p(x) are functions of `Terms`; log-densities are added up nowhere else.
 - `tracing` runs programs, `enumeration` sums sites out, `particle_layout` lays out particles, `terms` evaluates a pair
   of known structure, and `inspection` finds the structure and composes above all of these. `param_store` gives every
-  run a parameter scope of its own. `svi` is a drop-in for `pyro.infer.SVI`.
+  run a parameter scope of its own. `SVI` is a drop-in for `pyro.infer.SVI`.
 """
 
 from ppvae.inference.inspection import check, inspect, terms
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.svi import SVI
 from ppvae.inference.terms import Terms, simulate
 
-__all__ = ["Layout", "Role", "Site", "Structure", "Terms", "check", "inspect", "simulate", "terms"]
+__all__ = ["SVI", "Layout", "Role", "Site", "Structure", "Terms", "check", "inspect", "simulate", "terms"]

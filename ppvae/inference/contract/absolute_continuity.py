@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import refused
-from ppvae.inference.contract.support import base_distribution, event_size, is_discrete, mask_of, support_name
+from ppvae.inference.contract.support import (
+    base_distribution,
+    base_support,
+    event_size,
+    is_discrete,
+    mask_of,
+    support_name,
+)
 from ppvae.inference.structure import Role
 
 
@@ -118,11 +125,7 @@ def _same_mask(a: Any, b: Any) -> bool:
 
 def check_support_covers_prior(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
     """The support of a continuous latent's guide contains the support of its prior."""
-    prior, posterior = p["fn"].support, q["fn"].support
-    while isinstance(prior, constraints.independent):
-        prior = prior.base_constraint
-    while isinstance(posterior, constraints.independent):
-        posterior = posterior.base_constraint
+    prior, posterior = base_support(p["fn"].support), base_support(q["fn"].support)
     thin = (constraints.simplex, dist.constraints.sphere)  # of measure zero among real vectors
     if posterior in (constraints.real, constraints.real_vector) and prior not in thin:
         return

@@ -9,10 +9,9 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from ppvae.inference.contract.plates_and_roles import global_latents
-from ppvae.inference.contract.support import base_distribution, mask_of, support_name
+from ppvae.inference.contract.support import base_distribution, base_support, mask_of, support_name
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Layout, Role, Structure
@@ -133,9 +132,7 @@ def _space(fn: Any) -> str:
         support = fn.support
     except (NotImplementedError, AttributeError):
         return ""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return f" in {support_name(support).removesuffix('()')}"
+    return f" in {support_name(base_support(support)).removesuffix('()')}"
 
 
 def _registered_name(module: nn.Module, params: Mapping[str, Tensor]) -> str:

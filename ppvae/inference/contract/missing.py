@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import ContractError, refused
-from ppvae.inference.contract.support import base_distribution, mask_of
+from ppvae.inference.contract.support import base_distribution, base_support, mask_of
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
 
@@ -118,9 +118,7 @@ def _support_admits_nan(node: Mapping[str, Any]) -> bool | None:
 
     A finite density does not decide it: an index or a comparison turns NaN into a number.
     """
-    support, value = getattr(node["fn"], "support", None), node["value"]
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support, value = base_support(getattr(node["fn"], "support", None)), node["value"]
     if support in (None, constraints.real, constraints.real_vector):
         return None
     try:

@@ -16,9 +16,7 @@ from ppvae.inference.tracing import has_dependent_support
 def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     """Raises DataError where an observed value lies outside its distribution's support, naming value and place."""
     fn, value = node["fn"], node["value"]
-    support = getattr(fn, "support", None)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_support(getattr(fn, "support", None))
     if (
         support is None
         or value is None
@@ -42,6 +40,13 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
         )
 
 
+def base_support(support: Any) -> Any:
+    """The support of one element of an event: a constraint without declared events."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
 def support_name(support: Any) -> str:
     """The name of a support in error messages."""
     if support is constraints.boolean:
@@ -51,9 +56,7 @@ def support_name(support: Any) -> str:
 
 def _cure(fn: Any) -> str:
     """The cure for values outside the support of an observed site's distribution."""
-    support = getattr(fn, "support", None)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_support(getattr(fn, "support", None))
     cure = getattr(support, "cure", None)  # a support of this library carries its cure
     if isinstance(cure, str):
         return cure
@@ -121,8 +124,7 @@ def _measures(fn: Any) -> set[str]:
 
 
 def _measures_of(support: Any) -> set[str]:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_support(support)
     if isinstance(parts := getattr(support, "cseq", None), Sequence):  # one support per column
         return {measure for part in parts for measure in _measures_of(part)}
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
