@@ -25,6 +25,6 @@ class UsageError(PpvaeError, ValueError):
     """An argument or option does not exist or is not valid."""
 
 
-def refused(site: str, expected: str, found: str, cure: str) -> ContractError:
+def site_error(site: str, expected: str, found: str, cure: str) -> ContractError:
     """The ContractError for one site of a pair; `cure` is a sentence without capital letter and full stop."""
     return ContractError(f"site {site!r}: expected {expected}; found {found}. {cure[:1].upper()}{cure[1:]}.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae.distributed import progress_disabled
-from ppvae.errors import ContractError, UsageError, refused
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
@@ -143,7 +143,7 @@ def impute(
 
 def _check(s: Structure) -> None:
     if s.enumerated:
-        raise refused(
+        raise site_error(
             s.enumerated[0], "latents that the guide draws, to fill gaps given them", "one that is summed out",
             "draw it in the guide, without infer={'enumerate': ...}",
         )  # fmt: skip
@@ -219,7 +219,7 @@ def _site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]
             if bool(known.any()) and bool((value == like)[known].all()):
                 return name, at.flatten()
     names = [name for name, site in model.items() if site.role is Role.OBSERVED]
-    raise refused(
+    raise site_error(
         names[0], f"an observed site that holds the data, {list(x.shape)}, so that their gaps can be drawn from it",
         f"none among {names}", "observe the data's first tensor as a whole, under a mask",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, refused
+from ppvae.errors import ContractError, site_error
 from ppvae.inference.replay import buffer_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, sample_guide, simulate
@@ -101,7 +101,7 @@ class TCVAE(Aggregate):
             )[name]
         events = site.event_log_prob if call.s.event_dims[name] else site.log_prob
         if events is None:
-            raise refused(
+            raise site_error(
                 name, "a guide that is a product over the latent's dims",
                 type(site.distribution).__name__, "take a guide with independent dims, .to_event(1)",
             )  # fmt: skip

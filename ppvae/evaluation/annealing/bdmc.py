@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.distributed import distributed_context, progress_disabled
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.annealing.ais import key_of_chains
 from ppvae.evaluation.annealing.hmc import backward, forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
@@ -173,7 +173,7 @@ def _check(ready: Session) -> None:
     """Refuses a guide whose own draws are not the latents, so that no chain could start at given ones."""
     for name, role in ready.s.guide_roles.items():
         if role in (Role.AUXILIARY, Role.ENUMERATED):
-            raise refused(
+            raise site_error(
                 name, "a guide whose own draws are the latents, to start a chain at given ones",
                 "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
                 "use start='prior'" if role is Role.AUXILIARY else "enumerate it in the model instead",

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError, refused
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.evaluation.annealing.chain_state import ChainState, concatenate_states
 from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
@@ -120,14 +120,14 @@ class Potential:
             if point and not s.lower_bound_only:  # it follows from its helper, which is the coordinate
                 continue
             if point or is_discrete(fn) or getattr(fn, "has_enumerate_support", False):
-                raise refused(
+                raise site_error(
                     name, "a continuous latent, or one that is summed out", f"a discrete one ({type(fn).__name__})",
                     "annealing follows gradients: mark the site infer={'enumerate': 'parallel'} in the model and leave "
                     "it out of the guide, or use log_marginal",
                 )  # fmt: skip
             a, b = (_numbers(n["fn"].support) for n in (node, second[name]))
             if len(a) != len(b) or not all(torch.equal(i, j) for i, j in zip(a, b, strict=True)):
-                raise refused(
+                raise site_error(
                     name, "a support that stays where it is", "one that moves with another latent",
                     "shift or scale a latent on a fixed support instead",
                 )  # fmt: skip
@@ -144,7 +144,7 @@ class Potential:
         try:
             transform = torch.distributions.biject_to(support)
         except NotImplementedError:
-            raise refused(
+            raise site_error(
                 name, "a support with a transform to real numbers (torch.distributions.biject_to)",
                 f"{type(base_distribution(node['fn'])).__name__} on {support_name(support)}",
                 "use log_marginal for this pair",
@@ -168,7 +168,7 @@ class Potential:
             mask = torch.as_tensor(mask, device=self.device)
             like = torch.ones(nodes[c.name]["fn"].batch_shape, dtype=torch.bool, device=self.device)
             if mask.dim() > like.dim():
-                raise refused(
+                raise site_error(
                     c.name, "a mask over whole events", f"one of shape {list(mask.shape)} inside an event",
                     "put the masked parts into sites or an inner plate of their own",
                 )  # fmt: skip

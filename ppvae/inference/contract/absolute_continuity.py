@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.inference.contract.support import (
     base_distribution,
     base_support,
@@ -64,7 +64,7 @@ def _omits_values(p: dict[str, Any], q: dict[str, Any]) -> bool:
 def check_same_mask(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
     """A latent has one mask, in the model and in the guide."""
     if not _same_mask(mask_of(p), mask_of(q)):
-        raise refused(
+        raise site_error(
             name, "the same mask in model and guide", "a mask that differs between the two",
             "mask both sides of a latent alike",
         )  # fmt: skip
@@ -85,14 +85,14 @@ def check_point_masses(model: Mapping[str, Any], guide: Mapping[str, Any], guide
         return
     if points:
         name = next(iter(points))
-        raise refused(
+        raise site_error(
             name,
             f"a guide absolutely continuous with its prior {type(base_distribution(model[name]['fn'])).__name__}",
             "a Delta (point mass), under which importance weights look perfect and are wrong",
             "use a guide with a density to estimate log p(x); Delta can still be trained (MAP)",
         )
     name = next(iter(helpers))
-    raise refused(
+    raise site_error(
         name,
         "a helper that a Delta site turns into a latent, dim for dim",
         f"{helpers[name]} dims per datum that the model has no density for",
@@ -108,7 +108,7 @@ def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
         prior, posterior = base_distribution(model[name]["fn"]), base_distribution(q["fn"])
         if is_discrete(prior) != is_discrete(posterior):
             kind = "discrete" if is_discrete(prior) else "continuous"
-            raise refused(
+            raise site_error(
                 name,
                 f"a {kind} guide, as its prior {type(prior).__name__} is",
                 type(posterior).__name__,
@@ -140,7 +140,7 @@ def check_support_covers_prior(name: str, p: dict[str, Any], q: dict[str, Any]) 
             draws = p["fn"].sample(torch.Size((64,)))
             if bool(q["fn"].support.check(draws).all()):
                 return
-    raise refused(
+    raise site_error(
         name,
         f"a guide whose support holds the prior's ({support_name(prior)})",
         f"{type(base_distribution(q['fn'])).__name__} on {support_name(posterior)}",

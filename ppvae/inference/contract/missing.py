@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import ContractError, refused
+from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution, base_support, mask_of
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
@@ -71,21 +71,21 @@ def check_missing(model: Mapping[str, Any], guide: Mapping[str, Any], batch: Seq
 
 def check_guide_takes_missing(name: str, node: Mapping[str, Any]) -> None:
     if bool(_isnan(node["value"]).any()) or _density_fails(node):
-        raise refused(name, "a guide that takes missing values (NaN)", f"{_family(node)} that is NaN", TAKE_IN)
+        raise site_error(name, "a guide that takes missing values (NaN)", f"{_family(node)} that is NaN", TAKE_IN)
 
 
 def check_not_filled(name: str, filled: int) -> None:
     """No missing value is observed as the number that fills it."""
     if filled:
         found = f"{filled} of them observed as the numbers that fill them"
-        raise refused(name, "missing values to be left out of the density", found, LEAVE_OUT)
+        raise site_error(name, "missing values to be left out of the density", found, LEAVE_OUT)
 
 
 def check_left_out(name: str, node: Mapping[str, Any], has_missing: bool) -> None:
     """A site's density is a number where its value is missing."""
     if _density_fails(node) or (has_missing and _support_admits_nan(node) is False):
         found = f"{_family(node)}, which does not take NaN"
-        raise refused(name, "a density that leaves missing values (NaN) out", found, LEAVE_OUT)
+        raise site_error(name, "a density that leaves missing values (NaN) out", found, LEAVE_OUT)
 
 
 def explain_missing_failure(model: Program, guide: Program, batch: Sequence[Any]) -> ContractError | None:
@@ -101,7 +101,7 @@ def explain_missing_failure(model: Program, guide: Program, batch: Sequence[Any]
         guide(*batch)
     unreached = [name for name in sites if name not in tracer.trace]
     if unreached:
-        return refused(unreached[0], "a guide that takes missing values (NaN)", "one that fails on them", TAKE_IN)
+        return site_error(unreached[0], "a guide that takes missing values (NaN)", "one that fails on them", TAKE_IN)
     return ContractError(f"the model fails on missing values (NaN), and runs where they are filled: {LEAVE_OUT}.")
 
 

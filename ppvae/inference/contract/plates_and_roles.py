@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ppvae.errors import ContractError, DataError, refused
+from ppvae.errors import ContractError, DataError, site_error
 from ppvae.inference.contract.support import base_distribution, check_support
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import node_log_prob
@@ -75,7 +75,7 @@ def rightmost_plate(name: str, node: Node) -> Any:
     """The plate at dim -1 around an observed site."""
     rightmost = [f for f in node["cond_indep_stack"] if f.dim == -1]
     if not rightmost:
-        raise refused(
+        raise site_error(
             name,
             "a vectorised plate over the data, at dim -1",
             f"plates {sorted(plates_of(node)) or 'none'}",
@@ -86,7 +86,7 @@ def rightmost_plate(name: str, node: Node) -> Any:
 
 def check_single_data_plate(name: str, plate: Any, other: Any) -> None:
     if plate is not None and plate.name != other.name:
-        raise refused(
+        raise site_error(
             name,
             f"the data plate {plate.name!r}",
             f"plate {other.name!r} at dim -1",
@@ -155,14 +155,14 @@ def _is_enumerated(node: Node) -> bool:
 
 def check_guide_does_not_observe(name: str, node: Node) -> None:
     if node["is_observed"] and not _infer(node).get("is_auxiliary"):
-        raise refused(
+        raise site_error(
             name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
         )
 
 
 def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None:
     if not _infer(node).get("is_auxiliary"):
-        raise refused(
+        raise site_error(
             name,
             f"a latent of the model (one of {sorted(n for n in model if not model[n]['is_observed'])})",
             "a guide site that the model does not have",
@@ -172,7 +172,7 @@ def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None
 
 def check_model_does_not_observe(name: str, p: Node) -> None:
     if p["is_observed"]:
-        raise refused(
+        raise site_error(
             name, "a latent", "a site that the model observes and the guide samples", "remove it from the guide"
         )
 
@@ -181,7 +181,7 @@ def check_same_plates(name: str, p: Node, q: Node) -> None:
     """A latent of the guide stands in the plates that it has in the model."""
     model, guide = ({f.name for f in node["cond_indep_stack"] if f.dim is not None} for node in (p, q))
     if model != guide:
-        raise refused(
+        raise site_error(
             name,
             f"the model's plates {sorted(model) or 'none'} in the guide too",
             f"{sorted(guide) or 'none'}",
@@ -191,7 +191,7 @@ def check_same_plates(name: str, p: Node, q: Node) -> None:
 
 def check_whole_support_enumerated(name: str, node: Node) -> None:
     if num_samples := _infer(node).get("num_samples"):
-        raise refused(
+        raise site_error(
             name,
             "a latent that is sampled, or enumerated over its whole support",
             f"enumeration by num_samples={num_samples}",
@@ -204,7 +204,7 @@ def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], g
     if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in model:
         return
     enumerable = getattr(node["fn"], "has_enumerate_support", False)
-    raise refused(
+    raise site_error(
         name,
         "a site of the same name in the guide",
         f"a latent ({type(base_distribution(node['fn'])).__name__}) that the guide omits; it samples {sorted(guide)}",
@@ -221,7 +221,7 @@ def check_scale(name: str, node: Node, plate: DataPlate) -> None:
     expected = plate.scale if plate.name in plates_of(node) else 1.0
     found = float(node["scale"])
     if abs(found - expected) > 1e-6 * expected:
-        raise refused(
+        raise site_error(
             name,
             f"scale {expected:g}, the data plate's full size over its batch" if expected != 1 else "scale 1",
             f"scale {found:g}",
@@ -236,7 +236,7 @@ def check_event(name: str, node: Node) -> None:
     shape = _log_prob_shape(name, node)
     for i, size in enumerate(reversed(shape), 1):
         if size > 1 and -i not in dims:
-            raise refused(
+            raise site_error(
                 name,
                 "one log-density per datum, its other dims declared as an event",
                 f"log-density of shape {list(shape)} with plates at dims {sorted(dims)}",
@@ -251,7 +251,7 @@ def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
         if node["is_observed"]:
             check_support(name, node)
         fn = node["fn"]
-        raise refused(
+        raise site_error(
             name,
             f"a value of shape {list(fn.batch_shape)} + event {list(fn.event_shape)} in its support",
             f"{list(node['value'].shape)}: {' '.join(str(error).split())[:160]}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppvae.errors import ContractError, refused
+from ppvae.errors import ContractError, site_error
 
 
 def explain_failure(error: Exception, sizes: str) -> ContractError:
@@ -10,7 +10,7 @@ def explain_failure(error: Exception, sizes: str) -> ContractError:
     text = " ".join(str(error).split())[:300]
     if "must be sampled in trace" in text:
         name = text.removeprefix("site ").split(" must")[0]
-        return refused(
+        return site_error(
             name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
         )
     if "plate" in text and ("hape mismatch" in text or "invalid shape" in text):

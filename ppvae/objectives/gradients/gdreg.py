@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.sites import Site, event_factors
 from ppvae.inference.structure import Role, Structure
@@ -120,7 +120,7 @@ class GDReG(Gradient):
         reparameterized_latents(s, "gdreg")
         sampled_latents(s, "gdreg")
         if s.enumerated:
-            raise refused(
+            raise site_error(
                 s.enumerated[0], "a latent whose prior is a density of it alone", "one summed out", "take 'dreg'"
             )
 
@@ -140,9 +140,9 @@ class GDReG(Gradient):
             if site.role is not Role.LATENT or not leaves.learnt(site):
                 continue
             if site.masked:
-                raise refused(name, "a learnt prior that counts for every datum", "a mask", "take gradient='dreg'")
+                raise site_error(name, "a learnt prior that counts for every datum", "a mask", "take gradient='dreg'")
             if Role.AUXILIARY in call.s.guide_roles.values():  # the guide's density would have to be one of the latent
-                raise refused(
+                raise site_error(
                     name, "a guide that draws its latents themselves, for a learnt prior", "one that makes them of a "
                     "helper", "take gradient='dreg'",
                 )  # fmt: skip
@@ -153,7 +153,7 @@ class GDReG(Gradient):
                 moved = transported(part.distribution, part.traced_value.detach())
                 if moved is None:
                     family = type(event_factors(part.distribution)[0]).__name__
-                    raise refused(
+                    raise site_error(
                         name, "a learnt prior that moves its noise by a location and a scale, or by a transform",
                         family, "take gradient='dreg', which leaves the prior's score as it is",
                     )  # fmt: skip
