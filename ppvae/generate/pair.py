@@ -15,7 +15,7 @@ from ppvae.evaluation.blocks import as_single_batch
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_program
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
@@ -69,7 +69,7 @@ class GenerativePair:
                 trace = trace_program(self.guide, batch, Structure(), index)
             latents = {}
             for name, node in sample_sites(trace):
-                if self.s.guide_roles.get(name) in ("latent", "enumerated"):
+                if self.s.guide_roles.get(name) in (Role.LATENT, Role.ENUMERATED):
                     axis, value = self._data_dim(name, node["value"]), node["value"]
                     shared = self.s.plate not in {f.name for f in node["cond_indep_stack"]}
                     latents[name] = (-1, value) if shared else (axis, value.narrow(axis, 0, rows.stop - rows.start))

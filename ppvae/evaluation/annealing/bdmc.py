@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.distributed import distributed_context, progress_disabled
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.session import AnnealingProgress, AnnealingSession, AnnealingSettings, annealing_session
 from ppvae.evaluation.block_cache import BlockCache
@@ -19,6 +19,7 @@ from ppvae.evaluation.blocks import Block, as_columns
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
+from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -171,11 +172,11 @@ def bdmc(
 def _check_reversible(session: AnnealingSession) -> None:
     """Refuses a guide with auxiliary or enumerated sites: a chain cannot start at given latents."""
     for name, role in session.s.guide_roles.items():
-        if role in ("auxiliary", "enumerated"):
-            raise refused(
+        if role in (Role.AUXILIARY, Role.ENUMERATED):
+            raise site_error(
                 name, "a guide that samples the latents themselves, to start a chain at given ones",
-                "a helper" if role == "auxiliary" else "a site enumerated in the guide",
-                "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
+                "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
+                "use start='prior'" if role is Role.AUXILIARY else "enumerate it in the model instead",
             )  # fmt: skip
 
 

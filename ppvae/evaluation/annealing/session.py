@@ -23,7 +23,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_c
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import terms
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -120,7 +120,7 @@ class AnnealingSession:
         )
         if block.number == 0:
             potential.check_deterministic()
-        block._check(terms(self.model, potential.guide, block.batch, 1, structure=self.s, index=block.index))
+        block._check(evaluate_terms(self.model, potential.guide, block.batch, 1, structure=self.s, index=block.index))
         return potential
 
     def noise(self, *key: Any) -> torch.Generator:
