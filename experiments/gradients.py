@@ -40,7 +40,7 @@ class Settings:
 
 SMOKE = {"ks": (2, 8), "dims": 3, "num_data": 4, "draws": 20}
 PATHS = {"pathwise": gradients.Pathwise, "stl": gradients.STL, "dreg": gradients.DReG}
-SCORES = {"score": lambda: gradients.Score(NoBaseline()), "score, moving average": gradients.Score}
+SCORES = {"score": lambda: gradients.ScoreFunction(NoBaseline()), "score, moving average": gradients.ScoreFunction}
 ESTIMATORS: dict[str, Callable[[], Any]] = PATHS | SCORES | {"vimco": gradients.vimco}
 
 

@@ -5,9 +5,9 @@ gradient is estimated is a separate choice, `gradient=`, that never changes a va
 """
 
 from ppvae.objectives.aggregate_posterior import TCVAE, InfoVAE
-from ppvae.objectives.base import Objective
 from ppvae.objectives.bounds import CIWAE, IWAE, MIWAE, PIWAE, Renyi
 from ppvae.objectives.elbo import ELBO, Capacity
+from ppvae.objectives.objective import Objective
 from ppvae.objectives.tvo import TVO
 from ppvae.objectives.wake_sleep import ReweightedWakeSleep
 

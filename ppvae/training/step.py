@@ -131,7 +131,7 @@ class TrainingStep:
         if not size:
             return []
         together = self.structure.draws_subsample or self.structure.has_global_latents or self.normalised
-        if together or not (isinstance(objective, Objective) and objective.separate):
+        if together or not (isinstance(objective, Objective) and objective.factorizes_over_data):
             return [batch]
         width = max(1, self.rows // objective.draws)
         return [batch] if size <= width else list(zip(*(t.split(width) for t in batch), strict=True))

@@ -30,8 +30,8 @@ from ppvae.inference.param_store import ParamScope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
 from ppvae.objectives.auxiliary import AuxiliaryLoss
+from ppvae.objectives.gradients import ScoreFunction
 from ppvae.objectives.gradients.control_variates import Learned
-from ppvae.objectives.gradients.estimators import ScoreFunction
 from ppvae.objectives.schedules import Cyclical
 from ppvae.training import validation
 from tests.laws import parts

@@ -36,7 +36,7 @@ PATHS = {
     "miwae": (lambda g: MIWAE(2, 3, g), 2, log_mean_exp),
 }
 REFUSED = {  # of gdreg, which moves the noise of a learnt prior
-    "helped": r"'z'.*makes them of a helper",
+    "helped": r"'z'.*auxiliary site",
     "gaps": r"'extra'.*mask",
     "rate": r"'z'.*Gamma",
     "summed": r"'k'.*summed out",
@@ -94,7 +94,7 @@ def test_wake_sleep_and_tvo_have_the_gradients_that_they_state(toy):
     found = errors(samples(RARER[toy], ReweightedWakeSleep(2)), tuples(RARER[toy], 2, wake))
     assert max(found.values()) < LIMIT, found
     objective = TVO(2, 3)
-    exactly = tuples(RARER[toy], 2, functools.partial(covariance, path=objective.path()))
+    exactly = tuples(RARER[toy], 2, functools.partial(covariance, path=objective.partition()))
     found = errors(samples(RARER[toy], objective), exactly)
     assert max(found.values()) < LIMIT, found
 

@@ -36,8 +36,8 @@ from ppvae.objectives import (
 )  # fmt: skip
 from ppvae.objectives.aggregate_posterior import mmd
 from ppvae.objectives.auxiliary import AuxiliaryLoss
+from ppvae.objectives.gradients import ScoreFunction
 from ppvae.objectives.gradients.control_variates import Learned, MovingAverage
-from ppvae.objectives.gradients.estimators import ScoreFunction
 from ppvae.objectives.schedules import Cyclical, Linear
 from tests.programs.strangers import PAIRS, hierarchy
 from tests.programs.toys import MIXED, ONE, TWO
@@ -807,5 +807,5 @@ def test_plus_refuses_what_it_cannot_add() -> None:
     p, x = pair()
     with pytest.raises(UsageError, match="bound: expected an objective of ppvae, found Trace_ELBO"):
         AuxiliaryLoss(Trace_ELBO(), lambda x: x.sum(-1))
-    with pytest.raises(UsageError, match=r"term: expected a number a datum \[6\], found \[\]"):
+    with pytest.raises(UsageError, match=r"term: expected one number per datum \[6\], found \[\]"):
         AuxiliaryLoss(ELBO(), lambda x: x.sum()).loss(p.model, p.mean_field, x)

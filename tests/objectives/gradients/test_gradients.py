@@ -21,8 +21,8 @@ from torch import nn
 from ppvae import objectives
 from ppvae.errors import UsageError
 from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi, ReweightedWakeSleep
+from ppvae.objectives.gradients import STL, DReG, Pathwise, ScoreFunction
 from ppvae.objectives.gradients.control_variates import Learned, LeaveOneOut, MovingAverage, NoBaseline
-from ppvae.objectives.gradients.estimators import STL, DReG, Pathwise, ScoreFunction
 from tests.programs.toys import AFTER, BITS, COARSE, ENUMERATED, HELD, MIXED, ONE, SHARED, TWO, X, bernoulli, nodes
 
 FAILURE, COORDINATES = 1e-6, 2000
@@ -185,7 +185,7 @@ def test_the_score_function_has_the_gradient_of_the_bound_as_mean(name, baseline
     build, count, reduce = SCORES[name]
     objective = build(ScoreFunction(BASELINES[baseline]()))
     if name == "tvo":
-        target = TOYS[toy].gradient(count, functools.partial(tvo, path=objective.path()))
+        target = TOYS[toy].gradient(count, functools.partial(tvo, path=objective.partition()))
     else:
         target = exact(toy, count, reduce)
     found = errors(samples(TOYS[toy], objective), target)
@@ -213,7 +213,10 @@ def test_bounds_without_a_draw_are_those_with_another_in_its_place(name, dtype):
     for spread in (0.0, 1.0, 30.0):
         log_weight, others = (spread * torch.randn(2, 12, 7)).to(dtype)
         log_weight[5, :3] += 200.0
-        found, plain = objective.without(log_weight, others), Objective.without(objective, log_weight, others)
+        found, plain = (
+            objective.leave_one_out_bound(log_weight, others),
+            Objective.leave_one_out_bound(objective, log_weight, others),
+        )
         assert found.dtype == dtype
         assert float((found - plain).abs().max()) < digits * (1 + float(plain.abs().max()))
 
@@ -273,7 +276,7 @@ def test_wake_sleep_and_tvo_have_the_gradients_that_they_state():
         assert max(found.values()) < LIMIT, found
         for partitions in (1, 3):
             objective = TVO(2, partitions)
-            exactly = tuples(listed, 2, functools.partial(covariance, path=objective.path()))
+            exactly = tuples(listed, 2, functools.partial(covariance, path=objective.partition()))
             found = errors(samples(toy, objective), exactly)
             assert max(found.values()) < LIMIT, found
 
@@ -294,13 +297,13 @@ def test_what_wake_sleep_and_tvo_state_tends_to_exact_gradients():
     objective = TVO(3, 3)
     points = BITS.points(params)
     total = 0
-    for b, width in objective.path():
+    for b, width in objective.partition():
         pi = ((1 - b) * points.log_guide + b * (points.log_lik + points.log_prior)).softmax(0)
         total = total + width * (pi * points.log_weight).sum()
     riemann = dict(zip(params, torch.autograd.grad(total, list(params.values())), strict=True))
     for surrogate, target, sign in (
         (wake, {n: kl[n] for n in BITS.guide_params}, -1),
-        (functools.partial(covariance, path=objective.path()), riemann, 1),
+        (functools.partial(covariance, path=objective.partition()), riemann, 1),
     ):
         errors_at = []
         for count in (3, 6):
