@@ -1,8 +1,8 @@
 """Objectives: bounds on log p(x) and related losses for Pyro's `SVI(..., loss=objective)` and for `fit`.
 
-An objective is a reduction of a pair's `Terms`. It follows Pyro's convention: a loss is minus the bound, summed over the
-batch, times the data plate's scale. The gradient estimator is a separate choice, `gradient=`, that never changes the
-value: see `ppvae.objectives.gradients`.
+An objective is a reduction of a pair's `Terms`. It follows Pyro's convention: a loss is minus the bound, summed over
+the batch, times the data plate's scale. The gradient estimator is a separate choice, `gradient=`, that never changes
+the value: see `ppvae.objectives.gradients`.
 
 A new objective is a subclass of `Objective` that defines `reduce`, here the jackknife of IWAE (Nowozin 2018):
 

@@ -20,6 +20,7 @@ from tests.laws.gradients import DISCRETE, REPARAMETERIZED, check_gradient_is_un
 from tests.laws.objectives import (
     ENUMERATED_GUIDE,
     ESTIMATORS,
+    GENERAL,
     OBJECTIVES,
     SCORES,
     EstimatorCase,
@@ -60,7 +61,7 @@ def jackknife(log_weight):
 
 OBJECTIVE = ObjectiveCase(Jackknife, SCORES, reduce=jackknife, sums_out_guide=True)
 ESTIMATOR = EstimatorCase(Reinforce, ENUMERATED_GUIDE)
-SERVED = {name: case for name, case in OBJECTIVES.items() if "score" in case.estimators}
+SERVED = {name: case for name, case in OBJECTIVES.items() if {*GENERAL} <= {*case.estimators}}
 
 
 @pytest.mark.parametrize("recipe", [Jackknife, Reinforce])
