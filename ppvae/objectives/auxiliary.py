@@ -76,8 +76,8 @@ class AuxiliaryLoss(Objective):
     def terms_options(self) -> dict[str, Any]:
         return self.objective.terms_options
 
-    def scheduled(self) -> dict[str, float]:
-        return self.objective.scheduled()
+    def scheduled_values(self) -> dict[str, float]:
+        return self.objective.scheduled_values()
 
     def state_dict(self) -> dict[str, Any]:
         return self.objective.state_dict()
@@ -86,6 +86,6 @@ class AuxiliaryLoss(Objective):
         super().load_state_dict(state)
         self.objective.load_state_dict(state)
 
-    def go_to(self, step: int) -> None:
-        super().go_to(step)
-        self.objective.go_to(step)
+    def set_step(self, step: int) -> None:
+        super().set_step(step)
+        self.objective.set_step(step)

@@ -184,28 +184,28 @@ class Objective(PyroELBO):
 
     def advance(self) -> None:
         """Moves the schedules to the next step: called by `loss_and_grads`, and after a captured step."""
-        self.go_to(self.taken + 1)
+        self.set_step(self.steps_taken + 1)
 
-    def scheduled(self) -> dict[str, float]:
+    def scheduled_values(self) -> dict[str, float]:
         """The current values of the hyperparameters that may follow a schedule, by name."""
         return {name: float(scalar.current) for name, scalar in self._schedules.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a checkpoint stores: the steps taken, the gradient estimator's state."""
-        return {"step": self.taken, "gradient": self.gradient.state_dict()}
+        return {"step": self.steps_taken, "gradient": self.gradient.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state of a checkpoint; an empty dict restores the initial state."""
-        self.go_to(state.get("step", 0))
+        self.set_step(state.get("step", 0))
         self.gradient.load_state_dict(state.get("gradient", {}))
 
     @property
-    def learns(self) -> bool:
+    def has_learned_baseline(self) -> bool:
         """Whether the gradient estimator trains a network of its own; such a step is not captured as a graph."""
         return self.gradient.has_learned_baseline
 
     @property
-    def taken(self) -> int:
+    def steps_taken(self) -> int:
         """The number of steps taken, which the schedules follow."""
         return int(self._step)
 
@@ -213,10 +213,10 @@ class Objective(PyroELBO):
         schedule = getattr(self, name)
         if schedule != self._schedules[name].schedule:  # the attribute was assigned after construction
             self._schedules[name] = ScheduledScalar(schedule, self._schedules[name].warmup)
-            self._schedules[name].set_step(self.taken)
+            self._schedules[name].set_step(self.steps_taken)
         return self._schedules[name].current
 
-    def go_to(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Sets the number of steps taken, and the schedules to it."""
         self._step.fill_(step)
         for scalar in self._schedules.values():

@@ -144,10 +144,10 @@ class TrainingStep:
         params, objective = self.svi.params, self.svi.loss
         total = represented = 0.0
         sums: dict[int, Tensor] = {}
-        step = objective.taken if isinstance(objective, Objective) else 0
+        step = objective.steps_taken if isinstance(objective, Objective) else 0
         for part in parts:
             if isinstance(objective, Objective):
-                objective.go_to(step)  # all parts are of the same step
+                objective.set_step(step)  # all parts are of the same step
             rows = self.structure.size_of(part)
             weight = rows if self.structure.fixed_size else 1
             total += weight * self.svi.gradients(*part)
@@ -157,7 +157,7 @@ class TrainingStep:
                     before = sums.get(id(p))
                     sums[id(p)] = p.grad.mul_(weight) if before is None else before.add_(p.grad, alpha=weight)
         if isinstance(objective, Objective):
-            objective.go_to(step + 1)  # a process without a part of the batch goes on too
+            objective.set_step(step + 1)  # a process without a part of the batch goes on too
         for p in params:
             p.grad = sums.get(id(p))
         return [total, represented]

@@ -309,7 +309,7 @@ class Trainer:
         norm = sum(norm for _, norm in found) / len(found)
         metrics = {"epoch": self.epoch, "step": self.take_step.taken, "loss": loss, "grad_norm": norm}
         if isinstance(self.objective, Objective):
-            metrics |= self.objective.scheduled()
+            metrics |= self.objective.scheduled_values()
         metrics |= self._watched()
         self._schedule(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
         if rate is not None:

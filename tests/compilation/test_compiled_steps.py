@@ -368,7 +368,7 @@ def test_schedules_are_followed_by_one_graph(name, caplog):
     for kernels in ("eager", "graph"):
         with ParamScope().entered():
             objective = SCHEDULES[name]()
-            ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled()))
+            ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled_values()))
     assert all(same(a, b) for i, (a, b) in enumerate(zip(*ends, strict=True)) if i != 5)
     graph = next(iter(ends[1][5]._captured._graphs.values()))
     assert graph.uses == 19

@@ -502,16 +502,16 @@ def test_a_warm_up_counts_steps_in_pyros_svi(float64):
     objective.loss(model, guide, x)
     seen, losses = [], []
     for _ in range(6):
-        seen.append(objective.scheduled()["beta"])
+        seen.append(objective.scheduled_values()["beta"])
         torch.manual_seed(1)
         losses.append(svi.step(x))
     assert seen == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8])
     torch.manual_seed(1)
     assert losses[2] == pytest.approx(value(ELBO(beta=0.4), model, guide, x))
     objective.load_state_dict({**objective.state_dict(), "step": 3})
-    assert objective.scheduled()["beta"] == pytest.approx(0.6)
-    assert ELBO(beta=Cyclical(4)).scheduled() == {"beta": 0.0}
-    assert Capacity(5.0, warmup=10).scheduled() == {"capacity": 0.0}
+    assert objective.scheduled_values()["beta"] == pytest.approx(0.6)
+    assert ELBO(beta=Cyclical(4)).scheduled_values() == {"beta": 0.0}
+    assert Capacity(5.0, warmup=10).scheduled_values() == {"capacity": 0.0}
 
 
 def small(seed: int):
@@ -659,11 +659,11 @@ def test_plus_follows_the_schedules_of_its_bound() -> None:
     p, x = pair()
     objective = AuxiliaryLoss(ELBO(warmup=4), lambda x: x.sum(-1))
     for step in range(3):
-        assert objective.scheduled()["beta"] == step / 4
+        assert objective.scheduled_values()["beta"] == step / 4
         objective.loss_and_grads(p.model, p.mean_field, x)
     again = AuxiliaryLoss(ELBO(warmup=4), lambda x: x.sum(-1))
     again.load_state_dict(objective.state_dict())
-    assert again.scheduled() == objective.scheduled()
+    assert again.scheduled_values() == objective.scheduled_values()
 
 
 def test_plus_refuses_what_it_cannot_add() -> None:
