@@ -22,30 +22,30 @@ from ppvae.objectives.schedules import ScheduledScalar
 class Objective(PyroELBO):
     """A bound per datum as a Pyro loss: minus the bound, summed over the batch, times the data plate's scale.
 
-    A subclass defines `reduce`. The other hooks have defaults, which a subclass overrides where they do not apply.
-    Shapes: K draws per datum, log-weights [K, batch] in nats, float64.
+    A subclass defines `reduce`. The other hooks have defaults, which a subclass overrides where they do not apply; K is
+    the number of draws per datum, log-weights are [K, batch] in float64 nats.
 
-    ============================================  ==============================================  ===================
-    hook                                          default                                         read by
-    ============================================  ==============================================  ===================
-    reduce(log_weight) -> [batch] nats            none                                            all
-    log_weights(t) -> [K, batch] nats             `t.log_weight`                                  all
-    bound(t) -> [batch] nats                      `reduce(log_weights(t))`                        all
-    learning_signal(log_weight) -> [K, batch]     the whole bound for each draw                   "score"
-    leave_one_out_bound(log_weight, replacement)
-    -> [K, batch] nats                            K calls' worth of `reduce`, O(K^2)              "vimco"
-    dreg_weights(log_weight) -> [K, batch]        UsageError                                      "dreg", "gdreg"
-    stl_unbiased -> bool                          False                                           "stl", which warns
-    draws -> int                                  `num_particles`                                 all
-    terms_options -> dict                         {}: keyword arguments of `ppvae.terms`          all
-    check_structure(s)                            refuses pairs without importance weights        all
-    check_gradient(s)                             `gradient.check_structure`                      all
-    value(call) -> scalar nats                    `bound` summed over the batch                   `loss`
-    surrogate(call) -> scalar nats                the gradient estimator's                        `loss_and_grads`
-    factorizes_over_data -> bool                  True                                            `fit(rows=...)`
-    ============================================  ==============================================  ===================
-
-    "pathwise", "stl" and "score" need no hook but `reduce`; "covariance" needs a method `partition`, as `TVO` has.
+    Read by every gradient estimator:
+        reduce(log_weight) -> [batch] nats: the bound as a function of the log-weights. No default.
+        log_weights(t) -> [K, batch] nats: what `reduce` takes. Default: `t.log_weight`.
+        bound(t) -> [batch] nats: the bound. Default: `reduce(log_weights(t))`.
+        draws -> int: K. Default: `num_particles`.
+        terms_options -> dict: keyword arguments of `ppvae.inference.terms`. Default: none.
+    Read by some:
+        learning_signal(log_weight) -> [K, batch] nats: for "score"; the factor of each draw's score. Default: the
+            whole bound.
+        leave_one_out_bound(log_weight, replacement) -> [K, batch] nats: for "vimco"; entry k is the bound with
+            log-weight k replaced. Default: K evaluations of `reduce`, O(K^2).
+        dreg_weights(log_weight) -> [K, batch], no unit: for "dreg" and "gdreg". Default: UsageError.
+        stl_unbiased -> bool: for "stl", which warns where it is False and K > 1. Default: False.
+        partition() -> [(b_j, b_{j+1} - b_j)]: for "covariance", which only an objective with it takes, as `TVO`.
+    Read by `loss` and `fit`:
+        check_structure(s), check_gradient(s): raise ContractError for a pair on which the bound, or its gradient
+            estimator, is not defined. Default: pairs without importance weights; `gradient.check_structure`.
+        value(call), surrogate(call) -> scalar nats: the bound summed over the batch, without and with a gradient.
+            Default: `bound`; the gradient estimator's.
+        factorizes_over_data -> bool: whether a datum's bound depends on no other datum, so that `fit` may split a
+            batch. Default: True.
 
     Args:
         num_particles: draws per datum.
@@ -54,7 +54,7 @@ class Objective(PyroELBO):
     Raises UsageError for fewer than one particle, or an estimator that is not defined for the objective.
     """
 
-    factorizes_over_data = True  # a datum's bound depends on no other datum, so that a batch can be split
+    factorizes_over_data = True
 
     def __init__(self, num_particles: int, gradient: str | GradientEstimator = "pathwise"):
         if num_particles < 1:
