@@ -16,7 +16,7 @@ from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.reductions import leave_one_out_log_mean_exp, leave_one_out_mean, log_mean_exp
-from ppvae.objectives.requirements import require_sampled_latents, warn_enumerated_guide
+from ppvae.objectives.requirements import require_sampled_latents
 
 
 @final
@@ -40,10 +40,6 @@ class IWAE(Objective):
 
     def __init__(self, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
         super().__init__(num_particles, gradient)
-
-    def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
-        warn_enumerated_guide(s)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
@@ -84,10 +80,9 @@ class Renyi(Objective):
         return self.alpha == 1
 
     def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
         if self.alpha != 0:
             require_sampled_latents(s, "a Renyi bound", "take ELBO or CIWAE")
-        warn_enumerated_guide(s)
+        super().check_structure(s)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         power = 1 - self.alpha
@@ -106,8 +101,25 @@ class Renyi(Objective):
         return self.alpha + (1 - self.alpha) * ((1 - self.alpha) * log_weight).softmax(0)
 
 
+class MultipleBounds(Objective):
+    """An objective of M K draws per datum, in M groups of K consecutive draws."""
+
+    def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
+        if num_bounds < 1:
+            raise UsageError(f"num_bounds: expected at least 1, found {num_bounds}")
+        self.num_particles, self.num_bounds = num_particles, num_bounds  # `draws` is read before Pyro's constructor
+        super().__init__(num_particles, gradient)
+
+    @property
+    def draws(self) -> int:
+        return self.num_particles * self.num_bounds
+
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
+        return _merge_bounds(_split_bounds(log_weight, self.num_bounds).softmax(0))
+
+
 @final
-class MIWAE(Objective):
+class MIWAE(MultipleBounds):
     """The mean of M importance-weighted bounds of K draws each: between the ELBO (K = 1) and IWAE (M = 1).
 
     Args:
@@ -123,22 +135,9 @@ class MIWAE(Objective):
     True
     """
 
-    def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
-        self.num_bounds = _positive_num_bounds(num_bounds)
-        self.num_particles = num_particles  # `draws` reads it before Pyro's constructor sets it
-        super().__init__(num_particles, gradient)
-
-    @property
-    def draws(self) -> int:
-        return self.num_particles * self.num_bounds
-
     @property
     def stl_unbiased(self) -> bool:
         return self.num_particles == 1
-
-    def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
-        warn_enumerated_guide(s)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return self._bounds(log_weight).mean(0)
@@ -156,9 +155,6 @@ class MIWAE(Objective):
         )
         bounds = self._bounds(log_weight)
         return _merge_bounds(bounds.mean(0) + (changed - bounds) / self.num_bounds)
-
-    def dreg_weights(self, log_weight: Tensor) -> Tensor:
-        return _merge_bounds(_split_bounds(log_weight, self.num_bounds).softmax(0))
 
 
 @final
@@ -189,9 +185,8 @@ class CIWAE(Objective):
         return self.beta == 1
 
     def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
-        if self.beta == 0:
-            warn_enumerated_guide(s)
+        if s.refusal or self.beta == 0:
+            super().check_structure(s)
 
     def bound(self, t: Terms) -> Tensor:
         return self.beta * t.elbo.mean(0) + (1 - self.beta) * log_mean_exp(t.log_weight)
@@ -214,7 +209,7 @@ class CIWAE(Objective):
 
 
 @final
-class PIWAE(Objective):
+class PIWAE(MultipleBounds):
     """IWAE with M K draws for the model's parameters, MIWAE with M bounds of K for the guide's; the value is IWAE's.
 
     Args:
@@ -235,25 +230,16 @@ class PIWAE(Objective):
     """
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
-        self.num_bounds = _positive_num_bounds(num_bounds)
-        self.num_particles = num_particles
-        super().__init__(num_particles, gradient)
+        super().__init__(num_particles, num_bounds, gradient)
         if not isinstance(self.gradient, Pathwise | DReG):
             raise UsageError(f"PIWAE: expected gradient 'pathwise' or 'dreg', found {type(self.gradient).__name__}")
 
-    @property
-    def draws(self) -> int:
-        return self.num_particles * self.num_bounds
-
     def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
         require_sampled_latents(s, "PIWAE", "take ELBO or CIWAE")
+        super().check_structure(s)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
-
-    def dreg_weights(self, log_weight: Tensor) -> Tensor:
-        return _merge_bounds(_split_bounds(log_weight, self.num_bounds).softmax(0))
 
     def surrogate(self, call: Call) -> Tensor:
         leaves = LatentLeaves()
@@ -268,12 +254,6 @@ class PIWAE(Objective):
         else:
             guide_term = leaves.path_surrogate(leaves.gradients(log_weight), r) - (r * log_q).sum()
         return self.reduce(detached).sum() + gradient_only(model_term + guide_term)
-
-
-def _positive_num_bounds(num_bounds: int) -> int:
-    if num_bounds < 1:
-        raise UsageError(f"num_bounds: expected at least 1, found {num_bounds}")
-    return num_bounds
 
 
 def _split_bounds(log_weight: Tensor, num_bounds: int) -> Tensor:

@@ -16,6 +16,7 @@ from ppvae.inference.terms import Terms
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives.call import Call
 from ppvae.objectives.gradients import GradientEstimator, resolve_gradient
+from ppvae.objectives.requirements import warn_enumerated_guide
 from ppvae.objectives.schedules import ScheduledScalar
 
 
@@ -41,7 +42,7 @@ class Objective(PyroELBO):
         partition() -> [(b_j, b_{j+1} - b_j)]: for "covariance", which only an objective with it takes, as `TVO`.
     Read by `loss` and `fit`:
         check_structure(s), check_gradient(s): raise ContractError for a pair on which the bound, or its gradient
-            estimator, is not defined. Default: pairs without importance weights; `gradient.check_structure`.
+            estimator, is not defined. Default: a pair without importance weights; `gradient.check_structure`.
         value(call), surrogate(call) -> scalar nats: the bound summed over the batch, without and with a gradient.
             Default: `bound`; the gradient estimator's.
         factorizes_over_data -> bool: whether a datum's bound depends on no other datum, so that `fit` may split a
@@ -119,9 +120,11 @@ class Objective(PyroELBO):
         return {}
 
     def check_structure(self, s: Structure) -> None:
-        """Raises ContractError, naming the site, where the bound is not defined for a pair."""
+        """Raises ContractError, naming the site, where the bound is not defined for a pair; warns where it sums a
+        guide's sites out, whose probabilities it does not train."""
         if s.refusal:
             raise ContractError(s.refusal)
+        warn_enumerated_guide(s)
 
     def check_gradient(self, s: Structure) -> None:
         """Raises ContractError, naming the site, where the gradient estimator is not defined for a pair."""

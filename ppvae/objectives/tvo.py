@@ -13,7 +13,7 @@ from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients import GradientEstimator
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.reductions import leave_one_out_tempered_mean
-from ppvae.objectives.requirements import require_sampled_latents, warn_enumerated_guide
+from ppvae.objectives.requirements import require_sampled_latents
 
 
 @final
@@ -60,10 +60,9 @@ class TVO(Objective):
         return self.num_partitions == 1
 
     def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
         if self.num_partitions > 1:
             require_sampled_latents(s, "TVO", "take ELBO or CIWAE")
-        warn_enumerated_guide(s)
+        super().check_structure(s)
 
     def partition(self) -> list[tuple[float, float]]:
         """(b_j, b_{j+1} - b_j) of each term."""

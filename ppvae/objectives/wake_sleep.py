@@ -54,8 +54,8 @@ class ReweightedWakeSleep(Objective):
             raise UsageError("num_particles: expected at least 2 for normalised weights in the wake phase, found 1")
 
     def check_structure(self, s: Structure) -> None:
-        super().check_structure(s)
         require_sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
+        super().check_structure(s)
         for name, role in s.guide_roles.items():
             if role == "auxiliary" and self.sleep:
                 raise refused(
