@@ -150,8 +150,8 @@ class Objective(PyroELBO):
                 raise ContractError(s.scaled)
             if s.has_global_latents and s.full_size != s.size_of(batch):
                 raise ContractError(
-                    f"a latent is shared by all data: expected all of them in the batch, found {s.size_of(batch)} of "
-                    f"{s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
+                    "a latent is shared by all data: expected all of them in the batch, found "
+                    f"{s.size_of(batch)} of {s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
                 )
             self.check_gradient(s)
             self._inspected = (model, guide, s)

@@ -82,8 +82,8 @@ class GDReG(GradientEstimator):
             if site.role != "latent" or not leaves.has_parameters(site):
                 continue
             if site.masked:
-                raise refused(name, "a learnable prior that counts for every datum", "a mask", "take gradient='dreg'")
-            if "auxiliary" in call.structure.guide_roles.values():  # the guide gives no density of the latent itself
+                raise refused(name, "a learnable prior without a mask", "a mask", "take gradient='dreg'")
+            if "auxiliary" in call.structure.guide_roles.values():  # then q is no density of z itself
                 raise refused(
                     name, "a guide that samples its latents directly, for a learnable prior", "latents computed from "
                     "an auxiliary site", "take gradient='dreg'",
@@ -101,6 +101,7 @@ class GDReG(GradientEstimator):
                     )  # fmt: skip
                 layout = leaves.entries[key][2]
                 others = grad_weight[key] + grad_guide[key] - grad_prior[key]
-                flow = layout.spread(r, name).to(others) * others - layout.spread(d, name).to(others) * grad_weight[key]
+                r_z, d_z = (layout.spread(weights, name).to(others) for weights in (r, d))
+                flow = r_z * others - d_z * grad_weight[key]
                 paths = paths + (sample * flow).sum()
         return bound.detach() + gradient_only((r * density).sum() + paths)
