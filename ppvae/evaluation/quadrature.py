@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, refused
+from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import Settings, session
 from ppvae.evaluation.blocks import as_columns
@@ -92,7 +92,7 @@ def quadrature(
                     f"({names}). Use annealed"
                 )
             if density.active is not None:
-                raise refused(
+                raise site_error(
                     density.coordinates[0].name, "latents that every datum has", "masked ones among them",
                     "use annealed or log_marginal",
                 )  # fmt: skip

@@ -185,7 +185,7 @@ class CIWAE(Objective):
         return self.beta == 1
 
     def check_structure(self, s: Structure) -> None:
-        if s.refusal or self.beta == 0:
+        if s.weights_refusal or self.beta == 0:
             super().check_structure(s)
 
     def bound(self, t: Terms) -> Tensor:
@@ -243,7 +243,7 @@ class PIWAE(MultipleBounds):
 
     def surrogate(self, call: Call) -> Tensor:
         leaves = LatentLeaves()
-        t = call.terms(entry=leaves)
+        t = call.terms(latent_hook=leaves)
         log_weight, log_q = t.log_weight, t.log_guide
         detached = log_weight.detach()
         weights = self.dreg_weights(detached)  # normalised in each of the guide's bounds

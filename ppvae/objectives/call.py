@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 
 
@@ -28,7 +28,7 @@ class Call:
         s, index = self.structure, None
         if s.draws_subsample:  # one subsample for all particles
             index = torch.randperm(s.full_size, device=self.batch[0].device)[: s.subsample_size]
-        return terms(
+        return evaluate_terms(
             self.model, self.guide, self.batch, self.num_particles, structure=s, index=index,
             **{**self.terms_options, **options},
         )  # fmt: skip

@@ -122,8 +122,8 @@ class Objective(PyroELBO):
     def check_structure(self, s: Structure) -> None:
         """Raises ContractError, naming the site, where the bound is not defined for a pair; warns where it sums a
         guide's sites out, whose probabilities it does not train."""
-        if s.refusal:
-            raise ContractError(s.refusal)
+        if s.weights_refusal:
+            raise ContractError(s.weights_refusal)
         warn_enumerated_guide(s)
 
     def check_gradient(self, s: Structure) -> None:
@@ -146,12 +146,12 @@ class Objective(PyroELBO):
         if self._inspected is None or self._inspected[:2] != (model, guide):
             s = inspect(model, guide, batch, weights=False)
             self.check_structure(s)
-            if s.scaled:
-                raise ContractError(s.scaled)
-            if s.has_global_latents and s.full_size != s.size_of(batch):
+            if s.scale_refusal:
+                raise ContractError(s.scale_refusal)
+            if s.has_global_latents and s.full_size != s.batch_size(batch):
                 raise ContractError(
                     "a latent is shared by all data: expected all of them in the batch, found "
-                    f"{s.size_of(batch)} of {s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
+                    f"{s.batch_size(batch)} of {s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
                 )
             self.check_gradient(s)
             self._inspected = (model, guide, s)
@@ -163,8 +163,8 @@ class Objective(PyroELBO):
         return Call(model, guide, args, self._structure(model, guide, args), self.draws, self.terms_options)
 
     def _scaled_loss(self, total: Tensor, call: Call) -> Tensor:
-        rows = call.structure.size_of(call.batch)
-        return -total * (call.structure.represented(rows) / rows)
+        rows = call.structure.batch_size(call.batch)
+        return -total * (call.structure.represented_size(rows) / rows)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over the batch, times the data plate's scale: a scalar tensor."""

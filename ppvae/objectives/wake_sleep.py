@@ -9,9 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError, refused
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference.replay import buffer_copies
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
 from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import gradient_only
@@ -57,8 +57,8 @@ class ReweightedWakeSleep(Objective):
         require_sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
         super().check_structure(s)
         for name, role in s.guide_roles.items():
-            if role == "auxiliary" and self.sleep:
-                raise refused(
+            if role is Role.AUXILIARY and self.sleep:
+                raise site_error(
                     name, "a guide whose sites the model draws, for sleep", "an auxiliary site that the model lacks",
                     "take sleep = 0",
                 )  # fmt: skip
@@ -93,7 +93,7 @@ def sleep_log_prob(call: Call) -> Tensor:
         if node["infer"].get("was_observed"):
             positions = [i for i, tensor in enumerate(call.batch) if tensor is node["infer"]["obs"]]
             if not positions:
-                raise refused(
+                raise site_error(
                     name, "an observed value that is a tensor of the batch, for sleep",
                     "one computed from it: simulated data cannot be passed to the guide",
                     "observe a tensor of the batch itself, or take sleep = 0",

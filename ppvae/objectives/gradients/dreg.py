@@ -18,7 +18,7 @@ from ppvae.objectives.requirements import require_reparameterized_latents, requi
 class LatentGradientHook:
     """Multiplies the densities' gradient with respect to each latent by `weights` [particles, batch].
 
-    Passed as `entry=` to `terms`; `weights` is set after the forward pass, before the backward pass.
+    Passed as `latent_hook=` to `terms`; `weights` is set after the forward pass, before the backward pass.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class LatentGradientHook:
 
         def weighted(gradient: Tensor) -> Tensor:
             assert self.weights is not None
-            return gradient * layout.spread(self.weights, name).to(gradient)
+            return gradient * layout.broadcast_weights(self.weights, name).to(gradient)
 
         entry = value.view_as(value)
         entry.register_hook(weighted)
@@ -57,6 +57,6 @@ class DReG(GradientEstimator):
 
     def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
         hook = LatentGradientHook()
-        t = call.terms(frozen=("guide",), entry=hook)
+        t = call.terms(frozen=("guide",), latent_hook=hook)
         hook.weights = objective.dreg_weights(objective.log_weights(t).detach())
         return objective.bound(t).sum()

@@ -8,9 +8,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.inference.sites import event_factors
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
@@ -63,13 +63,13 @@ class GDReG(GradientEstimator):
         require_reparameterized_latents(s, "gdreg")
         require_sampled_latents(s, "gdreg")
         if s.enumerated:
-            raise refused(
+            raise site_error(
                 s.enumerated[0], "a latent whose prior is a density of it alone", "one summed out", "take 'dreg'"
             )
 
     def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
         leaves = LatentLeaves()
-        t = call.terms(entry=leaves)
+        t = call.terms(latent_hook=leaves)
         log_weight = objective.log_weights(t)
         detached = log_weight.detach().requires_grad_()
         bound = objective.reduce(detached).sum()
@@ -79,29 +79,29 @@ class GDReG(GradientEstimator):
         density = t.log_lik + t.log_prior  # of the model, less the priors whose score is reparameterised below
         paths = leaves.path_surrogate(grad_weight, d)
         for name, site in t.model.items():
-            if site.role != "latent" or not leaves.has_parameters(site):
+            if site.role is not Role.LATENT or not leaves.has_parameters(site):
                 continue
             if site.masked:
-                raise refused(name, "a learnable prior without a mask", "a mask", "take gradient='dreg'")
-            if "auxiliary" in call.structure.guide_roles.values():  # then q is no density of z itself
-                raise refused(
+                raise site_error(name, "a learnable prior without a mask", "a mask", "take gradient='dreg'")
+            if Role.AUXILIARY in call.structure.guide_roles.values():  # then q is no density of z itself
+                raise site_error(
                     name, "a guide that samples its latents directly, for a learnable prior", "latents computed from "
                     "an auxiliary site", "take gradient='dreg'",
                 )  # fmt: skip
             grad_prior = leaves.gradients(site.log_prob, name)
             density = density - (site.log_prob.sum(-1, keepdim=True) if t.has_global_latents else site.log_prob)
-            for particle, run in enumerate(site.parts or (site,)):
+            for particle, run in enumerate(site.particle_sites or (site,)):
                 key = name, particle
-                sample = reparameterize(run.distribution, run.traced.detach())
+                sample = reparameterize(run.distribution, run.traced_value.detach())
                 if sample is None:
                     family = type(event_factors(run.distribution)[0]).__name__
-                    raise refused(
+                    raise site_error(
                         name, "a learnable prior that is a location-scale family or a transform of one",
                         family, "take gradient='dreg', which uses the prior's score",
                     )  # fmt: skip
                 layout = leaves.entries[key][2]
                 others = grad_weight[key] + grad_guide[key] - grad_prior[key]
-                r_z, d_z = (layout.spread(weights, name).to(others) for weights in (r, d))
+                r_z, d_z = (layout.broadcast_weights(weights, name).to(others) for weights in (r, d))
                 flow = r_z * others - d_z * grad_weight[key]
                 paths = paths + (sample * flow).sum()
         return bound.detach() + gradient_only((r * density).sum() + paths)

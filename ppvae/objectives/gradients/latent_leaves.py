@@ -14,7 +14,7 @@ LatentGradients = dict[tuple[str, int], Tensor]  # by (site, particle of a run w
 class LatentLeaves:
     """Replaces each latent by a leaf of the autograd graph where it enters the densities.
 
-    Passed as `entry=` to `terms`.
+    Passed as `latent_hook=` to `terms`.
 
     Attributes:
         entries: (the reparameterised value, its leaf, the layout of its run) of each latent.
@@ -47,7 +47,7 @@ class LatentLeaves:
         for key, gradient in gradients.items():
             value, _, layout = self.entries[key]
             if value.requires_grad:
-                total = total + (value * (layout.spread(weights, key[0]).to(gradient) * gradient)).sum()
+                total = total + (value * (layout.broadcast_weights(weights, key[0]).to(gradient) * gradient)).sum()
         return total
 
     def has_parameters(self, site: Site) -> bool:

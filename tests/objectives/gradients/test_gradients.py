@@ -41,7 +41,19 @@ from tests.laws.objectives import (
     log_mean_exp,
     mean,
 )
-from tests.programs.toys import BITS, COARSE, ENUMERATED, HELD, MIXED, ONE, SHARED, TWO, X, bernoulli, nodes
+from tests.programs.toys import (
+    BITS,
+    COARSE,
+    DATUM,
+    DETACHED,
+    ENUMERATED,
+    MIXED,
+    ONE,
+    SHARED,
+    TWO,
+    bernoulli_log_prob,
+    gauss_hermite,
+)
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:STL is biased")]
 
@@ -171,7 +183,7 @@ def test_enumerated_sites_have_the_exact_gradient():
 
 
 def test_wake_sleep_and_tvo_have_the_gradients_that_they_state():
-    for toy, listed in ((BITS, BITS), (ONE, HELD)):  # draws that have a path are held, too
+    for toy, listed in ((BITS, BITS), (ONE, DETACHED)):  # draws that have a path are held, too
         found = errors(samples(toy, ReweightedWakeSleep(2)), exact_of_surrogate(listed, 2, wake))
         assert max(found.values()) < LIMIT, found
         for partitions in (1, 3):
@@ -216,14 +228,14 @@ def test_what_wake_sleep_and_tvo_state_tends_to_exact_gradients():
 def test_sleep_has_the_gradient_of_the_guide_at_the_models_own_data():
     found = samples(BITS, ReweightedWakeSleep(2, wake=0.0, sleep=1.0))
     p = BITS.leaves()
-    noise, mass = nodes(24)
+    noise, mass = gauss_hermite(24)
     total = torch.zeros(())
     for a in (0.0, 1.0):
         for b in (0.0, 1.0):
             a_, b_ = torch.tensor(a), torch.tensor(b)
-            prior = (bernoulli(a_, p["u"]) + bernoulli(b_, p["v"] * a_ - 0.2)).detach()
+            prior = (bernoulli_log_prob(a_, p["u"]) + bernoulli_log_prob(b_, p["v"] * a_ - 0.2)).detach()
             x = (p["d"] * a - b + p["e"].exp() * noise).detach()
-            log_q = bernoulli(a_, p["f"] * x) + bernoulli(b_, p["g"] + p["h"] * a_)
+            log_q = bernoulli_log_prob(a_, p["f"] * x) + bernoulli_log_prob(b_, p["g"] + p["h"] * a_)
             total = total + ((mass + prior).exp() * log_q).sum()
     grads = torch.autograd.grad(total, [p[n] for n in BITS.guide_params])
     result = errors(found, {n: float(g) for n, g in zip(BITS.guide_params, grads, strict=True)})
@@ -260,7 +272,7 @@ def folded_samples(toy, objective, size=500, runs=150):
         return run
 
     model, guide = side(toy.model, toy.model_params), side(toy.guide, toy.guide_params)
-    x = torch.full((size,), X)
+    x = torch.full((size,), DATUM)
     torch.manual_seed(0)
     found = {n: [] for n in params}
     for _ in range(runs):
