@@ -14,13 +14,12 @@ import torch
 from ppvae import data as datasets
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data, Evaluate, Fit, Generate, Optimizer, Show
-from ppvae.distributed import leave_process_group
+from ppvae.distributed import DistributedContext, leave_process_group
 from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.factories import pairs
 from ppvae.factories.choices import Argument, ClassChoice, class_choice
 from ppvae.training import fit as train_pair
 from ppvae.training import load as load_run
-from ppvae.training.data_parallel import DataParallel
 from ppvae.training.run import Run
 
 PARTS = ("train", "valid", "test")
@@ -36,7 +35,7 @@ def fit(args: list[str]) -> int:
     num_labels = _num_labels(splits[0], settings.labels)
     model, guide = pairs.build(factory, arguments, splits[0], num_labels)
     directory = _directory(settings, text)
-    DataParallel().wait()  # until all have found the same name free
+    DistributedContext().barrier()  # until all have found the same name free
     steps = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
     run = train_pair(
         model,

@@ -16,7 +16,7 @@ from ppvae.distributed import leave_process_group
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.inference.param_store import unwrap
 from ppvae.training import load as load_run
-from ppvae.training.run import Run, default_dtype, floating
+from ppvae.training.run import Run, cast_floating, default_dtype
 
 if TYPE_CHECKING:
     from ppvae.cli.options import Evaluate
@@ -56,7 +56,7 @@ def estimate(settings: Evaluate, directory: Path) -> int:
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     with default_dtype(dtype):
         run = load_run(directory, best=settings.best or None, dtype=dtype)
-        columns = tuple(floating(c, dtype) for c in _of_run(run, settings, settings.split))
+        columns = tuple(cast_floating(c, dtype) for c in _of_run(run, settings, settings.split))
         if settings.head is not None:
             columns = _head(columns, settings.head)
         notes = [run.stopped] if run.stopped else []

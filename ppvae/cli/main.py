@@ -62,9 +62,10 @@ def _command(argv: Sequence[str] | None) -> int:
         near = difflib.get_close_matches(args[0], COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return _fail(f"no command {args[0]!r}{hint} (one of {', '.join(COMMANDS)})", 2)
-    from ppvae.cli.processes import run_on_all_ranks, world_size
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and size.isdigit() and int(size) > 1:  # started by torchrun
+        from ppvae.distributed import run_on_all_ranks
 
-    if world_size() > 1:
         return run_on_all_ranks(args[0], args[1:], _run, _fail)
     return _run(args[0], args[1:], _fail)
 
