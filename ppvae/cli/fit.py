@@ -106,7 +106,7 @@ def _absolute_paths(settings: Data) -> dict[str, Any]:
 
 def _build_objective(chosen: dict[str, Any]) -> ELBO:
     try:
-        return OBJECTIVES.chosen(chosen, "objective")()
+        return OBJECTIVES.build(chosen, "objective")()
     except (ValueError, TypeError) as error:
         raise UsageError(f"--objective {chosen['name']}: {error}") from error
 
