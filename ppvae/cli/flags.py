@@ -130,15 +130,15 @@ class HelpShown(Exception):
 
 
 def _flags(cls: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         name = prefix + f.metadata.get("flag", f.name.replace("_", "-"))
         if dataclasses.is_dataclass(hints[f.name]):
-            found |= _flags(hints[f.name], f"{name}.")
+            flags |= _flags(hints[f.name], f"{name}.")
         else:
-            found[name] = hints[f.name]
-    return found
+            flags[name] = hints[f.name]
+    return flags
 
 
 def _read_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Path | None, dict[str, Any]]:

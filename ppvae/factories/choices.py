@@ -40,14 +40,14 @@ def constructor_arguments(function: Callable[..., Any], leave_out: Sequence[str]
     for owner in (getattr(function, "__self__", None), function):
         for param in docstring_parser.parse(inspect.getdoc(owner) or "").params if owner is not None else ():
             texts |= {name.strip(): param.description or "" for name in param.arg_name.split(",")}
-    found = {}
+    out: dict[str, Argument] = {}
     for name, p in inspect.signature(function).parameters.items():
         if name in leave_out or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
         inferred: Any = None if p.default in (p.empty, None) else type(p.default)
         inferred = int | float if inferred is int else inferred
-        found[name] = (hints.get(name, inferred), p.default, " ".join(texts.get(name, "").split()))
-    return found
+        out[name] = (hints.get(name, inferred), p.default, " ".join(texts.get(name, "").split()))
+    return out
 
 
 @final
@@ -73,13 +73,13 @@ class ClassChoice:
     @property
     def classes(self) -> dict[str, type]:
         """Every class that can be chosen, by name."""
-        found: dict[str, type] = {}
+        classes: dict[str, type] = {}
         for module in map(importlib.import_module, self.modules):
             for name in getattr(module, "__all__", None) or sorted(vars(module)):
                 value = getattr(module, name)
                 if name[0] != "_" and isinstance(value, type) and issubclass(value, self.kind):
-                    found.setdefault(name, value)
-        return {n: c for n, c in found.items() if c is not self.kind and not inspect.isabstract(c)}
+                    classes.setdefault(name, value)
+        return {n: c for n, c in classes.items() if c is not self.kind and not inspect.isabstract(c)}
 
     def constructor(self, name: str, flag: str) -> Callable[..., Any]:
         """The class of that name, or the classmethod that builds it.

@@ -90,11 +90,11 @@ def parameters(factory: Any) -> dict[str, Argument]:
     """
     if not callable(factory) or _is_pair(factory):
         return {}
-    found = constructor_arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
-    for name, (kind, _, _) in found.items():
+    arguments = constructor_arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
+    for name, (kind, _, _) in arguments.items():
         if kind is None:
             raise UsageError(f"{getattr(factory, '__name__', factory)}: expected a type for its argument {name!r}")
-    return found
+    return arguments
 
 
 def build(
