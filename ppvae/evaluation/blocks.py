@@ -16,8 +16,8 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.inspection import inspect
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, cache_encoder, sample_guide, slice_particles, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -75,7 +75,7 @@ class Block:
             guide = cache_encoder(guide, batch, s, index)
         width = 1 if s.has_global_latents else self.size
         step = max(1, rows // self.size)
-        if "cancelled" in s.model_roles.values():  # the model draws for itself, once for all particles of a block
+        if Role.CANCELLED in s.model_roles.values():  # the model draws for itself, once for all particles of a block
             step = PARTICLE_BLOCK
         if cells is not None:
             cells.start(batch)
@@ -87,15 +87,19 @@ class Block:
                     yield *cell, None
                     continue
                 # the guide's noise must not depend on what the model draws for itself, nor on how memory is cut
-                cut = count > step or s.layout == "one by one"
+                cut = count > step or s.layout is Layout.ONE_BY_ONE
                 drawn = sample_guide(guide, batch, count, structure=s, index=index) if cut else {}
                 for low in range(0, count, step):
                     size = min(step, count - low)
                     part: dict[str, Any] = {}
                     if cut:
                         sites = slice_particles(drawn, s, low, size)
-                        part = {"values": {n: v.value for n, v in sites.items()}} if s.enumerated else {"drawn": sites}
-                    t = terms(model, guide, batch, size, structure=s, index=index, **part)
+                        part = (
+                            {"values": {n: v.value for n, v in sites.items()}}
+                            if s.enumerated
+                            else {"guide_sites": sites}
+                        )
+                    t = evaluate_terms(model, guide, batch, size, structure=s, index=index, **part)
                     if first == low == 0:
                         if self.gaps and bool(t.log_weight.isnan().any()):
                             inspect(model, guide, batch)  # which says so if missing values are why
@@ -115,7 +119,7 @@ class Block:
             check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
         self.missing = 0
         for name, site in t.model.items() if self.gaps else ():
-            if site.role != "observed":
+            if site.role is not Role.OBSERVED:
                 continue
             axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data, of which folding makes more
             self.missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())

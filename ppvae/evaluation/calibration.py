@@ -22,7 +22,7 @@ from ppvae.inference.contract.support import mask_of
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.particle_layout import particle_dim
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
 from ppvae.rng import derive_seed, fork_rng
@@ -215,7 +215,7 @@ def _ranks(
     nodes = dict(sample_sites(trace_program(guide, block.batch, s, given)))
     found: dict[str, Tensor] = {}
     for name in sites:
-        if s.guide_roles[name] == "auxiliary":
+        if s.guide_roles[name] is Role.AUXILIARY:
             continue
         found[f"masked {name}"] = torch.tensor(mask_of(nodes[name]) is not None)
         draws = _flat(sites[name].value, s, name, particle_dim(sites[name].value, s, name))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_columns
-from ppvae.errors import UsageError, refused
+from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import Settings, session
 from ppvae.evaluation.reliability import MAX_DIMS
@@ -92,7 +92,7 @@ def quadrature(
                     f"({names}). Use annealed"
                 )
             if density.active is not None:
-                raise refused(
+                raise site_error(
                     density.coordinates[0].name, "latents that every datum has", "masked ones among them",
                     "use annealed or log_marginal",
                 )  # fmt: skip

@@ -20,7 +20,7 @@ from ppvae.errors import UsageError
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_program, program_device
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
@@ -248,7 +248,7 @@ class _Opened:
             width = rows.stop - rows.start
             found = {}
             for name, node in sample_sites(trace):
-                if self.s.guide_roles.get(name) in ("latent", "enumerated"):
+                if self.s.guide_roles.get(name) in (Role.LATENT, Role.ENUMERATED):
                     axis = node["value"].dim() - self.s.event_dims[name] - 1
                     shared = self.s.plate not in {f.name for f in node["cond_indep_stack"]}
                     found[name] = (-1, node["value"]) if shared else (axis, node["value"].narrow(axis, 0, width))

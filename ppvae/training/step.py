@@ -114,7 +114,7 @@ class TrainingStep:
         """Sets the gradients of the loss: (loss per datum, the number of data that the gradients represent)."""
         micro_batches = self.micro_batches(batch)
         if self.context.size == 1 and len(micro_batches) == 1:
-            rows = self.structure.represented(self.structure.size_of(batch))
+            rows = self.structure.represented_size(self.structure.batch_size(batch))
             loss = self.svi.unread_gradients(*batch)
             return (loss.double() if isinstance(loss, Tensor) else loss) / rows, rows
         try:
@@ -127,7 +127,7 @@ class TrainingStep:
 
     def micro_batches(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """The batch cut into parts of at most `rows` (datum, particle) rows; no part of an empty batch."""
-        size, objective = self.structure.size_of(batch), self.svi.loss
+        size, objective = self.structure.batch_size(batch), self.svi.loss
         if not size:
             return []
         joint = self.structure.draws_subsample or self.structure.has_global_latents or self.has_batch_norm
@@ -148,10 +148,10 @@ class TrainingStep:
         for part in micro_batches:
             if isinstance(objective, Objective):
                 objective.go_to(step)  # all micro-batches belong to one step
-            rows = self.structure.size_of(part)
-            weight = rows if self.structure.fixed_size else 1
+            rows = self.structure.batch_size(part)
+            weight = rows if self.structure.has_fixed_full_size else 1
             total += weight * self.svi.gradients(*part)
-            represented += weight * self.structure.represented(rows)
+            represented += weight * self.structure.represented_size(rows)
             for p in params:  # the first run may have added some
                 if p.grad is not None:
                     before = sums.get(id(p))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_columns
 from ppvae.distributed import distributed_context, progress_disabled
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.annealing.ais import key_of_chains
 from ppvae.evaluation.annealing.hmc import backward, forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
@@ -21,6 +21,7 @@ from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
+from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -172,11 +173,11 @@ def bdmc(
 def _check(ready: Session) -> None:
     """Refuses a guide whose own draws are not the latents, so that no chain could start at given ones."""
     for name, role in ready.s.guide_roles.items():
-        if role in ("auxiliary", "enumerated"):
-            raise refused(
+        if role in (Role.AUXILIARY, Role.ENUMERATED):
+            raise site_error(
                 name, "a guide whose own draws are the latents, to start a chain at given ones",
-                "a helper" if role == "auxiliary" else "a site enumerated in the guide",
-                "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
+                "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
+                "use start='prior'" if role is Role.AUXILIARY else "enumerate it in the model instead",
             )  # fmt: skip
 
 

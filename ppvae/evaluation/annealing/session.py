@@ -22,7 +22,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_c
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import cache_encoder, terms
+from ppvae.inference.terms import cache_encoder, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -117,7 +117,7 @@ class Session:
         )
         if block.number == 0:
             density.check_steady()
-        block._check(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
+        block._check(evaluate_terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
         return density
 
     def noise(self, *key: Any) -> torch.Generator:
