@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ppvae import generate
 from ppvae.data.checks import one_line
+from ppvae.data.loader import as_single_batch, data_digest
 from ppvae.errors import ContractError, PpvaeError, UsageError
-from ppvae.evaluation.blocks import as_single_batch, data_digest
 from ppvae.evaluation.estimate import Estimate
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import unwrap
+from ppvae.inference.param_store import program_device, unwrap
 from ppvae.inference.structure import Structure
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ class Subject:
 
     def _inspect(self, count: int) -> Structure:
         with evaluation_mode(self.run.model, self.run.guide):
-            batch = as_single_batch(self.run.model, self.run.guide, self.read(torch.arange(count)), self.seed)
+            first = self.read(torch.arange(count))
+            batch = as_single_batch(first, self.seed, program_device(self.run.model, self.run.guide, first))
             return inspect(self.run.model, self.run.guide, batch, weights=False)
 
 
