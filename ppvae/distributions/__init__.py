@@ -1,11 +1,11 @@
 """Distributions that Pyro lacks, or whose log-density it computes in a way that is slow or wrong."""
 
 from ppvae.distributions.autoregressive import Autoregressive
-from ppvae.distributions.columns import Columns
 from ppvae.distributions.continuous import StudentT
 from ppvae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflated
-from ppvae.distributions.levels import DiscretizedLogistic, Levels, MixtureOfDiscretizedLogistics
-from ppvae.distributions.unit import Bernoulli, Beta, ContinuousBernoulli
+from ppvae.distributions.discretized import DiscretizedLogistic, Levels, MixtureOfDiscretizedLogistics
+from ppvae.distributions.tabular import Columns
+from ppvae.distributions.unit_interval import Bernoulli, Beta, ContinuousBernoulli
 
 __all__ = [
     "Autoregressive",

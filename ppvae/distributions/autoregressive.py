@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 Conditionals = Callable[[Tensor], TorchDistribution]
 
@@ -60,7 +60,7 @@ class Autoregressive(TorchDistribution):
         return self._support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Autoregressive:
-        return expanded(self, batch_shape, start=self.event_dim)
+        return expand_parameters(self, batch_shape, start=self.event_dim)
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_prob = self.conditionals(value).log_prob(value)

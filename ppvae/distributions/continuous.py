@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppvae.distributions.base import compact
-from ppvae.distributions.special import log_rising
+from ppvae.distributions.batch_shape import collapse_expanded_dims
+from ppvae.distributions.special import log_rising_factorial_ratio
 
 
 class StudentT(dist.StudentT):
@@ -26,7 +26,9 @@ class StudentT(dist.StudentT):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        df, scale = compact(self.df), compact(self.scale)
+        df, scale = collapse_expanded_dims(self.df), collapse_expanded_dims(self.scale)
         y = (value - self.loc) / scale
-        norm = log_rising(0.5 * df, torch.full_like(df, 0.5)) - scale.log() - 0.5 * math.log(2 * math.pi)
+        norm = (
+            log_rising_factorial_ratio(0.5 * df, torch.full_like(df, 0.5)) - scale.log() - 0.5 * math.log(2 * math.pi)
+        )
         return norm - 0.5 * (df + 1) * torch.log1p(y.square() / df)

@@ -11,10 +11,11 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.base import CountsOf, compact, expanded
-from ppvae.distributions.special import log_rising
+from ppvae.distributions.batch_shape import collapse_expanded_dims, expand_parameters
+from ppvae.distributions.constraints import CountsWithTotal
+from ppvae.distributions.special import log_rising_factorial_ratio
 
-_DRAWS = 2**22  # single draws of a multinomial in memory at a time
+_MAX_DRAWS = 2**22  # single draws of a multinomial in memory at a time
 
 
 class Poisson(TorchDistribution):
@@ -36,7 +37,7 @@ class Poisson(TorchDistribution):
         super().__init__(log_rate.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Poisson:
-        return expanded(self, batch_shape, log_rate=0)
+        return expand_parameters(self, batch_shape, log_rate=0)
 
     @property
     def mean(self) -> Tensor:
@@ -80,7 +81,7 @@ class NegativeBinomial(TorchDistribution):
         super().__init__(self.log_mean.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NegativeBinomial:
-        return expanded(self, batch_shape, log_mean=0, log_concentration=0)
+        return expand_parameters(self, batch_shape, log_mean=0, log_concentration=0)
 
     @property
     def mean(self) -> Tensor:
@@ -90,11 +91,11 @@ class NegativeBinomial(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        log_c = compact(self.log_concentration)
+        log_c = collapse_expanded_dims(self.log_concentration)
         c = log_c.exp()
         power = torch.where(value == 0, 0.0, value * self.log_mean)
         norm = (value + c) * F.softplus(self.log_mean - log_c, threshold=40)
-        return log_rising(c, value) - torch.lgamma(value + 1) + power - norm
+        return log_rising_factorial_ratio(c, value) - torch.lgamma(value + 1) + power - norm
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
@@ -135,7 +136,7 @@ class ZeroInflated(TorchDistribution):
         return self.base.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ZeroInflated:
-        new = expanded(self, batch_shape, gate_logits=0)
+        new = expand_parameters(self, batch_shape, gate_logits=0)
         new.base = self.base.expand(torch.Size(batch_shape))
         return new
 
@@ -186,10 +187,10 @@ class Multinomial(TorchDistribution):
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
         """Counts that sum to the total."""
-        return constraints.independent(CountsOf(self.total), 1)
+        return constraints.independent(CountsWithTotal(self.total), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Multinomial:
-        return expanded(self, batch_shape, total=0, logits=1)
+        return expand_parameters(self, batch_shape, total=0, logits=1)
 
     @property
     def mean(self) -> Tensor:
@@ -210,7 +211,7 @@ class Multinomial(TorchDistribution):
             probs = self.logits.softmax(-1).expand(shape).reshape(-1, shape[-1])
             left = self.total.expand(shape[:-1]).reshape(-1, 1)
             counts = torch.zeros_like(probs)
-            width = max(_DRAWS // max(len(probs), 1), 1)
+            width = max(_MAX_DRAWS // max(len(probs), 1), 1)
             for start in range(0, int(left.max()) if left.numel() else 0, width):
                 size = min(width, int(left.max()) - start)
                 kinds = torch.multinomial(probs, size, replacement=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # the coefficients of 1/x, 1/x^3, ... in Stirling's series, B_2n / (2n (2n - 1))
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-_LARGE = 8.0
+_SERIES_FROM = 8.0
 
 
 def stirling_error(x: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def stirling_error(x: Tensor) -> Tensor:
     >>> stirling_error(torch.tensor([1.0, 1e6]))
     tensor([8.1061e-02, 8.3333e-08])
     """
-    large = x >= _LARGE
-    big, small = torch.where(large, x, _LARGE), torch.where(large, 1.0, x)
+    large = x >= _SERIES_FROM
+    big, small = torch.where(large, x, _SERIES_FROM), torch.where(large, 1.0, x)
     inverse = big.reciprocal()
     square, series = inverse * inverse, torch.full_like(big, _STIRLING[-1])
     for coefficient in _STIRLING[-2::-1]:
@@ -32,10 +32,10 @@ def stirling_error(x: Tensor) -> Tensor:
     return torch.where(large, series * inverse, exact)
 
 
-def log_rising(a: Tensor, n: Tensor) -> Tensor:
+def log_rising_factorial_ratio(a: Tensor, n: Tensor) -> Tensor:
     """log [Gamma(a + n) / (Gamma(a) a^n)], for a > 0 and n >= 0; near n (n - 1) / (2 a) where a is large.
 
-    >>> log_rising(torch.tensor([2.0, 1e12]), torch.tensor([3.0, 3.0]))  # log(2 * 3 * 4 / 2^3), and near 0
+    >>> log_rising_factorial_ratio(torch.tensor([2.0, 1e12]), torch.tensor([3.0, 3.0]))  # log(24 / 8), 3e-12
     tensor([1.0986, 0.0000])
     """
     return (a + n - 0.5) * torch.log1p(n / a) - n + stirling_error(a + n) - stirling_error(a)

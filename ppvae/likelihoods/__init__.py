@@ -15,9 +15,9 @@ from ppvae.likelihoods.counts import (
     ZeroInflatedNegativeBinomial,
     ZeroInflatedPoisson,
 )
-from ppvae.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
-from ppvae.likelihoods.table import Column, Mixed, marginals, table_outputs
-from ppvae.likelihoods.unit import Beta, ContinuousBernoulli
+from ppvae.likelihoods.discretized import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from ppvae.likelihoods.tabular import Column, Mixed, marginals, table_outputs
+from ppvae.likelihoods.unit_interval import Beta, ContinuousBernoulli
 
 __all__ = [
     "Autoregressive",

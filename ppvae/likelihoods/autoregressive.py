@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import distributions
-from ppvae.distributions import base
-from ppvae.likelihoods.levels import _checked
-from ppvae.likelihoods.outputs import levels_last, of_blocks
+from ppvae.distributions.constraints import EquallySpacedLevels
+from ppvae.distributions.discretized import check_levels
+from ppvae.likelihoods.network_outputs import block_output_shape, level_logits
 
 
 class Autoregressive(nn.Module):
@@ -41,11 +41,11 @@ class Autoregressive(nn.Module):
 
     def __init__(self, masked: nn.Module, levels: int = 2):
         super().__init__()
-        self.net, self.levels = masked, _checked(levels)
+        self.net, self.levels = masked, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, 1 if self.levels == 2 else self.levels)
+        return block_output_shape(event, 1 if self.levels == 2 else self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         event = tuple(self.net.event_shape)  # type: ignore[arg-type]
@@ -55,10 +55,10 @@ class Autoregressive(nn.Module):
             if self.levels == 2:
                 return distributions.Bernoulli(logits=out).to_event(len(event))
             latent = out[(..., *(0,) * len(event))].unsqueeze(-1)  # z's leading dims, those of x included
-            return distributions.Levels(levels_last(out, latent, self.levels)).to_event(len(event))
+            return distributions.Levels(level_logits(out, latent, self.levels)).to_event(len(event))
 
-        each = constraints.boolean if self.levels == 2 else base.Levels(self.levels)
-        support = constraints.independent(each, len(event))
+        parameters_per_element = constraints.boolean if self.levels == 2 else EquallySpacedLevels(self.levels)
+        support = constraints.independent(parameters_per_element, len(event))
         kind = z.dtype if z.is_floating_point() else next(self.net.parameters()).dtype  # z may be classes
         start = z.new_zeros((), dtype=kind).expand(*z.shape[:-1], *event)
         return distributions.Autoregressive(conditionals, start, self.net.order, support)  # type: ignore[arg-type]

@@ -9,41 +9,49 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, blocks, event_dim, of_blocks, register_log
+from ppvae.likelihoods.network_outputs import (
+    ParameterSource,
+    block_output_shape,
+    event_dim,
+    register_log_parameter,
+    split_blocks,
+)
 
 
-class _Scaled(nn.Module):
+class _LocationScale(nn.Module):
     """Locations from net(z) and scales from wherever they come."""
 
     log_scale: Tensor
 
-    def __init__(self, net: nn.Module, scale: Given, floor: float):
+    def __init__(self, net: nn.Module, scale: ParameterSource, floor: float):
         super().__init__()
         self.net, self.floor = net, floor
-        self._of_network = scale == "network"
-        register_log(self, "scale", scale)
+        self._scale_from_network = scale == "network"
+        register_log_parameter(self, "scale", scale)
 
     @property
     def at_floor(self) -> Tensor:
         """Which learned scales have reached the floor, shaped as the scale. ValueError where the network gives it."""
-        if self._of_network:
+        if self._scale_from_network:
             raise ValueError("at_floor: expected a scale of its own; the network's depends on z")
         return self.log_scale.exp() <= 1.01 * self.floor
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, 2 if self._of_network else 1)
+        return block_output_shape(event, 2 if self._scale_from_network else 1)
 
     def _loc_scale(self, z: Tensor) -> tuple[Tensor, Tensor, int]:
         out = self.net(z)
-        loc, log_scale = blocks(out, z, 2, "location, log-scale") if self._of_network else (out, self.log_scale)
+        loc, log_scale = (
+            split_blocks(out, z, 2, "location, log-scale") if self._scale_from_network else (out, self.log_scale)
+        )
         scale = log_scale.exp()
-        if self._of_network or isinstance(self.log_scale, nn.Parameter):
+        if self._scale_from_network or isinstance(self.log_scale, nn.Parameter):
             scale = scale + self.floor
         return loc, scale.expand(loc.shape), event_dim(loc, z)
 
 
-class Normal(_Scaled):
+class Normal(_LocationScale):
     """Independent normal dims, log p(x | z) = sum_d log N(x_d; loc_d(z), scale_d).
 
     Args:
@@ -64,7 +72,7 @@ class Normal(_Scaled):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, scale: Given = 1.0, floor: float = 1e-3):
+    def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
         super().__init__(net, scale, floor)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -72,7 +80,7 @@ class Normal(_Scaled):
         return dist.Normal(loc, scale).to_event(dims)
 
 
-class Laplace(_Scaled):
+class Laplace(_LocationScale):
     """Independent Laplace dims, log p(x | z) = -sum_d |x_d - loc_d(z)| / scale_d + log(2 scale_d).
 
     Less moved by outliers than a normal: its optimal location is a median.
@@ -93,7 +101,7 @@ class Laplace(_Scaled):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, scale: Given = 1.0, floor: float = 1e-3):
+    def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
         super().__init__(net, scale, floor)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -101,7 +109,7 @@ class Laplace(_Scaled):
         return dist.Laplace(loc, scale).to_event(dims)
 
 
-class StudentT(_Scaled):
+class StudentT(_LocationScale):
     """Independent Student's t dims, log p(x | z) = sum_d log t(x_d; df, loc_d(z), scale_d), heavy-tailed.
 
     Args:
@@ -122,11 +130,11 @@ class StudentT(_Scaled):
 
     log_df: Tensor
 
-    def __init__(self, net: nn.Module, df: Given = 4.0, scale: Given = 1.0, floor: float = 1e-3):
+    def __init__(self, net: nn.Module, df: ParameterSource = 4.0, scale: ParameterSource = 1.0, floor: float = 1e-3):
         super().__init__(net, scale, floor)
         if df == "network":
             raise ValueError("df: expected a number, 'learned' or the event's shape, found 'network'")
-        register_log(self, "df", df, start=4.0)
+        register_log_parameter(self, "df", df, start=4.0)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, scale, dims = self._loc_scale(z)

@@ -8,46 +8,58 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, OfNetwork, blocks, event_dim, of_blocks, per_datum, register_log
+from ppvae.likelihoods.network_outputs import (
+    NetworkLikelihood,
+    ParameterSource,
+    block_output_shape,
+    context_per_datum,
+    event_dim,
+    register_log_parameter,
+    split_blocks,
+)
 
 
-class _Counts(nn.Module):
+class _CountLikelihood(nn.Module):
     """Parameters from net(z), the first of them log-rates, to which a library size is added where one is asked for."""
 
     log_concentration: Tensor
 
-    def __init__(self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: Given | None = None):
+    def __init__(
+        self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: ParameterSource | None = None
+    ):
         super().__init__()
-        self.net, self.library, self._names = net, library, names
+        self.net, self.library, self._parameter_names = net, library, names
         if concentration is not None:
-            register_log(self, "concentration", concentration)
+            register_log_parameter(self, "concentration", concentration)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, len(self._names))
+        return block_output_shape(event, len(self._parameter_names))
 
     @property
     def forward(self) -> Callable[..., dist.TorchDistribution]:  # type: ignore[override]
         """The call: of (z), or of (z, context) with a library, so that only then `context` is declared."""
-        return self._of_library if self.library else self._alone
+        return self._forward_with_library if self.library else self._forward_without_library
 
-    def _alone(self, z: Tensor) -> dist.TorchDistribution:
-        log_rate, *rest = blocks(self.net(z), z, len(self._names), ", ".join(self._names))
+    def _forward_without_library(self, z: Tensor) -> dist.TorchDistribution:
+        log_rate, *rest = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
         dims = event_dim(log_rate, z)
-        return self._counts(log_rate, *rest).to_event(dims)
+        return self._distribution(log_rate, *rest).to_event(dims)
 
-    def _of_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
-        share, *rest = blocks(self.net(z), z, len(self._names), ", ".join(self._names))
+    def _forward_with_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
+        share, *rest = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
         dims = event_dim(share, z)
-        log_library = per_datum(context, z, "library sizes", share.dtype).log()
+        log_library = context_per_datum(context, z, "library sizes", share.dtype).log()
         log_rate = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)
-        return self._counts(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *rest).to_event(dims)
+        return self._distribution(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *rest).to_event(
+            dims
+        )
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError
 
 
-class Poisson(_Counts):
+class Poisson(_CountLikelihood):
     """Independent Poisson counts, log p(x | z) = sum_d x_d log r_d - r_d - log x_d!.
 
     Args:
@@ -74,11 +86,11 @@ class Poisson(_Counts):
     def __init__(self, net: nn.Module, library: bool = False):
         super().__init__(net, library, ("log-rate",))
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
         return distributions.Poisson(log_rate)
 
 
-class NegativeBinomial(_Counts):
+class NegativeBinomial(_CountLikelihood):
     """Independent negative binomial counts of mean r_d(z) and concentration c: variance r + r^2 / c.
 
     Args:
@@ -97,15 +109,15 @@ class NegativeBinomial(_Counts):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, concentration: Given = "learned", library: bool = False):
+    def __init__(self, net: nn.Module, concentration: ParameterSource = "learned", library: bool = False):
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", *more), concentration)
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
         return distributions.NegativeBinomial(log_rate, rest[0] if rest else self.log_concentration)
 
 
-class ZeroInflatedPoisson(_Counts):
+class ZeroInflatedPoisson(_CountLikelihood):
     """Poisson counts of which some are zero for another reason, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d).
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds g of an extra zero, along the
@@ -127,11 +139,11 @@ class ZeroInflatedPoisson(_Counts):
     def __init__(self, net: nn.Module, library: bool = False):
         super().__init__(net, library, ("log-rate", "gate"))
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
         return distributions.ZeroInflated(distributions.Poisson(log_rate), rest[0])
 
 
-class ZeroInflatedNegativeBinomial(_Counts):
+class ZeroInflatedNegativeBinomial(_CountLikelihood):
     """Negative binomial counts of which some are zero for another reason (dropout in single-cell counts).
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds of an extra zero; with
@@ -152,17 +164,17 @@ class ZeroInflatedNegativeBinomial(_Counts):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, concentration: Given = "learned", library: bool = False):
+    def __init__(self, net: nn.Module, concentration: ParameterSource = "learned", library: bool = False):
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", "gate", *more), concentration)
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
         gate, *more = rest
         fn = distributions.NegativeBinomial(log_rate, more[0] if more else self.log_concentration)
         return distributions.ZeroInflated(fn, gate)
 
 
-class Multinomial(OfNetwork):
+class Multinomial(NetworkLikelihood):
     """Bags of N words, log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log softmax(net(z))_d.
 
     N is given, the batch's second tensor [N]: x alone has no density here until its total has one, and log p(x) means
@@ -182,4 +194,4 @@ class Multinomial(OfNetwork):
         logits = self.net(z)
         if event_dim(logits, z) != 1:
             raise ValueError(f"net: expected logits [..., D], found {list(logits.shape)} for z {list(z.shape)}")
-        return distributions.Multinomial(per_datum(context, z, "total counts", logits.dtype), logits)
+        return distributions.Multinomial(context_per_datum(context, z, "total counts", logits.dtype), logits)

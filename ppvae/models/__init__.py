@@ -1,7 +1,6 @@
 """Models: short programs on the parts, and factories that the command line can call."""
 
-from ppvae.models.conditional import ConditionalVAE
-from ppvae.models.counts import CountVAE
+from ppvae.models.counts import CountVAE, TopicModel
 from ppvae.models.deep_markov import DeepMarkovModel
 from ppvae.models.deep_mixture import DeepMixture, SemiSupervisedVAE
 from ppvae.models.factories import conv_vae, factor_analysis, gaussian_mixture, linear_gaussian, vae
@@ -11,10 +10,9 @@ from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
 from ppvae.models.quantized import QuantizedVAE
-from ppvae.models.table import TableVAE
+from ppvae.models.tabular import TableVAE
 from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
-from ppvae.models.topics import TopicModel
-from ppvae.models.vae import VAE
+from ppvae.models.vae import VAE, ConditionalVAE
 
 __all__ = [
     "VAE",

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import DataError, UsageError
-from ppvae.models.composed import Composed, checked_counts
+from ppvae.likelihoods import Multinomial
+from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, Labels
 from ppvae.priors import ConditionalNormal
 
 
 @final
-class CountVAE(Composed):
+class CountVAE(ComposedModel):
     """p(x | s, l) = int p(z) p(x | z, s, l) dz with guide q(z | x, s), for counts x of batch s with library size l.
 
     The batch is put as a one-hot vector beside z, and beside log(1 + x) for the guide, so that z need not carry it. The
@@ -69,23 +70,23 @@ class CountVAE(Composed):
     def model(self, x: Tensor, batch: Tensor, library: Tensor | None = None) -> Tensor:
         """p(z, x | s, l), or p(z, l, x | s)."""
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._call("prior"))
+            z = pyro.sample("z", self.call_part("prior"))
             if library is None:
                 if self.library is None:
                     raise UsageError(
                         "library: expected data (x, batch, library), or a latent one: pass library and "
                         "library_posterior; found (x, batch)"
                     )
-                library = pyro.sample("log_library", self._call("library", context=batch)).squeeze(-1).exp()
-            return pyro.sample("x", self._call("likelihood", self.beside(z, context=batch), context=library), obs=x)
+                library = pyro.sample("log_library", self.call_part("library", context=batch)).squeeze(-1).exp()
+            return pyro.sample("x", self.call_part("likelihood", self.beside(z, context=batch), context=library), obs=x)
 
     def guide(self, x: Tensor, batch: Tensor, library: Tensor | None = None) -> Tensor:
         """q(z | x, s), and q(l | x, s) where l is a latent."""
-        seen = self.beside(checked_counts(x).log1p(), context=batch)
+        seen = self.beside(validate_counts(x).log1p(), context=batch)
         with pyro.plate("data", len(x)):
             if library is None and self.library_posterior is not None:
-                pyro.sample("log_library", self._call("library_posterior", seen))
-            return pyro.sample("z", self._call("posterior", seen))
+                pyro.sample("log_library", self.call_part("library_posterior", seen))
+            return pyro.sample("z", self.call_part("posterior", seen))
 
     @staticmethod
     def library_of(x: Tensor, batch: Tensor) -> ConditionalNormal:
@@ -97,7 +98,7 @@ class CountVAE(Composed):
         >>> round(prior(context=torch.tensor([1])).mean.exp().item(), 2)
         100.0
         """
-        log_total = checked_counts(x).sum(-1).log()
+        log_total = validate_counts(x).sum(-1).log()
         prior = ConditionalNormal.of_labels(int(batch.max()) + 1, latent=1)
         with torch.no_grad():
             for s, row in enumerate(prior.net.weight):  # type: ignore[arg-type]
@@ -107,3 +108,77 @@ class CountVAE(Composed):
                     raise DataError(f"batch: expected rows of each batch 0 to {last}, found none of batch {s}")
                 row.copy_(torch.stack([own.mean(), own.std(correction=0).clamp(min=1e-2).log()]))
         return prior
+
+
+@final
+class TopicModel(ComposedModel):
+    """p(x | N) = int p(theta) Multinomial(x; N, softmax(topics(theta))) dtheta with guide q(theta | x).
+
+    Data are counts of words x [batch, words]; N is a document's own length, on which all is conditioned: log p(x) means
+    log p(x | N), of the bag, with the multinomial coefficient. `evaluation.perplexity` takes the coefficient out. Sites
+    "theta" [topics] and "x" [words].
+
+    Args:
+        prior: p(theta) over proportions: `priors.Dirichlet` (LDA) or `priors.LogisticNormal`.
+        topics: a network of proportions [..., topics] that gives logits of words [..., words]: `nn.Topics`, of which a
+            document is a mixture, or `torch.nn.Linear`, which makes it a product of experts (ProdLDA).
+        posterior: q(theta | x): `posteriors.LogisticNormal` or `Dirichlet`.
+
+    Raises DataError, by its row, for a document without words and for what is no count.
+    Source: Blei et al. 2003, Latent Dirichlet allocation; Srivastava and Sutton 2017 (arXiv 1703.01488).
+
+    >>> from ppvae import nn, posteriors, priors
+    >>> pair = TopicModel(
+    ...     prior=priors.LogisticNormal.like_dirichlet(5, 0.1),
+    ...     topics=nn.Topics(5, 100),
+    ...     posterior=posteriors.LogisticNormal(torch.nn.Sequential(nn.Log1p(), nn.mlp(100, 2 * 5))),
+    ... )
+    >>> pair.guide(torch.ones(4, 100)).shape, pair.words.shape
+    (torch.Size([4, 5]), torch.Size([5, 100]))
+    """
+
+    def __init__(self, prior: nn.Module, topics: nn.Module, posterior: nn.Module):
+        super().__init__("topic_model")
+        self.prior, self.likelihood, self.posterior = prior, Multinomial(topics), posterior
+
+    def model(self, x: Tensor) -> Tensor:
+        """p(theta, x | N)."""
+        length = validate_counts(x).sum(-1)
+        with pyro.plate("data", len(x)):
+            theta = pyro.sample("theta", self.call_part("prior"))
+            return pyro.sample("x", self.call_part("likelihood", theta, context=length), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """q(theta | x)."""
+        counts = validate_counts(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("theta", self.call_part("posterior", counts))
+
+    @property
+    def words(self) -> Tensor:
+        """p(word | topic), [topics, words]: what a document of one topic alone is made of."""
+        with torch.no_grad():
+            theta = self.prior().sample()
+            return self.likelihood.net(torch.eye(len(theta)).to(theta)).softmax(-1)
+
+
+def validate_counts(x: Tensor) -> Tensor:
+    """The counts [batch, D] themselves. No value is read unless one is wrong, so that a step can be captured.
+
+    Raises DataError for a number that is no count, and for a row in which nothing was counted, by the row.
+    """
+    if x.dim() != 2:
+        raise DataError(f"x: expected rows of counts [batch, D], found {list(x.shape)}")
+    counts = (x >= 0) & (x == x.floor())
+    fine, rows = counts.all(-1) & (x.sum(-1) > 0), torch.arange(len(x), device=x.device)
+    try:
+        return x.index_select(0, torch.where(fine, rows, len(x)))  # a row that is wrong is looked for where none is
+    except (IndexError, RuntimeError):
+        if bool(fine.all()):
+            raise
+        row = int((~fine).nonzero()[0])
+        if bool(counts[row].all()):
+            raise DataError(f"x: expected a count in each row, found none at row {row} of the batch") from None
+        column = int((~counts[row]).nonzero()[0])
+        found = f"{x[row, column].item():g} at row {row} of the batch, column {column}"
+        raise DataError(f"x: expected counts 0, 1, 2, ..., found {found}") from None

@@ -8,14 +8,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.distributions.chain import Chain
+from ppvae.distributions.markov_chain import MarkovChain
 from ppvae.errors import DataError
-from ppvae.models.composed import Composed, Learned
+from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.nn.sequences import known_times
 
 
 @final
-class DeepMarkovModel(Composed):
+class DeepMarkovModel(ComposedModel):
     """p(x, z) = prod_t p(z_t | z_(t-1)) p(x_t | z_t) with guide prod_t q(z_t | z_(t-1), h_t), h_t = encoder(x)_t.
 
     Data are (x [batch, T, *event], lengths [batch]), shorter sequences filled up to T with zeros, or x alone. Nothing
@@ -50,30 +50,30 @@ class DeepMarkovModel(Composed):
     ):
         super().__init__("deep_markov")
         self.transition, self.emission, self.encoder, self.combiner = transition, emission, encoder, combiner
-        self.start, self.guide_start = Learned(torch.zeros(latent)), Learned(torch.zeros(latent))
+        self.start, self.guide_start = LearnedTensor(torch.zeros(latent)), LearnedTensor(torch.zeros(latent))
 
     def model(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """p(x, z)."""
-        known, transition = _known(x, lengths), self._part("transition")
+        known, transition = _observed_steps(x, lengths), self.register_part("transition")
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", Chain(lambda z, at: transition(z), self._call("start"), known))
-            fn = self._call("emission", z)
+            z = pyro.sample("z", MarkovChain(lambda z, at: transition(z), self.call_part("start"), known))
+            fn = self.call_part("emission", z)
             return pyro.sample("x", fn.mask(known).to_event(1), obs=x)
 
     def guide(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """q(z | x)."""
-        known, combiner = _known(x, lengths), self._part("combiner")
-        h = self._call("encoder", x, context=lengths)
+        known, combiner = _observed_steps(x, lengths), self.register_part("combiner")
+        h = self.call_part("encoder", x, context=lengths)
 
         def step(z: Tensor, at: Any) -> Any:
             seen = h[:, at].expand(*z.shape[:-1], h.shape[-1])
             return combiner(torch.cat([z, seen], -1))
 
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", Chain(step, self._call("guide_start"), known))
+            return pyro.sample("z", MarkovChain(step, self.call_part("guide_start"), known))
 
 
-def _known(x: Tensor, lengths: Tensor | None) -> Tensor:
+def _observed_steps(x: Tensor, lengths: Tensor | None) -> Tensor:
     if x.dim() < 3:
         raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
     if lengths is None:

@@ -10,15 +10,15 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.models.composed import Composed
+from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, rows_of
-from ppvae.nn.conditional import needs_context
+from ppvae.nn.context import needs_context
 from ppvae.posteriors import OneHot
 
-UNKNOWN = -1  # the label of a datum whose label is not known, as in scikit-learn
+UNKNOWN_LABEL = -1  # the label of a datum whose label is not known, as in scikit-learn
 
 
-class DeepMixture(Composed):
+class DeepMixture(ComposedModel):
     """p(x) = sum_y p(y) int p(z | y) p(x | z, y) dz with guide q(y | x) q(z | x, y); y is enumerated, a one-hot vector.
 
     A part that declares `context` gets y under that name, in the place of the batch's second tensor: with a prior
@@ -61,19 +61,19 @@ class DeepMixture(Composed):
     def model(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """p(x, y, z), and that the label is y where it is known."""
         with pyro.plate("data", len(x)):
-            y = pyro.sample("y", self._call("clusters"))
+            y = pyro.sample("y", self.call_part("clusters"))
             if label is not None:
-                known = label != UNKNOWN
+                known = label != UNKNOWN_LABEL
                 with poutine.mask(mask=known):
                     pyro.sample("label", dist.Categorical(logits=y.log()), obs=torch.where(known, label, 0))
-            z = pyro.sample("z", self._call("prior", context=y))
-            return pyro.sample("x", self._call("likelihood", z, context=y), obs=x)
+            z = pyro.sample("z", self.call_part("prior", context=y))
+            return pyro.sample("x", self.call_part("likelihood", z, context=y), obs=x)
 
     def guide(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """q(y | x) q(z | x, y), with q(y | x) in the place of a label that is not known."""
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", self.probabilities(x, label), infer={"enumerate": "parallel"})
-            return pyro.sample("z", self._call("posterior", x, context=y))
+            return pyro.sample("z", self.call_part("posterior", x, context=y))
 
     def probabilities(self, x: Tensor, label: Tensor | None = None) -> dist.TorchDistribution:
         """q(y | x), or the label itself where it is known; batch shape [batch], event shape [classes]."""
@@ -82,13 +82,13 @@ class DeepMixture(Composed):
         if label is not None:
             classes = logits.shape[-1]
             certain = torch.eye(classes + 1, classes).roll(1, 0).to(logits).log()  # a row for -1 comes first
-            rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN)
-            logits = torch.where((label == UNKNOWN).unsqueeze(-1), logits, rows)
+            rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN_LABEL)
+            logits = torch.where((label == UNKNOWN_LABEL).unsqueeze(-1), logits, rows)
         return self.classifier.head(logits)
 
     def log_label(self, x: Tensor, label: Tensor) -> Tensor:
         """log q(label | x) where the label is known, 0 where it is not, [batch] nats: for `AuxiliaryLoss`."""
-        known = label != UNKNOWN
+        known = label != UNKNOWN_LABEL
         every = torch.eye(self.classifier.classes).to(x)
         y = rows_of(every, torch.where(known, label, 0), "label: expected classes {first} to {last}")
         return torch.where(known, self.probabilities(x).log_prob(y), 0.0)

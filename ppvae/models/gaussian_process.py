@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError, DataError
-from ppvae.models.composed import Composed, normal_of
+from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 from ppvae.nn import rows_of
-from ppvae.priors.process import ProcessVector, root
+from ppvae.priors.gaussian_process import GaussianProcessVector, cholesky_or_nan
 
-Steps = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+ApproximatePosterior = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def smoothed(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def smoothed(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> t
     """
     weight = torch.where(known, 1 / scale, 0.0)
     inner = weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2)
-    half = root(inner + torch.eye(inner.shape[-1]).to(inner))
+    half = cholesky_or_nan(inner + torch.eye(inner.shape[-1]).to(inner))
     right = torch.cat([weight.unsqueeze(-1) * covariance, (weight * loc).unsqueeze(-1)], -1)
     spread, seen = torch.linalg.solve_triangular(half, right, upper=False).split([inner.shape[-1], 1], -1)
     return (spread.mT @ seen).squeeze(-1), covariance - spread.mT @ spread
@@ -48,14 +48,14 @@ def stepwise(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> t
     both = known.unsqueeze(-1) & known.unsqueeze(-2)
     of_known = torch.where(both, covariance, torch.eye(covariance.shape[-1]).to(covariance))
     to_known = torch.where(known.unsqueeze(-1), covariance, 0.0).expand(of_known.shape)
-    gain = torch.cholesky_solve(to_known, root(of_known)).mT
+    gain = torch.cholesky_solve(to_known, cholesky_or_nan(of_known)).mT
     variance = torch.where(known, scale**2, 0.0).diag_embed()
     left = torch.where(both, covariance, 0.0) - variance
     return (gain @ torch.where(known, loc, 0.0).unsqueeze(-1)).squeeze(-1), covariance - gain @ left @ gain.mT
 
 
 @final
-class GaussianProcessVAE(Composed):
+class GaussianProcessVAE(ComposedModel):
     """p(x) = int p(z) prod_t p(x_t | z_t) dz, each dim of z_1 .. z_T a Gaussian process over time; its guide sees it.
 
     Data are x [batch, T, *event], at times 0 .. T - 1, or (x, times [batch, T]), numbers or points [batch, T, axes]. A
@@ -85,32 +85,34 @@ class GaussianProcessVAE(Composed):
     torch.Size([5, 14])
     """
 
-    def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module, steps: Steps = smoothed):
+    def __init__(
+        self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module, steps: ApproximatePosterior = smoothed
+    ):
         super().__init__("gaussian_process_vae")
         self.prior, self.likelihood, self.posterior, self.steps = prior, likelihood, posterior, steps
 
     def model(self, x: Tensor, times: Tensor | None = None) -> Tensor:
         """p(x, z)."""
-        x, known, times = _read(x, times)
+        x, known, times = _parse_batch(x, times)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._call("prior", context=times))
-            fn = self._call("likelihood", z.unflatten(-1, (x.shape[1], -1)), context=times)
+            z = pyro.sample("z", self.call_part("prior", context=times))
+            fn = self.call_part("likelihood", z.unflatten(-1, (x.shape[1], -1)), context=times)
             return pyro.sample("x", fn.mask(known).to_event(1), obs=x)
 
     def guide(self, x: Tensor, times: Tensor | None = None) -> Tensor:
         """q(z | x)."""
-        x, known, times = _read(x, times)
-        prior = self._call("prior", context=times)
-        if not isinstance(prior, ProcessVector):
+        x, known, times = _parse_batch(x, times)
+        prior = self.call_part("prior", context=times)
+        if not isinstance(prior, GaussianProcessVector):
             raise ContractError(f"prior: expected a Gaussian process, found {type(prior).__name__}")
-        each = normal_of(self._call("posterior", x, context=times), "posterior")
+        each = as_diagonal_normal(self.call_part("posterior", x, context=times), "posterior")
         covariance = prior.scale_tril @ prior.scale_tril.mT
         loc, spread = self.steps(covariance, each.loc.double().mT, each.scale.double().mT, known.unsqueeze(-2))
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", ProcessVector(root(spread), prior.dtype, loc))
+            return pyro.sample("z", GaussianProcessVector(cholesky_or_nan(spread), prior.dtype, loc))
 
 
-def _read(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _parse_batch(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x with 0 at times that are missing, which are known [batch, T], and when they are."""
     if x.dim() < 3:
         raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")

@@ -11,12 +11,12 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.distributions.experts import NormalMixture
+from ppvae.distributions.normal_mixture import NormalMixture
 from ppvae.errors import DataError
-from ppvae.models.composed import Composed, normal_of
+from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 from ppvae.nn import rows_of
 
-Experts = Callable[[Any, Sequence[Any], Tensor | None], Any]
+CombineExperts = Callable[[Any, Sequence[Any], Tensor | None], Any]
 
 
 def product_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | None) -> Any:
@@ -29,7 +29,7 @@ def product_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | Non
     >>> product_of_experts(z, [z, z], torch.tensor([[True, False]])).base_dist.scale
     tensor([[0.7071, 0.7071]])
     """
-    prior = normal_of(prior, "prior")
+    prior = as_diagonal_normal(prior, "prior")
     precision, weighed = prior.scale**-2, prior.loc * prior.scale**-2
     for m, expert in enumerate(experts):
         there = expert.scale**-2
@@ -60,7 +60,7 @@ def mixture_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | Non
 
 
 @final
-class MultimodalVAE(Composed):
+class MultimodalVAE(ComposedModel):
     """p(x1 .. xM) = int p(z) prod_m p(xm | z) dz, its guide a product of experts q^m(z | xm), or a mixture of them.
 
     Both go over the modalities that a datum has, in the model and in the guide: log p(x) is that of those. Data are
@@ -94,7 +94,7 @@ class MultimodalVAE(Composed):
         prior: nn.Module,
         likelihoods: Sequence[nn.Module],
         posteriors: Sequence[nn.Module],
-        experts: Experts = product_of_experts,
+        experts: CombineExperts = product_of_experts,
     ):
         super().__init__("multimodal_vae")
         if not 0 < len(likelihoods) == len(posteriors):
@@ -106,21 +106,23 @@ class MultimodalVAE(Composed):
 
     def model(self, *batch: Tensor) -> None:
         """p(z) and p(xm | z) of the modalities that are there."""
-        data, present = self._split(batch)
+        data, present = self._split_batch(batch)
         with pyro.plate("data", len(data[0])):
-            z = pyro.sample("z", self._call("prior"))
+            z = pyro.sample("z", self.call_part("prior"))
             for m, x in enumerate(data):
                 with poutine.mask(mask=True if present is None else present[:, m]):
-                    pyro.sample(f"x{m + 1}", self._call(f"likelihoods.{m}", z), obs=x)
+                    pyro.sample(f"x{m + 1}", self.call_part(f"likelihoods.{m}", z), obs=x)
 
     def guide(self, *batch: Tensor) -> Tensor:
         """q(z | x), of the modalities that are there."""
-        data, present = self._split(batch)
-        found = [normal_of(self._call(f"posteriors.{m}", x), f"posteriors.{m}") for m, x in enumerate(data)]
+        data, present = self._split_batch(batch)
+        found = [
+            as_diagonal_normal(self.call_part(f"posteriors.{m}", x), f"posteriors.{m}") for m, x in enumerate(data)
+        ]
         with pyro.plate("data", len(data[0])):
-            return pyro.sample("z", self.experts(self._call("prior"), found, present))
+            return pyro.sample("z", self.experts(self.call_part("prior"), found, present))
 
-    def _split(self, batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    def _split_batch(self, batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
         """The modalities, and which of them each datum has."""
         count = len(self.likelihoods)
         if len(batch) == count:

@@ -14,7 +14,7 @@ from torch.nn import Module
 from ppvae import nn
 from ppvae.errors import ContractError
 from ppvae.likelihoods import MixtureOfDiscretizedLogistics
-from ppvae.models.composed import Composed, Learned
+from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.posteriors import DiagonalNormal
 
 
@@ -33,7 +33,7 @@ class Block(Module):
 
 
 @final
-class TopDownVAE(Composed):
+class TopDownVAE(ComposedModel):
     """p(x, z) = prod_i p(z_i | h_i) p(x | h_0), h_L = start, h_(i-1) = step_i(h_i, z_i), from i = L down to 1.
 
     Its guide is q(z | x) = prod_i q(z_i | h_i, e_i), e = encoder(x), along the same h: what lies above a latent reaches
@@ -68,31 +68,31 @@ class TopDownVAE(Composed):
 
     def __init__(self, start: Tensor, blocks: Sequence[Block], likelihood: Module, encoder: Module):
         super().__init__("top_down_vae")
-        self.start, self.blocks = Learned(start), torch.nn.ModuleList(blocks)
+        self.start, self.blocks = LearnedTensor(start), torch.nn.ModuleList(blocks)
         self.likelihood, self.encoder = likelihood, encoder
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z), from the top down."""
         with pyro.plate("data", len(x)):
-            h = self._call("start")
+            h = self.call_part("start")
             for i in range(len(self.blocks)):
-                z = pyro.sample(f"z{len(self.blocks) - i}", self._call(f"blocks.{i}.prior", h))
-                h = self._call(f"blocks.{i}.step", h, z)
-            return pyro.sample("x", self._call("likelihood", h), obs=x)
+                z = pyro.sample(f"z{len(self.blocks) - i}", self.call_part(f"blocks.{i}.prior", h))
+                h = self.call_part(f"blocks.{i}.step", h, z)
+            return pyro.sample("x", self.call_part("likelihood", h), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x), from the top down."""
-        seen = self._call("encoder", x)
+        seen = self.call_part("encoder", x)
         count = len(self.blocks)
         each = [seen] * count if isinstance(seen, Tensor) else seen
         if len(each) != count:
             raise ContractError(f"encoder: expected features for each of {count} blocks, found {len(each)}")
         with pyro.plate("data", len(x)):
-            h = self._call("start")
+            h = self.call_part("start")
             for i, e in enumerate(each):
-                z = pyro.sample(f"z{count - i}", self._call(f"blocks.{i}.posterior", h, context=e))
+                z = pyro.sample(f"z{count - i}", self.call_part(f"blocks.{i}.posterior", h, context=e))
                 if i + 1 < count:
-                    h = self._call(f"blocks.{i}.step", h, z)
+                    h = self.call_part(f"blocks.{i}.step", h, z)
             return z
 
 
@@ -133,7 +133,10 @@ def very_deep_vae(
             f"{len(sides)} sides, found {list(train.shape)} and {len(blocks)} numbers; load with flat=False"
         )
     every = [side for side, count in zip(sides, blocks, strict=True) for _ in range(count)]
-    made = [_block(width, latent, side, above, len(every)) for side, above in zip(every, [*every[1:], 0], strict=True)]
+    made = [
+        _residual_block(width, latent, side, above, len(every))
+        for side, above in zip(every, [*every[1:], 0], strict=True)
+    ]
     encoder = nn.Pyramid(shape[0], width, sides, blocks)
     likelihood = MixtureOfDiscretizedLogistics(torch.nn.Identity(), components, shape[0], levels)
     outputs = torch.nn.Conv2d(width, likelihood.outputs, 1)
@@ -148,7 +151,7 @@ def very_deep_vae(
     return TopDownVAE(torch.zeros(width * sides[0] ** 2), made, likelihood, encoder)
 
 
-def _block(width: int, latent: int, side: int, then: int, count: int) -> Block:
+def _residual_block(width: int, latent: int, side: int, then: int, count: int) -> Block:
     """A block at one size, whose step ends at the size of the next."""
 
     def normal(channels: int) -> DiagonalNormal:

@@ -52,7 +52,7 @@ class Residual(nn.Module):
         return x + self.change(x)
 
 
-def _sizes(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
+def _halved_shape(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
     """Channels of the image, and its height and width after it was halved as often as there are `channels`."""
     if not channels:
         raise ValueError("channels: expected at least one number, one a halving of the image, found none")
@@ -86,7 +86,7 @@ def conv_encoder(
     >>> conv_encoder((3, 64, 64), 16, channels=(32, 32, 64, 64))(torch.zeros(5, 3, 64, 64)).shape
     torch.Size([5, 16])
     """
-    image, h, w = _sizes(shape, channels)
+    image, h, w = _halved_shape(shape, channels)
     layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
     for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
         layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
@@ -136,7 +136,7 @@ def conv_decoder(
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
     torch.Size([5, 3, 1, 32, 32])
     """
-    image, h, w = _sizes(shape, channels)
+    image, h, w = _halved_shape(shape, channels)
     first = channels[0]
     layers: list[nn.Module] = [
         nn.Linear(inputs, hidden),

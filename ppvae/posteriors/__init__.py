@@ -5,11 +5,11 @@ The amortised ones read the outputs of one network, `net`, and say what these st
 table of free parameters in the place of the network.
 """
 
+from ppvae.posteriors.delta import Delta
 from ppvae.posteriors.discrete import Bernoulli, Categorical, OneHot, RelaxedBernoulli, RelaxedOneHot
 from ppvae.posteriors.flows import IAF, SplineCoupling
 from ppvae.posteriors.normal import DiagonalNormal, FullRank, LowRank
 from ppvae.posteriors.per_datum import PerDatum
-from ppvae.posteriors.point import Delta
 from ppvae.posteriors.semi_amortized import SemiAmortized
 from ppvae.posteriors.simplex import Dirichlet, LogisticNormal
 from ppvae.posteriors.sphere import PowerSpherical

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppvae.nn.conditional import call_with_context
+from ppvae.nn.context import call_with_context
 
 
 class Amortized(nn.Module):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.discrete import checked_temperature
-from ppvae.priors.relaxed import BinaryConcrete, Concrete
-from ppvae.priors.vectors import OneHotVector, Vector
+from ppvae.priors.concrete import BinaryConcrete, Concrete
+from ppvae.priors.discrete import temperature_tensor
+from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 
 
 @final
@@ -36,7 +36,7 @@ class Bernoulli(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., latent] stand for."""
-        return Vector(distributions.Bernoulli(logits=outputs), 1)
+        return DiscreteVector(distributions.Bernoulli(logits=outputs), 1)
 
 
 @final
@@ -69,7 +69,7 @@ class Categorical(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
-        return Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
+        return DiscreteVector(dist.Categorical(logits=_split_variables(outputs, self.classes)), 1)
 
 
 @final
@@ -101,7 +101,7 @@ class OneHot(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
-        base = Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
+        base = DiscreteVector(dist.Categorical(logits=_split_variables(outputs, self.classes)), 1)
         return OneHotVector(base, self.classes, outputs.dtype)
 
 
@@ -138,7 +138,7 @@ class RelaxedBernoulli(Amortized):
 
     def __init__(self, net: nn.Module, temperature: float = 2 / 3):
         super().__init__(net)
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
 
     @property
     def discrete(self) -> Bernoulli:
@@ -183,7 +183,7 @@ class RelaxedOneHot(Amortized):
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
         super().__init__(net)
         self.classes = classes
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
 
     @property
     def discrete(self) -> OneHot:
@@ -198,10 +198,10 @@ class RelaxedOneHot(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that logits [..., variables * classes] stand for."""
-        return Concrete(self.temperature, _blocks(outputs, self.classes))
+        return Concrete(self.temperature, _split_variables(outputs, self.classes))
 
 
-def _blocks(outputs: Tensor, classes: int) -> Tensor:
+def _split_variables(outputs: Tensor, classes: int) -> Tensor:
     if outputs.shape[-1] % classes:
         raise ValueError(f"net: expected variables * {classes} outputs, found {outputs.shape[-1]}")
     return outputs.unflatten(-1, (-1, classes))

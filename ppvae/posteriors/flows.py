@@ -14,11 +14,11 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.flows import Flow, at_identity, zuko
+from ppvae.priors.flows import Flow, start_at_identity, zuko
 
 
 @final
-class Transformed(dist.TransformedDistribution):
+class TransformedDistribution(dist.TransformedDistribution):
     """Pyro's TransformedDistribution, whose cached inverse serves draws only where gradients through it are right.
 
     A value that carries no path (a draw made without gradients) is a constant, and its density depends on the
@@ -95,10 +95,10 @@ class IAF(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent + features] stand for."""
-        loc, log_scale, h = _split(outputs, self.latent, self.features)
+        loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         maps: list[Any] = [InverseAutoregressive(functools.partial(network, context=h)) for network in self.maps]
         base = dist.Normal(loc, log_scale.exp()).to_event(1)
-        return Transformed(base, maps)
+        return TransformedDistribution(base, maps)
 
 
 @final
@@ -137,7 +137,7 @@ class SplineCoupling(Amortized):
     ):
         super().__init__(net)
         self.latent, self.features = latent, features
-        self.flow = at_identity(
+        self.flow = start_at_identity(
             zuko.flows.NSF(latent, features, bins=bins, transforms=transforms, passes=2, hidden_features=hidden)
         )
 
@@ -147,12 +147,12 @@ class SplineCoupling(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution that outputs [..., 2 * latent + features] stand for."""
-        loc, log_scale, h = _split(outputs, self.latent, self.features)
+        loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         place = transforms.AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
-        return Transformed(Flow(self.flow(h)), [place])
+        return TransformedDistribution(Flow(self.flow(h)), [place])
 
 
-def _split(outputs: Tensor, latent: int, features: int) -> tuple[Tensor, ...]:
+def _split_outputs(outputs: Tensor, latent: int, features: int) -> tuple[Tensor, ...]:
     if outputs.shape[-1] != 2 * latent + features:
         raise ValueError(
             f"net: expected 2 * {latent} + {features} outputs (location, log-scale, features), found "

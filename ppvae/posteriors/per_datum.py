@@ -41,7 +41,7 @@ class PerDatum(nn.Module):
     torch.Size([5, 8])
     """
 
-    of_its_data_alone = True  # `fit` asks, before it takes data for validation
+    requires_training_data = True  # `fit` asks, before it takes data for validation
     seen: Tensor
 
     def __init__(self, size: int, outputs: int, family: Callable[[nn.Module], nn.Module] = DiagonalNormal):
@@ -65,11 +65,11 @@ class PerDatum(nn.Module):
                 f"{int(context[outside][0])}. Refit: train a new PerDatum of the new data's size with the model's "
                 f"parameters held fixed"
             )
-        self._compare(x, context, torch.is_grad_enabled())
+        self._record_or_verify(x, context, torch.is_grad_enabled())
         return self.posterior(context)
 
     @torch.no_grad()
-    def _compare(self, x: Tensor, index: Tensor, gradients: bool) -> None:
+    def _record_or_verify(self, x: Tensor, index: Tensor, gradients: bool) -> None:
         """Notes the data in training and refuses others elsewhere; data of zeros stand in for any, and are taken."""
         values = x.reshape(*index.shape, -1).nan_to_num().float().double()  # alike in every precision
         weights = torch.arange(1.0, values.shape[-1] + 1, dtype=values.dtype, device=values.device).square().cos()

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.nn.conditional import call_with_context
+from ppvae.nn.context import call_with_context
 
 
 @final
@@ -80,7 +80,7 @@ class SemiAmortized(nn.Module):
     def elbo(self, x: Tensor, outputs: Tensor, context: Tensor | None = None) -> Tensor:
         """L of each datum at parameters [..., 2 * latent], with the fixed noise and up to a constant: [...] nats."""
         loc, log_scale = outputs.chunk(2, dim=-1)
-        noise = _noise(self.num_particles, loc.shape[-1], self.seed).to(loc)
+        noise = _antithetic_noise(self.num_particles, loc.shape[-1], self.seed).to(loc)
         z = loc + log_scale.exp() * noise.reshape(len(noise), *(1,) * (loc.dim() - 1), -1)
         prior, likelihood = self._prior(loc, context), call_with_context(self.likelihood, z, context=context)
         joint = likelihood.log_prob(x) + prior.log_prob(z)
@@ -97,15 +97,15 @@ class SemiAmortized(nn.Module):
             )
         return prior
 
-    def _refined(self, x: Tensor, best: Tensor, through: bool, context: Tensor | None) -> Tensor:
+    def _ascend_elbo(self, x: Tensor, best: Tensor, through: bool, context: Tensor | None) -> Tensor:
         """The parameters after the steps; `best` is where they start, and takes a gradient."""
 
-        def looked_at(point: Tensor) -> tuple[Tensor, Tensor]:
+        def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor]:
             value = self.elbo(x, point, context)
             (slope,) = torch.autograd.grad(value.sum(), point, create_graph=through)
             return value.detach(), slope
 
-        value, slope = looked_at(best)
+        value, slope = value_and_gradient(best)
         rate = torch.full_like(value, self.rate)
         for _ in range(self.steps):
             to_loc, to_scale = slope.chunk(2, dim=-1)
@@ -113,25 +113,25 @@ class SemiAmortized(nn.Module):
             trial = best + rate.unsqueeze(-1) * torch.cat([variance * to_loc, to_scale / 2], -1)
             if not through:
                 trial = trial.detach().requires_grad_()
-            new, new_slope = looked_at(trial)
-            better = new > value
-            best = torch.where(better.unsqueeze(-1), trial, best)
-            slope = torch.where(better.unsqueeze(-1), new_slope, slope)
-            value = torch.where(better, new, value)
-            rate = torch.where(better, (1.5 * rate).clamp(max=self.rate), rate / 2)
+            new, new_slope = value_and_gradient(trial)
+            improved = new > value
+            best = torch.where(improved.unsqueeze(-1), trial, best)
+            slope = torch.where(improved.unsqueeze(-1), new_slope, slope)
+            value = torch.where(improved, new, value)
+            rate = torch.where(improved, (1.5 * rate).clamp(max=self.rate), rate / 2)
         return best
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         start = call_with_context(self.net, x, context=context)
         if torch.is_grad_enabled() and self.through and start.requires_grad:
-            return self.head(self._refined(x, start, True, context))
+            return self.head(self._ascend_elbo(x, start, True, context))
         with torch.enable_grad():
-            shift = self._refined(x, start.detach().requires_grad_(), False, context).detach() - start.detach()
+            shift = self._ascend_elbo(x, start.detach().requires_grad_(), False, context).detach() - start.detach()
         return self.head(start + shift)
 
 
 @functools.cache
-def _noise(count: int, latent: int, seed: int) -> Tensor:
+def _antithetic_noise(count: int, latent: int, seed: int) -> Tensor:
     """Standard normal noise [count, latent], in pairs of opposite sign and with variance one in every dim."""
     half = torch.randn(count // 2, latent, generator=torch.Generator().manual_seed(seed))
     if len(half) >= latent:  # as many draws as dims: uncorrelated, too

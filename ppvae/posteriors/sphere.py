@@ -13,9 +13,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.sphere import SphereUniform, unit
+from ppvae.priors.sphere import SphericalUniform, normalize
 
 
 @final
@@ -42,7 +42,7 @@ class PowerSphericalVector(dist.TorchDistribution):
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSphericalVector:
-        return expanded(self, batch_shape, loc=1, concentration=0)
+        return expand_parameters(self, batch_shape, loc=1, concentration=0)
 
     def _shapes(self) -> tuple[Tensor, float]:
         """a and b of the Beta distribution that (1 + loc . z) / 2 has, in float64."""
@@ -68,15 +68,15 @@ class PowerSphericalVector(dist.TorchDistribution):
         a, b = self._shapes()
         both = torch.stack([a, torch.full_like(a, b)], -1).expand(*shape[:-1], 2)
         share, rest = torch.distributions.Dirichlet(both, validate_args=False).rsample().unbind(-1)
-        tangent = unit(torch.randn(*shape[:-1], shape[-1] - 1, dtype=a.dtype, device=a.device))
+        tangent = normalize(torch.randn(*shape[:-1], shape[-1] - 1, dtype=a.dtype, device=a.device))
         along, across = (share - rest).unsqueeze(-1), (2 * (share * rest).sqrt()).unsqueeze(-1)
         start = torch.cat([along, across * tangent], -1)  # around the first axis
         # a reflection takes the axis to loc, or to -loc and then a change of sign: whichever is far from singular
         loc = self.loc.double()
         axis = F.pad(torch.ones_like(loc[..., :1]), (0, shape[-1] - 1))
         sign = torch.where(loc[..., :1] >= 0, 1.0, -1.0)
-        mirror = unit(axis + sign * loc)
-        return unit(-sign * (start - 2 * (start * mirror).sum(-1, keepdim=True) * mirror)).to(self.loc.dtype)
+        mirror = normalize(axis + sign * loc)
+        return normalize(-sign * (start - 2 * (start * mirror).sum(-1, keepdim=True) * mirror)).to(self.loc.dtype)
 
     def entropy(self) -> Tensor:
         a, b = self._shapes()
@@ -84,8 +84,8 @@ class PowerSphericalVector(dist.TorchDistribution):
         return (self._log_normaliser() - self.concentration.double() * mean_log).to(self.loc.dtype)
 
 
-@register_kl(PowerSphericalVector, SphereUniform)
-def _kl_to_uniform(p: PowerSphericalVector, q: SphereUniform) -> Tensor:
+@register_kl(PowerSphericalVector, SphericalUniform)
+def _kl_to_uniform(p: PowerSphericalVector, q: SphericalUniform) -> Tensor:
     return -p.entropy() - q.log_prob(p.loc)
 
 
@@ -122,4 +122,4 @@ class PowerSpherical(Amortized):
         where = outputs[..., :-1]
         nowhere = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
         axis = F.pad(torch.ones_like(where[..., :1]), (0, where.shape[-1] - 1))
-        return PowerSphericalVector(unit(torch.where(nowhere, axis, where)), F.softplus(outputs[..., -1]))
+        return PowerSphericalVector(normalize(torch.where(nowhere, axis, where)), F.softplus(outputs[..., -1]))

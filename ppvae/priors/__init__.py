@@ -4,9 +4,9 @@ from ppvae.priors.autoregressive import Autoregressive, AutoregressiveCategorica
 from ppvae.priors.conditional import ConditionalNormal
 from ppvae.priors.discrete import Bernoulli, Categorical, OneHot, RelaxedBernoulli, RelaxedOneHot
 from ppvae.priors.flows import MAF, NeuralSpline, RealNVP
+from ppvae.priors.gaussian_process import GaussianProcess
 from ppvae.priors.mixture import MixtureOfNormals, VampPrior
 from ppvae.priors.normal import Laplace, Normal, StandardNormal, StudentT
-from ppvae.priors.process import GaussianProcess
 from ppvae.priors.simplex import Dirichlet, LogisticNormal
 from ppvae.priors.sphere import UniformOnSphere
 

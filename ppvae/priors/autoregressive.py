@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import distributions
+from ppvae.priors.discrete_vectors import MAX_JOINT_VALUES, OneHotVector, enumerated_values, joint_values
 from ppvae.priors.flows import zuko
-from ppvae.priors.vectors import MOST_VALUES, OneHotVector, grid, laid_out
 
 
 @final
-class ClassChain(distributions.Autoregressive):
+class AutoregressiveClasses(distributions.Autoregressive):
     """Classes drawn one after another, each given those before it, with up to 65536 joint values laid out.
 
     log p(z) = sum_v log p(z_v | z_<v), as `ppvae.distributions.Autoregressive` has it; `conditionals` maps classes
@@ -26,7 +26,7 @@ class ClassChain(distributions.Autoregressive):
     >>> def copying(z):
     ...     same = 50.0 * F.one_hot(F.pad(z, (1, -1)), 3)
     ...     return dist.Categorical(logits=same).to_event(1)
-    >>> ClassChain(copying, 2, 3).log_prob(torch.tensor([0, 0])).exp()
+    >>> AutoregressiveClasses(copying, 2, 3).log_prob(torch.tensor([0, 0])).exp()
     tensor(1.)
     """
 
@@ -39,16 +39,18 @@ class ClassChain(distributions.Autoregressive):
     @property
     def has_enumerate_support(self) -> bool:
         """Whether the joint values are few enough to be laid out."""
-        return self.classes ** self.event_shape.numel() <= MOST_VALUES
+        return self.classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         if not self.has_enumerate_support:
-            raise NotImplementedError(f"more than {MOST_VALUES} joint values of {self.event_shape.numel()} variables")
+            raise NotImplementedError(
+                f"more than {MAX_JOINT_VALUES} joint values of {self.event_shape.numel()} variables"
+            )
         values = torch.arange(self.classes, device=self.start.device)
-        return laid_out(grid(values, self.event_shape.numel()), self.batch_shape, expand)
+        return enumerated_values(joint_values(values, self.event_shape.numel()), self.batch_shape, expand)
 
 
-class _Masked(nn.Module):
+class _AutoregressiveMLP(nn.Module):
     """A masked network [..., variables * width] -> [..., variables, outputs]: row d sees elements before d alone."""
 
     def __init__(self, variables: int, width: int, outputs: int, hidden: Sequence[int]):
@@ -90,7 +92,7 @@ class Autoregressive(nn.Module):
         super().__init__()
         if components < 1:
             raise ValueError(f"components: expected at least 1, found {components}")
-        self.net = _Masked(latent, 1, 3 * components, hidden)
+        self.net = _AutoregressiveMLP(latent, 1, 3 * components, hidden)
         self.loc = nn.Parameter(torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1))
         self.register_buffer("like", torch.zeros(latent), persistent=False)
 
@@ -127,7 +129,7 @@ class AutoregressiveCategorical(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
         super().__init__()
-        self.classes, self.net = classes, _Masked(variables, classes, classes, hidden)
+        self.classes, self.net = classes, _AutoregressiveMLP(variables, classes, classes, hidden)
         self.register_buffer("like", torch.zeros(variables), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
@@ -135,7 +137,7 @@ class AutoregressiveCategorical(nn.Module):
             written = F.one_hot(z, self.classes).to(self.like.dtype).flatten(-2)
             return dist.Categorical(logits=self.net(written)).to_event(1)
 
-        return ClassChain(conditional, len(self.like), self.classes, self.like.device)
+        return AutoregressiveClasses(conditional, len(self.like), self.classes, self.like.device)
 
 
 @final

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.priors.relaxed import BinaryConcrete, Concrete
-from ppvae.priors.vectors import OneHotVector, Vector
+from ppvae.priors.concrete import BinaryConcrete, Concrete
+from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 
 
 @final
@@ -32,10 +32,10 @@ class Bernoulli(nn.Module):
 
     def __init__(self, latent: int, learned: bool = False):
         super().__init__()
-        _set(self, torch.zeros(latent), learned)
+        _register_logits(self, torch.zeros(latent), learned)
 
     def forward(self) -> dist.TorchDistribution:
-        return Vector(distributions.Bernoulli(logits=self.logits), 1)
+        return DiscreteVector(distributions.Bernoulli(logits=self.logits), 1)
 
     def relaxed(self, temperature: float = 0.5) -> RelaxedBernoulli:
         """The relaxed prior with the same logits, whose `discrete` is this one."""
@@ -66,10 +66,10 @@ class Categorical(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
         super().__init__()
-        _set(self, torch.zeros(variables, classes), learned)
+        _register_logits(self, torch.zeros(variables, classes), learned)
 
     def forward(self) -> dist.TorchDistribution:
-        return Vector(dist.Categorical(logits=self.logits), 1)
+        return DiscreteVector(dist.Categorical(logits=self.logits), 1)
 
 
 @final
@@ -92,10 +92,10 @@ class OneHot(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
         super().__init__()
-        _set(self, torch.zeros(variables, classes), learned)
+        _register_logits(self, torch.zeros(variables, classes), learned)
 
     def forward(self) -> dist.TorchDistribution:
-        base = Vector(dist.Categorical(logits=self.logits), 1)
+        base = DiscreteVector(dist.Categorical(logits=self.logits), 1)
         return OneHotVector(base, self.logits.shape[-1], self.logits.dtype)
 
     def relaxed(self, temperature: float = 0.5) -> RelaxedOneHot:
@@ -127,7 +127,7 @@ class RelaxedBernoulli(nn.Module):
 
     def __init__(self, latent: int, temperature: float = 0.5, learned: bool = False):
         super().__init__()
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
         self.discrete = Bernoulli(latent, learned)
 
     def forward(self) -> dist.TorchDistribution:
@@ -157,21 +157,21 @@ class RelaxedOneHot(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, temperature: float = 0.5, learned: bool = False):
         super().__init__()
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
         self.discrete = OneHot(classes, variables, learned)
 
     def forward(self) -> dist.TorchDistribution:
         return Concrete(self.temperature, self.discrete.logits)
 
 
-def checked_temperature(temperature: float) -> Tensor:
+def temperature_tensor(temperature: float) -> Tensor:
     """The temperature as a tensor, if it is positive."""
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, found {temperature}")
     return torch.tensor(float(temperature))
 
 
-def _set(module: nn.Module, logits: Tensor, learned: bool) -> None:
+def _register_logits(module: nn.Module, logits: Tensor, learned: bool) -> None:
     if learned:
         module.logits = nn.Parameter(logits)
     else:

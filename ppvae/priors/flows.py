@@ -11,18 +11,18 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
 @contextmanager
-def _validation_kept() -> Iterator[None]:
+def _restore_validation() -> Iterator[None]:
     """zuko switches the checks of every torch distribution off where it is imported first."""
     before = torch.distributions.Distribution._validate_args
     yield
     torch.distributions.Distribution._validate_args = before
 
 
-with _validation_kept():
+with _restore_validation():
     import zuko
 
 
@@ -44,29 +44,29 @@ class Flow(dist.TorchDistribution):
 
     def __init__(self, flow: Any, validate_args: bool | None = None):
         self.flow = flow
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Flow:
-        new = expanded(self, batch_shape)
-        new.flow, new._drawn = self.flow.expand(torch.Size(batch_shape)), None
+        new = expand_parameters(self, batch_shape)
+        new.flow, new._cache = self.flow.expand(torch.Size(batch_shape)), None
         return new
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
-        self._drawn = value, log_prob
+        self._cache = value, log_prob
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         # a value without a path is a constant to whoever asks for gradients: its density is worked out anew
-        if self._drawn and self._drawn[0] is value and (value.requires_grad or not torch.is_grad_enabled()):
-            return self._drawn[1]
+        if self._cache and self._cache[0] is value and (value.requires_grad or not torch.is_grad_enabled()):
+            return self._cache[1]
         return self.flow.log_prob(value)
 
 
-def at_identity(flow: Any) -> Any:
+def start_at_identity(flow: Any) -> Any:
     """Sets the last layer of every hypernetwork of a zuko flow to zero, so that the flow is the identity."""
     for module in flow.modules():
         last = module.hyper[-1].parameters() if hasattr(module, "hyper") else getattr(module, "phi", ())
@@ -96,7 +96,7 @@ class RealNVP(nn.Module):
 
     def __init__(self, latent: int, transforms: int = 6, hidden: Sequence[int] = (64, 64)):
         super().__init__()
-        self.flow = at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
+        self.flow = start_at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
         return Flow(self.flow())
@@ -124,7 +124,7 @@ class MAF(nn.Module):
 
     def __init__(self, latent: int, transforms: int = 3, hidden: Sequence[int] = (64, 64)):
         super().__init__()
-        self.flow = at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
+        self.flow = start_at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
         return Flow(self.flow())
@@ -152,7 +152,7 @@ class NeuralSpline(nn.Module):
 
     def __init__(self, latent: int, transforms: int = 2, hidden: Sequence[int] = (64, 64), bins: int = 8):
         super().__init__()
-        self.flow = at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
+        self.flow = start_at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
         return Flow(self.flow())

@@ -10,11 +10,11 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 from ppvae.errors import ContractError
-from ppvae.nn.conditional import call_with_context, needs_context, takes_context
+from ppvae.nn.context import call_with_context, needs_context, takes_context
 
-_NUMBERS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
+_MAX_ELEMENTS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
 
 
 @final
@@ -46,7 +46,7 @@ class Mixture(dist.TorchDistribution):
         return self.components.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
-        return expanded(self, batch_shape)
+        return expand_parameters(self, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -57,7 +57,7 @@ class Mixture(dist.TorchDistribution):
         weights = 0.0 if self.logits is None else self.logits.log_softmax(-1)
         parts = [
             torch.logsumexp(self.components.log_prob(part) + weights, -1)
-            for part in rows.split(max(1, _NUMBERS // max(1, self._size)))
+            for part in rows.split(max(1, _MAX_ELEMENTS // max(1, self._size)))
         ]
         log_prob = torch.cat(parts)
         if self.logits is None:
@@ -157,7 +157,7 @@ class VampPrior(nn.Module):
             self.context = nn.Parameter(context.detach().clone())
         else:
             self.register_buffer("context", context)
-        self._kept: tuple[Any, Any] | None = None
+        self._cache: tuple[Any, Any] | None = None
 
     @classmethod
     def from_data(
@@ -190,15 +190,15 @@ class VampPrior(nn.Module):
         return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), chosen)
 
     def forward(self) -> dist.TorchDistribution:
-        if _traced():
+        if _is_traced():
             return Mixture(self._components())
         if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
-            self._kept = None
+            self._cache = None
             return Mixture(self._components())
-        state = self._state()
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._components()
-        return Mixture(self._kept[1])
+        state = self._fingerprint()
+        if self._cache is None or self._cache[0] != state:
+            self._cache = state, self._components()
+        return Mixture(self._cache[1])
 
     def _components(self) -> Any:
         found = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
@@ -208,7 +208,7 @@ class VampPrior(nn.Module):
             )
         return found
 
-    def _state(self) -> Any:
+    def _fingerprint(self) -> Any:
         """What tells whether any tensor has changed, by place, version and sum (fused optimizers leave versions alone).
 
         And whether a mode is on in which layers are others, such as of products in bfloat16.
@@ -222,7 +222,7 @@ class VampPrior(nn.Module):
         )
 
 
-def _traced() -> bool:
+def _is_traced() -> bool:
     """Whether operations are being written into a graph, which computes by itself only once what stays the same."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 

@@ -12,10 +12,10 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import biject_to, transforms
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
-class Simplices(constraints.Constraint):
+class SimplexBlocksConstraint(constraints.Constraint):
     """Vectors of several simplices of the same size, end to end; `size` None is one simplex of any size.
 
     torch's simplex asks for a sum within 1e-6 of one, which rounding alone can break in float32: a draw that fails it
@@ -39,11 +39,11 @@ class Simplices(constraints.Constraint):
         return "Simplex"
 
 
-simplex = Simplices()
+simplex = SimplexBlocksConstraint()
 
 
-@biject_to.register(Simplices)
-def _real_coordinates(support: Simplices) -> transforms.Transform:
+@biject_to.register(SimplexBlocksConstraint)
+def _biject_to_simplex(support: SimplexBlocksConstraint) -> transforms.Transform:
     """One simplex from real numbers, for quadrature and annealing, as torch's own simplex has it."""
     if hasattr(support, "size"):
         raise NotImplementedError
@@ -87,7 +87,7 @@ class LogisticNormalVector(dist.TorchDistribution):
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticNormalVector:
-        return expanded(self, batch_shape, loc=1, scale=1)
+        return expand_parameters(self, batch_shape, loc=1, scale=1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         noise = torch.randn(

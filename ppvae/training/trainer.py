@@ -86,7 +86,7 @@ class Trainer:
                 self.model, self.guide, self.train, batch_size, objective, place, move=device is not None
             )
             for module in modules if self.valid is not None else ():
-                if getattr(module, "of_its_data_alone", False):
+                if getattr(module, "requires_training_data", False):
                     raise UsageError(
                         f"valid: {type(module).__name__} has parameters for the training data alone; leave valid "
                         f"out, and refit for an ELBO of other data"

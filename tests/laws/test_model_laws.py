@@ -209,7 +209,7 @@ MODELS = {
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
     "top-down VAE": Case(top_down, binary, "guide site 'z3': latent, Normal"),
     "VDVAE": Case(very_deep, images, "guide site 'z1': latent, Normal over event [32]"),
-    "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, Chain over event [3, 2]"),
+    "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, MarkovChain over event [3, 2]"),
     "topics, logistic-normal": Case(
         lambda: topics(priors.LogisticNormal(3), posteriors.LogisticNormal(nn.mlp(4, 6, hidden=(5,)))),
         counted, "model site 'theta': latent, LogisticNormalVector over event [3]",
@@ -224,10 +224,10 @@ MODELS = {
     ),
     "counts": Case(lambda: counts(True), in_batches, "guide site 'log_library': latent"),
     "Gaussian process VAE": Case(
-        lambda: gaussian_process(smoothed), with_gaps, "guide site 'z': latent, ProcessVector"
+        lambda: gaussian_process(smoothed), with_gaps, "guide site 'z': latent, GaussianProcessVector"
     ),
     "Gaussian process VAE, stepwise": Case(
-        lambda: gaussian_process(stepwise), with_gaps, "guide site 'z': latent, ProcessVector"
+        lambda: gaussian_process(stepwise), with_gaps, "guide site 'z': latent, GaussianProcessVector"
     ),
     "multimodal VAE, product of experts": Case(
         lambda: multimodal(product_of_experts), modalities, "model site 'x2': observed, Normal"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import ContractError
 from ppvae.models import HierarchicalVAE, LadderVAE
-from ppvae.models.hierarchical import _product
+from ppvae.models.hierarchical import _product_of_normals
 
 pytestmark = pytest.mark.usefixtures("float64")
 FEATURES = 4
@@ -114,7 +114,7 @@ def test_a_layer_of_the_ladder_stays_finite_where_a_scale_is_tiny():
     """Its precision would be infinite in float32."""
     a, b = (torch.distributions.Normal(torch.tensor([loc]), scale) for loc, scale in ((2.0, 1e-30), (5.0, 0.5)))
     for left, right in ((a, b), (b, a)):
-        fn = _product(left, right).base_dist
+        fn = _product_of_normals(left, right).base_dist
         assert fn.loc.tolist() == pytest.approx([2.0])
         assert fn.scale.tolist() == pytest.approx([1e-30])
 

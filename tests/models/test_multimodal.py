@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppvae import VAE, check, likelihoods, log_marginal, nn, posteriors, priors, terms
-from ppvae.distributions.experts import NormalMixture
+from ppvae.distributions.normal_mixture import NormalMixture
 from ppvae.errors import ContractError, DataError
 from ppvae.models import MultimodalVAE, mixture_of_experts, product_of_experts
 from tests.laws.latents import FAILURE, fit_of, integral

@@ -18,9 +18,9 @@ from torch import Tensor
 from ppvae import VAE, data, fit, likelihoods, log_marginal, nn, posteriors, priors, terms
 from ppvae.compilation import graph as graphs
 from ppvae.inference import inspect
-from ppvae.priors import mixture, process
+from ppvae.priors import gaussian_process, mixture
+from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.flows import Flow, zuko
-from ppvae.priors.relaxed import BinaryConcrete, Concrete
 from tests.laws.latents import FAILURE, Part, fit_of, integral, perturbed, values_of
 from tests.laws.parts import FEATURES, PRIORS, vamp
 
@@ -282,7 +282,7 @@ def test_mixture_in_pieces_is_the_mixture(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     prior, z = perturbed(priors.MixtureOfNormals(2, components=4)), torch.randn(3, 50, 2).double()
     whole = prior().log_prob(z)
-    monkeypatch.setattr(mixture, "_NUMBERS", 20)
+    monkeypatch.setattr(mixture, "_MAX_ELEMENTS", 20)
     torch.testing.assert_close(prior().log_prob(z), whole, rtol=0, atol=0)
 
 
@@ -355,7 +355,7 @@ def test_vamp_keeps_its_components_until_something_changes(change: str) -> None:
     CHANGES[change](prior)
     with torch.no_grad():
         now = prior().log_prob(z.to(prior.pseudo_inputs.dtype))
-        prior._kept = None
+        prior._cache = None
         torch.testing.assert_close(now, prior().log_prob(z.to(prior.pseudo_inputs.dtype)), rtol=0, atol=0)
     assert prior.posterior.calls == 3
     assert change == "another dtype" or not torch.equal(now, first)
@@ -600,7 +600,9 @@ def test_conditional_normal_is_its_row() -> None:
     )
 
 
-@pytest.mark.parametrize("kernel", [process.rbf, process.matern12, process.matern32, process.cauchy])
+@pytest.mark.parametrize(
+    "kernel", [gaussian_process.rbf, gaussian_process.matern12, gaussian_process.matern32, gaussian_process.cauchy]
+)
 def test_gaussian_process_is_the_dense_normal(kernel: Any) -> None:
     torch.manual_seed(0)
     prior = perturbed(priors.GaussianProcess(2, lengthscale=0.7, kernel=kernel, jitter=1e-3))
@@ -615,10 +617,10 @@ def test_gaussian_process_is_the_dense_normal(kernel: Any) -> None:
         for d in range(2):
             length = prior.log_lengthscale[d].exp()
             form = {
-                process.rbf: (-((r / length) ** 2) / 2).exp(),
-                process.matern12: (-r / length).exp(),
-                process.matern32: (1 + 3**0.5 * r / length) * (-(3**0.5) * r / length).exp(),
-                process.cauchy: 1 / (1 + (r / length) ** 2),
+                gaussian_process.rbf: (-((r / length) ** 2) / 2).exp(),
+                gaussian_process.matern12: (-r / length).exp(),
+                gaussian_process.matern32: (1 + 3**0.5 * r / length) * (-(3**0.5) * r / length).exp(),
+                gaussian_process.cauchy: 1 / (1 + (r / length) ** 2),
             }[kernel]
             covariance = form + 1e-3 * torch.eye(5)
             total = total + dist.MultivariateNormal(torch.zeros(5).double(), covariance).log_prob(

@@ -42,13 +42,13 @@ class Column:
         return self.levels if self.kind == "categorical" else 1
 
 
-Columns = Sequence[Column | Kind | tuple[Kind, int]]
+ColumnSpec = Sequence[Column | Kind | tuple[Kind, int]]
 
 
-def as_columns(columns: Columns) -> tuple[Column, ...]:
+def parse_columns(columns: ColumnSpec) -> tuple[Column, ...]:
     """Columns from their short forms "real", ("categorical", 5).
 
-    >>> as_columns(["real", ("categorical", 5)])
+    >>> parse_columns(["real", ("categorical", 5)])
     (Column(kind='real', levels=0), Column(kind='categorical', levels=5))
     """
     return tuple(
@@ -56,16 +56,16 @@ def as_columns(columns: Columns) -> tuple[Column, ...]:
     )  # fmt: skip
 
 
-def table_outputs(columns: Columns) -> int:
+def table_outputs(columns: ColumnSpec) -> int:
     """How many numbers a network gives `Mixed` for these columns.
 
     >>> table_outputs(["real", "count", ("categorical", 5)])
     7
     """
-    return sum(c.outputs for c in as_columns(columns))
+    return sum(c.outputs for c in parse_columns(columns))
 
 
-def marginals(columns: Columns, x: Tensor) -> Tensor:
+def marginals(columns: ColumnSpec, x: Tensor) -> Tensor:
     """What a network gives `Mixed` for columns that no z moves, from their observed values [N, columns]: the mean of a
     real column, log-mean of a count, log-odds and log-frequencies of codes (one more of each), [table_outputs].
 
@@ -74,7 +74,7 @@ def marginals(columns: Columns, x: Tensor) -> Tensor:
     >>> marginals(["real", ("categorical", 2)], torch.tensor([[1.0, 0.0], [3.0, torch.nan]])).exp()
     tensor([7.3891, 2.0000, 1.0000])
     """
-    kinds = as_columns(columns)
+    kinds = parse_columns(columns)
     if x.dim() != 2 or x.shape[1] != len(kinds):
         raise DataError(f"x: expected rows [N, {len(kinds)}] of {len(kinds)} columns, found {list(x.shape)}")
     out: list[Tensor] = []
@@ -118,9 +118,9 @@ class Mixed(nn.Module):
     torch.Size([3])
     """
 
-    def __init__(self, net: nn.Module, columns: Columns, floor: float = 1e-3):
+    def __init__(self, net: nn.Module, columns: ColumnSpec, floor: float = 1e-3):
         super().__init__()
-        self.net, self.columns, self.floor = net, as_columns(columns), floor
+        self.net, self.columns, self.floor = net, parse_columns(columns), floor
         if not self.columns:
             raise ValueError("columns: expected at least one, found none")
         start = [0]
@@ -151,10 +151,10 @@ class Mixed(nn.Module):
         groups = []
         for i, kind in enumerate(self._kinds):
             value = out.index_select(-1, getattr(self, f"_places{i}"))
-            groups.append((getattr(self, f"_where{i}"), self._column(kind, value)))
+            groups.append((getattr(self, f"_where{i}"), self._column_distribution(kind, value)))
         return distributions.Columns(groups)
 
-    def _column(self, column: Column, value: Tensor) -> dist.TorchDistribution:
+    def _column_distribution(self, column: Column, value: Tensor) -> dist.TorchDistribution:
         if column.kind == "real":
             return dist.Normal(value, (self.log_scale.exp() + self.floor).expand(value.shape))
         if column.kind == "count":

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.distributions.base import expanded
-from ppvae.priors.simplex import Simplices
+from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.priors.simplex import SimplexBlocksConstraint
 
 
 @final
@@ -39,21 +39,21 @@ class BinaryConcrete(dist.TorchDistribution):
         super().__init__(logits.shape, torch.Size(), validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> BinaryConcrete:
-        return expanded(self, batch_shape, logits=0)
+        return expand_parameters(self, batch_shape, logits=0)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        noise = _inside(
+        noise = _clamp_to_open_unit_interval(
             torch.rand(
                 self._extended_shape(torch.Size(sample_shape)), dtype=self.logits.dtype, device=self.logits.device
             )
         )
         logistic = noise.log() - torch.log1p(-noise)
-        return _inside(torch.sigmoid((self.logits + logistic) / self.temperature))
+        return _clamp_to_open_unit_interval(torch.sigmoid((self.logits + logistic) / self.temperature))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        value = _inside(value)
+        value = _clamp_to_open_unit_interval(value)
         log_z, log_rest = value.log(), torch.log1p(-value)
         d = self.logits - self.temperature * (log_z - log_rest)
         return self.temperature.log() - F.softplus(d) - F.softplus(-d) - log_z - log_rest
@@ -84,32 +84,32 @@ class Concrete(dist.TorchDistribution):
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> Any:
         """Simplices, end to end."""
-        return Simplices(self.logits.shape[-1])
+        return SimplexBlocksConstraint(self.logits.shape[-1])
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Concrete:
-        return expanded(self, batch_shape, logits=2)
+        return expand_parameters(self, batch_shape, logits=2)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.logits.shape
-        noise = _inside(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
+        noise = _clamp_to_open_unit_interval(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
         gumbel = -(-noise.log()).log()
-        return _positive(((self.logits + gumbel) / self.temperature).softmax(-1)).flatten(-2)
+        return _clamp_to_positive(((self.logits + gumbel) / self.temperature).softmax(-1)).flatten(-2)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         classes = self.logits.shape[-1]
-        log_z = _positive(value.unflatten(-1, (-1, classes))).log()
+        log_z = _clamp_to_positive(value.unflatten(-1, (-1, classes))).log()
         s = self.logits - self.temperature * log_z
         log_prob = (s - log_z).sum(-1) - classes * s.logsumexp(-1) + (classes - 1) * self.temperature.log()
         return (log_prob + math.lgamma(classes)).sum(-1)
 
 
-def _inside(z: Tensor) -> Tensor:
+def _clamp_to_open_unit_interval(z: Tensor) -> Tensor:
     """Moves 0 and 1 to the nearest numbers of the dtype that are neither."""
     info = torch.finfo(z.dtype)
     return z.clamp(info.tiny, 1 - info.eps / 2)
 
 
-def _positive(z: Tensor) -> Tensor:
+def _clamp_to_positive(z: Tensor) -> Tensor:
     return z.clamp(min=torch.finfo(z.dtype).tiny)

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
 def rbf(r: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def cauchy(r: Tensor) -> Tensor:
 
 
 @final
-class ProcessVector(dist.TorchDistribution):
+class GaussianProcessVector(dist.TorchDistribution):
     """Independent Gaussian vectors over T positions, one for each latent dim, interleaved: z [T * latent], time first.
 
     log p(z) = sum_l log N(z_l; loc_l, L_l L_l^T), L = `scale_tril` [..., latent, T, T], worked out in float64; `loc` is
     [..., latent, T], and 0 where None.
 
-    >>> ProcessVector(torch.eye(4).expand(2, 4, 4), torch.float32).shape()
+    >>> GaussianProcessVector(torch.eye(4).expand(2, 4, 4), torch.float32).shape()
     torch.Size([8])
     """
 
@@ -57,8 +57,8 @@ class ProcessVector(dist.TorchDistribution):
         event = torch.Size([scale_tril.shape[-3:-1].numel()])
         super().__init__(scale_tril.shape[:-3], event, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ProcessVector:
-        return expanded(self, batch_shape, scale_tril=3, loc=2)
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GaussianProcessVector:
+        return expand_parameters(self, batch_shape, scale_tril=3, loc=2)
 
     @property
     def mean(self) -> Tensor:
@@ -83,10 +83,10 @@ class ProcessVector(dist.TorchDistribution):
         return z.mT.flatten(-2).to(self.dtype)
 
 
-def root(covariance: Tensor) -> Tensor:
+def cholesky_or_nan(covariance: Tensor) -> Tensor:
     """L of L L^T = covariance [..., T, T]; NaN where there is none, so that no value is read and training stops there.
 
-    >>> root(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
+    >>> cholesky_or_nan(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
     [2.0, nan]
     """
     found, fails = torch.linalg.cholesky_ex(covariance)
@@ -144,4 +144,4 @@ class GaussianProcess(nn.Module):
         distances = torch.linalg.vector_norm(places.unsqueeze(-2) - places.unsqueeze(-3), dim=-1)
         scaled = distances.unsqueeze(-3) * (-self.log_lengthscale.double()).exp()[:, None, None]
         noise = self.jitter * torch.eye(places.shape[-2], dtype=scaled.dtype, device=scaled.device)
-        return ProcessVector(root(self.kernel(scaled) + noise), self.log_lengthscale.dtype)
+        return GaussianProcessVector(cholesky_or_nan(self.kernel(scaled) + noise), self.log_lengthscale.dtype)

@@ -12,8 +12,15 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions import base
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.constraints import EquallySpacedLevels
+
+
+def check_levels(levels: int) -> int:
+    """A number of levels, if it is at least 2; ValueError otherwise."""
+    if levels < 2:
+        raise ValueError(f"levels: expected at least 2, found {levels}")
+    return levels
 
 
 class Levels(TorchDistribution):
@@ -41,10 +48,10 @@ class Levels(TorchDistribution):
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
         """The levels."""
-        return base.Levels(self.logits.shape[-1], self.top)
+        return EquallySpacedLevels(self.logits.shape[-1], self.top)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Levels:
-        return expanded(self, batch_shape, logits=1)
+        return expand_parameters(self, batch_shape, logits=1)
 
     @property
     def mean(self) -> Tensor:
@@ -70,7 +77,7 @@ class Levels(TorchDistribution):
             return index.to(self.logits.dtype) * (self.top / (self.logits.shape[-1] - 1))
 
 
-def log_mass(value: Tensor, loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
+def discretized_logistic_log_prob(value: Tensor, loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
     """log-mass of a logistic in the bin of a level, the two end bins reaching to infinity; exact in both tails.
 
     With a, b the bin's ends in units of the scale, sigma(a) - sigma(b) = sigma(a) sigma(-b) (1 - e^-(a - b)); at the
@@ -86,7 +93,7 @@ def log_mass(value: Tensor, loc: Tensor, log_scale: Tensor, levels: int) -> Tens
     return (1 - lowest - highest) * width - F.softplus(-above, threshold=40) - F.softplus(below, threshold=40)
 
 
-def _mean_level(loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
+def _discretized_logistic_mean(loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
     """sum_k P(x >= level k) / (levels - 1), k from 1."""
     per_scale, step = torch.exp(-log_scale), 1 / (levels - 1)
     mean = torch.zeros_like(loc)
@@ -95,7 +102,7 @@ def _mean_level(loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
     return mean
 
 
-def _draw(loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
+def _sample_discretized_logistic(loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
     """A logistic draw put into its bin."""
     info = torch.finfo(loc.dtype)
     u = torch.rand_like(loc).clamp(info.tiny, 1 - info.eps)
@@ -122,31 +129,31 @@ class DiscretizedLogistic(TorchDistribution):
 
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int = 256, validate_args: bool | None = None):
         self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
-        self.levels = _checked(levels)
+        self.levels = check_levels(levels)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
         """The levels."""
-        return base.Levels(self.levels)
+        return EquallySpacedLevels(self.levels)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiscretizedLogistic:
-        return expanded(self, batch_shape, loc=0, log_scale=0)
+        return expand_parameters(self, batch_shape, loc=0, log_scale=0)
 
     @property
     def mean(self) -> Tensor:
         """The mean of the levels, a sum over all of them."""
-        return _mean_level(self.loc, self.log_scale, self.levels)
+        return _discretized_logistic_mean(self.loc, self.log_scale, self.levels)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return log_mass(value, self.loc, self.log_scale, self.levels)
+        return discretized_logistic_log_prob(value, self.loc, self.log_scale, self.levels)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
-            return _draw(self.loc.expand(shape), self.log_scale.expand(shape), self.levels)
+            return _sample_discretized_logistic(self.loc.expand(shape), self.log_scale.expand(shape), self.levels)
 
 
 class MixtureOfDiscretizedLogistics(TorchDistribution):
@@ -194,26 +201,26 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
         if event.numel() != channels * pixels:
             raise ValueError(f"event_shape: expected {channels} channels of {pixels} pixels, found {list(event)}")
         self.logits, self.loc, self.log_scale, self.coupling = logits, loc, log_scale, coupling
-        self.levels = _checked(levels)
+        self.levels = check_levels(levels)
         super().__init__(logits.shape[:-2], event, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> Any:
         """The levels."""
-        return constraints.independent(base.Levels(self.levels), self.event_dim)
+        return constraints.independent(EquallySpacedLevels(self.levels), self.event_dim)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixtureOfDiscretizedLogistics:
-        return expanded(self, batch_shape, logits=2, loc=3, log_scale=3, coupling=3)
+        return expand_parameters(self, batch_shape, logits=2, loc=3, log_scale=3, coupling=3)
 
     @property
     def mean(self) -> Tensor:
         """The mean of the levels, where channels are not coupled: only for one channel."""
         if self.loc.shape[-2] > 1:
             raise NotImplementedError("the mean of coupled channels has no closed form")
-        each = _mean_level(self.loc.squeeze(-2), self.log_scale.squeeze(-2), self.levels)
+        each = _discretized_logistic_mean(self.loc.squeeze(-2), self.log_scale.squeeze(-2), self.levels)
         return (self.logits.softmax(-2) * each).sum(-2).reshape(self.shape())
 
-    def _coupled(self, loc: Tensor, coupling: Tensor, x: Tensor, channel: int) -> Tensor:
+    def _conditional_loc(self, loc: Tensor, coupling: Tensor, x: Tensor, channel: int) -> Tensor:
         """A channel's locations [..., P] given the channels before it, x [..., C, P]."""
         first = channel * (channel - 1) // 2
         moved = loc[..., channel, :]
@@ -228,8 +235,10 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
         x = value.reshape(*value.shape[: value.dim() - self.event_dim], 1, channels, pixels)
         log_prob = self.logits.log_softmax(-2)
         for c in range(channels):
-            loc = self._coupled(self.loc, self.coupling, x, c)
-            log_prob = log_prob + log_mass(x[..., c, :], loc, self.log_scale[..., c, :], self.levels)
+            loc = self._conditional_loc(self.loc, self.coupling, x, c)
+            log_prob = log_prob + discretized_logistic_log_prob(
+                x[..., c, :], loc, self.log_scale[..., c, :], self.levels
+            )
         return log_prob.logsumexp(-2).sum(-1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -247,11 +256,7 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
             loc, log_scale, coupling = (chosen(t) for t in (self.loc, self.log_scale, self.coupling))
             x = torch.zeros_like(loc)
             for c in range(channels):
-                x[..., c, :] = _draw(self._coupled(loc, coupling, x, c), log_scale[..., c, :], self.levels)
+                x[..., c, :] = _sample_discretized_logistic(
+                    self._conditional_loc(loc, coupling, x, c), log_scale[..., c, :], self.levels
+                )
             return x.reshape(*lead, *self.event_shape)
-
-
-def _checked(levels: int) -> int:
-    if levels < 2:
-        raise ValueError(f"levels: expected at least 2, found {levels}")
-    return levels

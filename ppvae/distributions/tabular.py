@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppvae.distributions.base import expanded
-from ppvae.distributions.levels import Levels
+from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.discretized import Levels
 
-Group = tuple[Tensor, TorchDistribution]  # positions [n] of columns, and their distribution of batch shape [*batch, n]
+ColumnGroup = tuple[
+    Tensor, TorchDistribution
+]  # positions [n] of columns, and their distribution of batch shape [*batch, n]
 
 
 class Columns(TorchDistribution):
@@ -37,7 +39,7 @@ class Columns(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
 
-    def __init__(self, groups: Sequence[Group], validate_args: bool | None = None):
+    def __init__(self, groups: Sequence[ColumnGroup], validate_args: bool | None = None):
         self.groups = list(groups)
         shape = torch.broadcast_shapes(*(fn.batch_shape[:-1] for _, fn in self.groups))
         super().__init__(shape, torch.Size([sum(len(i) for i, _ in self.groups)]), validate_args=validate_args)
@@ -45,10 +47,10 @@ class Columns(TorchDistribution):
     @constraints.dependent_property(event_dim=1)
     def support(self) -> Any:
         """The columns' own supports, and NaN."""
-        return constraints.independent(_EachColumn(self.groups), 1)
+        return constraints.independent(_ColumnSupports(self.groups), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Columns:
-        new = expanded(self, batch_shape)
+        new = expand_parameters(self, batch_shape)
         new.groups = [(i, fn.expand(torch.Size((*batch_shape, len(i))))) for i, fn in self.groups]
         return new
 
@@ -56,7 +58,7 @@ class Columns(TorchDistribution):
     def mean(self) -> Tensor:
         """The columns' means; NaN, as torch's Categorical has it, for the codes of categories."""
         nan = torch.tensor(torch.nan)
-        return self._joined([
+        return self._merge_columns([
             nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.mean for _, fn in self.groups
         ])  # fmt: skip
 
@@ -75,21 +77,21 @@ class Columns(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            return self._joined([fn.sample(torch.Size(sample_shape)) for _, fn in self.groups])
+            return self._merge_columns([fn.sample(torch.Size(sample_shape)) for _, fn in self.groups])
 
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+    def _merge_columns(self, parts: Sequence[Tensor]) -> Tensor:
         """Values of the groups [..., n] in the order of the columns."""
         order = torch.cat([index for index, _ in self.groups]).argsort()
         lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
         return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1).index_select(-1, order)
 
 
-class _EachColumn(Constraint):
+class _ColumnSupports(Constraint):
     """Whether each number of a row [..., D] is in the support of its column, or NaN."""
 
     cure = "Leave NaN where a value is missing, or give the column another kind"
 
-    def __init__(self, groups: Sequence[Group]):
+    def __init__(self, groups: Sequence[ColumnGroup]):
         self.groups = groups
         super().__init__()
 

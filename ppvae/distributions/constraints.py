@@ -1,42 +1,12 @@
-"""What the distributions share: expanding by shallow copy, and supports that say what they hold and what to do."""
+"""Supports that torch lacks. Each has a `cure`: what to do with values outside it, for error texts."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import TypeVar
-
-import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-Fn = TypeVar("Fn", bound=TorchDistribution)
 
-
-def expanded(fn: Fn, batch_shape: Sequence[int], **event_dims: int) -> Fn:
-    """A copy of a distribution with its named parameters expanded to a batch shape, {name: its own event dims}."""
-    new, shape = copy.copy(fn), torch.Size(batch_shape)
-    for name, event_dim in event_dims.items():
-        value: Tensor = getattr(fn, name)
-        setattr(new, name, value.expand(shape + value.shape[value.dim() - event_dim :]))
-    new._batch_shape = shape
-    return new
-
-
-def compact(t: Tensor) -> Tensor:
-    """The same tensor with expanded dims at size one again, so that a function of it is computed once.
-
-    >>> compact(torch.zeros(3).expand(100, 3)).shape
-    torch.Size([1, 3])
-    """
-    for dim in range(t.dim()):
-        if t.stride(dim) == 0 and t.shape[dim] > 1:
-            t = t.narrow(dim, 0, 1)
-    return t
-
-
-class Levels(Constraint):
+class EquallySpacedLevels(Constraint):
     """Equally spaced levels 0, top / (levels - 1), ..., top; read off within the rounding of float32."""
 
     is_discrete = True
@@ -68,7 +38,7 @@ class Levels(Constraint):
         return f"{{0, {step}, ..., {self.top:g}}}"
 
 
-class OpenUnit(Constraint):
+class OpenUnitInterval(Constraint):
     """The numbers between 0 and 1 without the two."""
 
     lower_bound, upper_bound = 0.0, 1.0
@@ -84,7 +54,7 @@ class OpenUnit(Constraint):
         return "the open interval (0, 1)"
 
 
-class CountsOf(Constraint):
+class CountsWithTotal(Constraint):
     """Counts [..., D] that sum to a total [...]; tells for each count whether it may stand there."""
 
     is_discrete = True
@@ -108,4 +78,4 @@ class CountsOf(Constraint):
         return "counts that sum to the total given as context"
 
 
-open_unit = OpenUnit()
+open_unit_interval = OpenUnitInterval()

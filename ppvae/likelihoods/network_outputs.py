@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ppvae.errors import DataError
 
-Given = float | Literal["learned", "network"] | tuple[int, ...]
+ParameterSource = float | Literal["learned", "network"] | tuple[int, ...]
 
 
-class OfNetwork(nn.Module):
+class NetworkLikelihood(nn.Module):
     """A likelihood whose parameters are all a network's output at z, so many for each number of the data."""
 
-    each: ClassVar[int] = 1
+    parameters_per_element: ClassVar[int] = 1
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -24,7 +24,7 @@ class OfNetwork(nn.Module):
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, self.each)
+        return block_output_shape(event, self.parameters_per_element)
 
 
 def event_dim(out: Tensor, z: Tensor) -> int:
@@ -32,13 +32,13 @@ def event_dim(out: Tensor, z: Tensor) -> int:
     return out.dim() - z.dim() + 1
 
 
-def blocks(out: Tensor, z: Tensor, count: int, what: str) -> tuple[Tensor, ...]:
+def split_blocks(out: Tensor, z: Tensor, count: int, what: str) -> tuple[Tensor, ...]:
     """Parameters that stand one after another along the output's first event dim: [..., count * first, *rest] ->
     `count` times [..., first, *rest]. ValueError, by `what` they are, for a dim that does not divide.
 
     For a flat datum [D] these are blocks of D numbers, for an image [C, H, W] blocks of C channels.
 
-    >>> loc, log_scale = blocks(torch.zeros(5, 6, 8, 8), torch.zeros(5, 2), 2, "location, log-scale"); loc.shape
+    >>> loc, log_scale = split_blocks(torch.zeros(5, 6, 8, 8), torch.zeros(5, 2), 2, "location, log-scale"); loc.shape
     torch.Size([5, 3, 8, 8])
     """
     dim = z.dim() - 1
@@ -51,27 +51,27 @@ def blocks(out: Tensor, z: Tensor, count: int, what: str) -> tuple[Tensor, ...]:
     return out.chunk(count, dim)
 
 
-def of_blocks(event: Sequence[int], count: int, channels: int = 1) -> tuple[int, ...]:
+def block_output_shape(event: Sequence[int], count: int, channels: int = 1) -> tuple[int, ...]:
     """The event shape of an output of `count` blocks for data of an event shape (for each pixel of some `channels`).
 
-    >>> of_blocks((3, 32, 32), 2), of_blocks((3, 32, 32), 10, channels=3)
+    >>> block_output_shape((3, 32, 32), 2), block_output_shape((3, 32, 32), 10, channels=3)
     ((6, 32, 32), (10, 32, 32))
     """
     return (count * event[0] // channels, *event[1:])
 
 
-def levels_last(out: Tensor, z: Tensor, levels: int) -> Tensor:
+def level_logits(out: Tensor, z: Tensor, levels: int) -> Tensor:
     """Logits of levels, blocks along the first event dim, moved to the end: -> [..., first, *rest, levels].
 
-    >>> levels_last(torch.zeros(5, 12), torch.zeros(5, 2), 4).shape
+    >>> level_logits(torch.zeros(5, 12), torch.zeros(5, 2), 4).shape
     torch.Size([5, 3, 4])
     """
-    blocks(out, z, levels, "the logits of each level")
+    split_blocks(out, z, levels, "the logits of each level")
     dim = z.dim() - 1
     return out.unflatten(dim, (levels, -1)).movedim(dim, -1)  # a view: a copy would take half of a step's time
 
 
-def register_log(part: nn.Module, name: str, value: Given, start: float = 1.0) -> None:
+def register_log_parameter(part: nn.Module, name: str, value: ParameterSource, start: float = 1.0) -> None:
     """Gives a module the logarithm of a positive parameter as `log_<name>`: a buffer for a number, parameters that
     begin at `start` for "learned" (one) or a shape (one each), and nothing for "network", whose net gives it.
 
@@ -88,7 +88,7 @@ def register_log(part: nn.Module, name: str, value: Given, start: float = 1.0) -
         raise ValueError(f"{name}: expected a number, 'learned', 'network' or the event's shape, found {value!r}")
 
 
-def per_datum(context: Tensor, z: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+def context_per_datum(context: Tensor, z: Tensor, what: str, dtype: torch.dtype) -> Tensor:
     """A context of one number a datum [batch], as `dtype`. DataError, saying `what` it is, for another shape."""
     try:
         fits = torch.broadcast_shapes(context.shape, z.shape[:-1]) == z.shape[:-1]

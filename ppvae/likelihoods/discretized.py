@@ -8,7 +8,8 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import blocks, event_dim, levels_last, of_blocks
+from ppvae.distributions.discretized import check_levels
+from ppvae.likelihoods.network_outputs import block_output_shape, event_dim, level_logits, split_blocks
 
 
 class Categorical(nn.Module):
@@ -33,14 +34,14 @@ class Categorical(nn.Module):
 
     def __init__(self, net: nn.Module, levels: int = 256):
         super().__init__()
-        self.net, self.levels = net, _checked(levels)
+        self.net, self.levels = net, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, self.levels)
+        return block_output_shape(event, self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        logits = levels_last(self.net(z), z, self.levels)
+        logits = level_logits(self.net(z), z, self.levels)
         return distributions.Levels(logits).to_event(event_dim(logits, z) - 1)
 
 
@@ -67,14 +68,14 @@ class DiscretizedLogistic(nn.Module):
 
     def __init__(self, net: nn.Module, levels: int = 256):
         super().__init__()
-        self.net, self.levels = net, _checked(levels)
+        self.net, self.levels = net, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, 2)
+        return block_output_shape(event, 2)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        loc, log_scale = blocks(self.net(z), z, 2, "location, log-scale")
+        loc, log_scale = split_blocks(self.net(z), z, 2, "location, log-scale")
         return distributions.DiscretizedLogistic(loc, log_scale, self.levels).to_event(event_dim(loc, z))
 
 
@@ -108,7 +109,7 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         super().__init__()
         if components < 1 or channels < 1:
             raise ValueError(f"components, channels: expected 1 or more of each, found {components}, {channels}")
-        self.net, self.components, self.channels, self.levels = net, components, channels, _checked(levels)
+        self.net, self.components, self.channels, self.levels = net, components, channels, check_levels(levels)
 
     @property
     def outputs(self) -> int:
@@ -118,11 +119,11 @@ class MixtureOfDiscretizedLogistics(nn.Module):
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
         """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, self.outputs, self.channels)
+        return block_output_shape(event, self.outputs, self.channels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out, lead, m, c = self.net(z), z.shape[:-1], self.components, self.channels
-        blocks(out, z, self.outputs, "logits, locations, log-scales, couplings")
+        split_blocks(out, z, self.outputs, "logits, locations, log-scales, couplings")
         rest = out.shape[len(lead) :]
         first = rest[0] // self.outputs
         parameters = out.reshape(*lead, self.outputs, -1)
@@ -135,9 +136,3 @@ class MixtureOfDiscretizedLogistics(nn.Module):
             levels=self.levels,
             event_shape=(c * first, *rest[1:]),
         )
-
-
-def _checked(levels: int) -> int:
-    if levels < 2:
-        raise ValueError(f"levels: expected at least 2, found {levels}")
-    return levels

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
 @final
@@ -48,21 +48,21 @@ class NormalMixture(dist.TorchDistribution):
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NormalMixture:
-        return expanded(self, batch_shape, loc=2, scale=2, log_weight=1)
+        return expand_parameters(self, batch_shape, loc=2, scale=2, log_weight=1)
 
     @property
     def mean(self) -> Tensor:
         """sum_m w_m loc_m, [..., latent]."""
         return (self.log_weight.exp().unsqueeze(-1) * self.loc).sum(-2)
 
-    def _joint(self, value: Tensor) -> Tensor:
+    def _component_log_probs(self, value: Tensor) -> Tensor:
         """log w_m + log N_m(z), [..., components]."""
         return self.log_weight + dist.Normal(self.loc, self.scale).log_prob(value.unsqueeze(-2)).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return self._joint(value).logsumexp(-1)
+        return self._component_log_probs(value).logsumexp(-1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -75,5 +75,5 @@ class NormalMixture(dist.TorchDistribution):
             )
             z = loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
             noise = (z.unsqueeze(-2) - self.loc) / self.scale
-            share = self._joint(z).softmax(-1).unsqueeze(-1)
+            share = self._component_log_probs(z).softmax(-1).unsqueeze(-1)
         return (share * (self.loc + self.scale * noise)).sum(-2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae.errors import DataError
 from ppvae.likelihoods import Mixed
-from ppvae.likelihoods.table import Columns, marginals, table_outputs
+from ppvae.likelihoods.tabular import ColumnSpec, marginals, table_outputs
 from ppvae.models.vae import VAE
 from ppvae.nn import Missing, mlp, set_output_bias
 from ppvae.posteriors import DiagonalNormal
@@ -40,13 +40,13 @@ class TableVAE(VAE):
     torch.Size([2, 2])
     """
 
-    def __init__(self, columns: Columns, latent: int = 4, hidden: Sequence[int] = (32,), floor: float = 1e-2):
+    def __init__(self, columns: ColumnSpec, latent: int = 4, hidden: Sequence[int] = (32,), floor: float = 1e-2):
         decoder = mlp(latent, table_outputs(columns), hidden=hidden)
-        encoder = Standardised(len(columns), Missing(mlp(2 * len(columns), 2 * latent, hidden=hidden)))
+        encoder = StandardizedInput(len(columns), Missing(mlp(2 * len(columns), 2 * latent, hidden=hidden)))
         super().__init__(StandardNormal(latent), Mixed(decoder, columns, floor=floor), DiagonalNormal(encoder))
 
     @classmethod
-    def from_data(cls, x: Tensor, columns: Columns, **options: Any) -> TableVAE:
+    def from_data(cls, x: Tensor, columns: ColumnSpec, **options: Any) -> TableVAE:
         """One whose decoder starts at the observed values' distribution in each column, and whose encoder standardises.
 
         `options` are those of the class. Raises DataError, by the column, for data of another size, one in which
@@ -75,7 +75,7 @@ class TableVAE(VAE):
         return made
 
 
-class Standardised(nn.Module):
+class StandardizedInput(nn.Module):
     """A network of (x - centre) / spread."""
 
     centre: Tensor

@@ -13,7 +13,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.base import expanded, open_unit
+from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.constraints import open_unit_interval
 from ppvae.distributions.special import stirling_error
 
 
@@ -39,7 +40,7 @@ class Bernoulli(dist.Bernoulli):
 
 
 # log(sinh(h) / h) = h^2 (c0 + c1 h^2 + ...), and its derivative: both to 1e-15 for |h| <= 1/4
-_SINHC = (1 / 6, -1 / 180, 1 / 2835, -1 / 37800, 1 / 467775, -691 / 3831077250)
+_LOG_SINHC = (1 / 6, -1 / 180, 1 / 2835, -1 / 37800, 1 / 467775, -691 / 3831077250)
 
 
 class ContinuousBernoulli(TorchDistribution):
@@ -64,7 +65,7 @@ class ContinuousBernoulli(TorchDistribution):
         super().__init__(logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ContinuousBernoulli:
-        return expanded(self, batch_shape, logits=0)
+        return expand_parameters(self, batch_shape, logits=0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -73,8 +74,8 @@ class ContinuousBernoulli(TorchDistribution):
         near = logits.abs() < 0.5
         a, small = torch.where(near, 1.0, logits.abs()), torch.where(near, logits, 0.0)
         log_norm = a.log() - torch.log(-torch.expm1(-a))
-        square, series = small.square() / 4, torch.full_like(small, _SINHC[-1])
-        for coefficient in _SINHC[-2::-1]:
+        square, series = small.square() / 4, torch.full_like(small, _LOG_SINHC[-1])
+        for coefficient in _LOG_SINHC[-2::-1]:
             series = series * square + coefficient
         central = small * (value - 0.5) - series * square
         return torch.where(near, central, log_norm - a * torch.where(logits > 0, 1 - value, value))
@@ -84,9 +85,9 @@ class ContinuousBernoulli(TorchDistribution):
         """1 / (1 - e^-l) - 1 / l."""
         near = self.logits.abs() < 0.5
         far, small = torch.where(near, 1.0, self.logits), torch.where(near, self.logits, 0.0)
-        square, series = small.square() / 4, torch.full_like(small, 12 * _SINHC[-1])
-        for i in range(len(_SINHC) - 2, -1, -1):
-            series = series * square + 2 * (i + 1) * _SINHC[i]
+        square, series = small.square() / 4, torch.full_like(small, 12 * _LOG_SINHC[-1])
+        for i in range(len(_LOG_SINHC) - 2, -1, -1):
+            series = series * square + 2 * (i + 1) * _LOG_SINHC[i]
         return torch.where(near, 0.5 + series * small / 4, -torch.expm1(-far).reciprocal() - far.reciprocal())
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -111,7 +112,7 @@ class Beta(dist.Beta):
     tensor([0.4055, 5.8772])
     """
 
-    support = open_unit
+    support = open_unit_interval
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
