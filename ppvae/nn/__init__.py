@@ -1,4 +1,18 @@
-"""Networks over any leading dims: [..., *event in] -> [..., *event out]."""
+"""Networks over any leading dims, [..., *event in] -> [..., *event out], so that particles need no reshaping.
+
+A new network broadcasts over leading dims (`Leading` wraps one that takes a single batch dim). It joins the laws of
+networks by its name in `NETWORKS` of `tests/nn/test_nn.py`, with the event shapes of its input and output:
+
+    class ResidualLayer(torch.nn.Module):
+        def __init__(self, features):
+            super().__init__()
+            self.linear = torch.nn.Linear(features, features)
+
+        def forward(self, x):
+            return x + torch.tanh(self.linear(x))
+
+    NETWORKS["ResidualLayer"] = (lambda: ResidualLayer(4), (4,), (4,))
+"""
 
 from ppvae.nn.codebook import Codebook, Nearness
 from ppvae.nn.context import ConcatContext, Labels, rows_of

@@ -22,7 +22,10 @@ from ppvae.priors import gaussian_process, mixture
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.flows import Flow, zuko
 from tests.laws.latents import FAILURE, Part, fit_of, integral, perturbed, values_of
+from tests.laws.law import Laws
 from tests.laws.parts import FEATURES, PRIORS, vamp
+
+law = Laws(PRIORS)
 
 OWN_SAMPLER_ONLY = {"MixtureOfNormals", "VampPrior", "Autoregressive"}  # real, and honestly not reparameterised
 
@@ -35,21 +38,21 @@ def made(name: str) -> tuple[Part, torch.nn.Module, Any]:
     return part, module, module(**part.given())
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_density_is_one(name: str) -> None:
     part, _, fn = made(name)
     assert fn.batch_shape == ()
     assert abs(integral(fn, part.kind) - 1) < part.tolerance
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_draws_follow_the_density(name: str) -> None:
     part, _, fn = made(name)
     torch.manual_seed(1)
     assert fit_of(fn, part.kind) > FAILURE / len(PRIORS)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_expands_and_broadcasts(name: str) -> None:
     part, _, fn = made(name)
     z = values_of(part.kind, fn, 4, 5)
@@ -73,7 +76,7 @@ def test_expands_and_broadcasts(name: str) -> None:
     assert len(draws.reshape(20, -1).unique(dim=0)) > 1, "expanded draws are independent"
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_says_honestly_whether_it_is_reparameterised(name: str) -> None:
     part, module, fn = made(name)
     learned = [p for p in module.parameters() if p.requires_grad]
@@ -87,7 +90,7 @@ def test_says_honestly_whether_it_is_reparameterised(name: str) -> None:
     assert bool(fn.support.is_discrete) == (part.kind == "discrete") == bool(fn.has_enumerate_support)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_dtype_follows_the_module(name: str) -> None:
     part, module, fn = made(name)
     z = values_of(part.kind, fn, 5)
@@ -100,7 +103,7 @@ def test_dtype_follows_the_module(name: str) -> None:
     torch.testing.assert_close(single.log_prob(z.to(draws.dtype)).double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_state_saves_and_loads_without_pickles(name: str) -> None:
     part, module, fn = made(name)
     z, file = values_of(part.kind, fn, 5), io.BytesIO()
@@ -111,7 +114,7 @@ def test_state_saves_and_loads_without_pickles(name: str) -> None:
     torch.testing.assert_close(other(**part.given()).log_prob(z), fn.log_prob(z), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_density_is_deterministic_and_follows_a_permutation(name: str) -> None:
     part, module, fn = made(name)
     z, order = values_of(part.kind, fn, 5), torch.tensor([3, 1, 4, 0, 2])
@@ -123,7 +126,7 @@ def test_density_is_deterministic_and_follows_a_permutation(name: str) -> None:
     torch.testing.assert_close(fn.log_prob(z[order]), before[order])
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_every_parameter_receives_a_gradient(name: str) -> None:
     part, module, fn = made(name)
     if any(p.requires_grad for p in module.parameters()):
@@ -134,7 +137,7 @@ def test_every_parameter_receives_a_gradient(name: str) -> None:
         assert bool(p.grad.isfinite().all()), parameter
 
 
-@pytest.mark.parametrize("name", [n for n in PRIORS if n not in ("GaussianProcess", "RealNVP")])
+@law(lambda n: n not in ("GaussianProcess", "RealNVP"))
 def test_nothing_is_made_on_another_device(name: str) -> None:
     part, module, fn = made(name)  # the meta device refuses tensors of any other, and looks at none
     given = {k: v.to("meta") for k, v in part.given().items()}
@@ -145,7 +148,7 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", PRIORS)
+@law()
 def test_same_on_a_gpu(name: str) -> None:
     part, module, fn = made(name)
     z = values_of(part.kind, fn, 5)
@@ -155,7 +158,7 @@ def test_same_on_a_gpu(name: str) -> None:
     assert moved.expand([5]).sample((2,)).device.type == "cuda"
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRIORS.items() if p.kind == "real"])
+@law(lambda n: PRIORS[n].kind == "real")
 def test_far_out_it_is_finite_and_right(name: str) -> None:
     part, module, _ = made(name)
     fn = module(**part.given())
@@ -182,7 +185,7 @@ def posterior_for(kind: str, size: int) -> torch.nn.Module:
     }[kind]()  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in PRIORS if "Categorical" not in n])
+@law(lambda n: "Categorical" not in n)
 def test_works_in_a_pair_under_the_particle_plate(name: str) -> None:
     part, prior, fn = made(name)
     size = fn.event_shape[0]
