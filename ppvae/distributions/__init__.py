@@ -1,4 +1,9 @@
-"""Distributions that Pyro lacks, or whose log-density it computes in a way that is slow or wrong."""
+"""Distributions that torch and Pyro lack, or whose log-density they compute inaccurately or slowly.
+
+Each class says what is wrong elsewhere: clamped probabilities (`ContinuousBernoulli`), cancellation of gamma functions
+(`Beta`, `StudentT`, `NegativeBinomial`), underflow of the rate (`Poisson`), NaN at an infinite logit (`ZeroInflated`),
+a single total for the whole batch (`Multinomial`), or twice the memory traffic (`Bernoulli`).
+"""
 
 from ppvae.distributions.autoregressive import Autoregressive
 from ppvae.distributions.continuous import StudentT

@@ -14,7 +14,7 @@ Distribution = TypeVar("Distribution", bound=TorchDistribution)
 
 
 def expand_parameters(fn: Distribution, batch_shape: Sequence[int], **event_dims: int) -> Distribution:
-    """A copy of a distribution with its named parameters expanded to a batch shape, {name: its own event dims}."""
+    """A shallow copy of a distribution with parameters expanded to a batch shape, given as name=its event dims."""
     new, shape = copy.copy(fn), torch.Size(batch_shape)
     for name, event_dim in event_dims.items():
         value: Tensor = getattr(fn, name)
@@ -24,7 +24,7 @@ def expand_parameters(fn: Distribution, batch_shape: Sequence[int], **event_dims
 
 
 def collapse_expanded_dims(t: Tensor) -> Tensor:
-    """The same tensor with expanded dims at size one again, so that a function of it is computed once.
+    """The tensor with expanded dims (stride 0) at size one again, so that a function of it is computed once.
 
     >>> collapse_expanded_dims(torch.zeros(3).expand(100, 3)).shape
     torch.Size([1, 3])

@@ -7,7 +7,7 @@ from torch.distributions.constraints import Constraint
 
 
 class EquallySpacedLevels(Constraint):
-    """Equally spaced levels 0, top / (levels - 1), ..., top; read off within the rounding of float32."""
+    """Equally spaced levels 0, top / (levels - 1), ..., top, up to the rounding error of float32."""
 
     is_discrete = True
 
@@ -17,7 +17,7 @@ class EquallySpacedLevels(Constraint):
 
     @property
     def cure(self) -> str:
-        """What to do with values that are none of the levels."""
+        """What to do with values that are not among the levels."""
         if self.top != 1:
             return f"Number the {self.levels} values of the column from 0, and leave NaN where one is missing"
         top = self.levels - 1
@@ -39,7 +39,7 @@ class EquallySpacedLevels(Constraint):
 
 
 class OpenUnitInterval(Constraint):
-    """The numbers between 0 and 1 without the two."""
+    """The open interval (0, 1)."""
 
     lower_bound, upper_bound = 0.0, 1.0
     cure = (
@@ -55,7 +55,7 @@ class OpenUnitInterval(Constraint):
 
 
 class CountsWithTotal(Constraint):
-    """Counts [..., D] that sum to a total [...]; tells for each count whether it may stand there."""
+    """Counts [..., D] that sum to a total [...]; the check is elementwise, true where the row is valid."""
 
     is_discrete = True
     cure = (

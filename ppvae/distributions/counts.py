@@ -15,13 +15,13 @@ from ppvae.distributions.batch_shape import collapse_expanded_dims, expand_param
 from ppvae.distributions.constraints import CountsWithTotal
 from ppvae.distributions.special import log_rising_factorial_ratio
 
-_MAX_DRAWS = 2**22  # single draws of a multinomial in memory at a time
+_MAX_DRAWS = 2**22  # categorical draws of a multinomial in memory at a time
 
 
 class Poisson(TorchDistribution):
     """The Poisson distribution over 0, 1, 2, ..., log p(x) = x log_rate - exp(log_rate) - log x!.
 
-    From the log of the rate, so that a rate too small for its dtype still has a log-mass and a gradient (Pyro's gives
+    Parametrised by the log-rate, so that a rate that underflows still has a log-mass and a gradient (Pyro's gives
     -inf); log_rate = -inf is the point mass at 0. Raises ValueError for any other value, where validation is on.
 
     >>> Poisson(torch.tensor([0.0, -120.0])).log_prob(torch.tensor([0.0, 2.0]))
@@ -56,10 +56,10 @@ class Poisson(TorchDistribution):
 
 
 class NegativeBinomial(TorchDistribution):
-    """The negative binomial over 0, 1, 2, ... by its mean m and concentration c: a Poisson with a gamma rate.
+    """The negative binomial over 0, 1, 2, ... with mean m and concentration c: a Poisson with a gamma rate.
 
-    log p(x) = log [Gamma(x + c) / (Gamma(c) c^x x!)] + x log m - (x + c) log(1 + m / c), variance m + m^2 / c. Right
-    up to the Poisson limit c -> infinity, where Pyro's loses all digits (in float32 wrong by 1.4 nats at c = 1e7).
+    log p(x) = log [Gamma(x + c) / (Gamma(c) c^x x!)] + x log m - (x + c) log(1 + m / c), variance m + m^2 / c.
+    Accurate up to the Poisson limit c -> infinity, where torch's and Pyro's cancel (by 1.4 nats in float32 at c = 1e7).
     Raises ValueError for a value outside the support, where validation is on.
 
     Args:
@@ -105,9 +105,9 @@ class NegativeBinomial(TorchDistribution):
 
 
 class ZeroInflated(TorchDistribution):
-    """Counts of which some are zero for another reason: p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid.
+    """Zero-inflated counts, p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid.
 
-    As Pyro's, but exact at any gate: at gate_logits = -inf it is its base, where Pyro's gives NaN. Raises ValueError
+    As Pyro's, but exact at any gate: gate_logits = -inf gives the base, where Pyro's gives NaN. Raises ValueError
     for a value outside the base's support, where validation is on.
 
     Args:
@@ -132,7 +132,7 @@ class ZeroInflated(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        """That of the base."""
+        """The support of the base."""
         return self.base.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ZeroInflated:
@@ -142,7 +142,7 @@ class ZeroInflated(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """s(-g) times the base's mean."""
+        """s(-g) times the mean of the base."""
         return torch.sigmoid(-self.gate_logits) * self.base.mean
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -162,7 +162,8 @@ class Multinomial(TorchDistribution):
     """Counts [D] of N draws from D kinds, log p(x | N) = log N! - sum_d log x_d! + sum_d x_d log softmax(logits)_d.
 
     With the multinomial coefficient, so that it sums to one over all counts of total N; other counts have log-mass
-    -inf. Pyro's needs one N for all. Raises ValueError for counts that do not sum to N, where validation is on.
+    -inf. Pyro's takes a single N for the batch. Raises ValueError for counts that do not sum to N, where validation is
+    on.
 
     Args:
         total: N of each datum, [*batch].

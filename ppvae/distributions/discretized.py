@@ -1,4 +1,4 @@
-"""Distributions over equally spaced levels: categorical, discretised logistic, mixtures of it."""
+"""Distributions over equally spaced levels: categorical, discretised logistic, mixtures of discretised logistics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_levels(levels: int) -> int:
 class Levels(TorchDistribution):
     """A categorical distribution over L levels 0, top / (L - 1), ..., top, p(k top / (L - 1)) = softmax(logits)_k.
 
-    Raises ValueError for a value that is none of the levels, where validation is on.
+    Raises ValueError for a value that is not a level, where validation is on.
 
     Args:
         logits: [*batch, L].
@@ -78,13 +78,13 @@ class Levels(TorchDistribution):
 
 
 def discretized_logistic_log_prob(value: Tensor, loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
-    """log-mass of a logistic in the bin of a level, the two end bins reaching to infinity; exact in both tails.
+    """The log-mass of a logistic in the bin of a level; the two end bins are unbounded. Accurate in both tails.
 
-    With a, b the bin's ends in units of the scale, sigma(a) - sigma(b) = sigma(a) sigma(-b) (1 - e^-(a - b)); at the
-    lowest level sigma(b) = 0, at the highest sigma(a) = 1.
+    With a, b the ends of the bin in units of the scale, sigma(a) - sigma(b) = sigma(a) sigma(-b) (1 - e^-(a - b)); at
+    the lowest level sigma(b) = 0, at the highest sigma(a) = 1.
     """
     largest, half = torch.finfo(log_scale.dtype).max, 0.5 / (levels - 1)
-    # a scale below e^-66 (float32) is taken for that: the masses are the same, and nothing overflows
+    # scales are clamped at e^-66 (float32): the masses are the same, and nothing overflows
     per_scale = torch.exp((-log_scale).clamp(max=0.75 * math.log(largest)))
     highest, lowest = (value > 1 - half).to(log_scale.dtype), (value < half).to(log_scale.dtype)
     above = (value + half - loc) * per_scale + highest * (largest / 2)
@@ -103,7 +103,7 @@ def _discretized_logistic_mean(loc: Tensor, log_scale: Tensor, levels: int) -> T
 
 
 def _sample_discretized_logistic(loc: Tensor, log_scale: Tensor, levels: int) -> Tensor:
-    """A logistic draw put into its bin."""
+    """A logistic draw, rounded to its level."""
     info = torch.finfo(loc.dtype)
     u = torch.rand_like(loc).clamp(info.tiny, 1 - info.eps)
     x = loc + log_scale.exp() * torch.logit(u)
@@ -114,8 +114,8 @@ class DiscretizedLogistic(TorchDistribution):
     """A logistic distribution in L bins around the levels 0, 1 / (L - 1), ..., 1.
 
     p(x) = sigma((x + h - loc) / s) - sigma((x - h - loc) / s), h = 1 / (2 (L - 1)), s = exp(log_scale); the two end
-    bins reach to infinity, so that it sums to one. loc and s are in units of the data. Raises ValueError for a value
-    that is none of the levels, where validation is on.
+    bins are unbounded, so that it sums to one. loc and s are in units of the data. Raises ValueError for a value that
+    is not a level, where validation is on.
 
     Source: Kingma et al. 2016 (arXiv 1606.04934), appendix; Salimans et al. 2017 (arXiv 1701.05517) on the end bins.
 
@@ -142,7 +142,7 @@ class DiscretizedLogistic(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the levels, a sum over all of them."""
+        """The mean, a sum over the levels."""
         return _discretized_logistic_mean(self.loc, self.log_scale, self.levels)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -160,14 +160,14 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
     """Pixels of C coupled channels, each a mixture of M discretised logistics: an event [C, P] of P pixels.
 
     p(x) = prod_p sum_m softmax(logits)_mp prod_c DL(x_cp; loc_mcp + sum_{j<c} coupling_mcjp x_jp, log_scale_mcp).
-    The mixture is of whole pixels; a channel's location moves with the channels before it. Raises ValueError for a
-    value that is none of the levels, where validation is on.
+    The mixture is over pixels; the location of a channel is linear in the previous channels. Raises ValueError for a
+    value that is not a level, where validation is on.
 
     Args:
         logits: [*batch, M, P].
         loc, log_scale: [*batch, M, C, P], in units of the data.
         coupling: [*batch, M, C (C - 1) / 2, P]: of channel 1 with 0, 2 with 0, 2 with 1, ...
-        event_shape: how the C * P numbers of one datum are laid out, channels outermost; [C, P] by default.
+        event_shape: the shape of the C * P elements of one datum, channels outermost; [C, P] by default.
 
     Source: Salimans et al. 2017 (arXiv 1701.05517), equations 1-3.
 
@@ -214,14 +214,14 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the levels, where channels are not coupled: only for one channel."""
+        """The mean, for one channel; NotImplementedError for coupled channels."""
         if self.loc.shape[-2] > 1:
             raise NotImplementedError("the mean of coupled channels has no closed form")
         each = _discretized_logistic_mean(self.loc.squeeze(-2), self.log_scale.squeeze(-2), self.levels)
         return (self.logits.softmax(-2) * each).sum(-2).reshape(self.shape())
 
     def _conditional_loc(self, loc: Tensor, coupling: Tensor, x: Tensor, channel: int) -> Tensor:
-        """A channel's locations [..., P] given the channels before it, x [..., C, P]."""
+        """The locations [..., P] of a channel given the previous channels of x [..., C, P]."""
         first = channel * (channel - 1) // 2
         moved = loc[..., channel, :]
         for j in range(channel):

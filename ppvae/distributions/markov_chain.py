@@ -1,4 +1,4 @@
-"""Markov chains of vectors, some longer than others, as one distribution."""
+"""Markov chains of vectors, of different lengths in one batch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ Transition = Callable[[Tensor, Any], Any]  # (z before [..., latent], which time
 class MarkovChain(dist.TorchDistribution):
     """A Markov chain z_1 .. z_T of vectors, log p(z) = sum over known t of log p(z_t | z_(t-1)), z_0 = start.
 
-    Times that are not known come last: they are 0 in a draw and have no part in the density, so that a chain of length
-    n is a density of its first n vectors, whatever stands behind them. A draw goes step by step, a density takes all
-    steps at once.
+    Steps that are not known are padding at the end: 0 in a draw and ignored by the density, so that a chain of length n
+    is a density of its first n vectors. Sampling is sequential; the density evaluates all steps in one call.
 
     Args:
-        step: step(z, at) is p(z_t | z_(t-1)) given the vectors before, for z [..., latent] at one time `at`, or for
-            z [..., T, latent] at all times, `at` = slice(None). Its event is [latent].
+        step: step(z, at) returns p(z_t | z_(t-1)) given the previous vectors z: [..., latent] for one time `at`, or
+            [..., T, latent] for all times, `at` = slice(None). Its event shape is [latent].
         start: z_0 [latent].
-        known: which times a chain has, [*batch, T].
+        known: the mask of the steps of each chain, [*batch, T].
 
     Batch shape [*batch], event shape [T, latent]. Reparameterised where the steps are.
 

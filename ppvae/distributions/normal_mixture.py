@@ -1,4 +1,4 @@
-"""Mixtures of normals whose weights are given, with a path for their gradients."""
+"""Reparameterised mixtures of normals with constant weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ppvae.distributions.batch_shape import expand_parameters
 class NormalMixture(dist.TorchDistribution):
     """A mixture of normals with independent dims and given weights, q(z) = sum_m w_m N(z; loc_m, diag(scale_m)^2).
 
-    Reparameterised, though a draw chooses its component at random: with the weights constant,
-    dz = sum_m r_m(z) d(loc_m + scale_m e_m), e_m = (z - loc_m) / scale_m held fixed and r_m(z) = w_m N_m(z) / q(z).
-    Each component moves a draw by as much as it answers for it, which moves the mass as the density asks
-    (d q / d phi = -div(q dz / d phi)): the gradient of E[f(z)] has no bias. Weights have no such path.
+    Reparameterised, although a draw chooses its component at random: with the weights constant, dz = sum_m r_m(z)
+    d(loc_m + scale_m e_m), e_m = (z - loc_m) / scale_m held fixed and the responsibilities r_m(z) = w_m N_m(z) / q(z).
+    This velocity field satisfies the transport equation d q / d phi = -div(q dz / d phi), so that the pathwise gradient
+    of E[f(z)] is unbiased. There is no such path for the weights.
 
     Args:
         loc: [..., components, latent].
         scale: the same shape.
-        log_weight: [..., components], -inf for a component that is left out; normalised here, and constant.
+        log_weight: [..., components], normalised here; constant; -inf removes a component.
 
-    Batch shape [...], event shape [latent]. Raises ValueError for weights that ask for a gradient.
+    Batch shape [...], event shape [latent]. Raises ValueError for weights that require a gradient.
     Source: Jankowiak and Karaletsos 2019, Pathwise derivatives for multivariate distributions (arXiv 1806.01856).
 
     >>> two = NormalMixture(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1), torch.zeros(2))

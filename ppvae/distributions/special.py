@@ -1,4 +1,4 @@
-"""Functions of which the textbook form cancels or overflows, each right in float32 over its whole range."""
+"""Differences of log-gamma functions without cancellation, accurate in float32 over their whole range."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SERIES_FROM = 8.0
 
 
 def stirling_error(x: Tensor) -> Tensor:
-    """What Stirling's formula leaves of log Gamma: lgamma(x) - (x - 1/2) log x + x - log(2 pi) / 2, for x > 0.
+    """The error of Stirling's formula, lgamma(x) - (x - 1/2) log x + x - log(2 pi) / 2, for x > 0.
 
-    Log-densities that differ by gamma functions of large, near numbers lose all digits as differences of lgamma
-    (in float32, torch's Student t at a million degrees of freedom is 0.08 nats wrong); as differences of this they
-    lose none. Source: Loader 2000, "Fast and accurate computation of binomial probabilities".
+    Differences of lgamma at large, close arguments cancel (in float32, torch's Student t at a million degrees of
+    freedom is wrong by 0.08 nats); differences of this error do not. Source: Loader 2000, "Fast and accurate
+    computation of binomial probabilities".
 
     >>> stirling_error(torch.tensor([1.0, 1e6]))
     tensor([8.1061e-02, 8.3333e-08])

@@ -1,4 +1,4 @@
-"""Distributions over {0, 1} and over [0, 1]: Bernoulli, continuous Bernoulli, beta."""
+"""Distributions on {0, 1} and on [0, 1]: Bernoulli, continuous Bernoulli, beta."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ppvae.distributions.special import stirling_error
 class Bernoulli(dist.Bernoulli):
     """A Bernoulli distribution over {0, 1} with log p(x) = -softplus((1 - 2 x) logits).
 
-    The same density as Pyro's, in half the passes over memory; exact to rounding at any logit.
+    The same density as Pyro's with half the memory traffic; exact up to rounding at any logit.
     Raises ValueError for a value that is neither 0 nor 1, where validation is on.
 
     >>> import torch
@@ -33,9 +33,9 @@ class Bernoulli(dist.Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         wrong = (1 - 2 * value) * self.logits
-        if not wrong.requires_grad:  # in place: memory fresh from the system costs as much as the sum
+        if not wrong.requires_grad:  # in place: allocating new memory costs as much as the sum
             return torch.ops.aten.softplus.out(wrong, 1, 40, out=wrong).neg_()
-        # softplus keeps its input for the backward pass, not its output, so that the sign can be turned in place
+        # the backward pass of softplus needs its input, not its output, so that the output is negated in place
         return F.softplus(wrong, threshold=40).neg_()
 
 
@@ -46,9 +46,9 @@ _LOG_SINHC = (1 / 6, -1 / 180, 1 / 2835, -1 / 37800, 1 / 467775, -691 / 38310772
 class ContinuousBernoulli(TorchDistribution):
     """The continuous Bernoulli distribution on [0, 1], log p(x) = l x - log((e^l - 1) / l), l = logits.
 
-    A density in nats, exact to rounding at any logit: by Taylor's series near 0 and by -|l| |x - [l > 0]| + log |l|
-    - log(1 - e^-|l|) elsewhere. torch's form clamps probabilities and is wrong by 0.2 nats at logit 20. Samples are
-    not reparameterised. Raises ValueError for a value outside [0, 1], where validation is on.
+    A density in nats, exact up to rounding at any logit: a Taylor series near 0 and -|l| |x - [l > 0]| + log |l|
+    - log(1 - e^-|l|) elsewhere. torch clamps probabilities and is wrong by 0.2 nats at logit 20. Samples are not
+    reparameterised. Raises ValueError for a value outside [0, 1], where validation is on.
 
     Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845).
 
@@ -104,9 +104,9 @@ class ContinuousBernoulli(TorchDistribution):
 class Beta(dist.Beta):
     """The beta distribution on (0, 1), log p(x) = (a - 1) log x + (b - 1) log(1 - x) - log B(a, b).
 
-    As Pyro's, but log B(a, b) does not cancel where a and b are large (in float32 Pyro's is 0.13 nats wrong at
-    a = b = 1e5), and 0 and 1, where the density is zero or infinite, are outside its support. Raises ValueError
-    outside (0, 1), where validation is on.
+    As Pyro's, but log B(a, b) does not cancel for large a and b (in float32 Pyro's is wrong by 0.13 nats at
+    a = b = 1e5), and the support excludes 0 and 1, where the density is zero or infinite. Raises ValueError outside
+    (0, 1), where validation is on.
 
     >>> Beta(torch.tensor([2.0, 1e5]), torch.tensor([2.0, 1e5])).log_prob(torch.tensor([0.5, 0.5]))
     tensor([0.4055, 5.8772])
@@ -118,7 +118,7 @@ class Beta(dist.Beta):
         if self._validate_args:
             self._validate_sample(value)
         a, b = self.concentration1, self.concentration0
-        s, off = a + b, value * b - (1 - value) * a  # `off` is how far x is from the mean a / s, times s
+        s, off = a + b, value * b - (1 - value) * a  # off = s (x - a / s): the deviation from the mean
         powers = a * _log_ratio(off / a, value * (s / a)) + b * _log_ratio(-off / b, (1 - value) * (s / b))
         spread = 0.5 * (torch.log(a / s) + torch.log(b) - math.log(2 * math.pi))
         errors = stirling_error(s) - stirling_error(a) - stirling_error(b)
@@ -126,6 +126,6 @@ class Beta(dist.Beta):
 
 
 def _log_ratio(off: Tensor, ratio: Tensor) -> Tensor:
-    """log(ratio) of ratio = 1 + off, from whichever has the more digits."""
+    """log(ratio) for ratio = 1 + off, from whichever argument is more accurate."""
     far = off < -0.5
     return torch.where(far, ratio.log(), torch.log1p(torch.where(far, 0.0, off)))

@@ -1,4 +1,4 @@
-"""Autoregressive priors, p(z) = prod_d p(z_d | z_1 .. z_(d-1)), by a masked network: one pass for a density."""
+"""Autoregressive priors, p(z) = prod_d p(z_d | z_<d), by a masked network: a density takes one pass."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ppvae.priors.flows import zuko
 
 @final
 class AutoregressiveClasses(distributions.Autoregressive):
-    """Classes drawn one after another, each given those before it, with up to 65536 joint values laid out.
+    """An autoregressive distribution over vectors of classes, enumerable up to 65536 joint values.
 
-    log p(z) = sum_v log p(z_v | z_<v), as `ppvae.distributions.Autoregressive` has it; `conditionals` maps classes
-    [..., variables] to a distribution of such vectors, whose factor v depends on elements before v alone.
+    log p(z) = sum_v log p(z_v | z_<v), see `ppvae.distributions.Autoregressive`; `conditionals` maps classes
+    [..., variables] to a factorised distribution over them, whose factor v depends on elements before v only.
 
     >>> def copying(z):
     ...     same = 50.0 * F.one_hot(F.pad(z, (1, -1)), 3)
@@ -38,7 +38,7 @@ class AutoregressiveClasses(distributions.Autoregressive):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether the joint values are few enough to be laid out."""
+        """Whether there are at most 65536 joint values."""
         return self.classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -51,7 +51,7 @@ class AutoregressiveClasses(distributions.Autoregressive):
 
 
 class _AutoregressiveMLP(nn.Module):
-    """A masked network [..., variables * width] -> [..., variables, outputs]: row d sees elements before d alone."""
+    """A masked MLP, [..., variables * width] -> [..., variables, outputs]; row d depends on elements before d only."""
 
     def __init__(self, variables: int, width: int, outputs: int, hidden: Sequence[int]):
         super().__init__()
@@ -71,12 +71,12 @@ class Autoregressive(nn.Module):
     """A real autoregressive prior whose conditionals are mixtures of normals, by a masked network (MADE).
 
     log p(z) = sum_d logsumexp_c (log w_dc + log N(z_d; loc_dc, scale_dc)), with w, loc, scale functions of z_<d.
-    With one component it starts as the standard normal. Log-scales stay within 7 of zero: far from the data a network
-    would send them anywhere.
+    With one component it starts as the standard normal. Log-scales are bounded to [-7, 7], as a network extrapolates
+    without bounds far from the data.
 
     Args:
         latent: the size of z.
-        components: of each conditional.
+        components: the number of mixture components of each conditional.
         hidden: the widths of the masked network.
 
     Returns batch shape [], event shape [latent].

@@ -1,4 +1,4 @@
-"""Concrete (Gumbel-softmax) distributions: densities on the unit interval and on simplices, right at any logit."""
+"""Concrete (Gumbel-softmax) distributions on the unit interval and on simplices, accurate at any logit."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class BinaryConcrete(dist.TorchDistribution):
     """A relaxed Bernoulli variable on (0, 1): z = sigmoid((logits + Logistic(0, 1)) / temperature).
 
     log p(z) = log t - softplus(d) - softplus(-d) - log z - log(1 - z), d = logits - t logit(z), t the temperature.
-    Pyro's RelaxedBernoulli clips its logits where it samples and overflows to -inf beyond logits of 88. A draw keeps
-    within (tiny, 1 - eps / 2), the numbers of its dtype that are neither 0 nor 1.
+    Pyro's RelaxedBernoulli clips logits in sampling and overflows to -inf beyond logits of 88. Draws are clamped to
+    [tiny, 1 - eps / 2], the numbers of the dtype strictly between 0 and 1.
     Source: Maddison et al. 2017 (arXiv 1611.00712); Jang et al. 2017 (arXiv 1611.01144).
 
     >>> BinaryConcrete(torch.tensor(1.0), torch.tensor(0.0)).log_prob(torch.tensor(0.3)).abs() < 1e-6
@@ -61,12 +61,12 @@ class BinaryConcrete(dist.TorchDistribution):
 
 @final
 class Concrete(dist.TorchDistribution):
-    """Relaxed one-hot vectors, end to end: each block z = softmax((logits + Gumbel) / temperature) on its simplex.
+    """Relaxed one-hot vectors, concatenated: each block z = softmax((logits + Gumbel) / temperature) on its simplex.
 
     Per block of C classes, log p(z) = log (C - 1)! + (C - 1) log t + sum_c (s_c - log z_c) - C logsumexp_c s_c,
     s = logits - t log z, with respect to the block's first C - 1 elements. `logits` are [..., variables, classes], the
     event shape is [variables * classes]. Pyro's RelaxedOneHotCategorical gives NaN where an element of a draw
-    underflows; here elements are at least the smallest number of their dtype.
+    underflows; here elements are at least the smallest normal number of the dtype.
     Source: Maddison et al. 2017 (arXiv 1611.00712); Jang et al. 2017 (arXiv 1611.01144).
 
     >>> Concrete(torch.tensor(1.0), torch.zeros(1, 2)).log_prob(torch.tensor([0.3, 0.7])).abs() < 1e-6
@@ -83,7 +83,7 @@ class Concrete(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> Any:
-        """Simplices, end to end."""
+        """Concatenated simplices."""
         return SimplexBlocksConstraint(self.logits.shape[-1])
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Concrete:
@@ -106,7 +106,7 @@ class Concrete(dist.TorchDistribution):
 
 
 def _clamp_to_open_unit_interval(z: Tensor) -> Tensor:
-    """Moves 0 and 1 to the nearest numbers of the dtype that are neither."""
+    """Clamps to the numbers of the dtype strictly between 0 and 1."""
     info = torch.finfo(z.dtype)
     return z.clamp(info.tiny, 1 - info.eps / 2)
 

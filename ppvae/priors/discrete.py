@@ -1,4 +1,4 @@
-"""Discrete priors, learned or uniform, and their relaxed counterparts with a density of their own."""
+"""Discrete priors, uniform or learned, and their relaxed counterparts (Concrete distributions)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 
 @final
 class Bernoulli(nn.Module):
-    """Independent binary variables, log p(z) = sum_d z_d l_d - softplus(l_d); every bit has probability 1/2 at first.
+    """Independent binary variables, log p(z) = sum_d z_d l_d - softplus(l_d); initially 1/2 each.
 
     Args:
         latent: the number of variables.
@@ -48,7 +48,7 @@ class Bernoulli(nn.Module):
 class Categorical(nn.Module):
     """Independent variables with several classes, log p(z) = sum_v log softmax(l_v)_(z_v); uniform at first.
 
-    Values are integers 0 .. classes - 1, for a likelihood that embeds them; `OneHot` has them in floating point.
+    Values are integers 0 .. classes - 1, for a likelihood that embeds them; `OneHot` gives floating point.
 
     Args:
         classes: values of each variable.
@@ -74,11 +74,11 @@ class Categorical(nn.Module):
 
 @final
 class OneHot(nn.Module):
-    """`Categorical` with each class written as a one-hot vector, end to end, so that a network takes z as it is.
+    """`Categorical` with classes as one-hot vectors, concatenated, so that a network can take z.
 
     Args:
         classes: values of each variable.
-        variables: how many one-hot vectors z is made of.
+        variables: the number of one-hot vectors in z.
         learned: whether the logits are trained.
 
     Returns batch shape [], event shape [variables * classes]; enumerable up to 65536 joint values.
@@ -107,7 +107,7 @@ class OneHot(nn.Module):
 
 @final
 class RelaxedBernoulli(nn.Module):
-    """Independent relaxed binary variables on (0, 1), the prior that goes with `posteriors.RelaxedBernoulli`.
+    """Independent relaxed binary variables on (0, 1), the prior for `posteriors.RelaxedBernoulli`.
 
     log p(z) = sum_d log BinaryConcrete(z_d; l_d, temperature). `discrete` is the Bernoulli prior with the same logits.
 
@@ -136,13 +136,13 @@ class RelaxedBernoulli(nn.Module):
 
 @final
 class RelaxedOneHot(nn.Module):
-    """Independent relaxed one-hot vectors, end to end, the prior that goes with `posteriors.RelaxedOneHot`.
+    """Independent relaxed one-hot vectors, concatenated, the prior for `posteriors.RelaxedOneHot`.
 
     log p(z) = sum_v log Concrete(z_v; l_v, temperature). `discrete` is the one-hot prior with the same logits.
 
     Args:
         classes: values of each variable.
-        variables: how many vectors z is made of.
+        variables: the number of vectors in z.
         temperature: of the prior; that of the posterior may differ.
         learned: whether the logits l are trained.
 
@@ -165,7 +165,7 @@ class RelaxedOneHot(nn.Module):
 
 
 def temperature_tensor(temperature: float) -> Tensor:
-    """The temperature as a tensor, if it is positive."""
+    """The temperature as a tensor; ValueError unless it is positive."""
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, found {temperature}")
     return torch.tensor(float(temperature))

@@ -1,4 +1,4 @@
-"""Distributions over vectors of discrete variables, with their joint values laid out for exact summation."""
+"""Distributions over vectors of discrete variables, whose joint values can be enumerated for exact summation."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ MAX_JOINT_VALUES = 1 << 16  # a vector with more joint values is not enumerated
 
 
 def joint_values(values: Tensor, variables: int) -> Tensor:
-    """Every vector of so many variables that take the given values [classes]: [classes^variables, variables]."""
+    """All vectors of `variables` elements with the given values [classes]: [classes^variables, variables]."""
     return torch.cartesian_prod(*[values] * variables).reshape(-1, variables)
 
 
 def enumerated_values(values: Tensor, batch_shape: torch.Size, expand: bool) -> Tensor:
-    """[n, *event] as Pyro's enumeration takes it: [n, *batch of ones or of the true sizes, *event]."""
+    """Values [n, *event] in the shape of `enumerate_support`: [n, *batch (ones unless expanded), *event]."""
     shape = torch.Size([len(values)] + [1] * len(batch_shape)) + values.shape[1:]
     return values.reshape(shape).expand(shape[:1] + batch_shape + values.shape[1:] if expand else shape)
 
 
 @final
 class DiscreteVector(dist.Independent):
-    """Independent discrete variables as one vector: as `to_event(1)`, and enumerable while joint values are few.
+    """Independent discrete variables as one vector, `to_event(1)` that can be enumerated.
 
-    log p(z) = sum_v log p_v(z_v). `enumerate_support` gives every joint value, classes^variables of them, so that Pyro
-    (`config_enumerate`) and `terms` sum the vector out exactly; with more than 65536 it says that it cannot.
+    log p(z) = sum_v log p_v(z_v). `enumerate_support` returns all classes^variables joint values, so that Pyro
+    (`config_enumerate`) and `terms` sum the vector out exactly; NotImplementedError beyond 65536 of them.
 
     >>> DiscreteVector(dist.Bernoulli(logits=torch.zeros(2)), 1).enumerate_support()
     tensor([[0., 0.],
@@ -44,7 +44,7 @@ class DiscreteVector(dist.Independent):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether the joint values are few enough to be laid out."""
+        """Whether there are at most 65536 joint values."""
         classes = self.base_dist.enumerate_support(expand=False).numel()
         return classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
@@ -58,7 +58,7 @@ class DiscreteVector(dist.Independent):
 
 
 class OneHotBlocksConstraint(constraints.Constraint):
-    """Vectors of several one-hot vectors of the same length, end to end."""
+    """Concatenated one-hot vectors of the same length."""
 
     is_discrete = True
     event_dim = 1
@@ -77,7 +77,7 @@ class OneHotBlocksConstraint(constraints.Constraint):
 
 @final
 class OneHotVector(dist.TorchDistribution):
-    """A distribution over vectors of classes [variables], with each class written as a one-hot vector, end to end.
+    """A distribution over vectors of classes [variables], with classes as concatenated one-hot vectors.
 
     log p(z) = log p_base(classes of z). Event shape [variables * classes], in floating point: a network takes it.
 
@@ -95,12 +95,12 @@ class OneHotVector(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
-        """One-hot vectors, end to end."""
+        """Concatenated one-hot vectors."""
         return OneHotBlocksConstraint(self.classes)
 
     @property
     def has_enumerate_support(self) -> bool:
-        """As the base says."""
+        """That of the base."""
         return self.base.has_enumerate_support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> OneHotVector:

@@ -1,4 +1,4 @@
-"""Priors with independent real dims: standard and learned normal, and two with heavier tails."""
+"""Priors with independent real dims: standard and learned normal, Laplace, Student's t."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The uniform prior on the sphere."""
+"""The uniform prior on the unit sphere."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def normalize(x: Tensor) -> Tensor:
 
 @final
 class UniformOnSphere(nn.Module):
-    """The uniform prior over unit vectors, the prior that goes with `posteriors.PowerSpherical`.
+    """The uniform prior over unit vectors, the prior for `posteriors.PowerSpherical`.
 
     log p(z) = lgamma(D / 2) - log 2 - (D / 2) log pi with respect to the surface of the sphere in D dims.
 

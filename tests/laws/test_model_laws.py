@@ -116,7 +116,7 @@ def ladder() -> LadderVAE:
 
 
 def top_down() -> TopDownVAE:
-    blocks = [Block(normal(5), normal(5 + 3), nn.Added(nn.mlp(2, 5, hidden=(5,)))) for _ in range(3)]
+    blocks = [Block(normal(5), normal(5 + 3), nn.Added(nn.mlp(2, 5, hidden=(5,)))) for _ in range(2)]
     return TopDownVAE(torch.zeros(5), blocks, bits(5), nn.mlp(4, 3, hidden=(5,)))
 
 
@@ -125,7 +125,7 @@ def images() -> Batch:
 
 
 def very_deep() -> TopDownVAE:
-    return very_deep_vae(*images(), sides=(1, 4), blocks=(1, 2), width=4, latent=2, components=2, levels=4)
+    return very_deep_vae(*images(), sides=(1, 4), blocks=(1, 1), width=4, latent=2, components=2, levels=4)
 
 
 def sequences() -> Batch:
@@ -208,7 +208,7 @@ MODELS = {
     "semi-supervised VAE without labels": Case(semi_supervised, binary, "guide site 'y': enumerated"),
     "hierarchical VAE": Case(hierarchical, binary, "guide site 'z3': latent"),
     "ladder VAE": Case(ladder, binary, "guide site 'z2': latent"),
-    "top-down VAE": Case(top_down, binary, "guide site 'z3': latent, Normal"),
+    "top-down VAE": Case(top_down, binary, "guide site 'z2': latent, Normal"),
     "VDVAE": Case(very_deep, images, "guide site 'z1': latent, Normal over event [32]"),
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, MarkovChain over event [3, 2]"),
     "topics, logistic-normal": Case(

@@ -645,7 +645,7 @@ def test_per_datum_reaches_every_exact_posterior_and_refuses_new_data() -> None:
             return pyro.sample("z", posterior(x, context=context))
 
     for lr in (0.1, 0.01):
-        fit(model, guide, data.indexed(x), epochs=200, batch_size=20, progress=False,
+        fit(model, guide, data.indexed(x), epochs=120, batch_size=20, progress=False,
             objective=Trace_ELBO(num_particles=10, vectorize_particles=True),
             optimizer=lambda ps, lr=lr: torch.optim.Adam(ps, lr=lr))  # fmt: skip
     gap = kl_divergence(posterior(x, context=torch.arange(20)), pair.posterior(x)).detach()
