@@ -23,7 +23,7 @@ class Bernoulli(NetworkLikelihood):
     """
 
     def output_for_mean(self, mean: Tensor) -> Tensor:
-        """The network's output at which pixels have a mean [*event], no nearer than 0.001 to certainty: to start at."""
+        """The output at which pixels have a mean [*event], clamped to [0.001, 0.999]: to initialise the output bias."""
         return torch.logit(mean.double().clamp(0.001, 0.999)).to(mean.dtype)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

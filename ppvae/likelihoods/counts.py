@@ -1,4 +1,4 @@
-"""Likelihoods of counts, with a library size where the batch brings one."""
+"""Likelihoods of counts, optionally scaled by a library size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppvae.likelihoods.network_outputs import (
 
 
 class _CountLikelihood(nn.Module):
-    """Parameters from net(z), the first of them log-rates, to which a library size is added where one is asked for."""
+    """A count likelihood with log-rates from net(z), optionally scaled by a library size, and further parameters."""
 
     log_concentration: Tensor
 
@@ -33,12 +33,12 @@ class _CountLikelihood(nn.Module):
             register_log_parameter(self, "concentration", concentration)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, len(self._parameter_names))
 
     @property
     def forward(self) -> Callable[..., dist.TorchDistribution]:  # type: ignore[override]
-        """The call: of (z), or of (z, context) with a library, so that only then `context` is declared."""
+        """`forward(z)`, or with a library `forward(z, context)`: `context` is declared only then."""
         return self._forward_with_library if self.library else self._forward_without_library
 
     def _forward_without_library(self, z: Tensor) -> dist.TorchDistribution:
@@ -65,12 +65,12 @@ class Poisson(_CountLikelihood):
     Args:
         net: maps [..., latent] to [..., *event].
         library: without it, rates are r = exp(net(z)). With it, r = library * softmax(net(z)), the softmax over the
-            whole event, and the library size (total count to be expected, [N], > 0) is the batch's second tensor: this
+            whole event, and the library size (the expected total count, [N], > 0) is the batch's second tensor: this
             likelihood then declares `context`.
 
-    The library must be known without x: sequencing depth, exposure time, length of a document. Taken from the datum's
-    own sum, as scvi-tools does by default, p(x | z, library(x)) is no density of x; to condition on the sum, use
-    `Multinomial`, which is exactly that for a Poisson. Data are 0, 1, 2, ...; a log-mass in nats; returns batch shape
+    The library must be known without x: sequencing depth, exposure time, length of a document. With the sum of the
+    datum itself, the default of scvi-tools, p(x | z, library(x)) is not a density of x; to condition a Poisson on its
+    sum, use `Multinomial`. Data are 0, 1, 2, ...; a log-mass in nats; returns batch shape
     [...], event shape [*event]. Raises DataError for a context of another shape.
     Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics" (the parametrisation).
 
@@ -91,7 +91,7 @@ class Poisson(_CountLikelihood):
 
 
 class NegativeBinomial(_CountLikelihood):
-    """Independent negative binomial counts of mean r_d(z) and concentration c: variance r + r^2 / c.
+    """Independent negative binomial counts with mean r_d(z) and concentration c, variance r + r^2 / c.
 
     Args:
         net: maps [..., latent] to [..., *event]; with concentration="network" to [..., 2 * first, *rest], log-rates,
@@ -118,7 +118,7 @@ class NegativeBinomial(_CountLikelihood):
 
 
 class ZeroInflatedPoisson(_CountLikelihood):
-    """Poisson counts of which some are zero for another reason, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d).
+    """Zero-inflated Poisson counts, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d), s the sigmoid.
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds g of an extra zero, along the
     first event dim.
@@ -144,7 +144,7 @@ class ZeroInflatedPoisson(_CountLikelihood):
 
 
 class ZeroInflatedNegativeBinomial(_CountLikelihood):
-    """Negative binomial counts of which some are zero for another reason (dropout in single-cell counts).
+    """Zero-inflated negative binomial counts, for example of single cells with dropout.
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds of an extra zero; with
     concentration="network" to [..., 3 * first, *rest], log-concentrations last.
@@ -175,13 +175,13 @@ class ZeroInflatedNegativeBinomial(_CountLikelihood):
 
 
 class Multinomial(NetworkLikelihood):
-    """Bags of N words, log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log softmax(net(z))_d.
+    """Multinomial counts (bags of N words), log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log
+    softmax(net(z))_d.
 
-    N is given, the batch's second tensor [N]: x alone has no density here until its total has one, and log p(x) means
-    log p(x | N). With the multinomial coefficient, so that it sums to one over all bags of N; Liang et al. leave it
-    out, which moves every log p(x) of a data set alike and no gradient. `net` maps [..., latent] to logits [..., D];
-    data are counts [D] that sum to N; a log-mass in nats. Returns batch shape [...], event shape [D]. Raises DataError
-    for a context of another shape, ValueError for a datum of more than one dim.
+    The model is conditioned on N, the batch's second tensor [N]: log p(x) means log p(x | N). With the multinomial
+    coefficient, so that it sums to one over all bags of N; Liang et al. omit it, a constant for a data set. `net` maps
+    [..., latent] to logits [..., D]; data are counts [D] that sum to N; a log-mass in nats. Returns batch shape [...],
+    event shape [D]. Raises DataError for a context of another shape, ValueError for a datum of more than one dim.
     Source: Liang et al. 2018 (arXiv 1802.05814); Miao et al. 2016 (arXiv 1511.06038) on documents.
 
     >>> import torch

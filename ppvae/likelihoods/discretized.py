@@ -1,4 +1,4 @@
-"""Likelihoods of L equally spaced levels in [0, 1], such as pixels of 256 grey values v / 255, as log-masses."""
+"""Likelihoods over equally spaced levels in [0, 1], such as pixels with 256 grey values v / 255."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ppvae.likelihoods.network_outputs import block_output_shape, event_dim, lev
 
 
 class Categorical(nn.Module):
-    """Independent pixels with a logit for each level, log p(x | z) = sum_d log softmax(l_d)[x_d (levels - 1)].
+    """Independent categorical pixels, a logit for each level, log p(x | z) = sum_d log softmax(l_d)[x_d (levels - 1)].
 
     `net` maps [..., latent] to [..., levels * first, *rest]: the logits of level 0 for all pixels, then those of
     level 1, ..., along the first event dim. Data are v / (levels - 1), v = 0 ... levels - 1, as `data.load` gives them;
@@ -37,7 +37,7 @@ class Categorical(nn.Module):
         self.net, self.levels = net, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -46,10 +46,10 @@ class Categorical(nn.Module):
 
 
 class DiscretizedLogistic(nn.Module):
-    """Independent pixels of a logistic put into bins, log p(x | z) = sum_d log [F(x_d + h) - F(x_d - h)].
+    """Independent discretised logistic pixels, log p(x | z) = sum_d log [F(x_d + h) - F(x_d - h)].
 
     F is the logistic distribution of location loc_d(z) and scale exp(log_scale_d(z)), in units of the data, h half a
-    level; the two end bins reach to infinity, so that it sums to one. `net` maps [..., latent] to
+    level; the two end bins are unbounded, so that it sums to one. `net` maps [..., latent] to
     [..., 2 * first, *rest]: locations, then log-scales, along the first event dim. Data are v / (levels - 1). A
     log-mass in nats; returns batch shape [...], event shape [first, *rest].
 
@@ -71,7 +71,7 @@ class DiscretizedLogistic(nn.Module):
         self.net, self.levels = net, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, 2)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -80,10 +80,10 @@ class DiscretizedLogistic(nn.Module):
 
 
 class MixtureOfDiscretizedLogistics(nn.Module):
-    """Pixels of C coupled channels, each pixel a mixture of M discretised logistics, as in PixelCNN++.
+    """Pixels of C coupled channels, mixtures of M discretised logistics as in PixelCNN++.
 
     log p(x | z) = sum_p log sum_m softmax(l_p)_m prod_c DL(x_cp; loc_mcp + sum_{j<c} tanh(r_mcjp) x_jp, log_scale_mcp):
-    given the component, a channel's location moves with the channels before it. `net` maps [..., latent] to
+    given the component, the location of a channel is linear in the previous channels. `net` maps [..., latent] to
     [..., outputs * first, *rest], outputs = M (1 + 2 C + C (C - 1) / 2): blocks of M logits, M C locations, M C
     log-scales and M C (C - 1) / 2 couplings r, along the first event dim. Data are v / (levels - 1), of event shape
     [C * first, *rest]: images [C, H, W] (first = 1) or the same flattened (first = H * W). A log-mass in nats; returns
@@ -91,8 +91,8 @@ class MixtureOfDiscretizedLogistics(nn.Module):
 
     Args:
         net: the network.
-        components: M, of each pixel's mixture.
-        channels: C, the numbers of a pixel that are coupled: 3 for colour, 1 for none.
+        components: M, the components of the mixture of each pixel.
+        channels: C, the coupled elements of a pixel: 3 for colour, 1 for none.
         levels: how many values a number can take.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
@@ -118,7 +118,7 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         return m * (1 + 2 * c + c * (c - 1) // 2)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, self.outputs, self.channels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

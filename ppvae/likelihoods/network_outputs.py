@@ -1,4 +1,4 @@
-"""How likelihoods read a network's output: which dims are one datum, and several parameters a number."""
+"""How likelihoods read the output of their network: event dims, blocks of parameters, and learned scalars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ParameterSource = float | Literal["learned", "network"] | tuple[int, ...]
 
 
 class NetworkLikelihood(nn.Module):
-    """A likelihood whose parameters are all a network's output at z, so many for each number of the data."""
+    """A likelihood whose parameters are the output of a network at z, `parameters_per_element` blocks of them."""
 
     parameters_per_element: ClassVar[int] = 1
 
@@ -23,18 +23,19 @@ class NetworkLikelihood(nn.Module):
         self.net = net
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, self.parameters_per_element)
 
 
 def event_dim(out: Tensor, z: Tensor) -> int:
-    """How many dims of a network's output are one datum, given latent vectors [..., latent]."""
+    """The number of event dims of a network's output, given latent vectors [..., latent]."""
     return out.dim() - z.dim() + 1
 
 
 def split_blocks(out: Tensor, z: Tensor, count: int, what: str) -> tuple[Tensor, ...]:
-    """Parameters that stand one after another along the output's first event dim: [..., count * first, *rest] ->
-    `count` times [..., first, *rest]. ValueError, by `what` they are, for a dim that does not divide.
+    """Splits an output [..., count * first, *rest] along its first event dim into `count` blocks [..., first, *rest].
+
+    Raises ValueError, with `what` the blocks are, for a dim that does not divide.
 
     For a flat datum [D] these are blocks of D numbers, for an image [C, H, W] blocks of C channels.
 
@@ -52,7 +53,7 @@ def split_blocks(out: Tensor, z: Tensor, count: int, what: str) -> tuple[Tensor,
 
 
 def block_output_shape(event: Sequence[int], count: int, channels: int = 1) -> tuple[int, ...]:
-    """The event shape of an output of `count` blocks for data of an event shape (for each pixel of some `channels`).
+    """The event shape of an output of `count` blocks for data of an event shape, or for each pixel of `channels`.
 
     >>> block_output_shape((3, 32, 32), 2), block_output_shape((3, 32, 32), 10, channels=3)
     ((6, 32, 32), (10, 32, 32))
@@ -61,19 +62,21 @@ def block_output_shape(event: Sequence[int], count: int, channels: int = 1) -> t
 
 
 def level_logits(out: Tensor, z: Tensor, levels: int) -> Tensor:
-    """Logits of levels, blocks along the first event dim, moved to the end: -> [..., first, *rest, levels].
+    """Logits of levels, moved from blocks along the first event dim to the end: [..., first, *rest, levels].
 
     >>> level_logits(torch.zeros(5, 12), torch.zeros(5, 2), 4).shape
     torch.Size([5, 3, 4])
     """
     split_blocks(out, z, levels, "the logits of each level")
     dim = z.dim() - 1
-    return out.unflatten(dim, (levels, -1)).movedim(dim, -1)  # a view: a copy would take half of a step's time
+    return out.unflatten(dim, (levels, -1)).movedim(dim, -1)  # a view: a copy takes half of the time of a step
 
 
 def register_log_parameter(part: nn.Module, name: str, value: ParameterSource, start: float = 1.0) -> None:
-    """Gives a module the logarithm of a positive parameter as `log_<name>`: a buffer for a number, parameters that
-    begin at `start` for "learned" (one) or a shape (one each), and nothing for "network", whose net gives it.
+    """Registers the logarithm of a positive parameter of a module as `log_<name>`.
+
+    A number becomes a buffer; "learned" (a scalar) or a shape become parameters initialised at `start`; "network"
+    registers nothing, as the network predicts it.
 
     Raises ValueError for anything else.
     """
@@ -89,7 +92,7 @@ def register_log_parameter(part: nn.Module, name: str, value: ParameterSource, s
 
 
 def context_per_datum(context: Tensor, z: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """A context of one number a datum [batch], as `dtype`. DataError, saying `what` it is, for another shape."""
+    """A context with one number for each datum [batch], as `dtype`. DataError, with `what` it is, for another shape."""
     try:
         fits = torch.broadcast_shapes(context.shape, z.shape[:-1]) == z.shape[:-1]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""A likelihood of a table's rows: real, count, binary and categorical columns, some values missing."""
+"""A likelihood of rows of a table: real, count, binary and categorical columns, some values missing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Kind = Literal["real", "count", "binary", "categorical"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its kind, and for categories their number (values 0 ... levels - 1).
+    """A column of a table: its kind, and the number of levels of a categorical one (values 0 ... levels - 1).
 
-    ValueError for another kind, or for categories without a number of levels.
+    Raises ValueError for another kind, or for a categorical column without levels.
 
     >>> Column("categorical", 5).outputs
     5
@@ -38,7 +38,7 @@ class Column:
 
     @property
     def outputs(self) -> int:
-        """How many numbers a network gives for this column."""
+        """The number of network outputs for this column."""
         return self.levels if self.kind == "categorical" else 1
 
 
@@ -46,7 +46,7 @@ ColumnSpec = Sequence[Column | Kind | tuple[Kind, int]]
 
 
 def parse_columns(columns: ColumnSpec) -> tuple[Column, ...]:
-    """Columns from their short forms "real", ("categorical", 5).
+    """Columns from the short forms "real", ("categorical", 5).
 
     >>> parse_columns(["real", ("categorical", 5)])
     (Column(kind='real', levels=0), Column(kind='categorical', levels=5))
@@ -57,7 +57,7 @@ def parse_columns(columns: ColumnSpec) -> tuple[Column, ...]:
 
 
 def table_outputs(columns: ColumnSpec) -> int:
-    """How many numbers a network gives `Mixed` for these columns.
+    """The number of network outputs that `Mixed` reads for these columns.
 
     >>> table_outputs(["real", "count", ("categorical", 5)])
     7
@@ -66,10 +66,10 @@ def table_outputs(columns: ColumnSpec) -> int:
 
 
 def marginals(columns: ColumnSpec, x: Tensor) -> Tensor:
-    """What a network gives `Mixed` for columns that no z moves, from their observed values [N, columns]: the mean of a
-    real column, log-mean of a count, log-odds and log-frequencies of codes (one more of each), [table_outputs].
+    """The outputs at which `Mixed` matches the marginals of observed values [N, columns], to initialise the bias.
 
-    Raises DataError for data of another size, and for a column in which nothing is observed.
+    The mean of a real column, the log-mean of a count, log-odds and log-frequencies of codes (add-one smoothed),
+    [table_outputs]. Raises DataError for data of another size, and for a column without observed values.
 
     >>> marginals(["real", ("categorical", 2)], torch.tensor([[1.0, 0.0], [3.0, torch.nan]])).exp()
     tensor([7.3891, 2.0000, 1.0000])
@@ -96,9 +96,9 @@ def marginals(columns: ColumnSpec, x: Tensor) -> Tensor:
 class Mixed(nn.Module):
     """Independent columns of different kinds, log p(x | z) = sum of log p(x_d | z) over the columns that are not NaN.
 
-    A real column is normal with a learned scale of its own, a count Poisson, a binary one Bernoulli, a categorical one
-    has a logit for each level. NaN is a missing value, left out exactly: log p(x) is that of the values observed, under
-    the assumption that gaps do not depend on what is missing. The posterior's network must take NaN, as `nn.Missing`.
+    Real columns are normal with a learned scale each, counts Poisson, binary columns Bernoulli, categorical ones have a
+    logit for each level. NaN marks a missing value, which is marginalised exactly: log p(x) is that of the observed
+    values, assuming values missing at random. The network of the posterior must take NaN, as `nn.Missing` does.
 
     Args:
         net: maps [..., latent] to [..., table_outputs(columns)], column after column: location of a real one, log-rate
@@ -137,11 +137,11 @@ class Mixed(nn.Module):
 
     @property
     def at_floor(self) -> Tensor:
-        """Which real columns' scales have reached the floor, [real columns]."""
+        """Which scales of real columns have reached the floor, [real columns]."""
         return self.log_scale.exp() <= 1.01 * self.floor
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return (self.outputs,)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

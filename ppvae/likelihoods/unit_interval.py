@@ -1,4 +1,4 @@
-"""Likelihoods of numbers in [0, 1], such as grey values, as densities."""
+"""Likelihoods with a density on [0, 1], for grey values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ContinuousBernoulli(NetworkLikelihood):
 
     `net` maps [..., latent] to logits [..., *event]; data lie in [0, 1], both ends included. A density in nats;
     returns batch shape [...], event shape [*event].
-    Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845): grey values under a Bernoulli are no density.
+    Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845): a Bernoulli is not normalised over grey values.
 
     >>> import torch
     >>> from ppvae.nn import mlp

@@ -1,4 +1,4 @@
-"""A reparameterised posterior on the sphere."""
+"""The power spherical posterior on the unit sphere."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PowerSphericalVector(dist.TorchDistribution):
     """Unit vectors around `loc`, p(z) = (1 + loc . z)^kappa / C, kappa >= 0 the concentration; zero is uniform.
 
     log C = (a + b) log 2 + b log pi + lgamma(a) - lgamma(a + b), b = (D - 1) / 2, a = b + kappa, for D elements, with
-    respect to the sphere's surface. `loc` [..., D] are unit vectors, `concentration` [...]. The density is that of
-    s = (1 + loc . z) / 2 with the power of two cancelled, normaliser and entropy are worked out in float64: right in
+    respect to the sphere's surface. `loc` [..., D] are unit vectors, `concentration` [...]. The density is
+    computed from s = (1 + loc . z) / 2 with the power of two cancelled, normaliser and entropy in float64: accurate in
     float32 at a concentration of 1e8.
 
     >>> p = PowerSphericalVector(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.0))
@@ -57,7 +57,7 @@ class PowerSphericalVector(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # for unit vectors s = |loc + z|^2 / 4 = 1 - |loc - z|^2 / 4: the one is exact far from loc, the other near
+        # for unit vectors s = |loc + z|^2 / 4 = 1 - |loc - z|^2 / 4: accurate far from loc and near it, respectively
         s = (((self.loc + value) ** 2).sum(-1) / 4).clamp(min=torch.finfo(value.dtype).tiny)
         rest = (((self.loc - value) ** 2).sum(-1) / 4).clamp(max=0.75)
         log_s = torch.where(rest < 0.5, torch.log1p(-rest), s.log())
@@ -71,7 +71,7 @@ class PowerSphericalVector(dist.TorchDistribution):
         tangent = normalize(torch.randn(*shape[:-1], shape[-1] - 1, dtype=a.dtype, device=a.device))
         along, across = (share - rest).unsqueeze(-1), (2 * (share * rest).sqrt()).unsqueeze(-1)
         start = torch.cat([along, across * tangent], -1)  # around the first axis
-        # a reflection takes the axis to loc, or to -loc and then a change of sign: whichever is far from singular
+        # a reflection maps the axis to loc, or to -loc with a change of sign, whichever is far from singular
         loc = self.loc.double()
         axis = F.pad(torch.ones_like(loc[..., :1]), (0, shape[-1] - 1))
         sign = torch.where(loc[..., :1] >= 0, 1.0, -1.0)
@@ -93,8 +93,8 @@ def _kl_to_uniform(p: PowerSphericalVector, q: SphericalUniform) -> Tensor:
 class PowerSpherical(Amortized):
     """A posterior over unit vectors around a mean direction, q(z | x) proportional to (1 + loc(x) . z)^kappa(x).
 
-    Reparameterised throughout: 2 t - 1 with t from a Beta distribution along `loc`, a uniform direction across. The
-    prior that goes with it is `priors.UniformOnSphere`.
+    Reparameterised: 2 t - 1 with t from a Beta distribution along `loc`, a uniform direction orthogonal to it. Its
+    prior is `priors.UniformOnSphere`.
 
     Args:
         net: maps data [..., *event] to [..., latent + 1]: a vector whose direction is loc, and a number whose softplus
@@ -112,11 +112,11 @@ class PowerSpherical(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent + 1
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., latent + 1] stand for."""
+        """The distribution with outputs [..., latent + 1]."""
         if outputs.shape[-1] < 3:
             raise ValueError(f"net: expected latent + 1 outputs with latent at least 2, found {outputs.shape[-1]}")
         where = outputs[..., :-1]
