@@ -1,4 +1,4 @@
-"""What models made of parts share: each part registers its parameters where it is called."""
+"""The base class of models composed of parts."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ppvae.parameter_names import unique_name
 
 
 class ComposedModel(nn.Module):
-    """A pair made of parts; a part that is called registers its parameters under a name unique to the object."""
+    """A model/guide pair composed of parts; `call_part` registers parameters under a name unique to the object."""
 
     def __init__(self, name: str):
         super().__init__()
         self._name = unique_name(name)
 
     def call_part(self, part: str, *args: Tensor, context: Tensor | None = None) -> Any:
-        """What a part gives, by the name of the attribute; the context too if it declares one."""
+        """Calls a part by the name of its attribute, with the context if it declares one."""
         return self.register_part(part)(*args, context=context)
 
     def register_part(self, part: str) -> Callable[..., Any]:
-        """The call of a part that is registered now: a distribution that calls it does so outside the pair's run."""
+        """Registers a part and returns its call, for distributions that call it after the run of the pair."""
         conditional = self.get_submodule(part)
         pyro.module(f"{self._name}.{part}", conditional)
         return partial(call_conditional, conditional, "", name=f"{part}: ")
 
 
 class LearnedTensor(nn.Module):
-    """A part that gives a tensor, which is trained."""
+    """A part that returns a trained tensor."""
 
     def __init__(self, value: Tensor):
         super().__init__()
@@ -48,7 +48,7 @@ class LearnedTensor(nn.Module):
 def call_conditional(
     part: nn.Module, what: str = "", *args: Tensor, context: Tensor | None = None, name: str = ""
 ) -> Any:
-    """What a part gives. ContractError, by the part and by `what` it was given, where it fails."""
+    """Calls a conditional. Raises ContractError, by its class and by `what` it was given, where the call fails."""
     try:
         return call_with_context(part, *args, context=context)
     except torch.OutOfMemoryError:
@@ -63,7 +63,7 @@ def call_conditional(
 
 
 def as_diagonal_normal(fn: Any, part: str) -> Any:
-    """The normal of independent dims that a part's distribution is. ContractError, by the part, for another."""
+    """The base normal of a distribution with independent normal dims. ContractError, by the part, for another."""
     base = getattr(fn, "base_dist", fn)
     if not isinstance(base, dist.Normal):
         raise ContractError(f"{part}: expected a normal with independent dims, found {type(base).__name__}")
@@ -71,5 +71,5 @@ def as_diagonal_normal(fn: Any, part: str) -> Any:
 
 
 def describe_tensor(t: Tensor) -> str:
-    """A tensor's type and shape as a message names them."""
+    """The dtype and shape of a tensor, for messages."""
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

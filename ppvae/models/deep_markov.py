@@ -1,4 +1,4 @@
-"""Deep Markov models: sequences of different lengths, a latent vector at each time."""
+"""Deep Markov models of sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ppvae.nn.sequences import known_times
 class DeepMarkovModel(ComposedModel):
     """p(x, z) = prod_t p(z_t | z_(t-1)) p(x_t | z_t) with guide prod_t q(z_t | z_(t-1), h_t), h_t = encoder(x)_t.
 
-    Data are (x [batch, T, *event], lengths [batch]), shorter sequences filled up to T with zeros, or x alone. Nothing
-    that stands behind a sequence's end has a part in anything: log p(x) is that of its own steps. Sites "z"
-    [T, latent] and "x" [T, *event]; z_0 is learned, one in the model and one in the guide.
+    Data are (x [batch, T, *event], lengths [batch]), shorter sequences padded with zeros, or x alone. The padding is
+    ignored: log p(x) is that of the steps of the sequence. Sites "z" [T, latent] and "x" [T, *event]; z_0 is learned,
+    separately in the model and in the guide.
 
     Args:
         latent: the size of z_t.
-        transition: p(z_t | z_(t-1)), a part as `posteriors.DiagonalNormal`: linear, it is a Kalman filter's model.
+        transition: p(z_t | z_(t-1)), a part such as `posteriors.DiagonalNormal`; a linear one gives the Kalman filter.
         emission: p(x_t | z_t), any likelihood.
-        encoder: a network of x that gives h [batch, T, hidden] and takes lengths as `context`: `nn.Backward(GRU)`, so
-            that h_t has seen all of x from t on.
+        encoder: a network from x to h [batch, T, hidden] that takes lengths as `context`: `nn.Backward(GRU)`, in which
+            h_t depends on x from t on.
         combiner: q(z_t | z_(t-1), h_t), a part of [..., latent + hidden].
 
     Raises DataError for a sequence of length 0, or one longer than T, by its row.

@@ -1,4 +1,4 @@
-"""Factories of the library's own pairs, for the command line: their flags come from their signatures."""
+"""Factories of pairs for the command line, whose flags are derived from their signatures."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def conv_vae(
 
 @dataclass(frozen=True)
 class _Unavailable:
-    """What a part takes and the factory cannot give, in words."""
+    """An argument of a part that the factory cannot provide; `what` describes it for messages."""
 
     what: str
 
@@ -155,9 +155,9 @@ def _build_vae(
     decoder: Decoder,
     masked: Decoder,
 ) -> VAE:
-    """A VAE of parts, each given what its constructor asks for by name, around networks as large as the parts say.
+    """Builds a VAE of parts: arguments by the names in their constructors, networks by the sizes that they report.
 
-    z is of the size that the prior has; `latent` is what a prior that asks for it is given.
+    The size of z is that of the prior, which is given `latent` if it takes it.
     """
     index = _Unavailable("the index of each datum with it (data.indexed), which a factory of your own can bring")
     labels = _Unavailable("the label of each datum with it: pass --labels, or num_labels")
@@ -221,14 +221,14 @@ def _build_part(role: str, part: Part, known: Mapping[str, Any]) -> Module:
 
 
 def _number_of_classes(support: Any) -> int:
-    """How many classes each element of z is one of, as a whole number; 0 where z is not such a vector."""
+    """The number of classes of the integer elements of z; 0 where z is not a vector of classes."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return int(support.upper_bound) + 1 if isinstance(support, constraints.integer_interval) else 0
 
 
 def _embedded_decoder(classes: int, size: int, shape: tuple[int, ...], decoder: Decoder) -> Module:
-    """A decoder of a vector of classes, by learned embeddings as wide as there are classes."""
+    """A decoder of a vector of classes by learned embeddings of size `classes`."""
     return Sequential(Embedding(classes, classes), Flatten(-2), decoder(size * classes, shape))
 
 

@@ -1,4 +1,4 @@
-"""VAEs of sequences whose latents are Gaussian processes over time, with any times missing."""
+"""Gaussian-process VAEs of sequences, with missing times."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ApproximatePosterior = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, 
 
 
 def smoothed(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """q(z | x) ~ p(z) prod_t N(z_t; loc_t, scale_t^2) over known times: what regression makes of noisy looks at z.
+    """q(z | x) ~ p(z) prod_t N(z_t; loc_t, scale_t^2) over known times: Gaussian-process regression.
 
     The exact posterior where each factor is proportional to p(x_t | z_t). With D = diag(known / scale) and
     B = 1 + D K D, the mean is K D B^-1 D loc and the covariance K - K D B^-1 D K.
 
     Args:
         covariance: K, that of the prior, [..., latent, T, T].
-        loc, scale: of the factors, [batch, latent, T].
+        loc, scale: location and scale of the factors, [batch, latent, T].
         known: [batch, 1, T].
 
     Returns (mean [batch, latent, T], covariance [batch, latent, T, T]).
@@ -56,20 +56,20 @@ def stepwise(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> t
 
 @final
 class GaussianProcessVAE(ComposedModel):
-    """p(x) = int p(z) prod_t p(x_t | z_t) dz, each dim of z_1 .. z_T a Gaussian process over time; its guide sees it.
+    """p(x) = int p(z) prod_t p(x_t | z_t) dz with a Gaussian-process prior over time for each dim of z_1 .. z_T.
 
     Data are x [batch, T, *event], at times 0 .. T - 1, or (x, times [batch, T]), numbers or points [batch, T, axes]. A
-    time whose x_t is NaN throughout is missing (`data.with_missing`): it has no part in log p(x), and z_t is filled
-    from its neighbours, in the guide as in the model, so that weights are as if it were not there. Sequences of
-    different lengths end in such times. `ppvae.evaluation.impute` fills x. Sites "z" [T * latent], time first, and "x".
+    time at which all of x_t is NaN is missing (`data.with_missing`): it is marginalised out of log p(x), and in model
+    and guide z_t follows the prior given the other times, so that it cancels from the weights. Shorter sequences end in
+    missing times. `ppvae.evaluation.impute` imputes x. Sites "z" [T * latent], time first, and "x".
 
     Args:
         prior: p(z), `priors.GaussianProcess`.
         likelihood: p(x_t | z_t).
-        posterior: N(z_t; loc(x_t), scale(x_t)^2) of each time, what x_t says of z_t: `posteriors.DiagonalNormal`.
-        steps: what q(z | x) is made of them: `smoothed`, in which the prior is a factor, too, or `stepwise`.
+        posterior: the factor N(z_t; loc(x_t), scale(x_t)^2) of each time: `posteriors.DiagonalNormal`.
+        steps: how q(z | x) combines the factors: `smoothed`, which includes the prior as a factor, or `stepwise`.
 
-    Raises DataError for a sequence without any known time, by its row, and for times that are not those of x;
+    Raises DataError for a sequence without any known time, by its row, and for times of another shape than x;
     ContractError for a prior that is no Gaussian process, or a posterior that is not normal with independent dims.
     Source: Casale et al. 2018 (arXiv 1810.11738); Fortuin et al. 2020, GP-VAE (arXiv 1907.04155).
 
@@ -113,7 +113,7 @@ class GaussianProcessVAE(ComposedModel):
 
 
 def _parse_batch(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x with 0 at times that are missing, which are known [batch, T], and when they are."""
+    """x with 0 at missing times, the mask of known times [batch, T], and the times."""
     if x.dim() < 3:
         raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
     known = ~x.isnan().flatten(2).all(-1)

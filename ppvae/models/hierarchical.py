@@ -1,4 +1,4 @@
-"""VAEs with several layers of latents: inference bottom-up, and top-down with the model's layers (ladder)."""
+"""VAEs with several stochastic layers: bottom-up inference, and top-down inference (ladder VAE)."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class HierarchicalVAE(_StochasticLayers):
     """A VAE with any number of stochastic layers, its guide bottom-up, q(z1 | x) q(z2 | z1) ... q(zL | z(L-1)).
 
     p(x) = int p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1) dz. With one layer it is the `VAE`. Sites "z1" (next to the
-    data) to "zL"; the metrics of `fit` have the KL of each. A part that declares `context` gets the batch's second
+    data) to "zL"; the metrics of `fit` include the KL of each. A part that declares `context` gets the batch's second
     tensor.
 
     Args:
         prior: p(zL).
-        layers: p(z1 | z2), p(z2 | z3), ..., parts as `posteriors.DiagonalNormal`; none for one layer.
+        layers: p(z1 | z2), p(z2 | z3), ..., parts such as `posteriors.DiagonalNormal`; none for one layer.
         likelihood: p(x | z1).
         posteriors: q(z1 | x), q(z2 | z1), ..., one for each latent.
 
@@ -85,11 +85,11 @@ class HierarchicalVAE(_StochasticLayers):
 
 @final
 class LadderVAE(_StochasticLayers):
-    """A VAE whose guide goes top-down through the model's own layers, q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x).
+    """A VAE with top-down inference through the layers of the model, q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x).
 
     A deterministic pass upward gives d1 = encoder1(x), d2 = encoder2(d1), ..., and q^(zi | di), normal with independent
-    dims. The top latent is drawn from its own, and each one below from its own times the model's,
-    weighted by their precisions: q(zi | z(i+1), x) is proportional to q^(zi | di) p(zi | z(i+1)). The model is that of
+    dims. The top latent is drawn from q^(zL | dL), each lower one from the precision-weighted product with the
+    model: q(zi | z(i+1), x) is proportional to q^(zi | di) p(zi | z(i+1)). The model is that of
     `HierarchicalVAE`; with one layer both are the `VAE`. A part that declares `context` gets the batch's second tensor.
 
     Args:

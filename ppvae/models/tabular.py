@@ -1,4 +1,4 @@
-"""Tables: rows of real, count, binary and categorical columns, some values missing."""
+"""VAEs of tables with real, count, binary and categorical columns, some values missing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ppvae.priors import StandardNormal
 class TableVAE(VAE):
     """p(x_o) = int p(z) prod_(d in o) p(x_d | z) dz over the observed values x_o of a row, with guide q(z | x_o).
 
-    The `VAE` of `likelihoods.Mixed` and of a normal posterior whose network sees standardised values, 0 in the gaps,
-    and which values there are (`nn.Missing`). Data are [batch, columns] with NaN where a value is missing, marked by
-    `data.with_missing`; log p(x) is that of the observed values, and `evaluation.impute` fills the gaps.
+    The `VAE` of `likelihoods.Mixed` and a normal posterior whose network takes standardised values with 0 for missing
+    ones, and the mask (`nn.Missing`). Data are [batch, columns] with NaN for missing values, marked by
+    `data.with_missing`; log p(x) is that of the observed values, and `evaluation.impute` imputes the others.
 
     Args:
         columns: "real", "count", "binary", ("categorical", levels), in the order of the data. Standardise real ones.
@@ -31,8 +31,8 @@ class TableVAE(VAE):
         hidden: the widths of the hidden layers of encoder and decoder.
         floor: the smallest scale of a real column.
 
-    `TableVAE.from_data` starts at the columns' own distributions. A value that does not fit its column is refused by
-    row and column (DataError), and so is a row with nothing observed.
+    `TableVAE.from_data` initialises at the marginals of the columns. A value outside the support of its column raises
+    DataError by row and column, and so does a row without observed values.
     Source: Nazabal et al. 2020 (arXiv 1807.03653); Mattei and Frellsen 2019 (arXiv 1812.02633) for `objectives.IWAE`.
 
     >>> pair = TableVAE(["real", "count", ("categorical", 3)], latent=2)
@@ -47,10 +47,10 @@ class TableVAE(VAE):
 
     @classmethod
     def from_data(cls, x: Tensor, columns: ColumnSpec, **options: Any) -> TableVAE:
-        """One whose decoder starts at the observed values' distribution in each column, and whose encoder standardises.
+        """A VAE whose decoder starts at the marginals of the observed values, and whose encoder standardises them.
 
-        `options` are those of the class. Raises DataError, by the column, for data of another size, one in which
-        nothing is observed, and by row and column for a value that does not fit.
+        `options` are those of the class. Raises DataError for data of another size, by the column for one without
+        observed values, and by row and column for a value outside the support.
 
         >>> pair = TableVAE.from_data(torch.tensor([[3.0, 1.0], [torch.nan, 0.0], [5.0, 1.0]]), ["count", "binary"])
         >>> pair.posterior.net.centre
@@ -76,7 +76,7 @@ class TableVAE(VAE):
 
 
 class StandardizedInput(nn.Module):
-    """A network of (x - centre) / spread."""
+    """A network of standardised inputs, net((x - centre) / spread)."""
 
     centre: Tensor
     spread: Tensor

@@ -1,4 +1,4 @@
-"""VAEs of many latents that write into one stream of features, from the top down."""
+"""Top-down hierarchical VAEs with a residual stream of features, and the very deep VAE (VDVAE)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ppvae.posteriors import DiagonalNormal
 
 
 class Block(Module):
-    """One latent of a `TopDownVAE` and what it does: p(z | h), q(z | h, e), and h <- step(h, z).
+    """A latent of a `TopDownVAE`: p(z | h), q(z | h, e), and the update h <- step(h, z).
 
     Args:
-        prior: p(z | h), a part as `posteriors.DiagonalNormal`.
-        posterior: q(z | h, e), a part whose network takes [..., h + e]; e is what the encoder sees in x.
-        step: a network of h and z that gives h for the next block: `nn.Added(net)` is h + net(z).
+        prior: p(z | h), a part such as `posteriors.DiagonalNormal`.
+        posterior: q(z | h, e), a part whose network takes [..., h + e]; e are the encoder features.
+        step: a network (h, z) -> h for the next block: `nn.Added(net)` is h + net(z).
     """
 
     def __init__(self, prior: Module, posterior: Module, step: Module):
@@ -36,18 +36,19 @@ class Block(Module):
 class TopDownVAE(ComposedModel):
     """p(x, z) = prod_i p(z_i | h_i) p(x | h_0), h_L = start, h_(i-1) = step_i(h_i, z_i), from i = L down to 1.
 
-    Its guide is q(z | x) = prod_i q(z_i | h_i, e_i), e = encoder(x), along the same h: what lies above a latent reaches
-    the data past it, through h, and the guide of each knows of all above it. Features h are vectors; networks of images
-    unflatten them. Sites "zL" (the top) to "z1" (next to the data) and "x". With one block it is a `VAE`.
+    Its guide is q(z | x) = prod_i q(z_i | h_i, e_i), e = encoder(x), along the same h: latents above affect the data
+    through h, past those below, and each factor of the guide depends on all latents above it. Features h are vectors;
+    image networks unflatten them. Sites "zL" (the top) to "z1" (next to the data) and "x". With one block it is a
+    `VAE`.
 
     Args:
-        start: the first h, a vector, which is trained.
+        start: the initial h, a trained vector.
         blocks: `Block`s from the top down.
         likelihood: p(x | h).
-        encoder: a network of x that gives e for all blocks, [batch, e], or a sequence of one for each, from the top
-            down.
+        encoder: a network from x to e, [batch, e] shared by all blocks or a sequence with one for each block, from the
+            top down.
 
-    Raises ContractError where the encoder gives another number of features; by the part, where one does not fit.
+    Raises ContractError for another number of encoder features, and by the part where one does not fit.
     Source: Child 2021 (arXiv 2011.10650); Kingma et al. 2016 (arXiv 1606.04934), top-down inference.
 
     >>> from ppvae import likelihoods, posteriors
@@ -105,19 +106,19 @@ def very_deep_vae(
     components: int = 5,
     levels: int = 256,
 ) -> TopDownVAE:
-    """A small VDVAE of images [N, C, H, H]: residual blocks at rising sizes, a latent image in each.
+    """A small VDVAE of images [N, C, H, H]: residual blocks at ascending sizes with a latent image each.
 
-    Every latent has `latent` channels; x is a mixture of discretised logistics for each pixel, its channels coupled.
-    What a block adds starts at 1 / sqrt(blocks) of its size, so that h does not grow with their number.
+    Each latent has `latent` channels; pixels are mixtures of discretised logistics with coupled channels. Residual
+    updates are initialised at 1 / sqrt(blocks) of their size, so that h does not grow with the number of blocks.
 
     Args:
         train: the training data, v / (levels - 1).
-        sides: of the latent images, rising, each dividing the next, the last that of the data.
-        blocks: how many latents there are of each size.
+        sides: the sides of the latent images, ascending, each dividing the next, the last that of the data.
+        blocks: the number of latents of each size.
         width: the channels of h and of the encoder.
         latent: the channels of each latent.
-        components: of the mixture of each pixel.
-        levels: how many values a number can take.
+        components: the mixture components of each pixel.
+        levels: the number of values of each element.
 
     Raises ValueError for images that are not square or of another size, and for sides that do not divide.
     Source: Child 2021 (arXiv 2011.10650).
@@ -152,7 +153,7 @@ def very_deep_vae(
 
 
 def _residual_block(width: int, latent: int, side: int, then: int, count: int) -> Block:
-    """A block at one size, whose step ends at the size of the next."""
+    """A block at one size, whose step upsamples to the size of the next."""
 
     def normal(channels: int) -> DiagonalNormal:
         first = torch.nn.Conv2d(channels, width, 3, padding=1)

@@ -1,4 +1,4 @@
-"""The adapter from conditionals to a Pyro pair."""
+"""The VAE: the adapter from conditionals to a model/guide pair; and the conditional VAE."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class VAE(ComposedModel):
     `context` gets the batch's second tensor under that name. `model` and `guide` are Pyro functions with sites "z" and
     "x" in a plate "data"; they take x [batch, *event].
 
-    A relaxed posterior makes the whole pair relaxed, a model of its own: a discrete prior is then relaxed too, by its
-    `relaxed()`, with the same logits (Maddison et al. 2017, arXiv 1611.00712). Train that pair, evaluate `discrete`.
+    A relaxed posterior makes the pair a relaxed model: a discrete prior is relaxed too, by its `relaxed()`, with the
+    same logits (Maddison et al. 2017, arXiv 1611.00712). Train that pair, evaluate `discrete`.
 
     Raises `ContractError` at the first data for parts that do not fit together, naming them.
     Source: Kingma and Welling 2014 (arXiv 1312.6114); Rezende et al. 2014 (arXiv 1401.4082).
@@ -47,14 +47,14 @@ class VAE(ComposedModel):
         if hasattr(posterior, "discrete") and hasattr(prior, "relaxed"):
             prior = prior.relaxed()  # type: ignore[operator]
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
-        self._checked_shapes: Any = None  # the shapes of data for which the parts were found to fit
+        self._checked_shapes: Any = None  # the data shapes for which the parts have been checked
 
     @property
     def discrete(self) -> VAE:
-        """The pair of the discrete model, on the same networks and logits, of a VAE of a relaxed prior and posterior.
+        """The discrete VAE on the networks and logits of a VAE with relaxed prior and posterior.
 
-        The two are different models, each with its own log p(x); that of this one is what discrete models report:
-        `log_marginal(vae.discrete.model, vae.discrete.guide, x)`. A VAE of other parts has no such attribute.
+        The relaxed and the discrete model differ in log p(x); report that of the discrete one:
+        `log_marginal(vae.discrete.model, vae.discrete.guide, x)`. AttributeError for a VAE of other parts.
         """
         return VAE(self.prior.discrete, self.likelihood, self.posterior.discrete)  # type: ignore[arg-type]
 
@@ -77,17 +77,17 @@ class VAE(ComposedModel):
 
 @final
 class ConditionalVAE(VAE):
-    """p(x | c) = int p(z | c) p(x | z, c) dz with guide q(z | x, c), given c: labels, or features.
+    """p(x | c) = int p(z | c) p(x | z, c) dz with guide q(z | x, c), conditioned on labels or features c.
 
-    Likelihood and posterior take c beside their input, as `nn.ConcatContext` puts it there; a prior that declares
-    `context` gets c as it is. log p(x) means log p(x | c). Data are (x [batch, *event], c [batch, ...]).
+    `nn.ConcatContext` concatenates c to the inputs of likelihood and posterior; a prior that declares `context` is
+    given c itself. log p(x) means log p(x | c). Data are (x [batch, *event], c [batch, ...]).
 
     Args:
         prior: p(z | c), or p(z).
         likelihood: p(x | z, c), a part whose network takes [..., latent + features].
         posterior: q(z | x, c), a part whose network takes [..., event + features].
-        of: maps c to features [..., features]: `nn.Labels(classes)`; by default c is features itself.
-        event_dim: 1; for images [C, H, W] it is 3, and features are put beside the channels.
+        of: maps c to features [..., features], such as `nn.Labels(classes)`; the identity by default.
+        event_dim: 1, or 3 for images [C, H, W], where features become further channels.
 
     Raises DataError for a label outside the classes; UsageError for data without a second tensor; ContractError for
     parts that do not fit together.
@@ -118,7 +118,7 @@ class ConditionalVAE(VAE):
 
 @contextmanager
 def _without_side_effects(vae: VAE) -> Iterator[None]:
-    """Leaves no trace: no gradient, no Pyro statement, no noise drawn, no running statistics of a batch norm."""
+    """Runs without gradients, Pyro statements, use of the random state, or updates of batch-norm statistics."""
     training = [m for m in vae.modules() if m.training]
     devices = range(torch.cuda.device_count())
     try:
@@ -131,7 +131,7 @@ def _without_side_effects(vae: VAE) -> Iterator[None]:
 
 
 def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
-    """Refuses parts that do not fit together on a batch, in one sentence that names them."""
+    """Raises ContractError for parts that do not fit together on a batch, naming them."""
     q = call_conditional(vae.posterior, "data x", x, context=context)
     p = call_conditional(vae.prior, context=context)
     names = [f"{type(part).__name__} ({_describe_support(fn)})" for part, fn in ((vae.prior, p), (vae.posterior, q))]
@@ -160,10 +160,10 @@ def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
 
 
 def _contains(fn: Any, z: Tensor) -> bool:
-    """Whether values that are numbers lie in a distribution's space and are not all of density zero."""
+    """Whether values (NaN aside) are in the support of a distribution and not all of density zero."""
     try:
         inside = fn.support.check(z)
-    except (NotImplementedError, AttributeError):  # a distribution that does not say where it lives
+    except (NotImplementedError, AttributeError):  # a distribution without a support
         return True
     known = ~z.isnan().reshape(*inside.shape, -1).any(-1)
     if not bool((inside | ~known).all()):
@@ -173,7 +173,7 @@ def _contains(fn: Any, z: Tensor) -> bool:
 
 
 def _describe_support(fn: Any) -> str:
-    """Where a distribution lives, in words."""
+    """The support of a distribution in words, for messages."""
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
