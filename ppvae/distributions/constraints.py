@@ -28,8 +28,8 @@ class EquallySpacedLevels(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         scaled = value * ((self.levels - 1) / self.top)
-        whole = (scaled - scaled.round()).abs() <= max(1e-3, 2e-7 * self.levels)
-        return whole & (value >= 0) & (value <= self.top)
+        at_level = (scaled - scaled.round()).abs() <= max(1e-3, 2e-7 * self.levels)
+        return at_level & (value >= 0) & (value <= self.top)
 
     def __repr__(self) -> str:
         if self.levels == 2:

@@ -154,8 +154,9 @@ class ZeroInflated(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            drawn = self.base.sample(torch.Size(sample_shape))
-            return torch.where(torch.rand_like(drawn) < torch.sigmoid(self.gate_logits), torch.zeros_like(drawn), drawn)
+            counts = self.base.sample(torch.Size(sample_shape))
+            inflated = torch.rand_like(counts) < torch.sigmoid(self.gate_logits)
+            return torch.where(inflated, torch.zeros_like(counts), counts)
 
 
 class Multinomial(TorchDistribution):
@@ -215,7 +216,7 @@ class Multinomial(TorchDistribution):
             width = max(_MAX_DRAWS // max(len(probs), 1), 1)
             for start in range(0, int(left.max()) if left.numel() else 0, width):
                 size = min(width, int(left.max()) - start)
-                kinds = torch.multinomial(probs, size, replacement=True)
-                wanted = start + torch.arange(size, device=probs.device) < left
-                counts.scatter_add_(-1, kinds, wanted.to(probs.dtype))
+                categories = torch.multinomial(probs, size, replacement=True)
+                valid = start + torch.arange(size, device=probs.device) < left
+                counts.scatter_add_(-1, categories, valid.to(probs.dtype))
             return counts.reshape(shape)

@@ -66,8 +66,8 @@ class Levels(TorchDistribution):
         count = self.logits.shape[-1]
         index = (value * ((count - 1) / self.top)).round().long()
         shape = torch.broadcast_shapes(self.batch_shape, index.shape)
-        chosen = self.logits.expand(*shape, count).gather(-1, index.expand(shape).unsqueeze(-1)).squeeze(-1)
-        return chosen - self.logits.logsumexp(-1)
+        selected = self.logits.expand(*shape, count).gather(-1, index.expand(shape).unsqueeze(-1)).squeeze(-1)
+        return selected - self.logits.logsumexp(-1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
@@ -217,8 +217,8 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
         """The mean, for one channel; NotImplementedError for coupled channels."""
         if self.loc.shape[-2] > 1:
             raise NotImplementedError("the mean of coupled channels has no closed form")
-        each = _discretized_logistic_mean(self.loc.squeeze(-2), self.log_scale.squeeze(-2), self.levels)
-        return (self.logits.softmax(-2) * each).sum(-2).reshape(self.shape())
+        component_means = _discretized_logistic_mean(self.loc.squeeze(-2), self.log_scale.squeeze(-2), self.levels)
+        return (self.logits.softmax(-2) * component_means).sum(-2).reshape(self.shape())
 
     def _conditional_loc(self, loc: Tensor, coupling: Tensor, x: Tensor, channel: int) -> Tensor:
         """The locations [..., P] of a channel given the previous channels of x [..., C, P]."""
@@ -246,14 +246,14 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
             lead = torch.Size(sample_shape) + self.batch_shape
             channels = self.loc.shape[-2]
             logits = self.logits.expand(*lead, *self.logits.shape[-2:]).movedim(-2, -1)
-            which = torch.distributions.Categorical(logits=logits, validate_args=False).sample()[..., None, None, :]
+            component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()[..., None, None, :]
 
-            def chosen(parameter: Tensor) -> Tensor:
+            def selected(parameter: Tensor) -> Tensor:
                 rows, columns = parameter.shape[-2:]
-                index = which.expand(*lead, 1, rows, columns)
+                index = component.expand(*lead, 1, rows, columns)
                 return parameter.expand(*lead, *parameter.shape[-3:]).gather(-3, index).squeeze(-3)
 
-            loc, log_scale, coupling = (chosen(t) for t in (self.loc, self.log_scale, self.coupling))
+            loc, log_scale, coupling = (selected(t) for t in (self.loc, self.log_scale, self.coupling))
             x = torch.zeros_like(loc)
             for c in range(channels):
                 x[..., c, :] = _sample_discretized_logistic(

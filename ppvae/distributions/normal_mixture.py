@@ -67,13 +67,14 @@ class NormalMixture(dist.TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            chance = torch.empty(shape[:-1] + self.loc.shape[-2:-1], dtype=self.loc.dtype, device=self.loc.device)
-            chosen = (self.log_weight - chance.exponential_().log()).argmax(-1)  # noise apart from values compiles
-            at = chosen[..., None, None].expand(*shape[:-1], 1, shape[-1])
+            exponential = torch.empty(shape[:-1] + self.loc.shape[-2:-1], dtype=self.loc.dtype, device=self.loc.device)
+            # Gumbel-max; noise that is drawn independently of the values can be compiled
+            component = (self.log_weight - exponential.exponential_().log()).argmax(-1)
+            at = component[..., None, None].expand(*shape[:-1], 1, shape[-1])
             loc, scale = (
                 t.expand(*shape[:-1], *t.shape[-2:]).gather(-2, at).squeeze(-2) for t in (self.loc, self.scale)
             )
             z = loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
             noise = (z.unsqueeze(-2) - self.loc) / self.scale
-            share = self._component_log_probs(z).softmax(-1).unsqueeze(-1)
-        return (share * (self.loc + self.scale * noise)).sum(-2)
+            responsibility = self._component_log_probs(z).softmax(-1).unsqueeze(-1)
+        return (responsibility * (self.loc + self.scale * noise)).sum(-2)

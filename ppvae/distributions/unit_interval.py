@@ -32,11 +32,11 @@ class Bernoulli(dist.Bernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        wrong = (1 - 2 * value) * self.logits
-        if not wrong.requires_grad:  # in place: allocating new memory costs as much as the sum
-            return torch.ops.aten.softplus.out(wrong, 1, 40, out=wrong).neg_()
+        signed_logits = (1 - 2 * value) * self.logits
+        if not signed_logits.requires_grad:  # in place: allocating new memory costs as much as the sum
+            return torch.ops.aten.softplus.out(signed_logits, 1, 40, out=signed_logits).neg_()
         # the backward pass of softplus needs its input, not its output, so that the output is negated in place
-        return F.softplus(wrong, threshold=40).neg_()
+        return F.softplus(signed_logits, threshold=40).neg_()
 
 
 # log(sinh(h) / h) = h^2 (c0 + c1 h^2 + ...), and its derivative: both to 1e-15 for |h| <= 1/4
@@ -96,9 +96,9 @@ class ContinuousBernoulli(TorchDistribution):
                            device=self.logits.device)  # fmt: skip
             a = self.logits.abs()
             flat = a < 1e-30
-            drawn = -torch.log1p(u * torch.expm1(-a)) / torch.where(flat, 1.0, a)  # for a negative logit
-            drawn = torch.where(flat, u, drawn).clamp(0, 1)
-            return torch.where(self.logits > 0, 1 - drawn, drawn)
+            draws = -torch.log1p(u * torch.expm1(-a)) / torch.where(flat, 1.0, a)  # for a negative logit
+            draws = torch.where(flat, u, draws).clamp(0, 1)
+            return torch.where(self.logits > 0, 1 - draws, draws)
 
 
 class Beta(dist.Beta):

@@ -23,7 +23,7 @@ class _LocationScale(nn.Module):
 
     log_scale: Tensor
 
-    def __init__(self, net: nn.Module, scale: ParameterSource, floor: float):
+    def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
         super().__init__()
         self.net, self.floor = net, floor
         self._scale_from_network = scale == "network"
@@ -72,9 +72,6 @@ class Normal(_LocationScale):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        super().__init__(net, scale, floor)
-
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, scale, dims = self._loc_scale(z)
         return dist.Normal(loc, scale).to_event(dims)
@@ -100,9 +97,6 @@ class Laplace(_LocationScale):
     >>> Laplace(mlp(8, 2 * 64), scale="network")(torch.zeros(5, 8)).shape()
     torch.Size([5, 64])
     """
-
-    def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        super().__init__(net, scale, floor)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, scale, dims = self._loc_scale(z)

@@ -42,20 +42,20 @@ class _CountLikelihood(nn.Module):
         return self._forward_with_library if self.library else self._forward_without_library
 
     def _forward_without_library(self, z: Tensor) -> dist.TorchDistribution:
-        log_rate, *rest = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
+        log_rate, *extra = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
         dims = event_dim(log_rate, z)
-        return self._distribution(log_rate, *rest).to_event(dims)
+        return self._distribution(log_rate, *extra).to_event(dims)
 
     def _forward_with_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
-        share, *rest = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
+        share, *extra = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
         dims = event_dim(share, z)
         log_library = context_per_datum(context, z, "library sizes", share.dtype).log()
         log_rate = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)
-        return self._distribution(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *rest).to_event(
+        return self._distribution(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *extra).to_event(
             dims
         )
 
-    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError
 
 
@@ -86,7 +86,7 @@ class Poisson(_CountLikelihood):
     def __init__(self, net: nn.Module, library: bool = False):
         super().__init__(net, library, ("log-rate",))
 
-    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
         return distributions.Poisson(log_rate)
 
 
@@ -113,8 +113,8 @@ class NegativeBinomial(_CountLikelihood):
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", *more), concentration)
 
-    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
-        return distributions.NegativeBinomial(log_rate, rest[0] if rest else self.log_concentration)
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
+        return distributions.NegativeBinomial(log_rate, extra[0] if extra else self.log_concentration)
 
 
 class ZeroInflatedPoisson(_CountLikelihood):
@@ -139,8 +139,8 @@ class ZeroInflatedPoisson(_CountLikelihood):
     def __init__(self, net: nn.Module, library: bool = False):
         super().__init__(net, library, ("log-rate", "gate"))
 
-    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
-        return distributions.ZeroInflated(distributions.Poisson(log_rate), rest[0])
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
+        return distributions.ZeroInflated(distributions.Poisson(log_rate), extra[0])
 
 
 class ZeroInflatedNegativeBinomial(_CountLikelihood):
@@ -168,8 +168,8 @@ class ZeroInflatedNegativeBinomial(_CountLikelihood):
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", "gate", *more), concentration)
 
-    def _distribution(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
-        gate, *more = rest
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
+        gate, *more = extra
         fn = distributions.NegativeBinomial(log_rate, more[0] if more else self.log_concentration)
         return distributions.ZeroInflated(fn, gate)
 

@@ -124,8 +124,8 @@ class MixtureOfDiscretizedLogistics(nn.Module):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out, lead, m, c = self.net(z), z.shape[:-1], self.components, self.channels
         split_blocks(out, z, self.outputs, "logits, locations, log-scales, couplings")
-        rest = out.shape[len(lead) :]
-        first = rest[0] // self.outputs
+        event = out.shape[len(lead) :]
+        first = event[0] // self.outputs
         parameters = out.reshape(*lead, self.outputs, -1)
         logits, loc, log_scale, coupling = parameters.split([m, m * c, m * c, m * c * (c - 1) // 2], -2)
         return distributions.MixtureOfDiscretizedLogistics(
@@ -134,5 +134,5 @@ class MixtureOfDiscretizedLogistics(nn.Module):
             log_scale.unflatten(-2, (m, c)),
             coupling.tanh().unflatten(-2, (m, c * (c - 1) // 2)),
             levels=self.levels,
-            event_shape=(c * first, *rest[1:]),
+            event_shape=(c * first, *event[1:]),
         )

@@ -54,10 +54,10 @@ def call_conditional(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError, TypeError) as error:
-        given = [f"{what} of {describe_tensor(t)}" if what else describe_tensor(t) for t in args]
+        inputs = [f"{what} of {describe_tensor(t)}" if what else describe_tensor(t) for t in args]
         if context is not None and takes_context(part):
-            given.append(f"a context of {describe_tensor(context)}")
-        what = " and ".join(given) or "nothing"
+            inputs.append(f"a context of {describe_tensor(context)}")
+        what = " and ".join(inputs) or "nothing"
         text = " ".join(str(error).split())[:200]
         raise ContractError(f"{name}{type(part).__name__} does not take {what}: {text}") from error
 

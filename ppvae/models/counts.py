@@ -65,7 +65,7 @@ class CountVAE(ComposedModel):
             raise ValueError("library, library_posterior: expected both of them or neither, found one")
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.library, self.library_posterior = library, library_posterior
-        self.beside = ConcatContext(nn.Identity(), Labels(batches))
+        self.concat_batch = ConcatContext(nn.Identity(), Labels(batches))
 
     def model(self, x: Tensor, batch: Tensor, library: Tensor | None = None) -> Tensor:
         """p(z, x | s, l), or p(z, l, x | s)."""
@@ -78,15 +78,17 @@ class CountVAE(ComposedModel):
                         "library_posterior; found (x, batch)"
                     )
                 library = pyro.sample("log_library", self.call_part("library", context=batch)).squeeze(-1).exp()
-            return pyro.sample("x", self.call_part("likelihood", self.beside(z, context=batch), context=library), obs=x)
+            return pyro.sample(
+                "x", self.call_part("likelihood", self.concat_batch(z, context=batch), context=library), obs=x
+            )
 
     def guide(self, x: Tensor, batch: Tensor, library: Tensor | None = None) -> Tensor:
         """q(z | x, s), and q(l | x, s) for a latent l."""
-        seen = self.beside(validate_counts(x).log1p(), context=batch)
+        features = self.concat_batch(validate_counts(x).log1p(), context=batch)
         with pyro.plate("data", len(x)):
             if library is None and self.library_posterior is not None:
-                pyro.sample("log_library", self.call_part("library_posterior", seen))
-            return pyro.sample("z", self.call_part("posterior", seen))
+                pyro.sample("log_library", self.call_part("library_posterior", features))
+            return pyro.sample("z", self.call_part("posterior", features))
 
     @staticmethod
     def library_of(x: Tensor, batch: Tensor) -> ConditionalNormal:
@@ -102,11 +104,11 @@ class CountVAE(ComposedModel):
         prior = ConditionalNormal.of_labels(int(batch.max()) + 1, latent=1)
         with torch.no_grad():
             for s, row in enumerate(prior.net.weight):  # type: ignore[arg-type]
-                own = log_total[batch == s]
-                if not len(own):
+                log_totals = log_total[batch == s]
+                if not len(log_totals):
                     last = int(batch.max())
                     raise DataError(f"batch: expected rows of each batch 0 to {last}, found none of batch {s}")
-                row.copy_(torch.stack([own.mean(), own.std(correction=0).clamp(min=1e-2).log()]))
+                row.copy_(torch.stack([log_totals.mean(), log_totals.std(correction=0).clamp(min=1e-2).log()]))
         return prior
 
 

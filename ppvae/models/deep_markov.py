@@ -66,8 +66,8 @@ class DeepMarkovModel(ComposedModel):
         h = self.call_part("encoder", x, context=lengths)
 
         def step(z: Tensor, at: Any) -> Any:
-            seen = h[:, at].expand(*z.shape[:-1], h.shape[-1])
-            return combiner(torch.cat([z, seen], -1))
+            features = h[:, at].expand(*z.shape[:-1], h.shape[-1])
+            return combiner(torch.cat([z, features], -1))
 
         with pyro.plate("data", len(x)):
             return pyro.sample("z", MarkovChain(step, self.call_part("guide_start"), known))

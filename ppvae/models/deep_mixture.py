@@ -89,8 +89,8 @@ class DeepMixture(ComposedModel):
     def log_label(self, x: Tensor, label: Tensor) -> Tensor:
         """log q(label | x) of known labels, 0 otherwise, [batch] nats: for `AuxiliaryLoss`."""
         known = label != UNKNOWN_LABEL
-        every = torch.eye(self.classifier.classes).to(x)
-        y = rows_of(every, torch.where(known, label, 0), "label: expected classes {first} to {last}")
+        one_hot = torch.eye(self.classifier.classes).to(x)
+        y = rows_of(one_hot, torch.where(known, label, 0), "label: expected classes {first} to {last}")
         return torch.where(known, self.probabilities(x).log_prob(y), 0.0)
 
 

@@ -85,12 +85,12 @@ def vae(
     def masked(inputs: int, shape: tuple[int, ...]) -> Module:
         return nn.MADE(features, inputs, shape[0] // features, hidden=hidden[::-1])
 
-    made = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
-    if hasattr(made.likelihood, "output_at"):
+    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    if hasattr(module.likelihood, "output_at"):
         mean = train.double().nanmean(0).nan_to_num(0.5)
-        likelihood_: Any = made.likelihood
+        likelihood_: Any = module.likelihood
         nn.set_output_bias(likelihood_.net, likelihood_.output_for_mean(mean))
-    return _with_enumeration(made) if enumerate else made
+    return _with_enumeration(module) if enumerate else module
 
 
 def conv_vae(
@@ -133,8 +133,8 @@ def conv_vae(
         features = channels[0]
         return nn.PixelCNN(event, decoder(inputs, (features, *event[1:])), features, shape[0] // event[0])
 
-    made = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
-    return _with_enumeration(made) if enumerate else made
+    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    return _with_enumeration(module) if enumerate else module
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,18 @@ def _build_vae(
     """
     index = _Unavailable("the index of each datum with it (data.indexed), which a factory of your own can bring")
     labels = _Unavailable("the label of each datum with it: pass --labels, or num_labels")
-    known: dict[str, Any] = {
+    available: dict[str, Any] = {
         "latent": latent, "data": train, "num_labels": labels if num_labels is None else num_labels,
         "net": Identity(), "masked": Identity(), "size": index, "outputs": index,
     }  # fmt: skip
 
     def encoded(size: int) -> Module:
-        made: Any = _build_part("posterior", posterior, known | {"latent": size})
+        module: Any = _build_part("posterior", posterior, available | {"latent": size})
         try:
-            made.net = encoder(made.outputs(size))
+            module.net = encoder(module.outputs(size))
         except ValueError as error:
             raise UsageError(f"posterior {_part_name(posterior)}: {error}") from error
-        return made
+        return module
 
     if accepted_arguments(prior, {"posterior": None}):
         if accepted_arguments(posterior, {"prior": None}):
@@ -180,44 +180,46 @@ def _build_vae(
                 f"prior {_part_name(prior)} is made of the posterior, and posterior {_part_name(posterior)} of the "
                 f"prior: expected one of them to stand by itself; choose another prior or posterior"
             )
-        known["posterior"] = encoded(latent)
-    known["prior"] = _build_part("prior", prior, known)
+        available["posterior"] = encoded(latent)
+    available["prior"] = _build_part("prior", prior, available)
     context = None if num_labels is None else torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
-        z = call_with_context(known["prior"], context=context)
+        z = call_with_context(available["prior"], context=context)
     size = z.event_shape.numel()
-    known["likelihood"] = _build_part("likelihood", likelihood, known)
-    shape = known["likelihood"].output_shape(tuple(train.shape[1:]))
+    available["likelihood"] = _build_part("likelihood", likelihood, available)
+    shape = available["likelihood"].output_shape(tuple(train.shape[1:]))
     classes = _number_of_classes(z.support)
     if not accepted_arguments(likelihood, {"masked": None}):
-        known["likelihood"].net = _embedded_decoder(classes, size, shape, decoder) if classes else decoder(size, shape)
+        available["likelihood"].net = (
+            _embedded_decoder(classes, size, shape, decoder) if classes else decoder(size, shape)
+        )
     elif classes:
         raise UsageError(
             f"likelihood {_part_name(likelihood)}: expected z in floating point, found classes; try prior OneHot"
         )
     else:
-        known["likelihood"].net = masked(size, shape)
-    if "posterior" not in known:
-        known["posterior"] = encoded(size)
-    return VAE(known["prior"], known["likelihood"], known["posterior"])
+        available["likelihood"].net = masked(size, shape)
+    if "posterior" not in available:
+        available["posterior"] = encoded(size)
+    return VAE(available["prior"], available["likelihood"], available["posterior"])
 
 
-def _build_part(role: str, part: Part, known: Mapping[str, Any]) -> Module:
-    given = accepted_arguments(part, known)
-    lacking = next((v.what for v in given.values() if isinstance(v, _Unavailable)), "")
-    if lacking:
-        raise UsageError(f"{role} {_part_name(part)}: expected {lacking}")
+def _build_part(role: str, part: Part, available: Mapping[str, Any]) -> Module:
+    arguments = accepted_arguments(part, available)
+    unavailable = next((v.what for v in arguments.values() if isinstance(v, _Unavailable)), "")
+    if unavailable:
+        raise UsageError(f"{role} {_part_name(part)}: expected {unavailable}")
     try:
-        made = part(**given)
+        module = part(**arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{role} {_part_name(part)}: {error}") from error
-    declared = inspect.signature(made.forward).parameters.get("context")
-    if declared is not None and declared.default is declared.empty and "num_labels" not in given:
+    declared = inspect.signature(module.forward).parameters.get("context")
+    if declared is not None and declared.default is declared.empty and "num_labels" not in arguments:
         raise UsageError(
             f"{role} {_part_name(part)}: expected a second tensor with each datum that is not its label (its docstring "
             f"says what), which a factory of your own can bring"
         )
-    return made
+    return module
 
 
 def _number_of_classes(support: Any) -> int:
@@ -237,8 +239,8 @@ def _part_name(part: Part) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _with_enumeration(made: VAE) -> Pair:
-    return made.model, config_enumerate(made.guide)
+def _with_enumeration(module: VAE) -> Pair:
+    return module.model, config_enumerate(module.guide)
 
 
 def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> LinearGaussian:

@@ -61,9 +61,9 @@ class GaussianMixture(nn.Module):
         if not 1 <= components <= len(x):
             raise ValueError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
         pair = cls(x.shape[1], components, rank).to(x)
-        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:components]
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:components]
         with torch.no_grad():
-            pair.loc.copy_(x[chosen.to(x.device)])
+            pair.loc.copy_(x[rows.to(x.device)])
             pair.log_scale.copy_(x.std(0).clamp(min=1e-3).log().expand_as(pair.log_scale))
         return pair
 

@@ -36,8 +36,8 @@ def smoothed(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> t
     inner = weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2)
     half = cholesky_or_nan(inner + torch.eye(inner.shape[-1]).to(inner))
     right = torch.cat([weight.unsqueeze(-1) * covariance, (weight * loc).unsqueeze(-1)], -1)
-    spread, seen = torch.linalg.solve_triangular(half, right, upper=False).split([inner.shape[-1], 1], -1)
-    return (spread.mT @ seen).squeeze(-1), covariance - spread.mT @ spread
+    spread, projection = torch.linalg.solve_triangular(half, right, upper=False).split([inner.shape[-1], 1], -1)
+    return (spread.mT @ projection).squeeze(-1), covariance - spread.mT @ spread
 
 
 def stepwise(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,12 +45,12 @@ def stepwise(covariance: Tensor, loc: Tensor, scale: Tensor, known: Tensor) -> t
 
     Arguments and result as of `smoothed`. Source: Casale et al. 2018 (arXiv 1810.11738).
     """
-    both = known.unsqueeze(-1) & known.unsqueeze(-2)
-    of_known = torch.where(both, covariance, torch.eye(covariance.shape[-1]).to(covariance))
+    known_pairs = known.unsqueeze(-1) & known.unsqueeze(-2)
+    of_known = torch.where(known_pairs, covariance, torch.eye(covariance.shape[-1]).to(covariance))
     to_known = torch.where(known.unsqueeze(-1), covariance, 0.0).expand(of_known.shape)
     gain = torch.cholesky_solve(to_known, cholesky_or_nan(of_known)).mT
     variance = torch.where(known, scale**2, 0.0).diag_embed()
-    left = torch.where(both, covariance, 0.0) - variance
+    left = torch.where(known_pairs, covariance, 0.0) - variance
     return (gain @ torch.where(known, loc, 0.0).unsqueeze(-1)).squeeze(-1), covariance - gain @ left @ gain.mT
 
 
@@ -105,9 +105,9 @@ class GaussianProcessVAE(ComposedModel):
         prior = self.call_part("prior", context=times)
         if not isinstance(prior, GaussianProcessVector):
             raise ContractError(f"prior: expected a Gaussian process, found {type(prior).__name__}")
-        each = as_diagonal_normal(self.call_part("posterior", x, context=times), "posterior")
+        factors = as_diagonal_normal(self.call_part("posterior", x, context=times), "posterior")
         covariance = prior.scale_tril @ prior.scale_tril.mT
-        loc, spread = self.steps(covariance, each.loc.double().mT, each.scale.double().mT, known.unsqueeze(-2))
+        loc, spread = self.steps(covariance, factors.loc.double().mT, factors.scale.double().mT, known.unsqueeze(-2))
         with pyro.plate("data", len(x)):
             return pyro.sample("z", GaussianProcessVector(cholesky_or_nan(spread), prior.dtype, loc))
 
@@ -117,10 +117,10 @@ def _parse_batch(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     if x.dim() < 3:
         raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
     known = ~x.isnan().flatten(2).all(-1)
-    every = torch.arange(x.shape[1], device=x.device)
-    rows_of(every, known.sum(-1), "x: expected {first} to {last} known times of each sequence", first=1)
+    indices = torch.arange(x.shape[1], device=x.device)
+    rows_of(indices, known.sum(-1), "x: expected {first} to {last} known times of each sequence", first=1)
     if times is None:
-        times = every.unsqueeze(0).to(x.dtype)
+        times = indices.unsqueeze(0).to(x.dtype)
     elif times.shape[:2] != x.shape[:2]:
         raise DataError(f"times: expected {list(x.shape[:2])}, as x has, found {list(times.shape)}")
     return torch.where(known.reshape(*known.shape, *(1,) * (x.dim() - 2)), x, 0.0), known, times

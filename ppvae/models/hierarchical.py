@@ -137,10 +137,11 @@ class LadderVAE(_StochasticLayers):
             top = len(self.posteriors)
             z = pyro.sample(f"z{top}", self.call_part(f"posteriors.{top - 1}", above[-1], context=context))
             for i in range(top - 1, 0, -1):
-                ours = self.call_part(f"posteriors.{i - 1}", above[i - 1], context=context)
-                models = self.call_part(f"layers.{i - 1}", z, context=context)
+                bottom_up = self.call_part(f"posteriors.{i - 1}", above[i - 1], context=context)
+                top_down = self.call_part(f"layers.{i - 1}", z, context=context)
                 fn = _product_of_normals(
-                    as_diagonal_normal(ours, f"posteriors.{i - 1}"), as_diagonal_normal(models, f"layers.{i - 1}")
+                    as_diagonal_normal(bottom_up, f"posteriors.{i - 1}"),
+                    as_diagonal_normal(top_down, f"layers.{i - 1}"),
                 )
                 z = pyro.sample(f"z{i}", fn)
             return z
@@ -148,6 +149,6 @@ class LadderVAE(_StochasticLayers):
 
 def _product_of_normals(a: Any, b: Any) -> dist.TorchDistribution:
     """The normal whose density is proportional to the product of two, [...], event [latent]."""
-    both = torch.hypot(a.scale, b.scale)  # precisions would overflow where a scale is small
-    share = (b.scale / both).square()
-    return dist.Normal(b.loc + share * (a.loc - b.loc), a.scale * (b.scale / both)).to_event(1)
+    scale_norm = torch.hypot(a.scale, b.scale)  # precisions would overflow where a scale is small
+    share = (b.scale / scale_norm).square()
+    return dist.Normal(b.loc + share * (a.loc - b.loc), a.scale * (b.scale / scale_norm)).to_event(1)

@@ -56,11 +56,11 @@ class TableVAE(VAE):
         >>> pair.posterior.net.centre
         tensor([4.0000, 0.6667])
         """
-        made = cls(columns, **options)
+        vae = cls(columns, **options)
         with torch.no_grad():
-            likelihood: Any = made.likelihood
+            likelihood: Any = vae.likelihood
             start = marginals(columns, x)
-            support = likelihood(torch.zeros(len(x), made.prior().event_shape[0])).support
+            support = likelihood(torch.zeros(len(x), vae.prior().event_shape[0])).support
             wrong = (~support.base_constraint.check(x)).nonzero().tolist()
             if wrong:
                 row, column = wrong[0]
@@ -69,10 +69,10 @@ class TableVAE(VAE):
                     f"column {column}: expected values of a {kind} column, found {x[row, column].item():g} at row {row}"
                 )
             set_output_bias(likelihood.net, start)
-            encoder: Any = made.posterior.net
+            encoder: Any = vae.posterior.net
             encoder.centre.copy_(x.nanmean(0))
             encoder.spread.copy_((x - encoder.centre).square().nanmean(0).sqrt().clamp(min=1e-6))
-        return made
+        return vae
 
 
 class StandardizedInput(nn.Module):

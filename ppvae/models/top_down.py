@@ -83,14 +83,14 @@ class TopDownVAE(ComposedModel):
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x), from the top down."""
-        seen = self.call_part("encoder", x)
+        features = self.call_part("encoder", x)
         count = len(self.blocks)
-        each = [seen] * count if isinstance(seen, Tensor) else seen
-        if len(each) != count:
-            raise ContractError(f"encoder: expected features for each of {count} blocks, found {len(each)}")
+        block_features = [features] * count if isinstance(features, Tensor) else features
+        if len(block_features) != count:
+            raise ContractError(f"encoder: expected features for each of {count} blocks, found {len(block_features)}")
         with pyro.plate("data", len(x)):
             h = self.call_part("start")
-            for i, e in enumerate(each):
+            for i, e in enumerate(block_features):
                 z = pyro.sample(f"z{count - i}", self.call_part(f"blocks.{i}.posterior", h, context=e))
                 if i + 1 < count:
                     h = self.call_part(f"blocks.{i}.step", h, z)
@@ -134,7 +134,7 @@ def very_deep_vae(
             f"{len(sides)} sides, found {list(train.shape)} and {len(blocks)} numbers; load with flat=False"
         )
     every = [side for side, count in zip(sides, blocks, strict=True) for _ in range(count)]
-    made = [
+    block_list = [
         _residual_block(width, latent, side, above, len(every))
         for side, above in zip(every, [*every[1:], 0], strict=True)
     ]
@@ -149,7 +149,7 @@ def very_deep_vae(
     start[m : m + m * c] = torch.linspace(0, 1, m + 2)[1:-1].repeat_interleave(c)
     start[m + m * c : m + 2 * m * c] = -2.0
     nn.set_output_bias(likelihood.net, start)
-    return TopDownVAE(torch.zeros(width * sides[0] ** 2), made, likelihood, encoder)
+    return TopDownVAE(torch.zeros(width * sides[0] ** 2), block_list, likelihood, encoder)
 
 
 def _residual_block(width: int, latent: int, side: int, then: int, count: int) -> Block:

@@ -138,20 +138,19 @@ def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
     pair = f"prior {names[0]} and posterior {names[1]} do not fit together: "
     if p.event_shape != q.event_shape:
         raise ContractError(f"{pair}expected z of one shape, found {list(p.event_shape)} and {list(q.event_shape)}")
-    drawn, ours = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
-    if ours.is_floating_point() != drawn.is_floating_point():
-        raise ContractError(
-            f"{pair}expected z of one type, found {describe_tensor(ours[0])} and {describe_tensor(drawn[0])}"
-        )
-    if not _contains(p, drawn):
+    posterior_draws, prior_draws = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
+    if prior_draws.is_floating_point() != posterior_draws.is_floating_point():
+        types = f"{describe_tensor(prior_draws[0])} and {describe_tensor(posterior_draws[0])}"
+        raise ContractError(f"{pair}expected z of one type, found {types}")
+    if not _contains(p, posterior_draws):
         raise ContractError(
             f"{pair}expected z in one space, found that the posterior draws some that the prior has not"
         )
-    if not isinstance(q.base_dist if hasattr(q, "base_dist") else q, dist.Delta) and not _contains(q, ours):
+    if not isinstance(q.base_dist if hasattr(q, "base_dist") else q, dist.Delta) and not _contains(q, prior_draws):
         raise ContractError(
             f"{pair}expected z in one space, found that the prior has some that the posterior never draws"
         )
-    fn = call_conditional(vae.likelihood, f"z of the posterior {names[1]}", drawn[0], context=context)
+    fn = call_conditional(vae.likelihood, f"z of the posterior {names[1]}", posterior_draws[0], context=context)
     if fn.event_shape != x.shape[1:]:
         raise ContractError(
             f"likelihood {type(vae.likelihood).__name__} does not fit the data: expected the event shape "

@@ -55,8 +55,8 @@ class Pyramid(nn.Module):
     Source: Child 2021 (arXiv 2011.10650).
 
     >>> import torch
-    >>> seen = Pyramid(3, width=8, sides=(1, 4, 16), times=(1, 2, 1))(torch.zeros(5, 3, 16, 16))
-    >>> [e.shape[-1] for e in seen]
+    >>> features = Pyramid(3, width=8, sides=(1, 4, 16), times=(1, 2, 1))(torch.zeros(5, 3, 16, 16))
+    >>> [e.shape[-1] for e in features]
     [8, 128, 128, 2048]
     """
 
@@ -70,17 +70,17 @@ class Pyramid(nn.Module):
                 raise ValueError(f"sides: expected each to divide the next, found {small} before {large}")
         self.times = tuple(times)
         stages = []
-        for side, below in zip(sides[::-1], (None, *sides[::-1]), strict=False):
+        for side, smaller in zip(sides[::-1], (None, *sides[::-1]), strict=False):
             first = nn.Conv2d(channels, width, 3, padding=1)
-            if below is not None:
-                first = nn.Conv2d(width, width, below // side, stride=below // side)
+            if smaller is not None:
+                first = nn.Conv2d(width, width, smaller // side, stride=smaller // side)
             stages.append(glorot(nn.Sequential(first, *(Residual(width, activation) for _ in range(blocks)))))
         self.stages = nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        lead, found = x.shape[:-3], []
+        lead, features = x.shape[:-3], []
         h = x.reshape(-1, *x.shape[-3:])
         for stage in self.stages:
             h = stage(h)
-            found.append(h.reshape(*lead, -1))
-        return [e for e, times in zip(reversed(found), self.times, strict=True) for _ in range(times)]
+            features.append(h.reshape(*lead, -1))
+        return [e for e, times in zip(reversed(features), self.times, strict=True) for _ in range(times)]

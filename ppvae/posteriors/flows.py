@@ -28,8 +28,8 @@ class TransformedDistribution(dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not value.requires_grad:
             value = value[...]  # a new tensor with the same values, which is in no cache
-        whole = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        return super().log_prob(value if value.shape == whole else value.expand(whole))
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        return super().log_prob(value if value.shape == shape else value.expand(shape))
 
 
 @final

@@ -106,8 +106,8 @@ class LowRank(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution with outputs [..., latent * (2 + rank)]."""
-        latent, rest = divmod(outputs.shape[-1], 2 + self.rank)
-        if rest:
+        latent, remainder = divmod(outputs.shape[-1], 2 + self.rank)
+        if remainder:
             raise ValueError(
                 f"net: expected latent * {2 + self.rank} outputs at rank {self.rank}, found {outputs.shape[-1]}"
             )

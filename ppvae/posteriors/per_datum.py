@@ -73,15 +73,15 @@ class PerDatum(nn.Module):
         """Records checksums in training, verifies them otherwise; data of zeros are accepted as a stand-in for any."""
         values = x.reshape(*index.shape, -1).nan_to_num().float().double()  # the same in every precision
         weights = torch.arange(1.0, values.shape[-1] + 1, dtype=values.dtype, device=values.device).square().cos()
-        found = (values * weights).sum(-1)
+        checksum = (values * weights).sum(-1)
         if self.training and gradients:
-            self.seen[index] = found.view(torch.long)
+            self.seen[index] = checksum.view(torch.long)
             return
-        known, near = self.seen[index].view(torch.float64), 1e-9 * (1 + values.abs().sum(-1))
-        other = (known != 0) & (found != 0) & ((known - found).abs() > near)
-        if bool(other.any()):
+        recorded, tolerance = self.seen[index].view(torch.float64), 1e-9 * (1 + values.abs().sum(-1))
+        changed = (recorded != 0) & (checksum != 0) & ((recorded - checksum).abs() > tolerance)
+        if bool(changed.any()):
             raise DataError(
-                f"PerDatum: expected the data it was trained on, found another datum at index {int(index[other][0])}. "
-                f"Its parameters say nothing of new data. Refit: train a new PerDatum of the new data's size with the "
-                f"model's parameters held fixed"
+                "PerDatum: expected the data it was trained on, found another datum at index "
+                f"{int(index[changed][0])}. Its parameters say nothing of new data. Refit: train a new PerDatum of the "
+                f"new data's size with the model's parameters held fixed"
             )

@@ -59,17 +59,17 @@ class PowerSphericalVector(dist.TorchDistribution):
             self._validate_sample(value)
         # for unit vectors s = |loc + z|^2 / 4 = 1 - |loc - z|^2 / 4: accurate far from loc and near it, respectively
         s = (((self.loc + value) ** 2).sum(-1) / 4).clamp(min=torch.finfo(value.dtype).tiny)
-        rest = (((self.loc - value) ** 2).sum(-1) / 4).clamp(max=0.75)
-        log_s = torch.where(rest < 0.5, torch.log1p(-rest), s.log())
+        complement = (((self.loc - value) ** 2).sum(-1) / 4).clamp(max=0.75)
+        log_s = torch.where(complement < 0.5, torch.log1p(-complement), s.log())
         return self.concentration * log_s - self._log_normaliser().to(value.dtype)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         a, b = self._shapes()
-        both = torch.stack([a, torch.full_like(a, b)], -1).expand(*shape[:-1], 2)
-        share, rest = torch.distributions.Dirichlet(both, validate_args=False).rsample().unbind(-1)
+        concentrations = torch.stack([a, torch.full_like(a, b)], -1).expand(*shape[:-1], 2)
+        share, complement = torch.distributions.Dirichlet(concentrations, validate_args=False).rsample().unbind(-1)
         tangent = normalize(torch.randn(*shape[:-1], shape[-1] - 1, dtype=a.dtype, device=a.device))
-        along, across = (share - rest).unsqueeze(-1), (2 * (share * rest).sqrt()).unsqueeze(-1)
+        along, across = (share - complement).unsqueeze(-1), (2 * (share * complement).sqrt()).unsqueeze(-1)
         start = torch.cat([along, across * tangent], -1)  # around the first axis
         # a reflection maps the axis to loc, or to -loc with a change of sign, whichever is far from singular
         loc = self.loc.double()
@@ -120,6 +120,6 @@ class PowerSpherical(Amortized):
         if outputs.shape[-1] < 3:
             raise ValueError(f"net: expected latent + 1 outputs with latent at least 2, found {outputs.shape[-1]}")
         where = outputs[..., :-1]
-        nowhere = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
+        is_zero = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
         axis = F.pad(torch.ones_like(where[..., :1]), (0, where.shape[-1] - 1))
-        return PowerSphericalVector(normalize(torch.where(nowhere, axis, where)), F.softplus(outputs[..., -1]))
+        return PowerSphericalVector(normalize(torch.where(is_zero, axis, where)), F.softplus(outputs[..., -1]))

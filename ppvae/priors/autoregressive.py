@@ -56,8 +56,8 @@ class _AutoregressiveMLP(nn.Module):
     def __init__(self, variables: int, width: int, outputs: int, hidden: Sequence[int]):
         super().__init__()
         before = torch.ones(variables, variables).tril(-1).bool().repeat_interleave(width, 1)
-        seen = torch.cat([torch.ones(variables, 1).bool(), before], 1)  # the first input is a constant one
-        self.net = zuko.nn.MaskedMLP(seen.repeat_interleave(outputs, 0), hidden_features=hidden, activation=nn.ELU)
+        adjacency = torch.cat([torch.ones(variables, 1).bool(), before], 1)  # the first input is a constant one
+        self.net = zuko.nn.MaskedMLP(adjacency.repeat_interleave(outputs, 0), hidden_features=hidden, activation=nn.ELU)
         self.variables = variables
         for p in self.net[-1].parameters():
             nn.init.zeros_(p)
@@ -134,8 +134,8 @@ class AutoregressiveCategorical(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         def conditional(z: Tensor) -> Any:
-            written = F.one_hot(z, self.classes).to(self.like.dtype).flatten(-2)
-            return dist.Categorical(logits=self.net(written)).to_event(1)
+            one_hot = F.one_hot(z, self.classes).to(self.like.dtype).flatten(-2)
+            return dist.Categorical(logits=self.net(one_hot)).to_event(1)
 
         return AutoregressiveClasses(conditional, len(self.like), self.classes, self.like.device)
 

@@ -89,8 +89,8 @@ def cholesky_or_nan(covariance: Tensor) -> Tensor:
     >>> cholesky_or_nan(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
     [2.0, nan]
     """
-    found, fails = torch.linalg.cholesky_ex(covariance)
-    return torch.where((fails == 0)[..., None, None], found, torch.nan)
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
 @final

@@ -66,17 +66,17 @@ class Mixture(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape
-            some = self.components.sample()
-            logits = some.new_zeros(len(some)) if self.logits is None else self.logits
-            chosen = torch.distributions.Categorical(logits=logits).sample((shape.numel(),))
+            template = self.components.sample()
+            logits = template.new_zeros(len(template)) if self.logits is None else self.logits
+            selected = torch.distributions.Categorical(logits=logits).sample((shape.numel(),))
             # the r-th row with a component takes the r-th draw of that component
-            order = chosen.argsort(stable=True)
-            counts = chosen.bincount(minlength=len(some))
+            order = selected.argsort(stable=True)
+            counts = selected.bincount(minlength=len(template))
             starts = counts.cumsum(0) - counts
-            rank = torch.empty_like(chosen)
-            rank[order] = torch.arange(len(chosen), device=chosen.device) - starts[chosen[order]]
+            rank = torch.empty_like(selected)
+            rank[order] = torch.arange(len(selected), device=selected.device) - starts[selected[order]]
             draws = self.components.sample((int(counts.max()),))
-            return draws[rank, chosen].reshape(shape + self.event_shape)
+            return draws[rank, selected].reshape(shape + self.event_shape)
 
 
 @final
@@ -185,8 +185,8 @@ class VampPrior(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(data), generator=generator)[:components]
         rows = data.read(index) if hasattr(data, "read") else data[index.to(data.device)]
-        chosen = None if context is None else context[index.to(context.device)]
-        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), chosen)
+        selected = None if context is None else context[index.to(context.device)]
+        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), selected)
 
     def forward(self) -> dist.TorchDistribution:
         if _is_traced():
@@ -200,12 +200,12 @@ class VampPrior(nn.Module):
         return Mixture(self._cache[1])
 
     def _components(self) -> Any:
-        found = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
-        if isinstance(found, dist.Delta):
+        components = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
+        if isinstance(components, dist.Delta):
             raise ContractError(
                 f"VampPrior: expected a posterior with a density, found {type(self.posterior).__name__}, a point mass"
             )
-        return found
+        return components
 
     def _fingerprint(self) -> Any:
         """A fingerprint of all tensors: address, version and sum (fused optimizers do not bump versions).
