@@ -41,7 +41,7 @@ class NormalMixture(dist.TorchDistribution):
 
     def __init__(self, loc: Tensor, scale: Tensor, log_weight: Tensor, validate_args: bool | None = None):
         if log_weight.requires_grad:
-            raise ValueError("log_weight: expected constant weights, found some that ask for a gradient")
+            raise ValueError("log_weight: expected constant weights, found some that require a gradient")
         batch = torch.broadcast_shapes(loc.shape[:-2], scale.shape[:-2], log_weight.shape[:-1])
         self.loc, self.scale = loc.expand(batch + loc.shape[-2:]), scale.expand(batch + scale.shape[-2:])
         self.log_weight = log_weight.log_softmax(-1).expand(batch + log_weight.shape[-1:])

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.likelihoods.network_outputs import (
+    NetworkLikelihood,
     ParameterSource,
-    block_output_shape,
     event_dim,
     register_log_parameter,
     split_blocks,
 )
 
 
-class _LocationScale(nn.Module):
+class _LocationScale(NetworkLikelihood):
     """A location-scale likelihood: locations from net(z), scales fixed, learned or from net(z)."""
 
     log_scale: Tensor
 
     def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        super().__init__()
-        self.net, self.floor = net, floor
-        self._scale_from_network = scale == "network"
+        super().__init__(net)
+        self.floor, self._scale_from_network = floor, scale == "network"
+        self.parameters_per_element = 2 if self._scale_from_network else 1
         register_log_parameter(self, "scale", scale)
 
     @property
@@ -35,10 +33,6 @@ class _LocationScale(nn.Module):
         if self._scale_from_network:
             raise ValueError("at_floor: expected a scale of its own; the network's depends on z")
         return self.log_scale.exp() <= 1.01 * self.floor
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
-        return block_output_shape(event, 2 if self._scale_from_network else 1)
 
     def _loc_scale(self, z: Tensor) -> tuple[Tensor, Tensor, int]:
         out = self.net(z)

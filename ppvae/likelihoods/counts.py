@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from ppvae import distributions
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
     ParameterSource,
-    block_output_shape,
     context_per_datum,
     event_dim,
     register_log_parameter,
@@ -19,7 +18,7 @@ from ppvae.likelihoods.network_outputs import (
 )
 
 
-class _CountLikelihood(nn.Module):
+class _CountLikelihood(NetworkLikelihood):
     """A count likelihood with log-rates from net(z), optionally scaled by a library size, and further parameters."""
 
     log_concentration: Tensor
@@ -27,14 +26,10 @@ class _CountLikelihood(nn.Module):
     def __init__(
         self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: ParameterSource | None = None
     ):
-        super().__init__()
-        self.net, self.library, self._parameter_names = net, library, names
+        super().__init__(net)
+        self.library, self._parameter_names, self.parameters_per_element = library, names, len(names)
         if concentration is not None:
             register_log_parameter(self, "concentration", concentration)
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
-        return block_output_shape(event, len(self._parameter_names))
 
     @property
     def forward(self) -> Callable[..., dist.TorchDistribution]:  # type: ignore[override]
@@ -42,12 +37,12 @@ class _CountLikelihood(nn.Module):
         return self._forward_with_library if self.library else self._forward_without_library
 
     def _forward_without_library(self, z: Tensor) -> dist.TorchDistribution:
-        log_rate, *extra = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
+        log_rate, *extra = split_blocks(self.net(z), z, self.parameters_per_element, ", ".join(self._parameter_names))
         dims = event_dim(log_rate, z)
         return self._distribution(log_rate, *extra).to_event(dims)
 
     def _forward_with_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
-        share, *extra = split_blocks(self.net(z), z, len(self._parameter_names), ", ".join(self._parameter_names))
+        share, *extra = split_blocks(self.net(z), z, self.parameters_per_element, ", ".join(self._parameter_names))
         dims = event_dim(share, z)
         log_library = context_per_datum(context, z, "library sizes", share.dtype).log()
         log_rate = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)

@@ -9,10 +9,16 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.discretized import check_levels
-from ppvae.likelihoods.network_outputs import block_output_shape, event_dim, level_logits, split_blocks
+from ppvae.likelihoods.network_outputs import (
+    NetworkLikelihood,
+    block_output_shape,
+    event_dim,
+    level_logits,
+    split_blocks,
+)
 
 
-class Categorical(nn.Module):
+class Categorical(NetworkLikelihood):
     """Independent categorical pixels, a logit for each level, log p(x | z) = sum_d log softmax(l_d)[x_d (levels - 1)].
 
     `net` maps [..., latent] to [..., levels * first, *rest]: the logits of level 0 for all pixels, then those of
@@ -21,7 +27,7 @@ class Categorical(nn.Module):
 
     Args:
         net: the network.
-        levels: how many values a number can take.
+        levels: the number of values of each element.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: van den Oord et al. 2016 (arXiv 1601.06759), section 2.2.
@@ -33,19 +39,15 @@ class Categorical(nn.Module):
     """
 
     def __init__(self, net: nn.Module, levels: int = 256):
-        super().__init__()
-        self.net, self.levels = net, check_levels(levels)
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
-        return block_output_shape(event, self.levels)
+        super().__init__(net)
+        self.levels = self.parameters_per_element = check_levels(levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits = level_logits(self.net(z), z, self.levels)
         return distributions.Levels(logits).to_event(event_dim(logits, z) - 1)
 
 
-class DiscretizedLogistic(nn.Module):
+class DiscretizedLogistic(NetworkLikelihood):
     """Independent discretised logistic pixels, log p(x | z) = sum_d log [F(x_d + h) - F(x_d - h)].
 
     F is the logistic distribution of location loc_d(z) and scale exp(log_scale_d(z)), in units of the data, h half a
@@ -55,7 +57,7 @@ class DiscretizedLogistic(nn.Module):
 
     Args:
         net: the network.
-        levels: how many values a number can take.
+        levels: the number of values of each element.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: Kingma et al. 2016 (arXiv 1606.04934).
@@ -66,13 +68,11 @@ class DiscretizedLogistic(nn.Module):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, levels: int = 256):
-        super().__init__()
-        self.net, self.levels = net, check_levels(levels)
+    parameters_per_element = 2
 
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
-        return block_output_shape(event, 2)
+    def __init__(self, net: nn.Module, levels: int = 256):
+        super().__init__(net)
+        self.levels = check_levels(levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, log_scale = split_blocks(self.net(z), z, 2, "location, log-scale")
@@ -93,7 +93,7 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         net: the network.
         components: M, the components of the mixture of each pixel.
         channels: C, the coupled elements of a pixel: 3 for colour, 1 for none.
-        levels: how many values a number can take.
+        levels: the number of values of each element.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: Salimans et al. 2017 (arXiv 1701.05517), equations 1-3; data in [0, 1] instead of [-1, 1].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ ParameterSource = float | Literal["learned", "network"] | tuple[int, ...]
 class NetworkLikelihood(nn.Module):
     """A likelihood whose parameters are the output of a network at z, `parameters_per_element` blocks of them."""
 
-    parameters_per_element: ClassVar[int] = 1
+    parameters_per_element = 1
 
     def __init__(self, net: nn.Module):
         super().__init__()

@@ -62,7 +62,7 @@ def vae(
         missing: whether data may be missing (NaN).
         num_labels: how many labels there are, where the batch's second tensor is one.
 
-    Raises `UsageError` for parts that cannot be made of these, by name.
+    Raises `UsageError`, by name, for parts that cannot be built from these arguments.
 
     >>> from functools import partial
     >>> prior = partial(priors.VampPrior.from_data, components=20)
@@ -117,7 +117,7 @@ def conv_vae(
         enumerate: sum a discrete z out exactly; takes an objective that does, as TraceEnum_ELBO.
         num_labels: how many labels there are, where the batch's second tensor is one.
 
-    Raises `UsageError` for parts that cannot be made of these, by name.
+    Raises `UsageError`, by name, for parts that cannot be built from these arguments.
     """
     if train.dim() != 4:
         raise ValueError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")

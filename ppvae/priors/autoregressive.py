@@ -146,7 +146,7 @@ class AutoregressiveOneHot(nn.Module):
 
     Args:
         classes: values of each variable.
-        variables: how many one-hot vectors z is made of.
+        variables: the number of one-hot vectors in z.
         hidden: the widths of the masked network.
 
     Returns batch shape [], event shape [variables * classes]; values in floating point, which a network takes.
