@@ -86,7 +86,7 @@ def vae(
         return nn.MADE(features, inputs, shape[0] // features, hidden=hidden[::-1])
 
     module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
-    if hasattr(module.likelihood, "output_at"):
+    if hasattr(module.likelihood, "output_for_mean"):
         mean = train.double().nanmean(0).nan_to_num(0.5)
         likelihood_: Any = module.likelihood
         nn.set_output_bias(likelihood_.net, likelihood_.output_for_mean(mean))
