@@ -25,7 +25,7 @@ from ppvae import data, likelihoods, log_marginal, nn, objectives, posteriors, p
 from ppvae.evaluation import impute
 from ppvae.models import GaussianProcessVAE, smoothed, stepwise
 from ppvae.plots import image_grid
-from ppvae.priors.process import rbf
+from ppvae.priors.gaussian_process import rbf
 
 
 @dataclass(frozen=True)

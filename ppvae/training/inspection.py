@@ -65,7 +65,7 @@ def inspect_for_training(
 def check_amortized(modules: Sequence[nn.Module]) -> None:
     """Raises UsageError where a module has parameters for each training datum, and so none for validation data."""
     for module in modules:
-        if getattr(module, "of_its_data_alone", False):
+        if getattr(module, "requires_training_data", False):
             raise UsageError(
                 f"valid: {type(module).__name__} has parameters for the training data alone; leave valid out, and "
                 f"refit for an ELBO of other data"

@@ -1,43 +1,13 @@
-"""What the distributions share: expanding by shallow copy, and supports that say what they hold and what to do."""
+"""Supports that torch lacks. Each has a `cure`: what to do with values outside it, for error texts."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import TypeVar
-
-import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-Fn = TypeVar("Fn", bound=TorchDistribution)
 
-
-def expanded(fn: Fn, batch_shape: Sequence[int], **event_dims: int) -> Fn:
-    """A copy of a distribution with its named parameters expanded to a batch shape, {name: its own event dims}."""
-    new, shape = copy.copy(fn), torch.Size(batch_shape)
-    for name, event_dim in event_dims.items():
-        value: Tensor = getattr(fn, name)
-        setattr(new, name, value.expand(shape + value.shape[value.dim() - event_dim :]))
-    new._batch_shape = shape
-    return new
-
-
-def compact(t: Tensor) -> Tensor:
-    """The same tensor with expanded dims at size one again, so that a function of it is computed once.
-
-    >>> compact(torch.zeros(3).expand(100, 3)).shape
-    torch.Size([1, 3])
-    """
-    for dim in range(t.dim()):
-        if t.stride(dim) == 0 and t.shape[dim] > 1:
-            t = t.narrow(dim, 0, 1)
-    return t
-
-
-class Levels(Constraint):
-    """Equally spaced levels 0, top / (levels - 1), ..., top; read off within the rounding of float32."""
+class EquallySpacedLevels(Constraint):
+    """Equally spaced levels 0, top / (levels - 1), ..., top, up to the rounding error of float32."""
 
     is_discrete = True
 
@@ -47,7 +17,7 @@ class Levels(Constraint):
 
     @property
     def cure(self) -> str:
-        """What to do with values that are none of the levels."""
+        """What to do with values that are not among the levels."""
         if self.top != 1:
             return f"Number the {self.levels} values of the column from 0, and leave NaN where one is missing"
         top = self.levels - 1
@@ -58,8 +28,8 @@ class Levels(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         scaled = value * ((self.levels - 1) / self.top)
-        whole = (scaled - scaled.round()).abs() <= max(1e-3, 2e-7 * self.levels)
-        return whole & (value >= 0) & (value <= self.top)
+        at_level = (scaled - scaled.round()).abs() <= max(1e-3, 2e-7 * self.levels)
+        return at_level & (value >= 0) & (value <= self.top)
 
     def __repr__(self) -> str:
         if self.levels == 2:
@@ -68,8 +38,8 @@ class Levels(Constraint):
         return f"{{0, {step}, ..., {self.top:g}}}"
 
 
-class OpenUnit(Constraint):
-    """The numbers between 0 and 1 without the two."""
+class OpenUnitInterval(Constraint):
+    """The open interval (0, 1)."""
 
     lower_bound, upper_bound = 0.0, 1.0
     cure = (
@@ -84,8 +54,8 @@ class OpenUnit(Constraint):
         return "the open interval (0, 1)"
 
 
-class CountsOf(Constraint):
-    """Counts [..., D] that sum to a total [...]; tells for each count whether it may stand there."""
+class CountsWithTotal(Constraint):
+    """Counts [..., D] that sum to a total [...]; the check is elementwise, true where the row is valid."""
 
     is_discrete = True
     cure = (
@@ -108,4 +78,4 @@ class CountsOf(Constraint):
         return "counts that sum to the total given as context"
 
 
-open_unit = OpenUnit()
+open_unit_interval = OpenUnitInterval()

@@ -1,4 +1,4 @@
-"""Gaussian processes over time or position, as the prior of a sequence's latents."""
+"""Gaussian-process priors over the latents of a sequence, and their kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
 def rbf(r: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def cauchy(r: Tensor) -> Tensor:
 
 
 @final
-class ProcessVector(dist.TorchDistribution):
+class GaussianProcessVector(dist.TorchDistribution):
     """Independent Gaussian vectors over T positions, one for each latent dim, interleaved: z [T * latent], time first.
 
-    log p(z) = sum_l log N(z_l; loc_l, L_l L_l^T), L = `scale_tril` [..., latent, T, T], worked out in float64; `loc` is
+    log p(z) = sum_l log N(z_l; loc_l, L_l L_l^T), L = `scale_tril` [..., latent, T, T], computed in float64; `loc` is
     [..., latent, T], and 0 where None.
 
-    >>> ProcessVector(torch.eye(4).expand(2, 4, 4), torch.float32).shape()
+    >>> GaussianProcessVector(torch.eye(4).expand(2, 4, 4), torch.float32).shape()
     torch.Size([8])
     """
 
@@ -57,12 +57,12 @@ class ProcessVector(dist.TorchDistribution):
         event = torch.Size([scale_tril.shape[-3:-1].numel()])
         super().__init__(scale_tril.shape[:-3], event, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ProcessVector:
-        return expanded(self, batch_shape, scale_tril=3, loc=2)
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GaussianProcessVector:
+        return expand_parameters(self, batch_shape, scale_tril=3, loc=2)
 
     @property
     def mean(self) -> Tensor:
-        """Of each position and dim, [..., T * latent]."""
+        """The mean of each position and dim, [..., T * latent]."""
         return self.loc.mT.flatten(-2).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -83,33 +83,33 @@ class ProcessVector(dist.TorchDistribution):
         return z.mT.flatten(-2).to(self.dtype)
 
 
-def root(covariance: Tensor) -> Tensor:
-    """L of L L^T = covariance [..., T, T]; NaN where there is none, so that no value is read and training stops there.
+def cholesky_or_nan(covariance: Tensor) -> Tensor:
+    """The Cholesky factor of a covariance [..., T, T], or NaN where there is none: no value is read on the host.
 
-    >>> root(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
+    >>> cholesky_or_nan(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
     [2.0, nan]
     """
-    found, fails = torch.linalg.cholesky_ex(covariance)
-    return torch.where((fails == 0)[..., None, None], found, torch.nan)
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
 @final
 class GaussianProcess(nn.Module):
     """Latent dims that are independent Gaussian processes over the positions (times) of a sequence.
 
-    A datum is a whole sequence: x [batch, ...] holds its observations, the batch's second tensor its positions, [batch,
-    T] numbers or [batch, T, axes] points, and z is [T * latent], time first: `z.unflatten(-1, (T, latent))`. Sequences
-    are independent of each other, so that each has its own weight and its own log p(x).
+    A datum is a sequence: x [batch, ...] are its observations, the batch's second tensor its positions, [batch, T]
+    numbers or [batch, T, axes] points, and z is [T * latent], time first: `z.unflatten(-1, (T, latent))`. Sequences are
+    independent, so that each has its own weight and log p(x).
 
     Cov(z_tl, z_t'l) = kernel(|s_t - s_t'| / lengthscale_l) + jitter [t = t'], in nats log N(z_l; 0, K_l) for each dim,
     exactly, by Cholesky decompositions in float64: latent of them for a batch that shares its positions, batch * latent
-    otherwise, each T^3. The jitter is white noise, a part of the prior, which keeps near positions apart. Steps of
-    training are compiled where it shows without a look at values that positions are shared: [1, T], or one row
-    expanded, `times.expand(N, T)`, which `fit` keeps.
+    otherwise, each T^3. The jitter is white noise, a part of the prior, which keeps the covariance of near positions
+    positive definite. Training steps are compiled where the shape shows that positions are shared: [1, T], or one
+    expanded row, `times.expand(N, T)`, which `fit` preserves.
 
     Args:
         latent: the number of dims at each position.
-        lengthscale: where every dim's learned lengthscale starts, in the unit of the positions.
+        lengthscale: the initial value of the learned lengthscales, one for each dim, in the unit of the positions.
         kernel: a function of distances in lengthscales that is one at zero: `rbf`, `matern12`, `matern32`, `cauchy`.
         jitter: the variance of the white noise.
 
@@ -144,4 +144,4 @@ class GaussianProcess(nn.Module):
         distances = torch.linalg.vector_norm(places.unsqueeze(-2) - places.unsqueeze(-3), dim=-1)
         scaled = distances.unsqueeze(-3) * (-self.log_lengthscale.double()).exp()[:, None, None]
         noise = self.jitter * torch.eye(places.shape[-2], dtype=scaled.dtype, device=scaled.device)
-        return ProcessVector(root(self.kernel(scaled) + noise), self.log_lengthscale.dtype)
+        return GaussianProcessVector(cholesky_or_nan(self.kernel(scaled) + noise), self.log_lengthscale.dtype)

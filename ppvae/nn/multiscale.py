@@ -1,4 +1,4 @@
-"""Networks of images at several sizes, for latents that stand at each: features are vectors, [channels * side^2]."""
+"""Multi-scale image networks for hierarchical VAEs; features are vectors, [channels * side^2]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ppvae.nn.dense import glorot
 
 
 class Added(nn.Module):
-    """h and z -> then(h + net(z)), over any leading dims: how a latent writes into a stream of features.
+    """The residual update of features h by a latent, (h, z) -> then(h + net(z)), over any leading dims.
 
     Source: Child 2021 (arXiv 2011.10650).
 
@@ -30,7 +30,7 @@ class Added(nn.Module):
 
 
 def on_images(channels: int, side: int, *layers: nn.Module) -> nn.Module:
-    """Layers of images [N, channels, side, side] as a network of vectors [..., channels * side^2], Glorot-initialised.
+    """Layers on images [N, channels, side, side] as a network of vectors [..., channels * side^2], Glorot-initialised.
 
     >>> import torch
     >>> on_images(4, 8, nn.Conv2d(4, 2, 1))(torch.zeros(5, 3, 4 * 64)).shape
@@ -41,23 +41,22 @@ def on_images(channels: int, side: int, *layers: nn.Module) -> nn.Module:
 
 
 class Pyramid(nn.Module):
-    """An encoder of images [..., C, side, side] that keeps what it sees at each size, from the smallest to the largest.
+    """A multi-scale encoder of images [..., C, side, side]: features at each size, from the smallest to the largest.
 
-    At each size stand `blocks` residual blocks; a convolution with the stride of the ratio leads to the next smaller.
+    Each size has `blocks` residual blocks; a strided convolution leads to the next smaller size.
 
     Args:
         channels: C.
-        width: the channels of its features.
-        sides: of the images, rising, the last that of the data.
-        times: how often the features of each size are given.
+        width: the channels of the features.
+        sides: the sides of the features, ascending, the last that of the data.
+        times: how often the features of each size are repeated.
 
-    Gives a list of features [..., width * s^2], those of side s as often as `times` says.
-    Raises ValueError for a side that the next does not divide by.
+    Returns a list of features [..., width * s^2]. Raises ValueError where a side does not divide the next.
     Source: Child 2021 (arXiv 2011.10650).
 
     >>> import torch
-    >>> seen = Pyramid(3, width=8, sides=(1, 4, 16), times=(1, 2, 1))(torch.zeros(5, 3, 16, 16))
-    >>> [e.shape[-1] for e in seen]
+    >>> features = Pyramid(3, width=8, sides=(1, 4, 16), times=(1, 2, 1))(torch.zeros(5, 3, 16, 16))
+    >>> [e.shape[-1] for e in features]
     [8, 128, 128, 2048]
     """
 
@@ -71,17 +70,17 @@ class Pyramid(nn.Module):
                 raise ValueError(f"sides: expected each to divide the next, found {small} before {large}")
         self.times = tuple(times)
         stages = []
-        for side, below in zip(sides[::-1], (None, *sides[::-1]), strict=False):
+        for side, smaller in zip(sides[::-1], (None, *sides[::-1]), strict=False):
             first = nn.Conv2d(channels, width, 3, padding=1)
-            if below is not None:
-                first = nn.Conv2d(width, width, below // side, stride=below // side)
+            if smaller is not None:
+                first = nn.Conv2d(width, width, smaller // side, stride=smaller // side)
             stages.append(glorot(nn.Sequential(first, *(Residual(width, activation) for _ in range(blocks)))))
         self.stages = nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        lead, found = x.shape[:-3], []
+        lead, features = x.shape[:-3], []
         h = x.reshape(-1, *x.shape[-3:])
         for stage in self.stages:
             h = stage(h)
-            found.append(h.reshape(*lead, -1))
-        return [e for e, times in zip(reversed(found), self.times, strict=True) for _ in range(times)]
+            features.append(h.reshape(*lead, -1))
+        return [e for e, times in zip(reversed(features), self.times, strict=True) for _ in range(times)]

@@ -1,4 +1,4 @@
-"""Distributions over vectors of discrete variables, with their joint values laid out for exact summation."""
+"""Distributions over vectors of discrete variables, whose joint values can be enumerated for exact summation."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
-MOST_VALUES = 1 << 16  # a vector with more joint values is not enumerated
+MAX_JOINT_VALUES = 1 << 16  # a vector with more joint values is not enumerated
 
 
-def grid(values: Tensor, variables: int) -> Tensor:
-    """Every vector of so many variables that take the given values [classes]: [classes^variables, variables]."""
+def joint_values(values: Tensor, variables: int) -> Tensor:
+    """All vectors of `variables` elements with the given values [classes]: [classes^variables, variables]."""
     return torch.cartesian_prod(*[values] * variables).reshape(-1, variables)
 
 
-def laid_out(values: Tensor, batch_shape: torch.Size, expand: bool) -> Tensor:
-    """[n, *event] as Pyro's enumeration takes it: [n, *batch of ones or of the true sizes, *event]."""
+def enumerated_values(values: Tensor, batch_shape: torch.Size, expand: bool) -> Tensor:
+    """Values [n, *event] in the shape of `enumerate_support`: [n, *batch (ones unless expanded), *event]."""
     shape = torch.Size([len(values)] + [1] * len(batch_shape)) + values.shape[1:]
     return values.reshape(shape).expand(shape[:1] + batch_shape + values.shape[1:] if expand else shape)
 
 
 @final
-class Vector(dist.Independent):
-    """Independent discrete variables as one vector: as `to_event(1)`, and enumerable while joint values are few.
+class DiscreteVector(dist.Independent):
+    """Independent discrete variables as one vector, `to_event(1)` that can be enumerated.
 
-    log p(z) = sum_v log p_v(z_v). `enumerate_support` gives every joint value, classes^variables of them, so that Pyro
-    (`config_enumerate`) and `terms` sum the vector out exactly; with more than 65536 it says that it cannot.
+    log p(z) = sum_v log p_v(z_v). `enumerate_support` returns all classes^variables joint values, so that Pyro
+    (`config_enumerate`) and `terms` sum the vector out exactly; NotImplementedError beyond 65536 of them.
 
-    >>> Vector(dist.Bernoulli(logits=torch.zeros(2)), 1).enumerate_support()
+    >>> DiscreteVector(dist.Bernoulli(logits=torch.zeros(2)), 1).enumerate_support()
     tensor([[0., 0.],
             [0., 1.],
             [1., 0.],
@@ -44,19 +44,21 @@ class Vector(dist.Independent):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether the joint values are few enough to be laid out."""
+        """Whether there are at most 65536 joint values."""
         classes = self.base_dist.enumerate_support(expand=False).numel()
-        return classes ** self.event_shape.numel() <= MOST_VALUES
+        return classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         if not self.has_enumerate_support:
-            raise NotImplementedError(f"more than {MOST_VALUES} joint values of {self.event_shape.numel()} variables")
+            raise NotImplementedError(
+                f"more than {MAX_JOINT_VALUES} joint values of {self.event_shape.numel()} variables"
+            )
         values = self.base_dist.enumerate_support(expand=False).flatten()
-        return laid_out(grid(values, self.event_shape.numel()), self.batch_shape, expand)
+        return enumerated_values(joint_values(values, self.event_shape.numel()), self.batch_shape, expand)
 
 
-class OneHotBlocks(constraints.Constraint):
-    """Vectors of several one-hot vectors of the same length, end to end."""
+class OneHotBlocksConstraint(constraints.Constraint):
+    """Concatenated one-hot vectors of the same length."""
 
     is_discrete = True
     event_dim = 1
@@ -75,11 +77,11 @@ class OneHotBlocks(constraints.Constraint):
 
 @final
 class OneHotVector(dist.TorchDistribution):
-    """A distribution over vectors of classes [variables], with each class written as a one-hot vector, end to end.
+    """A distribution over vectors of classes [variables], with classes as concatenated one-hot vectors.
 
     log p(z) = log p_base(classes of z). Event shape [variables * classes], in floating point: a network takes it.
 
-    >>> base = Vector(dist.Categorical(logits=torch.zeros(2, 3)), 1)
+    >>> base = DiscreteVector(dist.Categorical(logits=torch.zeros(2, 3)), 1)
     >>> OneHotVector(base, 3, torch.float32).log_prob(torch.tensor([0.0, 1, 0, 0, 0, 1])).exp()
     tensor(0.1111)
     """
@@ -93,20 +95,20 @@ class OneHotVector(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
-        """One-hot vectors, end to end."""
-        return OneHotBlocks(self.classes)
+        """Concatenated one-hot vectors."""
+        return OneHotBlocksConstraint(self.classes)
 
     @property
     def has_enumerate_support(self) -> bool:
-        """As the base says."""
+        """That of the base."""
         return self.base.has_enumerate_support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> OneHotVector:
-        new = expanded(self, batch_shape)
+        new = expand_parameters(self, batch_shape)
         new.base = self.base.expand(torch.Size(batch_shape))
         return new
 
-    def _written(self, index: Tensor) -> Tensor:
+    def _to_one_hot(self, index: Tensor) -> Tensor:
         return F.one_hot(index, self.classes).to(self.dtype).flatten(-2)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -115,10 +117,10 @@ class OneHotVector(dist.TorchDistribution):
         return self.base.log_prob(value.unflatten(-1, (-1, self.classes)).argmax(-1))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self._written(self.base.sample(torch.Size(sample_shape)))
+        return self._to_one_hot(self.base.sample(torch.Size(sample_shape)))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        return self._written(self.base.enumerate_support(expand))
+        return self._to_one_hot(self.base.enumerate_support(expand))
 
 
 @register_kl(OneHotVector, OneHotVector)

@@ -1,4 +1,4 @@
-"""Markov chains of vectors, some longer than others, as one distribution."""
+"""Markov chains of vectors, of different lengths in one batch."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
-Step = Callable[[Tensor, Any], Any]  # (z before [..., latent], which times) -> the distribution of z then
+Transition = Callable[[Tensor, Any], Any]  # (z before [..., latent], which times) -> the distribution of z then
 
 
 @final
-class Chain(dist.TorchDistribution):
+class MarkovChain(dist.TorchDistribution):
     """A Markov chain z_1 .. z_T of vectors, log p(z) = sum over known t of log p(z_t | z_(t-1)), z_0 = start.
 
-    Times that are not known come last: they are 0 in a draw and have no part in the density, so that a chain of length
-    n is a density of its first n vectors, whatever stands behind them. A draw goes step by step, a density takes all
-    steps at once.
+    Steps that are not known are padding at the end: 0 in a draw and ignored by the density, so that a chain of length n
+    is a density of its first n vectors. Sampling is sequential; the density evaluates all steps in one call.
 
     Args:
-        step: step(z, at) is p(z_t | z_(t-1)) given the vectors before, for z [..., latent] at one time `at`, or for
-            z [..., T, latent] at all times, `at` = slice(None). Its event is [latent].
+        step: step(z, at) returns p(z_t | z_(t-1)) given the previous vectors z: [..., latent] for one time `at`, or
+            [..., T, latent] for all times, `at` = slice(None). Its event shape is [latent].
         start: z_0 [latent].
-        known: which times a chain has, [*batch, T].
+        known: the mask of the steps of each chain, [*batch, T].
 
     Batch shape [*batch], event shape [T, latent]. Reparameterised where the steps are.
 
-    >>> walk = Chain(lambda z, at: dist.Normal(z, 1.0).to_event(1), torch.zeros(2), torch.tensor([[True, True, False]]))
+    >>> known = torch.tensor([[True, True, False]])
+    >>> walk = MarkovChain(lambda z, at: dist.Normal(z, 1.0).to_event(1), torch.zeros(2), known)
     >>> walk.shape(), walk.rsample()[0, 2].tolist()
     (torch.Size([1, 3, 2]), [0.0, 0.0])
     """
@@ -40,12 +40,12 @@ class Chain(dist.TorchDistribution):
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
-    def __init__(self, step: Step, start: Tensor, known: Tensor, validate_args: bool | None = None):
+    def __init__(self, step: Transition, start: Tensor, known: Tensor, validate_args: bool | None = None):
         self.step, self.start, self.known = step, start, known
         super().__init__(known.shape[:-1], known.shape[-1:] + start.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Chain:
-        return expanded(self, batch_shape)
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MarkovChain:
+        return expand_parameters(self, batch_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         z = self.start.expand(torch.Size(sample_shape) + self.batch_shape + self.start.shape)

@@ -1,4 +1,4 @@
-"""A point instead of a distribution."""
+"""The point-mass posterior."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ppvae.posteriors.amortized import Amortized
 class Delta(Amortized):
     """A point mass at z = net(x): training with it maximises log p(x, z), which is MAP estimation of the latent.
 
-    It has no density, and importance weights under it mean nothing: `log_marginal` and bounds of the IWAE kind refuse
-    it by the site's name (on a discrete latent they call their result a lower bound only).
+    It is not absolutely continuous, so that importance weights under it are invalid: `log_marginal` and IWAE bounds
+    refuse it by the name of the site (on a discrete latent the result is a lower bound only).
     `net` maps data [..., *event] to [..., latent]. Returns batch shape [...], event shape [latent].
-    Source: pyro.distributions.Delta; Kingma and Welling 2014 (arXiv 1312.6114) for what it leaves out.
+    Source: pyro.distributions.Delta; Kingma and Welling 2014 (arXiv 1312.6114) for the entropy term that it omits.
 
     >>> import torch
     >>> from ppvae.nn import mlp
@@ -27,7 +27,7 @@ class Delta(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

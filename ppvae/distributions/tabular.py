@@ -1,4 +1,4 @@
-"""A table's row: columns of different kinds, some of them missing."""
+"""Rows of a table: columns with different distributions, some values missing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppvae.distributions.base import expanded
-from ppvae.distributions.levels import Levels
+from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.discretized import Levels
 
-Group = tuple[Tensor, TorchDistribution]  # positions [n] of columns, and their distribution of batch shape [*batch, n]
+ColumnGroup = tuple[
+    Tensor, TorchDistribution
+]  # positions [n] of columns, and their distribution of batch shape [*batch, n]
 
 
 class Columns(TorchDistribution):
     """Independent columns of different kinds, log p(x) = sum of log p_d(x_d) over the columns d that are not NaN.
 
-    A NaN is a missing value: as columns are independent, leaving its term out sums it out, and the rest is the exact
-    log-density of what was observed. Samples have no gaps. Raises ValueError for a value outside its column's support,
-    where validation is on.
+    NaN marks a missing value. As columns are independent, omitting its term marginalises it exactly. Samples are
+    complete. Raises ValueError for a value outside the support of its column, where validation is on.
 
     Args:
-        groups: (positions [n], distribution of batch shape [*batch, n] and event shape []), columns of a kind together.
+        groups: (positions [n], distribution of batch shape [*batch, n] and event shape []), one for each kind of
+            column.
 
     >>> from pyro.distributions import Normal
     >>> reals, labels = Normal(torch.zeros(2), 1.0), Levels(torch.zeros(1, 4), top=3)
@@ -37,26 +39,26 @@ class Columns(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
 
-    def __init__(self, groups: Sequence[Group], validate_args: bool | None = None):
+    def __init__(self, groups: Sequence[ColumnGroup], validate_args: bool | None = None):
         self.groups = list(groups)
         shape = torch.broadcast_shapes(*(fn.batch_shape[:-1] for _, fn in self.groups))
         super().__init__(shape, torch.Size([sum(len(i) for i, _ in self.groups)]), validate_args=validate_args)
 
     @constraints.dependent_property(event_dim=1)
     def support(self) -> Any:
-        """The columns' own supports, and NaN."""
-        return constraints.independent(_EachColumn(self.groups), 1)
+        """The support of each column, with NaN."""
+        return constraints.independent(_ColumnSupports(self.groups), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Columns:
-        new = expanded(self, batch_shape)
+        new = expand_parameters(self, batch_shape)
         new.groups = [(i, fn.expand(torch.Size((*batch_shape, len(i))))) for i, fn in self.groups]
         return new
 
     @property
     def mean(self) -> Tensor:
-        """The columns' means; NaN, as torch's Categorical has it, for the codes of categories."""
+        """The mean of each column; NaN for category codes, as for torch's Categorical."""
         nan = torch.tensor(torch.nan)
-        return self._joined([
+        return self._merge_columns([
             nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.mean for _, fn in self.groups
         ])  # fmt: skip
 
@@ -75,27 +77,27 @@ class Columns(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            return self._joined([fn.sample(torch.Size(sample_shape)) for _, fn in self.groups])
+            return self._merge_columns([fn.sample(torch.Size(sample_shape)) for _, fn in self.groups])
 
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Values of the groups [..., n] in the order of the columns."""
+    def _merge_columns(self, parts: Sequence[Tensor]) -> Tensor:
+        """Concatenates values of the groups [..., n] in the order of the columns."""
         order = torch.cat([index for index, _ in self.groups]).argsort()
         lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
         return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1).index_select(-1, order)
 
 
-class _EachColumn(Constraint):
-    """Whether each number of a row [..., D] is in the support of its column, or NaN."""
+class _ColumnSupports(Constraint):
+    """Elements of a row [..., D] that are NaN or in the support of their column."""
 
     cure = "Leave NaN where a value is missing, or give the column another kind"
 
-    def __init__(self, groups: Sequence[Group]):
+    def __init__(self, groups: Sequence[ColumnGroup]):
         self.groups = groups
         super().__init__()
 
     @property
     def cseq(self) -> list[Any]:
-        """The supports of the kinds of columns, by the name that torch's `constraints.cat` has for its parts."""
+        """The supports of the groups; the attribute has the name that torch's `constraints.cat` uses."""
         return [fn.support for _, fn in self.groups]
 
     @property

@@ -1,4 +1,4 @@
-"""Likelihoods of L equally spaced levels in [0, 1], such as pixels of 256 grey values v / 255, as log-masses."""
+"""Likelihoods over equally spaced levels in [0, 1], such as pixels with 256 grey values v / 255."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import blocks, event_dim, levels_last, of_blocks
+from ppvae.distributions.discretized import check_levels
+from ppvae.likelihoods.network_outputs import (
+    NetworkLikelihood,
+    block_output_shape,
+    event_dim,
+    level_logits,
+    split_blocks,
+)
 
 
-class Categorical(nn.Module):
-    """Independent pixels with a logit for each level, log p(x | z) = sum_d log softmax(l_d)[x_d (levels - 1)].
+class Categorical(NetworkLikelihood):
+    """Independent categorical pixels, a logit for each level, log p(x | z) = sum_d log softmax(l_d)[x_d (levels - 1)].
 
     `net` maps [..., latent] to [..., levels * first, *rest]: the logits of level 0 for all pixels, then those of
     level 1, ..., along the first event dim. Data are v / (levels - 1), v = 0 ... levels - 1, as `data.load` gives them;
@@ -20,7 +27,7 @@ class Categorical(nn.Module):
 
     Args:
         net: the network.
-        levels: how many values a number can take.
+        levels: the number of values of each element.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: van den Oord et al. 2016 (arXiv 1601.06759), section 2.2.
@@ -32,29 +39,25 @@ class Categorical(nn.Module):
     """
 
     def __init__(self, net: nn.Module, levels: int = 256):
-        super().__init__()
-        self.net, self.levels = net, _checked(levels)
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, self.levels)
+        super().__init__(net)
+        self.levels = self.parameters_per_element = check_levels(levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        logits = levels_last(self.net(z), z, self.levels)
+        logits = level_logits(self.net(z), z, self.levels)
         return distributions.Levels(logits).to_event(event_dim(logits, z) - 1)
 
 
-class DiscretizedLogistic(nn.Module):
-    """Independent pixels of a logistic put into bins, log p(x | z) = sum_d log [F(x_d + h) - F(x_d - h)].
+class DiscretizedLogistic(NetworkLikelihood):
+    """Independent discretised logistic pixels, log p(x | z) = sum_d log [F(x_d + h) - F(x_d - h)].
 
     F is the logistic distribution of location loc_d(z) and scale exp(log_scale_d(z)), in units of the data, h half a
-    level; the two end bins reach to infinity, so that it sums to one. `net` maps [..., latent] to
+    level; the two end bins are unbounded, so that it sums to one. `net` maps [..., latent] to
     [..., 2 * first, *rest]: locations, then log-scales, along the first event dim. Data are v / (levels - 1). A
     log-mass in nats; returns batch shape [...], event shape [first, *rest].
 
     Args:
         net: the network.
-        levels: how many values a number can take.
+        levels: the number of values of each element.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: Kingma et al. 2016 (arXiv 1606.04934).
@@ -65,24 +68,22 @@ class DiscretizedLogistic(nn.Module):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, levels: int = 256):
-        super().__init__()
-        self.net, self.levels = net, _checked(levels)
+    parameters_per_element = 2
 
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, 2)
+    def __init__(self, net: nn.Module, levels: int = 256):
+        super().__init__(net)
+        self.levels = check_levels(levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        loc, log_scale = blocks(self.net(z), z, 2, "location, log-scale")
+        loc, log_scale = split_blocks(self.net(z), z, 2, "location, log-scale")
         return distributions.DiscretizedLogistic(loc, log_scale, self.levels).to_event(event_dim(loc, z))
 
 
 class MixtureOfDiscretizedLogistics(nn.Module):
-    """Pixels of C coupled channels, each pixel a mixture of M discretised logistics, as in PixelCNN++.
+    """Pixels of C coupled channels, mixtures of M discretised logistics as in PixelCNN++.
 
     log p(x | z) = sum_p log sum_m softmax(l_p)_m prod_c DL(x_cp; loc_mcp + sum_{j<c} tanh(r_mcjp) x_jp, log_scale_mcp):
-    given the component, a channel's location moves with the channels before it. `net` maps [..., latent] to
+    given the component, the location of a channel is linear in the previous channels. `net` maps [..., latent] to
     [..., outputs * first, *rest], outputs = M (1 + 2 C + C (C - 1) / 2): blocks of M logits, M C locations, M C
     log-scales and M C (C - 1) / 2 couplings r, along the first event dim. Data are v / (levels - 1), of event shape
     [C * first, *rest]: images [C, H, W] (first = 1) or the same flattened (first = H * W). A log-mass in nats; returns
@@ -90,9 +91,9 @@ class MixtureOfDiscretizedLogistics(nn.Module):
 
     Args:
         net: the network.
-        components: M, of each pixel's mixture.
-        channels: C, the numbers of a pixel that are coupled: 3 for colour, 1 for none.
-        levels: how many values a number can take.
+        components: M, the components of the mixture of each pixel.
+        channels: C, the coupled elements of a pixel: 3 for colour, 1 for none.
+        levels: the number of values of each element.
 
     Raises ValueError for fewer than 2 levels, or an output that does not divide.
     Source: Salimans et al. 2017 (arXiv 1701.05517), equations 1-3; data in [0, 1] instead of [-1, 1].
@@ -108,7 +109,7 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         super().__init__()
         if components < 1 or channels < 1:
             raise ValueError(f"components, channels: expected 1 or more of each, found {components}, {channels}")
-        self.net, self.components, self.channels, self.levels = net, components, channels, _checked(levels)
+        self.net, self.components, self.channels, self.levels = net, components, channels, check_levels(levels)
 
     @property
     def outputs(self) -> int:
@@ -117,14 +118,14 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         return m * (1 + 2 * c + c * (c - 1) // 2)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, self.outputs, self.channels)
+        """The event shape of the network output for data of an event shape."""
+        return block_output_shape(event, self.outputs, self.channels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out, lead, m, c = self.net(z), z.shape[:-1], self.components, self.channels
-        blocks(out, z, self.outputs, "logits, locations, log-scales, couplings")
-        rest = out.shape[len(lead) :]
-        first = rest[0] // self.outputs
+        split_blocks(out, z, self.outputs, "logits, locations, log-scales, couplings")
+        event = out.shape[len(lead) :]
+        first = event[0] // self.outputs
         parameters = out.reshape(*lead, self.outputs, -1)
         logits, loc, log_scale, coupling = parameters.split([m, m * c, m * c, m * c * (c - 1) // 2], -2)
         return distributions.MixtureOfDiscretizedLogistics(
@@ -133,11 +134,5 @@ class MixtureOfDiscretizedLogistics(nn.Module):
             log_scale.unflatten(-2, (m, c)),
             coupling.tanh().unflatten(-2, (m, c * (c - 1) // 2)),
             levels=self.levels,
-            event_shape=(c * first, *rest[1:]),
+            event_shape=(c * first, *event[1:]),
         )
-
-
-def _checked(levels: int) -> int:
-    if levels < 2:
-        raise ValueError(f"levels: expected at least 2, found {levels}")
-    return levels

@@ -1,4 +1,4 @@
-"""Tables: rows of real, count, binary and categorical columns, some values missing."""
+"""VAEs of tables with real, count, binary and categorical columns, some values missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae.errors import DataError
 from ppvae.likelihoods import Mixed
-from ppvae.likelihoods.table import Columns, marginals, table_outputs
+from ppvae.likelihoods.tabular import ColumnSpec, marginals, table_outputs
 from ppvae.models.vae import VAE
 from ppvae.nn import Missing, mlp, set_output_bias
 from ppvae.posteriors import DiagonalNormal
@@ -21,9 +21,9 @@ from ppvae.priors import StandardNormal
 class TableVAE(VAE):
     """p(x_o) = int p(z) prod_(d in o) p(x_d | z) dz over the observed values x_o of a row, with guide q(z | x_o).
 
-    The `VAE` of `likelihoods.Mixed` and of a normal posterior whose network sees standardised values, 0 in the gaps,
-    and which values there are (`nn.Missing`). Data are [batch, columns] with NaN where a value is missing, marked by
-    `data.with_missing`; log p(x) is that of the observed values, and `evaluation.impute` fills the gaps.
+    The `VAE` of `likelihoods.Mixed` and a normal posterior whose network takes standardised values with 0 for missing
+    ones, and the mask (`nn.Missing`). Data are [batch, columns] with NaN for missing values, marked by
+    `data.with_missing`; log p(x) is that of the observed values, and `evaluation.impute` imputes the others.
 
     Args:
         columns: "real", "count", "binary", ("categorical", levels), in the order of the data. Standardise real ones.
@@ -31,8 +31,8 @@ class TableVAE(VAE):
         hidden: the widths of the hidden layers of encoder and decoder.
         floor: the smallest scale of a real column.
 
-    `TableVAE.from_data` starts at the columns' own distributions. A value that does not fit its column is refused by
-    row and column (DataError), and so is a row with nothing observed.
+    `TableVAE.from_data` initialises at the marginals of the columns. A value outside the support of its column raises
+    DataError by row and column, and so does a row without observed values.
     Source: Nazabal et al. 2020 (arXiv 1807.03653); Mattei and Frellsen 2019 (arXiv 1812.02633) for `objectives.IWAE`.
 
     >>> pair = TableVAE(["real", "count", ("categorical", 3)], latent=2)
@@ -40,27 +40,27 @@ class TableVAE(VAE):
     torch.Size([2, 2])
     """
 
-    def __init__(self, columns: Columns, latent: int = 4, hidden: Sequence[int] = (32,), floor: float = 1e-2):
+    def __init__(self, columns: ColumnSpec, latent: int = 4, hidden: Sequence[int] = (32,), floor: float = 1e-2):
         decoder = mlp(latent, table_outputs(columns), hidden=hidden)
-        encoder = Standardised(len(columns), Missing(mlp(2 * len(columns), 2 * latent, hidden=hidden)))
+        encoder = StandardizedInput(len(columns), Missing(mlp(2 * len(columns), 2 * latent, hidden=hidden)))
         super().__init__(StandardNormal(latent), Mixed(decoder, columns, floor=floor), DiagonalNormal(encoder))
 
     @classmethod
-    def from_data(cls, x: Tensor, columns: Columns, **options: Any) -> TableVAE:
-        """One whose decoder starts at the observed values' distribution in each column, and whose encoder standardises.
+    def from_data(cls, x: Tensor, columns: ColumnSpec, **options: Any) -> TableVAE:
+        """A VAE whose decoder starts at the marginals of the observed values, and whose encoder standardises them.
 
-        `options` are those of the class. Raises DataError, by the column, for data of another size, one in which
-        nothing is observed, and by row and column for a value that does not fit.
+        `options` are those of the class. Raises DataError for data of another size, by the column for one without
+        observed values, and by row and column for a value outside the support.
 
         >>> pair = TableVAE.from_data(torch.tensor([[3.0, 1.0], [torch.nan, 0.0], [5.0, 1.0]]), ["count", "binary"])
         >>> pair.posterior.net.centre
         tensor([4.0000, 0.6667])
         """
-        made = cls(columns, **options)
+        vae = cls(columns, **options)
         with torch.no_grad():
-            likelihood: Any = made.likelihood
+            likelihood: Any = vae.likelihood
             start = marginals(columns, x)
-            support = likelihood(torch.zeros(len(x), made.prior().event_shape[0])).support
+            support = likelihood(torch.zeros(len(x), vae.prior().event_shape[0])).support
             wrong = (~support.base_constraint.check(x)).nonzero().tolist()
             if wrong:
                 row, column = wrong[0]
@@ -69,14 +69,14 @@ class TableVAE(VAE):
                     f"column {column}: expected values of a {kind} column, found {x[row, column].item():g} at row {row}"
                 )
             set_output_bias(likelihood.net, start)
-            encoder: Any = made.posterior.net
+            encoder: Any = vae.posterior.net
             encoder.centre.copy_(x.nanmean(0))
             encoder.spread.copy_((x - encoder.centre).square().nanmean(0).sqrt().clamp(min=1e-6))
-        return made
+        return vae
 
 
-class Standardised(nn.Module):
-    """A network of (x - centre) / spread."""
+class StandardizedInput(nn.Module):
+    """A network of standardised inputs, net((x - centre) / spread)."""
 
     centre: Tensor
     spread: Tensor

@@ -1,4 +1,4 @@
-"""A likelihood of a table's rows: real, count, binary and categorical columns, some values missing."""
+"""A likelihood of rows of a table: real, count, binary and categorical columns, some values missing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Kind = Literal["real", "count", "binary", "categorical"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its kind, and for categories their number (values 0 ... levels - 1).
+    """A column of a table: its kind, and the number of levels of a categorical one (values 0 ... levels - 1).
 
-    ValueError for another kind, or for categories without a number of levels.
+    Raises ValueError for another kind, or for a categorical column without levels.
 
     >>> Column("categorical", 5).outputs
     5
@@ -38,17 +38,17 @@ class Column:
 
     @property
     def outputs(self) -> int:
-        """How many numbers a network gives for this column."""
+        """The number of network outputs for this column."""
         return self.levels if self.kind == "categorical" else 1
 
 
-Columns = Sequence[Column | Kind | tuple[Kind, int]]
+ColumnSpec = Sequence[Column | Kind | tuple[Kind, int]]
 
 
-def as_columns(columns: Columns) -> tuple[Column, ...]:
-    """Columns from their short forms "real", ("categorical", 5).
+def parse_columns(columns: ColumnSpec) -> tuple[Column, ...]:
+    """Columns from the short forms "real", ("categorical", 5).
 
-    >>> as_columns(["real", ("categorical", 5)])
+    >>> parse_columns(["real", ("categorical", 5)])
     (Column(kind='real', levels=0), Column(kind='categorical', levels=5))
     """
     return tuple(
@@ -56,25 +56,25 @@ def as_columns(columns: Columns) -> tuple[Column, ...]:
     )  # fmt: skip
 
 
-def table_outputs(columns: Columns) -> int:
-    """How many numbers a network gives `Mixed` for these columns.
+def table_outputs(columns: ColumnSpec) -> int:
+    """The number of network outputs that `Mixed` reads for these columns.
 
     >>> table_outputs(["real", "count", ("categorical", 5)])
     7
     """
-    return sum(c.outputs for c in as_columns(columns))
+    return sum(c.outputs for c in parse_columns(columns))
 
 
-def marginals(columns: Columns, x: Tensor) -> Tensor:
-    """What a network gives `Mixed` for columns that no z moves, from their observed values [N, columns]: the mean of a
-    real column, log-mean of a count, log-odds and log-frequencies of codes (one more of each), [table_outputs].
+def marginals(columns: ColumnSpec, x: Tensor) -> Tensor:
+    """The outputs at which `Mixed` matches the marginals of observed values [N, columns], to initialise the bias.
 
-    Raises DataError for data of another size, and for a column in which nothing is observed.
+    The mean of a real column, the log-mean of a count, log-odds and log-frequencies of codes (add-one smoothed),
+    [table_outputs]. Raises DataError for data of another size, and for a column without observed values.
 
     >>> marginals(["real", ("categorical", 2)], torch.tensor([[1.0, 0.0], [3.0, torch.nan]])).exp()
     tensor([7.3891, 2.0000, 1.0000])
     """
-    kinds = as_columns(columns)
+    kinds = parse_columns(columns)
     if x.dim() != 2 or x.shape[1] != len(kinds):
         raise DataError(f"x: expected rows [N, {len(kinds)}] of {len(kinds)} columns, found {list(x.shape)}")
     out: list[Tensor] = []
@@ -96,9 +96,9 @@ def marginals(columns: Columns, x: Tensor) -> Tensor:
 class Mixed(nn.Module):
     """Independent columns of different kinds, log p(x | z) = sum of log p(x_d | z) over the columns that are not NaN.
 
-    A real column is normal with a learned scale of its own, a count Poisson, a binary one Bernoulli, a categorical one
-    has a logit for each level. NaN is a missing value, left out exactly: log p(x) is that of the values observed, under
-    the assumption that gaps do not depend on what is missing. The posterior's network must take NaN, as `nn.Missing`.
+    Real columns are normal with a learned scale each, counts Poisson, binary columns Bernoulli, categorical ones have a
+    logit for each level. NaN marks a missing value, which is marginalised exactly: log p(x) is that of the observed
+    values, assuming values missing at random. The network of the posterior must take NaN, as `nn.Missing` does.
 
     Args:
         net: maps [..., latent] to [..., table_outputs(columns)], column after column: location of a real one, log-rate
@@ -118,9 +118,9 @@ class Mixed(nn.Module):
     torch.Size([3])
     """
 
-    def __init__(self, net: nn.Module, columns: Columns, floor: float = 1e-3):
+    def __init__(self, net: nn.Module, columns: ColumnSpec, floor: float = 1e-3):
         super().__init__()
-        self.net, self.columns, self.floor = net, as_columns(columns), floor
+        self.net, self.columns, self.floor = net, parse_columns(columns), floor
         if not self.columns:
             raise ValueError("columns: expected at least one, found none")
         start = [0]
@@ -137,11 +137,11 @@ class Mixed(nn.Module):
 
     @property
     def at_floor(self) -> Tensor:
-        """Which real columns' scales have reached the floor, [real columns]."""
+        """Which scales of real columns have reached the floor, [real columns]."""
         return self.log_scale.exp() <= 1.01 * self.floor
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
+        """The event shape of the network output for data of an event shape."""
         return (self.outputs,)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -151,10 +151,10 @@ class Mixed(nn.Module):
         groups = []
         for i, kind in enumerate(self._kinds):
             value = out.index_select(-1, getattr(self, f"_places{i}"))
-            groups.append((getattr(self, f"_where{i}"), self._column(kind, value)))
+            groups.append((getattr(self, f"_where{i}"), self._column_distribution(kind, value)))
         return distributions.Columns(groups)
 
-    def _column(self, column: Column, value: Tensor) -> dist.TorchDistribution:
+    def _column_distribution(self, column: Column, value: Tensor) -> dist.TorchDistribution:
         if column.kind == "real":
             return dist.Normal(value, (self.log_scale.exp() + self.floor).expand(value.shape))
         if column.kind == "count":
