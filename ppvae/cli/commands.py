@@ -91,7 +91,7 @@ def generate(args: list[str]) -> int:
     settings, directory = _with_run("generate", args, Generate)
     run = load_run(directory, best=settings.best or None)
     columns = _of_run(run, settings, "test")
-    for path in report.generated(run, columns, directory, count=settings.count, seed=settings.seed):
+    for path in report.write_generated(run, columns, directory, count=settings.count, seed=settings.seed):
         print(path)
     return 0
 
