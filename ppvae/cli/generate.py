@@ -13,6 +13,6 @@ def run(args: list[str]) -> int:
     settings, directory = parse_run("generate", args, Generate)
     trained = load(directory, best=settings.best or None)
     columns = run_data(trained, settings, "test")
-    for path in report.generated(trained, columns, directory, count=settings.count, seed=settings.seed):
+    for path in report.write_generated(trained, columns, directory, count=settings.count, seed=settings.seed):
         print(path)
     return 0

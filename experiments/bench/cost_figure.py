@@ -1,4 +1,4 @@
-"""Cost of a step against batch, particles and latent size."""
+"""A figure of the cost of a step by batch size, particles and latent size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = {"batch": "batch", "particles": "particles (batch 100)", "latent": "size
 
 @styled
 def costs(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Any:
-    """A panel for each thing that changes: {what: {who: {its value: seconds per step}}}; both axes logarithmic."""
+    """A panel per axis {axis: {contender: {value: seconds per step}}}; both axes of a panel are logarithmic."""
     fig = figure(3.3 * len(found), 3.1)
     axes = fig.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, (what, lines) in zip(axes, found.items(), strict=True):
@@ -22,7 +22,7 @@ def costs(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Any:
             ax.plot(at, ms, color=COLOURS.get(who), marker=marker, markersize=4, label=who)
         first = next(iter(lines.values()))
         low, high = min(first), max(first)
-        ax.plot([low, high], [1.0, high / low], color="#999999", linestyle=":", linewidth=1, label="in proportion")
+        ax.plot([low, high], [1.0, high / low], color="#999999", linestyle=":", linewidth=1, label="proportional")
         ax.set(xscale="log", yscale="log", xlabel=NAMES.get(what, what))
         plain(ax.xaxis)
         plain(ax.yaxis)

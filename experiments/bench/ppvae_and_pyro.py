@@ -1,4 +1,4 @@
-"""ppvae's own steps and estimates, and Pyro's `SVI` on the same pairs."""
+"""Steps and estimates of ppvae, and Pyro's `SVI`, on the same pairs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.bench import Settings, Timed
-from experiments.bench.by_hand import per_step
+from experiments.bench.hand_written import per_step
 from experiments.bench.pairs import build, data
 from ppvae import log_marginal, objectives
 from ppvae.compilation.precision import layer_precision
@@ -27,13 +27,13 @@ from ppvae.inference.svi import SVI
 
 
 def step(kind: str, s: Settings, particles: int, kernels: str, precision: str = "float32") -> Timed:
-    """Seconds per step of `ppvae.inference.SVI`, its graph already made."""
+    """Seconds per step of `ppvae.inference.SVI`, without the time of capture and compilation."""
     pair, batch = build(kind, s), data(kind, s.batch)
     loss = objectives.IWAE(particles) if particles > 1 else objectives.ELBO()
     svi = SVI(pair.model, pair.guide, functools.partial(torch.optim.Adam, lr=1e-3), loss)
     svi.precision = precision
     svi.use(kernels, settled=True)
-    one = _quietly(svi)
+    one = _without_validation(svi)
     for _ in range(3):
         one(batch)
     if svi.kernels != kernels:
@@ -42,16 +42,16 @@ def step(kind: str, s: Settings, particles: int, kernels: str, precision: str = 
 
 
 def pyro_step(kind: str, s: Settings, particles: int) -> Timed:
-    """Seconds per step of Pyro's `SVI` as its VAE example has it; RenyiELBO(0) for the IWAE bound."""
+    """Seconds per step of Pyro's `SVI`, used as in its VAE example; RenyiELBO(0) for the IWAE bound."""
     pair = build(kind, s)
     elbo: Any = pyro.infer.Trace_ELBO()
     if particles > 1:
         elbo = pyro.infer.RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True)
     svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
-    return per_step(_quietly(svi), data(kind, s.batch), s.steps_of(particles))
+    return per_step(_without_validation(svi), data(kind, s.batch), s.steps_of(particles))
 
 
-def _quietly(svi: Any) -> Any:
+def _without_validation(svi: Any) -> Any:
     def one(batch: Tensor) -> None:
         with pyro.validation_enabled(False):
             svi.step(batch)
@@ -60,7 +60,7 @@ def _quietly(svi: Any) -> Any:
 
 
 def log_px(s: Settings) -> Timed:
-    """Microseconds per (datum, particle) of `log_marginal`, everything that it reports included, eagerly."""
+    """Microseconds per (datum, particle) of eager `log_marginal`, with all diagnostics."""
     pair, x = build("one layer", s), data("one layer", s.num_eval)
 
     def run() -> float:
@@ -72,7 +72,7 @@ def log_px(s: Settings) -> Timed:
 
 
 def compiled_log_px(s: Settings, precision: str = "float32") -> Timed:
-    """The same from the compiled graph, already made, with all reductions."""
+    """Microseconds per (datum, particle) of the compiled graph with all reductions, without compilation."""
     pair, batches = build("one layer", s), data("one layer", s.num_eval).split(DATA_BLOCK)
     structure = inspect(pair.model, pair.guide, (batches[0],))
     cells = CompiledWeights(pair.model, pair.guide, structure, PARTICLE_BLOCK, 0, precision)
@@ -106,7 +106,7 @@ from ppvae import log_marginal
 torch.set_num_threads(1)
 pair = build("one layer", Settings())
 log_marginal(pair.model, pair.guide, data("one layer", 50), num_particles={particles}, compile=False)
-try:  # getrusage counts what the process that started this one had, too
+try:  # getrusage includes the memory of the parent process
     print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 except OSError:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -114,9 +114,9 @@ except OSError:
 
 
 def peak_memory(particles: int) -> float:
-    """Megabytes that a process of its own needs at most to evaluate fifty data.
+    """Peak memory in megabytes of a separate process that evaluates fifty data.
 
-    Its malloc gives freed blocks back at once: holes that glibc leaves between them add up to 15 %, at random.
+    Its malloc returns freed blocks at once: heap fragmentation in glibc would add up to 15 %, at random.
     """
     code, env = PEAK.format(particles=particles), os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=env).stdout)

@@ -1,4 +1,4 @@
-"""The same steps and estimates in NumPyro and Pythae, where they are installed."""
+"""The same steps and estimates in NumPyro and Pythae, if they are installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from experiments.bench import Settings, Timed
-from experiments.bench.by_hand import per_step
+from experiments.bench.hand_written import per_step
 from experiments.bench.pairs import build, data
 
 
@@ -23,7 +23,7 @@ def installed(name: str) -> bool:
 
 
 def one_thread() -> None:
-    """Keeps XLA to one thread, like torch; to be called before jax is imported."""
+    """Limits XLA to one thread, like torch; must be called before jax is imported."""
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -193,17 +193,17 @@ def pythae_step(s: Settings, particles: int) -> Timed:
 
 
 def contenders(s: Settings, threads: int) -> dict[tuple[str, str], functools.partial[Timed]]:
-    """What there is to be timed of others, by (what, who)."""
-    many, found = f"IWAE-{s.iwae} step", {}
+    """Set-up functions by (row of the table, contender)."""
+    many, out = f"IWAE-{s.iwae} step", {}
     if installed("numpyro"):
         if threads == 1:
             one_thread()
         jitted = {"VAE step": ("one layer", 1), many: ("one layer", s.iwae), "hierarchical step": ("two layers", 1)}
         for what, (kind, k) in jitted.items():
-            found[what, "NumPyro jitted"] = functools.partial(numpyro_step, kind, s, k, False)
-            found[what, "NumPyro scanned"] = functools.partial(numpyro_step, kind, s, k, True)
-        found["log p(x)", "jax jitted"] = functools.partial(jax_log_px, s)
+            out[what, "NumPyro jitted"] = functools.partial(numpyro_step, kind, s, k, False)
+            out[what, "NumPyro scanned"] = functools.partial(numpyro_step, kind, s, k, True)
+        out["log p(x)", "jax jitted"] = functools.partial(jax_log_px, s)
     if installed("pythae"):
         for what, k in (("VAE step", 1), (many, s.iwae)):
-            found[what, "Pythae"] = functools.partial(pythae_step, s, k)
-    return found
+            out[what, "Pythae"] = functools.partial(pythae_step, s, k)
+    return out

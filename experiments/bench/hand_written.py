@@ -1,4 +1,4 @@
-"""What a researcher writes by hand in PyTorch, eagerly or under `torch.compile`; and the bare matrix products."""
+"""Hand-written PyTorch, eager or under `torch.compile`, and bare matrix products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ppvae.compilation.matmul_backend import _product
 
 
 def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
-    """Seconds per step on the ELBO of one draw, in closed form where it has one, or on the IWAE bound."""
+    """Seconds per step on the ELBO of one draw, with the KL in closed form if there is one, or on the IWAE bound."""
     pair = build(kind, s)
     loss = _two_layers(pair) if isinstance(pair, TwoLayers) else _one_layer(pair, particles)
     parameters = list((pair.networks if isinstance(pair, TwoLayers) else pair).parameters())
@@ -36,7 +36,7 @@ def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
 
 
 def per_step(one: Callable[[Tensor], object], batch: Tensor, steps: int) -> Timed:
-    """Seconds per step, over a round of them."""
+    """Seconds per step, averaged over a round."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -117,20 +117,20 @@ def log_px(s: Settings, compile: bool) -> Timed:
 
 @dataclass(frozen=True)
 class Layer:
-    """The products of a linear layer: [rows, inputs] by [inputs, outputs], and its two gradients."""
+    """The matrix products of a linear layer: [rows, inputs] by [inputs, outputs], and those of its two gradients."""
 
     rows: int
     inputs: int
     outputs: int
-    first: bool  # in the encoder, where no gradient goes further back
+    first: bool  # the first of the encoder, which needs no gradient of its input
 
     def flops(self, gradients: bool) -> float:
-        """Of its products, one or three; two where it is the first."""
+        """Floating-point operations of its one or three products; two for the first layer."""
         return 2 * self.rows * self.inputs * self.outputs * (1 + gradients * (2 - self.first))
 
 
 def layers(s: Settings, rows: tuple[int, int]) -> list[Layer]:
-    """The layers of the encoder and the decoder that see so many rows."""
+    """The layers of encoder and decoder, for the numbers of rows of each; a side with no rows is left out."""
     sizes = [(784, *s.hidden, 2 * s.latent), (s.latent, *s.hidden, 784)]
     return [
         Layer(count, a, b, side == 0 and i == 0)
@@ -139,24 +139,24 @@ def layers(s: Settings, rows: tuple[int, int]) -> list[Layer]:
     ]  # fmt: skip
 
 
-def products(of: list[Layer], gradients: bool, onednn: bool, repeats: int, per: float) -> Timed:
-    """`per` times the seconds of the bare matrix products of these layers, taken so many times a round."""
-    made = [
+def matrix_products(of: list[Layer], gradients: bool, onednn: bool, repeats: int, per: float) -> Timed:
+    """`per` times the seconds of the matrix products of the layers, averaged over `repeats` per round."""
+    tensors = [
         (torch.randn(n.rows, n.inputs), torch.randn(n.rows, n.outputs), torch.randn(n.outputs, n.inputs), n.first)
         for n in of
     ]
-    times = (lambda a, b: _product()(a, b.T, None)) if onednn else torch.mm
+    product = (lambda a, b: _product()(a, b.T, None)) if onednn else torch.mm
 
     @torch.no_grad()
     def run() -> float:
         start = time.perf_counter()
         for _ in range(repeats):
-            for x, y, w, first in made:
-                times(x, w.T)
+            for x, y, w, first in tensors:
+                product(x, w.T)
                 if gradients:
-                    times(y.T, x)
+                    product(y.T, x)
                     if not first:
-                        times(y, w)
+                        product(y, w)
         return per * (time.perf_counter() - start) / repeats
 
     return run
