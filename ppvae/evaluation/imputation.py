@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import progress_disabled
 from ppvae.errors import ContractError, UsageError, site_error
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    as_columns,
-    data_digest,
-    inspect_columns,
-    program_device,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
@@ -29,7 +22,7 @@ from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import remedy
 from ppvae.inference.contract.missing import align_missing
 from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import evaluate_terms
@@ -112,7 +105,7 @@ def impute(
         if count < 1:
             raise UsageError(f"{name}: expected at least 1, found {count}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    columns = as_columns(data, seed)
+    columns = data_columns(data, seed)
     model, guide = bind_program(model), bind_program(guide)
     found: list[dict[str, Tensor]] = []
     with fork_rng(), evaluation_mode(model, guide), torch.no_grad():

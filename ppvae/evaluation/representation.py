@@ -12,21 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import progress_disabled
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    as_columns,
-    data_digest,
-    inspect_columns,
-    program_device,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Layout, Role, Structure
@@ -173,7 +166,7 @@ def representation(
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:
         raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
-    columns = as_columns(data, seed)
+    columns = data_columns(data, seed)
     model, guide = bind_program(model), bind_program(guide)
     with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
         place = torch.device(device) if device is not None else program_device(model, guide, columns)

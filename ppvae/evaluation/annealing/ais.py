@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.evaluation.annealing.chains import run_forward_chains
 from ppvae.evaluation.annealing.session import AnnealingProgress, AnnealingSession, AnnealingSettings, annealing_session
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import as_columns, data_digest
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.log_marginal import _measure
@@ -96,18 +96,18 @@ def annealed(
         compile,
     )  # fmt: skip
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), annealing_session(model, guide, columns, settings, device) as session:
             s = session.s
             key = session.cache_key("annealed")
             cache = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
-            mine, hidden = shares.mine(session.blocks), progress_disabled(progress)
+            mine, hidden = shares.block_indices(session.blocks), progress_disabled(progress)
             with AnnealingProgress(len(mine), len(settings.chain_blocks), settings, hidden, "log p(x)") as bar:
                 for number in mine:
                     parts[number] = _anneal_block(session, number, cache, bar)
                     bar.show(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
-        results = shares.gathered(parts, key)
+        results = shares.gather_blocks(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     base, levels, notes = _measure(columns[0], s)
     diagnostics: dict[str, Tensor] = {name: joined.pop(name) for name in DIAGNOSTICS if name in joined}

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_columns
 from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import site_error
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.session import AnnealingProgress, AnnealingSession, AnnealingSettings, annealing_session
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import Block, as_columns
+from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
@@ -141,13 +142,13 @@ def bdmc(
         compile=compile,
     )  # fmt: skip
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), annealing_session(model, guide, columns, settings, device) as session:
             _check_reversible(session)
             key = session.cache_key("bdmc")
             cache = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
-            mine, hidden = shares.mine(session.blocks), progress_disabled(progress)
+            mine, hidden = shares.block_indices(session.blocks), progress_disabled(progress)
             with AnnealingProgress(len(mine), 2 * len(settings.chain_blocks), settings, hidden, "BDMC") as bar:
                 for number in mine:
                     session.noise(number, "simulated")
@@ -162,7 +163,7 @@ def bdmc(
                     parts[number] = part | {f"data_{i}": column for i, column in enumerate(block_columns(block))}
                     gap = torch.cat([r["upper"] - r["lower"] for r in parts.values()]).mean()
                     bar.show(gap=f"{gap:.3f}")
-        results = shares.gathered(parts, key)
+        results = shares.gather_blocks(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     simulated = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
     attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}

@@ -19,9 +19,9 @@ from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_s
 from ppvae.evaluation.annealing.potential import Potential, prior_as_guide
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
 from ppvae.evaluation.block_cache import BlockCache, cache_key
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns, program_device
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
