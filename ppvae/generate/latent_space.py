@@ -113,7 +113,7 @@ def attribute_vector(
     Source: Larsen et al. 2016 (arXiv 1512.09300); White 2016 (arXiv 1609.04468).
 
     >>> from ppvae.models import LinearGaussian
-    >>> pair, x = LinearGaussian(3, 2), torch.randn(4, 3)
+    >>> pair, x = LinearGaussian(3, 2), torch.eye(4, 3)
     >>> attribute_vector(pair.model, pair.guide, x, x[:, 0] > 0).shape
     torch.Size([2])
     """
