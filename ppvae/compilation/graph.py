@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -13,7 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppvae.compilation.inductor_passes import compile_with_inductor
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.compilation.random_ops import with_fixed_noise
-from ppvae.inference.tracing import values_hidden
+
+_capturing: list[None] = []
+
+
+def is_capturing() -> bool:
+    """Whether a graph is being captured, so that the values of tensors must not be read."""
+    return bool(_capturing)
+
+
+@contextmanager
+def values_hidden() -> Iterator[None]:
+    """`is_capturing()` is true meanwhile."""
+    _capturing.append(None)
+    try:
+        yield
+    finally:
+        _capturing.pop()
 
 
 class CaptureError(Exception):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, Protocol, final
 
 import pyro
 import torch
@@ -22,9 +22,7 @@ from ppvae.compilation.guards import Guards
 from ppvae.compilation.precision import layer_precision
 from ppvae.compilation.side_effects import SideEffects, following_steps
 from ppvae.inference.param_store import unwrap
-
-if TYPE_CHECKING:
-    from ppvae.inference.svi import SVI
+from ppvae.inference.tracing import Program
 
 log = logging.getLogger("ppvae")
 WAIT = 20  # steps before a graph is made of a new kind of batch, or after a change; twice as many after each change
@@ -49,6 +47,20 @@ def keep_loss_in_tensors(loss: Any) -> Iterator[None]:
         yield
 
 
+class GradientSource(Protocol):
+    """Loss and gradients of a model/guide pair by eager runs, as `ppvae.inference.SVI` computes them."""
+
+    model: Program
+    guide: Program
+    loss: Any
+    params: list[Tensor]
+    precision: str
+    products: dict[str, bool]
+
+    def eager_gradients(self, *args: Any, **kwargs: Any) -> float:
+        """Leaves gradients in `.grad` of the parameters and returns the loss."""
+
+
 @dataclass
 class _Kept:
     """A graph of loss and gradients for one kind of batch."""
@@ -71,7 +83,7 @@ class CompiledStep:
     "compiled" for what inductor makes of the first graph where that is faster, which gives the same up to rounding.
     """
 
-    def __init__(self, svi: SVI, kernels: str, seconds: float, settled: bool):
+    def __init__(self, svi: GradientSource, kernels: str, seconds: float, settled: bool):
         self.svi, self.kernels, self._settled = svi, kernels, settled
         self._largest = math.inf if settled else seconds / SECONDS_PER_NODE  # graph worth compiling
         self.refusal, self._told = "", False
@@ -258,7 +270,7 @@ class CompiledStep:
         return graph
 
 
-def _loss_and_gradients(svi: SVI, args: tuple[Tensor, ...], params: list[Tensor]) -> list[Tensor]:
+def _loss_and_gradients(svi: GradientSource, args: tuple[Tensor, ...], params: list[Tensor]) -> list[Tensor]:
     """[loss, a gradient for each of the parameters that have one], each gradient in memory of its own."""
     if type(svi.loss).loss_and_grads.__module__.startswith("pyro."):  # made to stay in tensors
         _set(svi.params, [None] * len(svi.params))

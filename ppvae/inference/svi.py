@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from ppvae.compilation.precision import layer_precision
 from ppvae.compilation.runtime import prepare_process
+from ppvae.inference.compiled_step import CompiledStep
 from ppvae.inference.tracing import Program
-
-if TYPE_CHECKING:
-    from ppvae.inference.compiled_step import CompiledStep
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -77,8 +75,6 @@ class SVI:
             raise ValueError(f"kernels: expected 'eager', 'graph' or 'compiled', found {kernels!r}")
         self._captured = None
         if kernels != "eager":
-            from ppvae.inference.compiled_step import CompiledStep
-
             self._captured = CompiledStep(self, kernels, seconds, settled)
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
