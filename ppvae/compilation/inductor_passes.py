@@ -27,6 +27,7 @@ def compile_with_inductor(
 
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
     choose_matmul_backends(rest, choices)
+    keep_bfloat16_roundings(rest)
     _sums_over_rows(rest)
     _logarithms_of_products(rest)
     name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
@@ -46,6 +47,33 @@ def compile_with_inductor(
         return call(*draw(*tensors), *tensors)
 
     return run
+
+
+_library = torch.library.Library("ppvae", "FRAGMENT")
+_library.define("round_to_bfloat16(Tensor x) -> Tensor")
+_library.impl("round_to_bfloat16", lambda x: x.bfloat16().float(), "CompositeExplicitAutograd")
+_library.impl("round_to_bfloat16", torch.empty_like, "Meta")
+
+
+def keep_bfloat16_roundings(module: fx.GraphModule) -> None:
+    """Makes one operation of each cast from float32 to bfloat16 and back, a pair that inductor would leave out."""
+    for node in list(module.graph.nodes):
+        if not _is_cast(node, torch.float32) or not _is_cast(narrow := node.args[0], torch.bfloat16):
+            continue
+        if narrow.args[0].meta["val"].dtype == torch.float32:
+            with module.graph.inserting_before(node):
+                rounding = module.graph.call_function(torch.ops.ppvae.round_to_bfloat16.default, (narrow.args[0],))
+            rounding.meta = dict(node.meta)
+            node.replace_all_uses_with(rounding)
+            module.graph.erase_node(node)
+            if not narrow.users:
+                module.graph.erase_node(narrow)
+    module.recompile()
+
+
+def _is_cast(node: fx.Node, dtype: torch.dtype) -> bool:
+    is_copy = node.target is torch.ops.aten._to_copy.default and node.kwargs.get("dtype") is dtype
+    return is_copy and node.kwargs.keys() <= {"dtype", "layout", "device"}
 
 
 def _sums_over_rows(module: fx.GraphModule) -> None:

@@ -654,7 +654,7 @@ def test_steps_whose_discrete_draws_stand_apart_are_the_same(monkeypatch):
     def together(noise, rest, *_):
         return lambda *inputs: rest(*noise(*inputs), *inputs)
 
-    monkeypatch.setattr(graphs, "lowered", together)
+    monkeypatch.setattr(graphs, "compile_with_inductor", together)
     check_compiled(choosing, DISCRETE["wake and sleep"])
 
 
@@ -742,7 +742,9 @@ def test_a_graph_may_round_as_much_as_the_pair_itself(share, kernels, monkeypatc
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        capture, "_seconds", lambda graph, args: len(graph.held) * (2.0 - ("lowered" in repr(graph._forward)))
+        capture,
+        "_seconds",
+        lambda graph, args: len(graph.held) * (2.0 - ("compile_with_inductor" in repr(graph._forward))),
     )
     ends = []
     for name, epochs in (("whole", (6,)), ("halves", (3, 6))):
@@ -785,7 +787,7 @@ compiled_graph = compiled.compiled
 
 
 def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog):
-    monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("lowered" in repr(graph._forward)))
+    monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("compile_with_inductor" in repr(graph._forward)))
     monkeypatch.setattr(validation, "ROWS", 16)
     sums: list[bool] = []
     real = validation.ValidationMonitor._sums_by_graph

@@ -240,13 +240,13 @@ def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, mon
 
 FAULTS = """
 import resource, torch
-from ppvae.compilation.runtime import keep_freed
+from ppvae.compilation.runtime import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.ones(10 * 2**20)  # 40 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed(), faults())
+print(faults(), keep_freed_memory(), faults())
 """
 
 
@@ -271,7 +271,7 @@ def found():
     return torch.stack([torch.log1p(x.exp()), F.softplus(x), entropy])
 before = found()
 SVI(lambda: None, lambda: None, pyro.optim.Adam({}), pyro.infer.Trace_ELBO())
-print(warm.warm_up.cache_info().currsize, torch.equal(before, found()))
+print(warm.prepare_process.cache_info().currsize, torch.equal(before, found()))
 """
 
 

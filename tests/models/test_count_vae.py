@@ -189,7 +189,7 @@ def test_what_is_wrong_is_refused_by_its_row(use, wrong, message):
 
 
 def test_wrong_counts_are_named_in_a_captured_step_too(monkeypatch):
-    from ppvae.compilation.graph import capture
+    from ppvae.inference import compiled_step as capture
 
     monkeypatch.setattr(capture, "WAIT", 1)
     monkeypatch.setattr(sys.modules["ppvae.training.trainer"], "WORTH_CAPTURING", 0.0)

@@ -239,7 +239,7 @@ def test_data_without_a_second_tensor_are_refused():
 
 
 def test_a_label_outside_the_classes_is_named_in_a_captured_step_too(monkeypatch):
-    from ppvae.compilation.graph import capture
+    from ppvae.inference import compiled_step as capture
 
     monkeypatch.setattr(capture, "WAIT", 1)
     monkeypatch.setattr(sys.modules["ppvae.training.trainer"], "WORTH_CAPTURING", 0.0)
