@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -48,39 +48,44 @@ def all_close(a: Tensor, b: Tensor, near: Tensor | float) -> bool:
     return bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all())
 
 
+def all_double(tensors: Iterable[Tensor]) -> bool:
+    """Whether all floating-point tensors are float64."""
+    return all(t.dtype == torch.float64 for t in tensors if t.is_floating_point())
+
+
 @final
 class Graph:
     """A function of a batch, `graph(*args)`, over tensors that it holds and reads as they stand.
 
     Attributes:
-        held: parameters, buffers and other tensors, by identity.
+        tensors: parameters, buffers and other tensors that it reads, by identity.
         read: tensors whose values were read into Python while the graph was captured, with their versions.
-        module: the operations, as a function of (*held, *args).
+        module: the operations, as a function of (*tensors, *args).
     """
 
-    def __init__(self, module: fx.GraphModule, held: Sequence[Tensor], read: list[tuple[Tensor, int]]):
-        self.module, self.held, self.read = module, list(held), read
+    def __init__(self, module: fx.GraphModule, tensors: Sequence[Tensor], read: list[tuple[Tensor, int]]):
+        self.module, self.tensors, self.read = module, list(tensors), read
         self._forward: Callable[..., Any] = module.forward
-        self._kinds = [_kind(t) for t in held]
+        self._kinds = [_kind(t) for t in tensors]
 
     @property
     def fits(self) -> bool:
         """Whether the tensors that are held still have the shapes, types and devices of the capture."""
-        return [_kind(t) for t in self.held] == self._kinds
+        return [_kind(t) for t in self.tensors] == self._kinds
 
     def __call__(self, *args: Tensor) -> list[Any]:
         with torch.no_grad():
-            return list(self._forward(*self.held, *args))
+            return list(self._forward(*self.tensors, *args))
 
-    def compiled(self, args: Sequence[Tensor], choices: Choices) -> Graph:
+    def compile(self, args: Sequence[Tensor], choices: Choices) -> Graph:
         """The same function compiled by inductor, drawing the same noise in the same order.
 
         `choices` says which library is taken for products, as in `products.take_the_faster`. Raises whatever inductor
         raises, for example where there is no C++ compiler, and Uncapturable where noise depends on values, so that its
         order could not be kept.
         """
-        new = Graph(self.module, self.held, self.read)
-        new._forward = compiled(self.module, [*self.held, *args], choices)
+        new = Graph(self.module, self.tensors, self.read)
+        new._forward = compile_module(self.module, [*self.tensors, *args], choices)
         return new
 
     @property
@@ -88,13 +93,13 @@ class Graph:
         """Whether anything is drawn."""
         return any(_random(node) for node in self.module.graph.nodes)
 
-    def divided(self, *varying: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def split(self, *varying: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         """(what depends neither on noise nor on the arguments `varying`, of the others; the rest, of what that gives).
 
         The rest is a function of (*what the first gives, *varying arguments).
         """
         places_of = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        noisy = {places_of[len(self.held) + i] for i in varying}
+        noisy = {places_of[len(self.tensors) + i] for i in varying}
         for node in self.module.graph.nodes:
             if _random(node) or node.target in _EMPTY or any(n in noisy for n in node.all_input_nodes):
                 noisy.add(node)
@@ -118,8 +123,8 @@ class Graph:
         return fx.GraphModule({}, once), fx.GraphModule({}, each)
 
 
-def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
-    """A graph compiled by inductor, as `Graph.compiled` says."""
+def compile_module(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
+    """A graph compiled by inductor, as `Graph.compile` says."""
     noise, rest = _without_noise(with_fixed_noise(module))
     return compile_with_inductor(noise, rest, inputs, choices)
 

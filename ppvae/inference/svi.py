@@ -55,7 +55,7 @@ class SVI:
         )
         self.products: dict[str, bool] = {}  # which kinds of matrix products oneDNN does in compiled steps
         self._known = -1
-        self._captured: CompiledStep | None = None
+        self._compiled_step: CompiledStep | None = None
         prepare_process()
         if compile:
             self.use("compiled")
@@ -63,7 +63,7 @@ class SVI:
     @property
     def kernels(self) -> str:
         """How gradients are computed now: "eager"; "graph", the same to the last bit; "compiled", up to rounding."""
-        return self._captured.kernels if self._captured else "eager"
+        return self._compiled_step.kernels if self._compiled_step else "eager"
 
     def use(self, kernels: str, seconds: float = math.inf, settled: bool = False) -> None:
         """Says how gradients are to be computed from now on, "eager", "graph" or "compiled".
@@ -73,9 +73,9 @@ class SVI:
         """
         if kernels not in ("eager", "graph", "compiled"):
             raise ValueError(f"kernels: expected 'eager', 'graph' or 'compiled', found {kernels!r}")
-        self._captured = None
+        self._compiled_step = None
         if kernels != "eager":
-            self._captured = CompiledStep(self, kernels, seconds, settled)
+            self._compiled_step = CompiledStep(self, kernels, seconds, settled)
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
@@ -83,10 +83,10 @@ class SVI:
 
     def unread_gradients(self, *args: Any, **kwargs: Any) -> float | Tensor:
         """The same; a loss that a graph has computed stays a tensor, so that nothing waits for a GPU."""
-        if self._captured is not None:
+        if self._compiled_step is not None:
             for p in self.params:
                 p.grad = None
-            return self._captured.gradients(args, kwargs)
+            return self._compiled_step.gradients(args, kwargs)
         return self.eager_gradients(*args, **kwargs)
 
     def eager_gradients(self, *args: Any, **kwargs: Any) -> float:

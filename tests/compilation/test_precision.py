@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, models, nn, objectives, posteriors, priors
+from ppvae.compilation import function as functions
 from ppvae.compilation import inductor_passes, precision
 from ppvae.compilation.graph import capture
 from ppvae.compilation.precision import layer_precision
@@ -79,7 +80,7 @@ def test_products_of_rounded_factors_keep_their_roundings_when_compiled(monkeypa
     monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
     layer, x = torch.nn.Linear(40, 30), torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     graph = capture(lambda: layer_gradients(layer, x), list(layer.parameters()), (x,))
-    compiled, eager = graph.compiled((x,), {})(x), layer_gradients(layer, x)
+    compiled, eager = graph.compile((x,), {})(x), layer_gradients(layer, x)
     for a, b in zip(compiled, eager, strict=True):
         assert float((a - b).norm()) < 1e-4 * float(b.norm())
     inductor_passes.keep_bfloat16_roundings(graph.module)
@@ -188,7 +189,7 @@ def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
 def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precision, monkeypatch, caplog):
     monkeypatch.setattr(compiled, "LEAST", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
-    monkeypatch.setattr(compiled, "compiled", lambda module, *_: lambda *a: [t + off for t in module(*a)])
+    monkeypatch.setattr(functions, "compile_module", lambda module, *_: lambda *a: [t + off for t in module(*a)])
     x, pair = images(50), vae()
     options = {"num_particles": 600, "precision": precision, "progress": False}
     eager, found = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
@@ -215,8 +216,8 @@ def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypa
 def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "LEAST", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
-    made, real = [], compiled.compiled
-    monkeypatch.setattr(compiled, "compiled", lambda *a: made.append(real(*a)) or made[-1])
+    made, real = [], functions.compile_module
+    monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(real(*a)) or made[-1])
     x, pair = images(100), vae()
     options = {"num_particles": 1000, "precision": "bf16", "progress": False}
     eager, graph = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
