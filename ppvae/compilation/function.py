@@ -17,7 +17,7 @@ from ppvae.compilation.side_effects import SideEffects, following_steps
 
 log = logging.getLogger("ppvae")
 SECONDS_PER_NODE = 0.8  # of eager calls that pay for compiling one node of a graph, which takes about 0.1 s
-MAX_DOUBLINGS = 6  # of the calls before another capture
+MAX_DOUBLINGS = 6  # of `Policy.wait`
 
 Outputs: TypeAlias = Sequence[Any]  # tensors, and None or a number where the function itself gives one
 
@@ -93,25 +93,45 @@ class Policy:
     most: int = 16
 
 
-@dataclass
-class CapturedGraph:
-    """A graph for one kind of arguments.
+@final
+class EagerRun:
+    """A call of the function itself: its outputs, and the state before and after it."""
 
-    Attributes:
-        run: the graph as it is called, compiled perhaps.
-        doubted: whether its outputs differed when they were last compared.
-    """
+    def __init__(self, target: Target, args: Sequence[Tensor]):
+        self._target, self._args = target, args
+        self._effects = SideEffects(args[0].device, target.schedule())
+        self.refusal = ""
+        try:
+            with self._effects.taken():
+                self.outputs = target.function(*args)
+        except CaptureError as error:
+            self.refusal = str(error)
+        self._after = self._effects.now()
 
-    graph: Graph
-    guards: Guards | None
-    run: Graph | SplitGraph
-    calls: int = 0
-    doubted: bool = False
+    def restore_before(self) -> None:
+        """Puts back the random state, buffers and schedule step from before the call."""
+        self._effects.restore()
 
-    def stale(self) -> str:
-        """What has changed since the capture, or nothing."""
-        what = self.guards.changed() if self.guards is not None else ""
-        return what or ("" if self.graph.fits else "the shape, type or place of a parameter or buffer")
+    def restore_after(self) -> None:
+        """Puts back those from after the call."""
+        self._effects.restore(self._after)
+
+    def compare(self, outputs: Outputs) -> None:
+        """Raises CaptureError unless a graph has drawn the same noise and given the same outputs and buffers."""
+        now = self._effects.now()
+        if any(not torch.equal(a, b) for a, b in zip(now[0], self._after[0], strict=True)):
+            raise CaptureError("its noise is not drawn as in the graph")
+
+        def rerun(function: Callable[..., Outputs]) -> Outputs:
+            self._effects.restore()
+            try:
+                with self._effects.taken():
+                    return function(*self._args)
+            finally:
+                self._effects.restore(now)
+
+        buffers = list(zip(self._after[1], now[1], strict=True))
+        self._target.agree(Comparison(self.outputs, outputs, buffers, rerun))
 
 
 @final
@@ -124,20 +144,40 @@ class SplitGraph:
         self._block: Any = None
         self._shared: Sequence[Tensor] = ()
         with torch.no_grad():
-            shared = self._constants(args)
-            self._each = compile_module(each, [*shared, *(args[i] for i in varying)], choices)
+            self._each = compile_module(each, [*self._constants(args), *(args[i] for i in varying)], choices)
 
     def _constants(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
-        fixed = [t for i, t in enumerate(args) if i not in self._varying]
-        shared: Sequence[Tensor] = self._once(*self._tensors, *fixed)
+        shared: Sequence[Tensor] = self._once(
+            *self._tensors, *(t for i, t in enumerate(args) if i not in self._varying)
+        )
         return shared
 
     def __call__(self, block: Any, args: Sequence[Tensor]) -> Outputs:
         with torch.no_grad():
             if self._block is not block:
                 self._block, self._shared = block, self._constants(args)
-            out: Outputs = self._each(*self._shared, *[args[i] for i in self._varying])
-        return out
+            outputs: Outputs = self._each(*self._shared, *[args[i] for i in self._varying])
+        return outputs
+
+
+@dataclass
+class CapturedGraph:
+    """A graph for one kind of arguments: as captured, and as it is called, compiled perhaps.
+
+    Attributes:
+        doubted: whether its outputs differed when they were last compared.
+    """
+
+    graph: Graph
+    run: Graph | SplitGraph
+    guards: Guards | None
+    calls: int = 0
+    doubted: bool = False
+
+    def changed(self) -> str:
+        """What has changed since the capture, or nothing."""
+        what = self.guards.changed() if self.guards is not None else ""
+        return what or ("" if self.graph.fits else "the shape, type or place of a parameter or buffer")
 
 
 @final
@@ -149,8 +189,8 @@ class CompiledFunction:
     else, all calls are left to the function, and one line in the log says why.
 
     Args:
-        name: of what is computed, and
-        fallback: a sentence on how it is then computed without a graph, for the log.
+        name: what the function computes, in the plural, for the log.
+        fallback: a sentence on how it is computed without a graph, for the log.
 
     Attributes:
         kernels: "compiled"; "graph", whose operations are those of the function; or "eager", without any graph.
@@ -172,7 +212,7 @@ class CompiledFunction:
         if self.refusal:
             return None
         captured = self.graphs.get(kind)
-        if captured is not None and self.policy.checks_guards and (what := captured.stale()):
+        if captured is not None and self.policy.checks_guards and (what := captured.changed()):
             self._drop(what)
             captured = None
         if captured is None:
@@ -213,47 +253,33 @@ class CompiledFunction:
             schedule.advance()
         return outputs
 
-    def _run_function(self, args: Sequence[Tensor], effects: SideEffects) -> tuple[Outputs, bool]:
-        """(the function's outputs, whether its random numbers are torch's); if not, it is refused."""
-        outputs: Outputs = ()
-        try:
-            with effects.taken():
-                outputs = self.target.function(*args)
-        except CaptureError as error:
-            self.refuse(str(error))
-            return outputs, False
-        return outputs, True
-
     def _capture(self, kind: Any, args: Sequence[Tensor]) -> Outputs:
         """One call of the function, and its graph, whose outputs are returned where they are the same."""
         first, self._first = self._first, False
-        effects = SideEffects(args[0].device, self.target.schedule())
-        expected, allowed = self._run_function(args, effects)
-        if not allowed:
-            return expected
-        after = effects.now()
+        eager = EagerRun(self.target, args)
+        if eager.refusal:
+            self.refuse(eager.refusal)
+            return eager.outputs
         try:
-            captured = self._captured(args, expected, effects, after, first)
+            captured = self._captured(args, eager, first)
         except Exception as error:
+            captured = None
             if first and self._retries:
                 self._first, self._retries = True, self._retries - 1
             else:
                 self.refuse(one_line_reason(error))
-            captured = None
         if captured is None:
-            effects.restore(after)
-            return expected
+            eager.restore_after()
+            return eager.outputs
         self.graphs[kind] = captured
-        effects.restore()
+        eager.restore_before()
         return self._advance(self._run(captured.run, args))
 
-    def _captured(
-        self, args: Sequence[Tensor], expected: Outputs, effects: SideEffects, after: Any, first: bool
-    ) -> CapturedGraph | None:
+    def _captured(self, args: Sequence[Tensor], eager: EagerRun, first: bool) -> CapturedGraph | None:
         """The graph of a call; None where it is only of use compiled, and not worth that."""
         target, policy = self.target, self.policy
         guards = target.guards() if target.guards is not None else None
-        effects.restore()
+        eager.restore_before()
         function = target.traced or target.function
         graph = capture(lambda: function(*args), list(target.parameters()), args)
         if guards is not None:
@@ -262,34 +288,29 @@ class CompiledFunction:
             guards.tensors, guards.read = {id(t) for t in graph.tensors}, graph.read
         if target.deterministic and graph.draws:
             raise CaptureError(f"the {self._name} draw random numbers")
-        captured = CapturedGraph(graph, guards, graph)
         if policy.keeps_uncompiled:
-            effects.restore()
-            self._compare(args, graph(*args), expected, effects, after)
+            eager.restore_before()
+            eager.compare(graph(*args))
+        run: Graph | SplitGraph = graph
         if self.kernels == "compiled" and policy.is_worth_compiling(graph, first):
-            captured.run = self._compiled(graph, args, expected, effects, after)
+            run = self._compiled(graph, args, eager)
         elif not policy.keeps_uncompiled:
             self._give_up("compiling does not pay")
             return None
         elif first:
             self.kernels = "graph"
-        return captured
+        return CapturedGraph(graph, run, guards)
 
-    def _compiled(
-        self, graph: Graph, args: Sequence[Tensor], expected: Outputs, effects: SideEffects, after: Any
-    ) -> Graph | SplitGraph:
+    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerRun) -> Graph | SplitGraph:
         """The compiled form of a graph if it agrees and is faster; otherwise the graph, or the error."""
-        target = self.target
+        varying, choices = self.target.varying, self.target.choices()
+        run: Graph | SplitGraph
         try:
-            compiled: Graph | SplitGraph
-            if target.varying is None:
-                compiled = graph.compile(args, target.choices())
-            else:
-                compiled = SplitGraph(graph, args, target.varying, target.choices())
-            effects.restore()
-            self._compare(args, self._run(compiled, args), expected, effects, after)
-            if isinstance(compiled, SplitGraph) or self.policy.is_faster(compiled, graph, args):
-                return compiled
+            run = graph.compile(args, choices) if varying is None else SplitGraph(graph, args, varying, choices)
+            eager.restore_before()
+            eager.compare(self._run(run, args))
+            if isinstance(run, SplitGraph) or self.policy.is_faster(run, graph, args):
+                return run
         except Exception as error:
             if not self.policy.keeps_uncompiled:
                 raise
@@ -299,41 +320,22 @@ class CompiledFunction:
 
     def _check(self, captured: CapturedGraph, args: Sequence[Tensor]) -> Outputs:
         """One call of the graph, compared with the function; of the function where they differ."""
-        effects = SideEffects(args[0].device, self.target.schedule())
-        expected, allowed = self._run_function(args, effects)
-        if not allowed:
-            return expected
-        after = effects.now()
+        eager = EagerRun(self.target, args)
+        if eager.refusal:
+            self.refuse(eager.refusal)
+            return eager.outputs
         if captured.guards is not None and (what := captured.guards.changed()):  # by this call, or seen only in a call
             self._drop(what)
-            return expected
-        effects.restore()
-        found = self._run(captured.run, args)
+            return eager.outputs
+        eager.restore_before()
+        outputs = self._run(captured.run, args)
         try:
-            self._compare(args, found, expected, effects, after)
+            eager.compare(outputs)
         except CaptureError as error:
             if captured.doubted or self.kernels != "compiled":
                 self.refuse(f"{error}, found at step {captured.calls} of the graph")
             captured.doubted = True  # rounding alone can turn a drawn bit: the next call is compared, too
-            effects.restore(after)
-            return expected
+            eager.restore_after()
+            return eager.outputs
         captured.doubted = False
-        return self._advance(found)
-
-    def _compare(
-        self, args: Sequence[Tensor], found: Outputs, expected: Outputs, effects: SideEffects, after: Any
-    ) -> None:
-        """Raises CaptureError unless random numbers, outputs and buffers are those of the function."""
-        now = effects.now()
-        if any(not torch.equal(a, b) for a, b in zip(now[0], after[0], strict=True)):
-            raise CaptureError("its noise is not drawn as in the graph")
-
-        def rerun(function: Callable[..., Outputs]) -> Outputs:
-            effects.restore()
-            try:
-                with effects.taken():
-                    return function(*args)
-            finally:
-                effects.restore(now)
-
-        self.target.agree(Comparison(expected, found, list(zip(after[1], now[1], strict=True)), rerun))
+        return self._advance(outputs)

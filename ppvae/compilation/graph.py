@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -15,22 +14,10 @@ from ppvae.compilation.inductor_passes import compile_with_inductor
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.compilation.random_ops import with_fixed_noise
 
-_capturing: list[None] = []
-
 
 def is_capturing() -> bool:
     """Whether a graph is being captured, so that the values of tensors must not be read."""
-    return bool(_capturing)
-
-
-@contextmanager
-def values_hidden() -> Iterator[None]:
-    """`is_capturing()` is true meanwhile."""
-    _capturing.append(None)
-    try:
-        yield
-    finally:
-        _capturing.pop()
+    return _HiddenValues.depth > 0
 
 
 class CaptureError(Exception):
@@ -149,7 +136,7 @@ def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], 
     static = _Static()
 
     def traced(*_: Tensor) -> tuple[Tensor | None, ...]:
-        with static, _Unread(), values_hidden():
+        with static, _HiddenValues():
             return tuple(run())
 
     try:
@@ -287,8 +274,19 @@ def _tracked(t: Tensor) -> bool:
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__}
 
 
-class _Unread(TorchFunctionMode):
-    """Refuses to hand the values of a tensor to Python unseen."""
+class _HiddenValues(TorchFunctionMode):
+    """Refuses to hand the values of a tensor to Python, and tells `is_capturing` that it does."""
+
+    depth = 0
+
+    def __enter__(self) -> _HiddenValues:
+        _HiddenValues.depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _HiddenValues.depth -= 1
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
