@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.compilation.graph import CaptureError, Graph, capture, compile_module, one_line_reason
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
-from ppvae.compilation.side_effects import SideEffects, following_steps
+from ppvae.compilation.side_effects import SideEffects, schedule_of
 
 log = logging.getLogger("ppvae")
 SECONDS_PER_NODE = 0.8  # of eager calls that pay for compiling one node of a graph, which takes about 0.1 s
@@ -102,11 +102,11 @@ class EagerRun:
         self._effects = SideEffects(args[0].device, target.schedule())
         self.refusal = ""
         try:
-            with self._effects.taken():
+            with self._effects.observe():
                 self.outputs = target.function(*args)
         except CaptureError as error:
             self.refusal = str(error)
-        self._after = self._effects.now()
+        self._after = self._effects.state()
 
     def restore_before(self) -> None:
         """Puts back the random state, buffers and schedule step from before the call."""
@@ -118,14 +118,14 @@ class EagerRun:
 
     def compare(self, outputs: Outputs) -> None:
         """Raises CaptureError unless a graph has drawn the same noise and given the same outputs and buffers."""
-        now = self._effects.now()
+        now = self._effects.state()
         if any(not torch.equal(a, b) for a, b in zip(now[0], self._after[0], strict=True)):
             raise CaptureError("its noise is not drawn as in the graph")
 
         def rerun(function: Callable[..., Outputs]) -> Outputs:
             self._effects.restore()
             try:
-                with self._effects.taken():
+                with self._effects.observe():
                     return function(*self._args)
             finally:
                 self._effects.restore(now)
@@ -249,7 +249,7 @@ class CompiledFunction:
 
     def _advance(self, outputs: Outputs) -> Outputs:
         """Takes the schedule's step, which a graph does not."""
-        if (schedule := following_steps(self.target.schedule())) is not None:
+        if (schedule := schedule_of(self.target.schedule())) is not None:
             schedule.advance()
         return outputs
 

@@ -138,7 +138,7 @@ class CompiledStep:
         guards = Guards(model=unwrap(source.model), guide=unwrap(source.guide), loss=source.loss)
         ids = {id(p) for p in source.params}
         names = [n for n, p in pyro.get_param_store()._params.items() if id(p) in ids]
-        guards.also("parameter", functools.partial(_stored, names), names + names)
+        guards.add("parameter", functools.partial(_stored, names), names + names)
         return guards
 
     def _agree(self, c: Comparison) -> None:

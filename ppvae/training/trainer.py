@@ -97,7 +97,7 @@ class Trainer:
             )
             self.svi = SVI(self.model, self.guide, optimizer, objective)
             self.svi.precision = precision
-            self.svi.take_up(self.scope.params.values())
+            self.svi.add_params(self.scope.params.values())
             self.take_step = TrainingStep(self.svi, self.state, self.structure, clip, rows)
         if not self.scope.params:
             raise ContractError(

@@ -762,7 +762,7 @@ def test_a_compiled_run_is_resumed_with_the_same_bits(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["modules", "hierarchical", "enumerated_model", "conv"])
 def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     made = []
     monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(compile_module(*a)) or made[-1])

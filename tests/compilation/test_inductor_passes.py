@@ -52,7 +52,7 @@ def test_sums_over_rows_are_the_same_in_any_shape():
     for a, b in zip(graph.compile((x,), {})(x), sums(x), strict=True):
         assert a.shape == b.shape
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
-    lowering._sums_over_rows(graph.module)
+    lowering._sum_rows_in_blocks(graph.module)
     targets = [node.target for node in graph.module.graph.nodes]
     assert targets.count(lowering._column_sums) == 3
     assert targets.count(torch.ops.aten.sum.dim_IntList) == 2
@@ -124,7 +124,7 @@ def test_log_likelihoods_of_bits_take_one_logarithm_for_many(kind, event):
         (found,) = function(logits, bits)
         assert found.shape == exact.shape
         assert float((found - exact).abs().max()) < 1e-6 * count
-    lowering._logarithms_of_products(graph.module)
+    lowering._fuse_logarithms(graph.module)
     rewritten = [n for n in graph.module.graph.nodes if n.target is lowering.sum_of_softplus]
     assert len(rewritten) == (count % 16 == 0 and count > 48)
     (found,) = graph(logits, bits)
@@ -178,7 +178,7 @@ def test_rewriting_keeps_the_order_of_changes_and_the_types(run):
     graph = graphs.capture(lambda: run(work, bits), [], (work, bits)).compile((x.clone(), bits), {})
     for a, b in zip(graph(x.clone(), bits), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6 if run is coarse_logits else 1e-5, atol=1e-4)
-    lowering._logarithms_of_products(graph.module)
+    lowering._fuse_logarithms(graph.module)
     assert (run is changed_later) == any(n.target is lowering.sum_of_softplus for n in graph.module.graph.nodes)
 
 
@@ -215,7 +215,7 @@ def test_terms_that_are_used_twice_or_summed_otherwise_are_left_alone():
 
     for values in (x, x.double()):
         graph = graphs.capture(lambda values=values: run(values), [], (values,))
-        lowering._logarithms_of_products(graph.module)
+        lowering._fuse_logarithms(graph.module)
         assert all(n.target is not lowering.sum_of_softplus for n in graph.module.graph.nodes)
         for a, b in zip(graph(values), run(values), strict=True):
             assert torch.equal(a, b)
@@ -231,7 +231,7 @@ def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, mon
             calls.append(size // 2**20)
             return int(which == memory.TRIM_THRESHOLD or size <= takes)
 
-    for name in memory.OWN:
+    for name in memory.MALLOC_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library)
     assert memory.keep_freed_memory.__wrapped__() == (len(asked) != 2 or 512 in asked)

@@ -187,7 +187,7 @@ def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
 @pytest.mark.parametrize(("off", "taken"), [(0.0, True), (0.3, False)])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precision, monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     monkeypatch.setattr(functions, "compile_module", lambda module, *_: lambda *a: [t + off for t in module(*a)])
     x, pair = images(50), vae()
@@ -198,7 +198,7 @@ def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precis
 
 
 def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     x, pair = images(50), vae()
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypa
 
 
 def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     made, real = [], functions.compile_module
     monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(real(*a)) or made[-1])

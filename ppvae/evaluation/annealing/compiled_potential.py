@@ -1,4 +1,4 @@
-"""Potentials and their gradients from a compiled graph, where a run needs enough of them to pay for compiling."""
+"""Potentials and their gradients from a compiled graph, where the run needs enough of them to pay for compiling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ppvae.compilation.graph import CaptureError, all_close
 from ppvae.evaluation.annealing.chain_state import ChainState
 from ppvae.inference.structure import Structure
 
-MANY = 30_000  # gradients that pay for a graph: a number, not a time, so that a run gives the same again
+MIN_GRADIENTS = 30_000  # of a run that pay for compiling: a number, not a time, so that results are reproducible
 
 
 class DifferentiablePotential(Protocol):
@@ -26,7 +26,7 @@ class DifferentiablePotential(Protocol):
         """Whether a graph of `point` would serve other blocks of data of the same shape, too."""
 
     def run_whole(self) -> DifferentiablePotential:
-        """The same densities, with nothing in them that was computed before."""
+        """The same densities without cached values."""
 
     def point(self, u: Tensor) -> ChainState:
         """Densities and gradients at a state [chains, batch, dims], by a run of the pair."""
@@ -37,9 +37,9 @@ class CompiledPotential:
     """log q and log p(x, z) of states with their gradients, for one block of data after another.
 
     Args:
-        total: gradients that the whole run takes, in all processes: with `MANY` of them they come from a graph that is
-            captured from `Potential.point` and compiled, one for each shape, and checked against it. What does not
-            depend on the state, an encoder say, is computed once for each block.
+        total: gradients of the whole run, in all processes. From `MIN_GRADIENTS` on they come from a graph that is
+            captured from `Potential.point` for each shape, compiled, and compared with it. What does not depend on the
+            state, as an encoder's output, is computed once for each block.
     """
 
     def __init__(self, total: int):
@@ -52,7 +52,7 @@ class CompiledPotential:
             deterministic=True,
         )
         fallback = "chains run without a compiled graph"
-        self._function = None if total < MANY else CompiledFunction(target, Policy(), "densities", fallback)
+        self._function = None if total < MIN_GRADIENTS else CompiledFunction(target, Policy(), "densities", fallback)
         self._density: DifferentiablePotential
 
     def __call__(self, density: DifferentiablePotential, u: Tensor) -> ChainState:

@@ -17,7 +17,7 @@ from ppvae.inference.terms import terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
-LEAST = 20.0  # seconds of eager runs to come below which nothing is captured
+MIN_SECONDS = 20.0  # seconds of eager runs to come below which nothing is captured
 TIMED_RUNS = 3  # eager runs before that
 
 
@@ -70,7 +70,7 @@ class CompiledWeights:
     def compile(self, seconds: float) -> None:
         """Captures and compiles, where the remaining runs would take so many seconds eagerly."""
         self._decided = True
-        if seconds < LEAST:
+        if seconds < MIN_SECONDS:
             return
         target = Target(
             function=self._run,
