@@ -16,7 +16,7 @@ from ppvae.compilation.graph import CaptureError
 
 def schedule_of(loss: Any) -> Any:
     """The loss, if it is an objective with schedules; None for others, as Pyro's."""
-    return loss if all(hasattr(loss, name) for name in ("taken", "go_to", "advance")) else None
+    return loss if all(hasattr(loss, name) for name in ("steps_taken", "set_step", "advance")) else None
 
 
 @final
@@ -58,7 +58,7 @@ class SideEffects:
                 self._before += [(b, b.detach().clone()) for b in new]
 
     def _step_count(self) -> int | None:
-        return None if self._loss is None else self._loss.taken
+        return None if self._loss is None else self._loss.steps_taken
 
     def state(self) -> tuple[list[Tensor], list[Tensor], int | None]:
         """The current (random states, buffers, schedule step)."""
@@ -68,7 +68,7 @@ class SideEffects:
         """Restores the state at construction, or one that `state` gave."""
         noise, buffers, step = to if to is not None else (self._noise, [b for _, b in self._before], self._step)
         if self._loss is not None:
-            self._loss.go_to(step)
+            self._loss.set_step(step)
         torch.set_rng_state(noise[0])
         if len(noise) > 1:
             torch.cuda.set_rng_state(noise[1], self._device)

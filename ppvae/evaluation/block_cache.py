@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_digest
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.evaluation.blocks import data_digest
 from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes, write_stream
 

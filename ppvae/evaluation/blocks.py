@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ppvae import data as datasets
-from ppvae.errors import ContractError, DataError, UsageError
+from ppvae.data.loader import read_rows
+from ppvae.errors import ContractError
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, cache_encoder, sample_guide, slice_particles, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -76,7 +75,7 @@ class Block:
             guide = cache_encoder(guide, batch, s, index)
         width = 1 if s.has_global_latents else self.size
         step = max(1, rows // self.size)
-        if "cancelled" in s.model_roles.values():  # the model draws for itself, once for all particles of a block
+        if Role.CANCELLED in s.model_roles.values():  # the model draws for itself, once for all particles of a block
             step = PARTICLE_BLOCK
         if cells is not None:
             cells.start(batch)
@@ -88,15 +87,19 @@ class Block:
                     yield *cell, None
                     continue
                 # the guide's noise must not depend on what the model draws for itself, nor on how memory is cut
-                cut = count > step or s.layout == "one by one"
+                cut = count > step or s.layout is Layout.ONE_BY_ONE
                 drawn = sample_guide(guide, batch, count, structure=s, index=index) if cut else {}
                 for low in range(0, count, step):
                     size = min(step, count - low)
                     part: dict[str, Any] = {}
                     if cut:
                         sites = slice_particles(drawn, s, low, size)
-                        part = {"values": {n: v.value for n, v in sites.items()}} if s.enumerated else {"drawn": sites}
-                    t = terms(model, guide, batch, size, structure=s, index=index, **part)
+                        part = (
+                            {"values": {n: v.value for n, v in sites.items()}}
+                            if s.enumerated
+                            else {"guide_sites": sites}
+                        )
+                    t = evaluate_terms(model, guide, batch, size, structure=s, index=index, **part)
                     if first == low == 0:
                         if self.gaps and bool(t.log_weight.isnan().any()):
                             inspect(model, guide, batch)  # which says so if missing values are why
@@ -116,62 +119,10 @@ class Block:
             check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
         self.missing = 0
         for name, site in t.model.items() if self.gaps else ():
-            if site.role != "observed":
+            if site.role is not Role.OBSERVED:
                 continue
             axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data, of which folding makes more
             self.missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
-
-
-def as_columns(data: Any, seed: int) -> tuple[Any, ...]:
-    """The columns of an evaluation's data, checked and of equal length; noise that is redrawn is fixed by the seed.
-
-    Raises:
-        UsageError: something that is no tensor or split; DataError: other numbers of rows, or values not allowed.
-    """
-    columns = tuple(data) if isinstance(data, list | tuple) else (data,)
-    if not columns:
-        raise UsageError("data: expected a tensor, a split, or a tuple of them; found an empty tuple")
-    out = []
-    for i, column in enumerate(columns):
-        if getattr(column, "noise", None):
-            column = column.fixed(seed)
-        if not isinstance(column, datasets.LazySplit):
-            if not isinstance(column, Tensor):
-                raise UsageError(f"data[{i}]: expected a tensor or a split, found {type(column).__name__}")
-            column = datasets.validated(column, f"data[{i}]")
-        if len(column) != len(columns[0]):
-            raise DataError(f"data[{i}]: expected {len(columns[0])} rows as in data[0], found {len(column)}")
-        out.append(column)
-    return tuple(out)
-
-
-def as_single_batch(model: Program, guide: Program, data: Any, seed: int) -> tuple[Tensor, ...]:
-    """Checked data as one batch, on the device of the pair's parameters."""
-    columns = as_columns(data, seed)
-    device = program_device(model, guide, columns)
-    return tuple(read_rows(column, None, device) for column in columns)
-
-
-def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
-    """Some rows of a column, or all of them, as a plain tensor on a device."""
-    if isinstance(column, datasets.LazySplit):
-        value = column.read(rows).to(torch.get_default_dtype())  # pictures have no floating type of their own
-    else:
-        value = column.as_subclass(Tensor) if rows is None else column.as_subclass(Tensor)[rows.to(column.device)]
-    return value.to(device)
-
-
-def program_device(model: Program, guide: Program, columns: tuple[Any, ...]) -> torch.device:
-    """Where the pair's parameters lie, or else the data."""
-    for function in (model, guide):
-        scope = getattr(function, "scope", None)
-        for p in scope.params.values() if scope else ():
-            return p.device
-        owner = getattr(unwrap(function), "__self__", unwrap(function))
-        if isinstance(owner, torch.nn.Module):
-            for p in owner.parameters():
-                return p.device
-    return getattr(columns[0], "device", torch.device("cpu"))
 
 
 def inspect_columns(
@@ -203,9 +154,3 @@ def inspect_columns(
             )
         return structure, total
     return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
-
-
-def data_digest(columns: tuple[Any, ...]) -> str:
-    """The SHA-256 of the data of a result."""
-    own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in columns]
-    return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()

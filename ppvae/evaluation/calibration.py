@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.block_cache import cache_key
-from ppvae.evaluation.blocks import Block, as_columns, data_digest, inspect_columns, program_device, read_rows
+from ppvae.evaluation.blocks import Block, inspect_columns
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of
 from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.particle_layout import particle_dim
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
 from ppvae.rng import derive_seed, fork_rng
@@ -146,7 +147,7 @@ def calibration(
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
     model, guide = bind_program(model), bind_program(guide)
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
             place = torch.device(device) if device is not None else program_device(model, guide, columns)
             s, size = inspect_columns(model, guide, columns, place)
@@ -159,7 +160,7 @@ def calibration(
             tiled = columns if s.draws_subsample else tuple(read_rows(c, rows, place) for c in columns)
             counts = _counts(replications, size, len(rows))
             parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.mine(len(counts))
+            mine = shares.block_indices(len(counts))
             total = sum(counts[number] for number in mine)
             with tqdm(total=total, desc="calibration", unit="datum", disable=progress_disabled(progress)) as bar:
                 for number in mine:
@@ -169,7 +170,7 @@ def calibration(
                     bar.update(counts[number])
         numbers = {"what": "calibration", "replications": replications, "num_draws": num_draws, "seed": seed}
         key = cache_key(columns, s, (), numbers)
-        results = shares.gathered(parts, key)
+        results = shares.gather_blocks(parts, key)
     masked = {n.removeprefix("masked ") for r in results for n, v in r.items() if n.startswith("masked ") and bool(v)}
     names = [n for n in results[0] if not n.startswith("masked ") and n not in masked]
     ranks = {n: torch.cat([r[n] for r in results]) for n in names}
@@ -214,7 +215,7 @@ def _ranks(
     nodes = dict(sample_sites(trace_program(guide, block.batch, s, given)))
     found: dict[str, Tensor] = {}
     for name in sites:
-        if s.guide_roles[name] == "auxiliary":
+        if s.guide_roles[name] is Role.AUXILIARY:
             continue
         found[f"masked {name}"] = torch.tensor(mask_of(nodes[name]) is not None)
         draws = _flat(sites[name].value, s, name, particle_dim(sites[name].value, s, name))

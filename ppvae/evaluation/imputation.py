@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import progress_disabled
-from ppvae.errors import ContractError, UsageError, refused
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    as_columns,
-    data_digest,
-    inspect_columns,
-    program_device,
-)
+from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
@@ -29,10 +22,10 @@ from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import remedy
 from ppvae.inference.contract.missing import align_missing
 from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
@@ -112,7 +105,7 @@ def impute(
         if count < 1:
             raise UsageError(f"{name}: expected at least 1, found {count}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    columns = as_columns(data, seed)
+    columns = data_columns(data, seed)
     model, guide = bind_program(model), bind_program(guide)
     found: list[dict[str, Tensor]] = []
     with fork_rng(), evaluation_mode(model, guide), torch.no_grad():
@@ -143,7 +136,7 @@ def impute(
 
 def _check(s: Structure) -> None:
     if s.enumerated:
-        raise refused(
+        raise site_error(
             s.enumerated[0], "latents that the guide draws, to fill gaps given them", "one that is summed out",
             "draw it in the guide, without infer={'enumerate': ...}",
         )  # fmt: skip
@@ -176,7 +169,7 @@ def _of_block(
         at = {n: v.to(x.device) for n, v in at.items()}
         torch.manual_seed(derive_seed(seed, block.number, "imputed", number))
         with pyro.validation_enabled(False):
-            t = terms(model, guide, block.batch, count, values=at, structure=s, index=index)
+            t = evaluate_terms(model, guide, block.batch, count, values=at, structure=s, index=index)
         values += [_in_place(v, place, x) for v in _samples(t.model[name], s, count)]
     x = x[:size]
     gaps = x.isnan()
@@ -211,15 +204,15 @@ def _site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]
     """The site that observes the data, and where each of its numbers stands in them, as flat positions."""
     position = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     for name, site in model.items():
-        if site.role != "observed" or not site.value.is_floating_point():
+        if site.role is not Role.OBSERVED or not site.value.is_floating_point():
             continue
         value = site.value.narrow(site.value.dim() - s.event_dims[name] - 1, 0, len(x))  # of which folding makes more
         for like, at in zip(align_missing(value, x), align_missing(value, position), strict=True):
             known = ~like.isnan()
             if bool(known.any()) and bool((value == like)[known].all()):
                 return name, at.flatten()
-    names = [name for name, site in model.items() if site.role == "observed"]
-    raise refused(
+    names = [name for name, site in model.items() if site.role is Role.OBSERVED]
+    raise site_error(
         names[0], f"an observed site that holds the data, {list(x.shape)}, so that their gaps can be drawn from it",
         f"none among {names}", "observe the data's first tensor as a whole, under a mask",
     )  # fmt: skip
@@ -248,10 +241,10 @@ def _means(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
 
 def _wide(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
     """The distributions of the runs that a site was joined from, over every plate."""
-    for part in site.parts or (site,):
+    for part in site.particle_sites or (site,):
         fn = part.distribution
-        lead = part.traced.shape[: part.traced.dim() - s.event_dims[site.name]]
-        if s.layout == "vectorized":
+        lead = part.traced_value.shape[: part.traced_value.dim() - s.event_dims[site.name]]
+        if s.layout is Layout.VECTORIZED:
             lead = torch.Size((count, *(1,) * (s.plate_nesting - len(lead)), *lead))
         shape = torch.broadcast_shapes(fn.batch_shape, lead)
         yield part, fn if fn.batch_shape == shape else fn.expand(shape)
@@ -259,9 +252,9 @@ def _wide(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
 
 def _split(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
     """A value as the run has it, [*plates, *event], with the particles first."""
-    if s.layout == "one by one":
+    if s.layout is Layout.ONE_BY_ONE:
         return value[None]
-    if s.layout == "vectorized":
+    if s.layout is Layout.VECTORIZED:
         return value
     data = value.dim() - s.event_dims[part.name] - 1
     split = value.reshape(*value.shape[:data], count, -1, *value.shape[data + 1 :])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, refused
+from ppvae.data.loader import data_columns
+from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import Settings, session
-from ppvae.evaluation.blocks import as_columns
 from ppvae.evaluation.reliability import MAX_DIMS
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
@@ -77,7 +77,7 @@ def quadrature(
     """
     if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
-    columns = as_columns(data, 0)
+    columns = data_columns(data, 0)
     settings = Settings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
     results = []
     with fork_rng(), session(model, guide, columns, settings, device) as ready:
@@ -92,7 +92,7 @@ def quadrature(
                     f"({names}). Use annealed"
                 )
             if density.active is not None:
-                raise refused(
+                raise site_error(
                     density.coordinates[0].name, "latents that every datum has", "masked ones among them",
                     "use annealed or log_marginal",
                 )  # fmt: skip

@@ -12,25 +12,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import progress_disabled
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    as_columns,
-    data_digest,
-    inspect_columns,
-    program_device,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
@@ -173,7 +166,7 @@ def representation(
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:
         raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
-    columns = as_columns(data, seed)
+    columns = data_columns(data, seed)
     model, guide = bind_program(model), bind_program(guide)
     with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
         place = torch.device(device) if device is not None else program_device(model, guide, columns)
@@ -230,11 +223,11 @@ def _check(s: Structure) -> None:
 
 def _draws(model: Program, guide: Program, block: Block, num_particles: int, seed: int) -> Iterator[Terms]:
     """Terms of a few particles at a time; of single ones where the pair takes no more."""
-    step = 1 if block.s.layout == "one by one" else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
+    step = 1 if block.s.layout is Layout.ONE_BY_ONE else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
     for number, first in enumerate(range(0, num_particles, step)):
         torch.manual_seed(derive_seed(seed, block.number, number))
         count = min(step, num_particles - first)
-        yield terms(model, guide, block.batch, count, structure=block.s, index=block.index)
+        yield evaluate_terms(model, guide, block.batch, count, structure=block.s, index=block.index)
 
 
 class _Look:
@@ -252,7 +245,7 @@ class _Look:
         self._add("log_lik", t.log_lik[:, : self.size])
         self._add("rate", (t.log_guide - t.log_prior)[:, : self.size])
         for name, role in self.s.guide_roles.items():
-            if role != "latent":
+            if role is not Role.LATENT:
                 continue
             site, value = t.guide[name], self._flat(t.guide[name].value, name)
             self.dims[name] = value[0, 0].numel()
@@ -286,14 +279,18 @@ class _Look:
         try:
             both = [site.per_event() for site in (q, p)]
         except ValueError:
-            both = [site.distribution.log_prob(site.traced) for site in (q, p)] if not self.s.event_dims[q.name] else []
+            both = (
+                [site.distribution.log_prob(site.traced_value) for site in (q, p)]
+                if not self.s.event_dims[q.name]
+                else []
+            )
         if not both:
             return None
-        shape = torch.broadcast_shapes(q.traced.shape, *(b.shape for b in both))
+        shape = torch.broadcast_shapes(q.traced_value.shape, *(b.shape for b in both))
         ratio = (both[0].double() - both[1].double()).expand(shape)
-        if self.s.layout == "folded":
+        if self.s.layout is Layout.FOLDED:
             ratio = unfold_value(ratio, self.s, q.name, count, q.log_prob.shape[-1])
-        elif self.s.layout == "one by one":
+        elif self.s.layout is Layout.ONE_BY_ONE:
             ratio = ratio.unsqueeze(0)
         if ratio.shape != q.value.shape:
             return None

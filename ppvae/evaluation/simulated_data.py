@@ -9,9 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.blocks import Block
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites
 
 Assemble = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], Any]
@@ -33,15 +33,15 @@ def simulate_data(
     with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
         model(*block.batch)
     drawn = {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
-    seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) == "observed"}
+    seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) is Role.OBSERVED}
     batch = _placed(model, s, block, seen) if assemble is None else tuple(assemble(seen, block.batch))
     out = replaced(block, batch)
     latents = {name: value for name, value in drawn.items() if name in s.guide_roles}
     with poutine.trace() as tracer, Substitute({**given, **latents}):
         model(*out.batch)
     for name, node in sample_sites(tracer.get_trace()):
-        if s.model_roles.get(name) == "observed" and not torch.equal(node["value"], seen[name].to(node["value"])):
-            raise refused(
+        if s.model_roles.get(name) is Role.OBSERVED and not torch.equal(node["value"], seen[name].to(node["value"])):
+            raise site_error(
                 name, "the simulated values once they are in the batch", "others",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",
             )  # fmt: skip
@@ -67,7 +67,7 @@ def _placed(model: Program, s: Structure, block: Block, seen: Mapping[str, Tenso
         rows = [c if block.index is None else c[block.index] for c in block.batch]
         at = [i for i, c in enumerate(rows) if c.shape == node["value"].shape and torch.equal(c, node["value"])]
         if not at:
-            raise refused(
+            raise site_error(
                 name, "observed values that are a column of the batch, to put simulated ones in their place",
                 f"a tensor of shape {list(node['value'].shape)} that is none of them",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",

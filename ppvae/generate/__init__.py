@@ -15,11 +15,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae.data.loader import as_single_batch
 from ppvae.errors import UsageError
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_program
-from ppvae.inference.structure import Structure
+from ppvae.inference.param_store import bind_program, program_device
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
@@ -247,7 +248,7 @@ class _Opened:
             width = rows.stop - rows.start
             found = {}
             for name, node in sample_sites(trace):
-                if self.s.guide_roles.get(name) in ("latent", "enumerated"):
+                if self.s.guide_roles.get(name) in (Role.LATENT, Role.ENUMERATED):
                     axis = node["value"].dim() - self.s.event_dims[name] - 1
                     shared = self.s.plate not in {f.name for f in node["cond_indep_stack"]}
                     found[name] = (-1, node["value"]) if shared else (axis, node["value"].narrow(axis, 0, width))
@@ -305,11 +306,9 @@ def _mean(fn: Any, value: Tensor) -> Tensor:
 
 @contextmanager
 def _opened(model: Program, guide: Program, x: Any, seed: int) -> Iterator[_Opened]:
-    from ppvae.evaluation.blocks import as_single_batch
-
     model, guide = bind_program(model), bind_program(guide)
     with fork_rng(), evaluation_mode(model, guide):
-        batch = as_single_batch(model, guide, x, seed)
+        batch = as_single_batch(x, seed, program_device(model, guide, x))
         structure = inspect(model, guide, batch, weights=False, particles=False)
         torch.manual_seed(seed)
         yield _Opened(model, guide, batch, structure)

@@ -96,7 +96,7 @@ class CompiledStep:
             retries=1,
         )
         self.function = CompiledFunction(target, policy, "steps", FALLBACK, kernels)
-        if getattr(source.loss, "learns", False):
+        if getattr(source.loss, "has_learned_baseline", False):
             self.function.refuse("its objective has a baseline that learns")
 
     @property

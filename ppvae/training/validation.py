@@ -13,13 +13,13 @@ from ppvae.compilation.function import Comparison, CompiledFunction, Outputs, Po
 from ppvae.compilation.graph import CaptureError, all_close, all_double
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
-from ppvae.data.loader import Columns
+from ppvae.data.loader import DataLoader, data_columns
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
@@ -28,31 +28,31 @@ ROWS = 1000
 
 @final
 class ValidationMonitor:
-    """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
+    """Reports ELBO = -(rate + distortion), nats per datum, from one draw per datum with the same noise every epoch.
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
-    validation data it looks at the first training data, and says so in the metrics' names. Where there
-    are several latents, the KL of each stands by itself, too.
+    validation data the metrics are of the first training data, and named train_*. Pairs with several latents also get
+    the KL of each.
     """
 
     def __init__(
-        self, model: Program, guide: Program, structure: Structure, columns: Columns, held_out: bool, seed: int
+        self, model: Program, guide: Program, structure: Structure, loader: DataLoader, held_out: bool, seed: int
     ):
-        self.structure, self.columns, self.seed = structure, columns, seed
+        self.structure, self.loader, self.seed = structure, loader, seed
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
         self._function: CompiledFunction | None = None
-        self._count = len(columns) if held_out else min(len(columns), ROWS)
+        self._count = len(loader) if held_out else min(len(loader), ROWS)
         with fork_rng():
-            torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
-            self._parts = tuple(_fixed(part, seed) for part in columns.parts)
+            torch.manual_seed(seed)  # noise that a split redraws is drawn once
+            self._columns = data_columns(loader.columns, seed)
         if structure.draws_subsample and held_out:  # its plate has another size over other data
-            self.structure = inspect(model, guide, columns.whole(), weights=False)
+            self.structure = inspect(model, guide, loader.read_all(), weights=False)
 
     @property
     def has_elbo(self) -> bool:
         """Whether the pair has an ELBO per datum; joint weights and point masses have none."""
-        return not (self.structure.has_global_latents or self.structure.refusal)
+        return not (self.structure.has_global_latents or self.structure.weights_refusal)
 
     def __call__(self, model: Program, guide: Program, products: Choices | None = None) -> dict[str, float]:
         """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_.
@@ -64,12 +64,12 @@ class ValidationMonitor:
         if not self.has_elbo:
             return {}
         size = s.subsample_size if s.draws_subsample else ROWS
-        latents = [] if s.enumerated or "auxiliary" in s.guide_roles.values() else list(s.guide_roles)
+        latents = [] if s.enumerated or Role.AUXILIARY in s.guide_roles.values() else list(s.guide_roles)
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with fork_rng(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
                 stop = min(start + size, self._count)
-                block = Block(self._parts, start, stop, number, s, self.columns.device)
+                block = Block(self._columns, start, stop, number, s, self.loader.device)
                 sums = None
                 if products is not None and number > 0 and stop - start == size:
                     sums = self._sums_by_graph(model, guide, block, latents, products)
@@ -90,13 +90,15 @@ class ValidationMonitor:
         self, model: Program, guide: Program, block: Block, latents: Sequence[str], products: Choices
     ) -> Tensor | None:
         """The sums of a block of the usual size after the first; None where no graph gives them."""
-        if self.structure.layout == "one by one" or self.structure.draws_subsample:
+        if self.structure.layout is Layout.ONE_BY_ONE or self.structure.draws_subsample:
             return None
         if self._function is None:
 
             def run(*batch: Tensor) -> Outputs:
                 with pyro.validation_enabled(False):
-                    return [_sums(terms(model, guide, batch, 1, structure=self.structure), latents, block.size)]
+                    return [
+                        _sums(evaluate_terms(model, guide, batch, 1, structure=self.structure), latents, block.size)
+                    ]
 
             target = Target(
                 function=run,
@@ -108,7 +110,7 @@ class ValidationMonitor:
             fallback = "validation runs without a compiled graph"
             self._function = CompiledFunction(target, Policy(checks_guards=True), "validation sums", fallback)
         torch.manual_seed(derive_seed(self.seed, block.number, 0))  # as `Block.weights` has it
-        out = self._function(block.size, block.batch)
+        out = self._function(ROWS, block.batch)
         return None if out is None or self._function.refusal else out[0]
 
     def _agree(self, c: Comparison) -> None:
@@ -123,7 +125,3 @@ def _sums(t: Terms, latents: Sequence[str], rows: int) -> Tensor:
     rates = t.rates() if latents else {}
     parts = [t.elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[name] for name in latents)]
     return torch.stack([p[..., :rows].sum() for p in parts])
-
-
-def _fixed(part: object, seed: int) -> object:
-    return part.fixed(seed) if getattr(part, "noise", None) else part  # type: ignore[attr-defined]

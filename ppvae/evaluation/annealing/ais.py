@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.evaluation.annealing.hmc import forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
 from ppvae.evaluation.block_cache import BlockCache, cache_key
-from ppvae.evaluation.blocks import as_columns, data_digest
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.log_marginal import _measure
@@ -96,18 +96,18 @@ def annealed(
         compile,
     )  # fmt: skip
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), session(model, guide, columns, settings, device) as ready:
             s = ready.s
             key = key_of_chains(ready, "annealed")
             store = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.mine(ready.blocks)
+            mine = shares.block_indices(ready.blocks)
             with Bar(len(mine), len(settings.chain_blocks), settings, progress_disabled(progress), "log p(x)") as bar:
                 for number in mine:
                     parts[number] = _of_block(ready, number, store, bar)
                     bar.say(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
-        results = shares.gathered(parts, key)
+        results = shares.gather_blocks(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     base, levels, notes = _measure(columns[0], s)
     diagnostics: dict[str, Tensor] = {name: joined.pop(name) for name in DIAGNOSTICS if name in joined}

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_columns
 from ppvae.distributed import distributed_context, progress_disabled
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.annealing.ais import key_of_chains
 from ppvae.evaluation.annealing.hmc import backward, forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import Block, as_columns
+from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
+from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -140,13 +142,13 @@ def bdmc(
         compile=compile,
     )  # fmt: skip
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), session(model, guide, columns, settings, device) as ready:
             _check(ready)
             key = key_of_chains(ready, "bdmc")
             store = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.mine(ready.blocks)
+            mine = shares.block_indices(ready.blocks)
             with Bar(len(mine), 2 * len(settings.chain_blocks), settings, progress_disabled(progress), "BDMC") as bar:
                 for number in mine:
                     ready.noise(number, "simulated")
@@ -161,7 +163,7 @@ def bdmc(
                     parts[number] = part | {f"data_{i}": column for i, column in enumerate(_rows_of(block))}
                     gap = torch.cat([r["upper"] - r["lower"] for r in parts.values()]).mean()
                     bar.say(gap=f"{gap:.3f}")
-        results = shares.gathered(parts, key)
+        results = shares.gather_blocks(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     own = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
     attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}
@@ -171,11 +173,11 @@ def bdmc(
 def _check(ready: Session) -> None:
     """Refuses a guide whose own draws are not the latents, so that no chain could start at given ones."""
     for name, role in ready.s.guide_roles.items():
-        if role in ("auxiliary", "enumerated"):
-            raise refused(
+        if role in (Role.AUXILIARY, Role.ENUMERATED):
+            raise site_error(
                 name, "a guide whose own draws are the latents, to start a chain at given ones",
-                "a helper" if role == "auxiliary" else "a site enumerated in the guide",
-                "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
+                "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
+                "use start='prior'" if role is Role.AUXILIARY else "enumerate it in the model instead",
             )  # fmt: skip
 
 

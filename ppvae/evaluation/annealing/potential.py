@@ -14,23 +14,23 @@ from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError, refused
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.evaluation.annealing.chain_state import ChainState, concatenate_states
 from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
-from ppvae.inference.particle_layout import over_inner_plates, particle_dim
+from ppvae.inference.particle_layout import particle_dim, sum_inner_plates
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import sample_guide, terms
+from ppvae.inference.structure import Role, Structure
+from ppvae.inference.terms import evaluate_terms, sample_guide
 from ppvae.inference.tracing import Program, frozen_params, node_log_prob, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
 SCALE_DRAWS = 100  # draws from the start density that measure its spread
 
 
-def prior_of(model: Program, guide_roles: Mapping[str, str]) -> Program:
+def prior_of(model: Program, guide_roles: Mapping[str, Role]) -> Program:
     """The model's prior over the guide's latents, as a guide."""
-    latents = {name for name, role in guide_roles.items() if role == "latent"}
+    latents = {name for name, role in guide_roles.items() if role is Role.LATENT}
 
     def hidden(message: Any) -> bool:
         plate = isinstance(message["fn"], _Subsample)
@@ -96,8 +96,8 @@ class Potential:
         with fork_rng(), torch.no_grad():
             self._sites = sample_guide(guide, batch, 2, structure=s, index=index)
             nodes = self._nodes = self._traced()
-            self._plain = all(s.guide_roles[n] == "latent" for n in nodes) and nodes.keys() == self._sites.keys()
-            self.size = 1 if s.has_global_latents else s.size_of(batch) if index is None else len(index)
+            self._plain = all(s.guide_roles[n] is Role.LATENT for n in nodes) and nodes.keys() == self._sites.keys()
+            self.size = 1 if s.has_global_latents else s.batch_size(batch) if index is None else len(index)
             self.coordinates: tuple[Coordinate, ...] = ()
             self.dims = 0
             for name, node in nodes.items():
@@ -113,21 +113,21 @@ class Potential:
         first, second = (dict(sample_sites(trace_program(self.guide, self.batch, s, given))) for _ in range(2))
         nodes = {}
         for name, node in first.items():
-            if s.guide_roles[name] == "enumerated":
+            if s.guide_roles[name] is Role.ENUMERATED:
                 continue
             fn = base_distribution(node["fn"])
             point = isinstance(fn, dist.Delta)
             if point and not s.lower_bound_only:  # it follows from its helper, which is the coordinate
                 continue
             if point or is_discrete(fn) or getattr(fn, "has_enumerate_support", False):
-                raise refused(
+                raise site_error(
                     name, "a continuous latent, or one that is summed out", f"a discrete one ({type(fn).__name__})",
                     "annealing follows gradients: mark the site infer={'enumerate': 'parallel'} in the model and leave "
                     "it out of the guide, or use log_marginal",
                 )  # fmt: skip
             a, b = (_numbers(n["fn"].support) for n in (node, second[name]))
             if len(a) != len(b) or not all(torch.equal(i, j) for i, j in zip(a, b, strict=True)):
-                raise refused(
+                raise site_error(
                     name, "a support that stays where it is", "one that moves with another latent",
                     "shift or scale a latent on a fixed support instead",
                 )  # fmt: skip
@@ -144,7 +144,7 @@ class Potential:
         try:
             transform = torch.distributions.biject_to(support)
         except NotImplementedError:
-            raise refused(
+            raise site_error(
                 name, "a support with a transform to real numbers (torch.distributions.biject_to)",
                 f"{type(base_distribution(node['fn'])).__name__} on {support_name(support)}",
                 "use log_marginal for this pair",
@@ -168,7 +168,7 @@ class Potential:
             mask = torch.as_tensor(mask, device=self.device)
             like = torch.ones(nodes[c.name]["fn"].batch_shape, dtype=torch.bool, device=self.device)
             if mask.dim() > like.dim():
-                raise refused(
+                raise site_error(
                     c.name, "a mask over whole events", f"one of shape {list(mask.shape)} inside an event",
                     "put the masked parts into sites or an inner plate of their own",
                 )  # fmt: skip
@@ -247,19 +247,21 @@ class Potential:
         count, s = len(u), self.s
         if self.prior or self.cached:
             drawn = {c.name: _at(self._sites[c.name], values[c.name]) for c in self.coordinates}
-            t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, drawn=drawn)
+            t = evaluate_terms(
+                self.model, self.guide, self.batch, count, structure=s, index=self.index, guide_sites=drawn
+            )
             log_prior = log_start = t.log_prior
             if not self.prior:
                 ((name, node),) = self._nodes.items()
-                log_start = over_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.plate_nesting)
+                log_start = sum_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.plate_nesting)
             return log_start + log_det, log_prior + t.log_lik + log_det
-        t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, values=values)
+        t = evaluate_terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, values=values)
         log_start = log_det
         for c in self.coordinates:
             log_prob = t.guide[c.name].log_prob.double()
             log_prob = log_prob.sum(tuple(range(log_prob.dim() - 2))) if log_prob.dim() > 2 else log_prob
             log_start = log_start + (log_prob.sum(-1, keepdim=True) if s.has_global_latents else log_prob)
-        if self._plain and t.contracted is None:  # the guide's network is then no part of the joint density's graph
+        if self._plain and t.contraction is None:  # the guide's network is then no part of the joint density's graph
             return log_start, t.log_lik + t.log_prior + log_det
         return log_start, log_start + t.log_weight
 
@@ -269,14 +271,16 @@ class Potential:
             parts = []
             for part in u.split(self._step):
                 at = self.values(part)[0]
-                t = terms(self.model, self.guide, self.batch, len(part), values=at, structure=self.s, index=self.index)
+                t = evaluate_terms(
+                    self.model, self.guide, self.batch, len(part), values=at, structure=self.s, index=self.index
+                )
                 parts.append(t.elbo)
         return torch.cat(parts)[:, : self.size]
 
     @property
     def _step(self) -> int:
         """Chains that go through the pair at once."""
-        return max(1, self.rows // (self.s.size_of(self.batch) if self.index is None else len(self.index)))
+        return max(1, self.rows // (self.s.batch_size(self.batch) if self.index is None else len(self.index)))
 
     def __call__(self, u: Tensor) -> ChainState:
         """Densities and gradients, a few chains at a time; no parameter gets a gradient."""
@@ -310,7 +314,7 @@ class Potential:
             one, two = (torch.cat(self.densities(u)) for _ in range(2))
         same = (one - two).abs() <= 1e-3 * (1 + one.abs())
         if not bool((same | (one == two) | one.isnan()).all()):
-            drawn = [n for n, role in self.s.model_roles.items() if role == "cancelled"]
+            drawn = [n for n, role in self.s.model_roles.items() if role is Role.CANCELLED]
             raise ContractError(
                 "expected the same density at the same latents; found another at every run"
                 + (f": what follows depends on {drawn}, which the model draws anew each time" if drawn else "")
@@ -319,7 +323,7 @@ class Potential:
 
 
 def _at(site: Site, value: Tensor) -> Site:
-    return replace(site, value=value, traced=value)
+    return replace(site, value=value, traced_value=value)
 
 
 def _numbers(support: Any) -> list[Tensor]:

@@ -18,11 +18,11 @@ from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, Kernel, Plan, pilot
 from ppvae.evaluation.annealing.potential import Potential, prior_of
 from ppvae.evaluation.annealing.schedules import at_betas, equal_ess, named_schedule
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns, program_device
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import cache_encoder, terms
+from ppvae.inference.terms import cache_encoder, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -117,7 +117,7 @@ class Session:
         )
         if block.number == 0:
             density.check_steady()
-        block._check(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
+        block._check(evaluate_terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
         return density
 
     def noise(self, *key: Any) -> torch.Generator:

@@ -12,8 +12,8 @@ from ppvae.compilation.function import SECONDS_PER_NODE, Comparison, CompiledFun
 from ppvae.compilation.graph import CaptureError, all_close, all_double
 from ppvae.compilation.guards import Guards
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -41,10 +41,10 @@ class CompiledWeights:
         self._last_call = 0.0
         self._function: CompiledFunction | None = None
         self._decided = (
-            s.layout == "one by one"
+            s.layout is Layout.ONE_BY_ONE
             or s.has_global_latents
             or s.draws_subsample
-            or "cancelled" in s.model_roles.values()
+            or Role.CANCELLED in s.model_roles.values()
         )
 
     def start(self, batch: tuple[Tensor, ...]) -> None:
@@ -88,7 +88,7 @@ class CompiledWeights:
             self._function(self._kind, self._batch)
 
     def _run(self, *batch: Tensor) -> Outputs:
-        t = terms(self.model, self.guide, batch, self.num_particles, structure=self.s)
+        t = evaluate_terms(self.model, self.guide, batch, self.num_particles, structure=self.s)
         return [t.log_weight, t.elbo]
 
     def _agree(self, c: Comparison) -> None:

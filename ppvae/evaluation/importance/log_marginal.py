@@ -12,16 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae.compilation.precision import check_precision
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, cache_key
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, as_columns, data_digest, inspect_columns, program_device
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, inspect_columns
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.allocation import AdaptiveAllocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.reliability import remedy
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
@@ -108,7 +109,7 @@ def log_marginal(
         raise UsageError(f"rows: expected at least 1, found {rows}")
     model, guide = bind_program(model), bind_program(guide)
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), evaluation_mode(model, guide):
             place = torch.device(device) if device is not None else program_device(model, guide, columns)
             check_precision(precision, place)
@@ -121,7 +122,7 @@ def log_marginal(
             if directory is not None or shares.size > 1:
                 more = {"what": "log_marginal", "device": place.type}
                 key = cache_key(columns, s, modules, task.settings() | more)
-            mine = shares.mine(task.blocks)
+            mine = shares.block_indices(task.blocks)
             cells = task.cells(len(mine)) if compile else None
             parts: dict[int, dict[str, Tensor]] = {}
             bar = tqdm(total=len(mine), desc="log p(x)", unit="block", disable=progress_disabled(progress))
@@ -132,7 +133,7 @@ def log_marginal(
                     if not bar.disable:
                         bar.set_postfix(nll=f"{-torch.cat([p['log_px'] for p in parts.values()]).mean():.3f}")
             rounding = task.rounding_note()
-        results = shares.gathered(parts, key)
+        results = shares.gather_blocks(parts, key)
     missing = int(sum(r.pop("missing") for r in results))
     names = [n for n in results[0] if all(n in r for r in results)]  # L_k for those k that every datum has
     joined = {n: torch.cat([r[n] for r in results], dim=int(n.startswith("posterior/"))) for n in names}

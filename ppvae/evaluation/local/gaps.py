@@ -13,24 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
 from ppvae.evaluation.block_cache import BlockCache, cache_key
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    as_columns,
-    data_digest,
-    inspect_columns,
-    program_device,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.guides import FullRankFamily
 from ppvae.evaluation.local.refit import WEIGHED, Plan, check_refit
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
@@ -175,7 +168,7 @@ def gaps(
             raise UsageError(f"{name}: expected at least 1, found {value}")
     model, guide = bind_program(model), bind_program(guide)
     with distributed_context() as shares:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         _check_given(log_px, columns)
         with fork_rng(), evaluation_mode(model, guide):
             place = torch.device(device) if device is not None else program_device(model, guide, columns)
@@ -188,13 +181,13 @@ def gaps(
             key = cache_key(columns, s, (), what | numbers)
             finished, done = BlockCache(directory, key), {}
             with tqdm(desc="gaps", unit="step", disable=progress_disabled(progress)) as bar:
-                for number in shares.mine(-(-len(columns[0]) // plan.size)):
+                for number in shares.block_indices(-(-len(columns[0]) // plan.size)):
                     start, stop = number * plan.size, min((number + 1) * plan.size, len(columns[0]))
                     bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
                     block = Block(columns, start, stop, number, plan.s, place)
                     made = functools.partial(plan.of_block, block, bar.update)
                     done[number] = finished.part(f"block_{number}", made)[0]
-        parts = shares.gathered(done, key)
+        parts = shares.gather_blocks(done, key)
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "rounds"}
     own = {name: found.pop(name) for name in WEIGHED}
     est = _estimate(own, num_particles, seed, s) if log_px is None else log_px

@@ -17,7 +17,8 @@ from ppvae.errors import ContractError
 from ppvae.evaluation.annealing.potential import Potential
 from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block
 from ppvae.evaluation.local.parameters import Affine, per_datum_distribution, trace_arguments
-from ppvae.inference.terms import terms
+from ppvae.inference.structure import Role
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program, frozen_params
 from ppvae.rng import derive_seed
 
@@ -129,7 +130,7 @@ class Guided:
 
     def _elbo(self, count: int, frozen: Sequence[str] = ()) -> Tensor:
         batch, index = self.block.batch, self.block.index
-        t = terms(self.model, self.guide, batch, count, structure=self.s, index=index, frozen=frozen)
+        t = evaluate_terms(self.model, self.guide, batch, count, structure=self.s, index=index, frozen=frozen)
         return t.elbo[:, : self.block.size]
 
     def elbo(self, count: int) -> Tensor:
@@ -138,7 +139,7 @@ class Guided:
 
     def _slope(self, count: int) -> None:
         # an expectation over what the guide enumerates has weights, which must keep their gradient
-        whole = "enumerated" in self.s.guide_roles.values()
+        whole = Role.ENUMERATED in self.s.guide_roles.values()
         (-self._elbo(count, () if whole else ("guide",)).mean(0).sum()).backward()
 
     def descend(self, count: int) -> None:
@@ -254,7 +255,7 @@ class FullRankGuide:
 
     def __init__(self, start: Guided, family: Callable[[Tensor, Tensor], FullRankFamily], seed: int, rows: int):
         block = start.block
-        if "enumerated" in block.s.guide_roles.values():
+        if Role.ENUMERATED in block.s.guide_roles.values():
             raise ContractError("the guide enumerates a latent, so that others are drawn once for each of its values")
         self._size, self._number, self._rows = block.size, block.number, rows
         torch.manual_seed(derive_seed(seed, block.number, "moments"))
