@@ -96,9 +96,8 @@ class ValidationMonitor:
 
             def run(*batch: Tensor) -> Outputs:
                 with pyro.validation_enabled(False):
-                    return [
-                        _sums(evaluate_terms(model, guide, batch, 1, structure=self.structure), latents, block.size)
-                    ]
+                    t = evaluate_terms(model, guide, batch, 1, structure=self.structure)
+                    return [_sums(t, latents, ROWS)]
 
             target = Target(
                 function=run,
