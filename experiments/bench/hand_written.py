@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.bench import Settings, Timed
 from experiments.bench.pairs import TwoLayers, build, data
-from ppvae.compilation.matmul_backend import _product
+from ppvae.compilation.matmul_backend import onednn_linear
 
 
 def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
@@ -145,7 +145,7 @@ def matrix_products(of: list[Layer], gradients: bool, onednn: bool, repeats: int
         (torch.randn(n.rows, n.inputs), torch.randn(n.rows, n.outputs), torch.randn(n.outputs, n.inputs), n.first)
         for n in of
     ]
-    product = (lambda a, b: _product()(a, b.T, None)) if onednn else torch.mm
+    product = (lambda a, b: onednn_linear()(a, b.T, None)) if onednn else torch.mm
 
     @torch.no_grad()
     def run() -> float:

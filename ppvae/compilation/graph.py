@@ -1,8 +1,8 @@
-"""A run of a pair as one graph of tensor operations, with every tensor that it reads as an input."""
+"""Capture of a function of tensors as a graph of tensor operations, with every tensor that it reads as an input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -13,121 +13,131 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppvae.compilation.inductor_passes import compile_with_inductor
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.compilation.random_ops import with_fixed_noise
-from ppvae.inference.tracing import values_hidden
+
+
+def is_capturing() -> bool:
+    """Whether a graph is being captured, so that the values of tensors must not be read."""
+    return _HiddenValues.depth > 0
 
 
 class CaptureError(Exception):
-    """Why a run cannot be a graph."""
+    """Why a function cannot be replaced by a graph."""
 
 
 def one_line_reason(error: Exception) -> str:
-    """Why something is not captured or compiled, for a line in the log."""
+    """An error that stopped capture or compilation, as one line for the log."""
     text = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:160]
 
 
 def all_close(a: Tensor, b: Tensor, near: Tensor | float) -> bool:
-    """Whether all values are within `near` of each other, infinite or missing ones in the same places."""
+    """Whether all values differ by at most `near`, with infinities and NaN in the same places."""
     return bool((((a - b).abs() <= near) | (a == b) | (a.isnan() & b.isnan())).all())
+
+
+def all_double(tensors: Iterable[Tensor]) -> bool:
+    """Whether all floating-point tensors are float64."""
+    return all(t.dtype == torch.float64 for t in tensors if t.is_floating_point())
 
 
 @final
 class Graph:
-    """A function of a batch, `graph(*args)`, over tensors that it holds and reads as they stand.
+    """A captured function, `graph(*args)`; other tensors that it reads are inputs, too, with their current values.
 
     Attributes:
-        held: parameters, buffers and other tensors, by identity.
+        tensors: the inputs besides the arguments: parameters, buffers and others, by identity.
         read: tensors whose values were read into Python while the graph was captured, with their versions.
-        module: the operations, as a function of (*held, *args).
+        module: the operations, as a function of (*tensors, *args).
     """
 
-    def __init__(self, module: fx.GraphModule, held: Sequence[Tensor], read: list[tuple[Tensor, int]]):
-        self.module, self.held, self.read = module, list(held), read
+    def __init__(self, module: fx.GraphModule, tensors: Sequence[Tensor], read: list[tuple[Tensor, int]]):
+        self.module, self.tensors, self.read = module, list(tensors), read
         self._forward: Callable[..., Any] = module.forward
-        self._kinds = [_kind(t) for t in held]
+        self._metadata_at_capture = [_metadata(t) for t in tensors]
 
     @property
     def fits(self) -> bool:
-        """Whether the tensors that are held still have the shapes, types and devices of the capture."""
-        return [_kind(t) for t in self.held] == self._kinds
+        """Whether `tensors` still have the shapes, types and devices of the capture."""
+        return [_metadata(t) for t in self.tensors] == self._metadata_at_capture
 
     def __call__(self, *args: Tensor) -> list[Any]:
         with torch.no_grad():
-            return list(self._forward(*self.held, *args))
+            return list(self._forward(*self.tensors, *args))
 
-    def compiled(self, args: Sequence[Tensor], choices: Choices) -> Graph:
+    def compile(self, args: Sequence[Tensor], choices: Choices) -> Graph:
         """The same function compiled by inductor, drawing the same noise in the same order.
 
-        `choices` says which library is taken for products, as in `products.take_the_faster`. Raises whatever inductor
-        raises, for example where there is no C++ compiler, and Uncapturable where noise depends on values, so that its
-        order could not be kept.
+        `choices` are the libraries of matrix products, as in `choose_matmul_backends`. Raises what inductor raises, for
+        example without a C++ compiler, and CaptureError where random numbers depend on values, so that their order
+        could not be kept.
         """
-        new = Graph(self.module, self.held, self.read)
-        new._forward = compiled(self.module, [*self.held, *args], choices)
+        new = Graph(self.module, self.tensors, self.read)
+        new._forward = compile_module(self.module, [*self.tensors, *args], choices)
         return new
 
     @property
     def draws(self) -> bool:
-        """Whether anything is drawn."""
-        return any(_random(node) for node in self.module.graph.nodes)
+        """Whether it draws random numbers."""
+        return any(is_random(node) for node in self.module.graph.nodes)
 
-    def divided(self, *varying: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """(what depends neither on noise nor on the arguments `varying`, of the others; the rest, of what that gives).
+    def split(self, *varying: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(the part that depends neither on random numbers nor on the arguments `varying`, the remaining part).
 
-        The rest is a function of (*what the first gives, *varying arguments).
+        The first is a function of (*tensors, *other arguments), the second of (*outputs of the first, *varying
+        arguments).
         """
-        places_of = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        noisy = {places_of[len(self.held) + i] for i in varying}
+        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        varying_nodes = {placeholders[len(self.tensors) + i] for i in varying}
         for node in self.module.graph.nodes:
-            if _random(node) or node.target in _EMPTY or any(n in noisy for n in node.all_input_nodes):
-                noisy.add(node)
+            if is_random(node) or node.target in _EMPTY or any(n in varying_nodes for n in node.all_input_nodes):
+                varying_nodes.add(node)
                 schema = getattr(node.target, "_schema", None)
                 changed = node.args[0] if schema is not None and schema.is_mutable else node
-                if isinstance(changed, fx.Node) and changed not in noisy:
+                if isinstance(changed, fx.Node) and changed not in varying_nodes:
                     raise CaptureError("it changes in place what is the same for all draws")
         once, each = fx.Graph(), fx.Graph()
         places: dict[fx.Node, fx.Node] = {}
         for node in self.module.graph.nodes:
-            if node not in noisy and node.op != "output":
+            if node not in varying_nodes and node.op != "output":
                 places[node] = once.node_copy(node, places.__getitem__)
-        shared = [n for n in places if any(u in noisy or u.op == "output" for u in n.users)]
+        shared = [n for n in places if any(u in varying_nodes or u.op == "output" for u in n.users)]
         once.output(tuple(places[n] for n in shared))
-        left = {n: each.placeholder(n.name) for n in shared}
+        copies = {n: each.placeholder(n.name) for n in shared}
         for n in shared:
-            left[n].meta = dict(n.meta)
+            copies[n].meta = dict(n.meta)
         for node in self.module.graph.nodes:
-            if node in noisy or node.op == "output":
-                left[node] = each.node_copy(node, left.__getitem__)
+            if node in varying_nodes or node.op == "output":
+                copies[node] = each.node_copy(node, copies.__getitem__)
         return fx.GraphModule({}, once), fx.GraphModule({}, each)
 
 
-def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
-    """A graph compiled by inductor, as `Graph.compiled` says."""
-    noise, rest = _without_noise(with_fixed_noise(module))
+def compile_module(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
+    """A graph compiled by inductor, as a function of its inputs; errors as in `Graph.compile`."""
+    noise, rest = _separate_noise(with_fixed_noise(module))
     return compile_with_inductor(noise, rest, inputs, choices)
 
 
-def _kind(t: Tensor) -> tuple[Any, ...]:
+def _metadata(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.dtype, t.device, t.requires_grad
 
 
-def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], args: Sequence[Tensor]) -> Graph:
-    """The graph of `run`, which reads the tensors `held` and `args` (found by identity) and any others.
+def capture(run: Callable[[], Sequence[Tensor | None]], parameters: Sequence[Tensor], args: Sequence[Tensor]) -> Graph:
+    """The graph of `run`, which reads the tensors `parameters` and `args` (found by identity) and any others.
 
-    What is not a tensor is baked in: numbers, flags, the course of Python code, shapes. Values of tensors are not, and
-    a run that looks at them is refused.
+    Non-tensor state is specialised at capture: numbers, flags, control flow, shapes. Values of tensors are not, and a
+    run that reads them into Python is refused.
 
     Raises:
-        Uncapturable: the run's course depends on the values of tensors; or whatever the run itself raises.
+        CaptureError: control flow depends on the values of tensors; or whatever the run itself raises.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    inputs = list({id(t): t for t in held}.values())
+    inputs = list({id(t): t for t in parameters}.values())
     count = len(inputs)
-    static = _Static()
+    constants = _ConstantTracker()
 
     def traced(*_: Tensor) -> tuple[Tensor | None, ...]:
-        with static, _Unread(), values_hidden():
+        with constants, _HiddenValues():
             return tuple(run())
 
     try:
@@ -154,34 +164,35 @@ def capture(run: Callable[[], Sequence[Tensor | None]], held: Sequence[Tensor], 
             known = len(inputs) - 1
         node.replace_all_uses_with(places[known])
         graph.erase_node(node)
-    _tidy(graph)
-    return Graph(fx.GraphModule({}, graph), inputs, static.read)
+    _eliminate_dead_code(graph)
+    return Graph(fx.GraphModule({}, graph), inputs, constants.read)
 
 
 _ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
 
 
-def _tidy(graph: fx.Graph) -> None:
-    """Takes out what computes nothing; draws and changes in place stay, so that noise and buffers are as they were."""
+def _eliminate_dead_code(graph: fx.Graph) -> None:
+    """Removes operations without effect; random draws and changes in place stay, for the random state and buffers."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _ALIASES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    graph.eliminate_dead_code(lambda n: n.is_impure() or _random(n))
+    graph.eliminate_dead_code(lambda n: n.is_impure() or is_random(n))
     graph.lint()
 
 
-def _random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers."""
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The draws of a graph, in order, as a function of its inputs, and the rest of it as one of draws and inputs."""
-    early: dict[fx.Node, None] = {}
+def _separate_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(the random draws of a graph in order, a function of its inputs; all else, a function of (*draws, *inputs))."""
+    drawing: dict[fx.Node, None] = {}
     for node in module.graph.nodes:
-        if node.target in _EMPTY or (_random(node) and all(n in early for n in node.all_input_nodes)):
-            early[node] = None
-        elif _random(node):
+        if node.target in _EMPTY or (is_random(node) and all(n in drawing for n in node.all_input_nodes)):
+            drawing[node] = None
+        elif is_random(node):
             raise CaptureError("noise depends on values")
     noise, rest = fx.Graph(), fx.Graph()
     places: dict[fx.Node, fx.Node] = {}
@@ -189,19 +200,19 @@ def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModu
         if node.op == "placeholder":
             places[node] = noise.placeholder(node.name)
         elif node.target is torch.ops.aten.empty_like.default:
-            kind = node.meta["val"]  # all that it takes from its input
+            kind = node.meta["val"]  # only the shape, strides and type of its input matter
             size, stride = list(kind.shape), list(kind.stride())
             options = {"dtype": kind.dtype, "device": kind.device}
             places[node] = noise.call_function(torch.ops.aten.empty_strided.default, (size, stride), options)
-        elif node in early:
+        elif node in drawing:
             places[node] = noise.node_copy(node, places.__getitem__)
-    drawn = [n for n in early if _random(n) and any(u not in early for u in n.users)]
-    noise.output(tuple(places[n] for n in drawn))
-    left = {n: rest.placeholder(f"noise_{i}") for i, n in enumerate(drawn)}
+    draws = [n for n in drawing if is_random(n) and any(u not in drawing for u in n.users)]
+    noise.output(tuple(places[n] for n in draws))
+    copies = {n: rest.placeholder(f"noise_{i}") for i, n in enumerate(draws)}
     for node in module.graph.nodes:
-        if node not in left and not (node in early and _random(node)):
-            left[node] = rest.node_copy(node, left.__getitem__)
-    for node in list(rest.nodes):  # a draw is put where nothing was yet
+        if node not in copies and not (node in drawing and is_random(node)):
+            copies[node] = rest.node_copy(node, copies.__getitem__)
+    for node in list(rest.nodes):  # memory that only draws were written to
         if node.target in _EMPTY and not node.users:
             rest.erase_node(node)
     return fx.GraphModule({}, noise), fx.GraphModule({}, rest)
@@ -210,22 +221,22 @@ def _without_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModu
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default)
 
 
-class _Static(TorchDispatchMode):
-    """Refuses operations whose output's shape depends on values, and knows which values are the same at every run.
+class _ConstantTracker(TorchDispatchMode):
+    """Refuses operations whose output shape depends on values, except on constants: the same values at every run.
 
-    Those are made of numbers alone, or of tensors that stood outside before the run and are none of its inputs. They
-    may be read into Python; the tensors outside are noted then, so that a change is noticed.
+    Constants are computed from numbers alone, or from tensors that exist before the run and are none of its inputs.
+    They may be read into Python; `read` then holds those tensors with their versions, so that a change is noticed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.read: list[tuple[Tensor, int]] = []
-        self._known: dict[int, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # with the tensors outside they came from
+        self._constants: dict[int, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # with the tensors of their origin
 
     def _origin(self, t: Tensor) -> list[tuple[Tensor, int]] | None:
-        """The tensors outside that a value is made of; None where it may be another at the next run."""
-        if id(t) in self._known:
-            return self._known[id(t)][1]
+        """The earlier tensors that a constant is computed from; None for a value that is not constant."""
+        if id(t) in self._constants:
+            return self._constants[id(t)][1]
         return None if _tracked(t) else [(t, t._version)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -243,33 +254,44 @@ class _Static(TorchDispatchMode):
             kinds = [t.dtype for t in indices if isinstance(t, Tensor)] if isinstance(indices, list | tuple) else []
             if not kinds or torch.bool in kinds or torch.uint8 in kinds:
                 raise CaptureError(f"the shape of what {func.name()} gives depends on values")
-        outside = func._schema.is_mutable and any(id(t) not in self._known for t in inputs)
+        outside = func._schema.is_mutable and any(id(t) not in self._constants for t in inputs)
         out = func(*args, **(kwargs or {}))
         if fixed and not outside:
-            made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
-            self._known.update((id(t), (t, came_from)) for t in made)
-        elif func._schema.is_mutable:  # whatever shares memory with what was written is known no more
+            outputs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+            self._constants.update((id(t), (t, came_from)) for t in outputs)
+        elif func._schema.is_mutable:  # what shares memory with a written tensor is no constant any more
             written = {t.untyped_storage()._cdata for t in inputs}
-            self._known = {i: k for i, k in self._known.items() if k[0].untyped_storage()._cdata not in written}
+            self._constants = {i: k for i, k in self._constants.items() if k[0].untyped_storage()._cdata not in written}
         return out
 
 
 def _tracked(t: Tensor) -> bool:
-    """Whether a tensor is an input of the run that is captured, or made from one."""
+    """Whether a tensor is an input of the captured run, or computed from one."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
     mode = get_proxy_mode()
     return mode is not None and get_proxy_slot(t, mode.tracer, None) is not None
 
 
-_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__}
+_READING_METHODS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__}
 
 
-class _Unread(TorchFunctionMode):
-    """Refuses to hand the values of a tensor to Python unseen."""
+class _HiddenValues(TorchFunctionMode):
+    """Refuses to hand the values of a tensor to Python, and tells `is_capturing` that it does."""
+
+    depth = 0
+
+    def __enter__(self) -> _HiddenValues:
+        _HiddenValues.depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _HiddenValues.depth -= 1
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS:
+        if func in _READING_METHODS:
             raise CaptureError(f"it reads values into Python ({func.__name__})")
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
@@ -277,7 +299,7 @@ class _Unread(TorchFunctionMode):
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """torch's own, which looks for the largest class first; a class that is too large is an error here as there."""
+    """torch's one_hot without its search for the largest class; a class that is too large is an error, too."""
     if num_classes < 1:
         raise CaptureError("one_hot without num_classes reads values")
     hot = torch.zeros(*tensor.shape, num_classes, dtype=torch.long, device=tensor.device)

@@ -1,4 +1,4 @@
-"""What inductor is told about a graph, so that what it makes of it is fast on the CPU."""
+"""Graph passes and decompositions before inductor: faster code on the CPU, and roundings that it keeps."""
 
 from __future__ import annotations
 
@@ -12,47 +12,75 @@ from torch import Tensor, fx
 
 from ppvae.compilation.matmul_backend import Choices, choose_matmul_backends
 
-LEAST = 2**18  # numbers whose sum over rows is worth parting
-ROWS = 100  # of a part
-LANES = 16  # sums side by side
-FACTORS = 64  # at most in a product: each is at most 2, and 2^64 is a float32
+MIN_NUMBERS = 2**18  # in a sum over rows that is computed in blocks
+ROWS_PER_BLOCK = 100
+LANES = 16  # sums or products in one vector
+MAX_FACTORS = 64  # of one product: each is at most 2, and 2^64 is a float32
 
 
 def compile_with_inductor(
     noise: fx.GraphModule, rest: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices
 ) -> Any:
-    """What inductor makes of a graph, as a function of the inputs; `noise` gives the draws that come before them."""
+    """A graph `rest` of (*draws, *inputs) compiled by inductor, as a function of the inputs; `noise` draws eagerly."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
     choose_matmul_backends(rest, choices)
-    _sums_over_rows(rest)
-    _logarithms_of_products(rest)
-    name = "use_decompose_tanh"  # by exp: several times faster than the tanh that inductor vectorises
+    keep_bfloat16_roundings(rest)
+    _sum_rows_in_blocks(rest)
+    _fuse_logarithms(rest)
+    name = "use_decompose_tanh"  # by exp: several times faster than inductor's vectorised tanh
     options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
     inputs = [t.detach() for t in inputs]
     on_gpu = any(t.device.type == "cuda" for t in inputs)
     if on_gpu:
-        options["triton.cudagraphs"] = True  # a step is one launch
-    with _quiet(), torch.no_grad(), config.patch(options):
+        options["triton.cudagraphs"] = True  # one launch for all kernels
+    with _without_cuda_warning(), torch.no_grad(), config.patch(options):
         drawn = list(draw(*inputs))
         call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
         call(*drawn, *inputs)  # compiles now
 
     def run(*tensors: Tensor) -> Any:
         if on_gpu:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last run gave has been used
+            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
         return call(*draw(*tensors), *tensors)
 
     return run
 
 
-def _sums_over_rows(module: fx.GraphModule) -> None:
-    """Parts large sums over all dims but the last by rows: inductor goes through memory column by column.
+_library = torch.library.Library("ppvae", "FRAGMENT")
+_library.define("round_to_bfloat16(Tensor x) -> Tensor")
+_library.impl("round_to_bfloat16", lambda x: x.bfloat16().float(), "CompositeExplicitAutograd")
+_library.impl("round_to_bfloat16", torch.empty_like, "Meta")
 
-    What is there for products in bfloat16 alone, a gradient of a layer that rounds, may be summed as they take it, in
-    float32: so that the numbers are not written to memory twice.
+
+def keep_bfloat16_roundings(module: fx.GraphModule) -> None:
+    """Fuses each cast from float32 to bfloat16 and back into one operation; inductor would drop the pair of casts."""
+    for node in list(module.graph.nodes):
+        if not _is_cast(node, torch.float32) or not _is_cast(narrow := node.args[0], torch.bfloat16):
+            continue
+        if narrow.args[0].meta["val"].dtype == torch.float32:
+            with module.graph.inserting_before(node):
+                rounding = module.graph.call_function(torch.ops.ppvae.round_to_bfloat16.default, (narrow.args[0],))
+            rounding.meta = dict(node.meta)
+            node.replace_all_uses_with(rounding)
+            module.graph.erase_node(node)
+            if not narrow.users:
+                module.graph.erase_node(narrow)
+    module.recompile()
+
+
+def _is_cast(node: fx.Node, dtype: torch.dtype) -> bool:
+    is_copy = node.target is torch.ops.aten._to_copy.default and node.kwargs.get("dtype") is dtype
+    return is_copy and node.kwargs.keys() <= {"dtype", "layout", "device"}
+
+
+def _sum_rows_in_blocks(module: fx.GraphModule) -> None:
+    """Computes large sums over all dims but the last in blocks of rows; inductor would read memory column by column.
+
+    Where the summed tensor is cast to bfloat16 for matrix products alone, as the gradient of a layer in bf16, the cast
+    may be summed in its place, in float32, so that the tensor is not written to memory twice.
     """
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
@@ -61,11 +89,11 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
         x, dims = node.args[0].meta["val"], node.args[1]
         kept = node.meta["val"]
         leading = sorted(d % x.dim() for d in dims) == list(range(x.dim() - 1)) and x.is_contiguous()
-        if not (leading and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= LEAST):
+        if not (leading and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= MIN_NUMBERS):
             continue
-        source = next((u for u in node.args[0].users if _for_products(u)), node.args[0])
+        source = next((u for u in node.args[0].users if _feeds_bfloat16_products(u)), node.args[0])
         if source is not node.args[0]:
-            node.args[0].append(source)  # now, not where it stood: after this sum, perhaps
+            node.args[0].append(source)  # its own place may come after this sum
         with module.graph.inserting_before(node):
             shaped = module.graph.call_function(_column_sums, (source, list(kept.shape)))
         node.replace_all_uses_with(shaped)
@@ -74,15 +102,15 @@ def _sums_over_rows(module: fx.GraphModule) -> None:
 
 
 def _column_sums(x: Tensor, shape: list[int]) -> Tensor:
-    """The sum over all dims but the last, in float32, first within blocks of rows that a cache holds."""
+    """The sum over all dims but the last, in float32, first within blocks of rows that fit the cache."""
     rows = x.reshape(-1, x.shape[-1])
-    whole = len(rows) // ROWS * ROWS
-    blocks = rows[:whole].reshape(-1, ROWS, rows.shape[1])
+    whole = len(rows) // ROWS_PER_BLOCK * ROWS_PER_BLOCK
+    blocks = rows[:whole].reshape(-1, ROWS_PER_BLOCK, rows.shape[1])
     return (blocks.sum(1, dtype=torch.float32).sum(0) + rows[whole:].sum(0, dtype=torch.float32)).reshape(shape)
 
 
-def _for_products(node: fx.Node) -> bool:
-    """Whether it is a cast to bfloat16 for products alone, and nothing is changed in place before it is made."""
+def _feeds_bfloat16_products(node: fx.Node) -> bool:
+    """Whether a node is a cast to bfloat16 used by matrix products alone, with no change in place before it."""
     aten = torch.ops.aten
     if node.target is not aten._to_copy.default or node.kwargs.get("dtype") is not torch.bfloat16:
         return False
@@ -102,8 +130,8 @@ def _for_products(node: fx.Node) -> bool:
     return True
 
 
-def _logarithms_of_products(module: fx.GraphModule) -> None:
-    """Has `sum_of_softplus` add up log-likelihoods of bits, from softplus or from the cross-entropy of logits."""
+def _fuse_logarithms(module: fx.GraphModule) -> None:
+    """Replaces sums of softplus or of binary cross-entropy, log-likelihoods of bits, by `sum_of_softplus`."""
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
         if node.target is not aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs or node.args[1] is None:
@@ -123,17 +151,17 @@ def _logarithms_of_products(module: fx.GraphModule) -> None:
         trailing = [d % len(shapes[0]) for d in dims] == list(range(len(kept), len(shapes[0])))
         if not trailing or any(shape[: len(kept)] != kept for shape in shapes):
             continue
-        if value.device.type != "cpu" or _factors(value.shape[len(kept) :].numel()) < 4:
+        if value.device.type != "cpu" or _factors_per_product(value.shape[len(kept) :].numel()) < 4:
             continue
         kinds = [(t.meta["val"].shape, t.meta["val"].dtype) for t in (term, x, target or x)]
         if any(kind != (value.shape, torch.float32) for kind in kinds):
             continue
-        with module.graph.inserting_before(term):  # what it reads may be changed in place between term and sum
+        with module.graph.inserting_before(term):  # its inputs may be changed in place between term and sum
             total = module.graph.call_function(sum_of_softplus, (x, target, len(kept), sign))
         total.meta = dict(node.meta)
         node.replace_all_uses_with(total)
-        for done in chain:
-            module.graph.erase_node(done)
+        for replaced in chain:
+            module.graph.erase_node(replaced)
     module.recompile()
 
 
@@ -152,36 +180,36 @@ def _softplus_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     beta, threshold = args[1:] + [1, 20][len(args) - 1 :]
     if beta != 1 or threshold < 15:  # a line from there on
         return None
-    if node.target is torch.ops.aten.softplus.out:  # what it overwrites must be of no other use, nor a view of others
-        mine = x.target is torch.ops.aten.mul.Tensor and len(x.users) == 1 and node.kwargs["out"] is x
-        return (x, None) if mine else None
+    if node.target is torch.ops.aten.softplus.out:  # its output must have no other use and be no view
+        is_temporary = x.target is torch.ops.aten.mul.Tensor and len(x.users) == 1 and node.kwargs["out"] is x
+        return (x, None) if is_temporary else None
     return x, None
 
 
-def _factors(count: int) -> int:
-    """How many of so many numbers go into a product, `LANES` products side by side; 0 where they cannot."""
+def _factors_per_product(count: int) -> int:
+    """The factors of each product when `count` numbers are multiplied in `LANES` lanes; 0 where they do not divide."""
     rows, left = divmod(count, LANES)
-    return 0 if left or not rows else max(f for f in range(1, FACTORS + 1) if rows % f == 0)
+    return 0 if left or not rows else max(f for f in range(1, MAX_FACTORS + 1) if rows % f == 0)
 
 
 def sum_of_softplus(x: Tensor, target: Tensor | None, first: int, sign: float = 1) -> Tensor:
     """The sum over dims from `first` on of softplus(x) - target x, times `sign`: x [*kept, *summed] gives [*kept].
 
     softplus(x) = max(x, 0) + log(1 + exp(-|x|)), and a sum of logarithms is that of a product, one logarithm for up to
-    `FACTORS` numbers. Exact to a few units in the last place of 1 for each number.
+    `MAX_FACTORS` numbers. Exact to a few units in the last place of 1 for each number.
 
     >>> sum_of_softplus(torch.zeros(2, 64), None, 1)
     tensor([44.3614, 44.3614])
     """
     kept, count = x.shape[:first], x.shape[first:].numel()
-    shape = (*kept, -1, _factors(count), LANES)
+    shape = (*kept, -1, _factors_per_product(count), LANES)
     linear = x.clamp(min=0) if target is None else (1 - target) * x - x.clamp(max=0)
     product = (1 + _exp(-x.abs())).reshape(shape).prod(-2)
     return sign * (linear.reshape(shape).sum(-2) + product.log()).sum((-2, -1))
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """What operations inductor is to take apart, and how: its own, and those that log(1 + exp(x)) is made of."""
+    """Inductor's decompositions, with our own for the operations of log(1 + exp(x))."""
     from torch._inductor.decomposition import select_decomp_table
 
     aten = torch.ops.aten
@@ -192,11 +220,11 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         aten.log_sigmoid_forward.default: log_sigmoid,
     }
     theirs = select_decomp_table()
-    return {**theirs, **{op: _else(fast, theirs.get(op)) for op, fast in ours.items()}}
+    return {**theirs, **{op: _with_fallback(fast, theirs.get(op)) for op, fast in ours.items()}}
 
 
-def _else(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
-    """What is tried first, then inductor's own: an operation that has one, but is not taken apart, does not compile."""
+def _with_fallback(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A decomposition with inductor's own as fallback: inductor fails on an operation that it left undecomposed."""
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         out = fast(*args, **kwargs)
@@ -206,7 +234,7 @@ def _else(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callabl
 
 
 def log1p_by_log(x: Tensor) -> Tensor:
-    """log(1 + x) to a few units in the last place, from the logarithm alone, which is vectorised seven times faster.
+    """log(1 + x) to a few units in the last place, from the logarithm, whose vectorised form is seven times faster.
 
     With u = 1 + x as rounded, log(u) x / (u - 1) (Hewlett-Packard's HP-15C handbook, 1982; Goldberg 1991, theorem 4).
 
@@ -237,20 +265,20 @@ def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float
 
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(log sigmoid(x), an empty tensor that its gradient does not need on the CPU after it is taken apart)."""
+    """(log sigmoid(x), exp(-|x|) for the gradient)."""
     if x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented
     return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp(x) as a power of two: a value that holds exp or log and is used twice, inductor writes to memory first."""
+    """exp(x) as a power of two; inductor would write a value with exp or log that is used twice to memory."""
     return torch.exp2(x * 1.4426950408889634)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps a remark about a missing CUDA runtime from being made while code for the CPU is compiled."""
+def _without_cuda_warning() -> Iterator[None]:
+    """Silences the warning about a missing CUDA runtime while code for the CPU is compiled."""
     log = logging.getLogger("torch.utils.cpp_extension")
     before = log.level
     log.setLevel(logging.ERROR)

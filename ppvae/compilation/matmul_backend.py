@@ -1,4 +1,4 @@
-"""Matrix products by whichever library is faster here, torch's usual one or oneDNN: measured for each kind."""
+"""Matrix products by the faster library, torch's default BLAS or oneDNN, measured for each shape."""
 
 from __future__ import annotations
 
@@ -10,75 +10,75 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-LEAST = 2**20  # multiplications of a product that is worth a look
-ROUNDS = 5
-MARGIN = 0.95  # of the usual library's time, under which oneDNN is taken
+MIN_MULTIPLICATIONS = 2**20  # of a product that is timed
+TIMING_ROUNDS = 5
+MARGIN = 0.95  # of the default library's time, below which oneDNN is used
 
-Choices = dict[str, bool]  # by kind of product, whether oneDNN is taken
+Choices = dict[str, bool]  # by kind of product, whether oneDNN computes it
 
 
 def choose_matmul_backends(module: fx.GraphModule, choices: Choices) -> None:
-    """Gives oneDNN those float32 products of a graph on the CPU that it does faster.
+    """Replaces those float32 products of a graph on the CPU that oneDNN computes faster.
 
-    Kinds of products that are not in `choices` are timed now, at the current number of threads, and put there: kept
-    with a run, they give the same graph, to the last bit, when it goes on.
+    Kinds of products that are not in `choices` are timed at the current number of threads and added. A run saves its
+    choices, so that it resumes with the same graph to the last bit.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     aten = torch.ops.aten
     for node in list(module.graph.nodes):
-        if node.target is aten.addmm.default and not node.kwargs and len(_meta(node.args[0]).shape) == 1:
+        if node.target is aten.addmm.default and not node.kwargs and len(_value(node.args[0]).shape) == 1:
             bias, a, b = node.args
         elif node.target is aten.mm.default:
             bias, (a, b) = None, node.args
         else:
             continue
-        kind = _kind(_meta(a), _meta(b), bias is not None)
+        kind = _product_kind(_value(a), _value(b), bias is not None)
         if kind is None:
             continue
         if kind not in choices:
-            choices[kind] = _onednn_is_faster(_meta(a), _meta(b))
+            choices[kind] = _onednn_is_faster(_value(a), _value(b))
         if choices[kind]:
             with module.graph.inserting_before(node):
-                turned = module.graph.call_function(aten.t.default, (b,))
-                turned.meta["val"] = _meta(b).t()
-                product = module.graph.call_function(_product(), (a, turned, bias))
+                transposed = module.graph.call_function(aten.t.default, (b,))
+                transposed.meta["val"] = _value(b).t()
+                product = module.graph.call_function(onednn_linear(), (a, transposed, bias))
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
             module.graph.erase_node(node)
     module.recompile()
 
 
-def _meta(node: Any) -> Tensor:
+def _value(node: Any) -> Tensor:
     value: Tensor = node.meta["val"]
     return value
 
 
-def _kind(a: Tensor, b: Tensor, bias: bool) -> str | None:
-    """What a product is, in words; None for one that is not to be looked at."""
+def _product_kind(a: Tensor, b: Tensor, bias: bool) -> str | None:
+    """Shapes, layouts, bias and threads of a product, in words; None for one that is not replaced."""
     if a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
         return None
     (m, k), n = a.shape, b.shape[1]
-    if m * k * n < LEAST:
+    if m * k * n < MIN_MULTIPLICATIONS:
         return None
     sides = "".join("n" if t.stride(-1) == 1 else "t" for t in (a, b))
     return f"{m}x{k}x{n} {sides}{' + bias' if bias else ''}, {torch.get_num_threads()} threads"
 
 
 def _onednn_is_faster(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN takes less time for a product of this kind, by medians over interleaved rounds."""
+    """Whether oneDNN is faster for a product of this kind, by medians over interleaved rounds."""
     one, other = (torch.randn(t.shape).as_strided(t.shape, _strides(t)) for t in (a, b))
-    turned, product = other.t(), _product()
-    runs: list[Callable[[], Tensor]] = [lambda: torch.mm(one, other), lambda: product(one, turned, None)]
+    transposed, product = other.t(), onednn_linear()
+    runs: list[Callable[[], Tensor]] = [lambda: torch.mm(one, other), lambda: product(one, transposed, None)]
     times: list[list[float]] = [[], []]
     with torch.no_grad():
-        for _ in range(ROUNDS + 1):
+        for _ in range(TIMING_ROUNDS + 1):
             for run, seconds in zip(runs, times, strict=True):
                 start = time.perf_counter()
                 run()
                 seconds.append(time.perf_counter() - start)
-    usual, onednn = (statistics.median(seconds[1:]) for seconds in times)  # the first round sets kernels up
-    return onednn < MARGIN * usual
+    default, onednn = (statistics.median(seconds[1:]) for seconds in times)  # the first round creates kernels
+    return onednn < MARGIN * default
 
 
 def _strides(t: Tensor) -> tuple[int, int]:
@@ -89,13 +89,13 @@ def _strides(t: Tensor) -> tuple[int, int]:
 _library: torch.library.Library | None = None
 
 
-def _product() -> Any:
-    """x @ weight.T + bias by oneDNN, as an operation that graphs may hold."""
+def onednn_linear() -> Any:
+    """x @ weight.T + bias by oneDNN, as an operation of graphs."""
     global _library
     if _library is None:
         _library = torch.library.Library("ppvae", "FRAGMENT")
-        _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+        _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
         run = torch.ops.mkldnn._linear_pointwise.default
-        _library.impl("product", lambda x, weight, bias: run(x, weight, bias, "none", [], ""), "CPU")
-        _library.impl("product", lambda x, weight, bias: x.new_empty(len(x), len(weight)), "Meta")
-    return torch.ops.ppvae.product.default
+        _library.impl("onednn_linear", lambda x, weight, bias: run(x, weight, bias, "none", [], ""), "CPU")
+        _library.impl("onednn_linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)), "Meta")
+    return torch.ops.ppvae.onednn_linear.default

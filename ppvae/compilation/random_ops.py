@@ -1,4 +1,4 @@
-"""Discrete draws of a graph as fixed noise and a function of it, so that they can be compiled with the rest."""
+"""Discrete draws of a graph as deterministic functions of noise without parameters, so that inductor compiles them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ aten = torch.ops.aten
 
 
 def with_fixed_noise(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph, its draws from bits and classes on the CPU rewritten, to the last bit and in the same noise.
+    """The same graph with Bernoulli and single categorical draws on the CPU rewritten, with the same values to the bit.
 
-    bernoulli(p) is u < p for uniform u; one class of probabilities p is argmax(p / e) for exponential e, a race. This
-    is what torch itself does, from the same stream of random numbers; a GPU's streams are others. Draws of many
-    classes at once stay as they are.
+    bernoulli(p) is u < p for uniform u; one draw of multinomial(p) is argmax(p / e) for exponential e. This is how
+    torch computes them, from the same random numbers; a GPU draws others. Multinomial draws of many classes at once
+    stay.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in list(graph.nodes):
-        if node.target not in _REWRITTEN or node.kwargs or not _plain(node.args[0].meta.get("val")):
+        if node.target not in _REWRITES or node.kwargs or not _is_cpu_float(node.args[0].meta.get("val")):
             continue
         with graph.inserting_before(node):
-            new = _REWRITTEN[node.target](graph, *node.args)
+            new = _REWRITES[node.target](graph, *node.args)
         if new is not None:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
@@ -32,11 +32,11 @@ def with_fixed_noise(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule({}, graph)
 
 
-def _plain(p: Tensor | None) -> bool:
+def _is_cpu_float(p: Tensor | None) -> bool:
     return p is not None and p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64)
 
 
-def _bits(graph: fx.Graph, p: fx.Node) -> fx.Node:
+def _bernoulli(graph: fx.Graph, p: fx.Node) -> fx.Node:
     value = p.meta["val"]
     uniform = graph.call_function(aten.rand.default, (list(value.shape),), {"dtype": value.dtype, "device": "cpu"})
     under = graph.call_function(aten.lt.Tensor, (uniform, p))
@@ -44,7 +44,7 @@ def _bits(graph: fx.Graph, p: fx.Node) -> fx.Node:
     return graph.call_function(aten.clone.default, (bits,), {"memory_format": torch.contiguous_format})
 
 
-def _class(graph: fx.Graph, p: fx.Node, count: int, replacement: bool = False) -> fx.Node | None:
+def _multinomial(graph: fx.Graph, p: fx.Node, count: int, replacement: bool = False) -> fx.Node | None:
     if count != 1:
         return None
     value = p.meta["val"]
@@ -55,4 +55,7 @@ def _class(graph: fx.Graph, p: fx.Node, count: int, replacement: bool = False) -
     return graph.call_function(aten.argmax.default, (race, -1, True))
 
 
-_REWRITTEN: dict[Any, Callable[..., fx.Node | None]] = {aten.bernoulli.default: _bits, aten.multinomial.default: _class}
+_REWRITES: dict[Any, Callable[..., fx.Node | None]] = {
+    aten.bernoulli.default: _bernoulli,
+    aten.multinomial.default: _multinomial,
+}

@@ -1,4 +1,4 @@
-"""What a run of a pair changes besides what it returns, kept and put back."""
+"""Side effects of a run: random states, buffers and schedule steps, saved and restored."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from ppvae.compilation.graph import CaptureError
 
 
-def following_steps(loss: Any) -> Any:
-    """The loss, if it is an objective with schedules, which know the steps taken; Pyro's own have none."""
+def schedule_of(loss: Any) -> Any:
+    """The loss, if it is an objective with schedules; None for others, as Pyro's."""
     return loss if all(hasattr(loss, name) for name in ("steps_taken", "set_step", "advance")) else None
 
 
 @final
 class SideEffects:
-    """What a run of a pair changes besides what it returns: random states, buffers of modules, steps of schedules."""
+    """The random states, module buffers and schedule step that a run changes."""
 
     def __init__(self, device: torch.device, loss: Any = None):
-        self._device, self._loss = device, following_steps(loss)
-        self._step = self._taken()
+        self._device, self._loss = device, schedule_of(loss)
+        self._step = self._step_count()
         self._before: list[tuple[Tensor, Tensor]] = []
-        self._met: set[int] = set()
+        self._visited: set[int] = set()
         self._noise = self._random()
 
     def _random(self) -> list[Tensor]:
@@ -35,9 +35,12 @@ class SideEffects:
         return [torch.get_rng_state(), *cuda]
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Keeps the buffers of each module that is called meanwhile, as they are before the call."""
-        hook = nn.modules.module.register_module_forward_pre_hook(self._keep)
+    def observe(self) -> Iterator[None]:
+        """Saves the buffers of each module before it is first called meanwhile.
+
+        Raises CaptureError at the end for a run that draws from other random numbers than torch's.
+        """
+        hook = nn.modules.module.register_module_forward_pre_hook(self._save_buffers)
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             yield
@@ -47,22 +50,22 @@ class SideEffects:
         if random.getstate() != python or not same:
             raise CaptureError("it draws from Python's or numpy's random numbers")
 
-    def _keep(self, module: nn.Module, _: Any) -> None:
-        for part in module.modules() if id(module) not in self._met else ():
-            if id(part) not in self._met:  # met before: what stands there now may be a copy for a run besides
-                self._met.add(id(part))
-                new = [b for b in part.buffers(recurse=False) if all(b is not kept for kept, _ in self._before)]
+    def _save_buffers(self, module: nn.Module, _: Any) -> None:
+        for part in module.modules() if id(module) not in self._visited else ():
+            if id(part) not in self._visited:  # later, its buffers may be the copies of `buffer_copies`
+                self._visited.add(id(part))
+                new = [b for b in part.buffers(recurse=False) if all(b is not other for other, _ in self._before)]
                 self._before += [(b, b.detach().clone()) for b in new]
 
-    def _taken(self) -> int | None:
+    def _step_count(self) -> int | None:
         return None if self._loss is None else self._loss.steps_taken
 
-    def now(self) -> tuple[list[Tensor], list[Tensor], int | None]:
-        """(random states, buffers, steps taken) as they are."""
-        return self._random(), [b.detach().clone() for b, _ in self._before], self._taken()
+    def state(self) -> tuple[list[Tensor], list[Tensor], int | None]:
+        """The current (random states, buffers, schedule step)."""
+        return self._random(), [b.detach().clone() for b, _ in self._before], self._step_count()
 
     def restore(self, to: tuple[list[Tensor], list[Tensor], int | None] | None = None) -> None:
-        """Puts back what was there before, or what `now` gave."""
+        """Restores the state at construction, or one that `state` gave."""
         noise, buffers, step = to if to is not None else (self._noise, [b for _, b in self._before], self._step)
         if self._loss is not None:
             self._loss.set_step(step)
@@ -70,5 +73,5 @@ class SideEffects:
         if len(noise) > 1:
             torch.cuda.set_rng_state(noise[1], self._device)
         with torch.no_grad():
-            for (buffer, _), kept in zip(self._before, buffers, strict=True):
-                buffer.copy_(kept)
+            for (buffer, _), value in zip(self._before, buffers, strict=True):
+                buffer.copy_(value)

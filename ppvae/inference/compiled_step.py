@@ -1,4 +1,4 @@
-"""Training steps from captured graphs: made once, checked against the pair, dropped when anything changes."""
+"""Loss and gradients of a model/guide pair from a compiled graph."""
 
 from __future__ import annotations
 
@@ -9,278 +9,199 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from itertools import zip_longest
+from typing import Any, Protocol, final
 
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from ppvae.compilation.graph import CaptureError, Graph, all_close, capture, one_line_reason
+from ppvae.compilation.function import SECONDS_PER_NODE, Comparison, CompiledFunction, Outputs, Policy, Target
+from ppvae.compilation.graph import CaptureError, Graph, all_close
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.precision import layer_precision
-from ppvae.compilation.side_effects import SideEffects, following_steps
 from ppvae.inference.param_store import unwrap
-
-if TYPE_CHECKING:
-    from ppvae.inference.svi import SVI
+from ppvae.inference.tracing import Program
 
 log = logging.getLogger("ppvae")
-WAIT = 20  # steps before a graph is made of a new kind of batch, or after a change; twice as many after each change
-SECONDS_PER_NODE = 0.8  # what a graph's steps must take eagerly before compiling it pays: a node costs about 0.1 s
-MOST = 16  # graphs at a time, each for another kind of batch
-EVERY = 1024  # steps after which a graph is checked against the pair again; also at steps 1, 2, 4, ...
+WAIT = 20  # steps before a graph is captured for a new kind of batch, or after a change of state
+CHECK_EVERY = 1024  # steps after which a graph is compared with the pair again; also at steps 1, 2, 4, ...
+FALLBACK = "steps are taken without a captured graph"
+
+
+class GradientSource(Protocol):
+    """Loss and gradients of a model/guide pair by eager runs, as `ppvae.inference.SVI` computes them."""
+
+    model: Program
+    guide: Program
+    loss: Any
+    params: list[Tensor]
+    precision: str
+    products: dict[str, bool]
+
+    def eager_gradients(self, *args: Any, **kwargs: Any) -> float:
+        """Leaves gradients in `.grad` of the parameters and returns the loss."""
 
 
 @contextmanager
 def keep_loss_in_tensors(loss: Any) -> Iterator[None]:
-    """Lets a loss of Pyro's add up tensors where it reads numbers: in float64, as Python's numbers are."""
-    names: dict[str, Callable[[Any], Any]] = {
+    """Makes a loss of Pyro's sum tensors where it reads numbers, in float64 as Python's numbers are."""
+    replacements: dict[str, Callable[[Any], Any]] = {
         "torch_item": lambda x: x.detach().double() if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *_, **__: value,
     }
-    rooms = {c.__module__ for c in type(loss).__mro__ if c.__module__.startswith("pyro.infer.")}
+    modules = {c.__module__ for c in type(loss).__mro__ if c.__module__.startswith("pyro.infer.")}
     with ExitStack() as stack:
-        for room in (sys.modules[name] for name in rooms):
-            for name in names.keys() & vars(room).keys():
-                stack.callback(setattr, room, name, getattr(room, name))
-                setattr(room, name, names[name])
+        for module in (sys.modules[name] for name in modules):
+            for name in replacements.keys() & vars(module).keys():
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, replacements[name])
         yield
-
-
-@dataclass
-class _Kept:
-    """A graph of loss and gradients for one kind of batch."""
-
-    graph: Graph
-    watch: Guards
-    params: list[Tensor]  # whose gradients follow the loss
-    uses: int = 0
-    doubted: bool = False  # whether it gave something else than the pair when they were last compared
-
-    def stale(self) -> str:
-        return self.watch.changed() or ("" if self.graph.fits else "the shape, type or place of a parameter or buffer")
 
 
 @final
 class CompiledStep:
-    """Loss and gradients of an `SVI` from graphs.
+    """Loss and gradients of a `GradientSource` from graphs.
 
     `kernels` is "graph" for the pair's own operations, which give what an eager run gives to the last bit, or
-    "compiled" for what inductor makes of the first graph where that is faster, which gives the same up to rounding.
+    "compiled" for the first graph as inductor compiles it where that is faster, with the same values up to rounding.
+
+    Args:
+        seconds: what the steps to come would take eagerly; a graph too large for that is not compiled.
+        settled: compiles in any case, and uses what is compiled without measuring it.
     """
 
-    def __init__(self, svi: SVI, kernels: str, seconds: float, settled: bool):
-        self.svi, self.kernels, self._settled = svi, kernels, settled
-        self._largest = math.inf if settled else seconds / SECONDS_PER_NODE  # graph worth compiling
-        self.refusal, self._told = "", False
-        self._graphs: dict[Any, _Kept] = {}
-        self._seen: dict[Any, int] = {}
-        self._first, self._again, self._changes = True, True, 0
-        if getattr(svi.loss, "has_learned_baseline", False):
-            self._refuse("its objective has a baseline that learns")
+    def __init__(self, source: GradientSource, kernels: str, seconds: float, settled: bool):
+        self.source = source
+        self._warned = False
+        largest = math.inf if settled else seconds / SECONDS_PER_NODE
+        target = Target(
+            function=self._eager,
+            agree=self._agree,
+            parameters=lambda: source.params,
+            traced=self._traced,
+            guards=self._guards,
+            schedule=lambda: source.loss,
+            choices=lambda: source.products,
+        )
+        policy = Policy(
+            is_worth_compiling=lambda graph, first: first and len(graph.module.graph.nodes) <= largest,
+            is_faster=lambda compiled, graph, args: settled or _seconds(compiled, args) < 0.95 * _seconds(graph, args),
+            is_check_due=lambda calls: calls & (calls - 1) == 0 or calls % CHECK_EVERY == 0,
+            keeps_uncompiled=True,
+            recompiles=False,  # a value that changes at every step would compile for ever
+            checks_guards=True,
+            wait=WAIT,
+            retries=1,
+        )
+        self.function = CompiledFunction(target, policy, "steps", FALLBACK, kernels)
+        if getattr(source.loss, "has_learned_baseline", False):
+            self.function.refuse("its objective has a baseline that learns")
+
+    @property
+    def kernels(self) -> str:
+        """How gradients are computed now: "eager", "graph" or "compiled"."""
+        return self.function.kernels
 
     def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
         """Leaves the loss's gradients in `.grad` of the parameters, which have none; the loss, unread from a graph."""
-        key = None if self.refusal or kwargs or _PYRO_STACK else _kind(args)
-        if key is None:
-            if not (self.refusal or self._told):
-                self._told = True
+        kind = None if self.function.refusal or kwargs or _PYRO_STACK else _kind(args)
+        if kind is None:
+            if not (self.function.refusal or self._warned):
+                self._warned = True
                 what = "a handler of Pyro's" if _PYRO_STACK else "arguments that are not plain tensors"
-                log.warning("ppvae: steps are taken without a captured graph: %s", f"{what} cannot be captured")
-            return self.svi.eager_gradients(*args, **kwargs)
-        kept = self._graphs.get(key)
-        if kept is not None and (what := kept.stale()):
-            self._drop(what)
-            kept = None
-        if kept is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            soon = self._first or self._seen[key] >= WAIT << min(self._changes, 6)
-            if not soon or len(self._graphs) >= MOST:
-                return self.svi.eager_gradients(*args)
-            return self._make(key, args)
-        kept.uses += 1
-        if kept.doubted or kept.uses & (kept.uses - 1) == 0 or kept.uses % EVERY == 0:
-            return self._check(kept, args)
-        return self._put(kept, kept.graph(*args))
+                log.warning("ppvae: %s: %s cannot be captured", FALLBACK, what)
+            return self.source.eager_gradients(*args, **kwargs)
+        out = self.function(kind, args)
+        if out is None:
+            return self.source.eager_gradients(*args)
+        for p, gradient in zip_longest(self.source.params, out[1:]):
+            p.grad = gradient
+        loss: float | Tensor = out[0]
+        return loss
 
-    def _put(self, kept: _Kept, out: Sequence[Tensor]) -> Tensor:
-        _set(kept.params, out[1:])
-        if (loss := following_steps(self.svi.loss)) is not None:
-            loss.advance()
-        return out[0]
+    def _eager(self, *args: Tensor) -> Outputs:
+        loss = self.source.eager_gradients(*args)
+        return [loss, *(p.grad for p in self.source.params)]
 
-    def _drop(self, what: str) -> None:
-        """Forgets all graphs; nothing is compiled again, so that a schedule does not compile for ever."""
-        log.info("ppvae: captured steps are made anew: %s has changed", what)
-        self._graphs.clear()
-        self._seen.clear()
-        self._changes += 1
-        self.kernels = "graph"
+    def _traced(self, *args: Tensor) -> Outputs:
+        source = self.source
+        with (
+            keep_loss_in_tensors(source.loss), pyro.validation_enabled(False), torch.enable_grad(),
+            layer_precision(source.precision),
+        ):  # fmt: skip
+            return _loss_and_gradients(source, args)
 
-    def _refuse(self, why: str) -> None:
-        log.warning("ppvae: steps are taken without a captured graph: %s", why)
-        self._graphs.clear()
-        self.refusal, self.kernels = why, "eager"
+    def _guards(self) -> Guards:
+        source = self.source
+        guards = Guards(model=unwrap(source.model), guide=unwrap(source.guide), loss=source.loss)
+        ids = {id(p) for p in source.params}
+        names = [n for n, p in pyro.get_param_store()._params.items() if id(p) in ids]
+        guards.add("parameter", functools.partial(_stored, names), names + names)
+        return guards
 
-    def _make(self, key: Any, args: tuple[Tensor, ...]) -> float | Tensor:
-        """One step, eagerly; then the graph of it, which must give the same, and perhaps its compiled form."""
-        svi, first = self.svi, self._first
-        self._first = False
-        before = SideEffects(args[0].device, svi.loss)
-        try:
-            with before.taken():
-                loss = svi.eager_gradients(*args)
-        except CaptureError as error:
-            self._refuse(str(error))
-            return loss
-        after, grads = before.now(), [p.grad for p in svi.params]
-        try:
-            watch = Guards(model=unwrap(svi.model), guide=unwrap(svi.guide), loss=svi.loss)
-            ids = {id(p) for p in svi.params}
-            names = [n for n, p in pyro.get_param_store()._params.items() if id(p) in ids]
-            watch.also("parameter", functools.partial(_stored, names), names + names)
-            params: list[Tensor] = []
-            before.restore()
-            rounded = layer_precision(svi.precision)
-            with keep_loss_in_tensors(svi.loss), pyro.validation_enabled(False), torch.enable_grad(), rounded:
-                graph = capture(lambda: _loss_and_gradients(svi, args, params), svi.params, args)
-            if what := watch.changed():
-                raise CaptureError(f"it changes {what} as it runs")
-            watch.tensors, watch.read = {id(t) for t in graph.held}, graph.read
-            kept = _Kept(graph, watch, params)
-            before.restore()
-            self._agree(graph(*args), loss, grads, kept, before, after, args)
-            if first and self.kernels == "compiled" and len(graph.module.graph.nodes) <= self._largest:
-                kept.graph = self._faster(kept, args, before, loss, grads, after)
-            elif first:
-                self.kernels = "graph"
-        except Exception as error:
-            if first and self._again:  # what a pair sets up at its first run is in place at the second
-                self._first, self._again = True, False
-            else:
-                self._refuse(one_line_reason(error))
-            before.restore(after)
-            _set(svi.params, grads)
-            return loss
-        self._graphs[key] = kept
-        before.restore()
-        return self._taken(kept, args)
-
-    def _taken(self, kept: _Kept, args: tuple[Tensor, ...]) -> Tensor:
-        _set(self.svi.params, [None] * len(self.svi.params))
-        return self._put(kept, kept.graph(*args))
-
-    def _check(self, kept: _Kept, args: tuple[Tensor, ...]) -> float | Tensor:
-        """One step from the graph, having compared it with the pair's own."""
-        before = SideEffects(args[0].device, self.svi.loss)
-        try:
-            with before.taken():
-                loss = self.svi.eager_gradients(*args)
-        except CaptureError as error:
-            self._refuse(str(error))
-            return loss
-        after, grads = before.now(), [p.grad for p in self.svi.params]
-        if what := kept.watch.changed():  # by this run, or in a way that only a run shows
-            self._drop(what)
-            return loss
-        before.restore()
-        out = kept.graph(*args)
-        try:
-            self._agree(out, loss, grads, kept, before, after, args)
-            kept.doubted = False
-        except CaptureError as error:
-            if kept.doubted or self.kernels != "compiled":
-                self._refuse(f"{error}, found at step {kept.uses} of the graph")
-            kept.doubted = True  # by rounding alone, a bit that is drawn can fall to the other side: look once more
-            before.restore(after)
-            _set(self.svi.params, grads)
-            return loss
-        _set(self.svi.params, [None] * len(self.svi.params))
-        return self._put(kept, out)
-
-    def _agree(
-        self, out: Sequence[Tensor], loss: float, grads: Sequence[Tensor | None], kept: _Kept, before: SideEffects,
-        after: Any, args: tuple[Tensor, ...],
-    ) -> None:  # fmt: skip
-        """Raises Uncapturable unless a graph gave the loss, gradients, buffers and noise of the pair's own run."""
-        now = before.now()
-        if any(not torch.equal(a, b) for a, b in zip(now[0], after[0], strict=True)):
-            raise CaptureError("its noise is not drawn as in the graph")
-        own = {id(p): g for p, g in zip(self.svi.params, grads, strict=True) if g is not None}
-        if own.keys() != {id(p) for p in kept.params}:
+    def _agree(self, c: Comparison) -> None:
+        """Raises CaptureError unless a graph gave the loss, gradients and buffers of the pair's own run."""
+        params = self.source.params
+        _, *gradients = c.expected
+        found = [*c.found[1:], *[None] * (len(params) - len(c.found) + 1)]
+        if any((a is None) != (b is None) for a, b in zip(gradients, found, strict=True)):
             raise CaptureError("other parameters get a gradient than in the graph")
-        pairs: list[tuple[Tensor | None, Tensor, Tensor]] = [(None, torch.as_tensor(loss), out[0])]
-        pairs += [(None, *both) for both in zip(after[1], now[1], strict=True)]
-        pairs += [(p, own[id(p)], g) for p, g in zip(kept.params, out[1:], strict=True)]
-        largest = max((float(g.abs().max()) for g in own.values() if g.numel()), default=0.0)
-        double = all(g.dtype == torch.float64 for g in own.values())
-        full: dict[int, Tensor] = {}
-        for p, a, b in pairs:
-            rounds = self.svi.precision == "bf16" and p is not None  # a gradient, in steps of 2^-8
-            exact = 2**-6 if rounds else 1e-7 if double and a.dtype == b.dtype == torch.float64 else 1e-3
+        present = {i: (a, b) for i, (a, b) in enumerate(zip(gradients, found, strict=True)) if a is not None}
+        pairs: list[tuple[int | None, Tensor, Tensor]] = [(None, torch.as_tensor(c.expected[0]), c.found[0])]
+        pairs += [(None, *both) for both in c.buffers]
+        pairs += [(i, *both) for i, both in present.items()]
+        largest = max((float(a.abs().max()) for a, _ in present.values() if a.numel()), default=0.0)
+        double = all(a.dtype == torch.float64 for a, _ in present.values())
+        precision = self.source.precision
+        exact: Outputs = ()
+        for i, a, b in pairs:
+            rounds = precision == "bf16" and i is not None  # a gradient, in steps of 2^-8
+            digits = 2**-6 if rounds else 1e-7 if double and a.dtype == b.dtype == torch.float64 else 1e-3
             a, b = a.to(b.device).double(), b.double()
-            near = exact * (a.abs().max() if a.numel() else 0) + 0.01 * exact * largest
-            if p is not None and self.svi.precision != "float32" and not all_close(a, b, near):
-                full = full or self._in_float32(before, args)
-                near = near + 4 * (a - full[id(p)]).abs().max()  # where sums cancel, the pair itself is off by as much
+            near = digits * (a.abs().max() if a.numel() else 0) + 0.01 * digits * largest
+            if i is not None and precision != "float32" and not all_close(a, b, near):
+                exact = exact or c.rerun(self._float32_gradients)
+                near = near + 4 * (a - exact[i]).abs().max()  # the pair's own rounding error, where sums cancel
             if not all_close(a, b, near):
                 raise CaptureError("it gives another loss or gradient than the graph of it")
 
-    def _in_float32(self, before: SideEffects, args: tuple[Tensor, ...]) -> dict[int, Tensor]:
-        """The gradients of a run of the pair with the same noise whose products are not rounded, by parameter."""
-        now, precision = before.now(), self.svi.precision
-        before.restore()
-        self.svi.precision = "float32"
+    def _float32_gradients(self, *args: Tensor) -> Outputs:
+        """Gradients of an eager run whose products are not rounded, in float64."""
+        source, precision = self.source, self.source.precision
+        source.precision = "float32"
         try:
-            with before.taken():
-                self.svi.eager_gradients(*args)
+            source.eager_gradients(*args)
         finally:
-            self.svi.precision = precision
-            before.restore(now)
-        return {id(p): p.grad.double() for p in self.svi.params if p.grad is not None}
-
-    def _faster(
-        self, kept: _Kept, args: tuple[Tensor, ...], before: SideEffects, loss: float, grads: Any, after: Any
-    ) -> Graph:
-        """The compiled form of a graph, if it can be made, agrees, and is faster; or else the graph."""
-        graph = kept.graph
-        try:
-            compiled = graph.compiled(args, self.svi.products)
-            before.restore()
-            self._agree(compiled(*args), loss, grads, kept, before, after, args)
-            if self._settled or _seconds(compiled, args) < 0.95 * _seconds(graph, args):
-                return compiled
-        except Exception as error:
-            log.warning("ppvae: captured steps are not compiled: %s", one_line_reason(error))
-        self.kernels = "graph"
-        return graph
+            source.precision = precision
+        return [None if p.grad is None else p.grad.double() for p in source.params]
 
 
-def _loss_and_gradients(svi: SVI, args: tuple[Tensor, ...], params: list[Tensor]) -> list[Tensor]:
-    """[loss, a gradient for each of the parameters that have one], each gradient in memory of its own."""
-    if type(svi.loss).loss_and_grads.__module__.startswith("pyro."):  # made to stay in tensors
-        _set(svi.params, [None] * len(svi.params))
-        loss = svi.loss.loss_and_grads(svi.model, svi.guide, *args)
-        grads = [p.grad for p in svi.params]
-    elif hasattr(svi.loss, "differentiable_loss"):
-        loss = svi.loss.differentiable_loss(svi.model, svi.guide, *args)
-        wanted = [p for p in svi.params if p.requires_grad]
-        found = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True), strict=True))
-        grads = [found.get(id(p)) for p in svi.params]
+def _loss_and_gradients(source: GradientSource, args: Sequence[Tensor]) -> list[Tensor | None]:
+    """[loss, a gradient or None for each parameter], each gradient in memory of its own."""
+    params = source.params
+    if type(source.loss).loss_and_grads.__module__.startswith("pyro."):  # `keep_loss_in_tensors` holds
+        for p in params:
+            p.grad = None
+        loss = source.loss.loss_and_grads(source.model, source.guide, *args)
+        grads = [p.grad for p in params]
+    elif hasattr(source.loss, "differentiable_loss"):
+        loss = source.loss.differentiable_loss(source.model, source.guide, *args)
+        trainable = [p for p in params if p.requires_grad]
+        gradients = dict(zip(map(id, trainable), torch.autograd.grad(loss, trainable, allow_unused=True), strict=True))
+        grads = [gradients.get(id(p)) for p in params]
     else:
-        raise CaptureError(f"{type(svi.loss).__name__} has no differentiable_loss")
+        raise CaptureError(f"{type(source.loss).__name__} has no differentiable_loss")
     if not isinstance(loss, Tensor):
-        raise CaptureError(f"{type(svi.loss).__name__} reads its values into Python")
-    params[:] = [p for p, g in zip(svi.params, grads, strict=True) if g is not None]
-    out, taken = [loss.detach()], {t.untyped_storage()._cdata for t in (*svi.params, *args)}
-    for p, g in zip(svi.params, grads, strict=True):
-        if g is None:
-            continue
-        if g.stride() != p.stride() or g.untyped_storage()._cdata in taken:  # as .grad of an eager run
-            g = torch.empty_like(p).copy_(g)
-        taken.add(g.untyped_storage()._cdata)
+        raise CaptureError(f"{type(source.loss).__name__} reads its values into Python")
+    out: list[Tensor | None] = [loss.detach()]
+    storages = {t.untyped_storage()._cdata for t in (*params, *args)}
+    for p, g in zip(params, grads, strict=True):
+        if g is not None:
+            if g.stride() != p.stride() or g.untyped_storage()._cdata in storages:  # as .grad of an eager run
+                g = torch.empty_like(p).copy_(g)
+            storages.add(g.untyped_storage()._cdata)
         out.append(g)
     return out
 
@@ -290,13 +211,8 @@ def _stored(names: Sequence[str]) -> tuple[Any, ...]:
     return (*map(store._params.get, names), *map(store._constraints.get, names))
 
 
-def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
-
-
 def _kind(args: tuple[Any, ...]) -> Any:
-    """What must be the same for a graph to be used again, besides what is watched; None for what is never captured."""
+    """Shapes, types and settings of torch that a graph is captured for; None for arguments that are not captured."""
     if not args or not all(isinstance(t, Tensor) and not t.requires_grad for t in args):
         return None
     around = (
@@ -307,7 +223,7 @@ def _kind(args: tuple[Any, ...]) -> Any:
     return (*around, *((t.shape, t.stride(), t.dtype, t.device) for t in args))
 
 
-def _seconds(graph: Graph, args: tuple[Tensor, ...]) -> float:
+def _seconds(graph: Graph, args: Sequence[Tensor]) -> float:
     times = []
     for _ in range(5):
         start = time.perf_counter()

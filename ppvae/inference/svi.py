@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from ppvae.compilation.precision import layer_precision
 from ppvae.compilation.runtime import prepare_process
+from ppvae.inference.compiled_step import CompiledStep
 from ppvae.inference.tracing import Program
-
-if TYPE_CHECKING:
-    from ppvae.inference.compiled_step import CompiledStep
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -30,14 +28,14 @@ class SVI:
     be a function of parameters that gives a torch optimizer, which then updates all of them at once.
 
     With `compile=True` loss and gradients come from a graph of tensor operations that is captured from one run of the
-    pair, checked against it, and compiled by inductor where that is faster. The noise is drawn as by an eager run.
-    Baked in is what is no tensor: shapes, numbers and flags of Python, the course of its code. Each step looks whether
-    anything of that has changed, as far as it can be reached from model, guide and loss (attributes, closures, lists,
-    dicts, globals that their code names), and captures anew; parameters, buffers and other tensors are read as they
-    stand. What a run writes into attributes is not written, arguments are not validated, and what hides in iterators,
-    files or clocks is not seen: at steps 1, 2, 4, ... and every 1024 the graph is compared with a run of the pair. A
-    pair that looks at the values of tensors, draws from other random numbers than torch's, or changes its own
-    attributes, or a loss that reads its values, steps eagerly; one line in the log "ppvae" says why.
+    pair, compared with it, and compiled by inductor where that is faster. Random numbers are drawn as in an eager run.
+    Non-tensor state is specialised at capture: shapes, Python numbers and flags, control flow. Each step checks it for
+    changes, as far as it is reachable from model, guide and loss (attributes, closures, lists, dicts, globals that
+    their code names), and captures anew; parameters, buffers and other tensors are inputs of the graph. Attributes
+    that a run assigns are not assigned, arguments are not validated, and the state of iterators, files or clocks is
+    not checked: at steps 1, 2, 4, ... and every 1024 the graph is compared with a run of the pair. Steps are eager,
+    with one line in the log "ppvae" that says why, for a pair that reads the values of tensors into Python, draws from
+    other random numbers than torch's, or changes its own attributes, and for a loss that reads its values.
 
     >>> import functools
     >>> from ppvae.models import LinearGaussian
@@ -52,12 +50,10 @@ class SVI:
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.optimizer: torch.optim.Optimizer | None = None
         self.params: list[Tensor] = []
-        self.precision = (
-            "float32"  # of products inside networks, as `precision.layer_precision` has it; set before a step
-        )
-        self.products: dict[str, bool] = {}  # which kinds of matrix products oneDNN does in compiled steps
+        self.precision = "float32"  # of the products in layers, as in `layer_precision`; set before a step
+        self.products: dict[str, bool] = {}  # choices of `choose_matmul_backends` in compiled steps
         self._known = -1
-        self._captured: CompiledStep | None = None
+        self._compiled_step: CompiledStep | None = None
         prepare_process()
         if compile:
             self.use("compiled")
@@ -65,21 +61,19 @@ class SVI:
     @property
     def kernels(self) -> str:
         """How gradients are computed now: "eager"; "graph", the same to the last bit; "compiled", up to rounding."""
-        return self._captured.kernels if self._captured else "eager"
+        return self._compiled_step.kernels if self._compiled_step else "eager"
 
     def use(self, kernels: str, seconds: float = math.inf, settled: bool = False) -> None:
-        """Says how gradients are to be computed from now on, "eager", "graph" or "compiled".
+        """Sets how gradients are computed from now on: "eager", "graph" or "compiled".
 
-        `seconds` is what the steps to come would take eagerly: where that is little, nothing is compiled for them.
-        What is compiled is used where it is faster, or if that is `settled` already.
+        `seconds` is what the remaining steps would take eagerly: a graph that this does not pay for is not compiled.
+        The compiled graph is used where it is faster, or in any case if that is `settled` already.
         """
         if kernels not in ("eager", "graph", "compiled"):
             raise ValueError(f"kernels: expected 'eager', 'graph' or 'compiled', found {kernels!r}")
-        self._captured = None
+        self._compiled_step = None
         if kernels != "eager":
-            from ppvae.inference.compiled_step import CompiledStep
-
-            self._captured = CompiledStep(self, kernels, seconds, settled)
+            self._compiled_step = CompiledStep(self, kernels, seconds, settled)
 
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
@@ -87,10 +81,10 @@ class SVI:
 
     def unread_gradients(self, *args: Any, **kwargs: Any) -> float | Tensor:
         """The same; a loss that a graph has computed stays a tensor, so that nothing waits for a GPU."""
-        if self._captured is not None:
+        if self._compiled_step is not None:
             for p in self.params:
                 p.grad = None
-            return self._captured.gradients(args, kwargs)
+            return self._compiled_step.gradients(args, kwargs)
         return self.eager_gradients(*args, **kwargs)
 
     def eager_gradients(self, *args: Any, **kwargs: Any) -> float:
@@ -108,7 +102,7 @@ class SVI:
         return loss
 
     def add_params(self, params: Iterable[Tensor]) -> None:
-        """Adds parameters that the optimizer does not have yet."""
+        """Adds new parameters to the optimizer."""
         have = {id(p) for p in self.params}
         new = list({id(p): p for p in params if id(p) not in have}.values())
         self.params += new
@@ -117,7 +111,7 @@ class SVI:
         if self.optimizer is None:
             self.optimizer = self.optim(new)
             if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-                for group in self.optimizer.param_groups:  # one kernel for all parameters, where nothing else was asked
+                for group in self.optimizer.param_groups:  # one kernel for all parameters, unless set otherwise
                     if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
                         group["fused"] = all(p.is_floating_point() for p in group["params"]) or None
         else:

@@ -18,6 +18,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from ppvae.compilation.graph import is_capturing
 from ppvae.inference.replay import ReplayNoise, buffer_copies
 from ppvae.inference.structure import Role, Structure
 
@@ -133,20 +134,7 @@ def _outside(fn: Any, value: Tensor) -> Tensor | None:
     if fn.has_enumerate_support or getattr(base, "is_discrete", False):
         return None
     inside = support.check(value)
-    return None if not _unread and bool(inside.all()) else ~inside
-
-
-_unread: list[None] = []
-
-
-@contextmanager
-def values_hidden() -> Iterator[None]:
-    """Runs a pair without looking at the values of tensors, so that its run can be captured as a graph."""
-    _unread.append(None)
-    try:
-        yield
-    finally:
-        _unread.pop()
+    return None if not is_capturing() and bool(inside.all()) else ~inside
 
 
 @contextmanager

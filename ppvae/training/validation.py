@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import final
 
@@ -10,7 +9,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae.compilation.graph import CaptureError, Graph, capture, one_line_reason
+from ppvae.compilation.function import Comparison, CompiledFunction, Outputs, Policy, Target
+from ppvae.compilation.graph import CaptureError, all_close, all_double
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.data.loader import DataLoader, data_columns
@@ -22,8 +22,6 @@ from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
-
-log = logging.getLogger("ppvae")
 
 ROWS = 1000
 
@@ -43,9 +41,7 @@ class ValidationMonitor:
         self.structure, self.loader, self.seed = structure, loader, seed
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
-        self._graph: Graph | None = None
-        self._watch: Guards | None = None
-        self._refused = False
+        self._function: CompiledFunction | None = None
         self._count = len(loader) if held_out else min(len(loader), ROWS)
         with fork_rng():
             torch.manual_seed(seed)  # noise that a split redraws is drawn once
@@ -94,29 +90,33 @@ class ValidationMonitor:
         self, model: Program, guide: Program, block: Block, latents: Sequence[str], products: Choices
     ) -> Tensor | None:
         """The sums of a block of the usual size after the first; None where no graph gives them."""
-        if self._refused or self.structure.layout is Layout.ONE_BY_ONE or self.structure.draws_subsample:
+        if self.structure.layout is Layout.ONE_BY_ONE or self.structure.draws_subsample:
             return None
-        if self._graph is None or not self._graph.fits or self._watch is None or self._watch.changed():
-            self._watch = Guards(model=unwrap(model), guide=unwrap(guide))
+        if self._function is None:
 
-            def run() -> list[Tensor]:
-                t = evaluate_terms(model, guide, block.batch, 1, structure=self.structure)
-                return [_sums(t, latents, block.size)]
-
-            held = list(self.structure.params.values())
-            try:
+            def run(*batch: Tensor) -> Outputs:
                 with pyro.validation_enabled(False):
-                    graph = capture(run, held, block.batch)
-                    if what := self._watch.changed():
-                        raise CaptureError(f"it changes {what} as it runs")
-                    self._graph = graph.compiled(block.batch, products)
-            except Exception as error:
-                log.warning("ppvae: validation runs without a compiled graph: %s", one_line_reason(error))
-                self._refused = True
-                return None
+                    t = evaluate_terms(model, guide, batch, 1, structure=self.structure)
+                    return [_sums(t, latents, ROWS)]
+
+            target = Target(
+                function=run,
+                agree=self._agree,
+                parameters=self.structure.params.values,
+                guards=lambda: Guards(model=unwrap(model), guide=unwrap(guide)),
+                choices=lambda: products,
+            )
+            fallback = "validation runs without a compiled graph"
+            self._function = CompiledFunction(target, Policy(checks_guards=True), "validation sums", fallback)
         torch.manual_seed(derive_seed(self.seed, block.number, 0))  # as `Block.weights` has it
-        (sums,) = self._graph(*block.batch)
-        return sums
+        out = self._function(ROWS, block.batch)
+        return None if out is None or self._function.refusal else out[0]
+
+    def _agree(self, c: Comparison) -> None:
+        ((a,), (b,)) = c.expected, c.found
+        digits = 1e-9 if all_double(self.structure.params.values()) else 1e-4
+        if not all_close(a, b, digits * (1 + a.abs().amax())):
+            raise CaptureError("it gives other sums than the graph of it")
 
 
 def _sums(t: Terms, latents: Sequence[str], rows: int) -> Tensor:

@@ -20,8 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae import VAE, fit, likelihoods, log_marginal, objectives, posteriors, priors
 from ppvae import nn as networks
+from ppvae.compilation import function as functions
 from ppvae.compilation import graph as graphs
-from ppvae.compilation.graph import CaptureError, Graph
+from ppvae.compilation.graph import CaptureError, Graph, compile_module
 from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import TrainingError
 from ppvae.evaluation.importance import compiled_weights as compiled
@@ -297,8 +298,8 @@ def test_a_change_is_noticed_at_the_next_step(change, at_once, caplog):
     svis[0].use("graph")
     for _ in range(3):
         compare(*svis, x)
-    graph = next(iter(svis[0]._captured._graphs.values()))
-    assert graph.uses == 2
+    graph = next(iter(svis[0]._compiled_step.function.graphs.values()))
+    assert graph.calls == 2
     CHANGES[change](pairs[0])
     if change not in ("an attribute of the class", "a global", "a module's number"):
         CHANGES[change](pairs[1])
@@ -328,7 +329,7 @@ def test_shapes_types_modes_and_loaded_weights(at_once):
     weights = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in made[0][0].state_dict().items()}
     for rows in (7, 7, 3, 7, 3):
         compare(*svis, x[:rows])
-    assert len(svis[0]._captured._graphs) == 2
+    assert len(svis[0]._compiled_step.function.graphs) == 2
     for act in (lambda vae: vae.load_state_dict(weights), lambda vae: vae.eval(), lambda vae: vae.train()):
         for vae, _ in made:
             act(vae)
@@ -337,21 +338,21 @@ def test_shapes_types_modes_and_loaded_weights(at_once):
 
 
 def test_a_graph_waits_longer_after_each_change(monkeypatch):
-    real = capture.capture
+    real = functions.capture
     torch.manual_seed(0)
     pair, x, objective = LinearGaussian(3, 2).double(), torch.randn(50, 3).double(), objectives.ELBO()
     svi = SVI(pair.model, pair.mean_field, ADAM, objective)
     svi.use("graph")
     svi.step(x)
     made = []
-    monkeypatch.setattr(capture, "capture", lambda *a: made.append(real(*a)) or made[-1])
+    monkeypatch.setattr(functions, "capture", lambda *a: made.append(real(*a)) or made[-1])
     for step in range(150):  # a warm-up: each step has another beta
         objective.beta = 0.5 + step / 1000
         svi.step(x)
     assert len(made) == 2  # after 40 steps, after 80 more; not yet after the next 160
     for _ in range(160):
         svi.step(x)
-    assert svi._captured._graphs
+    assert svi._compiled_step.function.graphs
 
 
 SCHEDULES = {
@@ -370,8 +371,8 @@ def test_schedules_are_followed_by_one_graph(name, caplog):
             objective = SCHEDULES[name]()
             ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled_values()))
     assert all(same(a, b) for i, (a, b) in enumerate(zip(*ends, strict=True)) if i != 5)
-    graph = next(iter(ends[1][5]._captured._graphs.values()))
-    assert graph.uses == 19
+    graph = next(iter(ends[1][5]._compiled_step.function.graphs.values()))
+    assert graph.calls == 19
     assert not refusals(caplog)
     assert ends[1][-1].keys() == {"capacity" if name == "capacity" else "beta"}
 
@@ -500,7 +501,7 @@ def test_no_compiler_means_the_graph_with_one_line(monkeypatch, caplog):
     def fails(*_):
         raise FileNotFoundError("g++")
 
-    monkeypatch.setattr("ppvae.compilation.graph.compiled", fails)
+    monkeypatch.setattr("ppvae.compilation.graph.compile_module", fails)
     pair = LinearGaussian(3, 2)
     svi = SVI(pair.model, pair.mean_field, ADAM, Trace_ELBO(), compile=True)
     for _ in range(3):
@@ -654,7 +655,7 @@ def test_steps_whose_discrete_draws_stand_apart_are_the_same(monkeypatch):
     def together(noise, rest, *_):
         return lambda *inputs: rest(*noise(*inputs), *inputs)
 
-    monkeypatch.setattr(graphs, "lowered", together)
+    monkeypatch.setattr(graphs, "compile_with_inductor", together)
     check_compiled(choosing, DISCRETE["wake and sleep"])
 
 
@@ -684,10 +685,7 @@ def test_discrete_draws_are_rewritten_to_the_last_bit(shape, dtype):
 
 def test_a_compiled_graph_that_differs_once_is_looked_at_again(monkeypatch, caplog):
     """A drawn bit can fall to the other side by rounding, as seldom as once in thousands of steps."""
-    monkeypatch.setattr(Graph, "compiled", lambda graph, *_: graph)
-    pair = LinearGaussian(3, 2)
-    svi = SVI(pair.model, pair.mean_field, ADAM, Trace_ELBO())
-    svi.use("compiled", settled=True)
+    monkeypatch.setattr(Graph, "compile", lambda graph, *_: graph)
     agree, differs = capture.CompiledStep._agree, []
 
     def doubtful(self, *args):
@@ -696,6 +694,9 @@ def test_a_compiled_graph_that_differs_once_is_looked_at_again(monkeypatch, capl
         agree(self, *args)
 
     monkeypatch.setattr(capture.CompiledStep, "_agree", doubtful)
+    pair = LinearGaussian(3, 2)
+    svi = SVI(pair.model, pair.mean_field, ADAM, Trace_ELBO())
+    svi.use("compiled", settled=True)
     differs += [False, False, True, False]  # made, compiled, at its first use, and once more
     for _ in range(3):
         svi.step(torch.randn(5, 3))
@@ -724,11 +725,11 @@ def test_a_graph_may_round_as_much_as_the_pair_itself(share, kernels, monkeypatc
             bias = next(g for g in grads if g.shape == (1,)) / 2  # one half a row
             return [loss, *(g - share * 2**-9 * bias if g.shape == (1, 1) else g for g in grads)]
 
-        new = Graph(graph.module, graph.held, graph.read)
+        new = Graph(graph.module, graph.tensors, graph.read)
         new._forward = forward
         return new
 
-    monkeypatch.setattr(Graph, "compiled", shifted)
+    monkeypatch.setattr(Graph, "compile", shifted)
     svi = SVI(lambda x: pyro.sample("z", dist.Normal(3.0, 1.0)), guide, ADAM, Trace_ELBO())
     svi.precision = "bf16"
     svi.use("compiled", settled=True)
@@ -742,7 +743,9 @@ def test_a_graph_may_round_as_much_as_the_pair_itself(share, kernels, monkeypatc
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        capture, "_seconds", lambda graph, args: len(graph.held) * (2.0 - ("lowered" in repr(graph._forward)))
+        capture,
+        "_seconds",
+        lambda graph, args: len(graph.tensors) * (2.0 - ("compile_with_inductor" in repr(graph._forward))),
     )
     ends = []
     for name, epochs in (("whole", (6,)), ("halves", (3, 6))):
@@ -759,10 +762,10 @@ def test_a_compiled_run_is_resumed_with_the_same_bits(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["modules", "hierarchical", "enumerated_model", "conv"])
 def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     made = []
-    monkeypatch.setattr(compiled, "compiled", lambda *a: made.append(compiled_graph(*a)) or made[-1])
+    monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(compile_module(*a)) or made[-1])
     model, guide, (x,) = PAIRS[name]()
     x = x.repeat(100 // len(x) + 1, *[1] * (x.dim() - 1))[:100]
     if name == "hierarchical":
@@ -781,11 +784,8 @@ def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, cap
         torch.testing.assert_close(*(getattr(r, field) for r in results), rtol=1e-4, atol=1e-4)
 
 
-compiled_graph = compiled.compiled
-
-
 def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog):
-    monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("lowered" in repr(graph._forward)))
+    monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("compile_with_inductor" in repr(graph._forward)))
     monkeypatch.setattr(validation, "ROWS", 16)
     sums: list[bool] = []
     real = validation.ValidationMonitor._sums_by_graph

@@ -49,10 +49,10 @@ def test_sums_over_rows_are_the_same_in_any_shape():
         return [wide.sum((0, 1)), wide.sum((0, 1), keepdim=True), wide.view(-1, 80).sum(0), wide.sum(0), wide.sum(-1)]
 
     graph = graphs.capture(lambda: sums(x), [], (x,))
-    for a, b in zip(graph.compiled((x,), {})(x), sums(x), strict=True):
+    for a, b in zip(graph.compile((x,), {})(x), sums(x), strict=True):
         assert a.shape == b.shape
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
-    lowering._sums_over_rows(graph.module)
+    lowering._sum_rows_in_blocks(graph.module)
     targets = [node.target for node in graph.module.graph.nodes]
     assert targets.count(lowering._column_sums) == 3
     assert targets.count(torch.ops.aten.sum.dim_IntList) == 2
@@ -65,7 +65,7 @@ def test_sums_over_rows_of_what_products_take_in_bfloat16_are_in_float32():
     def gradients(x):
         return [(wide := x * 2).sum((0, 1)) + 1, wide.bfloat16().view(-1, 80) @ weight]
 
-    total, product = graphs.capture(lambda: gradients(x), [weight], (x,)).compiled((x,), {})(x)
+    total, product = graphs.capture(lambda: gradients(x), [weight], (x,)).compile((x,), {})(x)
     taken = (x * 2).bfloat16()
     assert total.dtype == torch.float32
     errors = [float((total - 1 - of.double().sum((0, 1))).abs().max()) for of in (taken, x * 2)]
@@ -86,7 +86,7 @@ def test_sums_over_rows_of_what_has_another_use_are_in_float32(use):
         copy = wide.bfloat16()
         return [total, copy.view(-1, 80) @ weight, *([copy] if use == "a result" else [])]
 
-    graph = graphs.capture(lambda: run(x), [weight], (x,)).compiled((x,), {})
+    graph = graphs.capture(lambda: run(x), [weight], (x,)).compile((x,), {})
     for a, b in zip(graph(x), run(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4 if a.dtype == torch.float32 else 2**-6, atol=1e-3)
 
@@ -120,11 +120,11 @@ def test_log_likelihoods_of_bits_take_one_logarithm_for_many(kind, event):
     exact = -torch.nn.functional.softplus(((1 - 2 * bits) * logits).double(), threshold=1000).flatten(2).sum(-1)
     graph = graphs.capture(lambda: [of_bits(kind, logits, bits, len(event))], [], (logits, bits))
     count = logits[0, 0].numel()
-    for function in (graph, graph.compiled((logits, bits), {})):
+    for function in (graph, graph.compile((logits, bits), {})):
         (found,) = function(logits, bits)
         assert found.shape == exact.shape
         assert float((found - exact).abs().max()) < 1e-6 * count
-    lowering._logarithms_of_products(graph.module)
+    lowering._fuse_logarithms(graph.module)
     rewritten = [n for n in graph.module.graph.nodes if n.target is lowering.sum_of_softplus]
     assert len(rewritten) == (count % 16 == 0 and count > 48)
     (found,) = graph(logits, bits)
@@ -144,7 +144,7 @@ def test_gradients_of_log_likelihoods_of_bits_are_as_before(kind):
             return [total.detach(), *torch.autograd.grad((total**2).sum(), [x])]
 
     graph = graphs.capture(run, [], (logits, bits))
-    for a, b in zip(graph.compiled((logits, bits), {})(logits, bits), run(), strict=True):
+    for a, b in zip(graph.compile((logits, bits), {})(logits, bits), run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -175,10 +175,10 @@ def test_rewriting_keeps_the_order_of_changes_and_the_types(run):
     bits = (x > 0).float()
     expected = run(x.clone(), bits)
     work = x.clone()
-    graph = graphs.capture(lambda: run(work, bits), [], (work, bits)).compiled((x.clone(), bits), {})
+    graph = graphs.capture(lambda: run(work, bits), [], (work, bits)).compile((x.clone(), bits), {})
     for a, b in zip(graph(x.clone(), bits), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6 if run is coarse_logits else 1e-5, atol=1e-4)
-    lowering._logarithms_of_products(graph.module)
+    lowering._fuse_logarithms(graph.module)
     assert (run is changed_later) == any(n.target is lowering.sum_of_softplus for n in graph.module.graph.nodes)
 
 
@@ -215,7 +215,7 @@ def test_terms_that_are_used_twice_or_summed_otherwise_are_left_alone():
 
     for values in (x, x.double()):
         graph = graphs.capture(lambda values=values: run(values), [], (values,))
-        lowering._logarithms_of_products(graph.module)
+        lowering._fuse_logarithms(graph.module)
         assert all(n.target is not lowering.sum_of_softplus for n in graph.module.graph.nodes)
         for a, b in zip(graph(values), run(values), strict=True):
             assert torch.equal(a, b)
@@ -231,7 +231,7 @@ def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, mon
             calls.append(size // 2**20)
             return int(which == memory.TRIM_THRESHOLD or size <= takes)
 
-    for name in memory.OWN:
+    for name in memory.MALLOC_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library)
     assert memory.keep_freed_memory.__wrapped__() == (len(asked) != 2 or 512 in asked)
@@ -239,14 +239,14 @@ def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, mon
 
 
 FAULTS = """
-import resource, torch
-from ppvae.compilation.runtime import keep_freed
+import resource, torch, ppvae.inference
+from ppvae.compilation.runtime import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.ones(10 * 2**20)  # 40 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed(), faults())
+print(faults(), keep_freed_memory(), faults())
 """
 
 
@@ -271,7 +271,7 @@ def found():
     return torch.stack([torch.log1p(x.exp()), F.softplus(x), entropy])
 before = found()
 SVI(lambda: None, lambda: None, pyro.optim.Adam({}), pyro.infer.Trace_ELBO())
-print(warm.warm_up.cache_info().currsize, torch.equal(before, found()))
+print(warm.prepare_process.cache_info().currsize, torch.equal(before, found()))
 """
 
 

@@ -27,7 +27,7 @@ def traced(dtype=torch.float32):
 
 
 def operations(module):
-    return [n.target for n in module.graph.nodes if n.target is torch.ops.ppvae.product.default]
+    return [n.target for n in module.graph.nodes if n.target is torch.ops.ppvae.onednn_linear.default]
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -69,7 +69,7 @@ def test_a_choice_is_a_measurement():
 @pytest.mark.slow
 def test_choices_are_kept_with_a_run_and_used_when_it_goes_on(monkeypatch, tmp_path):
     pyro.clear_param_store()
-    monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(products, "_onednn_is_faster", lambda a, b: True)
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
 

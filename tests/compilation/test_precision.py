@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pyro
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, models, nn, objectives, posteriors, priors
+from ppvae.compilation import function as functions
+from ppvae.compilation import inductor_passes, precision
+from ppvae.compilation.graph import capture
 from ppvae.compilation.precision import layer_precision
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation.importance import compiled_weights as compiled
@@ -29,20 +33,61 @@ def vae(conv: bool = False) -> VAE:
     return VAE(priors.StandardNormal(3), likelihoods.Bernoulli(decoder), posteriors.DiagonalNormal(encoder))
 
 
-@pytest.mark.parametrize("layer", [
+LAYERS = (
     torch.nn.Linear(5, 7), torch.nn.Linear(5, 7, bias=False), torch.nn.Conv1d(5, 7, 3), torch.nn.Conv2d(5, 6, 3, 2, 1),
     torch.nn.ConvTranspose2d(5, 6, 3, stride=2, padding=1, output_padding=1), torch.nn.Conv2d(5, 5, 3, groups=5),
-], ids=repr)  # fmt: skip
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_a_layer_multiplies_bfloat16_numbers_and_goes_on_in_float32(layer):
     x = torch.randn(4, 5, *(8,) * (layer.weight.dim() - 2))
     with layer_precision("bf16"):
         found = layer(x)
-    exact = layer.double()
+    exact = copy.deepcopy(layer).double()
     numbers = {"weight": exact.weight.detach().float().bfloat16().double()}
     expected = torch.func.functional_call(exact, numbers, (x.bfloat16().double(),))
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, rtol=2**-7, atol=2e-3)
-    assert not torch.equal(found, layer.float()(x))
+    assert not torch.equal(found, layer(x))
+
+
+def layer_gradients(layer, x):
+    """The output of a layer in bf16, and the gradients of its input and parameters."""
+    with torch.enable_grad(), layer_precision("bf16"):
+        x = x.detach().requires_grad_()
+        out = layer(x)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.skipif(not precision.has_bfloat16_products(), reason="this processor has only one of both paths")
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_a_processor_without_bfloat16_products_computes_the_same_numbers(layer, monkeypatch):
+    x = torch.randn(40, 5, *(8,) * (layer.weight.dim() - 2), generator=torch.Generator().manual_seed(0))
+    native = layer_gradients(layer, x)
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
+    emulated = layer_gradients(layer, x)
+    with torch.enable_grad():
+        unrounded = layer(y := x.clone().requires_grad_())
+        unrounded = [unrounded.detach(), *torch.autograd.grad(unrounded.square().sum(), [y, *layer.parameters()])]
+    for a, b, c in zip(native, emulated, unrounded, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(b, a, rtol=2**-7, atol=2**-8 * float(a.abs().max()))
+        assert (a - b).norm() < 0.2 * (a - c).norm()  # sums in another order: a few numbers round the other way
+
+
+def test_products_of_rounded_factors_keep_their_roundings_when_compiled(monkeypatch):
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
+    layer, x = torch.nn.Linear(40, 30), torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    graph = capture(lambda: layer_gradients(layer, x), list(layer.parameters()), (x,))
+    compiled, eager = graph.compile((x,), {})(x), layer_gradients(layer, x)
+    for a, b in zip(compiled, eager, strict=True):
+        assert float((a - b).norm()) < 1e-4 * float(b.norm())
+    inductor_passes.keep_bfloat16_roundings(graph.module)
+    targets = [node.target for node in graph.module.graph.nodes]
+    assert targets.count(torch.ops.ppvae.round_to_bfloat16.default) == 6
+    assert torch.ops.aten._to_copy.default not in targets
+    assert all(map(torch.equal, graph(x), eager))
 
 
 def test_what_is_no_layer_stays_in_float32():
@@ -53,9 +98,16 @@ def test_what_is_no_layer_stays_in_float32():
         assert torch.nn.functional.linear(a.double(), a.double()).item() == a.double().item() ** 2
 
 
-@pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("objective", [objectives.ELBO(), objectives.IWAE(4, "dreg")], ids=["elbo", "dreg"])
-def test_compiled_steps_in_bfloat16_are_the_eager_ones_up_to_its_steps(conv, objective, caplog):
+@pytest.mark.parametrize(
+    ("products", "conv", "objective"),
+    [
+        *((p, conv, objectives.ELBO()) for p in ("native", "float32") for conv in (False, True)),
+        *(("native", conv, objectives.IWAE(4, "dreg")) for conv in (False, True)),
+    ],
+)
+def test_compiled_steps_in_bfloat16_are_the_eager_ones_up_to_its_steps(products, conv, objective, monkeypatch, caplog):
+    if products == "float32":
+        monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
     x = images(40)
     x = x.view(-1, 1, 8, 8) if conv else x
     found = []
@@ -135,9 +187,9 @@ def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
 @pytest.mark.parametrize(("off", "taken"), [(0.0, True), (0.3, False)])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precision, monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
-    monkeypatch.setattr(compiled, "compiled", lambda module, *_: lambda *a: [t + off for t in module(*a)])
+    monkeypatch.setattr(functions, "compile_module", lambda module, *_: lambda *a: [t + off for t in module(*a)])
     x, pair = images(50), vae()
     options = {"num_particles": 600, "precision": precision, "progress": False}
     eager, found = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
@@ -146,7 +198,7 @@ def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precis
 
 
 def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     x, pair = images(50), vae()
     with torch.no_grad():
@@ -162,10 +214,10 @@ def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypa
 
 
 def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, caplog):
-    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
-    made, real = [], compiled.compiled
-    monkeypatch.setattr(compiled, "compiled", lambda *a: made.append(real(*a)) or made[-1])
+    made, real = [], functions.compile_module
+    monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(real(*a)) or made[-1])
     x, pair = images(100), vae()
     options = {"num_particles": 1000, "precision": "bf16", "progress": False}
     eager, graph = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))

@@ -375,7 +375,7 @@ def test_vamp_goes_into_a_graph_as_it_stands() -> None:
     step(prior, torch.optim.Adam)
     with torch.no_grad():
         torch.testing.assert_close(graph(z)[0], prior().log_prob(z))
-        once, each = graph.divided(0)  # the components do not depend on z
+        once, each = graph.split(0)  # the components do not depend on z
     assert any("mm" in str(n.target) for n in once.graph.nodes)
     assert not any("mm" in str(n.target) for n in each.graph.nodes)
 

@@ -692,7 +692,7 @@ def test_the_prior_of_enumerated_sites_is_refused():
 def test_chains_on_a_compiled_graph_are_those_of_the_pair(monkeypatch, caplog):
     pair, x = LinearGaussian(3, 2).double(), torch.randn(110, 3, dtype=torch.float64)  # blocks of 50, 50 and 10
     plain = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
-    monkeypatch.setattr(compiled_potential, "MANY", 1)
+    monkeypatch.setattr(compiled_potential, "MIN_GRADIENTS", 1)
     runs: list[int] = []
     real = potential.Potential.evaluate
     monkeypatch.setattr(potential.Potential, "evaluate", lambda self, u: runs.append(1) or real(self, u))
@@ -715,7 +715,7 @@ def test_strangers_anneal_on_a_graph_or_say_why(name, monkeypatch, caplog):
         plain = annealed(model, guide, data, **settings)
     except (ContractError, UsageError):
         pytest.skip("cannot be annealed")
-    monkeypatch.setattr(compiled_potential, "MANY", 1)
+    monkeypatch.setattr(compiled_potential, "MIN_GRADIENTS", 1)
     fast = annealed(model, guide, data, **settings)
     assert (fast.log_px - plain.log_px).abs().median() < 1e-3 * (1 + plain.log_px.abs().median())
     assert len([r for r in caplog.records if "compiled graph" in r.message]) <= 1
