@@ -1,4 +1,4 @@
-"""log p(x) by annealed importance sampling and sequential Monte Carlo, per datum, for continuous latents."""
+"""log p(x) per datum by annealed importance sampling and sequential Monte Carlo, for continuous latents."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ppvae.data.loader import data_columns, data_digest
 from ppvae.distributed import distributed_context, progress_disabled
-from ppvae.evaluation.annealing.hmc import forward
-from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
-from ppvae.evaluation.block_cache import BlockCache, cache_key
+from ppvae.evaluation.annealing.chains import run_forward_chains
+from ppvae.evaluation.annealing.session import AnnealingProgress, AnnealingSession, AnnealingSettings, annealing_session
+from ppvae.evaluation.block_cache import BlockCache
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.log_marginal import _measure
@@ -47,41 +47,41 @@ def annealed(
 
     Chains go from q(z | x) to p(x, z) along (1 - beta) log q + beta log p, one HMC transition at each of the inverse
     temperatures between; log w = sum_t (beta_t - beta_{t-1}) (log p(x, z_{t-1}) - log q(z_{t-1} | x)), and log_px is
-    log mean w over the chains: a lower bound on average, and much tighter than importance sampling where guide and
-    posterior differ. It cannot see a mode that no chain reaches: `bdmc` certifies settings on simulated data. With one
-    temperature it is `log_marginal`. Enumerated sites are summed out exactly, masked latents stay where they are drawn.
+    log mean w over the chains: a stochastic lower bound, and much tighter than importance sampling where guide and
+    posterior differ. It misses a mode that no chain reaches: `bdmc` certifies settings on simulated data. With one
+    temperature it is `log_marginal`. Enumerated sites are summed out exactly, masked latents stay at their first draw.
 
-    Step sizes are adapted for each datum and temperature on a pilot run of 4 chains and then frozen. Cost:
-    num_chains + 4 chains x num_temperatures x num_leapfrog gradients per datum; a guide with several latents, or a
-    flow, is run again at each.
+    Step sizes are adapted per datum and temperature on a pilot run of 4 chains and then frozen. Cost:
+    (num_chains + 4) x num_temperatures x num_leapfrog gradients per datum; a guide with several latents, or a flow,
+    runs again at each.
 
     Args:
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch).
         num_chains: independent chains per datum.
         num_temperatures: T, the steps from q to p.
-        start: "guide", or "prior" for chains that owe nothing to the guide's fit.
-        schedule: "sigmoid", "linear", "equal_ess" (measured per datum on the pilot run, so that each step loses the
-            same effective sample size), or the T + 1 inverse temperatures themselves, from 0 to 1.
+        start: the start density q, "guide", or "prior" for chains that do not depend on the guide's fit.
+        schedule: "sigmoid", "linear", "equal_ess" (set per datum from the pilot run, so that each step loses the same
+            effective sample size), or the T + 1 inverse temperatures, from 0 to 1.
         resample: sequential Monte Carlo: where a datum's effective sample size falls under this share of its chains,
-            they are resampled. 0.5 is usual; 0 never does. All chains then run at once.
+            they are resampled. 0.5 is usual; 0 turns it off. All chains then run at once.
         num_leapfrog: leapfrog steps per transition.
-        target_acceptance: what the pilot run adapts step sizes to.
-        seed: of every draw. The same seed gives the same result however memory is cut.
-        rows: the most (datum, chain) rows that go through the pair at once, 5000 by default; memory grows with it.
-        directory: finished blocks are kept here; the same call goes on from them after an interruption.
+        target_acceptance: the acceptance probability that the pilot run adapts step sizes to.
+        seed: of every draw. The result does not depend on `rows`.
+        rows: the largest number of (datum, chain) rows in one run of the pair, 5000 by default; memory grows with it.
+        directory: cache of finished blocks; the same call resumes from it after an interruption.
         device: where to compute; the parameters' device by default.
-        compile: take gradients from a compiled graph where there are 30,000 or more of them. It gives the same up to
-            rounding, which chains amplify: the estimate is another one, as good, than without.
+        compile: take gradients from a compiled graph where the run needs 30,000 or more. The graph agrees with the pair
+            up to rounding, which chains amplify: the estimate differs from the uncompiled one within its error.
         progress: show a progress bar; by default where the output is a terminal.
 
     Returns:
-        An `Estimate` whose K is num_chains; `diagnostics` holds acceptance and the last step size per datum, and how
-        often it was resampled. Reliable: all weights finite, ess >= min(50, K / 2), acceptance >= 0.2.
+        An `Estimate` whose K is num_chains; `diagnostics` holds acceptance, the last step size and the number of
+        resampling steps per datum. Reliable: all weights finite, ess >= min(50, K / 2), acceptance >= 0.2.
 
     Raises:
         ContractError: the pair breaks the contract, a latent is discrete and not summed out, or its support has no
-            transform to real numbers, by the site's name; UsageError, DataError: bad arguments, data or directory.
+            transform to real numbers, by the site's name; UsageError, DataError: invalid arguments, data or directory.
 
     Source: Neal 2001 (arXiv physics/9803008); for deep generative models Wu et al. 2017 (arXiv 1611.04273).
 
@@ -91,22 +91,22 @@ def annealed(
     >>> bool((est.log_px - pair.log_px(x)).abs().max() < 0.2), est.method
     (True, 'annealed importance sampling')
     """
-    settings = Settings(
+    settings = AnnealingSettings(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows, resample,
         compile,
     )  # fmt: skip
     with distributed_context() as shares:
         columns = data_columns(data, seed)
-        with fork_rng(), session(model, guide, columns, settings, device) as ready:
-            s = ready.s
-            key = key_of_chains(ready, "annealed")
-            store = BlockCache(directory, key)
+        with fork_rng(), annealing_session(model, guide, columns, settings, device) as session:
+            s = session.s
+            key = session.cache_key("annealed")
+            cache = BlockCache(directory, key)
             parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.block_indices(ready.blocks)
-            with Bar(len(mine), len(settings.chain_blocks), settings, progress_disabled(progress), "log p(x)") as bar:
+            mine, hidden = shares.block_indices(session.blocks), progress_disabled(progress)
+            with AnnealingProgress(len(mine), len(settings.chain_blocks), settings, hidden, "log p(x)") as bar:
                 for number in mine:
-                    parts[number] = _of_block(ready, number, store, bar)
-                    bar.say(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
+                    parts[number] = _anneal_block(session, number, cache, bar)
+                    bar.show(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
         results = shares.gather_blocks(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     base, levels, notes = _measure(columns[0], s)
@@ -135,39 +135,36 @@ def annealed(
     )
 
 
-def key_of_chains(ready: Session, what: str) -> dict[str, Any]:
-    """What a result of chains is a function of, as strings and numbers."""
-    settings = ready.settings
-    more = {"what": what, "seed": settings.seed, "betas": settings.betas.tolist()}
-    return cache_key(ready.columns, ready.s, ready.modules, settings.attributes() | more)
-
-
-def _of_block(ready: Session, number: int, store: BlockCache, bar: Bar) -> dict[str, Tensor]:
-    """Everything that is reported of one block of data."""
-    settings, block = ready.settings, ready.block(number)
-    density = ready.density(block)
-    plan = ready.plan(density, number, store, bar)
+def _anneal_block(
+    session: AnnealingSession, number: int, cache: BlockCache, progress: AnnealingProgress
+) -> dict[str, Tensor]:
+    """The estimate and the diagnostics of one block of data, by field."""
+    settings, block = session.settings, session.block(number)
+    potential = session.potential(block)
+    path = session.path(potential, number, cache, progress)
     bounds = [settings.num_chains] if settings.resample else recorded_bounds(settings.num_chains)
     weights = LogWeightAccumulator(settings.num_chains, bounds, block.eps)
-    width = 1 if ready.s.has_global_latents else block.size
+    width = 1 if session.s.has_global_latents else block.size
     acceptance = resampled = torch.zeros(width, dtype=torch.float64)
     for i, count in enumerate(settings.chain_blocks):
 
-        def made(i: int = i, count: int = count) -> dict[str, Tensor]:
-            noise = ready.noise(number, i)
-            start = density.start(count)
-            return {"elbo": density.elbo(start), **vars(forward(plan, start, settings.resample, noise, bar.update))}
+        def run(i: int = i, count: int = count) -> dict[str, Tensor]:
+            noise = session.noise(number, i)
+            start = potential.sample_start(count)
+            elbo = potential.elbo(start)
+            chains = run_forward_chains(path, start, settings.resample, noise, progress.update)
+            return {"elbo": elbo, **vars(chains)}
 
-        part, there = store.part(f"chains-{number:05d}-{i:05d}", made)
-        if there:
-            bar.update(settings.num_temperatures - 1)
+        part, cached = cache.part(f"chains-{number:05d}-{i:05d}", run)
+        if cached:
+            progress.update(settings.num_temperatures - 1)
         part = {name: value.cpu()[..., :width] for name, value in part.items()}
         weights.add(part["log_weight"], part["elbo"])
         acceptance = acceptance + part["acceptance"] * count / settings.num_chains
         resampled = resampled + part["resampled"]
     result = weights.result()
     if settings.num_temperatures > 1:
-        result |= {"acceptance": acceptance, "step_size": plan.steps[-2].cpu()[:width]}
+        result |= {"acceptance": acceptance, "step_size": path.step_sizes[-2].cpu()[:width]}
     if settings.resample:
         result["resampled"] = resampled
     return result

@@ -1,16 +1,16 @@
-"""A state of all chains with its two densities and their gradients, and the densities in between."""
+"""The state of all chains with its two log-densities and their gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ChainState:
-    """A state and its two densities with their gradients: what a leapfrog step needs."""
+class ChainState(NamedTuple):
+    """A state with the log-densities and gradients that a leapfrog step needs."""
 
     u: Tensor  # [chains, batch, dims]
     log_start: Tensor  # [chains, batch], float64
@@ -33,28 +33,16 @@ class ChainState:
         return value, (1 - b) * self.grad_start + b * self.grad_joint
 
     def where(self, chosen: Tensor, other: ChainState) -> ChainState:
-        """This point where `chosen` [chains, batch], the other elsewhere."""
-        wide = chosen[..., None]
-        return ChainState(
-            torch.where(wide, self.u, other.u),
-            torch.where(chosen, self.log_start, other.log_start),
-            torch.where(chosen, self.log_joint, other.log_joint),
-            torch.where(wide, self.grad_start, other.grad_start),
-            torch.where(wide, self.grad_joint, other.grad_joint),
-        )
+        """This state where `chosen` [chains, batch], the other elsewhere."""
+        pairs = zip(self, other, strict=True)
+        return ChainState(*(torch.where(chosen if a.dim() == 2 else chosen[..., None], a, b) for a, b in pairs))
 
-    def taken(self, index: Tensor) -> ChainState:
+    def select_chains(self, index: Tensor) -> ChainState:
         """The chains `index` [chains, batch] of each datum."""
-        wide = index[..., None].expand_as(self.u)
-        return ChainState(
-            self.u.gather(0, wide), self.log_start.gather(0, index), self.log_joint.gather(0, index),
-            self.grad_start.gather(0, wide), self.grad_joint.gather(0, wide),
-        )  # fmt: skip
+        per_dim = index[..., None].expand_as(self.u)
+        return ChainState(*(t.gather(0, index if t.dim() == 2 else per_dim) for t in self))
 
 
-def concatenate_states(parts: list[ChainState]) -> ChainState:
-    """Points of some chains each as the point of all of them."""
-    if len(parts) == 1:
-        return parts[0]
-    names = ("u", "log_start", "log_joint", "grad_start", "grad_joint")
-    return ChainState(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+def concatenate_states(parts: Sequence[ChainState]) -> ChainState:
+    """States of some chains each, as the state of all chains."""
+    return parts[0] if len(parts) == 1 else ChainState(*map(torch.cat, zip(*parts, strict=True)))

@@ -25,10 +25,10 @@ class DifferentiablePotential(Protocol):
     def capturable(self) -> bool:
         """Whether a graph of `point` would serve other blocks of data of the same shape, too."""
 
-    def run_whole(self) -> DifferentiablePotential:
+    def without_cache(self) -> DifferentiablePotential:
         """The same densities without cached values."""
 
-    def point(self, u: Tensor) -> ChainState:
+    def evaluate(self, u: Tensor) -> ChainState:
         """Densities and gradients at a state [chains, batch, dims], by a run of the pair."""
 
 
@@ -38,16 +38,16 @@ class CompiledPotential:
 
     Args:
         total: gradients of the whole run, in all processes. From `MIN_GRADIENTS` on they come from a graph that is
-            captured from `Potential.point` for each shape, compiled, and compared with it. What does not depend on the
+            captured from `Potential.evaluate` for each shape, compiled, and compared with it. What does not depend on the
             state, as an encoder's output, is computed once for each block.
     """
 
     def __init__(self, total: int):
         target = Target(
-            function=lambda u, *_: _outputs(self._density.point(u)),
+            function=lambda u, *_: _outputs(self._density.evaluate(u)),
             agree=_agree,
             parameters=lambda: self._density.s.params.values(),
-            traced=lambda u, *_: _outputs(self._density.run_whole().point(u)),
+            traced=lambda u, *_: _outputs(self._density.without_cache().evaluate(u)),
             varying=(0,),
             deterministic=True,
         )
@@ -58,11 +58,11 @@ class CompiledPotential:
     def __call__(self, density: DifferentiablePotential, u: Tensor) -> ChainState:
         """The point at a state [chains, batch, dims] that needs no gradient itself."""
         if self._function is None or not density.capturable:
-            return density.point(u)
+            return density.evaluate(u)
         args = (u, *density.batch)
         self._density = self._function.block = density
         out = self._function(tuple((t.shape, t.dtype, t.device) for t in args), args)
-        return density.point(u) if out is None else ChainState(u, *out)
+        return density.evaluate(u) if out is None else ChainState(u, *out)
 
 
 def _outputs(point: ChainState) -> Outputs:
