@@ -22,11 +22,10 @@ from ppvae.evaluation.blocks import (
     inspect_columns,
     program_device,
 )
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
-from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
-from ppvae.evaluation.reliability import remedy
+from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.missing import align_missing
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.param_store import bind_program
@@ -130,13 +129,13 @@ def impute(
     mean, missing = joined.pop("mean"), joined.pop("missing")
     if not bool(missing.any()):
         raise UsageError("impute: expected missing values in the data's first tensor, found none")
-    base, levels, notes = _measure(columns[0], s)
+    base, levels, notes = base_measure_of(columns[0], s)
     dims = s.observed_dims - int(missing.sum()) / len(missing)
     estimate = Estimate(
         **joined,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
-        notes=(*notes, *s.remarks, _gaps_note(dims, s)), lower_bound_only=s.lower_bound_only,
-        data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=remedy(s),
+        notes=(*notes, *s.remarks, missing_values_note(dims, s)), lower_bound_only=s.lower_bound_only,
+        data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=recommend_alternative(s),
     )  # fmt: skip
     return Imputations(values, mean, missing, estimate)
 

@@ -14,7 +14,7 @@ from ppvae.errors import UsageError, refused
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import Settings, session
 from ppvae.evaluation.blocks import as_columns
-from ppvae.evaluation.reliability import MAX_DIMS
+from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -85,11 +85,11 @@ def quadrature(
             ready.noise(number)
             block = ready.block(number)
             density = ready.density(block)
-            if density.dims > MAX_DIMS:
+            if density.dims > MAX_QUADRATURE_DIMS:
                 names = ", ".join(repr(c.name) for c in density.coordinates)
                 raise UsageError(
-                    f"quadrature: expected latents of at most {MAX_DIMS} dims in total, found {density.dims} "
-                    f"({names}). Use annealed"
+                    f"quadrature: expected latents of at most {MAX_QUADRATURE_DIMS} dims in total, found "
+                    f"{density.dims} ({names}). Use annealed"
                 )
             if density.active is not None:
                 raise refused(

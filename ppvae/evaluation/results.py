@@ -172,7 +172,7 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
         if est.method == "importance sampling" and torch.equal(est.reliable, reliable):
             return est
-        return dataclasses.replace(est, trusted=reliable)
+        return dataclasses.replace(est, reliable_override=reliable)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a saved estimate ({type(error).__name__}: {error})") from error
 

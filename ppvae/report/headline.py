@@ -7,7 +7,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, particles_in_words, reliability_verdict
+from ppvae.evaluation.reliability import format_particles
 from ppvae.plots.style import number
 from ppvae.report import of_chains
 from ppvae.report.of_pair import active
@@ -67,8 +67,8 @@ def remarks(s: Subject) -> list[str]:
         return [s.no_estimate, *of_chains.remarks(s)]
     out = []
     if bool((~est.reliable).any()):
-        out.append(_sentence(reliability_verdict(est)))
-    if todo := advice(est):
+        out.append(_sentence(est.reliability.summary))
+    if todo := est.reliability.recommendation:
         out.append(_sentence(f"what to do: {todo}"))
     if est.lower_bound_only:
         out.append("The guide has a point mass on a discrete latent: these are lower bounds on log p(x) only.")
@@ -109,7 +109,7 @@ def _estimated(est: Estimate) -> str:
     monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats{median}"
     spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
     chains = est.method != "importance sampling"
-    how = f"{est.num_particles:,} chains" if chains else f"K = {particles_in_words(est, ',')} particles"
+    how = f"{est.num_particles:,} chains" if chains else f"K = {format_particles(est.particles, ',')} particles"
     return f"{est.method} with {how}, seed {est.seed}, which underestimates log p(x) on average{monte_carlo}{spread}"
 
 

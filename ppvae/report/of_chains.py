@@ -13,7 +13,6 @@ from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, Bracket
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, reliability_verdict
 from ppvae.evaluation.results import kind_of, load_estimate
 from ppvae.plots.style import number
 from ppvae.report.page import Card
@@ -78,10 +77,10 @@ def _folder(s: Subject) -> Path:
 
 def _beside(tighter: Estimate, est: Estimate) -> Drawn:
     words = "; ".join(note for note in tighter.notes)
-    todo = advice(tighter)
+    todo = tighter.reliability.recommendation
     return Drawn(
         plots.looseness_curve(tighter, est),
-        f"{words[:1].upper()}{words[1:]}. Of annealing: {reliability_verdict(tighter)}{f' ({todo})' if todo else ''}. "
+        f"{words[:1].upper()}{words[1:]}. Of annealing: {tighter.reliability.summary}{f' ({todo})' if todo else ''}. "
         f"Look for a "
         f"curve that still rises at its right end, for its distance from the line, and for whether the data that "
         f"importance sampling does not trust are those where it is loose. {tighter.num_particles} chains, "

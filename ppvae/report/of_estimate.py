@@ -8,7 +8,7 @@ import torch
 
 from ppvae import plots
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import MIN_ESS, reliability_verdict
+from ppvae.evaluation.reliability import MIN_ESS
 from ppvae.plots.style import number
 from ppvae.report.parts import Drawn, grid
 from ppvae.report.subject import LeftOut, Subject
@@ -47,7 +47,7 @@ def diagnosis(s: Subject) -> Drawn:
     """Which data can be trusted, and why not."""
     est = _per_datum(s)
     if est.method != "importance sampling":
-        raise LeftOut(f"{est.method[:1].upper()}{est.method[1:]} is judged by its chains: {reliability_verdict(est)}.")
+        raise LeftOut(f"{est.method[:1].upper()}{est.method[1:]} is judged by its chains: {est.reliability.summary}.")
     limit = est.k_hat_limit
     if not math.isfinite(limit):
         raise LeftOut(f"K = {est.num_particles} is too few particles to judge any datum; it takes 25.")

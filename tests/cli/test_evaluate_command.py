@@ -146,7 +146,7 @@ def test_annealing_lies_beside_importance_sampling_of_the_same_data(run, capsys)
     mean, error = looseness_and_error(tighter, est, 40)
     for text in (f"({mean:.3f} ± {error:.3f}", f"{mean:.3f} ± {error:.3f} nats"):
         assert text in out or f"{-mean:.3f} ± {error:.3f}" in out
-    for text in ("at K = 40", "at K = 80", "num_temperatures", "lower bounds of log p(x) on average", "verdict"):
+    for text in ("at K = 40", "at K = 80", "num_temperatures", "lower bounds of log p(x) on average", "reliability"):
         assert text in out
     assert (run / "results" / "log_marginal.json").read_bytes() == whole
     assert (run / "results" / "annealed.nc").exists()

@@ -14,10 +14,9 @@ from ppvae.evaluation.annealing.hmc import forward
 from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
 from ppvae.evaluation.block_cache import BlockCache, cache_key
 from ppvae.evaluation.blocks import as_columns, data_digest
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.estimate import Estimate, base_measure_of
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
-from ppvae.evaluation.importance.log_marginal import _measure
-from ppvae.evaluation.reliability import MIN_ACCEPTANCE, MIN_ESS
+from ppvae.evaluation.reliability import assess_chains
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -109,13 +108,15 @@ def annealed(
                     bar.say(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
         results = shares.gathered(parts, key)
     joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
-    base, levels, notes = _measure(columns[0], s)
+    base, levels, notes = base_measure_of(columns[0], s)
     diagnostics: dict[str, Tensor] = {name: joined.pop(name) for name in DIAGNOSTICS if name in joined}
     bounds = {int(name.removeprefix("bound_")): joined.pop(name) for name in list(joined) if name.startswith("bound_")}
-    trusted = None
+    reliable = None
     if num_temperatures > 1:
-        trusted = (joined["nonfinite"] == 0) & (joined["ess"] >= min(MIN_ESS, num_chains / 2)) & (num_chains > 1)
-        trusted = trusted & (diagnostics["acceptance"] >= MIN_ACCEPTANCE)
+        reliable = assess_chains(
+            ess=joined["ess"], nonfinite=joined["nonfinite"], acceptance=diagnostics["acceptance"],
+            num_chains=num_chains,
+        ).reliable  # fmt: skip
     return Estimate(
         **joined,  # type: ignore[arg-type]
         num_particles=num_chains,
@@ -131,7 +132,7 @@ def annealed(
         method="sequential Monte Carlo" if resample else "annealed importance sampling",
         settings=settings.attributes(),
         diagnostics=diagnostics,
-        trusted=trusted,
+        reliable_override=reliable,
     )
 
 

@@ -16,20 +16,14 @@ from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, cache_key
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, as_columns, data_digest, inspect_columns, program_device
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
 from ppvae.evaluation.importance.allocation import AdaptiveAllocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
-from ppvae.evaluation.reliability import remedy
+from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.param_store import bind_program
-from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
-
-MIXED = (
-    "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
-    "compare on the same columns in the same units only"
-)
 
 
 def log_marginal(
@@ -137,12 +131,12 @@ def log_marginal(
     names = [n for n in results[0] if all(n in r for r in results)]  # L_k for those k that every datum has
     joined = {n: torch.cat([r[n] for r in results], dim=int(n.startswith("posterior/"))) for n in names}
     posterior = {n.partition("/")[2]: joined.pop(n) for n in list(joined) if n.startswith("posterior/")}
-    base, levels, notes = _measure(columns[0], s)
+    base, levels, notes = base_measure_of(columns[0], s)
     notes += s.remarks + rounding
     dims: float = s.observed_dims
     if missing:
         dims -= missing / len(columns[0])
-        notes += (_gaps_note(dims, s),)
+        notes += (missing_values_note(dims, s),)
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     diagnostics: dict[str, Tensor] = {n: joined.pop(n) for n in ("num_particles", "pilot_particles") if n in joined}
@@ -163,27 +157,5 @@ def log_marginal(
         notes=notes,
         settings=({} if isinstance(particles, int) else {"particles": "by need"}) | task.chosen(),
         diagnostics=diagnostics,
-        remedy=remedy(s),
+        remedy=recommend_alternative(s),
     )
-
-
-def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
-    """(base measure, levels if the density is of dequantised data, remarks)."""
-    if s.base_measure == "mixed":
-        return "mixed", None, (MIXED,)
-    if not s.base_measure.startswith("density"):
-        return s.base_measure, None, ()
-    levels = getattr(column, "levels", None)
-    if getattr(column, "dequantize", False) and levels:
-        remark = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
-        return f"{levels} levels", levels, (remark,)
-    if levels:
-        remark = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
-        return "density on [0, 1]", None, (remark,)
-    known = getattr(column, "base_measure", "")
-    return (known if known == "density on [0, 1]" else s.base_measure), None, ()
-
-
-def _gaps_note(dims: float, s: Structure) -> str:
-    share = 100 * (1 - dims / s.observed_dims)
-    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"

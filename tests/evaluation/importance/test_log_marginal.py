@@ -104,7 +104,7 @@ def test_the_prior_as_guide_is_flagged_where_it_fails():
     error = est.log_px - pair.log_px(x)
     assert error.mean() < -8
     assert (~est.reliable).double().mean() > 0.95
-    assert "are not to be trusted" in est.summary()
+    assert "are unreliable" in est.summary()
 
 
 def test_bounds_rise_with_k_and_stay_below_log_px():
@@ -359,7 +359,7 @@ def recorded(monkeypatch):
     """Every log-weight and elbo of the next log_marginal, [K, N] each."""
     blocks = []
 
-    class Recording(weighing.Weights):
+    class Recording(weighing.LogWeightAccumulator):
         def __init__(self, *args):
             super().__init__(*args)
             blocks.append([])
@@ -368,7 +368,7 @@ def recorded(monkeypatch):
             blocks[-1].append((log_weight.clone(), elbo.clone()))
             super().add(log_weight, elbo)
 
-    monkeypatch.setattr(weighing, "Weights", Recording)
+    monkeypatch.setattr(weighing, "LogWeightAccumulator", Recording)
 
     def collect():
         return tuple(torch.cat([torch.cat([part[i] for part in b]) for b in blocks], 1) for i in (0, 1))
@@ -543,8 +543,8 @@ def test_data_without_a_usable_weight_are_flagged_and_counted(what):
         assert est.nll == math.inf
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     assert (est.log_px - exact)[good].abs().max() < 1e-9
-    assert "broken weights: 1" in est.summary()
-    assert "1 of 6 data" in est.summary()
+    assert "1 with non-finite weights" in est.summary()
+    assert "(1 of 6)" in est.summary()
 
 
 @pytest.mark.parametrize("row", [7, 65])
