@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.evaluation.blocks import data_digest
-from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes, write_stream
 
 SECONDS = 5.0  # between two files of parts that take little time each
@@ -112,16 +110,6 @@ def _read(path: Path, part: str | None = None) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: damaged ({error}). Remove this file: it will be made again") from error
 
 
-def cache_key(
-    columns: Sequence[Any], s: Structure, modules: Sequence[torch.nn.Module], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What an evaluation's parts are a function of, as strings and numbers: settings, data, parameters, sites."""
-    return dict(settings) | {
-        "data": data_digest(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
-        "sites": sorted({**s.model_roles, **s.guide_roles}), "dtype": str(torch.get_default_dtype()),
-    }  # fmt: skip
-
-
 def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Module] = ()) -> str:
     """The SHA-256 of parameters, and of all that modules hold: what is frozen, and buffers; with their names.
 
@@ -136,3 +124,12 @@ def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Mo
         total.update(f"{re.sub(r'#[0-9]+', '#', name)} {list(value.shape)} {value.dtype}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def cache_key(columns, s, modules, settings):  # TEMP
+    from ppvae.evaluation.blocks import data_digest
+
+    return dict(settings) | {
+        "data": data_digest(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
+        "sites": sorted({**s.model_roles, **s.guide_roles}), "dtype": str(torch.get_default_dtype()),
+    }  # fmt: skip

@@ -6,25 +6,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.block_cache import cache_key
-from ppvae.evaluation.blocks import Block, as_columns, data_digest, inspect_columns, program_device, read_rows
+from ppvae.evaluation.blocks import Block, Evaluation, data_digest, read_rows, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
@@ -144,35 +138,26 @@ def calibration(
             raise UsageError(f"{name}: expected at least {least}, found {value}")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
-    model, guide = bind_program(model), bind_program(guide)
-    with distributed_context() as shares:
-        columns = as_columns(data, seed)
-        with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
-            s, size = inspect_columns(model, guide, columns, place)
-            if s.has_global_latents:
-                raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
-            s = replace(s, enumerated=())  # what would be summed out is drawn
-            total = len(columns[0])
-            size = min(size, total)
-            rows = torch.arange(-(-replications // size) * size if not s.draws_subsample else total) % total
-            tiled = columns if s.draws_subsample else tuple(read_rows(c, rows, place) for c in columns)
-            counts = _counts(replications, size, len(rows))
-            parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.mine(len(counts))
-            total = sum(counts[number] for number in mine)
-            with tqdm(total=total, desc="calibration", unit="datum", disable=progress_disabled(progress)) as bar:
-                for number in mine:
-                    start = number * size % len(rows)
-                    block = Block(tiled, start, min(start + size, len(rows)), number, s, place)
-                    parts[number] = _ranks(model, guide, block, counts[number], num_draws, seed, assemble)
-                    bar.update(counts[number])
-        numbers = {"what": "calibration", "replications": replications, "num_draws": num_draws, "seed": seed}
-        key = cache_key(columns, s, (), numbers)
-        results = shares.gathered(parts, key)
-    masked = {n.removeprefix("masked ") for r in results for n, v in r.items() if n.startswith("masked ") and bool(v)}
-    names = [n for n in results[0] if not n.startswith("masked ") and n not in masked]
-    ranks = {n: torch.cat([r[n] for r in results]) for n in names}
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        s, total = run.structure, run.num_data
+        if s.has_global_latents:
+            raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
+        size = min(run.block_size, total)
+        columns = run.columns
+        if not s.draws_subsample:  # the rows are repeated until there are enough
+            rows = torch.arange(-(-replications // size) * size) % total
+            columns = tuple(read_rows(column, rows, run.device) for column in columns)
+        counts = _counts(replications, size, len(columns[0]))
+        s = replace(s, enumerated=())  # sites that would be summed out are sampled
+        found = run_blocks(
+            replace(run, columns=columns, block_size=size, structure=s),
+            lambda block: _block_ranks(run, block, counts[block.number], num_draws, assemble),
+            {"what": "calibration", "replications": replications, "num_draws": num_draws},
+            desc="calibration", progress=progress, num_blocks=len(counts), steps=counts, unit="datum",
+        )  # fmt: skip
+    is_masked = {n.removeprefix("masked "): bool(found.pop(n).any()) for n in list(found) if n.startswith("masked ")}
+    masked = sorted(name for name, hidden in is_masked.items() if hidden)
+    ranks = {name: value for name, value in found.items() if name not in masked}
     if not ranks:
         raise ContractError("the guide samples no latent without a mask: expected one at least, to rank")
     table = pointwise(replications, num_draws + 1)
@@ -182,9 +167,9 @@ def calibration(
         num_draws=num_draws,
         alpha=alpha,
         seed=seed,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
-        notes=(f"left out, since a mask hides some of them: {', '.join(sorted(masked))}",) if masked else (),
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
+        notes=(f"left out, since a mask hides some of them: {', '.join(masked)}",) if masked else (),
     )
 
 
@@ -201,17 +186,17 @@ def _counts(replications: int, size: int, rows: int) -> list[int]:
     return counts
 
 
-def _ranks(
-    model: Program, guide: Program, block: Block, count: int, num_draws: int, seed: int, assemble: Assemble | None
+def _block_ranks(
+    run: Evaluation, block: Block, count: int, num_draws: int, assemble: Assemble | None
 ) -> dict[str, Tensor]:
-    """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, simulated anew."""
+    """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, with simulated data."""
     s = block.s
-    torch.manual_seed(derive_seed(seed, block.number, "simulated"))
-    block, latents = simulate_data(model, s, block, assemble)
-    torch.manual_seed(derive_seed(seed, block.number, "draws"))
-    sites = sample_guide(guide, block.batch, num_draws, structure=s, index=block.index)
+    torch.manual_seed(derive_seed(run.seed, block.number, "simulated"))
+    block, latents = simulate_data(run.model, s, block, assemble)
+    torch.manual_seed(derive_seed(run.seed, block.number, "draws"))
+    sites = sample_guide(run.guide, block.batch, num_draws, structure=s, index=block.index)
     given = {} if block.index is None else {s.plate: block.index}
-    nodes = dict(sample_sites(trace_program(guide, block.batch, s, given)))
+    nodes = dict(sample_sites(trace_program(run.guide, block.batch, s, given)))
     found: dict[str, Tensor] = {}
     for name in sites:
         if s.guide_roles[name] == "auxiliary":

@@ -6,36 +6,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.distributed import progress_disabled
 from ppvae.errors import ContractError, UsageError, refused
 from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
     Block,
-    as_columns,
+    Evaluation,
     data_digest,
-    inspect_columns,
-    program_device,
+    run_blocks,
+    start_evaluation,
 )
 from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.missing import align_missing
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import terms
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed
 
-DRAWS = 10  # imputations that are made at once
+DRAWS = 10  # imputations sampled at once
 
 
 @dataclass(frozen=True)
@@ -111,28 +106,22 @@ def impute(
         if count < 1:
             raise UsageError(f"{name}: expected at least 1, found {count}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    columns = as_columns(data, seed)
-    model, guide = bind_program(model), bind_program(guide)
-    found: list[dict[str, Tensor]] = []
-    with fork_rng(), evaluation_mode(model, guide), torch.no_grad():
-        place = torch.device(device) if device is not None else program_device(model, guide, columns)
-        s, size = inspect_columns(model, guide, columns, place)
-        _check(s)
-        starts = range(0, len(columns[0]), size)
-        with tqdm(total=len(starts), desc="imputations", unit="block", disable=progress_disabled(progress)) as bar:
-            for number, start in enumerate(starts):
-                block = Block(columns, start, min(start + size, len(columns[0])), number, s, place)
-                found.append(_of_block(model, guide, block, num_particles, draws, seed, rows))
-                bar.update()
-    values = torch.cat([f.pop("values") for f in found], 1)
-    joined = {name: torch.cat([f[name] for f in found]) for name in found[0]}
-    mean, missing = joined.pop("mean"), joined.pop("missing")
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        s, columns = run.structure, run.columns
+        _check_structure(s)
+        found = run_blocks(
+            run, lambda block: _impute_block(run, block, num_particles, draws, rows),
+            {"what": "impute", "num_particles": num_particles, "draws": draws},
+            desc="imputations", progress=progress,
+        )  # fmt: skip
+    values = found.pop("values").transpose(0, 1)
+    mean, missing = found.pop("mean"), found.pop("missing")
     if not bool(missing.any()):
         raise UsageError("impute: expected missing values in the data's first tensor, found none")
     base, levels, notes = base_measure_of(columns[0], s)
     dims = s.observed_dims - int(missing.sum()) / len(missing)
     estimate = Estimate(
-        **joined,  # type: ignore[arg-type]
+        **found,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
         notes=(*notes, *s.remarks, missing_values_note(dims, s)), lower_bound_only=s.lower_bound_only,
         data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=recommend_alternative(s),
@@ -140,7 +129,7 @@ def impute(
     return Imputations(values, mean, missing, estimate)
 
 
-def _check(s: Structure) -> None:
+def _check_structure(s: Structure) -> None:
     if s.enumerated:
         raise refused(
             s.enumerated[0], "latents that the guide draws, to fill gaps given them", "one that is summed out",
@@ -150,43 +139,41 @@ def _check(s: Structure) -> None:
         raise ContractError("impute: expected latents of each datum; found one that is shared by all data")
 
 
-def _of_block(
-    model: Program, guide: Program, block: Block, num_particles: int, draws: int, seed: int, rows: int
-) -> dict[str, Tensor]:
-    """Imputations [draws, N, *event] of a block of data, their mean, and what `LogWeightAccumulator` says."""
+def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int, rows: int) -> dict[str, Tensor]:
+    """Imputations [N, draws, *event] of a block of data, their mean, and the statistics of the weights."""
+    model, guide, seed = run.model, run.guide, run.seed
     s, size, index = block.s, block.size, block.index
     x = block.batch[0] if index is None else block.batch[0][index]
-    weights, mean = LogWeightAccumulator(num_particles, [], block.eps), _Mean()
-    kept = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
+    weights, mean = LogWeightAccumulator(num_particles, [], block.eps), _WeightedMean()
+    reservoir = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
     name, place = "", torch.empty(0)
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
         assert t is not None
         weights.add(log_weight, elbo)
-        kept.add(log_weight, t)
+        reservoir.add(log_weight, t)
         if not name:
             name, place = _site(t.model, s, x)
         means = torch.cat([_in_place(m, place, x) for m in _means(t.model[name], s, t.num_particles)])
         mean.add(log_weight, means[:, :size])
     values = []
-    latents = {n: _whole(v, len(x)) for n, v in kept.values.items()}
+    latents = {n: _whole(v, len(x)) for n, v in reservoir.values.items()}
     for number, first in enumerate(range(0, draws, DRAWS)):
         count = min(DRAWS, draws - first)
         at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
         at = {n: v.to(x.device) for n, v in at.items()}
         torch.manual_seed(derive_seed(seed, block.number, "imputed", number))
-        with pyro.validation_enabled(False):
-            t = terms(model, guide, block.batch, count, values=at, structure=s, index=index)
+        t = terms(model, guide, block.batch, count, values=at, structure=s, index=index)
         values += [_in_place(v, place, x) for v in _samples(t.model[name], s, count)]
     x = x[:size]
     gaps = x.isnan()
     return {
-        "values": torch.where(gaps, torch.cat(values)[:, :size].to(x.dtype), x).cpu(),
+        "values": torch.where(gaps, torch.cat(values)[:, :size].to(x.dtype), x).transpose(0, 1).cpu(),
         "mean": torch.where(gaps, mean.value.to(x.dtype), x).cpu(), "missing": gaps.cpu(),
         **{key: value.cpu() for key, value in weights.result().items()},
     }  # fmt: skip
 
 
-class _Mean:
+class _WeightedMean:
     """sum_k w_k v_k / sum_k w_k per datum, from a few particles at a time."""
 
     def __init__(self) -> None:

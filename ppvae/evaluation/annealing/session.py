@@ -117,7 +117,7 @@ class Session:
         )
         if block.number == 0:
             density.check_steady()
-        block._check(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
+        block.check_supports(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
         return density
 
     def noise(self, *key: Any) -> torch.Generator:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppvae.compilation.precision import check_precision
-from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import SECONDS, BlockCache, cache_key
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, as_columns, data_digest, inspect_columns, program_device
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, data_digest, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
-from ppvae.evaluation.importance.allocation import AdaptiveAllocation
+from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.reliability import recommend_alternative
-from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 
 def log_marginal(
@@ -92,70 +85,47 @@ def log_marginal(
     >>> bool((est.log_px - pair.log_px(x)).abs().max() < 1e-9), bool(est.reliable.all())
     (True, True)
     """
-    if num_particles != "auto" and not hasattr(num_particles, "__index__"):
-        raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
-    particles = AdaptiveAllocation(target_std_error, max_particles) if num_particles == "auto" else int(num_particles)
-    if isinstance(particles, int) and particles < 1:
-        raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
+    allocation = make_allocation(num_particles, target_std_error, max_particles)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if rows < 1:
         raise UsageError(f"rows: expected at least 1, found {rows}")
-    model, guide = bind_program(model), bind_program(guide)
-    with distributed_context() as shares:
-        columns = as_columns(data, seed)
-        with fork_rng(), evaluation_mode(model, guide):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
-            check_precision(precision, place)
-            with record_modules(model, guide) as modules:
-                s, size = inspect_columns(model, guide, columns, place)
-            task = ImportanceSampler(
-                model, guide, s, columns, size, place, particles, bounds, posterior_draws, seed, rows, precision
-            )
-            key: dict[str, Any] = {}
-            if directory is not None or shares.size > 1:
-                more = {"what": "log_marginal", "device": place.type}
-                key = cache_key(columns, s, modules, task.settings() | more)
-            mine = shares.mine(task.blocks)
-            cells = task.cells(len(mine)) if compile else None
-            parts: dict[int, dict[str, Tensor]] = {}
-            bar = tqdm(total=len(mine), desc="log p(x)", unit="block", disable=progress_disabled(progress))
-            with bar, BlockCache(directory, key, SECONDS) as store:
-                for number in mine:
-                    parts[number], _ = store.part(f"block-{number:05d}", functools.partial(task, number, cells))
-                    bar.update()
-                    if not bar.disable:
-                        bar.set_postfix(nll=f"{-torch.cat([p['log_px'] for p in parts.values()]).mean():.3f}")
-            rounding = task.rounding_note()
-        results = shares.gathered(parts, key)
-    missing = int(sum(r.pop("missing") for r in results))
-    names = [n for n in results[0] if all(n in r for r in results)]  # L_k for those k that every datum has
-    joined = {n: torch.cat([r[n] for r in results], dim=int(n.startswith("posterior/"))) for n in names}
-    posterior = {n.partition("/")[2]: joined.pop(n) for n in list(joined) if n.startswith("posterior/")}
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        s, columns = run.structure, run.columns
+        check_precision(precision, run.device)
+        sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision)
+        compiled = sampler.compile_weights() if compile else None
+        found = run_blocks(
+            run, lambda block: sampler(block, compiled), sampler.cache_key(), desc="log p(x)", directory=directory,
+            progress=progress, figures={"nll": lambda statistics: -statistics["log_px"]},
+        )  # fmt: skip
+        precision_note = sampler.precision_note()
+    missing = int(found.pop("missing").sum())
+    counts: dict[str, Tensor] = {n: found.pop(n) for n in ("num_particles", "pilot_particles") if n in found}
+    posterior = {n.partition("/")[2]: found.pop(n).transpose(0, 1) for n in list(found) if n.startswith("posterior/")}
+    recorded = {int(n.removeprefix("bound_")): found.pop(n) for n in list(found) if n.startswith("bound_")}
     base, levels, notes = base_measure_of(columns[0], s)
-    notes += s.remarks + rounding
+    notes += s.remarks + precision_note
     dims: float = s.observed_dims
     if missing:
-        dims -= missing / len(columns[0])
+        dims -= missing / run.num_data
         notes += (missing_values_note(dims, s),)
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
-    diagnostics: dict[str, Tensor] = {n: joined.pop(n) for n in ("num_particles", "pilot_particles") if n in joined}
-    per_datum: dict[str, Any] = {k: v for k, v in joined.items() if not k.startswith("bound_")}
     return Estimate(
-        **per_datum,
-        num_particles=particles if isinstance(particles, int) else int(diagnostics["num_particles"].max()),
+        **found,  # type: ignore[arg-type]
+        num_particles=int(counts["num_particles"].max()),
         seed=seed,
-        dims=dims * (len(columns[0]) if s.has_global_latents else 1),
+        dims=dims * (run.num_data if s.has_global_latents else 1),
         base_measure=base,
         levels=levels,
         lower_bound_only=s.lower_bound_only,
         joint=s.has_global_latents,
         data=getattr(columns[0], "description", ""),
         digest=data_digest(columns),
-        bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
+        bounds=recorded,
         posterior=posterior or None,
         notes=notes,
-        settings=({} if isinstance(particles, int) else {"particles": "by need"}) | task.chosen(),
-        diagnostics=diagnostics,
+        settings=sampler.settings(),
+        diagnostics=counts if allocation.adaptive else {},
         remedy=recommend_alternative(s),
     )

@@ -297,4 +297,12 @@ def test_what_a_pilot_calls_for():
         "k_hat": torch.tensor([0.1, 0.1, 0.65, 0.7, -torch.inf, 0.45]),
     }
     assert MARGIN == 0.8
-    assert AdaptiveAllocation(0.05, 10_000).particles(found, 100).tolist() == [800, 1600, 800, torch.inf, 100, 100]
+    required = AdaptiveAllocation(0.05, 10_000).required_particles(found, 100)
+    assert required.tolist() == [
+        800,
+        1600,
+        800,
+        torch.inf,
+        100,
+        100,
+    ]

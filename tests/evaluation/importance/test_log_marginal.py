@@ -19,11 +19,12 @@ from torch import nn
 from ppvae import data as datasets
 from ppvae import fit, likelihoods, log_marginal
 from ppvae.errors import ContractError, DataError, UsageError
-from ppvae.evaluation.importance import sampler as weighing
+from ppvae.evaluation.importance import sampler
 from ppvae.evaluation.importance.psis import smoothed
 from ppvae.inference import terms
 from ppvae.models import LinearGaussian
 from ppvae.nn import MADE
+from ppvae.rng import derive_seed
 from tests.programs.strangers import PAIRS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -359,7 +360,7 @@ def recorded(monkeypatch):
     """Every log-weight and elbo of the next log_marginal, [K, N] each."""
     blocks = []
 
-    class Recording(weighing.LogWeightAccumulator):
+    class Recording(sampler.LogWeightAccumulator):
         def __init__(self, *args):
             super().__init__(*args)
             blocks.append([])
@@ -368,7 +369,7 @@ def recorded(monkeypatch):
             blocks[-1].append((log_weight.clone(), elbo.clone()))
             super().add(log_weight, elbo)
 
-    monkeypatch.setattr(weighing, "LogWeightAccumulator", Recording)
+    monkeypatch.setattr(sampler, "LogWeightAccumulator", Recording)
 
     def collect():
         return tuple(torch.cat([torch.cat([part[i] for part in b]) for b in blocks], 1) for i in (0, 1))
@@ -416,7 +417,7 @@ def test_the_weights_are_those_of_the_terms(recorded):
     scale = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
     found = []
     for number in range(3):
-        torch.manual_seed(weighing.derive_seed(0, 0, number))
+        torch.manual_seed(derive_seed(0, 0, number))
         z = exact.loc + scale * torch.randn(100, 20, 2)
         log_q = dist.Normal(exact.loc, scale).log_prob(z).sum(-1)
         log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
