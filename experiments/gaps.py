@@ -18,8 +18,8 @@ import torch
 from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run
 from experiments.cells import train as train_pair
 from ppvae import VAE, data, likelihoods, log_marginal, nn, plots, posteriors, priors
+from ppvae.evaluation.local.full_rank import FullRankFamily
 from ppvae.evaluation.local.gaps import Gaps, gaps
-from ppvae.evaluation.local.guides import FullRankFamily
 
 # Cremer et al. 2018 (arXiv 1801.03558), MNIST, factorised Gaussian guide, as remembered: to compare, not confirmed
 PUBLISHED = {"log p": -89.80, "best": -91.23, "elbo": -92.57}

@@ -124,12 +124,3 @@ def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Mo
         total.update(f"{re.sub(r'#[0-9]+', '#', name)} {list(value.shape)} {value.dtype}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def cache_key(columns, s, modules, settings):  # TEMP
-    from ppvae.evaluation.blocks import data_digest
-
-    return dict(settings) | {
-        "data": data_digest(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
-        "sites": sorted({**s.model_roles, **s.guide_roles}), "dtype": str(torch.get_default_dtype()),
-    }  # fmt: skip

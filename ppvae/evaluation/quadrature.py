@@ -1,4 +1,4 @@
-"""log p(x) by quadrature, for latents of up to three dims: a check on every other estimate."""
+"""log p(x) by quadrature for latents of up to three dims, a reference for the Monte-Carlo estimates."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from ppvae.errors import UsageError, refused
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
-from ppvae.evaluation.annealing.session import Settings, session
-from ppvae.evaluation.blocks import as_columns
+from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
+from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
-REACH = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales out
-ROUNDS = 4  # of centring and scaling
-COARSE = 33
-NODES = {1: 257, 2: 129, 3: 49}  # by default
+T_MAX = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales from the center
+ADAPTATION_ROUNDS = 4  # of centring and scaling
+COARSE_NODES = 33  # per dim, while centring and scaling
+DEFAULT_NODES = {1: 257, 2: 129, 3: 49}  # per dim, by the number of dims
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Quadrature:
 
     Attributes:
         log_px: nats per datum.
-        error: how far it is from the value on every other node, and how much of the integrand lies at the grid's edge:
-            an estimate of its own error, in nats.
-        num_nodes: how many evaluations each took.
+        error: an error estimate in nats: the difference from the rule on every other node, plus the share of the
+            integrand at the edge of the grid.
+        num_nodes: evaluations per datum.
     """
 
     log_px: Tensor
@@ -51,21 +50,23 @@ def quadrature(
 ) -> Quadrature:
     """log p(x) = log of the integral of p(x, z) by quadrature, for latents of up to 3 dims per datum in total.
 
-    The trapezoid rule in t, u = center + L sinh(t), z = T(u): u are real coordinates of the latents, and center and L
-    the mean and the Cholesky factor of the posterior's covariance, found on coarser grids that start at the guide. For
-    smooth densities the error falls exponentially with the number of nodes. Enumerated sites are summed out.
+    The trapezoid rule in t, with u = center + L sinh(t) and z = T(u): u are unconstrained coordinates of the latents,
+    center and L the mean and the Cholesky factor of the posterior covariance, computed on coarser grids that start at
+    the guide. For smooth densities the error falls exponentially with the number of nodes. Enumerated sites are summed
+    out.
 
-    Latents that are all enumerated need no quadrature: `log_marginal` is exact with one particle. A linear-Gaussian
-    model has its closed form, `ppvae.models.LinearGaussian(...).log_px(x)`.
+    Where all latents are enumerated, `log_marginal` is exact with one particle. A linear-Gaussian model has a closed
+    form, `ppvae.models.LinearGaussian(...).log_px(x)`.
 
     Args:
-        model, guide: a Pyro pair with continuous latents; the guide says where to look first.
+        model, guide: a Pyro pair with continuous latents; the guide gives the first grid.
         data: a tensor [N, *event], a split, or a tuple of them.
-        num_nodes: nodes per dim, odd; by default 257 for one dim, 129 for two, 49 for three. Every other gives `error`.
-        rows: the most (datum, node) rows that go through the model at once.
+        num_nodes: nodes per dim, odd; by default 257 for one dim, 129 for two, 49 for three. `error` uses every other
+            node.
+        rows: the largest number of (datum, node) rows in one run of the model.
 
     Raises:
-        UsageError: more than 3 dims, or a number of nodes that is even or under 9; ContractError: as `annealed`.
+        UsageError: more than 3 dims, or an even or too small number of nodes; ContractError: as `annealed`.
 
     Source: Takahasi and Mori 1973 (sinh substitution); Naylor and Smith 1982 (centring and scaling).
 
@@ -77,90 +78,95 @@ def quadrature(
     """
     if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
-    columns = as_columns(data, 0)
-    settings = Settings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
-    results = []
-    with fork_rng(), session(model, guide, columns, settings, device) as ready:
-        for number in range(ready.blocks):
-            ready.noise(number)
-            block = ready.block(number)
-            density = ready.density(block)
-            if density.dims > MAX_QUADRATURE_DIMS:
-                names = ", ".join(repr(c.name) for c in density.coordinates)
-                raise UsageError(
-                    f"quadrature: expected latents of at most {MAX_QUADRATURE_DIMS} dims in total, found "
-                    f"{density.dims} ({names}). Use annealed"
-                )
-            if density.active is not None:
-                raise refused(
-                    density.coordinates[0].name, "latents that every datum has", "masked ones among them",
-                    "use annealed or log_marginal",
-                )  # fmt: skip
-            width = 1 if ready.s.has_global_latents else block.size
-            log_px, error = _of_block(density, num_nodes)
-            nodes = (num_nodes or NODES[density.dims]) ** density.dims
-            results.append((log_px[:width].cpu(), error[:width].cpu()))
-    return Quadrature(torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results]), nodes)
+    settings = AnnealingSettings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
+    with start_evaluation(model, guide, data, seed=0, device=device) as run:
+        session = AnnealingSession.start(run, settings)
+        found = run_blocks(
+            run, lambda block: _integrate_block(session, block, num_nodes), {"what": "quadrature", "nodes": num_nodes},
+            desc="quadrature", progress=False,
+        )  # fmt: skip
+    return Quadrature(found["log_px"], found["error"], int(found["num_nodes"][0]))
 
 
-def _of_block(density: Potential, num_nodes: int | None) -> tuple[Tensor, Tensor]:
+def _integrate_block(session: AnnealingSession, block: Block, num_nodes: int | None) -> dict[str, Tensor]:
+    """log p(x) of a block of data, its error, and the number of nodes."""
+    session.noise(block.number)
+    potential = session.potential(block)
+    space = potential.space
+    if space.dims > MAX_QUADRATURE_DIMS:
+        names = ", ".join(repr(latent.name) for latent in space.latents)
+        raise UsageError(
+            f"quadrature: expected latents of at most {MAX_QUADRATURE_DIMS} dims in total, found {space.dims} "
+            f"({names}). Use annealed"
+        )
+    if space.active is not None:
+        raise refused(
+            space.latents[0].name, "latents that every datum has", "masked ones among them",
+            "use annealed or log_marginal",
+        )  # fmt: skip
+    nodes = num_nodes or DEFAULT_NODES[space.dims]
+    log_px, error = (values[: block.num_weights].cpu() for values in _integrate(potential, nodes))
+    return {"log_px": log_px, "error": error, "num_nodes": torch.tensor(nodes**space.dims)}
+
+
+def _integrate(potential: Potential, num_nodes: int) -> tuple[Tensor, Tensor]:
     """(log p(x), its error), [N]."""
-    u = density.start(SCALE_DRAWS).double()
-    center, factor = u.nanmedian(0).values, torch.diag_embed(density.spread().double())
-    for _ in range(ROUNDS):
-        center, factor = Grid(density, center, factor, COARSE).moments()
-    return Grid(density, center, factor, num_nodes or NODES[density.dims]).total()
+    u = potential.sample_start(SCALE_DRAWS).double()
+    center, factor = u.nanmedian(0).values, torch.diag_embed(potential.start_scale().double())
+    for _ in range(ADAPTATION_ROUNDS):
+        center, factor = QuadratureGrid(potential, center, factor, COARSE_NODES).posterior_moments()
+    return QuadratureGrid(potential, center, factor, num_nodes).log_integral()
 
 
-class Grid:
-    """The integrand on a grid of nodes t in [-reach, reach]^dims, u = center + factor sinh(t), for each datum."""
+class QuadratureGrid:
+    """Nodes t in [-T_MAX, T_MAX]^dims at which the integrand is taken, u = center + factor sinh(t), for each datum."""
 
-    def __init__(self, density: Potential, center: Tensor, factor: Tensor, num_nodes: int):
-        self.density, self.center, self.factor = density, center, factor
-        self.num_nodes, self.dims = num_nodes, density.dims
-        self.width = 2 * REACH / (num_nodes - 1)
-        place = torch.arange(num_nodes, device=center.device)
-        self.places = torch.cartesian_prod(*[place] * self.dims).reshape(-1, self.dims)
+    def __init__(self, potential: Potential, center: Tensor, factor: Tensor, num_nodes: int):
+        self.potential, self.center, self.factor = potential, center, factor
+        self.num_nodes, self.dims = num_nodes, potential.space.dims
+        self.spacing = 2 * T_MAX / (num_nodes - 1)
+        per_dim = torch.arange(num_nodes, device=center.device)
+        self.nodes = torch.cartesian_prod(*[per_dim] * self.dims).reshape(-1, self.dims)
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A few nodes at a time: (places, sinh(t), log of a cell's share of the integral [nodes, N])."""
-        log_scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.dims * math.log(self.width)
+    def _log_masses(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Some nodes at a time: (node indices, sinh(t), log of integrand times cell volume [nodes, N])."""
+        log_scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.dims * math.log(self.spacing)
         with torch.no_grad():
-            for place in self.places.split(max(1, self.density.rows // self.density.size)):
-                t = self.width * place.double() - REACH
+            for node in self.nodes.split(max(1, self.potential.rows // self.potential.size)):
+                t = self.spacing * node.double() - T_MAX
                 offset = t.sinh()
                 u = self.center + torch.einsum("nij,kj->kni", self.factor, offset)
-                log_joint = self.density.densities(u.to(self.density.dtype))[1]
+                log_joint = self.potential.log_densities(u.to(self.potential.space.dtype))[1]
                 log_joint = log_joint.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-                yield place, offset, log_joint + t.cosh().log().sum(-1, keepdim=True) + log_scale
+                yield node, offset, log_joint + t.cosh().log().sum(-1, keepdim=True) + log_scale
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and Cholesky factor of the posterior's covariance, which is no narrower than nodes are apart."""
-        parts = list(self.parts())
+    def posterior_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor of the posterior covariance, which the spacing of the nodes bounds from below."""
+        parts = list(self._log_masses())
         offset, weight = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]).softmax(0)
         mean = torch.einsum("kn,kj->nj", weight, offset)
         square = torch.einsum("kn,ki,kj->nij", weight, offset, offset)
         covariance = square - mean[:, :, None] * mean[:, None, :]
-        spacing = self.width * (1 + mean.square()).sqrt()
+        spacing = self.spacing * (1 + mean.square()).sqrt()
         covariance = covariance + torch.diag_embed((0.3 * spacing).square())
         inner, failed = torch.linalg.cholesky_ex(covariance)
-        fine = (failed == 0) & mean.isfinite().all(-1) & inner.isfinite().all((-2, -1))
+        valid = (failed == 0) & mean.isfinite().all(-1) & inner.isfinite().all((-2, -1))
         center = self.center + torch.einsum("nij,nj->ni", self.factor, mean)
         factor = self.factor @ inner
         return (
-            torch.where(fine[:, None], center, self.center),
-            torch.where(fine[:, None, None], factor, self.factor),
+            torch.where(valid[:, None], center, self.center),
+            torch.where(valid[:, None, None], factor, self.factor),
         )
 
-    def total(self) -> tuple[Tensor, Tensor]:
+    def log_integral(self) -> tuple[Tensor, Tensor]:
         """(log of the integral, its error in nats), [N]."""
-        whole = coarse = edge = torch.full_like(self.center[:, 0], -torch.inf)
-        for place, _, log_mass in self.parts():
-            faces = ((place == 0) | (place == self.num_nodes - 1)).sum(-1)
-            every_other = (place % 2 == 0).all(-1)
-            whole = torch.logaddexp(whole, log_mass.logsumexp(0))
+        fine = coarse = edge = torch.full_like(self.center[:, 0], -torch.inf)
+        for node, _, log_mass in self._log_masses():
+            faces = ((node == 0) | (node == self.num_nodes - 1)).sum(-1)
+            every_other = (node % 2 == 0).all(-1)
+            fine = torch.logaddexp(fine, log_mass.logsumexp(0))
             coarse = torch.logaddexp(coarse, log_mass[every_other].logsumexp(0))
             edge = torch.logaddexp(edge, (log_mass + faces[:, None].log()).logsumexp(0))
         coarse = coarse + self.dims * math.log(2)
-        # what lies beyond is taken to be as much as the outermost nodes, one unit of t deep
-        return whole, (whole - coarse).abs() + (edge - whole).exp() / self.width
+        # the mass beyond the grid is estimated by that of the outermost nodes over one unit of t
+        return fine, (fine - coarse).abs() + (edge - fine).exp() / self.spacing

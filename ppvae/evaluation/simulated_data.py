@@ -1,8 +1,9 @@
-"""Data simulated from a model, put into the batch that the pair is called with."""
+"""Data simulated from a model, as a block of an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -22,25 +23,25 @@ def simulate_data(
 ) -> tuple[Block, dict[str, Tensor]]:
     """A block whose observed values are drawn from the model, and the latents that they were drawn with.
 
-    Latents are {site of the guide: [*inner, batch, *event]}. Each observed value goes where its site found the one
-    before: into the column of the batch that equals it; `assemble`, a function of (simulated values by site, batch),
-    gives the batch where that does not do.
+    Latents are {site of the guide: [*inner, batch, *event]}. The simulated values of an observed site replace the
+    column of the batch that equals its observed values; `assemble`, a function of (simulated values by site, batch),
+    gives the batch of a pair without such a column.
 
     Raises:
-        ContractError: simulated values cannot be put into the batch, by the site's name.
+        ContractError: the batch cannot take the simulated values, by the site's name.
     """
-    given = {} if block.index is None else {s.plate: block.index}
-    with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
-        model(*block.batch)
-    drawn = {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
-    seen = {name: value for name, value in drawn.items() if s.model_roles.get(name) == "observed"}
-    batch = _placed(model, s, block, seen) if assemble is None else tuple(assemble(seen, block.batch))
-    out = replaced(block, batch)
-    latents = {name: value for name, value in drawn.items() if name in s.guide_roles}
-    with poutine.trace() as tracer, Substitute({**given, **latents}):
-        model(*out.batch)
-    for name, node in sample_sites(tracer.get_trace()):
-        if s.model_roles.get(name) == "observed" and not torch.equal(node["value"], seen[name].to(node["value"])):
+    index = {} if block.index is None else {s.plate: block.index}
+    with poutine.uncondition():
+        simulated = _site_values(model, block, index)
+    observed = {name: value for name, value in simulated.items() if s.model_roles.get(name) == "observed"}
+    out = copy(block)
+    if assemble is None:
+        out.batch = _replace_columns(block, _site_values(model, block, index), observed)
+    else:
+        out.batch = tuple(assemble(observed, block.batch))
+    latents = {name: value for name, value in simulated.items() if name in s.guide_roles}
+    for name, value in _site_values(model, out, {**index, **latents}).items():
+        if name in observed and not torch.equal(value, observed[name].to(value)):
             raise refused(
                 name, "the simulated values once they are in the batch", "others",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",
@@ -48,31 +49,33 @@ def simulate_data(
     return out, latents
 
 
-def replaced(block: Block, batch: tuple[Tensor, ...]) -> Block:
-    """A block with another batch."""
-    out = Block.__new__(Block)
-    vars(out).update(vars(block) | {"batch": batch})
-    return out
+def block_columns(block: Block) -> tuple[Tensor, ...]:
+    """The columns of a block's batch, without rows of other blocks and padding."""
+    return tuple((t if block.index is None else t[block.index])[: block.size] for t in block.batch)
 
 
-def _placed(model: Program, s: Structure, block: Block, seen: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The batch with each simulated value in the column that its site observed."""
-    given = {} if block.index is None else {s.plate: block.index}
+def _site_values(model: Program, block: Block, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of the model's sample sites in one run on a block."""
     with poutine.trace() as tracer, Substitute(given):
         model(*block.batch)
+    return {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
+
+
+def _replace_columns(block: Block, before: Mapping[str, Tensor], simulated: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The batch with the simulated values of each site in the columns that equal the site's values `before`."""
     batch = list(block.batch)
-    for name, node in sample_sites(tracer.get_trace()):
-        if name not in seen:
+    rows = [c if block.index is None else c[block.index] for c in block.batch]
+    for name, value in before.items():
+        if name not in simulated:
             continue
-        rows = [c if block.index is None else c[block.index] for c in block.batch]
-        at = [i for i, c in enumerate(rows) if c.shape == node["value"].shape and torch.equal(c, node["value"])]
-        if not at:
+        columns = [i for i, c in enumerate(rows) if c.shape == value.shape and torch.equal(c, value)]
+        if not columns:
             raise refused(
                 name, "observed values that are a column of the batch, to put simulated ones in their place",
-                f"a tensor of shape {list(node['value'].shape)} that is none of them",
+                f"a tensor of shape {list(value.shape)} that is none of them",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",
             )  # fmt: skip
-        for i in at:
-            value = seen[name].to(batch[i])
-            batch[i] = value if block.index is None else batch[i].index_copy(0, block.index, value)
+        for i in columns:
+            new = simulated[name].to(batch[i])
+            batch[i] = new if block.index is None else batch[i].index_copy(0, block.index, new)
     return tuple(batch)

@@ -12,8 +12,8 @@ import torch
 from ppvae import log_marginal, plots
 from ppvae.cli.main import main
 from ppvae.errors import UsageError
-from ppvae.evaluation import annealed, annealing, load_estimate, looseness
-from ppvae.evaluation.annealing import hmc as annealing_chains
+from ppvae.evaluation import annealed, load_estimate, looseness
+from ppvae.evaluation.annealing import hmc
 from ppvae.evaluation.annealing.bdmc import Bracket
 from ppvae.evaluation.compare import in_words, looseness_and_error
 from ppvae.models import LinearGaussian
@@ -21,8 +21,8 @@ from ppvae.models import LinearGaussian
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    monkeypatch.setattr(annealing_chains, "WARM_UP", 8)
-    monkeypatch.setattr(annealing_chains, "ADAPTING", 1)
+    monkeypatch.setattr(hmc, "WARM_UP_TRANSITIONS", 8)
+    monkeypatch.setattr(hmc, "MIN_PILOT_TRANSITIONS", 1)
     pyro.clear_param_store()
     torch.manual_seed(0)
     yield
@@ -188,11 +188,11 @@ def test_the_bracket_certifies_the_settings_on_simulated_data(run, capsys):
 
 @pytest.mark.parametrize("method", ["annealed", "bdmc"])
 def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
-    from ppvae.evaluation.annealing import bdmc as bidirectional
+    from ppvae.evaluation.annealing import ais, bdmc
 
     command = ["evaluate", str(run), "--method", method, "--split", "valid", "--head", "70", "--no-report", *SHORT]
-    room = annealing if method == "annealed" else bidirectional
-    real, calls = room._of_block, []
+    module, name = (ais, "_anneal_block") if method == "annealed" else (bdmc, "_bracket_block")
+    real, calls = getattr(module, name), []
 
     def stopped(*args):
         calls.append(1)
@@ -200,7 +200,7 @@ def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(room, "_of_block", stopped)
+    monkeypatch.setattr(module, name, stopped)
     assert main(command) == 130
     assert "the same command goes on" in capsys.readouterr().err
     blocks = run / "results" / f"{method}_valid_blocks"
@@ -214,7 +214,7 @@ def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
         seen.update({p.name: p.stat().st_mtime_ns for p in blocks.glob("*.npz") if p.name in written})
         return real(*args)
 
-    monkeypatch.setattr(room, "_of_block", looked)
+    monkeypatch.setattr(module, name, looked)
     assert main(command) == 0
     assert seen == written
     assert not blocks.exists()

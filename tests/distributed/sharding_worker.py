@@ -10,7 +10,7 @@ from torch import distributed
 from ppvae import log_marginal
 from ppvae.errors import PpvaeError
 from ppvae.evaluation import annealed, bdmc, calibration, gaps
-from ppvae.evaluation.annealing import hmc as annealing_chains
+from ppvae.evaluation.annealing import hmc
 from ppvae.models import LinearGaussian
 
 
@@ -79,7 +79,7 @@ def errors(rank):
 def main():
     rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_default_dtype(torch.float64)
-    annealing_chains.WARM_UP, annealing_chains.ADAPTING = 8, 1
+    hmc.WARM_UP_TRANSITIONS, hmc.MIN_PILOT_TRANSITIONS = 8, 1
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )

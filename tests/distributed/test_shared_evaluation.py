@@ -11,7 +11,7 @@ import torch
 
 from ppvae.distributed import DistributedContext, distributed_context
 from ppvae.errors import PpvaeError
-from ppvae.evaluation.annealing import hmc as annealing_chains
+from ppvae.evaluation.annealing import hmc
 from tests.distributed.sharding_worker import methods
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
@@ -35,12 +35,12 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one():
     """What this process finds."""
-    before = torch.get_default_dtype(), annealing_chains.WARM_UP, annealing_chains.ADAPTING
+    before = torch.get_default_dtype(), hmc.WARM_UP_TRANSITIONS, hmc.MIN_PILOT_TRANSITIONS
     torch.set_default_dtype(torch.float64)
-    annealing_chains.WARM_UP, annealing_chains.ADAPTING = 8, 1
+    hmc.WARM_UP_TRANSITIONS, hmc.MIN_PILOT_TRANSITIONS = 8, 1
     yield methods()
     torch.set_default_dtype(before[0])
-    annealing_chains.WARM_UP, annealing_chains.ADAPTING = before[1:]
+    hmc.WARM_UP_TRANSITIONS, hmc.MIN_PILOT_TRANSITIONS = before[1:]
 
 
 METHODS = ("log_marginal", "one block", "auto", "annealed", "smc", "bdmc", "gaps", "calibration")

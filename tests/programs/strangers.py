@@ -105,7 +105,7 @@ def hierarchical() -> Pair:
 
 
 @stranger
-def draws_subsample() -> Pair:
+def indexes() -> Pair:
     """The plate draws a subsample, and the pair indexes the data itself."""
     encoder, net = Encoder(5, 2), decoder(2, 5)
 

@@ -1,4 +1,4 @@
-"""Bidirectional Monte Carlo: log p(x) of simulated data between two bounds, a certificate of annealing settings."""
+"""Bidirectional Monte Carlo: stochastic lower and upper bounds of log p(x) on simulated data."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import refused
-from ppvae.evaluation.annealing.ais import key_of_chains
-from ppvae.evaluation.annealing.hmc import backward, forward
-from ppvae.evaluation.annealing.session import Bar, Session, Settings, session
+from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
+from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import Block, as_columns
+from ppvae.evaluation.blocks import Block, BlockProgress, run_block_parts, start_evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
-from ppvae.evaluation.simulated_data import Assemble, simulate_data
+from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
 
 
 @dataclass(frozen=True)
 class Bracket(SavedResult):
-    """log p(x) of simulated data from below and from above; nats per datum, float64, all [N].
+    """Lower and upper bounds of log p(x) on simulated data; nats per datum, float64, all [N].
 
     Attributes:
-        lower: log mean w over forward chains, too low on average.
-        upper: -log mean 1/w over reverse chains from the simulated latents themselves, too high on average.
+        lower: log mean w over forward chains, a lower bound in expectation.
+        upper: -log mean 1/w over reverse chains from the simulated latents, an upper bound in expectation.
         lower_std_error, upper_std_error: Monte-Carlo standard errors over the chains.
-        acceptance: of the forward chains.
-        data: the simulated batch, its columns [N, ...]; not kept in files.
+        acceptance: mean acceptance probability of the forward chains.
+        nonfinite: number of non-finite log-weights of forward and reverse chains.
+        data: the columns [N, ...] of the simulated batch; not saved to files.
     """
 
     lower: Tensor
@@ -55,7 +54,7 @@ class Bracket(SavedResult):
         return self.upper - self.lower
 
     def summary(self) -> str:
-        """The bracket in words.
+        """The bracket as text.
 
         >>> one = torch.ones(2).double()
         >>> print(Bracket(-one, -0.9 * one, 0 * one, 0 * one, one, 0 * one, 0).summary())
@@ -72,7 +71,7 @@ class Bracket(SavedResult):
         return "\n".join(lines)
 
     def table(self) -> dict[str, str]:
-        """The bracket over the data set as words, for printing."""
+        """The means over the data set as strings, for printing."""
         unit = "nats for the whole data set" if self.joint else "nats per datum"
         rows = {
             "data": f"{len(self.lower)} simulated from the model",
@@ -84,7 +83,7 @@ class Bracket(SavedResult):
             "holds for": HOLDS_FOR,
         }
         broken = int((self.nonfinite > 0).sum())
-        return rows | ({"broken weights": f"{broken} data"} if broken else {})
+        return rows | ({"non-finite weights": f"{broken} data"} if broken else {})
 
 
 def bdmc(
@@ -108,23 +107,23 @@ def bdmc(
 ) -> Bracket:
     """Bidirectional Monte Carlo: brackets log p(x) on data simulated from the model, to certify `annealed`'s settings.
 
-    A latent that was simulated together with x is a draw of p(z | x), so that chains can run from it back to the start
-    density: forward chains give E[w] = p(x) and so a lower bound on average, reverse chains E[1 / w] = 1 / p(x) and so
-    an upper bound. The mean gap bounds the mean error of either, on simulated data only.
+    A latent simulated together with x is an exact draw of p(z | x), from which chains run in reverse to the start
+    density. Forward chains give E[w] = p(x), a lower bound of log p(x) in expectation; reverse chains give
+    E[1 / w] = 1 / p(x), an upper bound. The mean gap bounds the mean error of either, on simulated data only.
 
     Args:
         model, guide: a Pyro pair with continuous latents, as `annealed` takes it.
-        data: gives the shapes, and whatever the model is conditioned on; its observed values are replaced.
-        assemble: (simulated values by site, batch) -> batch with these in it; for a pair whose observed sites are not
-            simply columns of the batch.
+        data: gives the shapes and the covariates of the model; its observed values are replaced.
+        assemble: (simulated values by site, batch) -> batch that contains them; for a pair whose observed values are
+            not columns of the batch.
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, rows, directory, device,
             compile, progress: as `annealed` takes them; forward and reverse chains share the pilot's step sizes and
             schedule.
         seed: of the simulated data and of every draw.
 
     Raises:
-        ContractError: simulated values cannot be put into the batch, or the pair cannot be annealed, by the site's
-            name; UsageError, DataError: bad arguments or data.
+        ContractError: the batch cannot take the simulated values, or the pair cannot be annealed, by the site's name;
+            UsageError, DataError: invalid arguments or data.
 
     Source: Grosse, Ghahramani and Adams 2015 (arXiv 1511.02543); Grosse, Ancha and Roy 2016 (arXiv 1606.02275).
 
@@ -135,76 +134,72 @@ def bdmc(
     >>> bool((exact - bracket.lower).abs().max() < 0.2), bool((bracket.upper - exact).abs().max() < 0.2)
     (True, True)
     """
-    settings = Settings(
+    settings = AnnealingSettings(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows,
         compile=compile,
     )  # fmt: skip
-    with distributed_context() as shares:
-        columns = as_columns(data, seed)
-        with fork_rng(), session(model, guide, columns, settings, device) as ready:
-            _check(ready)
-            key = key_of_chains(ready, "bdmc")
-            store = BlockCache(directory, key)
-            parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.mine(ready.blocks)
-            with Bar(len(mine), 2 * len(settings.chain_blocks), settings, progress_disabled(progress), "BDMC") as bar:
-                for number in mine:
-                    ready.noise(number, "simulated")
-                    block, latents = simulate_data(ready.model, ready.s, ready.block(number), assemble)
-
-                    def made(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
-                        return _of_block(ready, block, latents, bar)
-
-                    part, there = store.part(f"block-{number:05d}", made)
-                    if there:
-                        bar.update((2 * len(settings.chain_blocks) + 1) * max(settings.num_temperatures - 1, 1))
-                    parts[number] = part | {f"data_{i}": column for i, column in enumerate(_rows_of(block))}
-                    gap = torch.cat([r["upper"] - r["lower"] for r in parts.values()]).mean()
-                    bar.say(gap=f"{gap:.3f}")
-        results = shares.gathered(parts, key)
-    joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
-    own = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        session = AnnealingSession.start(run, settings)
+        run = session.run
+        _check_reversible(run.structure)
+        found = run_block_parts(
+            run, lambda block, tracker: _bracket_simulated_data(session, block, assemble, tracker),
+            settings.cache_key("bdmc"), desc="BDMC", directory=directory, progress=progress, unit="step",
+            steps=settings.progress_steps(2 * len(settings.chain_blocks)),
+            figures={"gap": lambda bounds: bounds["upper"] - bounds["lower"]},
+        )  # fmt: skip
+    simulated = tuple(found.pop(f"data_{i}").cpu() for i in range(len(run.columns)))
     attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}
-    return Bracket(**joined, seed=seed, joint=ready.s.has_global_latents, settings=attributes, data=own)
+    return Bracket(**found, seed=seed, joint=run.structure.has_global_latents, settings=attributes, data=simulated)
 
 
-def _check(ready: Session) -> None:
-    """Refuses a guide whose own draws are not the latents, so that no chain could start at given ones."""
-    for name, role in ready.s.guide_roles.items():
+def _check_reversible(s: Structure) -> None:
+    """Refuses a guide with auxiliary or enumerated sites: a chain cannot start at given latents."""
+    for name, role in s.guide_roles.items():
         if role in ("auxiliary", "enumerated"):
             raise refused(
-                name, "a guide whose own draws are the latents, to start a chain at given ones",
+                name, "a guide that samples the latents themselves, to start a chain at given ones",
                 "a helper" if role == "auxiliary" else "a site enumerated in the guide",
                 "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
             )  # fmt: skip
 
 
-def _of_block(ready: Session, block: Block, latents: Mapping[str, Tensor], bar: Bar) -> dict[str, Tensor]:
-    """Both bounds for one block of simulated data."""
-    settings, number = ready.settings, block.number
-    density = ready.density(block)
-    plan = ready.plan(density, number, BlockCache(None, {}), bar)
-    width = 1 if ready.s.has_global_latents else block.size
-    both = {
-        "lower": LogWeightAccumulator(settings.num_chains, [], block.eps),
-        "upper": LogWeightAccumulator(settings.num_chains, [], block.eps),
-    }
+def _bracket_simulated_data(
+    session: AnnealingSession, block: Block, assemble: Assemble | None, progress: BlockProgress
+) -> dict[str, Tensor]:
+    """Both bounds for one block of simulated data, by field, and the columns of its batch."""
+
+    def run() -> dict[str, Tensor]:
+        session.noise(block.number, "simulated")
+        simulated, latents = simulate_data(session.run.model, block.s, block, assemble)
+        bounds = _bracket_block(session, simulated, latents, BlockProgress(BlockCache(None, {}), progress.bar))
+        return bounds | {f"data_{i}": column for i, column in enumerate(block_columns(simulated))}
+
+    return progress.part(f"block-{block.number:05d}", run)
+
+
+def _bracket_block(
+    session: AnnealingSession, block: Block, latents: Mapping[str, Tensor], progress: BlockProgress
+) -> dict[str, Tensor]:
+    """Both bounds for one block of simulated data, by field."""
+    settings, number = session.settings, block.number
+    potential = session.potential(block)
+    path = session.path(potential, number, progress)
+    width = block.num_weights
+    weights = LogWeightAccumulator(settings.num_chains, [], block.eps)
+    inverse_weights = LogWeightAccumulator(settings.num_chains, [], block.eps)
     acceptance = torch.zeros(width, dtype=torch.float64)
     for i, count in enumerate(settings.chain_blocks):
-        noise = ready.noise(number, i)
-        chains = forward(plan, density.start(count), 0.0, noise, bar.update)
-        both["lower"].add(chains.log_weight[:, :width], chains.log_weight[:, :width])
+        noise = session.noise(number, i)
+        chains = run_forward_chains(path, potential.sample_start(count), 0.0, noise, progress.advance)
+        weights.add(chains.log_weight[:, :width], chains.log_weight[:, :width])
         acceptance = acceptance + chains.acceptance[:width].cpu() * count / settings.num_chains
-        back = backward(plan, density.single(latents, count), ready.noise(number, i, "reverse"), bar.update)
-        both["upper"].add(-back[:, :width], -back[:, :width])
-    lower, upper = ({k: v.cpu() for k, v in weights.result().items()} for weights in both.values())
+        posterior_draw = potential.space.expand(latents, count)
+        reverse = run_reverse_chains(path, posterior_draw, session.noise(number, i, "reverse"), progress.advance)
+        inverse_weights.add(-reverse[:, :width], -reverse[:, :width])
+    lower, upper = ({k: v.cpu() for k, v in w.result().items()} for w in (weights, inverse_weights))
     return {
         "lower": lower["log_px"], "lower_std_error": lower["std_error"], "acceptance": acceptance,
         "upper": -upper["log_px"], "upper_std_error": upper["std_error"],
         "nonfinite": lower["nonfinite"] + upper["nonfinite"],
     }  # fmt: skip
-
-
-def _rows_of(block: Block) -> tuple[Tensor, ...]:
-    """The block's own rows of its batch."""
-    return tuple((t if block.index is None else t[block.index])[: block.size] for t in block.batch)

@@ -1,8 +1,9 @@
-"""A state of all chains with its two densities and their gradients, and the densities in between."""
+"""The state of all chains with its two log-densities and their gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChainState:
-    """A state and its two densities with their gradients: what a leapfrog step needs."""
+    """A state with the log-densities and gradients that a leapfrog step needs."""
 
     u: Tensor  # [chains, batch, dims]
     log_start: Tensor  # [chains, batch], float64
@@ -33,28 +34,27 @@ class ChainState:
         return value, (1 - b) * self.grad_start + b * self.grad_joint
 
     def where(self, chosen: Tensor, other: ChainState) -> ChainState:
-        """This point where `chosen` [chains, batch], the other elsewhere."""
-        wide = chosen[..., None]
+        """This state where `chosen` [chains, batch], the other elsewhere."""
+        per_dim = chosen[..., None]
         return ChainState(
-            torch.where(wide, self.u, other.u),
+            torch.where(per_dim, self.u, other.u),
             torch.where(chosen, self.log_start, other.log_start),
             torch.where(chosen, self.log_joint, other.log_joint),
-            torch.where(wide, self.grad_start, other.grad_start),
-            torch.where(wide, self.grad_joint, other.grad_joint),
+            torch.where(per_dim, self.grad_start, other.grad_start),
+            torch.where(per_dim, self.grad_joint, other.grad_joint),
         )
 
-    def taken(self, index: Tensor) -> ChainState:
+    def gather(self, index: Tensor) -> ChainState:
         """The chains `index` [chains, batch] of each datum."""
-        wide = index[..., None].expand_as(self.u)
+        per_dim = index[..., None].expand_as(self.u)
         return ChainState(
-            self.u.gather(0, wide), self.log_start.gather(0, index), self.log_joint.gather(0, index),
-            self.grad_start.gather(0, wide), self.grad_joint.gather(0, wide),
+            self.u.gather(0, per_dim), self.log_start.gather(0, index), self.log_joint.gather(0, index),
+            self.grad_start.gather(0, per_dim), self.grad_joint.gather(0, per_dim),
         )  # fmt: skip
 
 
-def concatenate_states(parts: list[ChainState]) -> ChainState:
-    """Points of some chains each as the point of all of them."""
+def concatenate_states(parts: Sequence[ChainState]) -> ChainState:
+    """States of some chains each, as the state of all chains."""
     if len(parts) == 1:
         return parts[0]
-    names = ("u", "log_start", "log_joint", "grad_start", "grad_joint")
-    return ChainState(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+    return ChainState(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(ChainState)))

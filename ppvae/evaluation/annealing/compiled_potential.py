@@ -42,7 +42,7 @@ class CompiledPotential:
 
     Args:
         total: gradients that the whole run takes, in all processes: with `MANY` of them they come from a graph that is
-            captured from `Potential.point` and compiled, one for each shape, and checked against it. What does not
+            captured from `Potential.evaluate` and compiled, one for each shape, and checked against it. What does not
             depend on the state, an encoder say, is computed once for each block.
     """
 
@@ -53,7 +53,7 @@ class CompiledPotential:
     def __call__(self, density: Potential, u: Tensor) -> ChainState:
         """The point at a state [chains, batch, dims] that needs no gradient itself."""
         if self._over or not density.capturable:
-            return density.point(u)
+            return density.evaluate(u)
         kind = tuple((t.shape, t.dtype, t.device) for t in (u, *density.batch))
         if kind not in self._made:
             try:
@@ -61,17 +61,17 @@ class CompiledPotential:
             except Exception as error:
                 self._over = True
                 log.warning("ppvae: chains run without a compiled graph: %s", one_line_reason(error))
-                return density.point(u)
+                return density.evaluate(u)
         with torch.no_grad():
             return self._made[kind](density, u)
 
 
 def _make(density: Potential, u: Tensor) -> _Made:
     """Captures, compiles and checks."""
-    alone = density.run_whole()
+    alone = density.without_cache()
 
     def run() -> list[Tensor]:
-        point = alone.point(u)
+        point = alone.evaluate(u)
         return [point.log_start, point.log_joint, point.grad_start, point.grad_joint]
 
     graph = capture(run, list(density.s.params.values()), (u, *density.batch))
@@ -82,7 +82,7 @@ def _make(density: Potential, u: Tensor) -> _Made:
         shared = once.forward(*graph.held, *density.batch)
         made = _Made(once.forward, compiled(each, [*shared, u], {}), graph.held)
         found = made(density, u)
-    expected = density.point(u)
+    expected = density.evaluate(u)
     for name in ("log_start", "log_joint", "grad_start", "grad_joint"):
         a, b = getattr(expected, name).double(), getattr(found, name).double()
         near = (1e-9 if u.dtype == torch.float64 else 1e-4) * (1 + a.abs().amax())

@@ -1,4 +1,4 @@
-"""Where the inverse temperatures lie: by name, as given, or so that each step loses the same effective sample size."""
+"""Schedules of inverse temperatures: by name, as given, or with equal loss of effective sample size per step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ppvae.errors import UsageError
 
 SCHEDULES = ("sigmoid", "linear", "equal_ess")
-DELTA = 4.0
-WINDOW = 4  # temperatures on either side over which the pilot's spread is averaged
-FLOOR = 0.1  # share of the steps that is spread evenly
+SIGMOID_SCALE = 4.0
+SMOOTHING_WINDOW = 4  # temperatures on either side over which the pilot's standard deviation is averaged
+LINEAR_SHARE = 0.1  # share of the steps that are linear in beta
 
 
 def named_schedule(schedule: str | Sequence[float] | Tensor, num_temperatures: int) -> Tensor:
@@ -29,19 +29,19 @@ def named_schedule(schedule: str | Sequence[float] | Tensor, num_temperatures: i
     >>> named_schedule("linear", 4).tolist(), [round(b, 3) for b in named_schedule("sigmoid", 4).tolist()]
     ([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 0.105, 0.5, 0.895, 1.0])
     """
-    even = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.float64)
+    linear = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.float64)
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise UsageError(f"schedule: expected one of {list(SCHEDULES)} or numbers from 0 to 1, found {schedule!r}")
         if schedule == "linear":
-            return even
-        ends = 1 / (1 + math.exp(DELTA)), 1 / (1 + math.exp(-DELTA))
-        betas = (torch.sigmoid(DELTA * (2 * even - 1)) - ends[0]) / (ends[1] - ends[0])
+            return linear
+        ends = 1 / (1 + math.exp(SIGMOID_SCALE)), 1 / (1 + math.exp(-SIGMOID_SCALE))
+        betas = (torch.sigmoid(SIGMOID_SCALE * (2 * linear - 1)) - ends[0]) / (ends[1] - ends[0])
         betas[0], betas[-1] = 0.0, 1.0
         return betas
     betas = torch.as_tensor(schedule).double().flatten()
-    rising = len(betas) > 1 and bool((betas.diff() > 0).all()) and float(betas[0]) == 0 and float(betas[-1]) == 1
-    if not rising:
+    increasing = len(betas) > 1 and bool((betas.diff() > 0).all()) and float(betas[0]) == 0 and float(betas[-1]) == 1
+    if not increasing:
         raise UsageError(f"schedule: expected numbers that rise from 0 to 1, found {betas.tolist()[:8]}")
     if len(betas) != num_temperatures + 1:
         raise UsageError(
@@ -51,13 +51,13 @@ def named_schedule(schedule: str | Sequence[float] | Tensor, num_temperatures: i
 
 
 def equal_ess(betas: Tensor, spread: Tensor) -> Tensor:
-    """Inverse temperatures, per datum, between which the effective sample size falls by one and the same factor.
+    """Inverse temperatures per datum between which the effective sample size falls by a constant factor.
 
-    A step of d beta multiplies it by about exp(-Var(log w) (d beta)^2), the variance taken at beta, so that the steps
-    are equal in sqrt(Var(log w)) d beta (Zhou et al. 2016, arXiv 1303.3123; Grosse et al. 2013).
+    A step of d beta multiplies it by about exp(-Var(log w) (d beta)^2), the variance taken at beta: the steps are equal
+    in sqrt(Var(log w)) d beta (Zhou et al. 2016, arXiv 1303.3123; Grosse et al. 2013).
 
     Args:
-        betas: of the pilot, [T + 1].
+        betas: inverse temperatures of the pilot run, [T + 1].
         spread: standard deviation of log w over the pilot's chains at beta_0 .. beta_{T-1}, [T, N].
 
     Returns:
@@ -65,23 +65,23 @@ def equal_ess(betas: Tensor, spread: Tensor) -> Tensor:
     """
     steps, count = len(betas) - 1, spread.shape[1]
     grid, out = betas.cpu().numpy(), np.empty((steps + 1, count))
-    kernel = np.ones(2 * min(WINDOW, (steps - 1) // 2) + 1)
+    kernel = np.ones(2 * min(SMOOTHING_WINDOW, (steps - 1) // 2) + 1)
     for n in range(count):
         speed = spread[:, n].nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
         speed = np.maximum(speed, 1e-12 + 1e-3 * speed.max())
-        # a few chains measure a spread badly, and neighbours have nearly the same one
+        # standard deviations over a few chains are noisy, and vary slowly with beta
         speed = np.exp(
             np.convolve(np.log(speed), kernel, mode="same") / np.convolve(np.ones(steps), kernel, mode="same")
         )
         length = np.cumsum(speed * np.diff(grid))
-        length = np.concatenate([[0.0], length]) / length[-1] + FLOOR * grid  # nothing is skipped that the pilot missed
+        length = np.concatenate([[0.0], length]) / length[-1] + LINEAR_SHARE * grid
         out[:, n] = np.interp(np.linspace(0, length[-1], steps + 1), length, grid)
     out[0], out[-1] = 0.0, 1.0
     return torch.from_numpy(out).to(betas.device)
 
 
-def at_betas(steps: Tensor, betas: Tensor, wanted: Tensor) -> Tensor:
-    """Step sizes [T + 1, N] found at `betas` [T + 1], interpolated on a log scale at `wanted` [T + 1, N]."""
-    grid, logs = betas.cpu().numpy(), steps.log().double().cpu().numpy()
-    columns = [np.interp(wanted[:, n].cpu().numpy(), grid, logs[:, n]) for n in range(steps.shape[1])]
-    return torch.from_numpy(np.stack(columns, 1)).exp().to(steps)
+def interpolate_step_sizes(step_sizes: Tensor, betas: Tensor, new_betas: Tensor) -> Tensor:
+    """Step sizes [T + 1, N] at `betas` [T + 1], interpolated on a log scale at `new_betas` [T + 1, N]."""
+    grid, logs = betas.cpu().numpy(), step_sizes.log().double().cpu().numpy()
+    columns = [np.interp(new_betas[:, n].cpu().numpy(), grid, logs[:, n]) for n in range(step_sizes.shape[1])]
+    return torch.from_numpy(np.stack(columns, 1)).exp().to(step_sizes)

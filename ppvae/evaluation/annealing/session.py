@@ -1,38 +1,31 @@
-"""What every annealed run shares: its settings, the pair on a block of data, and the plan that is fixed beforehand."""
+"""Settings and set-up that annealed importance sampling, BDMC and quadrature share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppvae.errors import UsageError
+from ppvae.evaluation.annealing.chains import AnnealingPath
 from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
-from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, Kernel, Plan, pilot
-from ppvae.evaluation.annealing.potential import Potential, prior_of
-from ppvae.evaluation.annealing.schedules import at_betas, equal_ess, named_schedule
-from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns, program_device
-from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import cache_encoder, terms
-from ppvae.inference.tracing import Program
+from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
+from ppvae.evaluation.annealing.potential import Potential, prior_as_guide
+from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, Evaluation
+from ppvae.inference.terms import terms
 from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Checked settings of an annealed run; `annealed` says what each means.
+class AnnealingSettings:
+    """Settings of an annealed run, checked; `annealed` documents each.
 
     Raises:
-        UsageError: a setting that cannot be used, by its name.
+        UsageError: a setting out of its range, by its name.
     """
 
     num_chains: int
@@ -62,14 +55,18 @@ class Settings:
 
     @property
     def betas(self) -> Tensor:
-        """Inverse temperatures [T + 1]; of the pilot run where the schedule is measured."""
+        """Inverse temperatures [T + 1]; those of the pilot run under schedule "equal_ess"."""
         return named_schedule(self.schedule, self.num_temperatures)
 
     @property
     def chain_blocks(self) -> list[int]:
-        """Chains that run together, and share a stream of noise; those that are resampled must all do so."""
+        """Numbers of chains that run together on one noise stream; resampling needs all chains in one block."""
         size = self.num_chains if self.resample else PARTICLE_BLOCK
         return [min(size, self.num_chains - first) for first in range(0, self.num_chains, size)]
+
+    def progress_steps(self, runs: int) -> int:
+        """Steps of the progress bar per block of data: transitions of the pilot and of `runs` runs of chains."""
+        return (runs + 1) * max(self.num_temperatures - 1, 1)
 
     def attributes(self) -> dict[str, Any]:
         """The settings as strings and numbers."""
@@ -80,123 +77,78 @@ class Settings:
             "target_acceptance": self.target_acceptance,
         }  # fmt: skip
 
+    def cache_key(self, method: str) -> dict[str, Any]:
+        """The settings that the chains depend on, as strings and numbers."""
+        return self.attributes() | {"what": method, "betas": self.betas.tolist()}
+
 
 @dataclass(frozen=True)
-class Session:
-    """A pair ready to be annealed on its data, block after block."""
+class AnnealingSession:
+    """A pair in evaluation mode on its data, and the annealing settings."""
 
-    model: Program
-    guide: Program
-    s: Structure
-    columns: tuple[Any, ...]
-    size: int  # data in a block
-    device: torch.device
-    settings: Settings
-    modules: Sequence[torch.nn.Module]
-    points: CompiledPotential
+    run: Evaluation
+    settings: AnnealingSettings
+    evaluate: CompiledPotential
 
-    @property
-    def blocks(self) -> int:
-        """How many blocks the data make."""
-        return -(-len(self.columns[0]) // self.size)
-
-    def block(self, number: int) -> Block:
-        """Some rows of the data."""
-        first = number * self.size
-        return Block(
-            self.columns, first, min(first + self.size, len(self.columns[0])), number, self.s, self.device
-        )  # fmt: skip
-
-    def density(self, block: Block) -> Potential:
-        """The start density and p(x, z) of a block, whose values are checked against the supports once."""
-        rows = self.settings.rows or DATA_BLOCK * PARTICLE_BLOCK
-        guide = cache_encoder(self.guide, block.batch, self.s, block.index)
-        prior, cached = self.settings.start == "prior", guide is not self.guide
-        density = Potential(
-            self.model, guide, block.batch, self.s, block.index, rows, prior, cached, self.guide, self.points
-        )
-        if block.number == 0:
-            density.check_steady()
-        block.check_supports(terms(self.model, guide, block.batch, 1, structure=self.s, index=block.index))
-        return density
-
-    def noise(self, *key: Any) -> torch.Generator:
-        """The stream that belongs to a key; torch's own generator, from which the pair draws, starts there too."""
-        torch.manual_seed(derive_seed(self.settings.seed, *key))
-        return torch.Generator(device=self.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
-
-    def plan(self, density: Potential, number: int, store: BlockCache, bar: Bar) -> Plan:
-        """Inverse temperatures, step sizes and scales, from a pilot run whose chains are not used again."""
-        settings = self.settings
-
-        def made() -> dict[str, Tensor]:
-            noise = self.noise(number, "pilot")
-            scale = density.spread()
-            betas = settings.betas.to(self.device)
-            kernel = Kernel(density, scale, settings.num_leapfrog)
-            start = density.start(PILOT_CHAINS)
-            steps, spread = pilot(kernel, start, betas, settings.target_acceptance, noise, bar.update)
-            wide = betas[:, None].expand(-1, spread.shape[1])
-            if settings.schedule == "equal_ess":
-                wide = equal_ess(betas, spread)
-                steps = at_betas(steps, betas, wide)
-            return {"betas": wide, "steps": steps, "scale": scale}
-
-        if settings.num_temperatures == 1:
-            wide = settings.betas.to(self.device)[:, None].expand(-1, density.size)
-            scale = torch.ones(density.size, density.dims, dtype=density.dtype, device=self.device)
-            return Plan(wide, torch.ones_like(wide), Kernel(density, scale, settings.num_leapfrog))
-        part, there = store.part(f"plan-{number:05d}", made)
-        if there:
-            bar.update(settings.num_temperatures - 1)
-        part = {name: value.to(self.device) for name, value in part.items()}
-        return Plan(part["betas"], part["steps"], Kernel(density, part["scale"], settings.num_leapfrog))
-
-
-@contextmanager
-def session(
-    model: Program, guide: Program, columns: tuple[Any, ...], settings: Settings, device: torch.device | str | None
-) -> Iterator[Session]:
-    """Everything that holds while a pair is annealed; the random state is the caller's to keep."""
-    model, guide = bind_program(model), bind_program(guide)
-    with evaluation_mode(model, guide):
-        place = torch.device(device) if device is not None else program_device(model, guide, columns)
-        with record_modules(model, guide) as modules:
-            s, size = inspect_columns(model, guide, columns, place)
+    @classmethod
+    def start(cls, run: Evaluation, settings: AnnealingSettings) -> AnnealingSession:
+        """The session of an evaluation; under start="prior" its guide is replaced by the prior."""
         if settings.start == "prior":
+            s = run.structure
             if s.enumerated:
                 raise UsageError(
                     f"start='prior': expected latents whose prior has a density of its own; sites {list(s.enumerated)} "
                     f"are summed out of it. Use start='guide'"
                 )
-            guide = prior_of(model, s.guide_roles)
-            s, size = inspect_columns(model, guide, columns, place)
-        with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
-            runs = -(-len(columns[0]) // size) * (1 + len(settings.chain_blocks))
-            points = CompiledPotential(
-                runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0
+            run = run.with_guide(prior_as_guide(run.model, s.guide_roles))
+        runs = run.num_blocks * (1 + len(settings.chain_blocks))
+        gradients = runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0
+        return cls(run, settings, CompiledPotential(gradients))
+
+    def potential(self, block: Block) -> Potential:
+        """The start density and p(x, z) of a block, with its values checked against the supports."""
+        rows, from_prior = self.settings.rows or DATA_BLOCK * PARTICLE_BLOCK, self.settings.start == "prior"
+        potential = Potential(
+            self.run.model, self.run.guide, block, rows, from_prior=from_prior, cache=True, evaluate=self.evaluate
+        )
+        if block.number == 0:
+            potential.check_deterministic()
+        block.check_supports(
+            terms(self.run.model, potential.guide, block.batch, 1, structure=block.s, index=block.index)
+        )
+        return potential
+
+    def noise(self, *key: Any) -> torch.Generator:
+        """The transitions' noise stream of a key; the global generator, for draws of the pair, is seeded by it too."""
+        torch.manual_seed(derive_seed(self.settings.seed, *key))
+        return torch.Generator(device=self.run.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
+
+    def path(self, potential: Potential, number: int, progress: BlockProgress) -> AnnealingPath:
+        """Inverse temperatures, step sizes and scales from a pilot run, whose chains are then discarded."""
+        settings = self.settings
+
+        def run_pilot() -> dict[str, Tensor]:
+            noise = self.noise(number, "pilot")
+            scale = potential.start_scale()
+            betas = settings.betas.to(self.run.device)
+            kernel = HMCKernel(potential, scale, settings.num_leapfrog)
+            start = potential.sample_start(PILOT_CHAINS)
+            step_sizes, spread = adapt_step_sizes(
+                kernel, start, betas, settings.target_acceptance, noise, progress.advance
             )
-            yield Session(model, guide, s, columns, size, place, settings, modules, points)
+            per_datum = betas[:, None].expand(-1, spread.shape[1])
+            if settings.schedule == "equal_ess":
+                per_datum = equal_ess(betas, spread)
+                step_sizes = interpolate_step_sizes(step_sizes, betas, per_datum)
+            return {"betas": per_datum, "steps": step_sizes, "scale": scale}
 
-
-class Bar:
-    """Progress in transitions of whole blocks, with the running estimate."""
-
-    def __init__(self, blocks: int, runs: int, settings: Settings, hidden: bool | None, what: str):
-        total = blocks * (runs + 1) * max(settings.num_temperatures - 1, 1)
-        self._bar = tqdm(total=total, desc=what, unit="step", disable=hidden)
-
-    def update(self, count: int = 1) -> None:
-        """So many transitions are done."""
-        self._bar.update(count)
-
-    def say(self, **values: str) -> None:
-        """Figures at the end of the line."""
-        if not self._bar.disable:
-            self._bar.set_postfix(values)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
+        if settings.num_temperatures == 1:
+            per_datum = settings.betas.to(self.run.device)[:, None].expand(-1, potential.size)
+            space = potential.space
+            scale = torch.ones(potential.size, space.dims, dtype=space.dtype, device=self.run.device)
+            kernel = HMCKernel(potential, scale, settings.num_leapfrog)
+            return AnnealingPath(per_datum, torch.ones_like(per_datum), kernel)
+        part = progress.part(f"plan-{number:05d}", run_pilot)
+        part = {name: value.to(self.run.device) for name, value in part.items()}
+        kernel = HMCKernel(potential, part["scale"], settings.num_leapfrog)
+        return AnnealingPath(part["betas"], part["steps"], kernel)

@@ -1,58 +1,54 @@
-"""Where the nats go: the inference gap of a trained pair, split into approximation gap and amortisation gap."""
+"""The inference gap of a trained pair, split into approximation gap and amortisation gap."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import BlockCache, cache_key
 from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
     Block,
-    as_columns,
+    BlockProgress,
     data_digest,
-    inspect_columns,
-    program_device,
+    run_block_parts,
+    start_evaluation,
 )
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.local.guides import FullRankFamily
-from ppvae.evaluation.local.refit import WEIGHED, Plan, check_refit
+from ppvae.evaluation.local.full_rank import FullRankFamily
+from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefit, check_refit
 from ppvae.evaluation.results import SavedResult, mean_words
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 
 @dataclass(frozen=True)
 class Gaps(SavedResult):
     """The inference gap per datum and its parts; nats per datum, float64, all [N].
 
-    log p(x) - ELBO = (log p(x) - best ELBO) + (best ELBO - ELBO): inference = approximation + amortisation gap, where
-    the best is over guides of the same family with parameters of their own for the datum. A refit ends at or below the
-    best, and estimates of log p(x) lie below it on average: so the amortisation gap is a lower bound, the
-    approximation gap too large by what the refit missed and too small by what log p(x) is too low.
+    log p(x) - ELBO = (log p(x) - best ELBO) + (best ELBO - ELBO): inference gap = approximation gap + amortisation
+    gap, where the best ELBO is the maximum over the guide's family with free parameters for the datum. The refit
+    reaches a value at or below the best, and estimates of log p(x) are low in expectation: the amortisation gap is a
+    lower bound, and the approximation gap is too large by the suboptimality of the refit and too small by the bias of
+    log p(x).
 
     Attributes:
-        log_px, log_px_error: the estimate of log p(x) and its Monte-Carlo standard error (NaN where not known).
-        reliable: whether that estimate can be trusted, as `Estimate.reliable` says (or all, where it was given bare).
-        elbo: of the guide as it is.
-        best_elbo: of the guide refit for the datum.
-        richer_elbo: of the richer family fitted to the datum; None where there is none.
-        gained: what the last round of the refit still gained; a refit that had come to rest gains nothing.
-        refit: what was refit, in words.
+        log_px, log_px_error: the estimate of log p(x) and its Monte-Carlo standard error (NaN where unknown).
+        reliable: `Estimate.reliable` of that estimate (True where log p(x) was given as a tensor).
+        elbo: of the amortised guide.
+        best_elbo: of the guide refit to the datum.
+        richer_elbo: of the richer family fitted to the datum, or None.
+        gained: gain of the refit's last round; zero at convergence.
+        refit: description of the parameters that were refit.
+        richer: name of the richer family.
+        log_px_from: source of log p(x).
     """
 
     log_px: Tensor
@@ -85,11 +81,11 @@ class Gaps(SavedResult):
 
     @property
     def amortisation(self) -> Tensor:
-        """Best ELBO in the family - ELBO, [N] nats; from the same noise, so that what is common cancels."""
+        """Best ELBO in the family - ELBO, [N] nats; from common random numbers."""
         return self.best_elbo - self.elbo
 
     def table(self) -> dict[str, str]:
-        """The means over the data with standard errors (paired: of each datum's difference), as words."""
+        """The means over the data with standard errors (of paired differences for the gaps), as strings."""
         rows = {
             "data": f"{self.data or 'a tensor'}, {len(self.elbo)} data",
             "log p(x)": f"{mean_words(self.log_px)} nats per datum ({self.log_px_from})",
@@ -106,20 +102,20 @@ class Gaps(SavedResult):
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
     def summary(self) -> str:
-        """The decomposition in words, with the direction of its errors."""
+        """The decomposition as text, with the direction of its errors."""
         count, bad = len(self.elbo), int((~self.reliable).sum())
-        whole, family, network = (mean_words(v) for v in (self.inference, self.approximation, self.amortisation))
+        inference, approximation, amortisation = map(
+            mean_words, (self.inference, self.approximation, self.amortisation)
+        )
         lines = [
-            f"inference gap {whole} = approximation gap {family} + amortisation gap {network} nats per datum over "
-            f"{count} data",
+            f"inference gap {inference} = approximation gap {approximation} + amortisation gap {amortisation} nats per "
+            f"datum over {count} data",
             f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained "
             f"{mean_words(self.gained)}), the approximation gap an upper bound up to the looseness of log p(x) "
             f"({self.log_px_from})",
         ]
         if bad:
-            lines.append(
-                f"log p(x) of {bad} of {count} data is not to be trusted: their approximation gap may be larger"
-            )
+            lines.append(f"log p(x) of {bad} of {count} data is unreliable: their approximation gap may be larger")
         return "\n".join([*lines, *self.notes])
 
 
@@ -139,28 +135,28 @@ def gaps(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Gaps:
-    """Splits log p(x) - ELBO of each datum into what the guide's family and what its amortisation cost.
+    """Splits log p(x) - ELBO of each datum into the approximation gap of the guide's family and the amortisation gap.
 
-    Where the guide's sites have distributions that are made of arguments and do not depend on each other, every datum
-    gets arguments of its own, started at the guide's (a semi-amortised guide's: after its steps). For any other guide
-    (hierarchical, a flow) a copy of its parameters is refit on each datum by itself, which takes as long as it sounds.
+    Where the guide's sites are independent and have distributions with declared arguments, every datum gets free
+    arguments, initialised at the guide's (a semi-amortised guide's: after its steps). For any other guide
+    (hierarchical, a flow) a copy of its parameters is refit on each datum separately, which is slow.
 
     Args:
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
-        data: a tensor [N, *event], a split, or a tuple of them; take few (a hundred), each is fitted by itself.
-        log_px: the best estimate at hand, of the same data (an `Estimate`, or [N] nats); by default importance
-            sampling with `num_particles` draws from the richest guide fitted here.
-        num_particles: draws per datum for every ELBO, fresh after the refit.
+        data: a tensor [N, *event], a split, or a tuple of them; about a hundred, since each is fitted separately.
+        log_px: the best available estimate for the same data (an `Estimate`, or [N] nats); by default importance
+            sampling with `num_particles` draws from the most flexible guide fitted here.
+        num_particles: fresh draws per datum for every ELBO after the refit.
         steps, rounds: a refit takes at most `rounds` rounds of `steps` steps of Adam; it ends where a round gains less
             than 0.002 nats on average.
-        richer: makes a richer family of locations [N, D] and scales [N, D, D]; None for none.
+        richer: makes a richer family from locations [N, D] and scales [N, D, D]; None for no richer family.
         seed: of all noise.
-        rows: the most (datum, particle) rows that go through the model at once.
-        directory: where finished blocks are kept, so that a call with the same settings goes on from there.
+        rows: the largest number of (datum, particle) rows in one run of the model.
+        directory: cache of finished blocks; the same call resumes from it after an interruption.
 
     Raises:
         ContractError: the pair breaks the contract, has latents shared by all data, or a latent without a pathwise
-            gradient; UsageError, DataError: bad arguments or data.
+            gradient; UsageError, DataError: invalid arguments or data.
 
     Source: Cremer, Li and Duvenaud 2018, Inference suboptimality in variational autoencoders (arXiv 1801.03558).
 
@@ -173,38 +169,35 @@ def gaps(
     for name, value in (("num_particles", num_particles), ("steps", steps), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
-    model, guide = bind_program(model), bind_program(guide)
-    with distributed_context() as shares:
-        columns = as_columns(data, seed)
-        _check_given(log_px, columns)
-        with fork_rng(), evaluation_mode(model, guide):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
-            s, size = inspect_columns(model, guide, columns, place)
-            check_refit(s)
-            settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
-            plan = Plan(model, guide, s, size, "", richer, "", *settings).settled(columns, place)
-            numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds, "seed": seed}
-            what = {"what": "gaps", "refit": plan.refit, "richer": plan.richer_words}
-            key = cache_key(columns, s, (), what | numbers)
-            finished, done = BlockCache(directory, key), {}
-            with tqdm(desc="gaps", unit="step", disable=progress_disabled(progress)) as bar:
-                for number in shares.mine(-(-len(columns[0]) // plan.size)):
-                    start, stop = number * plan.size, min((number + 1) * plan.size, len(columns[0]))
-                    bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
-                    block = Block(columns, start, stop, number, plan.s, place)
-                    made = functools.partial(plan.of_block, block, bar.update)
-                    done[number] = finished.part(f"block_{number}", made)[0]
-        parts = shares.gathered(done, key)
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "rounds"}
-    own = {name: found.pop(name) for name in WEIGHED}
-    est = _estimate(own, num_particles, seed, s) if log_px is None else log_px
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        _check_log_px(log_px, run.columns)
+        s = run.structure
+        check_refit(s)
+        settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
+        refit = LocalRefit(run.model, run.guide, s, run.block_size, richer, *settings).choose_guides(
+            run.columns, run.device
+        )
+
+        def fit(block: Block, tracker: BlockProgress) -> dict[str, Tensor]:
+            tracker.bar.set_postfix_str(f"data {block.start} to {block.start + block.size - 1} of {run.num_data}")
+            return tracker.part(f"block-{block.number:05d}", lambda: refit.fit_block(block, tracker.advance))
+
+        numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds}
+        words = {"what": "gaps", "refit": refit.description, "richer": refit.richer_name}
+        found = run_block_parts(
+            replace(run, structure=refit.s, block_size=refit.size), fit, words | numbers,
+            desc="gaps", directory=directory, progress=progress, steps=None, unit="step",
+        )  # fmt: skip
+    estimate = {name: found.pop(name) for name in ESTIMATE_FIELDS}
+    est = _estimate(estimate, num_particles, seed, s) if log_px is None else log_px
     if isinstance(est, Tensor):
-        best, words = est.double().cpu(), "given"
+        log_px_from, best = "given", est.double().cpu()
         error, reliable = torch.full_like(best, math.nan), torch.ones_like(best, dtype=torch.bool)
     else:
         best, error, reliable = est.log_px, est.std_error, est.reliable
-        source = f"from {'the richer family' if plan.richer else 'the refit guide'}" if log_px is None else "given"
-        words = f"{est.method}, {source}, K = {est.num_particles}"
+        source = "the richer family" if refit.richer else "the refit guide"
+        log_px_from = "given" if log_px is not None else f"{est.method}, from {source}"
+        log_px_from += f", K = {est.num_particles}"
     return Gaps(
         log_px=best,
         log_px_error=error,
@@ -213,24 +206,20 @@ def gaps(
         best_elbo=found["best_elbo"],
         richer_elbo=found.get("richer_elbo"),
         gained=found["gained"],
-        refit=plan.refit,
-        richer=plan.richer_words,
-        log_px_from=words
-        if log_px is None
-        else f"given, K = {est.num_particles}"
-        if isinstance(est, Estimate)
-        else "given",
+        refit=refit.description,
+        richer=refit.richer_name,
+        log_px_from=log_px_from,
         num_particles=num_particles,
         steps=steps,
-        rounds=int(max(part["rounds"] for part in parts)),
+        rounds=int(found["rounds"].max()),
         seed=seed,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
-        notes=(f"no richer family: {plan.why_no_richer}",) if plan.why_no_richer else (),
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
+        notes=(f"no richer family: {refit.why_no_richer}",) if refit.why_no_richer else (),
     )
 
 
-def _check_given(log_px: Estimate | Tensor | None, columns: tuple[Any, ...]) -> None:
+def _check_log_px(log_px: Estimate | Tensor | None, columns: tuple[Any, ...]) -> None:
     if log_px is None:
         return
     values = log_px.log_px if isinstance(log_px, Estimate) else log_px
@@ -240,8 +229,8 @@ def _check_given(log_px: Estimate | Tensor | None, columns: tuple[Any, ...]) -> 
         raise UsageError("log_px: expected an estimate of these data, found one of others (their digests differ)")
 
 
-def _estimate(own: dict[str, Any], num_particles: int, seed: int, s: Structure) -> Estimate:
+def _estimate(fields: dict[str, Any], num_particles: int, seed: int, s: Structure) -> Estimate:
     return Estimate(
-        **own, elbo=own["log_px"], num_particles=num_particles, seed=seed, dims=s.observed_dims, base_measure="",
+        **fields, elbo=fields["log_px"], num_particles=num_particles, seed=seed, dims=s.observed_dims, base_measure="",
         lower_bound_only=s.lower_bound_only,
     )  # fmt: skip

@@ -13,19 +13,9 @@ from pyro import poutine
 
 from ppvae import log_marginal
 from ppvae.errors import CheckpointError, ContractError, UsageError
-from ppvae.evaluation import Bracket, annealed, annealing, bdmc, quadrature  # fmt: skip
-from ppvae.evaluation.annealing import (
-    bdmc as bidirectional,
-)
-from ppvae.evaluation.annealing import (
-    compiled_potential as points,
-)
-from ppvae.evaluation.annealing import (
-    hmc as annealing_chains,
-)  # fmt: skip
-from ppvae.evaluation.annealing import (
-    potential as unconstrained,
-)
+from ppvae.evaluation import Bracket, annealed, bdmc, quadrature
+from ppvae.evaluation.annealing import ais, compiled_potential, hmc, potential
+from ppvae.evaluation.annealing import bdmc as bidirectional
 from ppvae.evaluation.annealing.schedules import equal_ess, named_schedule
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
@@ -68,8 +58,8 @@ SHORT = {"num_temperatures": 5, "num_leapfrog": 2, "num_chains": 4}
 @pytest.fixture
 def hasty(monkeypatch):
     """A short pilot run: what it finds moves the spread of an estimate, never its mean."""
-    monkeypatch.setattr(annealing_chains, "WARM_UP", 8)
-    monkeypatch.setattr(annealing_chains, "ADAPTING", 1)
+    monkeypatch.setattr(hmc, "WARM_UP_TRANSITIONS", 8)
+    monkeypatch.setattr(hmc, "MIN_PILOT_TRANSITIONS", 1)
 
 
 # -- the linear-Gaussian oracle ---------------------------------------------------------------------------------------
@@ -443,7 +433,7 @@ def test_a_bracket_is_saved(tmp_path):
 def test_an_interrupted_bracket_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     pair, x = oracle(6, 2, 0.7, 120)
     whole = bdmc(pair.model, pair.mean_field, x, **SHORT)
-    real, calls = bidirectional._of_block, []
+    real, calls = bidirectional._bracket_block, []
 
     def stopped(*args):
         calls.append(1)
@@ -451,7 +441,7 @@ def test_an_interrupted_bracket_goes_on_to_the_same_numbers(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(bidirectional, "_of_block", stopped)
+    monkeypatch.setattr(bidirectional, "_bracket_block", stopped)
     with pytest.raises(KeyboardInterrupt):
         bdmc(pair.model, pair.mean_field, x, directory=tmp_path, **SHORT)
     again = bdmc(pair.model, pair.mean_field, x, directory=tmp_path, **SHORT)
@@ -497,7 +487,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, r
     pair, x = oracle(6, 2, 0.7, 120)
     settings = {**SHORT, "num_chains": 110, "resample": resample}
     whole = annealed(pair.model, pair.mean_field, x, **settings)
-    real, calls = annealing.forward, []
+    real, calls = ais.run_forward_chains, []
 
     def interrupted(*args):
         calls.append(1)
@@ -505,7 +495,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, r
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(annealing, "forward", interrupted)
+    monkeypatch.setattr(ais, "run_forward_chains", interrupted)
     with pytest.raises(KeyboardInterrupt):
         annealed(pair.model, pair.mean_field, x, directory=tmp_path, **settings)
     assert len(list(tmp_path.glob("chains-*.npz"))) == 2
@@ -574,13 +564,13 @@ def test_float32_data_stay_float32():
 
 def test_chains_that_do_not_move_are_not_trusted(monkeypatch):
     pair, x = oracle(20, 4, 0.7, 10)
-    real = annealing_chains.pilot
+    real = hmc.adapt_step_sizes
 
     def useless(*args):
         steps, spread = real(*args)
         return torch.full_like(steps, 50.0), spread
 
-    monkeypatch.setattr("ppvae.evaluation.annealing.session.pilot", useless)
+    monkeypatch.setattr("ppvae.evaluation.annealing.session.adapt_step_sizes", useless)
     assert not annealed(pair.model, pair.mean_field, x, **SHORT).reliable.any()
 
 
@@ -702,10 +692,10 @@ def test_the_prior_of_enumerated_sites_is_refused():
 def test_chains_on_a_compiled_graph_are_those_of_the_pair(monkeypatch, caplog):
     pair, x = LinearGaussian(3, 2).double(), torch.randn(110, 3, dtype=torch.float64)  # blocks of 50, 50 and 10
     plain = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
-    monkeypatch.setattr(points, "MANY", 1)
+    monkeypatch.setattr(compiled_potential, "MANY", 1)
     runs: list[int] = []
-    real = unconstrained.Potential.point
-    monkeypatch.setattr(unconstrained.Potential, "point", lambda self, u: runs.append(1) or real(self, u))
+    real = potential.Potential.evaluate
+    monkeypatch.setattr(potential.Potential, "evaluate", lambda self, u: runs.append(1) or real(self, u))
     fast = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)
     assert torch.allclose(fast.log_px, plain.log_px, atol=1e-9)
     assert torch.allclose(fast.diagnostics["acceptance"], plain.diagnostics["acceptance"], atol=1e-9)
@@ -725,7 +715,7 @@ def test_strangers_anneal_on_a_graph_or_say_why(name, monkeypatch, caplog):
         plain = annealed(model, guide, data, **settings)
     except (ContractError, UsageError):
         pytest.skip("cannot be annealed")
-    monkeypatch.setattr(points, "MANY", 1)
+    monkeypatch.setattr(compiled_potential, "MANY", 1)
     fast = annealed(model, guide, data, **settings)
     assert (fast.log_px - plain.log_px).abs().median() < 1e-3 * (1 + plain.log_px.abs().median())
     assert len([r for r in caplog.records if "compiled graph" in r.message]) <= 1

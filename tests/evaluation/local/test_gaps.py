@@ -13,9 +13,10 @@ from torch import nn
 from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
+from ppvae.evaluation.local.full_rank import FullRankFamily
 from ppvae.evaluation.local.gaps import Gaps, gaps
-from ppvae.evaluation.local.guides import FullRankFamily, Network
-from ppvae.evaluation.local.parameters import NotParameterized, PerDatumDistribution
+from ppvae.evaluation.local.guides import NetworkCopyGuide
+from ppvae.evaluation.local.parameters import PerDatumDistribution, UnsupportedDistribution
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -193,7 +194,7 @@ def hierarchical(pair):
 
 
 def test_a_hierarchical_guide_gets_a_copy_of_its_network_for_each_datum(monkeypatch):
-    monkeypatch.setattr(Network, "rate", 0.03)
+    monkeypatch.setattr(NetworkCopyGuide, "learning_rate", 0.03)
     pair, x = oracle(count=2)
     model, guide, shift = hierarchical(pair)
     poutine.trace(guide).get_trace(x)
@@ -270,7 +271,7 @@ def test_blocks_and_an_interruption_do_not_change_the_result(tmp_path):
     words = {"steps": 5, "rounds": 1, "num_particles": 50}
     whole = gaps(pair.model, pair.mean_field, x, **words)
     gaps(pair.model, pair.mean_field, x, directory=tmp_path, **words)
-    (tmp_path / "block_1.npz").unlink()
+    (tmp_path / "block-00001.npz").unlink()
     again = gaps(pair.model, pair.mean_field, x, directory=tmp_path, **words)
     for name in ("log_px", "elbo", "best_elbo", "richer_elbo"):
         assert torch.equal(getattr(whole, name), getattr(again, name))
@@ -294,7 +295,7 @@ def test_results_are_written_and_read(tmp_path):
 def test_the_words_say_what_the_numbers_do_not():
     pair, x = oracle(count=5)
     found = gaps(pair.model, pair.mean_field, x, steps=2, rounds=1, num_particles=20)
-    assert "5 of 5 data is not to be trusted" in found.summary()  # 20 particles are too few to judge
+    assert "5 of 5 data is unreliable" in found.summary()  # 20 particles are too few to judge
     assert "lower bound" in found.summary()
     assert set(found.table()) >= {"inference gap", "approximation gap", "amortisation gap", "log p(x)", "refit"}
     assert "±" in found.table()["amortisation gap"]
@@ -310,11 +311,11 @@ def test_bad_arguments():
         gaps(pair.model, pair.guide, x, log_px=log_marginal(pair.model, pair.guide, x + 1, num_particles=30))
 
 
-# -- distributions made again -----------------------------------------------------------------------------------------
+# -- per-datum distributions ------------------------------------------------------------------------------------------
 
 SHAPE = (4, 3)
 LOWER = 0.3 * torch.ones(3, 3, dtype=torch.float64).tril(-1)
-LIFTED = {
+DISTRIBUTIONS = {
     "scalar": lambda v: dist.Normal(v[:, 0], v[:, 1].exp()),
     "event": lambda v: dist.Normal(v, v.exp()).to_event(1),
     "masked": lambda v: dist.Normal(v, 1.0).mask(torch.arange(4)[:, None] > 1).to_event(1),
@@ -338,35 +339,35 @@ LIFTED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(LIFTED))
-def test_a_lifted_distribution_is_the_same_one_and_moves_datum_by_datum(name):
+@pytest.mark.parametrize("name", sorted(DISTRIBUTIONS))
+def test_a_per_datum_distribution_starts_equal_and_moves_datum_by_datum(name):
     torch.manual_seed(3)
-    fn = LIFTED[name](torch.randn(*SHAPE).requires_grad_())
+    fn = DISTRIBUTIONS[name](torch.randn(*SHAPE).requires_grad_())
     site = PerDatumDistribution(fn)
     value = fn.sample()
     assert torch.allclose(fn.log_prob(value), site().log_prob(value))
-    assert site.leaves
+    assert site.params
     folded = site(2).log_prob(torch.cat([value, value]))
     assert torch.allclose(folded, torch.cat([fn.log_prob(value)] * 2))
     with torch.no_grad():
-        for leaf in site.leaves:
-            leaf[(1, *(0,) * (leaf.dim() - 1))] += 0.3
+        for param in site.params:
+            param[(1, *(0,) * (param.dim() - 1))] += 0.3
     inside = site().log_prob(value)
     changed = (inside - fn.log_prob(value)).abs().reshape(4, -1).amax(1) > 1e-6
     assert changed.tolist() == [False, name != "masked", False, False]
 
 
-def test_constants_stay_and_what_cannot_be_made_again_is_named():
+def test_constants_stay_and_unsupported_distributions_are_named():
     v = torch.randn(*SHAPE).requires_grad_()
-    assert len(PerDatumDistribution(dist.StudentT(4.0, v, v.exp())).leaves) == 2
-    assert len(PerDatumDistribution(dist.Normal(torch.zeros(SHAPE), torch.ones(SHAPE))).leaves) == 0
+    assert len(PerDatumDistribution(dist.StudentT(4.0, v, v.exp())).params) == 2
+    assert len(PerDatumDistribution(dist.Normal(torch.zeros(SHAPE), torch.ones(SHAPE))).params) == 0
     assert (
-        len(PerDatumDistribution(dist.Normal(torch.randn(SHAPE), torch.ones(SHAPE))).leaves) == 1
+        len(PerDatumDistribution(dist.Normal(torch.randn(SHAPE), torch.ones(SHAPE))).params) == 1
     )  # differs between data
     step = dist.transforms.affine_autoregressive(3, hidden_dims=[4])
     for fn, why in (
         (dist.TransformedDistribution(dist.Normal(v, 1.0).to_event(1), [step]), "with parameters"),
         (dist.StudentT(math.inf + 0 * v, v, 1.0), "edge"),
     ):
-        with pytest.raises(NotParameterized, match=why):
+        with pytest.raises(UnsupportedDistribution, match=why):
             PerDatumDistribution(fn)
