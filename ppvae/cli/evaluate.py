@@ -150,14 +150,14 @@ def by_chains(
 def _beside(found: Any, model: Any, guide: Any, columns: tuple[Any, ...], settings: Evaluate) -> tuple[Any, Any]:
     """(the estimate with how loose importance sampling is in its notes, importance sampling on the same data)."""
     from ppvae.evaluation import log_marginal
-    from ppvae.evaluation.compare import in_words
+    from ppvae.evaluation.compare import looseness_notes
 
     ks = {int(settings.num_particles), *settings.beside}
     est = log_marginal(
         model, guide, columns, num_particles=max(ks), bounds=sorted(ks), seed=settings.seed, rows=settings.rows,
         device=settings.device,
     )  # fmt: skip
-    return dataclasses.replace(found, notes=(*found.notes, *in_words(found, est, sorted(ks)))), est
+    return dataclasses.replace(found, notes=(*found.notes, *looseness_notes(found, est, sorted(ks)))), est
 
 
 def report_kept(run: Run, settings: Any) -> None:

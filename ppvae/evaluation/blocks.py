@@ -316,7 +316,7 @@ class BlockProgress:
 
     def part(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """A part from the cache, or computed and cached."""
-        return self.cache.part(name, compute)[0]
+        return self.cache.part(name, compute)
 
     def advance(self, steps: int = 1) -> None:
         """Moves the bar by some steps."""

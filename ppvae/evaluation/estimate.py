@@ -25,7 +25,7 @@ class Estimate:
     """Importance-weighted log p(x) per datum, with a diagnosis; nats per datum, float64, all [N].
 
     Attributes:
-        log_px: log (1/K) sum_k p(x, z_k) / q(z_k | x); a lower bound on average, looser where `ess` is low.
+        log_px: log (1/K) sum_k p(x, z_k) / q(z_k | x); too low on average, by more where `ess` is low.
         std_error: Monte-Carlo standard error of log_px; NaN at K = 1.
         ess: effective sample size of the weights, (sum w)^2 / sum w^2.
         k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
@@ -236,7 +236,7 @@ far too low
         return to_arviz(per_datum, draws or None, None, self.attributes())
 
     def save(self, directory: str | os.PathLike[str], name: str = "log_marginal") -> Path:
-        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each whole or not at all."""
+        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each atomically."""
         from ppvae.evaluation.arviz import write_netcdf
 
         folder = Path(directory)
@@ -253,7 +253,7 @@ far too low
 
 
 def _number(value: Any) -> Any:
-    """A value as JSON takes it: a number that is not finite becomes a string."""
+    """A JSON value: a non-finite number becomes a string."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""What the latents carry: rate and distortion, KL per dim, active units, and the rate split by ELBO surgery."""
+"""Latent diagnostics: rate and distortion, KL per dim, active units, and ELBO surgery of the rate."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ACTIVE = 0.01  # Burda et al. 2016
 
 @dataclass(frozen=True)
 class Representation(SavedResult):
-    """What a guide puts into the latents, over a data set; nats, float64.
+    """Information in the latents of a guide over a data set; nats, float64.
 
     Attributes:
         rate, distortion: [N], E_q[log q(z | x) - log p(z)] and -E_q[log p(x | z)]; ELBO = -(rate + distortion).
@@ -43,7 +43,7 @@ class Representation(SavedResult):
             over them; a single number for a latent whose prior or guide does not factorise, or that is masked.
         variance: {site: [dims]}, Var_x(E_q[u | x]) over the data, free of the bias of a finite number of draws (it may
             come out a little below zero); a dim is active above 0.01 (Burda et al. 2016, arXiv 1509.00519).
-        surgery_rate: [N], the rate from the draws that the surgery used; None where there was none.
+        surgery_rate: [N], the rate from the draws of the surgery; None without surgery.
         information_lower, information_upper: [N], log q(z | x) - log q(z) averaged over those draws, where q(z) is the
             mean of q(z | x_m) over the N data, with the datum's own among them and without it. On average the first is
             below the mutual information I_q(x; z) of the population and at most log N, the second above it
@@ -66,7 +66,7 @@ class Representation(SavedResult):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The latents that were measured."""
+        """The names of the latents."""
         return tuple(self.kl)
 
     @property
@@ -76,9 +76,9 @@ class Representation(SavedResult):
 
     @property
     def information(self) -> tuple[Tensor, Tensor]:
-        """Between what the mutual information lies on average over the data, both [N].
+        """(lower, upper) bounds of the mutual information on average over the data, both [N].
 
-        The upper end is the rate where `information_upper` is above it: the marginal KL is not negative.
+        The upper bound is at most the rate, since the marginal KL is not negative.
 
         Raises:
             UsageError: there was no surgery.
@@ -106,7 +106,7 @@ class Representation(SavedResult):
         return self.variance[site] > threshold
 
     def table(self) -> dict[str, str]:
-        """The numbers over the data set with standard errors, as words."""
+        """The numbers over the data set with standard errors, as strings."""
         rows = {
             "data": f"{self.data or 'a tensor'}, {len(self.rate)} data",
             "rate": f"{mean_words(self.rate)} nats per datum",
@@ -139,7 +139,7 @@ def representation(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Representation:
-    """Measures what the latents carry of the data, for any pair whose latents the guide samples.
+    """Measures the information in the latents about the data, for any pair whose guide samples all latents.
 
     ELBO surgery splits the rate, averaged over the data, into I_q(x; z) + KL(q(z) || p(z)), with the aggregate
     posterior q(z) = E_x q(z | x). With q(z) taken over the same N data both parts are biased, in a known direction:
@@ -150,12 +150,12 @@ def representation(
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: a tensor [N, *event], a split, or a tuple of them.
         num_particles: draws per datum.
-        surgery_draws: how many of them go into the surgery; 0 leaves it out.
+        surgery_draws: the draws per datum that the surgery uses; 0 for no surgery.
         seed: of the draws.
 
     Raises:
         ContractError: the pair breaks the contract, has a latent shared by all data, or enumerates a latent, so that
-            its rate does not stand apart; UsageError, DataError: bad arguments or data.
+            there is no separate rate; UsageError, DataError: bad arguments or data.
 
     Source: Alemi et al. 2018 (arXiv 1711.00464) for rate and distortion; Hoffman and Johnson 2016, ELBO surgery.
 
@@ -209,8 +209,8 @@ def _check_structure(s: Structure) -> None:
         raise ContractError("a latent is shared by all data: expected latents per datum, whose rate is one per datum")
     if s.enumerated:
         raise ContractError(
-            f"latents {list(s.enumerated)} are enumerated: expected latents that the guide samples, for a rate apart "
-            f"from the distortion; log_marginal gives the ELBO of such a pair"
+            f"latents {list(s.enumerated)} are enumerated: expected latents that the guide samples, for a rate "
+            f"separate from the distortion; log_marginal gives the ELBO of such a pair"
         )
 
 
@@ -266,7 +266,7 @@ class LatentStatistics:
         self.count += t.num_particles
 
     def _add(self, name: str, values: Tensor) -> None:
-        """Adds [particles, N, ...] to a sum over particles."""
+        """Adds values [particles, N, ...] to a running sum over particles."""
         total = values.sum(0)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
 
@@ -276,7 +276,7 @@ class LatentStatistics:
         return value.movedim((particle_dim(value, self.s, name), data), (0, 1))[:, : self.size]
 
     def _per_dim(self, q: Site, p: Site, count: int, difference: Tensor) -> Tensor | None:
-        """The log-ratio of every dim, [particles, N, dims]; None where the two are no products over them."""
+        """log q - log p of every dim, [particles, N, dims]; None where the densities do not factorise over dims."""
         try:
             both = [site.per_event() for site in (q, p)]
         except ValueError:

@@ -40,38 +40,38 @@ def log_marginal(
     """Importance-weighted log p(x) per datum for any model/guide pair, with a diagnosis of its trustworthiness.
 
     log p(x) is estimated by log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x): a lower bound on average
-    (Burda et al. 2016, arXiv 1509.00519; Mattei and Frellsen 2019, arXiv 1812.02633, where values are missing). Modules
-    are in evaluation mode meanwhile; no parameter is created.
+    (Burda et al. 2016, arXiv 1509.00519; with missing values Mattei and Frellsen 2019, arXiv 1812.02633). Modules run
+    in evaluation mode; no parameter is created.
 
-    With num_particles="auto" a pilot decides how many particles each datum gets, 100, 200, 400, ..., so that standard
-    error, ess and k_hat are likely to do; the estimate is made of as many fresh draws. To stop by the estimate's own
-    weights would bias it: it would stop where the heavy ones have not come up yet, and look good. The pilot doubles,
-    100, 200, ..., until it calls for at most 4 times its own particles: it costs a fourth of the estimate or little
-    more where that is large. `est.particles` says what each datum got, `est.on_target` which are reliable and within
-    the target by their fresh weights; of the others most had all of `max_particles`, and some a pilot that was too
-    hopeful. The defaults: a standard error of 0.05 makes log p(x) too low by about 0.05^2 / 2 = 0.001 nats, the last
-    digit that is usually told; 20,000 particles are four times the usual 5000, after which another method pays better.
+    With num_particles="auto" the allocation is adaptive: a pilot run plans the particles of each datum, 100, 200, 400,
+    ..., so that standard error, ess and k_hat probably suffice, and the estimate uses as many fresh draws. Stopping by
+    the estimate's own weights would bias it, since it would stop before the heavy weights occur. The pilot doubles its
+    particles until it calls for at most 4 times as many, so that it costs about a fourth of a large estimate.
+    `est.particles` are the particles of each datum; `est.on_target` the data that are reliable and within the target by
+    their fresh weights. Of the others most have all `max_particles`, and some had an optimistic pilot. The defaults: a
+    standard error of 0.05 makes log p(x) too low by about 0.05^2 / 2 = 0.001 nats, the last digit that is usually
+    reported; 20,000 particles are four times the usual 5000, and beyond them another method is more efficient.
 
-    Inside an initialised `torch.distributed` group the processes share the data: all of them make the same call, and
-    each returns the whole estimate, the same as one process would give.
+    Inside an initialised `torch.distributed` group all processes make the same call, share the data, and return the
+    whole estimate, which equals that of one process.
 
     Args:
         model, guide: a Pyro pair that keeps the contract (see `ppvae.check`), or run.model, run.guide.
         data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch). In data marked by
             `data.with_missing`, NaN is a missing value, and log p(x) that of the values observed.
-        num_particles: K; or "auto": as many as each datum needs, see below.
-        target_std_error, max_particles: for "auto", of each datum: the standard error wanted, and the most particles
-            that its estimate may take.
-        seed: of the guide's draws. The same seed gives the same result however memory is cut.
+        num_particles: K; or "auto" for an adaptive allocation.
+        target_std_error, max_particles: for "auto": the target of the standard error of each datum, and the largest
+            number of particles of its estimate.
+        seed: of the guide's draws. The result does not depend on `rows`.
         bounds: further k at which to record L_k.
-        posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
-        rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
-        precision: of the products in linear and convolutional layers, as in `fit`: what is estimated with "bf16" is
-            log p(x) of the model whose layers multiply in bfloat16. The estimate's notes say how far that is from
-            float32 on some of the data; everything outside layers is as ever.
-        compile: compile the run of the pair where there is enough left to compute; the same up to rounding.
-        directory: where finished blocks of data are kept, so that the same call goes on from them after an
-            interruption, and gives the same result (up to rounding where runs of the pair are compiled).
+        posterior_draws: draws of each latent per datum, resampled by weight, in `est.posterior`.
+        rows: the largest number of (datum, particle) rows in one run of the pair, 5000 by default; memory grows with
+            it.
+        precision: of the products in linear and convolutional layers, as in `fit`. With "bf16" the estimate is log p(x)
+            of the model whose layers multiply in bfloat16; its notes give the difference from float32 on some data.
+        compile: compile the run of the pair where enough computation remains; results agree up to rounding.
+        directory: cache of finished blocks of data; the same call resumes from it after an interruption, with the same
+            result (up to rounding where runs of the pair are compiled).
         device: where to compute; the parameters' device by default.
         progress: show a progress bar; by default where the output is a terminal.
 

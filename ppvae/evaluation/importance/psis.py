@@ -50,7 +50,7 @@ def pareto_k(top: Tensor, num_particles: int, smallest: Tensor) -> Tensor:
     With M = `tail_length(K)`, the weights above the (M + 1)-th largest are fitted by a generalised Pareto distribution,
     and the fitted k is drawn towards 1/2 as if by ten further observations: k-hat = (n k + 10 / 2) / (n + 10), where
     n <= M counts the weights strictly above the cutoff (ties with it are left out). Weights have finite moments up to
-    about the order 1 / k-hat; above min(0.7, 1 - 1 / log10 K) their average is not to be trusted (Vehtari et al. 2024).
+    about the order 1 / k-hat; above min(0.7, 1 - 1 / log10 K) their average is unreliable (Vehtari et al. 2024).
 
     Args:
         top: [N, M + 1 or more], the largest log-weights of each datum in any order.
