@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -325,58 +327,34 @@ class BlockProgress:
 
 def run_blocks(
     run: Evaluation,
-    compute: Callable[[Block], Mapping[str, Tensor]],
+    compute: Callable[..., Mapping[str, Tensor]],
     settings: Mapping[str, Any],
     *,
     desc: str,
-    directory: Any = None,
+    directory: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """The results of a function of one block over all data: computed, cached, gathered over ranks, and concatenated.
-
-    Args:
-        compute: gives named tensors with the data first, [N, ...], or scalars. Its noise must be a function of the
-            seed and `block.number`.
-        settings: what a result is a function of, besides pair, data and seed.
-        desc: the label of the progress bar.
-        directory: the folder of finished blocks, from which an interrupted evaluation resumes; None for no cache.
-        progress: show a progress bar; by default where the output is a terminal.
-        options: further arguments of `run_block_parts`.
-
-    Returns:
-        Tensors in the order of the data, by the names that all blocks have; scalars are stacked, [blocks].
-    """
-
-    def as_one_part(block: Block, tracker: BlockProgress) -> Mapping[str, Tensor]:
-        return tracker.part(f"block-{block.number:05d}", lambda: compute(block))
-
-    options = {"seconds": SECONDS} | options
-    return run_block_parts(run, as_one_part, settings, desc=desc, directory=directory, progress=progress, **options)
-
-
-def run_block_parts(
-    run: Evaluation,
-    compute: Callable[[Block, BlockProgress], Mapping[str, Tensor]],
-    settings: Mapping[str, Any],
-    *,
-    desc: str,
-    directory: Any = None,
-    progress: bool | None = None,
+    parts: bool = False,
     steps: int | Sequence[int] | None = 1,
     unit: str = "block",
     figures: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] | None = None,
     num_blocks: int | None = None,
-    seconds: float = 0.0,
 ) -> dict[str, Tensor]:
-    """`run_blocks` for a function that caches parts of a block by itself and moves the bar as it goes.
+    """The results of a function of one block over all data: computed, cached, gathered over ranks, and concatenated.
 
     Args:
-        steps: of the progress bar, for each block; None where they are not known.
-        unit: of a step.
+        compute: a function of a `Block` that gives named tensors with the data first, [N, ...], or scalars. Its noise
+            must be a function of the seed and `block.number`.
+        settings: what a result is a function of, besides pair, data and seed.
+        desc: the label of the progress bar.
+        directory: the folder of finished blocks, from which an interrupted evaluation resumes; None for no cache.
+        progress: show a progress bar; by default where the output is a terminal.
+        parts: `compute` takes a `BlockProgress` too, caches parts of a block by itself and advances the bar.
+        steps, unit: of the progress bar, for each block; None where they are not known.
         figures: shown in the bar: {name: function of a block's result, whose mean over the finished data is shown}.
         num_blocks: another number of blocks than cover the data once.
-        seconds: between two files of the cache.
+
+    Returns:
+        Tensors in the order of the data, by the names that all blocks have; scalars are stacked, [blocks].
     """
     key = run.cache_key(settings) if directory is not None or run.context.size > 1 else {}
     total = run.num_blocks if num_blocks is None else num_blocks
@@ -388,9 +366,13 @@ def run_block_parts(
         disable=progress_disabled(progress),
     )  # fmt: skip
     finished = 0
-    with bar, BlockCache(directory, key, seconds) as cache, pyro.validation_enabled(False):
+    with bar, BlockCache(directory, key, 0.0 if parts else SECONDS) as cache, pyro.validation_enabled(False):
         for number in numbers:
-            results[number] = compute(run.block(number), BlockProgress(cache, bar))
+            block, tracker = run.block(number), BlockProgress(cache, bar)
+            if parts:
+                results[number] = compute(block, tracker)
+            else:
+                results[number] = tracker.part(f"block-{number:05d}", functools.partial(compute, block))
             if lengths is not None:
                 finished += lengths[number]
                 bar.update(finished - bar.n)

@@ -288,8 +288,8 @@ def looseness_notes(tighter: Estimate, est: Estimate, ks: Sequence[int] = ()) ->
     found = [f"{_describe_looseness(*looseness_and_error(tighter, est, k), unit)} at K = {k}" for k in ks]
     return (
         f"NLL of the same {len(tighter.log_px)} data: {', '.join(both)}: importance sampling is {', '.join(found)}",
-        "both are lower bounds of log p(x) on average, so that the higher one is closer to it; both miss a mode that "
-        "none of their draws reach",
+        "both are lower bounds of log p(x) on average, so that the higher one is closer to it, and both miss a mode "
+        "that none of their draws reach",
     )
 
 

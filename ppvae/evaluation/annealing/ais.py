@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.evaluation.annealing.chains import run_forward_chains
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
-from ppvae.evaluation.blocks import Block, BlockProgress, data_digest, run_block_parts, start_evaluation
+from ppvae.evaluation.blocks import Block, BlockProgress, data_digest, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.reliability import assess_chains
@@ -94,9 +94,9 @@ def annealed(
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         session = AnnealingSession.start(run, settings)
         run, s = session.run, session.run.structure
-        found = run_block_parts(
+        found = run_blocks(
             run, lambda block, tracker: _anneal_block(session, block, tracker), settings.cache_key("annealed"),
-            desc="log p(x)", directory=directory, progress=progress, unit="step",
+            desc="log p(x)", directory=directory, progress=progress, parts=True, unit="step",
             steps=settings.progress_steps(len(settings.chain_blocks)),
             figures={"nll": lambda statistics: -statistics["log_px"]},
         )  # fmt: skip

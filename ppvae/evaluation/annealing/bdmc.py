@@ -14,7 +14,7 @@ from ppvae.errors import refused
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import Block, BlockProgress, run_block_parts, start_evaluation
+from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
@@ -142,9 +142,9 @@ def bdmc(
         session = AnnealingSession.start(run, settings)
         run = session.run
         _check_reversible(run.structure)
-        found = run_block_parts(
+        found = run_blocks(
             run, lambda block, tracker: _bracket_simulated_data(session, block, assemble, tracker),
-            settings.cache_key("bdmc"), desc="BDMC", directory=directory, progress=progress, unit="step",
+            settings.cache_key("bdmc"), desc="BDMC", directory=directory, progress=progress, parts=True, unit="step",
             steps=settings.progress_steps(2 * len(settings.chain_blocks)),
             figures={"gap": lambda bounds: bounds["upper"] - bounds["lower"]},
         )  # fmt: skip

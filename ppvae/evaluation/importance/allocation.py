@@ -33,10 +33,6 @@ class FixedAllocation:
         if self.max_particles < 1:
             raise UsageError(f"num_particles: expected at least 1, found {self.max_particles}")
 
-    def cache_key(self) -> dict[str, Any]:
-        """The part of a cache key that belongs to the allocation."""
-        return {"num_particles": self.max_particles}
-
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""
         return {}
@@ -63,11 +59,6 @@ class AdaptiveAllocation:
             raise UsageError(f"target_std_error: expected a positive number of nats, found {self.target_std_error}")
         if self.max_particles < PARTICLE_BLOCK:
             raise UsageError(f"max_particles: expected at least {PARTICLE_BLOCK}, found {self.max_particles}")
-
-    def cache_key(self) -> dict[str, Any]:
-        """The part of a cache key that belongs to the allocation."""
-        target = {"target_std_error": self.target_std_error, "max_particles": self.max_particles}
-        return {"num_particles": "auto"} | target
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""

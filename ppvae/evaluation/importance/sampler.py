@@ -40,17 +40,16 @@ class ImportanceSampler:
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that a block's result is a function of."""
+        num_particles = "auto" if self.allocation.adaptive else self.allocation.max_particles
         return {
-            "what": "log_marginal", "posterior_draws": self.posterior_draws, "bounds": sorted(self.bounds),
-            **self.allocation.cache_key(), **self._precision_setting(),
+            "what": "log_marginal", "num_particles": num_particles, "posterior_draws": self.posterior_draws,
+            "bounds": sorted(self.bounds), **self.settings(),
         }  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, besides the number of particles."""
-        return self.allocation.settings() | self._precision_setting()
-
-    def _precision_setting(self) -> dict[str, Any]:
-        return {} if self.precision == "float32" else {"precision": self.precision}
+        precision = {} if self.precision == "float32" else {"precision": self.precision}
+        return self.allocation.settings() | precision
 
     def compile_weights(self) -> CompiledWeights | None:
         """The compiled log-weights of this rank's blocks; None where they cannot be used."""

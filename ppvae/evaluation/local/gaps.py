@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import (
     Block,
     BlockProgress,
     data_digest,
-    run_block_parts,
+    run_blocks,
     start_evaluation,
 )
 from ppvae.evaluation.estimate import Estimate
@@ -184,9 +184,9 @@ def gaps(
 
         numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds}
         words = {"what": "gaps", "refit": refit.description, "richer": refit.richer_name}
-        found = run_block_parts(
+        found = run_blocks(
             replace(run, structure=refit.s, block_size=refit.size), fit, words | numbers,
-            desc="gaps", directory=directory, progress=progress, steps=None, unit="step",
+            desc="gaps", directory=directory, progress=progress, parts=True, steps=None, unit="step",
         )  # fmt: skip
     estimate = {name: found.pop(name) for name in ESTIMATE_FIELDS}
     est = _estimate(estimate, num_particles, seed, s) if log_px is None else log_px
