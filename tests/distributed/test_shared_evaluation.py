@@ -21,7 +21,7 @@ WORKER = Path(__file__).parent / "sharding_worker.py"
 def two(tmp_path_factory):
     """A folder with what two processes found: out.RANK.npz and out.RANK.errors.npz."""
     folder = tmp_path_factory.mktemp("two")
-    root = str(WORKER.parent.parent)
+    root = str(WORKER.parents[2])
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(WORKER)]
     started = [
