@@ -23,7 +23,7 @@ from experiments import cells
 from experiments.cells import Cells, Here
 from ppvae import VAE, data, likelihoods, nn, posteriors, priors
 from ppvae.evaluation.local.gaps import gaps
-from ppvae.plots.style import BLUE, GREEN, VERMILLION, figure, plain, styled
+from ppvae.plots.style import BLUE, GREEN, VERMILLION, decimal_log_ticks, figure, styled
 
 NAMES = {"PerDatum": "one by one", "DiagonalNormal": "amortised", "SemiAmortized": "semi-amortised"}
 COLOURS = dict(zip(NAMES, (VERMILLION, BLUE, GREEN), strict=True))
@@ -133,7 +133,7 @@ def picture(found: Cells) -> Any:
             ax.plot(x, curve, color=COLOURS[guide], label=NAMES[guide])
     for ax, words in zip(axes, ("passes", "CPU seconds"), strict=True):
         ax.set(xscale="log", xlabel=words)
-        plain(ax.xaxis)
+        decimal_log_ticks(ax.xaxis)
     axes[0].set_ylabel("ELBO of the images (nats)")
     axes[1].legend(loc="lower right")
     return fig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ppvae.plots.style import BLUE, VERMILLION, figure, plain, styled
+from ppvae.plots.style import BLUE, VERMILLION, decimal_log_ticks, figure, styled
 
 COLOURS = {"hand-written": VERMILLION, "ppvae compiled": BLUE}
 NAMES = {"batch": "batch", "particles": "particles (batch 100)", "latent": "size of z"}
@@ -24,8 +24,8 @@ def costs(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Any:
         low, high = min(first), max(first)
         ax.plot([low, high], [1.0, high / low], color="#999999", linestyle=":", linewidth=1, label="in proportion")
         ax.set(xscale="log", yscale="log", xlabel=NAMES.get(what, what))
-        plain(ax.xaxis)
-        plain(ax.yaxis)
+        decimal_log_ticks(ax.xaxis)
+        decimal_log_ticks(ax.yaxis)
     axes[0].set_ylabel("ms per step")
     axes[0].legend()
     return fig

@@ -43,7 +43,7 @@ def split_rate(
     others = torch.full_like(log_q, -torch.inf).reshape(-1)
     for block in blocks:
         at = cache_encoder(guide, block.batch, s, block.index)
-        rows = s.size_of(block.batch) if block.index is None else len(block.index)
+        rows = s.batch_size(block.batch) if block.index is None else len(block.index)
         step = max(1, MAX_ELEMENTS // (rows * most))
         for low in range(0, draws * count, step):
             part = slice(low, low + step)

@@ -25,8 +25,8 @@ from ppvae.inference.contract.support import check_support
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_program, unwrap
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, cache_encoder, sample_guide, slice_particles, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
@@ -90,7 +90,7 @@ class Block:
             guide = cache_encoder(guide, batch, s, index)
         width = self.num_weights
         step = max(1, rows // self.size)
-        if "cancelled" in s.model_roles.values():  # the model's own draws are shared by a block of particles
+        if Role.CANCELLED in s.model_roles.values():  # the model's own draws are shared by a block of particles
             step = PARTICLE_BLOCK
         if compiled is not None:
             compiled.start(batch)
@@ -103,15 +103,16 @@ class Block:
                     yield *pair, None
                     continue
                 # the guide's noise must depend neither on the model's own draws nor on `rows`
-                split = count > step or s.layout == "one by one"
+                split = count > step or s.layout is Layout.ONE_BY_ONE
                 latents = sample_guide(guide, batch, count, structure=s, index=index) if split else {}
                 for low in range(0, count, step):
                     size = min(step, count - low)
                     given: dict[str, Any] = {}
                     if split:
                         sites = slice_particles(latents, s, low, size)
-                        given = {"values": {n: v.value for n, v in sites.items()}} if s.enumerated else {"drawn": sites}
-                    t = terms(model, guide, batch, size, structure=s, index=index, **given)
+                        values = {n: v.value for n, v in sites.items()}
+                        given = {"values": values} if s.enumerated else {"guide_sites": sites}
+                    t = evaluate_terms(model, guide, batch, size, structure=s, index=index, **given)
                     if first == low == 0:
                         if self.has_missing and bool(t.log_weight.isnan().any()):
                             inspect(model, guide, batch)  # raises the error that names missing values as the cause
@@ -136,7 +137,7 @@ class Block:
             check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
         self.num_missing = 0
         for name, site in t.model.items() if self.has_missing else ():
-            if site.role != "observed":
+            if site.role is not Role.OBSERVED:
                 continue
             axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data; longer where particles are folded in
             self.num_missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())

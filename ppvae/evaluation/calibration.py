@@ -15,7 +15,7 @@ from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of
 from ppvae.inference.particle_layout import particle_dim
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
 from ppvae.rng import derive_seed
@@ -199,7 +199,7 @@ def _block_ranks(
     nodes = dict(sample_sites(trace_program(run.guide, block.batch, s, given)))
     found: dict[str, Tensor] = {}
     for name in sites:
-        if s.guide_roles[name] == "auxiliary":
+        if s.guide_roles[name] is Role.AUXILIARY:
             continue
         found[f"masked {name}"] = torch.tensor(mask_of(nodes[name]) is not None)
         draws = _flat(sites[name].value, s, name, particle_dim(sites[name].value, s, name))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError, refused
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.evaluation.blocks import (
     DATA_BLOCK,
     PARTICLE_BLOCK,
@@ -25,8 +25,8 @@ from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.missing import align_missing
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -130,7 +130,7 @@ def impute(
 
 def _check_structure(s: Structure) -> None:
     if s.enumerated:
-        raise refused(
+        raise site_error(
             s.enumerated[0], "latents that the guide samples, to impute given them", "one that is summed out",
             "sample it in the guide, without infer={'enumerate': ...}",
         )  # fmt: skip
@@ -161,7 +161,7 @@ def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int,
         at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
         at = {n: v.to(x.device) for n, v in at.items()}
         torch.manual_seed(derive_seed(seed, block.number, "imputed", number))
-        t = terms(model, guide, block.batch, count, values=at, structure=s, index=index)
+        t = evaluate_terms(model, guide, block.batch, count, values=at, structure=s, index=index)
         values += [_in_shape_of(v, place, x) for v in _samples(t.model[name], s, count)]
     x = x[:size]
     missing = x.isnan()
@@ -196,7 +196,7 @@ def _observed_site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str
     """The site that observes the data, and the flat positions of its numbers in the data."""
     position = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     for name, site in model.items():
-        if site.role != "observed" or not site.value.is_floating_point():
+        if site.role is not Role.OBSERVED or not site.value.is_floating_point():
             continue
         value = site.value.narrow(
             site.value.dim() - s.event_dims[name] - 1, 0, len(x)
@@ -205,8 +205,8 @@ def _observed_site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str
             known = ~like.isnan()
             if bool(known.any()) and bool((value == like)[known].all()):
                 return name, at.flatten()
-    names = [name for name, site in model.items() if site.role == "observed"]
-    raise refused(
+    names = [name for name, site in model.items() if site.role is Role.OBSERVED]
+    raise site_error(
         names[0], f"an observed site that holds the data, {list(x.shape)}, so that missing values can be drawn from it",
         f"none among {names}", "observe the data's first tensor as a whole, under a mask",
     )  # fmt: skip
@@ -237,8 +237,8 @@ def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tu
     """The distribution of a site in each run that it was joined from, expanded over all plates."""
     for part in site.parts or (site,):
         fn = part.distribution
-        lead = part.traced.shape[: part.traced.dim() - s.event_dims[site.name]]
-        if s.layout == "vectorized":
+        lead = part.traced_value.shape[: part.traced_value.dim() - s.event_dims[site.name]]
+        if s.layout is Layout.VECTORIZED:
             lead = torch.Size((count, *(1,) * (s.plate_nesting - len(lead)), *lead))
         shape = torch.broadcast_shapes(fn.batch_shape, lead)
         yield part, fn if fn.batch_shape == shape else fn.expand(shape)
@@ -246,9 +246,9 @@ def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tu
 
 def _particles_first(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
     """The value of a site in a run, [*plates, *event], with the particles first."""
-    if s.layout == "one by one":
+    if s.layout is Layout.ONE_BY_ONE:
         return value[None]
-    if s.layout == "vectorized":
+    if s.layout is Layout.VECTORIZED:
         return value
     data = value.dim() - s.event_dims[part.name] - 1
     split = value.reshape(*value.shape[:data], count, -1, *value.shape[data + 1 :])

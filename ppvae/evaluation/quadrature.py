@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, refused
+from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
@@ -100,7 +100,7 @@ def _integrate_block(session: AnnealingSession, block: Block, num_nodes: int | N
             f"({names}). Use annealed"
         )
     if space.active is not None:
-        raise refused(
+        raise site_error(
             space.latents[0].name, "latents that every datum has", "masked ones among them",
             "use annealed or log_marginal",
         )  # fmt: skip

@@ -25,8 +25,8 @@ from ppvae.evaluation.blocks import (
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -224,11 +224,11 @@ def _block_statistics(run: Evaluation, block: Block, num_particles: int, surgery
 
 def _draws(run: Evaluation, block: Block, num_particles: int) -> Iterator[Terms]:
     """Terms of a few particles at a time; of single ones under the layout "one by one"."""
-    step = 1 if block.s.layout == "one by one" else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
+    step = 1 if block.s.layout is Layout.ONE_BY_ONE else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
     for number, first in enumerate(range(0, num_particles, step)):
         torch.manual_seed(derive_seed(run.seed, block.number, number))
         count = min(step, num_particles - first)
-        yield terms(run.model, run.guide, block.batch, count, structure=block.s, index=block.index)
+        yield evaluate_terms(run.model, run.guide, block.batch, count, structure=block.s, index=block.index)
 
 
 class LatentStatistics:
@@ -246,7 +246,7 @@ class LatentStatistics:
         self._add("log_lik", t.log_lik[:, : self.size])
         self._add("rate", (t.log_guide - t.log_prior)[:, : self.size])
         for name, role in self.s.guide_roles.items():
-            if role != "latent":
+            if role is not Role.LATENT:
                 continue
             site, value = t.guide[name], self._flat(t.guide[name].value, name)
             self.dims[name] = value[0, 0].numel()
@@ -280,14 +280,18 @@ class LatentStatistics:
         try:
             both = [site.per_event() for site in (q, p)]
         except ValueError:
-            both = [site.distribution.log_prob(site.traced) for site in (q, p)] if not self.s.event_dims[q.name] else []
+            both = (
+                [site.distribution.log_prob(site.traced_value) for site in (q, p)]
+                if not self.s.event_dims[q.name]
+                else []
+            )
         if not both:
             return None
-        shape = torch.broadcast_shapes(q.traced.shape, *(b.shape for b in both))
+        shape = torch.broadcast_shapes(q.traced_value.shape, *(b.shape for b in both))
         ratio = (both[0].double() - both[1].double()).expand(shape)
-        if self.s.layout == "folded":
+        if self.s.layout is Layout.FOLDED:
             ratio = unfold_value(ratio, self.s, q.name, count, q.log_prob.shape[-1])
-        elif self.s.layout == "one by one":
+        elif self.s.layout is Layout.ONE_BY_ONE:
             ratio = ratio.unsqueeze(0)
         if ratio.shape != q.value.shape:
             return None

@@ -10,9 +10,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.blocks import Block
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites
 
 Assemble = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], Any]
@@ -33,7 +33,7 @@ def simulate_data(
     index = {} if block.index is None else {s.plate: block.index}
     with poutine.uncondition():
         simulated = _site_values(model, block, index)
-    observed = {name: value for name, value in simulated.items() if s.model_roles.get(name) == "observed"}
+    observed = {name: value for name, value in simulated.items() if s.model_roles.get(name) is Role.OBSERVED}
     out = copy(block)
     if assemble is None:
         out.batch = _replace_columns(block, _site_values(model, block, index), observed)
@@ -42,7 +42,7 @@ def simulate_data(
     latents = {name: value for name, value in simulated.items() if name in s.guide_roles}
     for name, value in _site_values(model, out, {**index, **latents}).items():
         if name in observed and not torch.equal(value, observed[name].to(value)):
-            raise refused(
+            raise site_error(
                 name, "the simulated values once they are in the batch", "others",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",
             )  # fmt: skip
@@ -70,7 +70,7 @@ def _replace_columns(block: Block, before: Mapping[str, Tensor], simulated: Mapp
             continue
         columns = [i for i, c in enumerate(rows) if c.shape == value.shape and torch.equal(c, value)]
         if not columns:
-            raise refused(
+            raise site_error(
                 name, "observed values that are a column of the batch, to put simulated ones in their place",
                 f"a tensor of shape {list(value.shape)} that is none of them",
                 "pass assemble=, a function of (simulated values by site, batch) that gives the batch",

@@ -1,10 +1,14 @@
-"""Enumerated sites summed out of the weights exactly, by tensor variable elimination."""
+"""Enumerated sites summed out of the weights exactly, by tensor variable elimination (Obermeyer et al. 2019).
+
+Source: arXiv 1902.03210, as in Pyro's `TraceEnum_ELBO`. Packed tensors carry a string `_pyro_dims` of one symbol per
+dim, as in an einsum.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +17,65 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from ppvae.inference.contract.support import mask_of
-from ppvae.inference.structure import Structure
+from ppvae.inference.particle_layout import ParticleLayout
+from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.tracing import PARTICLES, node_log_prob, sample_sites
 
 
-def _over_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
-    """The log-density with every plate of its site in its shape: in a contraction the dims tell the plates."""
+def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayout) -> tuple[Tensor, Tensor]:
+    """Sums enumerated sites out of the weights exactly: (log_weight, elbo), [particles, batch].
+
+    log w_k = log sum_y p(x, y, z_ky) / q(z_ky | x, y), and for sites enumerated in the guide
+    elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)]; NaN where the guide enumerates
+    inside an inner plate and the model has further enumerated sites of its own. Where a mask removes an enumerated
+    site, its values are equally likely on both sides, so that a sum over them is one, and so is the density ratio.
+    """
+    s = layout.s
+    for trace, roles in ((guide_trace, s.guide_roles), (model_trace, s.model_roles)):
+        _attach_log_probs(trace, roles, s)
+    guide_trace.pack_tensors()
+    model_trace.pack_tensors(guide_trace.plate_to_symbol)
+    factors = _packed(model_trace, s.model_roles, (Role.LATENT, Role.OBSERVED, Role.ENUMERATED))
+    factors += [_negative(t) for t in _packed(guide_trace, s.guide_roles, (Role.LATENT, Role.AUXILIARY))]
+    log_q = _packed(guide_trace, s.guide_roles, (Role.ENUMERATED,))
+    symbols = model_trace.plate_to_symbol
+    output_plates = (PARTICLES,) if s.has_global_latents else (PARTICLES, s.plate)
+    output, plates = "".join(symbols[p] for p in output_plates if p in symbols), frozenset(symbols.values())
+
+    log_weight = _per_datum(_arrange(_log_sum_product(factors, output, plates), output), layout)
+    if not log_q:
+        return log_weight, log_weight
+    ratios = [*factors, *map(_negative, log_q)]
+    if not any(role is Role.ENUMERATED and name not in s.guide_roles for name, role in s.model_roles.items()):
+        elbo: Any = sum(_expectation(factor, log_q, output, plates) for factor in ratios)
+        return log_weight, _per_datum(elbo, layout)
+    enumerated = "".join(sorted({c for t in log_q for c in _dims(t)} - plates))
+    if any(c not in output + enumerated for t in log_q for c in _dims(t)):
+        # sites that the model sums out may couple the elements of an inner plate: no sum over them is the expectation
+        return log_weight, torch.full_like(log_weight, torch.nan)
+    return log_weight, _per_datum(_joint_expectation(ratios, log_q, enumerated, output, plates), layout)
+
+
+def _attach_log_probs(trace: Any, roles: Mapping[str, Role], s: Structure) -> None:
+    """Sets the log-densities that Pyro packs: float64, in the shape of all plates of a site."""
+    for name, node in sample_sites(trace):
+        log_prob = node_log_prob(node)
+        if Role.ENUMERATED in (roles.get(name), s.guide_roles.get(name)):
+            log_prob = log_prob - _log_masked_values(node)
+        node["log_prob"] = node["unscaled_log_prob"] = _expand_plates(log_prob.double(), node)
+
+
+def _log_masked_values(node: dict[str, Any]) -> Tensor | float:
+    """The log of an enumerated site's number of values where a mask removes it; 0 elsewhere."""
+    mask = mask_of(node)
+    if mask is None or mask is True:
+        return 0.0
+    count = math.log(len(node["fn"].enumerate_support(expand=False)))
+    return torch.where(mask, 0.0, count) if isinstance(mask, Tensor) else count
+
+
+def _expand_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
+    """A log-density with every plate of its site in its shape: the contraction reads plates off the dims."""
     shape = list(log_prob.shape)
     for frame in node["cond_indep_stack"]:
         if frame.dim is not None:
@@ -27,107 +84,77 @@ def _over_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
     return log_prob.expand(shape)
 
 
-def _log_values(node: dict[str, Any]) -> Tensor | float:
-    """The log of how many values an enumerated site has, where it is masked out; 0 where it is not."""
-    mask = mask_of(node)
-    if mask is None or mask is True:
-        return 0.0
-    count = math.log(len(node["fn"].enumerate_support(expand=False)))
-    return torch.where(mask, 0.0, count) if isinstance(mask, Tensor) else count
+def _packed(trace: Any, roles: Mapping[str, Role], wanted: Container[Role]) -> list[Tensor]:
+    return [node["packed"]["log_prob"] for name, node in sample_sites(trace) if roles[name] in wanted]
 
 
-def sum_out_enumerated(
-    model_trace: Any,
-    guide_trace: Any,
-    s: Structure,
-    num_particles: int,
-    size: int,
-    unfold: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Sums enumerated sites out of the weights exactly: (log_weight, elbo), [particles, batch].
+def _dims(tensor: Any) -> str:
+    return tensor._pyro_dims
 
-    log w_k = log sum_y p(x, y, z_ky) / q(z_ky | x, y), and for sites enumerated in the guide
-    elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)]; NaN where the guide enumerates
-    inside an inner plate and the model has further enumerated sites of its own. Where a mask takes an
-    enumerated site out, its values are equally likely on both sides: a sum over them is then one, and so is the ratio.
-    """
-    for trace, roles in ((guide_trace, s.guide_roles), (model_trace, s.model_roles)):
-        for name, node in sample_sites(trace):
-            summed = "enumerated" in (roles.get(name), s.guide_roles.get(name))
-            log_prob = node_log_prob(node) - _log_values(node) if summed else node_log_prob(node)
-            node["log_prob"] = node["unscaled_log_prob"] = _over_plates(log_prob.double(), node)
-    guide_trace.pack_tensors()
-    model_trace.pack_tensors(guide_trace.plate_to_symbol)
 
-    def packed(trace: Any, roles: Mapping[str, str], wanted: Sequence[str]) -> list[Tensor]:
-        return [node["packed"]["log_prob"] for n, node in sample_sites(trace) if roles[n] in wanted]
+def _with_dims(tensor: Any, dims: str) -> Tensor:
+    tensor._pyro_dims = dims
+    return tensor
 
-    def negative(tensor: Tensor) -> Tensor:
-        out = -tensor
-        out._pyro_dims = tensor._pyro_dims  # type: ignore[attr-defined]
-        return out
 
-    factors = packed(model_trace, s.model_roles, ("latent", "observed", "enumerated"))
-    factors += [negative(t) for t in packed(guide_trace, s.guide_roles, ("latent", "auxiliary"))]
-    log_q = packed(guide_trace, s.guide_roles, ("enumerated",))
-    symbols = model_trace.plate_to_symbol
-    kept = "".join(symbols[p] for p in ((PARTICLES,) if s.has_global_latents else (PARTICLES, s.plate)) if p in symbols)
+def _negative(tensor: Tensor) -> Tensor:
+    return _with_dims(-tensor, _dims(tensor))
 
-    def reduce(tensors: list[Tensor], output: str) -> Tensor:
-        """log sum over enumerated dims of the product over plates, of all dims but those of `output`."""
-        plates = frozenset(symbols.values()) | frozenset(output)
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        sizes: dict[str, int] = {}
-        for t in tensors:
-            dims = t._pyro_dims  # type: ignore[attr-defined]
-            t = t[...]  # the contraction tells tensors apart by identity
-            t._pyro_dims = dims  # type: ignore[attr-defined]
-            tree.setdefault(plates.intersection(dims), []).append(t)
-            sizes.update(zip(dims, t.shape, strict=True))
-        present = frozenset(c for c in output if c in sizes)
-        return contract_to_tensor(tree, set(sizes) - plates, present, ring=LogRing(dim_to_size=sizes))
 
-    def with_dims(tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        dims = tensor._pyro_dims  # type: ignore[attr-defined]
-        new = [c for c in sizes if c not in dims]
-        out = tensor.expand(*(sizes[c] for c in new), *tensor.shape)
-        out._pyro_dims = "".join(new) + dims  # type: ignore[attr-defined]
-        return out
+def _log_sum_product(tensors: Sequence[Tensor], output: str, plates: frozenset[str]) -> Tensor:
+    """log of the sum over enumerated dims of the product over plates; the dims of `output` stay."""
+    plates = plates | frozenset(output)
+    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    sizes: dict[str, int] = {}
+    for t in tensors:
+        dims = _dims(t)
+        t = _with_dims(t[...], dims)  # a new tensor: the contraction identifies tensors by id
+        tree.setdefault(plates.intersection(dims), []).append(t)
+        sizes.update(zip(dims, t.shape, strict=True))
+    present = frozenset(c for c in output if c in sizes)
+    return contract_to_tensor(tree, set(sizes) - plates, present, ring=LogRing(dim_to_size=sizes))
 
-    def arranged(tensor: Tensor, output: str) -> Tensor:
-        """A packed tensor with exactly the dims of `output`, in order, absent ones of size one."""
-        dims = tensor._pyro_dims  # type: ignore[attr-defined]
-        shape = [tensor.shape[dims.index(c)] if c in dims else 1 for c in output]
-        return tensor.permute([dims.index(c) for c in output if c in dims]).reshape(shape)
 
-    def per_datum(tensor: Tensor) -> Tensor:
-        """[particles, batch] from dims `kept`."""
-        tensor = tensor.reshape(tensor.shape[0], -1) if s.layout == "vectorized" else unfold(tensor.reshape(-1))
-        return tensor.expand(num_particles, 1 if s.has_global_latents else size)
+def _arrange(tensor: Tensor, output: str) -> Tensor:
+    """A packed tensor with exactly the dims of `output`, in order, absent ones of size one."""
+    dims = _dims(tensor)
+    shape = [tensor.shape[dims.index(c)] if c in dims else 1 for c in output]
+    return tensor.permute([dims.index(c) for c in output if c in dims]).reshape(shape)
 
-    def expected(factor: Tensor) -> Tensor:
-        """E under q of one log-factor, over the enumerated sites that it depends on, summed over its inner plates."""
-        dims = factor._pyro_dims  # type: ignore[attr-defined]
-        probability = arranged(reduce(log_q, dims), dims).exp()
-        value = torch.where(probability > 0, probability * factor, torch.zeros_like(factor))
-        inner = [i for i, c in enumerate(dims) if c not in kept]
-        value = value.sum(inner) if inner else value.clone()  # torch takes an empty list for all dims
-        value._pyro_dims = "".join(c for c in dims if c in kept)  # type: ignore[attr-defined]
-        return arranged(value, kept)
 
-    log_weight = per_datum(arranged(reduce(factors, kept), kept))
-    if not log_q:
-        return log_weight, log_weight
-    enum = "".join(sorted({c for t in log_q for c in t._pyro_dims} - set(symbols.values())))  # type: ignore[attr-defined]
-    if not any(role == "enumerated" and name not in s.guide_roles for name, role in s.model_roles.items()):
-        return log_weight, per_datum(sum(expected(f) for f in (*factors, *map(negative, log_q))))  # type: ignore[arg-type]
-    if any(c not in kept + enum for t in log_q for c in t._pyro_dims):  # type: ignore[attr-defined]
-        # what the model sums out may tie the parts of an inner plate together: no sum over parts is the expectation
-        return log_weight, torch.full_like(log_weight, torch.nan)
-    order = enum + kept
-    # given y, whatever the model enumerates is summed out for each y by itself: every factor must show its y
-    sizes = {c: n for t in log_q for c, n in zip(t._pyro_dims, t.shape, strict=True) if c in enum}  # type: ignore[attr-defined]
-    log_w = arranged(reduce([with_dims(t, sizes) for t in (*factors, *map(negative, log_q))], order), order)
-    probability = arranged(reduce(log_q, order), order).exp()
+def _expand_dims(tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    """A packed tensor that has every dim of `sizes`."""
+    dims = _dims(tensor)
+    new = [c for c in sizes if c not in dims]
+    return _with_dims(tensor.expand(*(sizes[c] for c in new), *tensor.shape), "".join(new) + dims)
+
+
+def _expectation(factor: Tensor, log_q: Sequence[Tensor], output: str, plates: frozenset[str]) -> Tensor:
+    """E_q of one log-factor over the enumerated sites that it depends on, summed over its inner plates."""
+    dims = _dims(factor)
+    probability = _arrange(_log_sum_product(log_q, dims, plates), dims).exp()
+    value = torch.where(probability > 0, probability * factor, torch.zeros_like(factor))
+    inner = [i for i, c in enumerate(dims) if c not in output]
+    value = value.sum(inner) if inner else value.clone()  # torch takes an empty list for all dims
+    return _arrange(_with_dims(value, "".join(c for c in dims if c in output)), output)
+
+
+def _joint_expectation(
+    ratios: Sequence[Tensor], log_q: Sequence[Tensor], enumerated: str, output: str, plates: frozenset[str]
+) -> Tensor:
+    """E_q[log sum_c p(x, y, c, z) / q(y, z)], where c is enumerated in the model alone: summed out for each y."""
+    order = enumerated + output
+    # every factor is expanded over y, so that the sum over c is taken for each y by itself
+    sizes = {c: n for t in log_q for c, n in zip(_dims(t), t.shape, strict=True) if c in enumerated}
+    log_w = _arrange(_log_sum_product([_expand_dims(t, sizes) for t in ratios], order, plates), order)
+    probability = _arrange(_log_sum_product(log_q, order, plates), order).exp()
     value = torch.where(probability > 0, probability * log_w, torch.zeros_like(log_w))
-    return log_weight, per_datum(value.sum(tuple(range(len(enum)))))
+    return value.sum(tuple(range(len(enumerated))))
+
+
+def _per_datum(tensor: Tensor, layout: ParticleLayout) -> Tensor:
+    """[particles, batch] from the dims of the output plates."""
+    s = layout.s
+    vectorized = s.layout is Layout.VECTORIZED
+    tensor = tensor.reshape(tensor.shape[0], -1) if vectorized else layout.unfold(tensor.reshape(-1))
+    return tensor.expand(layout.num_particles, 1 if s.has_global_latents else layout.size)

@@ -1,4 +1,4 @@
-"""Everything that holds while a pair is evaluated: its modules' mode, its parameters, no gradient."""
+"""Evaluation mode of a pair: modules in eval mode, a forked param store, no gradient; and the modules of a pair."""
 
 from __future__ import annotations
 
@@ -16,50 +16,53 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
 
 @contextmanager
 def fork_param_store(*functions: Callable[..., Any]) -> Iterator[None]:
-    """A copy of the surrounding param store, so that what the bare functions register in it is gone afterwards."""
+    """Activates a copy of the current param store, so that parameters which the functions register are gone afterwards.
+
+    Raises ContractError if the parameters of a bound function changed after its run.
+    """
     for function in functions:
         if isinstance(function, BoundProgram):
-            function.scope.check_seal()
-    with ParamScope.current().entered():
+            function.scope.check_unchanged()
+    with ParamScope.of_current_store().activate():
         yield
 
 
 def reachable_modules(*functions: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that functions own, close over or name globally, with those inside them, each once."""
-    found: dict[int, nn.Module] = {}
+    """The modules that functions are methods of, close over or name as globals, with their submodules, each once."""
+    modules: dict[int, nn.Module] = {}
     for function in functions:
         fn = unwrap(function)
-        things = [fn, getattr(fn, "__self__", None)]
+        objects = [fn, getattr(fn, "__self__", None)]
         code = getattr(getattr(fn, "__func__", fn), "__code__", None)
         if code is not None:
             plain = getattr(fn, "__func__", fn)
             for cell in plain.__closure__ or ():
                 with suppress(ValueError):  # a cell may still be empty
-                    things.append(cell.cell_contents)
-            things += [plain.__globals__[n] for n in code.co_names if n in plain.__globals__]
-        for thing in things:
-            owner = getattr(thing, "__self__", thing)
+                    objects.append(cell.cell_contents)
+            objects += [plain.__globals__[n] for n in code.co_names if n in plain.__globals__]
+        for reached in objects:
+            owner = getattr(reached, "__self__", reached)
             if isinstance(owner, nn.Module):
-                found |= {id(m): m for m in owner.modules()}
-    return list(found.values())
+                modules |= {id(m): m for m in owner.modules()}
+    return list(modules.values())
 
 
 @contextmanager
 def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
-    """Puts every module that is called meanwhile into evaluation mode, and restores each afterwards.
+    """Puts the modules of functions, and every module called meanwhile, into eval mode; restores each afterwards.
 
-    A pair of plain functions does not say which modules it uses, so each is met when it is called.
+    The hook on calls finds the modules that a plain function reaches in other ways.
     """
     changed: dict[int, nn.Module] = {}
 
-    def quiet(module: nn.Module) -> None:
+    def to_eval(module: nn.Module) -> None:
         if module.training:
             changed[id(module)] = module
             module.training = False
 
     for module in reachable_modules(*functions):
-        quiet(module)
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: quiet(module))
+        to_eval(module)
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: to_eval(module))
     try:
         yield
     finally:
@@ -70,16 +73,16 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def record_modules(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
-    """Collects the modules that are called meanwhile, after those that own the functions, each once and in order."""
+    """Yields a list of the functions' modules; modules called meanwhile are appended, each once and in order."""
     modules = reachable_modules(*functions)
-    found = {id(m): m for m in modules}
+    known = {id(m) for m in modules}
 
-    def note(module: nn.Module, _: Any) -> None:
-        if id(module) not in found:
-            found[id(module)] = module
+    def record(module: nn.Module, _: Any) -> None:
+        if id(module) not in known:
+            known.add(id(module))
             modules.append(module)
 
-    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    hook = nn.modules.module.register_module_forward_pre_hook(record)
     try:
         yield modules
     finally:
@@ -88,7 +91,7 @@ def record_modules(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
 
 @contextmanager
 def evaluation_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
-    """Everything that holds while a pair is evaluated: modules in evaluation mode, no gradient, no new parameter."""
+    """Evaluates a pair: modules in eval mode, no gradient, a forked param store in which no parameter is created."""
     prepare_process()
     with ExitStack() as stack:
         stack.enter_context(fork_param_store(model, guide))

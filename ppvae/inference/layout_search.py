@@ -1,4 +1,4 @@
-"""How a pair takes particles: vectorised, folded into the batch, or one by one; found by trying."""
+"""The search for the fastest particle layout that gives the densities of single-particle runs."""
 
 from __future__ import annotations
 
@@ -11,78 +11,94 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import PpvaeError
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
-from ppvae.inference.tracing import Program, explain_failure
+from ppvae.inference.contract.run_failure import explain_failure
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, evaluate_terms
+from ppvae.inference.tracing import Program
 
 log = logging.getLogger("ppvae")
 
+NUM_PARTICLES = 3  # of each run that is compared
 
-def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> str:
-    """ "vectorized" if the pair broadcasts over a particle plate, else "folded" into the batch, else "one by one".
 
-    A layout counts only if it gives the densities that single particles give: some networks run on a particle dim
-    and silently mean something else by it.
+def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> Layout:
+    """Vectorized if the pair broadcasts over a particle plate, else folded into the batch, else one by one.
+
+    A layout is accepted if its densities equal those of single-particle runs: a network may run on a tensor with a
+    particle dim and take that dim for something else.
+
+    Raises:
+        ContractError: the pair fails on a single particle.
     """
-    count = 3
     try:
-        singles = terms(model, guide, batch, count, structure=replace(s, layout="one by one"))
+        single = evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(s, layout=Layout.ONE_BY_ONE))
     except PpvaeError:
         raise
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in batch if isinstance(t, Tensor))
         raise explain_failure(error, shapes) from error
-    index = {s.plate: first_rows_index(singles)} if s.draws_subsample else {}
-    values = {n: site.value for n, site in {**singles.model, **singles.guide}.items() if site.role in _DRAWN}
-    values = {n: v for n, v in values.items() if n not in s.enumerated}
+    values = _sampled_values(single, s)
     reason = ""
-    for layout in ("vectorized",) if s.has_global_latents or s.draws_subsample else ("vectorized", "folded"):
-        at = replace(s, layout=layout)
+    for layout in _candidates(s):
         try:
-            same = terms(model, guide, batch, count, values={**values, **index}, structure=at)
-            single = singles
-            if s.draws_subsample:  # a subsample is drawn at every run: take the same rows on both sides
-                single = terms(
-                    model, guide, batch, count, values={**values, **index}, structure=replace(s, layout="one by one")
-                )
-            if _agree(single, same):
-                terms(model, guide, batch, count, structure=at)  # sampling, too, must run
-                if layout != "vectorized":
+            if _densities_agree(model, guide, batch, s, layout, values, single):
+                evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(s, layout=layout))  # must sample
+                if layout is Layout.FOLDED:
                     log.warning("ppvae: the pair does not broadcast over particles (%s): folded into the batch", reason)
                 return layout
             reason = "it gives other densities with a particle dim"
         except Exception as error:
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     log.warning("ppvae: the pair does not broadcast over particles (%s): taken one by one", reason)
-    return "one by one"
+    return Layout.ONE_BY_ONE
 
 
-_DRAWN = ("latent", "auxiliary", "cancelled")
+def _candidates(s: Structure) -> tuple[Layout, ...]:
+    """The layouts to try; folding repeats the data, which global latents and a drawn subsample do not admit."""
+    if s.has_global_latents or s.draws_subsample:
+        return (Layout.VECTORIZED,)
+    return (Layout.VECTORIZED, Layout.FOLDED)
 
 
-def first_rows_index(t: Terms) -> Tensor:
-    """The first rows of the data, as many as the batch holds."""
-    return torch.arange(t.batch_size)
+def _sampled_values(t: Terms, s: Structure) -> dict[str, Tensor]:
+    """The sampled values of both sides; with the first rows of the data where the plate draws a subsample."""
+    sampled = (Role.LATENT, Role.AUXILIARY, Role.CANCELLED)
+    sites = {name: site for name, site in {**t.model, **t.guide}.items() if site.role in sampled}
+    values = {name: site.value for name, site in sites.items() if name not in s.enumerated}
+    return values | ({s.plate: torch.arange(t.batch_size)} if s.draws_subsample else {})
 
 
-def _agree(a: Terms, b: Terms) -> bool:
-    for x, y in ((a.log_weight, b.log_weight), *_pairs(a, b)):
-        if x.shape[-2:] != y.shape[-2:] and x.numel() != y.numel():
-            return False
-        exact = a.log_weight.new_tensor(1e-8 if _dtype(a) is torch.float64 else 1e-3)
-        near = (x - y).abs() <= exact * (1 + x.abs())
-        if not bool((near | (x == y) | (x.isnan() & y.isnan())).all()):
-            return False
-    return True
+def _densities_agree(
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    s: Structure,
+    layout: Layout,
+    values: dict[str, Tensor],
+    single: Terms,
+) -> bool:
+    """Whether a layout gives the densities of single-particle runs at the same values."""
+    other = evaluate_terms(model, guide, batch, NUM_PARTICLES, values=values, structure=replace(s, layout=layout))
+    if s.draws_subsample:  # `single` was evaluated at rows of its own
+        one_by_one = replace(s, layout=Layout.ONE_BY_ONE)
+        single = evaluate_terms(model, guide, batch, NUM_PARTICLES, values=values, structure=one_by_one)
+    return all(_close(a, b, single) for a, b in _log_prob_pairs(single, other))
 
 
-def _pairs(a: Terms, b: Terms) -> Iterator[tuple[Tensor, Tensor]]:
-    if not a.contracted:
-        for side in ("model", "guide"):
-            for name, site in getattr(a, side).items():
-                if site.role != "cancelled":
-                    yield site.log_prob, getattr(b, side)[name].log_prob
+def _close(a: Tensor, b: Tensor, single: Terms) -> bool:
+    if a.shape[-2:] != b.shape[-2:] and a.numel() != b.numel():
+        return False
+    double = next(iter(single.model.values())).log_prob.dtype is torch.float64
+    near = (a - b).abs() <= a.new_tensor(1e-8 if double else 1e-3) * (1 + a.abs())
+    return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _dtype(t: Terms) -> torch.dtype:
-    return next(iter(t.model.values())).log_prob.dtype
+def _log_prob_pairs(single: Terms, other: Terms) -> Iterator[tuple[Tensor, Tensor]]:
+    """The log-weights, and the log-densities of each site, of both."""
+    yield single.log_weight, other.log_weight
+    if single.contraction:
+        return
+    for sites, other_sites in ((single.model, other.model), (single.guide, other.guide)):
+        for name, site in sites.items():
+            if site.role is not Role.CANCELLED:
+                yield site.log_prob, other_sites[name].log_prob

@@ -1,4 +1,4 @@
-"""Whose parameters: every run has its own part of Pyro's param store, so that experiments cannot leak."""
+"""Parameter scopes: every run has a param store of its own, so that experiments in one process share no parameter."""
 
 from __future__ import annotations
 
@@ -12,121 +12,122 @@ from torch import Tensor
 
 from ppvae.errors import ContractError
 
-_entered: list[ParamScope] = []
-_PARTS = ("_params", "_constraints", "_param_to_name")
+_active_scopes: list[ParamScope] = []
+_STORE_TABLES = ("_params", "_constraints", "_param_to_name")  # attributes of Pyro's store that hold its state
 
 
 class ParamScope:
-    """A private part of Pyro's param store: names, unconstrained tensors and constraints.
+    """A private copy of the state of Pyro's param store: names, unconstrained tensors and constraints.
 
     >>> import pyro, torch
     >>> scope = ParamScope()
-    >>> with scope.entered():
+    >>> with scope.activate():
     ...     _ = pyro.param("loc", torch.zeros(2))
     >>> list(scope.params), "loc" in pyro.get_param_store()
     (['loc'], False)
     """
 
     def __init__(self, copy: ParamScope | None = None):
-        self._parts: tuple[dict[Any, Any], ...] = tuple(dict(d) for d in copy._parts) if copy else ({}, {}, {})
-        self._seal: dict[str, tuple[int, str, float]] | None = None
+        self._tables: tuple[dict[Any, Any], ...] = tuple(dict(d) for d in copy._tables) if copy else ({}, {}, {})
+        self._fingerprints: dict[str, tuple[int, str, float]] = {}
 
     @staticmethod
-    def current() -> ParamScope:
-        """A copy of the param store as it stands."""
+    def of_current_store() -> ParamScope:
+        """A scope with the present content of Pyro's param store."""
         store, scope = pyro.get_param_store(), ParamScope()
-        scope._parts = tuple(dict(getattr(store, name)) for name in _PARTS)
+        scope._tables = tuple(dict(getattr(store, name)) for name in _STORE_TABLES)
         return scope
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The unconstrained tensors by name."""
-        return self._parts[0]
+        return self._tables[0]
 
     @contextmanager
-    def entered(self) -> Iterator[ParamScope]:
-        """Makes this scope Pyro's param store for the duration; entering it twice is harmless."""
-        if _entered and _entered[-1] is self:
+    def activate(self) -> Iterator[ParamScope]:
+        """Makes this scope Pyro's param store for the duration; nesting the same scope has no effect."""
+        if _active_scopes and _active_scopes[-1] is self:
             yield self
             return
-        # Pyro's own `scope` copies the store, and strips parameters of the reference that every optimizer asks for.
+        # Pyro's own `scope` copies the store and drops the attribute by which optimizers look parameters up
         store = pyro.get_param_store()
-        before = [getattr(store, name) for name in _PARTS]
-        for name, part in zip(_PARTS, self._parts, strict=True):
-            setattr(store, name, part)
-        _entered.append(self)
+        before = [getattr(store, name) for name in _STORE_TABLES]
+        for name, table in zip(_STORE_TABLES, self._tables, strict=True):
+            setattr(store, name, table)
+        _active_scopes.append(self)
         try:
             yield self
         finally:
-            _entered.pop()
-            self._parts = tuple(getattr(store, name) for name in _PARTS)
-            for name, part in zip(_PARTS, before, strict=True):
-                setattr(store, name, part)
+            _active_scopes.pop()
+            self._tables = tuple(getattr(store, name) for name in _STORE_TABLES)
+            for name, table in zip(_STORE_TABLES, before, strict=True):
+                setattr(store, name, table)
 
-    def seal(self) -> None:
-        """Remembers the state of every tensor, so that a later change in place is noticed."""
-        self._seal = {name: _mark(p) for name, p in self.params.items()}
+    def record_fingerprints(self) -> None:
+        """Records a fingerprint of every tensor, so that `check_unchanged` detects a later change in place."""
+        self._fingerprints = {name: _fingerprint(p) for name, p in self.params.items()}
 
-    def check_seal(self) -> None:
-        """Raises ContractError if a parameter was changed after the run that owns this scope had ended."""
-        for name, mark in (self._seal or {}).items():
-            if _mark(self.params[name]) != mark:
+    def check_unchanged(self) -> None:
+        """Raises ContractError if a parameter changed after the run that owns this scope had ended."""
+        for name, fingerprint in self._fingerprints.items():
+            if _fingerprint(self.params[name]) != fingerprint:
                 raise ContractError(
                     f"parameter {name!r} was changed after its run had ended, for example by another fit of the same "
                     f"modules; use the newer run's model and guide, or ppvae.load(directory) with fresh modules"
                 )
 
 
-def _mark(p: Tensor) -> tuple[int, str, float]:
-    """What tells that a tensor was changed in place; a fused optimizer does not count its version up."""
+def _fingerprint(p: Tensor) -> tuple[int, str, float]:
+    """(version, dtype, sum); the sum, because a fused optimizer does not increment the version."""
     return p._version, str(p.dtype), float(p.detach().cpu().double().sum())
 
 
 class BoundProgram:
-    """A model or guide together with the parameters of the run that trained it; called like the function itself."""
+    """A model or guide bound to the param scope of the run that trained it; called like the function itself."""
 
     def __init__(self, function: Callable[..., Any], scope: ParamScope):
         self.function, self.scope = function, scope
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.scope.entered():
+        with self.scope.activate():
             return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"Bound({self.__name__})"
 
 
-# The newest scope in which a bare function was trained: {owner: {function name: scope}}; owners are held weakly.
-_trained: weakref.WeakKeyDictionary[Any, dict[str, ParamScope]] = weakref.WeakKeyDictionary()
+# The scope of the latest run of each trained function: {owner: {function name: scope}}, owners by weak reference.
+_trained_scopes: weakref.WeakKeyDictionary[Any, dict[str, ParamScope]] = weakref.WeakKeyDictionary()
 
 
 def _owner(function: Callable[..., Any]) -> tuple[Any, str]:
+    """(object that holds a function, name of the method); a plain function holds itself."""
     instance = getattr(function, "__self__", None)
     return (function, "") if instance is None else (instance, getattr(function, "__name__", ""))
 
 
-def remember_trained(function: Callable[..., Any], scope: ParamScope) -> None:
-    """Notes that `function` was trained in `scope`, so that the bare function evaluates identically after `fit`."""
+def record_trained(function: Callable[..., Any], scope: ParamScope) -> None:
+    """Records the scope that `function` was trained in, so that the bare function evaluates identically after `fit`."""
     owner, name = _owner(function)
     try:
-        _trained.setdefault(owner, {})[name] = scope
-    except TypeError:  # an owner that cannot be held weakly (or hashed) is reached through run.model only
+        _trained_scopes.setdefault(owner, {})[name] = scope
+    except TypeError:  # an owner without weak references or hash: only run.model has the parameters
         return
 
 
 def bind_program(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function bound to the parameters it was last trained with, or itself where no run has trained it."""
+    """The function bound to the scope of the latest run that trained it; the function itself where none did."""
     if isinstance(function, BoundProgram):
         return function
     owner, name = _owner(function)
     try:
-        scope = _trained.get(owner, {}).get(name)
+        scope = _trained_scopes.get(owner, {}).get(name)
     except TypeError:
         scope = None
     return function if scope is None else BoundProgram(function, scope)
 
 
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's own function."""
+    """The user's function inside a `BoundProgram`; any other function as it is."""
     return function.function if isinstance(function, BoundProgram) else function

@@ -1,4 +1,4 @@
-"""What one run of a side has to leave for another of the same step: random states, and buffers of networks."""
+"""A second run of a model or guide within one step: the same noise, and no second update of buffers."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch import Tensor, nn
 
 @final
 class ReplayNoise(Messenger):
-    """The random states before a run and after each of its sites, for a second run that draws nothing at these.
+    """Records the random states of a run before it and after each sample site, and restores them in a second run.
 
-    What networks draw between sites, as dropout does, is then drawn as it was; where they draw nothing, the second run
-    leaves the random state alone.
+    The second run substitutes the values of its sites and so draws nothing there; networks that draw noise between
+    sites, as dropout does, draw the same noise again.
     """
 
     def __init__(self, batch: Sequence[Any]):
         super().__init__()
         self._devices = sorted({t.device.index for t in batch if isinstance(t, Tensor) and t.is_cuda})
-        self._after: dict[str, list[Tensor]] = {}
-        self._repeats = False
-        self._before = self._now()
+        self._site_states: dict[str, list[Tensor]] = {}
+        self._replaying = False
+        self._initial_states = self._get_states()
 
-    def again(self) -> ReplayNoise:
-        """Goes back to the start, for a second run under this messenger."""
-        self._repeats = True
-        self._go_to(self._before)
+    def rewind(self) -> ReplayNoise:
+        """Restores the initial random states, for a second run under this messenger."""
+        self._replaying = True
+        self._set_states(self._initial_states)
         return self
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["is_observed"]:
             return
-        if self._repeats:
-            self._go_to(self._after[msg["name"]])
+        if self._replaying:
+            self._set_states(self._site_states[msg["name"]])
         else:
-            self._after[msg["name"]] = self._now()
+            self._site_states[msg["name"]] = self._get_states()
 
-    def _now(self) -> list[Tensor]:
+    def _get_states(self) -> list[Tensor]:
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
 
-    def _go_to(self, states: list[Tensor]) -> None:
+    def _set_states(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for state, device in zip(states[1:], self._devices, strict=True):
             torch.cuda.set_rng_state(state, device)
@@ -51,25 +51,25 @@ class ReplayNoise(Messenger):
 
 @contextmanager
 def buffer_copies() -> Iterator[None]:
-    """Runs networks on copies of their buffers: what batch norm and its kin gather meanwhile is forgotten.
+    """Runs modules on copies of their buffers, so that the running statistics of batch norm are not updated.
 
-    A step runs a side once for its densities, and that run gathers; other runs of the step go on copies.
+    Only one run of each module in a step, the one for its densities, updates its buffers.
     """
-    own: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
+    originals: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
 
-    def lend(module: nn.Module, _: Any) -> None:
-        for part in module.modules() if id(module) not in own else ():
-            if id(part) not in own:
-                own[id(part)] = part, dict(part._buffers.items())
-                for name, buffer in own[id(part)][1].items():
+    def copy_buffers(module: nn.Module, _: Any) -> None:
+        for part in module.modules() if id(module) not in originals else ():
+            if id(part) not in originals:
+                originals[id(part)] = part, dict(part._buffers.items())
+                for name, buffer in originals[id(part)][1].items():
                     if buffer is not None:
                         part._buffers[name] = buffer.detach().clone()
 
-    hook = nn.modules.module.register_module_forward_pre_hook(lend)
+    hook = nn.modules.module.register_module_forward_pre_hook(copy_buffers)
     try:
         yield
     finally:
         hook.remove()
-        for part, buffers in own.values():
+        for part, buffers in originals.values():
             for name, buffer in buffers.items():
                 part._buffers[name] = buffer

@@ -1,4 +1,4 @@
-"""Sites of a pair, and how so many particles of a batch are laid out for a run."""
+"""Sites of a pair with their values and log-densities, and closed-form KL divergences between two sites."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
+from ppvae.inference.structure import Role
+
 
 @dataclass(frozen=True)
 class Site:
     """One named site of the model or the guide, evaluated for every particle and datum.
 
     `log_prob` is [particles, batch] (`[particles, 1]` for a site outside the data plate), summed over the site's own
-    event and inner plates; enumerated values stand in further dimensions on the left. `role` is "latent", "observed",
-    "enumerated", "auxiliary" (a guide's helper that the model lacks) or "cancelled" (proposed from its own prior).
-    `parts` are the runs that a site was joined from, where particles are taken one by one.
+    event and inner plates. `value` is [particles, (inner plates,) batch, *event]; dims of enumerated sites stand left
+    of the particles.
     """
 
     name: str
-    role: str
+    role: Role
     value: Tensor
     distribution: Any
     log_prob: Tensor
-    traced: Tensor = field(repr=False)  # the value as the distribution takes it
-    events: Tensor | None = field(default=None, repr=False)  # [*event, particles, batch], where it was asked for
-    parts: tuple[Site, ...] = field(default=(), repr=False)
+    traced_value: Tensor = field(repr=False)  # the value in the shape of the run, as `distribution.log_prob` takes it
+    event_log_prob: Tensor | None = field(default=None, repr=False)  # [*event, particles, batch], where requested
+    particle_sites: tuple[Site, ...] = field(default=(), repr=False)  # one per particle, where each has its own run
     masked: bool = False
 
     def per_event(self) -> Tensor:
-        """Log-densities before the sum over the event: [..., *event] where the distribution is a product over it."""
+        """Log-densities before the sum over the event, [..., *event], of a distribution that factorises over it."""
         base, reinterpreted = event_factors(self.distribution)
         if not reinterpreted:
             raise ValueError(f"site {self.name!r}: {type(base).__name__} does not factorise over its event")
-        return base.log_prob(self.traced)
+        return base.log_prob(self.traced_value)
 
 
 def event_factors(distribution: Any) -> tuple[Any, int]:
-    """The distribution of one part of the event, and over how many dims the event is a product of such parts."""
+    """(distribution of one factor of the event, number of dims over which the event is a product of such factors)."""
     reinterpreted = 0
     while isinstance(distribution, Independent):
         reinterpreted += distribution.reinterpreted_batch_ndims
@@ -50,7 +51,7 @@ def event_factors(distribution: Any) -> tuple[Any, int]:
 
 
 def closed_form_kl(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
-    """KL(q || p) in closed form, [*batch, *parts], and how many dims are parts; None where none is known."""
+    """(KL(q || p) [*batch, *factors], number of factor dims); None where torch and Pyro have no closed form."""
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # Pyro leaves out plates where a value is given
     (q_base, q_dims), (p_base, p_dims) = event_factors(q.expand(shape)), event_factors(p.expand(shape))
     if isinstance(q_base, Delta):
@@ -63,17 +64,17 @@ def closed_form_kl(q: Distribution, p: Distribution) -> tuple[Tensor, int] | Non
         return None
 
 
-def concatenate_sites(parts: Sequence[Mapping[str, Site]], dim: Mapping[str, int]) -> dict[str, Site]:
-    """Sites of single particles as sites of all of them; values are stacked at the dims given."""
+def concatenate_particles(runs: Sequence[Mapping[str, Site]], dims: Mapping[str, int]) -> dict[str, Site]:
+    """Joins the sites of single-particle runs; `dims` holds the dim of each site's value at which particles stack."""
     out = {}
-    for name, site in parts[0].items():
-        own = tuple(p[name] for p in parts)
-        value = site.value
-        if site.role != "observed":
-            value = torch.stack([o.value for o in own], dim[name])
-        log_prob = torch.cat([o.log_prob for o in own], dim=-2)
-        events = [o.events for o in own if o.events is not None]
+    for name, site in runs[0].items():
+        sites = tuple(run[name] for run in runs)
+        event_log_probs = [s.event_log_prob for s in sites if s.event_log_prob is not None]
         out[name] = replace(
-            site, value=value, log_prob=log_prob, events=torch.cat(events, -2) if events else None, parts=own
+            site,
+            value=site.value if site.role is Role.OBSERVED else torch.stack([s.value for s in sites], dims[name]),
+            log_prob=torch.cat([s.log_prob for s in sites], dim=-2),
+            event_log_prob=torch.cat(event_log_probs, -2) if event_log_probs else None,
+            particle_sites=sites,
         )
     return out

@@ -1,45 +1,73 @@
-"""What is known of a pair: its data plate, its sites' roles, its parameters."""
+"""The structure of a model/guide pair: its data plate, the roles of its sites, its parameters, its particle layout."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from torch import Tensor
 
 
+class Role(StrEnum):
+    """What a site contributes to the log-weight; a string, so that `Role.LATENT == "latent"`."""
+
+    LATENT = "latent"  # sampled by the guide, with a density in model and guide
+    OBSERVED = "observed"  # a site with obs= in the model
+    ENUMERATED = "enumerated"  # summed out exactly, over its whole support
+    AUXILIARY = "auxiliary"  # sampled by the guide alone; a Delta site maps it to a latent
+    CANCELLED = "cancelled"  # sampled from its prior, the unobserved half of `obs_mask`: its density ratio is one
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class Layout(StrEnum):
+    """Where particles stand in the tensors of a run; a string, so that `Layout.FOLDED == "folded"`."""
+
+    VECTORIZED = "vectorized"  # in a dim of their own, under a plate left of all others
+    FOLDED = "folded"  # in the batch dim: [particles * batch, ...]
+    ONE_BY_ONE = "one by one"  # nowhere: one run per particle
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 @dataclass(frozen=True)
 class Structure:
-    """What a pair is: its data plate, its sites' roles, its parameters, and how particles can be laid out."""
+    """The result of inspecting a pair: data plate, site roles, parameters, particle layout, and what is refused."""
 
-    plate: str = ""
-    plate_nesting: int = 1
-    scale: float = 1.0
-    full_size: int = 0
-    draws_subsample: bool = False  # the plate draws its own subsample of the data, which the pair gets whole
-    subsample_size: int = 0
-    has_subsample_size: bool = False  # the plate has a subsample_size, which may be this batch's size by chance
-    fixed_size: bool = False  # the plate's full size is a number, not the batch's
-    layout: str = "one by one"  # or "vectorized", "folded"
-    has_global_latents: bool = False  # a latent is shared by all data
-    lower_bound_only: bool = False  # a point mass on a discrete latent
-    enumerated: tuple[str, ...] = ()
-    model_roles: Mapping[str, str] = field(default_factory=dict)
-    guide_roles: Mapping[str, str] = field(default_factory=dict)
-    event_dims: Mapping[str, int] = field(default_factory=dict)
+    plate: str = ""  # name of the data plate
+    plate_nesting: int = 1  # number of plate dims, the data plate's included
+    scale: float = 1.0  # the data plate's full size over its size in the batch
+    full_size: int = 0  # the data plate's full size
+    draws_subsample: bool = False  # the plate draws its own subsample; the pair is called with the whole data set
+    subsample_size: int = 0  # rows of that subsample; 0 where the plate draws none
+    has_subsample_size: bool = False  # the plate is given a subsample_size, which may equal this batch's size
+    has_fixed_full_size: bool = False  # the plate's full size is a constant and not the batch's size
+    layout: Layout = Layout.ONE_BY_ONE
+    has_global_latents: bool = False  # a latent stands outside the data plate and is shared by all data
+    lower_bound_only: bool = False  # the guide omits values of a discrete latent: estimates are lower bounds
+    enumerated: tuple[str, ...] = ()  # sites of either side that are summed out
+    model_roles: Mapping[str, Role] = field(default_factory=dict)
+    guide_roles: Mapping[str, Role] = field(default_factory=dict)
+    event_dims: Mapping[str, int] = field(default_factory=dict)  # number of event dims by site
     observed_dims: int = 0  # numbers observed per datum
-    base_measure: str = ""  # what the observed sites' log-densities are relative to
+    base_measure: str = ""  # base measure of the observed sites' log-densities
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
-    model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # unconstrained, by name
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    non_reparameterized: tuple[str, ...] = ()  # latents that the guide does not reparameterise
-    discrete: tuple[str, ...] = ()  # latents on a discrete set that are drawn, not summed out
-    latent_dims: int = 0  # numbers per datum that the guide draws
-    relaxed: tuple[str, ...] = ()  # latents whose prior is a relaxed discrete distribution
-    scaled: str = ""  # which scale, other than the data plate's, a site has, so that its densities are not a bound's
-    refusal: str = ""  # why weights and log p(x) are refused, where the pair can only be trained
-    words: tuple[str, ...] = field(default=(), repr=False)
+    non_reparameterized: tuple[str, ...] = ()  # guide sites that are sampled without reparameterisation
+    discrete: tuple[str, ...] = ()  # discrete latents that the guide samples, not enumerates
+    latent_dims: int = 0  # numbers that the guide samples per datum
+    relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution
+    scale_refusal: str = ""  # the error of a site with a scale other than the data plate's; no bound exists then
+    weights_refusal: str = ""  # the error raised where weights or log p(x) are asked for; training is possible
+    description: tuple[str, ...] = field(default=(), repr=False)  # lines of text for `check`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", Layout(self.layout))  # a plain string is accepted
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -48,7 +76,7 @@ class Structure:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a number for this pair should not be read without."""
+        """Caveats that every reported log p(x) of this pair carries."""
         if not self.relaxed:
             return ()
         return (
@@ -56,10 +84,10 @@ class Structure:
             f"one than the discrete; of a VAE, evaluate vae.discrete",
         )
 
-    def size_of(self, batch: Sequence[Any]) -> int:
-        """How many data one call of the pair represents by itself."""
+    def batch_size(self, batch: Sequence[Any]) -> int:
+        """The number of data that one call of the pair evaluates."""
         return self.subsample_size if self.draws_subsample else len(batch[0])
 
-    def represented(self, rows: int) -> int:
-        """How many data the loss of a batch of so many rows stands for."""
-        return self.full_size if self.fixed_size else rows
+    def represented_size(self, rows: int) -> int:
+        """The number of data that the scaled loss of a batch of `rows` data stands for."""
+        return self.full_size if self.has_fixed_full_size else rows

@@ -1,4 +1,4 @@
-"""Running a model and a guide: traces, the densities of their sites, and values put in place of draws."""
+"""Traces of a model and a guide: effect handlers, the sites of a trace and their log-densities."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Independent
 
-from ppvae.errors import ContractError, refused
 from ppvae.inference.replay import ReplayNoise, buffer_copies
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 
-PARTICLES = "_ppvae_particles"
+PARTICLES = "_ppvae_particles"  # name of the particle plate
 
-
-Program = Callable[..., Any]
+Program = Callable[..., Any]  # a model or a guide
 
 
 class Substitute(Messenger):
-    """Sets latent sites (and a plate's subsample) to given values instead of sampling them."""
+    """Substitutes given values for samples, at latent sites and at a plate's subsample."""
 
     def __init__(self, values: Mapping[str, Tensor]):
         super().__init__()
@@ -38,14 +36,14 @@ class Substitute(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         value = self.values.get(msg["name"])
         if value is not None and not msg["is_observed"]:
-            msg["value"], msg["done"] = at_the_point(msg["fn"], value), True
+            msg["value"], msg["done"] = snap_to_point_mass(msg["fn"], value), True
 
 
-def at_the_point(fn: Any, value: Tensor) -> Tensor:
-    """A value for a site; that of a point mass itself where the two differ by rounding alone.
+def snap_to_point_mass(fn: Any, value: Tensor) -> Tensor:
+    """A value for a site; under a Delta the point itself, where the two differ by rounding alone.
 
-    A point that a product of matrices gives is rounded in another way where rows are more or fewer, and the density of
-    a point mass anywhere else is zero.
+    A matrix product rounds differently for another number of rows, and a point mass has density zero at a value that
+    differs from its point in the last bit.
     """
     while isinstance(fn, Independent):
         fn = fn.base_dist
@@ -56,8 +54,8 @@ def at_the_point(fn: Any, value: Tensor) -> Tensor:
     return torch.where((value - point).abs() <= near, point, value)
 
 
-class _Parallel(Messenger):
-    """Enumerates at once what a guide asks to be enumerated one value after another."""
+class _ParallelEnumeration(Messenger):
+    """Enumerates in parallel the sites that a guide marks for sequential enumeration."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if (msg["infer"] or {}).get("enumerate") == "sequential":
@@ -65,15 +63,15 @@ class _Parallel(Messenger):
 
 
 class TransformValues(Messenger):
-    """Puts something else in the place of sampled values, after they are drawn: value(site, drawn)."""
+    """Replaces each sampled value, after it is drawn, by transform(site name, value)."""
 
-    def __init__(self, value: Callable[[str, Tensor], Tensor]):
+    def __init__(self, transform: Callable[[str, Tensor], Tensor]):
         super().__init__()
-        self.value = value
+        self.transform = transform
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
-            msg["value"] = self.value(msg["name"], msg["value"])
+            msg["value"] = self.transform(msg["name"], msg["value"])
 
 
 def sample_sites(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,12 +84,12 @@ def sample_sites(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def event_dim(node: dict[str, Any]) -> int:
-    """How many rightmost dims of a site's value are one event."""
+    """The number of event dims of a site, rightmost in its value."""
     return len(getattr(node["fn"], "event_shape", ()))
 
 
 def node_log_prob(node: dict[str, Any]) -> Tensor:
-    """log-density of a traced site with its mask and without its scale; -inf outside the support."""
+    """The log-density of a traced site with its mask and without its scale; -inf outside the support."""
     if "ppvae_log_prob" in node:
         return node["ppvae_log_prob"]
     fn, value = node["fn"], node["value"]
@@ -104,7 +102,7 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
         outside = _outside(fn, value)
     if outside is None:
         log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
-    else:  # a value the other side drew where this side has no mass is legal: its weight is zero
+    else:  # a value that the other side drew outside this support is legal and has weight zero
         validate, fn._validate_args = fn._validate_args, False
         try:
             log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
@@ -115,19 +113,19 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
 
 
 def has_dependent_support(fn: Any) -> bool:
-    """Whether a distribution's support is set by its parameters, as a uniform's is, and so perhaps by a latent."""
+    """Whether the support depends on the distribution's parameters, as a uniform's does, and so perhaps on a latent."""
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
         return False
     support = getattr(support, "base_constraint", support)
-    if hasattr(support, "cure"):  # set by the context, which is data
+    if hasattr(support, "cure"):  # a support of this library, set by the batch
         return False
     return any(isinstance(v, Tensor) and v.numel() > 1 for v in getattr(support, "__dict__", {}).values())
 
 
 def _outside(fn: Any, value: Tensor) -> Tensor | None:
-    """Where a value lies outside the support; None where it lies nowhere outside or cannot."""
+    """A mask of the elements outside the support; None where there are none or can be none."""
     support = fn.support
     base = getattr(support, "base_constraint", support)
     if base is torch.distributions.constraints.real or support is torch.distributions.constraints.real_vector:
@@ -153,16 +151,16 @@ def values_hidden() -> Iterator[None]:
 
 @contextmanager
 def frozen_params(params: Iterable[Tensor]) -> Iterator[None]:
-    """Holds parameters constant meanwhile: gradients pass through values, none reaches a parameter."""
-    held = [p for p in params if p.requires_grad]
-    for p in held:
+    """Holds parameters constant for the duration: gradients pass through values, and none reaches a parameter."""
+    trainable = [p for p in params if p.requires_grad]
+    for p in trainable:
         p.requires_grad_(False)
     try:
-        with warnings.catch_warnings():  # pyro.module remarks on every parameter that takes no gradient
+        with warnings.catch_warnings():  # pyro.module warns of every parameter that takes no gradient
             warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
             yield
     finally:
-        for p in held:
+        for p in trainable:
             p.requires_grad_(True)
 
 
@@ -171,28 +169,28 @@ def trace_program(
     batch: Sequence[Any],
     s: Structure,
     values: Mapping[str, Tensor],
-    replayed: Any = None,
+    replay_trace: Any = None,
     num_particles: int | None = None,
-    replaced: Callable[[str, Tensor], Tensor] | None = None,
+    transform: Callable[[str, Tensor], Tensor] | None = None,
     noise: ReplayNoise | None = None,
 ) -> Any:
-    """The trace of one run of a model or guide, under a particle plate if `num_particles` says so."""
+    """The trace of one run of a model or guide, with a particle plate of size `num_particles` unless that is None."""
     with ExitStack() as stack:
         if noise is not None:
             stack.enter_context(noise)
-        if replaced is not None:  # outermost: the trace must see the other value
-            stack.enter_context(TransformValues(replaced))
+        if transform is not None:  # outermost, so that the trace records the transformed value
+            stack.enter_context(TransformValues(transform))
         if num_particles is not None:
             stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.plate_nesting))
         tracer = stack.enter_context(poutine.trace())
-        if replayed is not None:
-            stack.enter_context(poutine.replay(trace=replayed))
+        if replay_trace is not None:
+            stack.enter_context(poutine.replay(trace=replay_trace))
         stack.enter_context(Substitute(values))
-        if s.enumerated:  # innermost: it must see a site before a value is put there
-            # the model's dims follow the guide's, so that a replayed value means the same on both sides
-            first = None if replayed is not None else -1 - s.plate_nesting - (num_particles is not None)
+        if s.enumerated:  # innermost: it must see a site before a value is substituted there
+            # the model takes the guide's enumeration dims, so that a replayed value means the same on both sides
+            first = None if replay_trace is not None else -1 - s.plate_nesting - (num_particles is not None)
             stack.enter_context(poutine.enum(first_available_dim=first))
-            stack.enter_context(_Parallel())
+            stack.enter_context(_ParallelEnumeration())
         fn(*batch)
         trace = tracer.get_trace()
     return trace
@@ -203,73 +201,63 @@ def trace_pair(
     guide: Program,
     batch: Sequence[Any],
     s: Structure,
-    given: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
     frozen: Sequence[str] = (),
     num_particles: int | None = None,
-    entry: Callable[[str, Tensor], Tensor] | None = None,
+    latent_hook: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[Any, Any]:
     """(model trace, guide trace) of one run of the pair; the model is replayed on the guide's latents.
 
-    `num_particles` is the size of the particle plate, or None for a run without one. With a frozen guide or an `entry`
-    the guide runs twice: what it draws first goes through `entry` into the densities, its own included.
+    `num_particles` is the size of the particle plate, None for a run without one. With a frozen guide or a
+    `latent_hook` the guide runs twice: the hook maps the values of the first run to those that every density, the
+    guide's included, is evaluated at.
     """
-
-    def run(fn: Program, values: Mapping[str, Tensor], held: bool, *how: Any) -> Any:
-        # the store's parameters, too: the pair may run in another scope than the one that it was looked at in
-        params = [*s.params.values(), *(p for _, p in pyro.get_param_store().named_parameters())] if held else []
-        with frozen_params(params):
-            trace = trace_program(fn, batch, s, values, *how)
-            for _, node in sample_sites(trace) if held else ():  # some distributions ask their network only now
-                node["ppvae_log_prob"] = node_log_prob(node)
-            return trace
-
-    detached = (lambda _, value: value.detach()) if "latents" in frozen else None
-    at, noise = given, None
-    if "guide" in frozen or entry is not None:
+    detach = (lambda _, value: value.detach()) if "latents" in frozen else None
+    guide_values, noise = values, None
+    if "guide" in frozen or latent_hook is not None:
         noise = ReplayNoise(batch)
         with buffer_copies():
-            drawn = trace_program(guide, batch, s, given, None, num_particles, detached, noise)
-        paths = {n: node["value"] for n, node in sample_sites(drawn) if s.guide_roles.get(n) != "enumerated"}
-        # never the value itself: a flow that knows what it was made from would go back by live parameters
-        paths = {n: value.view_as(value) if entry is None else entry(n, value) for n, value in paths.items()}
-        at = {**given, **paths, **({s.plate: drawn.nodes[s.plate]["value"]} if s.draws_subsample else {})}
-        noise.again()
-    guide_trace = run(guide, at, "guide" in frozen, None, num_particles, detached, noise)
-    unseen = {name: value for name, value in given.items() if name not in guide_trace}
-    model_trace = run(model, unseen, "model" in frozen, guide_trace, num_particles)
+            samples = trace_program(guide, batch, s, values, None, num_particles, detach, noise)
+        guide_values = {**values, **_latent_values(samples, s, latent_hook)}
+        noise.rewind()
+    guide_trace = _trace_side("guide" in frozen, guide, batch, s, guide_values, None, num_particles, detach, noise)
+    model_values = {name: value for name, value in values.items() if name not in guide_trace}
+    model_trace = _trace_side("model" in frozen, model, batch, s, model_values, guide_trace, num_particles)
     return model_trace, guide_trace
 
 
+def _latent_values(
+    guide_trace: Any, s: Structure, latent_hook: Callable[[str, Tensor], Tensor] | None
+) -> dict[str, Tensor]:
+    """The values of a guide's run, through the hook; with the subsample where the data plate draws one."""
+    values = {n: node["value"] for n, node in sample_sites(guide_trace) if s.guide_roles.get(n) is not Role.ENUMERATED}
+    # a view, never the value itself: a flow that caches its inverse would be differentiated by its live parameters
+    values = {n: v.view_as(v) if latent_hook is None else latent_hook(n, v) for n, v in values.items()}
+    return values | ({s.plate: guide_trace.nodes[s.plate]["value"]} if s.draws_subsample else {})
+
+
+def _trace_side(frozen: bool, fn: Program, batch: Sequence[Any], s: Structure, *arguments: Any) -> Any:
+    """`trace_program` of one side of a pair; with `frozen`, its parameters are constant in every density."""
+    # the current store's parameters, too: the pair may run in another scope than the one it was inspected in
+    params = [*s.params.values(), *(p for _, p in pyro.get_param_store().named_parameters())] if frozen else []
+    with frozen_params(params):
+        trace = trace_program(fn, batch, s, *arguments)
+        for _, node in sample_sites(trace) if frozen else ():  # some distributions call their network in log_prob
+            node["ppvae_log_prob"] = node_log_prob(node)
+        return trace
+
+
 def params_of(trace: Any) -> dict[str, Tensor]:
-    """The unconstrained parameter tensors that a trace met, by name."""
-    found = {}
+    """The unconstrained tensors of a trace's param sites, by name."""
+    params = {}
     for name, node in trace.nodes.items():
         if node["type"] == "param":
             value = node["value"]
             source = getattr(value, "_pyro_unconstrained_param", None)
-            found[name] = source if source is not None else value.unconstrained()
-    return found
+            params[name] = source if source is not None else value.unconstrained()
+    return params
 
 
 def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     """A batch as the tuple of arguments that the pair is called with."""
     return tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-
-
-def explain_failure(error: Exception, sizes: str) -> ContractError:
-    """The error for a pair that could not run, with what to look at."""
-    text = " ".join(str(error).split())[:300]
-    if "must be sampled in trace" in text:
-        name = text.removeprefix("site ").split(" must")[0]
-        return refused(
-            name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
-        )
-    if "plate" in text and ("hape mismatch" in text or "invalid shape" in text):
-        return ContractError(
-            f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "
-            f".to_event(n), and size the plate by the batch, as in pyro.plate('data', len(x))"
-        )
-    return ContractError(
-        f"the pair could not run on a batch of shape {sizes}: {type(error).__name__}: {text}. "
-        f"Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments"
-    )

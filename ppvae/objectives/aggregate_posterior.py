@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, refused
+from ppvae.errors import ContractError, site_error
 from ppvae.inference.replay import buffer_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, sample_guide, simulate
@@ -85,7 +85,7 @@ class TCVAE(Aggregate):
             )
         if s.draws_subsample:
             raise ContractError("TCVAE: expected batches that are handed over, found a plate that draws its subsample")
-        if self.num_data is None and not s.fixed_size:
+        if self.num_data is None and not s.has_fixed_full_size:
             raise ContractError(
                 f"TCVAE: expected the data set's size, found plate {s.plate!r} as large as the batch; give num_data"
             )
@@ -99,9 +99,9 @@ class TCVAE(Aggregate):
             site = sample_guide(
                 call.guide, call.batch, count * size, structure=call.s, values={name: each}, events=True
             )[name]
-        events = site.events if call.s.event_dims[name] else site.log_prob
+        events = site.event_log_prob if call.s.event_dims[name] else site.log_prob
         if events is None:
-            raise refused(
+            raise site_error(
                 name, "a guide that is a product over the latent's dims",
                 type(site.distribution).__name__, "take a guide with independent dims, .to_event(1)",
             )  # fmt: skip

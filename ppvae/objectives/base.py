@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives.gradients.estimators import Gradient, gradient_named
 from ppvae.objectives.schedules import Scheduled
@@ -35,7 +35,7 @@ class Call:
         index = None
         if self.s.draws_subsample:  # drawn here, so that all particles look at the same data
             index = torch.randperm(self.s.full_size, device=self.batch[0].device)[: self.s.subsample_size]
-        return terms(
+        return evaluate_terms(
             self.model, self.guide, self.batch, self.num_particles, structure=self.s, index=index,
             **{**self.options, **options},
         )  # fmt: skip
@@ -111,8 +111,8 @@ class Objective(PyroELBO):
 
     def refuse(self, s: Structure) -> None:
         """Raises ContractError where the bound does not exist for a pair."""
-        if s.refusal:
-            raise ContractError(s.refusal)
+        if s.weights_refusal:
+            raise ContractError(s.weights_refusal)
 
     def refuse_gradient(self, s: Structure) -> None:
         """Raises ContractError where the gradient's estimator does not exist for a pair."""
@@ -134,12 +134,12 @@ class Objective(PyroELBO):
         if self._known is None or self._known[:2] != (model, guide):
             s = inspect(model, guide, batch, weights=False)
             self.refuse(s)
-            if s.scaled:
-                raise ContractError(s.scaled)
-            if s.has_global_latents and s.full_size != s.size_of(batch):
+            if s.scale_refusal:
+                raise ContractError(s.scale_refusal)
+            if s.has_global_latents and s.full_size != s.batch_size(batch):
                 raise ContractError(
-                    f"a latent is shared by all data: expected all of them in the batch, found {s.size_of(batch)} of "
-                    f"{s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
+                    f"a latent is shared by all data: expected all of them in the batch, found "
+                    f"{s.batch_size(batch)} of {s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
                 )
             self.refuse_gradient(s)
             self._known = (model, guide, s)
@@ -151,8 +151,8 @@ class Objective(PyroELBO):
         return Call(model, guide, args, self._structure(model, guide, args), self.draws, self.options)
 
     def _scaled(self, total: Tensor, call: Call) -> Tensor:
-        rows = call.s.size_of(call.batch)
-        return -total * (call.s.represented(rows) / rows)
+        rows = call.s.batch_size(call.batch)
+        return -total * (call.s.represented_size(rows) / rows)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over the batch, times the data plate's scale: a scalar tensor."""

@@ -262,7 +262,7 @@ class PIWAE(Objective):
 
     def surrogate(self, call: Call) -> Tensor:
         leaves = LatentLeaves()
-        t = call.terms(entry=leaves)
+        t = call.terms(latent_hook=leaves)
         log_weight, log_q = t.log_weight, t.log_guide
         detached = log_weight.detach()
         slope = self.dreg_weights(detached) / self.num_bounds  # of the mean of the guide's bounds

@@ -7,8 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError, refused
-from ppvae.inference.structure import Structure
+from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.base import Objective
 from ppvae.objectives.gradients.estimators import Gradient, Pathwise, ScoreFunction
@@ -169,7 +169,7 @@ def only(objective: Objective, kinds: Any, what: str) -> None:
 def apart(s: Structure, what: str) -> None:
     """Refuses pairs whose rate does not stand apart from the likelihood."""
     if s.enumerated:
-        raise refused(
+        raise site_error(
             s.enumerated[0], f"a pair without enumerated sites, whose rate stands apart, for {what}",
             "a site summed out", "take ELBO with beta = 1 and nothing else",
         )  # fmt: skip
@@ -178,8 +178,8 @@ def apart(s: Structure, what: str) -> None:
 def parted(s: Structure, what: str) -> None:
     """Refuses pairs whose rate has parts that belong to no latent, or to all data."""
     for name, role in s.guide_roles.items():
-        if role == "auxiliary":
-            raise refused(
+        if role is Role.AUXILIARY:
+            raise site_error(
                 name, f"latents with a density of their own, for {what}", "a helper that others are made from",
                 "give the latent its density in the guide",
             )  # fmt: skip

@@ -9,9 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError, refused
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference.replay import buffer_copies
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
 from ppvae.objectives.base import Call, Objective
 from ppvae.objectives.gradients.estimators import accumulate_gradients, sampled_latents
@@ -54,8 +54,8 @@ class ReweightedWakeSleep(Objective):
         super().refuse(s)
         sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
         for name, role in s.guide_roles.items():
-            if role == "auxiliary" and self.sleep:
-                raise refused(
+            if role is Role.AUXILIARY and self.sleep:
+                raise site_error(
                     name, "a guide whose sites the model draws, for sleep", "a helper that the model lacks",
                     "take sleep = 0",
                 )  # fmt: skip
@@ -90,7 +90,7 @@ def dreamt(call: Call) -> Tensor:
         if node["infer"].get("was_observed"):
             places = [i for i, given in enumerate(call.batch) if given is node["infer"]["obs"]]
             if not places:
-                raise refused(
+                raise site_error(
                     name, "data observed as they are handed over, for sleep",
                     "something made from them: the model's data cannot be handed to the guide",
                     "observe a tensor of the batch itself, or take sleep = 0",

@@ -1,18 +1,19 @@
-"""Pictures of training, of what a pair generates, and of an estimate: each function gives a matplotlib `Figure`.
+"""Figures of training, of generated data, and of evaluation results: each function returns a matplotlib `Figure`.
 
-Figures stand alone: nothing here touches pyplot or leaves a setting behind. Nats are per datum.
+No function uses pyplot or changes matplotlib's settings. Nats are per datum.
 """
 
+from ppvae.plots.annealing import bracket, looseness_curve
 from ppvae.plots.calibration import calibration_ranks
 from ppvae.plots.compare import differences
 from ppvae.plots.density import density_maps, plane
 from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
+from ppvae.plots.gaps import gap_bars
 from ppvae.plots.images import image_grid
 from ppvae.plots.latents import latent_map
-from ppvae.plots.nats import gap_bars, kl_per_dim, rate_distortion
 from ppvae.plots.profiles import profiles
+from ppvae.plots.representation import kl_per_dim, rate_distortion
 from ppvae.plots.style import DPI, to_png
-from ppvae.plots.tightness import bracket, looseness_curve
 from ppvae.plots.training import curves
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Whether a guide's draws are distributed as the latents that made the data."""
+"""Ranks of simulation-based calibration."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELS = 4  # dims named in the picture
-BARS = 20
-BAND = "#dddddd"
+MAX_LABELS = 4  # dims in the legend
+MAX_BARS = 20
+BAND_COLOR = "#dddddd"
 
 
 @styled
-def calibration_ranks(found: Calibration, site: str) -> Figure:
-    """Ranks of a latent's dims: their distribution minus the uniform one, and the histogram of the worst dim.
+def calibration_ranks(result: Calibration, site: str) -> Figure:
+    """Ranks of a latent's dims: their ECDF minus the uniform CDF, and the histogram of the worst dim.
 
-    A dim departs where its line leaves the grey band, which holds all dims of an exact guide together with probability
-    1 - alpha. A line above zero has too many low ranks: the guide's draws are too high. One that rises and then falls
-    below zero has too many at both ends: they are too narrow.
+    A dim departs from uniformity where its line leaves the grey band, which contains all dims of an exact guide jointly
+    with probability 1 - alpha. A line above zero has too many low ranks: the guide's draws are too high. A line that
+    rises and then falls below zero has too many ranks at both ends: the draws are too narrow.
     """
-    if site not in found.ranks:
-        raise UsageError(f"site: expected one of {sorted(found.ranks)}, found {site!r}")
-    ranks, p_values = array(found.ranks[site]), array(found.p_values[site])
-    count, bins = len(ranks), found.num_draws + 1
+    if site not in result.ranks:
+        raise UsageError(f"site: expected one of {sorted(result.ranks)}, found {site!r}")
+    ranks, p_values = array(result.ranks[site]), array(result.p_values[site])
+    count, bins = len(ranks), result.num_draws + 1
     table = pointwise_p_values(count, bins)
-    low, high = (array(b) / count for b in band(found.level, count, bins, table))
+    low, high = (array(b) / count for b in band(result.level, count, bins, table))
     edges = np.arange(1, bins) / bins
     fig = figure(9.6, 3.4)
     axes: Any = fig.subplots(1, 2, width_ratios=(3, 2))
     axes[0].fill_between(
-        edges, low - edges, high - edges, color="#dddddd", linewidth=0, step="mid" if bins < 20 else None
+        edges, low - edges, high - edges, color=BAND_COLOR, linewidth=0, step="mid" if bins < 20 else None
     )
     order = np.argsort(p_values)
     for i in order[::-1]:
         counts = np.bincount(ranks[:, i], minlength=bins).cumsum()[:-1] / count
-        failed, named = p_values[i] < found.level, i in order[:LABELS]
-        words = f"{site}[{i}]: {found.verdict(site, int(i))}" if failed and named else None
+        failed, labelled = p_values[i] < result.level, i in order[:MAX_LABELS]
+        words = f"{site}[{i}]: {result.verdict(site, int(i))}" if failed and labelled else None
         color, width = (VERMILLION, 1.4) if failed else (BLUE, 0.8)
         axes[0].plot(edges, counts - edges, color=color, linewidth=width, alpha=1.0 if failed else 0.6, label=words)
     axes[0].axhline(0, color=INK, linewidth=0.7)
@@ -51,24 +51,24 @@ def calibration_ranks(found: Calibration, site: str) -> Figure:
     axes[0].set_ylabel("ECDF − uniform")
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(loc="best")
-    failed = int((p_values < found.level).sum())
+    failed = int((p_values < result.level).sum())
     note(
-        axes[0], f"{failed} of {len(p_values)} dims depart (band: {100 * (1 - found.alpha):g} % for all dims together)"
+        axes[0], f"{failed} of {len(p_values)} dims depart (band: {100 * (1 - result.alpha):g} % for all dims together)"
     )
-    _histogram(axes[1], ranks[:, order[0]], found, f"{site}[{order[0]}]", float(p_values[order[0]]))
+    _histogram(axes[1], ranks[:, order[0]], result, f"{site}[{order[0]}]", float(p_values[order[0]]))
     return fig
 
 
-def _histogram(ax: Any, ranks: np.ndarray, found: Calibration, words: str, p_value: float) -> None:
-    """The ranks of one dim, with the band in which each bar lies by itself with probability 0.99."""
-    count, bins = len(ranks), found.num_draws + 1
-    bars = min(BARS, bins)
-    spread = np.random.default_rng(0).uniform(size=count)  # within a rank, so that any number of bars is fair
-    heights, edges = np.histogram((ranks + spread) / bins, np.linspace(0, 1, bars + 1))
-    inside = [int(b[0]) for b in bounds(0.01, pointwise_p_values(count, bars))]
-    ax.axhspan(*inside, color=BAND, linewidth=0)
+def _histogram(ax: Any, ranks: np.ndarray, result: Calibration, words: str, p_value: float) -> None:
+    """Histogram of the ranks of one dim, with the band that contains each single bar with probability 0.99."""
+    count, bins = len(ranks), result.num_draws + 1
+    bars = min(MAX_BARS, bins)
+    jitter = np.random.default_rng(0).uniform(size=count)  # within a rank, so that bars need not divide the ranks
+    heights, edges = np.histogram((ranks + jitter) / bins, np.linspace(0, 1, bars + 1))
+    limits = [int(b[0]) for b in bounds(0.01, pointwise_p_values(count, bars))]
+    ax.axhspan(*limits, color=BAND_COLOR, linewidth=0)
     ax.axhline(count / bars, color=FAINT, linewidth=0.8)
-    ax.bar(edges[:-1], heights, 1 / bars, align="edge", color=VERMILLION if p_value < found.level else BLUE,
+    ax.bar(edges[:-1], heights, 1 / bars, align="edge", color=VERMILLION if p_value < result.level else BLUE,
            edgecolor="white", linewidth=0.4)  # fmt: skip
     ax.set_xlim(0, 1)
     ax.set_xlabel(f"rank of {words}, the worst (as a share)")

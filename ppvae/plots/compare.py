@@ -1,4 +1,4 @@
-"""Models compared by log p(x) on the same data."""
+"""Differences of models in log p(x) on the same data."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ if TYPE_CHECKING:
 
 
 @styled
-def differences(found: Comparison) -> Figure:
-    """Each model's mean log p(x) minus the best's, with two standard errors of the difference; nats per datum."""
-    fig = figure(7.2, 1.2 + 0.42 * len(found.names))
+def differences(result: Comparison) -> Figure:
+    """Mean log p(x) of each model minus that of the best, with two standard errors of the difference; nats."""
+    fig = figure(7.2, 1.2 + 0.42 * len(result.names))
     ax: Any = fig.add_subplot()
-    best = found.names[0]
-    for y, name in enumerate(found.names):
-        delta, error = found.difference(name, best) if y else (0.0, 0.0)
+    best = result.names[0]
+    for y, name in enumerate(result.names):
+        delta, error = result.difference(name, best) if y else (0.0, 0.0)
         if math.isfinite(delta):
             ax.errorbar(delta, y, xerr=2 * error if math.isfinite(error) else 0.0, color=BLUE, marker="o",
                         markersize=4.5, capsize=3)  # fmt: skip
-            words = number(delta, 3) if y else f"log p(x) = {number(float(found.log_px[0].mean()))}"
+            words = number(delta, 3) if y else f"log p(x) = {number(float(result.log_px[0].mean()))}"
             ax.annotate(words, (delta, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     ax.axvline(0, color=FAINT, linewidth=0.8, linestyle="--")
-    ax.set_yticks(range(len(found.names)), found.names)
+    ax.set_yticks(range(len(result.names)), result.names)
     ax.invert_yaxis()
     ax.margins(0.12, 0.3)
     ax.grid(visible=False, axis="y")
     ax.set_xlabel(f"log p(x) minus that of {best} (nats per datum; bars: two standard errors)")
-    note(ax, f"{len(found.warnings)} warning{'s' * (len(found.warnings) > 1)}, see the table" if found.warnings else "")
+    count = len(result.warnings)
+    note(ax, f"{count} warning{'s' * (count > 1)}, see the table" if count else "")
     return fig

@@ -1,4 +1,4 @@
-"""Densities over the plane, side by side with the data."""
+"""Maps of densities over the plane, beside data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
-    """The points of a lattice over [-reach, reach]^2, [count * count, 2], at which `density_maps` takes densities.
+    """The lattice over [-reach, reach]^2, [count * count, 2], on which `density_maps` takes densities.
 
     >>> plane(1.0, 2).tolist()
     [[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]
@@ -32,27 +32,27 @@ def density_maps(
 ) -> Figure:
     """Panels over [-reach, reach]^2, {title: log-densities [count^2] at `plane(reach, count)`, or data [N, 2]}.
 
-    All densities share one scale of colours, from none to the highest of the panel that is lowest there.
+    All densities share one colour scale, from zero to the smallest maximum among the panels.
 
     Args:
-        marks: {title: points [M, 2]}, crosses on a panel.
+        marks: {title: points [M, 2]}, drawn as crosses.
     """
     if not panels:
         raise UsageError("panels: expected at least one, found none")
-    held = {title: array(values).astype(float) for title, values in panels.items()}
-    for title, values in held.items():
+    arrays = {title: array(values).astype(float) for title, values in panels.items()}
+    for title, values in arrays.items():
         if values.shape[1:] != (2,) and (values.ndim != 1 or math.isqrt(len(values)) ** 2 != len(values)):
             raise UsageError(f"{title}: expected [count^2] log-densities or data [N, 2], found {list(values.shape)}")
-    cols = min(cols, len(held))
-    rows = math.ceil(len(held) / cols)
+    cols = min(cols, len(arrays))
+    rows = math.ceil(len(arrays) / cols)
     fig = figure(0.2 + 2.6 * cols, 0.1 + 2.75 * rows)
     axes = np.atleast_1d(fig.subplots(rows, cols, sharex=True, sharey=True)).reshape(rows, cols)
-    top = min((np.exp(np.nanmax(values)) for values in held.values() if values.ndim == 1), default=1.0)
-    for ax, (title, values) in zip(axes.flat, held.items(), strict=False):
+    vmax = min((np.exp(np.nanmax(values)) for values in arrays.values() if values.ndim == 1), default=1.0)
+    for ax, (title, values) in zip(axes.flat, arrays.items(), strict=False):
         if values.ndim == 1:
             side = math.isqrt(len(values))
             ax.imshow(
-                np.exp(values).reshape(side, side), origin="lower", extent=(-reach, reach) * 2, vmin=0, vmax=top,
+                np.exp(values).reshape(side, side), origin="lower", extent=(-reach, reach) * 2, vmin=0, vmax=vmax,
                 cmap="magma_r", interpolation="bilinear",
             )  # fmt: skip
         else:
@@ -62,6 +62,6 @@ def density_maps(
             ax.plot(*array(marks[title]).T, "+", color=GREEN, markersize=size, markeredgewidth=size / 5)
         ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         ax.grid(visible=False)
-    for ax in axes.flat[len(held) :]:
+    for ax in axes.flat[len(arrays) :]:
         ax.set_axis_off()
     return fig

@@ -1,4 +1,4 @@
-"""What an estimate of log p(x) says, and how far it can be trusted."""
+"""An estimate of log p(x): its distribution over the data, its bounds, and its diagnostics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.reliability import MIN_ESS, format_particles
-from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, number, plain, styled
+from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, decimal_log_ticks, figure, note, number, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,51 +18,56 @@ if TYPE_CHECKING:
 
 @styled
 def log_px_histogram(estimate: Estimate) -> Figure:
-    """How log p(x) is distributed over the data, unreliable data apart, with the means of ELBO and log p(x); nats."""
+    """Histogram of log p(x) over the data, by reliability, with the means of ELBO and log p(x); nats per datum."""
     log_px, good = array(estimate.log_px), array(estimate.reliable)
     finite = np.isfinite(log_px)
     fig = figure(7.2, 3.4)
     ax: Any = fig.add_subplot()
-    if finite.any():
-        edges = np.histogram_bin_edges(log_px[finite], bins=min(60, max(10, round(2 * math.sqrt(finite.sum())))))
-        parts = [(log_px[finite & good], BLUE, "reliable"), (log_px[finite & ~good], VERMILLION, "not to be trusted")]
-        parts = [part for part in parts if len(part[0])]
-        ax.hist(
-            [p[0] for p in parts], edges, stacked=True, color=[p[1] for p in parts], edgecolor="white", linewidth=0.4,
-            label=[f"{p[2]} ({len(p[0])})" for p in parts],
-        )  # fmt: skip
+    reliability_histogram(ax, log_px[finite], good[finite], max_bins=60)
     for values, style, words in ((estimate.elbo, ":", "ELBO"), (estimate.log_px, "-", "log p(x)")):
         mean = float(array(values).mean())
         if math.isfinite(mean):
             ax.axvline(mean, color=INK, linestyle=style, linewidth=1.3, label=f"mean {words} = {number(mean)}")
     ax.set_xlabel("log p(x) (nats per datum)")
-    ax.set_ylabel("number of data")
-    ax.yaxis.get_major_locator().set_params(integer=True)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    note(ax, _missing(int((~finite).sum()), "no finite log p(x)"))
+    note(ax, _not_shown(int((~finite).sum()), "no finite log p(x)"))
     return fig
+
+
+def reliability_histogram(ax: Any, values: np.ndarray, reliable: np.ndarray, max_bins: int) -> None:
+    """Adds a stacked histogram of finite values [N], with reliable and unreliable data in their own colours."""
+    if len(values):
+        edges = np.histogram_bin_edges(values, bins=min(max_bins, max(10, round(2 * math.sqrt(len(values))))))
+        groups = [(values[reliable], BLUE, "reliable"), (values[~reliable], VERMILLION, "not to be trusted")]
+        groups = [group for group in groups if len(group[0])]
+        ax.hist(
+            [g[0] for g in groups], edges, stacked=True, color=[g[1] for g in groups], edgecolor="white",
+            linewidth=0.4, label=[f"{g[2]} ({len(g[0])})" for g in groups],
+        )  # fmt: skip
+    ax.set_ylabel("number of data")
+    ax.yaxis.get_major_locator().set_params(integer=True)
 
 
 @styled
 def bound_curve(estimate: Estimate) -> Figure:
-    """Mean L_k over the data against k, with the standard error over the data as a band; nats per datum.
+    """Mean L_k against k, with the standard error over the data as a band; nats per datum.
 
-    Data with an L_k that is not finite are left out at every k, and counted.
+    Data with a non-finite L_k are left out at every k; a note counts them.
     """
     if len(estimate.bounds) < 2:
         raise UsageError(f"estimate: expected bounds at two k or more, found {sorted(estimate.bounds)}")
     ks = sorted(estimate.bounds)
     curve = np.stack([array(estimate.bounds[k]) for k in ks])
-    kept = np.isfinite(curve).all(0) & np.isfinite(array(estimate.elbo))
-    if not kept.any():
-        raise UsageError("estimate: expected finite bounds for one datum at least, found none")
-    curve, elbo = curve[:, kept], float(array(estimate.elbo)[kept].mean())
+    finite = np.isfinite(curve).all(0) & np.isfinite(array(estimate.elbo))
+    if not finite.any():
+        raise UsageError("estimate: expected finite bounds for at least one datum, found none")
+    curve, elbo = curve[:, finite], float(array(estimate.elbo)[finite].mean())
     mean = curve.mean(1)
     fig = figure(7.2, 3.4)
     ax: Any = fig.add_subplot()
-    if kept.sum() > 1:
-        error = curve.std(1, ddof=1) / math.sqrt(kept.sum())
+    if finite.sum() > 1:
+        error = curve.std(1, ddof=1) / math.sqrt(finite.sum())
         words = "± standard error over the data"
         ax.fill_between(ks, mean - error, mean + error, color=BLUE, alpha=0.15, linewidth=0, label=words)
     ax.plot(ks, mean, color=BLUE, marker="o", markersize=3.5, label="mean $L_k$")
@@ -72,22 +77,22 @@ def bound_curve(estimate: Estimate) -> Figure:
     )
     ax.set_xscale("log")
     ax.margins(0.06, 0.12)
-    plain(ax.xaxis)
+    decimal_log_ticks(ax.xaxis)
     ax.set_xlabel("number of particles k")
     ax.set_ylabel(f"bound $L_k$ (nats {'for the whole data set' if estimate.joint else 'per datum'})")
     ax.legend(loc="lower right")
-    note(ax, _missing(int((~kept).sum()), "a bound that is not finite"))
+    note(ax, _not_shown(int((~finite).sum()), "a bound that is not finite"))
     return fig
 
 
 @styled
 def diagnosis(estimate: Estimate) -> Figure:
-    """Per datum, k_hat against the effective sample size and against log p(x), with what counts as reliable shaded.
+    """Effective sample size and log p(x) against k_hat, per datum; the region of reliable data is shaded.
 
-    A k_hat of -inf (equal weights, nothing to fit) is shown at the left edge, +inf at the right; NaN is counted.
+    A k_hat of -inf (equal weights) is drawn at the left edge, +inf at the right edge; a note counts NaN.
     """
     k_hat, good = array(estimate.k_hat), array(estimate.reliable)
-    at, left, right = _placed(k_hat)
+    x, left, right = _k_hat_positions(k_hat)
     limit = estimate.k_hat_limit
     ess, log_px = array(estimate.ess), array(estimate.log_px)
     fig = figure(9.6, 3.8)
@@ -96,43 +101,43 @@ def diagnosis(estimate: Estimate) -> Figure:
         (axes[0], ess, f"effective sample size, ESS (of K = {format_particles(estimate.particles)})"),
         (axes[1], log_px, "log p(x) (nats per datum)"),
     ):
-        shown = np.isfinite(at) & np.isfinite(values) & ((values > 0) if ax is axes[0] else True)
-        _points(ax, at, values, shown & ~good, VERMILLION, "X", "not to be trusted")
-        _points(ax, at, values, shown & good, BLUE, "o", "reliable")
+        shown = np.isfinite(x) & np.isfinite(values) & ((values > 0) if ax is axes[0] else True)
+        _scatter(ax, x, values, shown & ~good, VERMILLION, "X", "not to be trusted")
+        _scatter(ax, x, values, shown & good, BLUE, "o", "reliable")
         ax.set_xlabel(r"Pareto shape $\hat{k}$")
         ax.set_ylabel(words)
         if math.isfinite(limit):
             ax.axvline(limit, color=FAINT, linestyle="--", linewidth=1)
-        note(ax, _missing(int((~shown).sum()), "no finite value"))
-    _edges(axes[0], k_hat, left, right)
+        note(ax, _not_shown(int((~shown).sum()), "no finite value"))
+    _infinity_ticks(axes[0], k_hat, left, right)
     axes[0].set_yscale("log")
     axes[0].axhline(MIN_ESS, color=FAINT, linestyle="--", linewidth=1)
     low, high = axes[0].get_ylim()
     axes[0].set_ylim(min(low, 0.6 * MIN_ESS), max(high, 1.2 * estimate.num_particles))
-    plain(axes[0].yaxis)
+    decimal_log_ticks(axes[0].yaxis)
     if math.isfinite(limit):
-        _shade(axes[0], limit)
+        _shade_reliable(axes[0], limit)
     fig.legend(*_legend(axes), loc="outside upper right", ncols=2)
     return fig
 
 
-def _placed(k_hat: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Where to draw each k_hat, and the places of -inf and +inf."""
+def _k_hat_positions(k_hat: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The x position of each k_hat, and the positions of -inf and +inf."""
     finite = k_hat[np.isfinite(k_hat)]
     low, high = (min(finite.min(), 0.0), max(finite.max(), 0.8)) if len(finite) else (0.0, 0.8)
     left, right = low - 0.12 * (high - low), high + 0.12 * (high - low)
     return np.where(np.isneginf(k_hat), left, np.where(np.isposinf(k_hat), right, k_hat)), left, right
 
 
-def _points(ax: Any, x: np.ndarray, y: np.ndarray, which: np.ndarray, color: str, marker: str, words: str) -> None:
-    if which.any():
+def _scatter(ax: Any, x: np.ndarray, y: np.ndarray, shown: np.ndarray, color: str, marker: str, label: str) -> None:
+    if shown.any():
         size = float(np.clip(4000 / len(x), 5, 22)) * (1.6 if marker == "X" else 1)
         alpha = float(np.clip(1500 / len(x), 0.2, 0.6))
-        ax.scatter(x[which], y[which], s=size, color=color, marker=marker, alpha=alpha, linewidths=0, label=words)
+        ax.scatter(x[shown], y[shown], s=size, color=color, marker=marker, alpha=alpha, linewidths=0, label=label)
 
 
-def _edges(ax: Any, k_hat: np.ndarray, left: float, right: float) -> None:
-    """Ticks for what is infinite, where there is any."""
+def _infinity_ticks(ax: Any, k_hat: np.ndarray, left: float, right: float) -> None:
+    """Adds ticks for infinite k_hat, where there is any."""
     ticks = [t for t in ax.get_xticks() if left + 1e-9 < t < right - 1e-9]
     labels = [f"{t:g}".replace("-", "−") for t in np.round(ticks, 6)]
     if np.isneginf(k_hat).any():
@@ -144,19 +149,20 @@ def _edges(ax: Any, k_hat: np.ndarray, left: float, right: float) -> None:
     ax.set_xlim(left - 0.05 * span, right + 0.05 * span)
 
 
-def _shade(ax: Any, limit: float) -> None:
+def _shade_reliable(ax: Any, limit: float) -> None:
     from matplotlib.patches import Rectangle
 
     (left, _), (_, high) = ax.get_xlim(), ax.get_ylim()
-    place = (left, MIN_ESS), limit - left, high - MIN_ESS
-    ax.add_patch(Rectangle(*place, color=BLUE, alpha=0.06, linewidth=0, zorder=0))
+    ax.add_patch(
+        Rectangle((left, MIN_ESS), limit - left, high - MIN_ESS, color=BLUE, alpha=0.06, linewidth=0, zorder=0)
+    )
     ax.set_title(rf"shaded: reliable, $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", fontsize=8, color=FAINT)
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    return list(found.values()), list(found)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    return list(handles.values()), list(handles)
 
 
-def _missing(count: int, what: str) -> str:
+def _not_shown(count: int, what: str) -> str:
     return f"{count} {'datum' if count == 1 else 'data'} with {what} not shown" if count else ""

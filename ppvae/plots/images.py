@@ -1,4 +1,4 @@
-"""Images side by side, each pixel a whole number of the screen's."""
+"""Grids of images, in which each image pixel covers a whole number of figure pixels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 1936  # pixels of a full-width figure
-GAP = 4
-POINTS = 8.0
-_EM = POINTS * DPI / 72  # pixels
+GAP = 4  # pixels between images
+FONT_SIZE = 8.0  # points
+_EM = FONT_SIZE * DPI / 72  # pixels
 
 
 @styled
@@ -37,11 +37,11 @@ def image_grid(
     Args:
         event_shape: (C, H, W) or (H, W), C = 1 (grey) or 3 (red, green, blue).
         rows, cols: of the grid where images are [N, ...]; 16 columns at most by default.
-        titles: words below each image, `row_titles` left of each row, `col_titles` above each column.
+        titles: text below each image; `row_titles` left of each row, `col_titles` above each column.
 
-    Pixels that are NaN are shown in vermillion; an image that is NaN throughout leaves its place empty.
+    NaN pixels are vermillion; an image that is all NaN is left blank.
     """
-    pixels, shape = _arranged(array(images), tuple(event_shape), rows, cols)
+    pixels, shape = _to_grid(array(images), tuple(event_shape), rows, cols)
     (rows, cols), (height, width) = shape, pixels.shape[1:3]
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
     left = round(max(map(len, row_titles)) * 0.62 * _EM + _EM) if row_titles else 0
@@ -53,29 +53,29 @@ def image_grid(
     pitch = max(width, 190) + 3 * GAP if titles else width + GAP, height + GAP + below
     canvas = np.ones((top + rows * pitch[1] - GAP, left + cols * pitch[0] - GAP, 3), np.float32)
     places = [(left + (i % cols) * pitch[0], top + (i // cols) * pitch[1]) for i in range(len(pixels))]
-    for image, (x, y) in zip(_coloured(pixels, limits), places, strict=True):
+    for image, (x, y) in zip(_to_rgb(pixels, limits), places, strict=True):
         canvas[y : y + height, x : x + width] = image.repeat(scale, 0).repeat(scale, 1)
-    fig, ax = _exact(canvas)
+    fig, ax = _pixel_exact_figure(canvas)
     for title, (x, y) in zip(titles or (), places, strict=False):
-        for i, line in enumerate(title.split("\n"), 1):  # by hand: matplotlib gives a line with an accent more height
-            ax.text(x, y + height + 1.3 * i * _EM, line, va="baseline", fontsize=POINTS, color=INK)
+        for i, line in enumerate(title.split("\n"), 1):  # matplotlib's own line height depends on accents
+            ax.text(x, y + height + 1.3 * i * _EM, line, va="baseline", fontsize=FONT_SIZE, color=INK)
     for title, y in zip(row_titles or (), range(top, canvas.shape[0], pitch[1]), strict=False):
-        ax.text(left - 0.6 * _EM, y + height / 2, title, va="center", ha="right", fontsize=POINTS, color=INK)
+        ax.text(left - 0.6 * _EM, y + height / 2, title, va="center", ha="right", fontsize=FONT_SIZE, color=INK)
     for title, x in zip(col_titles or (), range(left, canvas.shape[1], pitch[0]), strict=False):
-        ax.text(x + width / 2, top - 0.4 * _EM, title, va="bottom", ha="center", fontsize=POINTS, color=INK)
+        ax.text(x + width / 2, top - 0.4 * _EM, title, va="bottom", ha="center", fontsize=FONT_SIZE, color=INK)
     return fig
 
 
-def _arranged(
+def _to_grid(
     images: np.ndarray, event_shape: tuple[int, ...], rows: int | None, cols: int | None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Images as [N, H, W, C], and the grid's (rows, cols)."""
+    """(images as [N, H, W, C], (rows, cols) of the grid)."""
     shape = (1, *event_shape) if len(event_shape) == 2 else event_shape
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(f"event_shape: expected (C, H, W) with C = 1 or 3, or (H, W), found {event_shape}")
     size = math.prod(shape)
-    known = ((size,), shape, shape[1:] if shape[0] == 1 else shape)
-    inner = next((len(k) for k in known if images.ndim > len(k) and images.shape[-len(k) :] == k), None)
+    event_shapes = ((size,), shape, shape[1:] if shape[0] == 1 else shape)
+    inner = next((len(k) for k in event_shapes if images.ndim > len(k) and images.shape[-len(k) :] == k), None)
     if inner is None or images.ndim - inner > 2 or not images.size:
         raise UsageError(f"images: expected [N, ...] or [R, C, ...] of event {shape}, found {list(images.shape)}")
     lead = images.shape[:-inner]
@@ -87,8 +87,8 @@ def _arranged(
     return images.reshape(-1, *shape).transpose(0, 2, 3, 1), (rows, cols)
 
 
-def _coloured(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Pixels [N, H, W, C] as red, green and blue in [0, 1]."""
+def _to_rgb(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Pixels [N, H, W, C] as RGB in [0, 1]."""
     low, high = limits
     scaled = np.clip((pixels.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
     rgb = np.broadcast_to(scaled, (*scaled.shape[:3], 3)).copy()
@@ -98,8 +98,8 @@ def _coloured(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     return rgb
 
 
-def _exact(canvas: np.ndarray) -> tuple[Figure, Any]:
-    """A figure whose pixels are the canvas's, and axes in which to write on it."""
+def _pixel_exact_figure(canvas: np.ndarray) -> tuple[Figure, Any]:
+    """(a figure whose pixels are those of the canvas, axes in pixel coordinates)."""
     from matplotlib.figure import Figure
 
     height, width = canvas.shape[:2]

@@ -1,4 +1,4 @@
-"""Where a guide puts the data."""
+"""Maps of posterior means."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ MOST_CLASSES = 20
 def latent_map(
     means: Any, labels: Any = None, *, log_px: Any = None, names: Sequence[str] = (), site: str = "z"
 ) -> Figure:
-    """Posterior means [N, D] in the plane, in two principal components where D > 2.
+    """Posterior means [N, D] in the plane, projected on two principal components where D > 2.
 
     Args:
-        labels: [N]; each class has a colour and its name where its middle is (20 classes at most).
-        log_px: [N] nats, the colour where there are no labels.
+        labels: [N]; a colour per class, with its name at the class median (at most 20 classes).
+        log_px: [N] nats, the colour without labels.
         names: the names of the labels 0, 1, ...
         site: the latent's name, for the axes.
     """
     points = array(means).astype(float)
     if points.ndim != 2 or not points.size:
         raise UsageError(f"means: expected [N, D], found {list(points.shape)}")
-    flat, words = _plane(points, site)
+    projected, axis_labels = _project(points, site)
     size = float(np.clip(8000 / len(points), 8, 26))
     fig = figure(7.2, 5.6)
     ax: Any = fig.add_subplot()
     classes = np.unique(array(labels)) if labels is not None else np.empty(0)
     if 0 < len(classes) <= MOST_CLASSES:
-        _classes(ax, flat, array(labels), classes, names, size)
+        _scatter_classes(ax, projected, array(labels), classes, names, size)
     elif log_px is not None:
-        shown = ax.scatter(*flat.T, c=array(log_px), cmap=ORDERED, s=size, linewidths=0)
+        shown = ax.scatter(*projected.T, c=array(log_px), cmap=ORDERED, s=size, linewidths=0)
         fig.colorbar(shown, ax=ax, label="log p(x) (nats per datum)", shrink=0.8)
     else:
-        ax.scatter(*flat.T, s=size, color=CLASSES[0], alpha=0.6, linewidths=0)
+        ax.scatter(*projected.T, s=size, color=CLASSES[0], alpha=0.6, linewidths=0)
     if len(classes) > MOST_CLASSES:
         note(ax, f"{len(classes)} classes: too many for colours")
-    ax.set_xlabel(words[0])
-    ax.set_ylabel(words[1])
+    ax.set_xlabel(axis_labels[0])
+    ax.set_ylabel(axis_labels[1])
     if points.shape[1] > 1:
         ax.set_aspect("equal", adjustable="datalim")
     else:
@@ -54,11 +54,11 @@ def latent_map(
     return fig
 
 
-def _plane(points: np.ndarray, site: str) -> tuple[np.ndarray, tuple[str, str]]:
-    """Points [N, 2], and what their axes are."""
+def _project(points: np.ndarray, site: str) -> tuple[np.ndarray, tuple[str, str]]:
+    """(points [N, 2], axis labels)."""
     if points.shape[1] == 1:
-        spread = np.random.default_rng(0).uniform(size=len(points))
-        return np.stack([points[:, 0], spread], 1), (f"posterior mean of {site}", "spread at random, for sight only")
+        jitter = np.random.default_rng(0).uniform(size=len(points))
+        return np.stack([points[:, 0], jitter], 1), (f"posterior mean of {site}", "random jitter")
     if points.shape[1] == 2:
         return points, (f"posterior mean of {site}[0]", f"posterior mean of {site}[1]")
     centred = points - points.mean(0)
@@ -71,19 +71,21 @@ def _plane(points: np.ndarray, site: str) -> tuple[np.ndarray, tuple[str, str]]:
     return centred @ (v[:2] * signs[:, None]).T, (first, second)
 
 
-def _classes(
-    ax: Any, flat: np.ndarray, labels: np.ndarray, classes: np.ndarray, names: Sequence[str], size: float
+def _scatter_classes(
+    ax: Any, points: np.ndarray, labels: np.ndarray, classes: np.ndarray, names: Sequence[str], size: float
 ) -> None:
     import matplotlib.patheffects as effects
 
     halo = [effects.withStroke(linewidth=2.5, foreground="white")]
     for i, c in enumerate(classes):
-        mine = flat[labels == c]
+        members = points[labels == c]
         name = str(names[int(c)]) if 0 <= c < len(names) else str(c)
         marker = "o" if i < len(CLASSES) else "^"
-        ax.scatter(*mine.T, s=size, color=CLASSES[i % len(CLASSES)], marker=marker, alpha=0.8, linewidths=0, label=name)
+        ax.scatter(
+            *members.T, s=size, color=CLASSES[i % len(CLASSES)], marker=marker, alpha=0.8, linewidths=0, label=name
+        )
         ax.annotate(
-            name, np.median(mine, 0), ha="center", va="center", fontsize=10, weight="bold", color=INK,
+            name, np.median(members, 0), ha="center", va="center", fontsize=10, weight="bold", color=INK,
             path_effects=halo, zorder=5,
         )  # fmt: skip
     ax.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.6, handletextpad=0.2)

@@ -1,4 +1,4 @@
-"""Data that are no images: each datum a line over its dims (parallel coordinates)."""
+"""Parallel coordinates: each datum a line over its dims, for data that are not images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @styled
 def profiles(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figure:
-    """Panels of lines over the dims of x, {title: {label: [*event] or [n, *event]}}, all on one scale.
+    """Panels of lines over the dims of x, {title: {label: [*event] or [n, *event]}}, with common axes.
 
-    Two labels are told apart by colour and marker; more are taken as a sequence, from dark to bright.
+    Two labels differ in colour and marker; more labels are a sequence, from dark to bright.
     """
     if not panels:
         raise UsageError("panels: expected at least one, found none")
@@ -29,7 +29,7 @@ def profiles(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figur
     axes = np.atleast_1d(fig.subplots(rows, cols, sharex=True, sharey=True)).reshape(rows, cols)
     for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         ax.set_title(title)
-        _panel(ax, lines)
+        _draw_lines(ax, lines)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     for i, ax in enumerate(axes.flat[: len(panels)]):
@@ -44,7 +44,7 @@ def profiles(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figur
     return fig
 
 
-def _panel(ax: Any, lines: Mapping[str, Any]) -> None:
+def _draw_lines(ax: Any, lines: Mapping[str, Any]) -> None:
     import matplotlib
 
     count = len(lines)

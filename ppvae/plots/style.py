@@ -1,4 +1,4 @@
-"""One look for every picture: colours that the colour-blind can tell apart, readable type, crisp at twice the size."""
+"""The common style of all figures: a colour-blind safe palette, fonts, sizes, and number formats."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-DPI = 200  # a page shows 100 of them as an inch, so that text stays crisp on dense screens
+DPI = 200  # a page shows 100 pixels per inch, so that text is sharp on high-density screens
 
 # Okabe and Ito 2008, Color universal design
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 INK, FAINT = "#222222", "#767676"
-# Tol 2021, Colour schemes (muted), its pale grey made darker
+# Tol 2021, Colour schemes (muted), with a darker grey
 CLASSES = (
     "#332288", "#DDCC77", "#88CCEE", "#CC6677", "#117733", "#AA4499", "#44AA99", "#882255", "#999933", "#777777",
 )  # fmt: skip
@@ -59,29 +59,29 @@ _RC: dict[str, Any] = {
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A drawing function under the library's look, whose figure a notebook shows; settings are then as before."""
+    """A drawing function under the library's style, whose figure a notebook displays; matplotlib's settings stay."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
         import matplotlib
 
         with matplotlib.rc_context(_RC):
             fig = draw(*args, **kwargs)
-        vars(fig)["_repr_png_"] = functools.partial(to_png, fig)  # pyplot, which does this elsewhere, is not loaded
+        vars(fig)["_repr_png_"] = functools.partial(to_png, fig)  # notebooks display figures only with pyplot loaded
         return fig
 
-    return drawn
+    return wrapped
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that lays itself out."""
+    """An empty figure of a size in inches, with constrained layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def to_png(fig: Figure) -> bytes:
-    """The figure as a PNG that is the same bytes every time."""
+    """The figure as PNG bytes, without metadata that varies."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -91,7 +91,7 @@ def to_png(fig: Figure) -> bytes:
 
 
 def array(values: Any) -> np.ndarray:
-    """Numbers as a numpy array, wherever they live."""
+    """A tensor of any device, or array-like values, as a numpy array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().as_subclass(torch.Tensor).cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values
@@ -99,7 +99,7 @@ def array(values: Any) -> np.ndarray:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number with a true minus sign; "none" for NaN.
+    """A number as text, with a typographic minus sign; "none" for NaN.
 
     >>> number(-1.25, 1), number(float("-inf"))
     ('−1.2', '−∞')
@@ -111,8 +111,8 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def plain(axis: Any) -> None:
-    """A logarithmic axis with numbers written out: 1, 10, 100, and 2 and 5 between them where there is room."""
+def decimal_log_ticks(axis: Any) -> None:
+    """Decimal tick labels on a logarithmic axis: 1, 10, 100, and multiples of 2 and 5 over a short range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -122,7 +122,7 @@ def plain(axis: Any) -> None:
 
 
 def note(ax: Any, text: str) -> None:
-    """A remark in the upper right corner, above the axes."""
+    """Text above the upper right corner of the axes."""
     if text:
         ax.annotate(
             text, (1, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",

@@ -1,4 +1,4 @@
-"""The course of a training run."""
+"""Training curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @styled
 def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and negative ELBO over epochs, and beside them rate and distortion where they were recorded; nats per datum.
+    """Loss and negative ELBO over epochs, and rate and distortion where they were recorded; nats per datum.
 
     rate + distortion = -ELBO (Alemi et al. 2018, arXiv 1711.00464).
     """
@@ -60,20 +60,20 @@ def _lines(ax: Any, epochs: Sequence[int], series: Sequence[tuple[str, np.ndarra
     if len(epochs) == 1:
         ax.set_xlim(0.5 * epochs[0], 1.5 * epochs[0])
     ax.legend(loc="best")
-    _leave_out_the_start(ax, epochs, [v for _, v, _ in series])
+    _clip_first_epochs(ax, epochs, [v for _, v, _ in series])
 
 
-def _leave_out_the_start(ax: Any, epochs: Sequence[int], series: Sequence[np.ndarray]) -> None:
-    """Where the first epochs (a twentieth at most) are far off, the axis ends at the rest, and says so."""
+def _clip_first_epochs(ax: Any, epochs: Sequence[int], series: Sequence[np.ndarray]) -> None:
+    """Fits the y axis to all but the first twentieth of epochs where those lie far outside, with a note."""
     start = len(epochs) // 20
-    rest = np.concatenate([v[start:] for v in series])
-    whole = np.concatenate(series)
-    if not start or not np.isfinite(rest).any():
+    later = np.concatenate([v[start:] for v in series])
+    values = np.concatenate(series)
+    if not start or not np.isfinite(later).any():
         return
-    low, high = np.nanmin(rest[np.isfinite(rest)]), np.nanmax(rest[np.isfinite(rest)])
+    low, high = np.nanmin(later[np.isfinite(later)]), np.nanmax(later[np.isfinite(later)])
     margin = 0.06 * (high - low)
-    out = np.isfinite(whole) & ((whole > high) | (whole < low))
-    reach = max(np.nanmax(whole[out], initial=high) - high, low - np.nanmin(whole[out], initial=low))
-    if high > low and reach > 0.5 * (high - low):
+    outside = np.isfinite(values) & ((values > high) | (values < low))
+    excess = max(np.nanmax(values[outside], initial=high) - high, low - np.nanmin(values[outside], initial=low))
+    if high > low and excess > 0.5 * (high - low):
         ax.set_ylim(low - margin, high + margin)
         note(ax, f"the first {'epoch' if start == 1 else f'{start} epochs'} beyond the axis")

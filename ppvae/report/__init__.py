@@ -57,7 +57,9 @@ def write(
     made = _drawn(subject, folder / "pictures")
     folded = {"Settings of the run": _settings(run)}
     if subject.structure is not None:
-        folded["The pair as found"] = "\n".join(w for w in subject.structure.words if not w.startswith("data plate"))
+        folded["The pair as found"] = "\n".join(
+            w for w in subject.structure.description if not w.startswith("data plate")
+        )
     if estimate is not None:
         folded["The estimate in words"] = estimate.summary()
     text = page(head(subject), [(part, png) for part, png, _ in made], folded)

@@ -130,7 +130,7 @@ class Subject:
     @property
     def no_estimate(self) -> str:
         """Why there is no estimate."""
-        why = self.problem or (self.structure.refusal if self.structure else "")
+        why = self.problem or (self.structure.weights_refusal if self.structure else "")
         return f"No estimate of log p(x): {why}" if why else "No estimate of log p(x) was given."
 
     @functools.cached_property

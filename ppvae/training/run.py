@@ -14,7 +14,7 @@ import torch
 
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
-from ppvae.inference.param_store import BoundProgram, ParamScope, remember_trained, unwrap
+from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained, unwrap
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.rng import fork_rng
@@ -49,9 +49,9 @@ class Run:
 
 def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope) -> tuple[BoundProgram, BoundProgram]:
     """The pair bound to a scope, which the bare functions then use too."""
-    scope.seal()
-    remember_trained(model, scope)
-    remember_trained(guide, scope)
+    scope.record_fingerprints()
+    record_trained(model, scope)
+    record_trained(guide, scope)
     return BoundProgram(model, scope), BoundProgram(guide, scope)
 
 
@@ -130,7 +130,7 @@ def load(
     for module in reachable_modules(model, guide) if dtype else ():
         module.to(dtype)
     with (
-        scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
+        scope.activate(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
         with eval_mode(model, guide):
             trace_pair(model, guide, batch, Structure(), {})

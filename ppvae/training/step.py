@@ -114,7 +114,7 @@ class TrainingStep:
         """Leaves gradients of the loss in the parameters: (loss per datum, how many data the gradients stand for)."""
         parts = self.parts(batch)
         if self.processes.size == 1 and len(parts) == 1:
-            alone = self.structure.represented(self.structure.size_of(batch))
+            alone = self.structure.represented_size(self.structure.batch_size(batch))
             loss = self.svi.unread_gradients(*batch)
             return (loss.double() if isinstance(loss, Tensor) else loss) / alone, alone
         try:
@@ -127,7 +127,7 @@ class TrainingStep:
 
     def parts(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """The batch, cut so that no part has more than `rows` (datum, particle) rows; none of an empty one."""
-        size, objective = self.structure.size_of(batch), self.svi.loss
+        size, objective = self.structure.batch_size(batch), self.svi.loss
         if not size:
             return []
         together = self.structure.draws_subsample or self.structure.has_global_latents or self.normalised
@@ -148,10 +148,10 @@ class TrainingStep:
         for part in parts:
             if isinstance(objective, Objective):
                 objective.go_to(step)  # all parts are of the same step
-            rows = self.structure.size_of(part)
-            weight = rows if self.structure.fixed_size else 1
+            rows = self.structure.batch_size(part)
+            weight = rows if self.structure.has_fixed_full_size else 1
             total += weight * self.svi.gradients(*part)
-            represented += weight * self.structure.represented(rows)
+            represented += weight * self.structure.represented_size(rows)
             for p in params:  # a first run may have added some
                 if p.grad is not None:
                     before = sums.get(id(p))

@@ -75,7 +75,7 @@ class Trainer:
         self.processes = DataParallel()
         self.compile: bool | None = None
         self.kernels: str | None = None  # of the run that is resumed
-        with self.scope.entered():
+        with self.scope.activate():
             place = torch.device(device) if device is not None else parameter_device(self.model, self.guide, data)
             check_precision(precision, place)
             self.train = Columns(data, "data", place)
@@ -142,7 +142,7 @@ class Trainer:
 
     def join(self) -> None:
         """Begins with the same parameters in every process that trains together with this one."""
-        with self.scope.entered():
+        with self.scope.activate():
             tensors = [*self.state.params().values(), *self.state.buffers().values()]
             self.processes.start_from_the_first(tensors)
 
@@ -153,7 +153,7 @@ class Trainer:
                 raise CheckpointError(
                     f"{self.folder}: cannot resume with {key} = {value!r}: the run was started with {before!r}"
                 )
-        with self.scope.entered():
+        with self.scope.activate():
             self.state.put(saved["state"])
             self.epoch, self.take_step.taken, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
@@ -171,7 +171,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         assert self.folder is not None
         optim = self.svi.optimizer
-        with self.scope.entered():
+        with self.scope.activate():
             saved_optim = optim.state_dict() if optim is not None else self.state.renamed(self.svi.optim.get_state())
         state = {
             "state": self.state.copy(),
@@ -212,10 +212,10 @@ class Trainer:
         if self.epoch < epochs and not self.stopped:
             first = self.processes.first
             shown = Progress(epochs, self.epoch, progress if first else False, self.folder if first else None)
-            with self.scope.entered(), shown as bar:
+            with self.scope.activate(), shown as bar:
                 self._train(run, bar, epochs, patience, checkpoint_seconds, callbacks)
         if patience is not None and self.best is not None:
-            with self.scope.entered():
+            with self.scope.activate():
                 self.state.put(self.best["state"])
         run.model, run.guide = bind(self.model, self.guide, self.scope)
         return run
@@ -296,7 +296,7 @@ class Trainer:
         steps, counts = [], []
         with pyro.validation_enabled(False):  # the contract was checked; the NaN policy looks at every step
             for batch in self._batches():
-                rows = self.structure.size_of(batch)
+                rows = self.structure.batch_size(batch)
                 part = batch if self.structure.draws_subsample else self.processes.part(batch)
                 steps.append(self.take_step(part, self.epoch + 1))
                 counts.append(rows)

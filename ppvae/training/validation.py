@@ -18,8 +18,8 @@ from ppvae.evaluation.blocks import Block
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import Terms, terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
@@ -56,7 +56,7 @@ class ValidationMonitor:
     @property
     def has_elbo(self) -> bool:
         """Whether the pair has an ELBO per datum; joint weights and point masses have none."""
-        return not (self.structure.has_global_latents or self.structure.refusal)
+        return not (self.structure.has_global_latents or self.structure.weights_refusal)
 
     def __call__(self, model: Program, guide: Program, products: Choices | None = None) -> dict[str, float]:
         """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_.
@@ -68,7 +68,7 @@ class ValidationMonitor:
         if not self.has_elbo:
             return {}
         size = s.subsample_size if s.draws_subsample else ROWS
-        latents = [] if s.enumerated or "auxiliary" in s.guide_roles.values() else list(s.guide_roles)
+        latents = [] if s.enumerated or Role.AUXILIARY in s.guide_roles.values() else list(s.guide_roles)
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with fork_rng(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
@@ -94,13 +94,13 @@ class ValidationMonitor:
         self, model: Program, guide: Program, block: Block, latents: Sequence[str], products: Choices
     ) -> Tensor | None:
         """The sums of a block of the usual size after the first; None where no graph gives them."""
-        if self._refused or self.structure.layout == "one by one" or self.structure.draws_subsample:
+        if self._refused or self.structure.layout is Layout.ONE_BY_ONE or self.structure.draws_subsample:
             return None
         if self._graph is None or not self._graph.fits or self._watch is None or self._watch.changed():
             self._watch = Guards(model=unwrap(model), guide=unwrap(guide))
 
             def run() -> list[Tensor]:
-                t = terms(model, guide, block.batch, 1, structure=self.structure)
+                t = evaluate_terms(model, guide, block.batch, 1, structure=self.structure)
                 return [_sums(t, latents, block.size)]
 
             held = list(self.structure.params.values())

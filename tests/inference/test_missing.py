@@ -1,4 +1,4 @@
-"""Missing values: the mark, log p of what is observed against closed forms, and what is refused."""
+"""Missing values: the mark of a split, log p of the observed values against closed forms, and errors."""
 
 import json
 import math
@@ -21,15 +21,15 @@ NAN = math.nan
 
 
 @pytest.fixture(autouse=True)
-def clean():
+def fresh_param_store():
     pyro.clear_param_store()
     torch.manual_seed(0)
     yield
     pyro.clear_param_store()
 
 
-def gappy(x, share=0.3, seed=0):
-    """A copy with gaps at random, one value at least left in a row."""
+def with_random_gaps(x, share=0.3, seed=0):
+    """A copy in which values are missing at random, at least one left in each row."""
     generator = torch.Generator().manual_seed(seed)
     gaps = torch.rand(x.shape, generator=generator) < share
     gaps[torch.arange(len(x)), torch.randint(x.shape[1], (len(x),), generator=generator)] = False
@@ -37,9 +37,9 @@ def gappy(x, share=0.3, seed=0):
 
 
 class Gaussian(torch_nn.Module):
-    """z ~ N(0, I), x | z ~ N(W z + b, s^2 I), of whose values some are missing; the guide is the exact posterior.
+    """z ~ N(0, I), x | z ~ N(W z + b, s^2 I) with values of x missing; the guide is the exact posterior.
 
-    p(x_o) = N(b_o, W_o W_o^T + s^2 I): whatever `how` leaves the missing values out, log p(x) must be that.
+    p(x_o) = N(b_o, W_o W_o^T + s^2 I) is the closed form, whichever way (`how`) the missing values are left out.
     """
 
     def __init__(self, how, features=5, latent=2, scale=0.6):
@@ -91,7 +91,7 @@ class Gaussian(torch_nn.Module):
             pyro.sample("z", dist.MultivariateNormal(loc, precision_matrix=precision))
 
     def log_px(self, x):
-        """The closed form, row by row."""
+        """log p(x_o) in closed form, [rows]."""
         cov = self.weight @ self.weight.T + self.scale**2 * torch.eye(len(self.loc)).double()
         out = []
         for row in x:
@@ -105,7 +105,7 @@ class Gaussian(torch_nn.Module):
 
 
 class Observed(dist.Normal):
-    """A stranger's own distribution, which gives a missing value the log-density 0."""
+    """A user's distribution whose log-density is 0 at a missing value."""
 
     def log_prob(self, value):
         return torch.where(value.isnan(), 0.0, super().log_prob(value.nan_to_num()))
@@ -117,7 +117,7 @@ class Observed(dist.Normal):
 COLUMNS = ["real", "count", ("categorical", 3), "binary", "real"]
 
 
-def table(count=120, seed=0):
+def table_with_gaps(count=120, seed=0):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(count, generator=generator)
     x = torch.stack(
@@ -130,10 +130,10 @@ def table(count=120, seed=0):
         ],
         1,
     )
-    return gappy(x, seed=seed)
+    return with_random_gaps(x, seed=seed)
 
 
-def mixed(latent=2):
+def mixed_table_vae(latent=2):
     torch.manual_seed(0)
     return VAE(
         priors.StandardNormal(latent),
@@ -146,7 +146,7 @@ def mixed(latent=2):
 
 
 def test_the_mark_survives_what_is_done_to_a_split(tmp_path):
-    x = table(20)
+    x = table_with_gaps(20)
     marked = data.with_missing(x, name="mine")
     assert type(marked) is data.Split
     assert (marked.missing, marked.shape, marked.name) == (True, x.shape, "mine")
@@ -188,7 +188,7 @@ def test_digests_do_not_depend_on_the_bits_of_nan():
 
 
 def test_unmarked_nan_is_refused_with_its_place_and_the_way_out():
-    x, pair = table(), mixed()
+    x, pair = table_with_gaps(), mixed_table_vae()
     x[:7] = 1.0
     x[7] = torch.tensor([1.0, 1.0, NAN, 1.0, 1.0])
     for call in (
@@ -225,7 +225,7 @@ def test_labels_may_have_gaps_anywhere():
 
 
 def test_files_with_missing_values(tmp_path):
-    x = table(60).numpy()
+    x = table_with_gaps(60).numpy()
     np.save(tmp_path / "t.npy", x)
     np.savez(tmp_path / "parts.npz", train=x[:40], valid=x[40:50], test=x[50:], label=np.arange(60))
     with pytest.raises(DataError, match=r"row \d+, column.* is nan.*missing=True \(--missing\)"):
@@ -250,14 +250,14 @@ def test_files_with_missing_values(tmp_path):
 
 
 def test_a_file_of_zeros_ones_and_gaps_is_binary(tmp_path):
-    x = gappy(torch.bernoulli(torch.full((30, 4), 0.5))).numpy()
+    x = with_random_gaps(torch.bernoulli(torch.full((30, 4), 0.5))).numpy()
     np.save(tmp_path / "b.npy", x)
     assert data.load(tmp_path / "b.npy", missing=True)[0].base_measure == "binary"
 
 
 @pytest.mark.parametrize("options", [{"binarize": "fixed"}, {"dequantize": True}])
 def test_missing_goes_with_no_noise(tmp_path, options):
-    np.save(tmp_path / "t.npy", table(60).numpy())
+    np.save(tmp_path / "t.npy", table_with_gaps(60).numpy())
     with pytest.raises(UsageError, match="missing"):
         data.load(tmp_path / "t.npy", missing=True, **options)
     with pytest.raises(UsageError, match="digits"):
@@ -271,7 +271,7 @@ def test_missing_goes_with_no_noise(tmp_path, options):
 def test_exact_log_px_of_what_is_observed(how):
     """Plain pairs with the exact posterior: every weight is p(x_o), whichever way gaps are left out."""
     pair = Gaussian(how)
-    x = gappy(pair.draw(60))
+    x = with_random_gaps(pair.draw(60))
     poutine.trace(pair.model).get_trace(x)
     est = log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30)
     assert (est.log_px - pair.log_px(x)).abs().max() < 1e-9
@@ -299,7 +299,7 @@ def test_a_mixed_table_of_real_columns_is_the_linear_gaussian():
         for p in encoder.parameters():
             p.zero_()
     vae = VAE(priors.StandardNormal(2), likelihood, posteriors.DiagonalNormal(nn.Missing(encoder))).double()
-    x = gappy(torch.randn(40, 4).double())
+    x = with_random_gaps(torch.randn(40, 4).double())
     est = log_marginal(vae.model, vae.guide, data.with_missing(x), num_particles=5000)
     w, b = decoder.weight.detach(), decoder.bias.detach()
     cov = w @ w.T + torch.diag((2 * likelihood.log_scale.detach()).exp())
@@ -329,7 +329,7 @@ def test_enumerated_mixture_of_a_mixed_table():
         with pyro.plate("data", len(x)):
             pyro.param("none", torch.zeros(()))
 
-    x = table(60)
+    x = table_with_gaps(60)
     scale = float(likelihood.log_scale[0].detach().exp() + likelihood.floor)
     each = torch.stack([
         torch.stack([
@@ -351,7 +351,7 @@ def test_enumerated_mixture_of_a_mixed_table():
 
 
 def test_a_row_does_not_depend_on_the_gaps_of_others():
-    pair, x = mixed(), table()
+    pair, x = mixed_table_vae(), table_with_gaps()
     poutine.trace(pair.model).get_trace(x)
     marked = data.with_missing(x)
     alone = log_marginal(pair.model, pair.guide, marked, num_particles=30, rows=50)
@@ -364,11 +364,11 @@ def test_a_row_does_not_depend_on_the_gaps_of_others():
 
 
 def test_training_raises_the_elbo_of_what_is_observed_and_resumes(tmp_path):
-    x = table(400)
+    x = table_with_gaps(400)
     splits = data.with_missing(x[:300]), data.with_missing(x[300:])
 
     def trained(folder, epochs, resume=False):
-        pair = mixed()
+        pair = mixed_table_vae()
         return fit(
             pair.model, pair.guide, splits[0], valid=splits[1], epochs=epochs, directory=tmp_path / folder,
             optimizer=lambda p: torch.optim.Adam(p, lr=0.01), resume=resume, checkpoint_seconds=0.0,
@@ -383,7 +383,7 @@ def test_training_raises_the_elbo_of_what_is_observed_and_resumes(tmp_path):
     again = trained("b", 8, resume=True)
     for (name, p), q in zip(run.model.scope.params.items(), again.model.scope.params.values(), strict=True):
         assert torch.equal(p, q), name
-    pair = mixed()
+    pair = mixed_table_vae()
     back = load_run(tmp_path / "a", pair.model, pair.guide)
     est = log_marginal(back.model, back.guide, splits[1], num_particles=50)
     est.save(tmp_path / "results")
@@ -395,7 +395,7 @@ def test_training_raises_the_elbo_of_what_is_observed_and_resumes(tmp_path):
 def test_masks_train_like_the_density_of_what_is_observed():
     """A step of a filled and masked pair moves the parameters as the closed form's gradient says."""
     pair = Gaussian("mask")
-    x = gappy(pair.draw(50))
+    x = with_random_gaps(pair.draw(50))
     run = fit(pair.model, pair.guide, data.with_missing(x), epochs=2, batch_size=50)
     assert math.isfinite(run.metrics["loss"])
     t = terms(run.model, run.guide, x, 3)
@@ -404,7 +404,7 @@ def test_masks_train_like_the_density_of_what_is_observed():
 
 def test_nan_under_a_mask_has_no_gradient_and_the_error_says_what_to_do():
     pair = Gaussian("mask alone")
-    x = gappy(pair.draw(50))
+    x = with_random_gaps(pair.draw(50))
     with pytest.raises(TrainingError, match=r"nan_to_num\(x\)"):
         fit(pair.model, pair.guide, data.with_missing(x), epochs=1)
 
@@ -415,7 +415,7 @@ def test_nan_under_a_mask_has_no_gradient_and_the_error_says_what_to_do():
 @pytest.mark.parametrize("how", ["filled", "filled plate"])
 def test_filled_gaps_are_no_data(how):
     pair = Gaussian(how)
-    x = gappy(pair.draw(30))
+    x = with_random_gaps(pair.draw(30))
     count = int(x.isnan().sum())
     with pytest.raises(ContractError, match=rf"site 'x'.*{count} of them observed as the numbers that fill.*Mixed"):
         log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30)
@@ -427,7 +427,7 @@ def test_filled_gaps_are_no_data(how):
     ).abs().max() < 1e-9
 
 
-def takes(net):
+def posterior_with_missing(net):
     return posteriors.DiagonalNormal(nn.Missing(net))
 
 
@@ -444,7 +444,7 @@ LIKELIHOODS = {
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_likelihoods_that_take_no_gaps(name):
     """Wherever the gap is: rows with gaps are among those that are looked at."""
-    pair = VAE(priors.StandardNormal(2), LIKELIHOODS[name](), takes(nn.mlp(6, 4, hidden=(4,))))
+    pair = VAE(priors.StandardNormal(2), LIKELIHOODS[name](), posterior_with_missing(nn.mlp(6, 4, hidden=(4,))))
     x = torch.ones(300, 3)
     x[270, 1] = NAN
     for call in (
@@ -480,7 +480,7 @@ def test_a_density_that_makes_a_number_of_nan_is_none():
 
 
 def test_a_guide_that_takes_no_gaps():
-    pair, x = mixed(), data.with_missing(table())
+    pair, x = mixed_table_vae(), data.with_missing(table_with_gaps())
     pair.posterior = posteriors.DiagonalNormal(nn.mlp(5, 4, hidden=(4,)))
     for call in (
         lambda: log_marginal(pair.model, pair.guide, x, num_particles=30),
@@ -491,14 +491,14 @@ def test_a_guide_that_takes_no_gaps():
 
 
 def test_a_value_outside_its_column_is_refused_beside_gaps():
-    pair, x = mixed(), table()
+    pair, x = mixed_table_vae(), table_with_gaps()
     x[5] = torch.tensor([NAN, 2.0, 7.0, 1.0, NAN])
     with pytest.raises(DataError, match="found 7 at row 5"):
         log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30)
 
 
 def test_values_go_through_a_file_and_are_marked_again(tmp_path):
-    marked = data.with_missing(table(10))
+    marked = data.with_missing(table_with_gaps(10))
     torch.save(marked.detach(), tmp_path / "x.pt")
     assert data.with_missing(torch.load(tmp_path / "x.pt", weights_only=True)).digest == marked.digest
 
@@ -546,7 +546,7 @@ def pair(train, latent: int = 2):
 def test_the_command_line_takes_a_table_with_gaps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pair.py").write_text(PAIR)
-    np.savez("table.npz", x=table(200).numpy())
+    np.savez("table.npz", x=table_with_gaps(200).numpy())
     fitting = ["fit", "pair.py:pair", "--data", "table.npz", "--epochs", "2", "--name", "a"]
     assert main(fitting) != 0
     assert "--missing" in capsys.readouterr().err

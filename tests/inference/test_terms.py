@@ -1,4 +1,4 @@
-"""Terms against a computation that takes one datum and one particle at a time, for pairs as strangers write them."""
+"""Terms of plain Pyro pairs against a reference that evaluates one datum and one particle at a time."""
 
 import functools
 import itertools
@@ -15,49 +15,49 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import nn
 
 from ppvae import check, log_marginal
-from ppvae.inference import inspect, simulate, terms
+from ppvae.inference import Layout, inspect, simulate, terms
 from ppvae.models import LinearGaussian
-from tests.programs.strangers import PAIRS, SIZE, WHOLE, hierarchy
+from tests.programs.strangers import DATASET_SIZE, PAIRS, SIZE, hierarchy
 
 K = 3
 LAYOUTS = ("vectorized", "folded", "one by one")
-INDEXING = ("indexes", "local_params")  # their plate draws the rows
-IN_PLACE = ("auto_normal",)  # a parameter for every datum: the datum must stay where it is
-JOINT = ("shared_latent",)
+DRAWS_SUBSAMPLE = ("indexes", "local_params")  # their plate draws the rows
+PER_DATUM_PARAMS = ("auto_normal",)  # a parameter for every datum: the datum must stay where it is
+GLOBAL_LATENT = ("shared_latent",)
 GUIDE_ENUMERATED = ("semi_supervised", "enumerated_both")
 
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def opened(name):
-    """(model, guide, batch, structure, index) of a pair whose modules are in evaluation mode."""
+def prepare_pair(name):
+    """(model, guide, batch, structure, index) of a pair with its modules in eval mode and its parameters registered."""
     model, guide, batch = PAIRS[name]()
     structure = inspect(model, guide, batch)
     with poutine.trace(param_only=True):
-        terms(model, guide, batch, structure=replace(structure, layout="one by one"))
+        terms(model, guide, batch, structure=replace(structure, layout=Layout.ONE_BY_ONE))
     for fn in (model, guide):
         for cell in getattr(fn, "__closure__", None) or ():
             if isinstance(cell.cell_contents, nn.Module):
                 cell.cell_contents.eval()
-    index = torch.tensor([7, 2, 9, 0]) if name in INDEXING else None
+    index = torch.tensor([7, 2, 9, 0]) if name in DRAWS_SUBSAMPLE else None
     return model, guide, batch, structure, index
 
 
-def one_by_one(model, guide, batch, structure, index, **options):
-    return terms(model, guide, batch, K, structure=replace(structure, layout="one by one"), index=index, **options)
+def one_by_one_terms(model, guide, batch, structure, index, **options):
+    return terms(model, guide, batch, K, structure=replace(structure, layout=Layout.ONE_BY_ONE), index=index, **options)
 
 
-def latents(t):
-    """What the guide drew, by site: all but what is enumerated."""
+def sampled_values(t):
+    """The values that the guide sampled, by site; enumerated sites left out."""
     return {n: s.value for n, s in t.guide.items() if s.role != "enumerated"}
 
 
 # -- one datum, one particle ------------------------------------------------------------------------------------------
 
 
-def sites(fn, args):
-    """Sample sites of one plain run, without plates and deterministic ones."""
+def sample_nodes(fn, args):
+    """The sample sites of one run of a function, without plates and deterministic sites."""
     nodes = poutine.trace(fn).get_trace(*args).nodes.items()
     return {
         n: node for n, node in nodes
@@ -66,8 +66,8 @@ def sites(fn, args):
     }  # fmt: skip
 
 
-def summed(fn, args, values, pick):
-    """Pyro's own log-densities of one run at given latents, {site: number}; masks count and scales do not."""
+def pyro_log_probs(fn, args, values, pick):
+    """Pyro's log-densities of one run at given latents, {site: pick(log_prob)}, with masks and without scales."""
     trace = poutine.trace(poutine.condition(fn, data=values)).get_trace(*args)
     trace.compute_log_prob()
     out = {}
@@ -78,33 +78,33 @@ def summed(fn, args, values, pick):
     return out
 
 
-def lone(name, model, guide, batch, structure, rows, values, b):
-    """(model's, guide's) log-densities by site of datum b alone, latents fixed at values [*inner, 1, *event]."""
-    if name in JOINT:
-        return summed(model, batch, values, torch.sum), summed(guide, batch, values, torch.sum)
-    if name in INDEXING:  # the plate takes the same datum over and over
+def single_datum_log_probs(name, model, guide, batch, structure, rows, values, b):
+    """(model, guide) log-densities by site of datum b alone, at latents of shape [*inner, 1, *event]."""
+    if name in GLOBAL_LATENT:
+        return pyro_log_probs(model, batch, values, torch.sum), pyro_log_probs(guide, batch, values, torch.sum)
+    if name in DRAWS_SUBSAMPLE:  # the plate takes the same datum over and over
         taken = poutine.Trace()
         same = torch.full((len(rows),), int(rows[b]))
         taken.add_node(structure.plate, name=structure.plate, type="sample", is_observed=False, value=same, infer={})
         values = {n: v.expand(len(rows), *v.shape[1:]) for n, v in values.items()}
         model, guide = poutine.replay(model, trace=taken), poutine.replay(guide, trace=taken)
-        return tuple(summed(fn, batch, values, lambda t: t.sum() / len(rows)) for fn in (model, guide))
-    if name in IN_PLACE:  # other data and their latents are replaced by something else
+        return tuple(pyro_log_probs(fn, batch, values, lambda t: t.sum() / len(rows)) for fn in (model, guide))
+    if name in PER_DATUM_PARAMS:  # other data and their latents are replaced by something else
         args = [torch.where((torch.arange(SIZE) == b).reshape(-1, *(1,) * (t.dim() - 1)), t, 2 - t) for t in batch]
         full = {}
         for n, v in values.items():
             full[n] = torch.where((torch.arange(SIZE) == b).reshape(-1, *(1,) * (v.dim() - 1)), v, v + 0.25)
         for n in [n for n in full if n + "_unconstrained" in full]:  # Delta sites follow their helper
             full[n] = full[n + "_unconstrained"] if n != "rate" else full[n + "_unconstrained"].exp()
-        return tuple(summed(fn, args, full, lambda t: t[..., b].sum()) for fn in (model, guide))
+        return tuple(pyro_log_probs(fn, args, full, lambda t: t[..., b].sum()) for fn in (model, guide))
     args = [t[b : b + 1] for t in batch]
-    return summed(model, args, values, torch.sum), summed(guide, args, values, torch.sum)
+    return pyro_log_probs(model, args, values, torch.sum), pyro_log_probs(guide, args, values, torch.sum)
 
 
-def enumerated(fn, args):
+def enumerated_supports(fn, args):
     """{site: (support [S, *event], shape of plates)} of the sites marked for parallel enumeration."""
     out = {}
-    for name, node in sites(fn, args).items():
+    for name, node in sample_nodes(fn, args).items():
         if node["infer"].get("enumerate") == "parallel":
             fn_ = node["fn"]
             support = fn_.enumerate_support(expand=False)
@@ -113,7 +113,7 @@ def enumerated(fn, args):
     return out
 
 
-def at(value, event_dim, plate_nesting, k, b, combination):
+def select_particle(value, event_dim, plate_nesting, k, b, combination):
     """One datum of one particle, [*inner, 1, *event], from [*enumerated, particles, *inner, batch, *event]."""
     lead = plate_nesting + 1 + len(combination)
     value = value.reshape(*(1,) * (lead + event_dim - value.dim()), *value.shape)
@@ -127,16 +127,17 @@ def at(value, event_dim, plate_nesting, k, b, combination):
     return value.reshape(value.shape[len(combination) + 1 :])
 
 
-def brute(name, model, guide, batch, structure, rows, values, k, b):
-    """(log weight, elbo, model's terms, guide's terms) of particle k and datum b, enumerated sites by listing."""
-    args = batch if name in INDEXING + IN_PLACE + JOINT else [t[b : b + 1] for t in batch]
-    in_guide = enumerated(guide, args)
-    in_model = {n: s for n, s in enumerated(model, args).items() if n not in sites(guide, args)}
-    event_dims = {n: node["fn"].event_dim for n, node in sites(guide, args).items()}
+def reference_terms(name, model, guide, batch, structure, rows, values, k, b):
+    """(log weight, elbo, model terms, guide terms) of particle k and datum b; enumerated sites are summed in a loop."""
+    args = batch if name in DRAWS_SUBSAMPLE + PER_DATUM_PARAMS + GLOBAL_LATENT else [t[b : b + 1] for t in batch]
+    in_guide = enumerated_supports(guide, args)
+    in_model = {n: s for n, s in enumerated_supports(model, args).items() if n not in sample_nodes(guide, args)}
+    event_dims = {n: node["fn"].event_dim for n, node in sample_nodes(guide, args).items()}
     weights, log_q = [], []
     for combination in itertools.product(*(range(len(support)) for support, _ in in_guide.values())):
+        datum = None if name in GLOBAL_LATENT else b
         fixed = {
-            n: at(v, event_dims[n], structure.plate_nesting, k, None if name in JOINT else b, combination)
+            n: select_particle(v, event_dims[n], structure.plate_nesting, k, datum, combination)
             for n, v in values.items()
         }  # fmt: skip
         for choice, (n, (support, _)) in zip(combination, in_guide.items(), strict=True):
@@ -146,7 +147,7 @@ def brute(name, model, guide, batch, structure, rows, values, k, b):
         for assignment in itertools.product(*lists):
             for choice, (n, (support, shape)) in zip(assignment, in_model.items(), strict=True):
                 fixed[n] = support[list(choice)].reshape(*shape, 1, *support.shape[1:])
-            p, q = lone(name, model, guide, batch, structure, rows, fixed, b)
+            p, q = single_datum_log_probs(name, model, guide, batch, structure, rows, fixed, b)
             joint.append(sum(p.values()))
         log_q.append(sum((q[n] for n in in_guide), torch.zeros(())))
         weights.append(torch.stack(joint).logsumexp(0) - sum(q.values()) + log_q[-1])
@@ -157,19 +158,20 @@ def brute(name, model, guide, batch, structure, rows, values, k, b):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
-    model, guide, batch, structure, index = opened(name)
+    model, guide, batch, structure, index = prepare_pair(name)
     t = terms(model, guide, batch, K, structure=structure, index=index)
-    t = t if structure.layout != "folded" else one_by_one(model, guide, batch, structure, index)
-    count = 1 if name in JOINT else t.batch_size
+    t = t if structure.layout != "folded" else one_by_one_terms(model, guide, batch, structure, index)
+    count = 1 if name in GLOBAL_LATENT else t.batch_size
     assert t.log_weight.shape == (K, count)
     results = [
-        [brute(name, model, guide, batch, structure, index, latents(t), k, b) for b in range(count)] for k in range(K)
+        [reference_terms(name, model, guide, batch, structure, index, sampled_values(t), k, b) for b in range(count)]
+        for k in range(K)
     ]
     expected = torch.stack([torch.stack([r[0] for r in row]) for row in results])
     torch.testing.assert_close(t.log_weight, expected, rtol=0, atol=1e-9)
     if name not in GUIDE_ENUMERATED:
         assert torch.equal(t.elbo, t.log_weight)
-    if t.contracted is None and name not in JOINT:
+    if t.contraction is None and name not in GLOBAL_LATENT:
         for side, which in ((t.model, 2), (t.guide, 3)):
             for n, site in side.items():
                 if site.role != "cancelled":
@@ -180,10 +182,15 @@ def test_weights_are_those_of_one_datum_and_one_particle_at_a_time(name):
 
 @pytest.mark.parametrize("name", GUIDE_ENUMERATED)
 def test_the_elbo_is_an_expectation_over_what_the_guide_enumerates(name):
-    model, guide, batch, structure, index = opened(name)
+    model, guide, batch, structure, index = prepare_pair(name)
     t = terms(model, guide, batch, K, structure=structure)
     found = [
-        torch.stack([brute(name, model, guide, batch, structure, index, latents(t), k, b)[1] for b in range(SIZE)])
+        torch.stack(
+            [
+                reference_terms(name, model, guide, batch, structure, index, sampled_values(t), k, b)[1]
+                for b in range(SIZE)
+            ]
+        )
         for k in range(K)
     ]
     torch.testing.assert_close(t.elbo, torch.stack(found), rtol=0, atol=1e-9)
@@ -300,15 +307,15 @@ def test_a_shared_site_that_is_enumerated(where):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_layouts_agree_wherever_they_run(name):
-    model, guide, batch, structure, index = opened(name)
-    single = one_by_one(model, guide, batch, structure, index)
+    model, guide, batch, structure, index = prepare_pair(name)
+    single = one_by_one_terms(model, guide, batch, structure, index)
     ran = []
     for layout in LAYOUTS:
         if layout == "folded" and (structure.has_global_latents or structure.draws_subsample):
             continue  # particles folded into the batch would share what is shared, or take other rows
         at_layout = replace(structure, layout=layout)
         try:
-            t = terms(model, guide, batch, K, values=latents(single), structure=at_layout, index=index)
+            t = terms(model, guide, batch, K, values=sampled_values(single), structure=at_layout, index=index)
         except (ValueError, RuntimeError):
             continue
         ran.append(layout)
@@ -326,7 +333,7 @@ def test_the_fastest_layout_that_is_right_is_found(name, layout):
 
 
 def sums_over_dim_one(x):
-    """A decoder that means features by dim 1: with as many data as features it runs under particles, and is wrong."""
+    """A decoder that sums over dim 1: with as many data as features it runs under a particle plate, and is wrong."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(SIZE), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z.sum(1), 1.0), obs=x)
@@ -371,9 +378,9 @@ def test_a_vectorised_layout_that_loses_weights_is_not_taken():
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_values_give_the_same_terms_again(name):
-    model, guide, batch, structure, index = opened(name)
+    model, guide, batch, structure, index = prepare_pair(name)
     t = terms(model, guide, batch, K, structure=structure, index=index)
-    again = terms(model, guide, batch, K, values=latents(t), structure=structure, index=index)
+    again = terms(model, guide, batch, K, values=sampled_values(t), structure=structure, index=index)
     torch.testing.assert_close(again.log_weight, t.log_weight, rtol=0, atol=1e-12)
     for n, site in t.guide.items():
         assert torch.equal(again.guide[n].value, site.value)
@@ -392,7 +399,7 @@ def test_values_without_the_guide_broadcast():
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("frozen", [("guide",), ("model",), ("guide", "model")])
 def test_frozen_sides_change_no_value(name, frozen):
-    model, guide, batch, structure, index = opened(name)
+    model, guide, batch, structure, index = prepare_pair(name)
     found = []
     for sides in ((), frozen):
         torch.manual_seed(3)
@@ -403,12 +410,12 @@ def test_frozen_sides_change_no_value(name, frozen):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_frozen_sides_take_no_gradient_and_give_it_back(name):
-    model, guide, batch, structure, index = opened(name)
-    t = one_by_one(model, guide, batch, structure, index)
-    fixed = {n: v.detach() for n, v in latents(t).items()}  # or sampled values would carry the guide's gradient
+    model, guide, batch, structure, index = prepare_pair(name)
+    t = one_by_one_terms(model, guide, batch, structure, index)
+    fixed = {n: v.detach() for n, v in sampled_values(t).items()}  # or sampled values would carry the guide's gradient
     own = {"guide": list(structure.guide_params.values()), "model": list(structure.model_params.values())}
     for frozen, other in (("guide", "model"), ("model", "guide")):
-        t = one_by_one(model, guide, batch, structure, index, values=fixed, frozen=(frozen,))
+        t = one_by_one_terms(model, guide, batch, structure, index, values=fixed, frozen=(frozen,))
         assert all(p.requires_grad for side in own.values() for p in side)
         total = t.log_weight.sum() + t.elbo.sum()  # q(y | x) of an enumerated y is in the elbo alone
         if own[frozen] and total.requires_grad:
@@ -570,9 +577,9 @@ def test_looking_at_a_pair_does_not_disturb_the_noise(name):
 
 @pytest.mark.parametrize("name", ["modules", "hierarchical", "conv", "inner_plate", "obs_mask", "discrete", "labelled"])
 def test_simulate_draws_every_latent_and_observation(name):
-    model, _, batch, _, _ = opened(name)
+    model, _, batch, _, _ = prepare_pair(name)
     drawn = simulate(model, batch)
-    plain = sites(model, batch)
+    plain = sample_nodes(model, batch)
     assert drawn.keys() == plain.keys()
     assert {n: v.shape for n, v in drawn.items()} == {n: node["value"].shape for n, node in plain.items()}
     observed = [n for n, node in plain.items() if node["is_observed"]]
@@ -607,7 +614,7 @@ def test_the_number_of_particles_must_be_positive():
 
 
 def test_per_event_densities_add_up():
-    model, guide, batch, structure, _ = opened("modules")
+    model, guide, batch, structure, _ = prepare_pair("modules")
     t = terms(model, guide, batch, K, structure=structure)
     for site in (t.model["obs"], t.model["latent"], t.guide["latent"]):
         assert site.per_event().shape[-1] == site.distribution.event_shape[-1]
@@ -618,7 +625,7 @@ def test_every_pair_is_its_own():
     """The dict's pairs are what they say: as many rows as promised, in float64."""
     for name, build in PAIRS.items():
         batch = build()[2]
-        assert len(batch[0]) == (WHOLE if name in INDEXING else SIZE)
+        assert len(batch[0]) == (DATASET_SIZE if name in DRAWS_SUBSAMPLE else SIZE)
         assert batch[0].dtype is torch.float64
 
 

@@ -51,7 +51,7 @@ def pair() -> tuple[LinearGaussian, Tensor]:
 def test_elbo_is_pyros_on_the_same_noise() -> None:
     p, x = pair()
     ours, pyros = objectives.ELBO(num_particles=3), Trace_ELBO(num_particles=3, vectorize_particles=True)
-    with ParamScope().entered():
+    with ParamScope().activate():
         losses, gradients = [], []
         for objective in (ours, pyros):
             objective.loss(p.model, p.mean_field, x)  # whatever is done once
@@ -134,7 +134,7 @@ def test_a_latent_that_is_not_reparameterised_is_refused_by_name() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("k", dist.Bernoulli(p))
 
-    with ParamScope().entered(), pytest.raises(ContractError, match=r"'k'.*reparameterised"):
+    with ParamScope().activate(), pytest.raises(ContractError, match=r"'k'.*reparameterised"):
         objectives.ELBO().loss(model, guide, torch.zeros(3))
 
 
@@ -726,7 +726,7 @@ def test_fit_tells_the_rate_of_each_latent():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with ParamScope().entered():
+        with ParamScope().activate():
             model, guide, batch = PAIRS["hierarchical"]()
             run = fit(model, guide, batch[0], objective=IWAE(3, "dreg"), epochs=1)
         last = run.history[-1]
@@ -781,7 +781,7 @@ def test_plus_adds_a_term_of_the_batch_to_loss_and_gradient(of) -> None:
     shift = torch.tensor([0.5], dtype=torch.float64)
     losses, gradients = [], []
     for objective in (of(), AuxiliaryLoss(of(), lambda x: (p.loc * shift - x).sum(-1), weight=2.0)):
-        with ParamScope().entered():
+        with ParamScope().activate():
             objective.loss(p.model, p.mean_field, x)
             torch.manual_seed(1)
             p.zero_grad()

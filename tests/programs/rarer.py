@@ -1,6 +1,6 @@
-"""Toys of a rarer build, with their draws listed: helpers, inner plates, masks, missing data, gamma latents, sums.
+"""Toy pairs with rarer features: auxiliary sites, inner plates, masks, missing data, gamma latents, enumeration.
 
-As in `toys`: what is listed is written down by itself, and expectations over it are exact.
+As in `toys`, the values of one particle are listed with densities written by hand, so that expectations are exact.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from tests.programs.toys import Params, Points, Toy, X, _normal, bernoulli, nodes, normal
+from tests.programs.toys import DATUM, Params, Points, Toy, bernoulli_log_prob, gauss_hermite, normal, normal_log_prob
 
 # -- a helper in the guide, and a latent that is made of it -----------------------------------------------------------
 
 
 def _helped_model(p: Params, x: Tensor) -> None:
     z = pyro.sample("z", dist.LogNormal(p["m"], p["s"].exp()))
-    pyro.sample("x", _normal(p["d"] * z, p["e"]), obs=x)
+    pyro.sample("x", normal(p["d"] * z, p["e"]), obs=x)
 
 
 def _helped_guide(p: Params, x: Tensor) -> None:
-    helper = pyro.sample("helper", _normal(p["a"] * x, p["t"]), infer={"is_auxiliary": True})
+    helper = pyro.sample("helper", normal(p["a"] * x, p["t"]), infer={"is_auxiliary": True})
     pyro.sample("z", dist.Delta(helper.exp(), log_density=-helper))
 
 
 def _helped_points(p: Params) -> Points:
-    noise, mass = nodes(40)
-    u = p["a"] * X + p["t"].exp() * noise
-    log_prior, log_guide = normal(u, p["m"], p["s"]) - u, normal(u, p["a"] * X, p["t"]) - u
-    return Points(mass, normal(torch.tensor(X), p["d"] * u.exp(), p["e"]), log_prior, log_guide)
+    noise, mass = gauss_hermite(40)
+    u = p["a"] * DATUM + p["t"].exp() * noise
+    log_prior, log_guide = normal_log_prob(u, p["m"], p["s"]) - u, normal_log_prob(u, p["a"] * DATUM, p["t"]) - u
+    return Points(mass, normal_log_prob(torch.tensor(DATUM), p["d"] * u.exp(), p["e"]), log_prior, log_guide)
 
 
 HELPED = Toy(
@@ -52,29 +52,32 @@ POSITIVE = replace(HELPED, guide=_positive_guide)
 
 
 def _inner_model(p: Params, x: Tensor) -> None:
-    u = pyro.sample("u", _normal(p["m"], p["s"]))
+    u = pyro.sample("u", normal(p["m"], p["s"]))
     with pyro.plate("parts", 2, dim=-2):
-        z = pyro.sample("z", _normal(p["c"] * u, p["r"]))
-        pyro.sample("x", _normal(z, p["e"]), obs=torch.stack([x, -x]))
+        z = pyro.sample("z", normal(p["c"] * u, p["r"]))
+        pyro.sample("x", normal(z, p["e"]), obs=torch.stack([x, -x]))
 
 
 def _inner_guide(p: Params, x: Tensor) -> None:
-    u = pyro.sample("u", _normal(p["a"] * x, p["t"]))
+    u = pyro.sample("u", normal(p["a"] * x, p["t"]))
     with pyro.plate("parts", 2, dim=-2):
-        pyro.sample("z", _normal(p["g"] * torch.stack([x, -x]) + p["h"] * u, p["q"]))
+        pyro.sample("z", normal(p["g"] * torch.stack([x, -x]) + p["h"] * u, p["q"]))
 
 
 def _inner_points(p: Params) -> Points:
-    noise, mass = nodes(7)
+    noise, mass = gauss_hermite(7)
     first, second, third = (n.reshape(-1) for n in torch.meshgrid(noise, noise, noise, indexing="ij"))
     mass = (mass[:, None, None] + mass[:, None] + mass).reshape(-1)
-    u = p["a"] * X + p["t"].exp() * first
-    log_lik, log_prior, log_guide = 0.0, normal(u, p["m"], p["s"]), normal(u, p["a"] * X, p["t"])
-    for x, n in ((X, second), (-X, third)):
+    u = p["a"] * DATUM + p["t"].exp() * first
+    log_lik, log_prior, log_guide = 0.0, normal_log_prob(u, p["m"], p["s"]), normal_log_prob(u, p["a"] * DATUM, p["t"])
+    for x, n in ((DATUM, second), (-DATUM, third)):
         loc = p["g"] * x + p["h"] * u
         z = loc + p["q"].exp() * n
-        log_lik = log_lik + normal(torch.tensor(x), z, p["e"])
-        log_prior, log_guide = log_prior + normal(z, p["c"] * u, p["r"]), log_guide + normal(z, loc, p["q"])
+        log_lik = log_lik + normal_log_prob(torch.tensor(x), z, p["e"])
+        log_prior, log_guide = (
+            log_prior + normal_log_prob(z, p["c"] * u, p["r"]),
+            log_guide + normal_log_prob(z, loc, p["q"]),
+        )
     return Points(mass, log_lik, log_prior, log_guide)
 
 
@@ -89,25 +92,30 @@ INNER = Toy(
 
 def _gaps_model(p: Params, x: Tensor) -> None:
     there = torch.ones(len(x), dtype=torch.bool)
-    z = pyro.sample("z", _normal(p["m"], p["s"]))
-    pyro.sample("x", _normal(p["d"] * z, p["e"]), obs=x, obs_mask=there)
-    pyro.sample("y", _normal(z, p["e"]), obs=x, obs_mask=~there)
+    z = pyro.sample("z", normal(p["m"], p["s"]))
+    pyro.sample("x", normal(p["d"] * z, p["e"]), obs=x, obs_mask=there)
+    pyro.sample("y", normal(z, p["e"]), obs=x, obs_mask=~there)
     with poutine.mask(mask=~there):
-        extra = pyro.sample("extra", _normal(z, p["s"]))
-        pyro.sample("w", _normal(extra, p["e"]), obs=x)
+        extra = pyro.sample("extra", normal(z, p["s"]))
+        pyro.sample("w", normal(extra, p["e"]), obs=x)
 
 
 def _gaps_guide(p: Params, x: Tensor) -> None:
-    z = pyro.sample("z", _normal(p["a"] * x + p["b"], p["t"]))
+    z = pyro.sample("z", normal(p["a"] * x + p["b"], p["t"]))
     with poutine.mask(mask=torch.zeros(len(x), dtype=torch.bool)):
-        pyro.sample("extra", _normal(p["b"] * z, p["t"]))
+        pyro.sample("extra", normal(p["b"] * z, p["t"]))
 
 
 def _gaps_points(p: Params) -> Points:
-    noise, mass = nodes(28)
-    loc = p["a"] * X + p["b"]
+    noise, mass = gauss_hermite(28)
+    loc = p["a"] * DATUM + p["b"]
     z = loc + p["t"].exp() * noise
-    return Points(mass, normal(torch.tensor(X), p["d"] * z, p["e"]), normal(z, p["m"], p["s"]), normal(z, loc, p["t"]))
+    return Points(
+        mass,
+        normal_log_prob(torch.tensor(DATUM), p["d"] * z, p["e"]),
+        normal_log_prob(z, p["m"], p["s"]),
+        normal_log_prob(z, loc, p["t"]),
+    )
 
 
 GAPS = Toy(
@@ -158,23 +166,25 @@ RATE = Toy(
 
 def _summed_model(p: Params, x: Tensor) -> None:
     k = pyro.sample("k", dist.Bernoulli(logits=p["u"]), infer={"enumerate": "parallel"})
-    z = pyro.sample("z", _normal(p["v"] * k, p["s"]))
-    pyro.sample("x", _normal(z + k, p["e"]), obs=x)
+    z = pyro.sample("z", normal(p["v"] * k, p["s"]))
+    pyro.sample("x", normal(z + k, p["e"]), obs=x)
 
 
 def _summed_guide(p: Params, x: Tensor) -> None:
-    pyro.sample("z", _normal(p["a"] * x, p["t"]))
+    pyro.sample("z", normal(p["a"] * x, p["t"]))
 
 
 def _summed_points(p: Params) -> Points:
-    noise, mass = nodes(28)
-    z = p["a"] * X + p["t"].exp() * noise
+    noise, mass = gauss_hermite(28)
+    z = p["a"] * DATUM + p["t"].exp() * noise
     joint = [
-        bernoulli(torch.tensor(k), p["u"]) + normal(z, p["v"] * k, p["s"]) + normal(torch.tensor(X), z + k, p["e"])
+        bernoulli_log_prob(torch.tensor(k), p["u"])
+        + normal_log_prob(z, p["v"] * k, p["s"])
+        + normal_log_prob(torch.tensor(DATUM), z + k, p["e"])
         for k in (0.0, 1.0)
     ]
     nothing = torch.zeros_like(z)
-    return Points(mass, torch.logaddexp(*joint), nothing, normal(z, p["a"] * X, p["t"]))
+    return Points(mass, torch.logaddexp(*joint), nothing, normal_log_prob(z, p["a"] * DATUM, p["t"]))
 
 
 SUMMED = Toy(
@@ -186,24 +196,26 @@ SUMMED = Toy(
 
 
 def _tied_model(p: Params, x: Tensor) -> None:
-    z2 = pyro.sample("z2", _normal(p["m"], p["t1"]))
-    z1 = pyro.sample("z1", _normal(p["g"] * z2, p["t2"]))
-    pyro.sample("x", _normal(z1, p["e"]), obs=x)
+    z2 = pyro.sample("z2", normal(p["m"], p["t1"]))
+    z1 = pyro.sample("z1", normal(p["g"] * z2, p["t2"]))
+    pyro.sample("x", normal(z1, p["e"]), obs=x)
 
 
 def _tied_guide(p: Params, x: Tensor) -> None:
-    z1 = pyro.sample("z1", _normal(p["a"] * x, p["t1"]))
-    pyro.sample("z2", _normal(p["g"] * z1, p["t2"]))
+    z1 = pyro.sample("z1", normal(p["a"] * x, p["t1"]))
+    pyro.sample("z2", normal(p["g"] * z1, p["t2"]))
 
 
 def _tied_points(p: Params) -> Points:
-    noise, mass = nodes(18)
+    noise, mass = gauss_hermite(18)
     first, second = (n.reshape(-1) for n in torch.meshgrid(noise, noise, indexing="ij"))
-    z1 = p["a"] * X + p["t1"].exp() * first
+    z1 = p["a"] * DATUM + p["t1"].exp() * first
     z2 = p["g"] * z1 + p["t2"].exp() * second
-    log_prior = normal(z2, p["m"], p["t1"]) + normal(z1, p["g"] * z2, p["t2"])
-    log_guide = normal(z1, p["a"] * X, p["t1"]) + normal(z2, p["g"] * z1, p["t2"])
-    return Points((mass[:, None] + mass).reshape(-1), normal(torch.tensor(X), z1, p["e"]), log_prior, log_guide)
+    log_prior = normal_log_prob(z2, p["m"], p["t1"]) + normal_log_prob(z1, p["g"] * z2, p["t2"])
+    log_guide = normal_log_prob(z1, p["a"] * DATUM, p["t1"]) + normal_log_prob(z2, p["g"] * z1, p["t2"])
+    return Points(
+        (mass[:, None] + mass).reshape(-1), normal_log_prob(torch.tensor(DATUM), z1, p["e"]), log_prior, log_guide
+    )
 
 
 TIED = Toy(
@@ -220,7 +232,7 @@ _COUNTS = torch.arange(12, dtype=torch.float64)
 def _counted_model(p: Params, x: Tensor) -> None:
     k = pyro.sample("k", dist.Categorical(logits=_three(p["u"])))
     n = pyro.sample("n", dist.Poisson((p["v"] + 0.3 * k).exp()))
-    pyro.sample("x", _normal(p["d"] * n - k, p["e"]), obs=x)
+    pyro.sample("x", normal(p["d"] * n - k, p["e"]), obs=x)
 
 
 def _counted_guide(p: Params, x: Tensor) -> None:
@@ -238,8 +250,8 @@ def _counted_points(p: Params) -> Points:
     def of(logits: Tensor, log_rate: Tensor) -> Tensor:
         return _three(logits).log_softmax(-1)[k.long()] + n * log_rate - log_rate.exp() - torch.lgamma(n + 1)
 
-    log_guide = of(p["f"], p["g"] * X + 0.2 * k)
-    log_lik = normal(torch.tensor(X), p["d"] * n - k, p["e"])
+    log_guide = of(p["f"], p["g"] * DATUM + 0.2 * k)
+    log_lik = normal_log_prob(torch.tensor(DATUM), p["d"] * n - k, p["e"])
     return Points(log_guide, log_lik, of(p["u"], p["v"] + 0.3 * k), log_guide)
 
 

@@ -1,4 +1,4 @@
-"""Pairs as strangers write them in plain Pyro: name -> () -> (model, guide, batch). Nothing here knows of ppvae.
+"""Model/guide pairs in plain Pyro, as users write them without ppvae: PAIRS maps a name to () -> (model, guide, batch).
 
 Every batch is a tuple of tensors with the data in the first dim. Networks are random and small, in torch's default
 dtype; a pair registers its parameters under names of its own, so that all pairs can live in one param store.
@@ -20,11 +20,11 @@ from torch.distributions import constraints
 
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[torch.Tensor, ...]]
 PAIRS: dict[str, Callable[[], Pair]] = {}
-SIZE = 6  # data in every batch, but for "indexes" and "local_params", which get a whole data set
-WHOLE = 10  # data in those two, of which the plate takes four
+SIZE = 6  # data in every batch, except of "indexes" and "local_params", which are called with a whole data set
+DATASET_SIZE = 10  # data in those two, of which the plate takes four
 
 
-def stranger(build: Callable[[], Pair]) -> Callable[[], Pair]:
+def register_pair(build: Callable[[], Pair]) -> Callable[[], Pair]:
     def seeded() -> Pair:
         torch.manual_seed(20)
         return build()
@@ -46,18 +46,18 @@ class Encoder(nn.Module):
         return self.loc(h), self.log_scale(h).exp()
 
 
-def decoder(latent: int, features: int, hidden: int = 7) -> nn.Module:
+def tanh_decoder(latent: int, features: int, hidden: int = 7) -> nn.Module:
     return nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, features))
 
 
-def binary(*shape: int) -> torch.Tensor:
+def random_bits(*shape: int) -> torch.Tensor:
     return (torch.rand(*shape) < 0.4).to(torch.get_default_dtype())
 
 
-@stranger
+@register_pair
 def modules() -> Pair:
     """The tutorial's VAE: an encoder and a decoder registered by pyro.module, Bernoulli pixels."""
-    encoder, net = Encoder(8, 2), decoder(2, 8)
+    encoder, net = Encoder(8, 2), tanh_decoder(2, 8)
 
     def model(x):
         pyro.module("modules.decoder", net)
@@ -71,14 +71,14 @@ def modules() -> Pair:
             loc, scale = encoder(x)
             pyro.sample("latent", dist.Normal(loc, scale).to_event(1))
 
-    return model, guide, (binary(SIZE, 8),)
+    return model, guide, (random_bits(SIZE, 8),)
 
 
 def hierarchy(full: int) -> Pair:
-    """z2 -> z1 -> x in a plate of `full` data that is handed a batch of them; q(z1 | x) q(z2 | z1)."""
+    """z2 -> z1 -> x in a plate of full size `full`, called with a batch; guide q(z1 | x) q(z2 | z1)."""
     torch.manual_seed(21)
     up, top = Encoder(5, 3), Encoder(3, 2)
-    down, out = Encoder(2, 3), decoder(3, 5)
+    down, out = Encoder(2, 3), tanh_decoder(3, 5)
 
     def model(x):
         pyro.module("hierarchy.down", down)
@@ -98,16 +98,16 @@ def hierarchy(full: int) -> Pair:
     return model, guide, (torch.randn(SIZE, 5),)
 
 
-@stranger
+@register_pair
 def hierarchical() -> Pair:
     """Two latents, and a plate that knows the size of the whole data set."""
     return hierarchy(100)
 
 
-@stranger
+@register_pair
 def indexes() -> Pair:
     """The plate draws a subsample, and the pair indexes the data itself."""
-    encoder, net = Encoder(5, 2), decoder(2, 5)
+    encoder, net = Encoder(5, 2), tanh_decoder(2, 5)
 
     def model(x):
         pyro.module("indexes.decoder", net)
@@ -120,13 +120,13 @@ def indexes() -> Pair:
         with pyro.plate("rows", len(x), subsample_size=4) as index:
             pyro.sample("z", dist.Normal(*encoder(x[index])).to_event(1))
 
-    return model, guide, (torch.randn(WHOLE, 5),)
+    return model, guide, (torch.randn(DATASET_SIZE, 5),)
 
 
-@stranger
+@register_pair
 def local_params() -> Pair:
     """No encoder: a parameter per datum, which the subsampled plate indexes; the model's parameters are constrained."""
-    start = torch.randn(WHOLE, 2)
+    start = torch.randn(DATASET_SIZE, 2)
 
     def model(x):
         weight = pyro.param("local.weight", torch.ones(2, 3))
@@ -138,14 +138,16 @@ def local_params() -> Pair:
     def guide(x):
         with pyro.plate("data", len(x), subsample_size=4):
             loc = pyro.param("local.loc", start.clone(), event_dim=1)
-            scale = pyro.param("local.scale", 0.5 * torch.ones(WHOLE, 2), constraint=constraints.positive, event_dim=1)
+            scale = pyro.param(
+                "local.scale", 0.5 * torch.ones(DATASET_SIZE, 2), constraint=constraints.positive, event_dim=1
+            )
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
-    return model, guide, (torch.randn(WHOLE, 3),)
+    return model, guide, (torch.randn(DATASET_SIZE, 3),)
 
 
 class ConvDecoder(nn.Module):
-    """z [batch, 3] -> logits [batch, 1, 4, 4], and nothing but one batch dim."""
+    """z [batch, 3] -> logits [batch, 1, 4, 4]; takes exactly one batch dim."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +170,7 @@ class ConvEncoder(nn.Module):
         return self.out(h.view(x.size(0), -1)).chunk(2, dim=-1)
 
 
-@stranger
+@register_pair
 def conv() -> Pair:
     """Convolutions, .view(x.shape[0], ...) and batch norm with statistics that are not the initial ones."""
     encoder, net = ConvEncoder(), ConvDecoder()
@@ -188,10 +190,10 @@ def conv() -> Pair:
             loc, log_scale = encoder(x)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
-    return model, guide, (binary(SIZE, 1, 4, 4),)
+    return model, guide, (random_bits(SIZE, 1, 4, 4),)
 
 
-@stranger
+@register_pair
 def params() -> Pair:
     """pyro.param alone, with constraints; latent and datum are single numbers."""
 
@@ -235,16 +237,16 @@ class Guide(PyroModule):
             pyro.sample("z", dist.StudentT(4.0, loc, self.factor * scale).to_event(1))
 
 
-@stranger
+@register_pair
 def classes() -> Pair:
     """PyroModule classes with PyroParam: their parameters come into the store as they are used."""
     return Model(), Guide(), (torch.randn(SIZE, 5),)
 
 
-@stranger
+@register_pair
 def auto_normal() -> Pair:
     """An automatic guide: a helper and a Delta for each latent, a parameter per datum, and a positive latent."""
-    net = decoder(2, 4)
+    net = tanh_decoder(2, 4)
 
     def model(x):
         pyro.module("auto.decoder", net)
@@ -256,7 +258,7 @@ def auto_normal() -> Pair:
     return model, AutoNormal(model, init_scale=0.4), (torch.randn(SIZE, 4),)
 
 
-@stranger
+@register_pair
 def shared_latent() -> Pair:
     """A latent shared by all data: weights are joint."""
 
@@ -275,10 +277,10 @@ def shared_latent() -> Pair:
     return model, guide, (torch.randn(SIZE, 3),)
 
 
-@stranger
+@register_pair
 def enumerated_model() -> Pair:
-    """A Gaussian mixture whose component is summed out in the model; the guide knows nothing of it."""
-    locs, net, encoder = torch.randn(3, 2), decoder(2, 4), Encoder(4, 2)
+    """A Gaussian mixture whose component is summed out in the model and absent from the guide."""
+    locs, net, encoder = torch.randn(3, 2), tanh_decoder(2, 4), Encoder(4, 2)
 
     def model(x):
         pyro.module("mixture.decoder", net)
@@ -296,7 +298,7 @@ def enumerated_model() -> Pair:
     return model, guide, (torch.randn(SIZE, 4),)
 
 
-@stranger
+@register_pair
 def enumerated_vector() -> Pair:
     """Only discrete latents, three in an inner plate, all summed out: the guide is empty."""
     weight = torch.randn(3, 2, 4)
@@ -314,7 +316,7 @@ def enumerated_vector() -> Pair:
     return model, guide, (torch.randn(SIZE, 3, 4),)
 
 
-@stranger
+@register_pair
 def markov() -> Pair:
     """A hidden Markov chain of four steps, whose states share two enumeration dims."""
     transition = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
@@ -336,10 +338,10 @@ def markov() -> Pair:
     return model, guide, (torch.randn(SIZE, 4),)
 
 
-@stranger
+@register_pair
 def semi_supervised() -> Pair:
     """y is enumerated in the guide, and z is drawn given each y (Kingma et al. 2014)."""
-    classifier, encoder, net = nn.Linear(4, 3), Encoder(4 + 3, 2), decoder(2 + 3, 4)
+    classifier, encoder, net = nn.Linear(4, 3), Encoder(4 + 3, 2), tanh_decoder(2 + 3, 4)
 
     def joined(a, y):
         shape = torch.broadcast_shapes(a.shape[:-1], y.shape[:-1])
@@ -363,7 +365,7 @@ def semi_supervised() -> Pair:
     return model, guide, (torch.randn(SIZE, 4),)
 
 
-@stranger
+@register_pair
 def enumerated_both() -> Pair:
     """Two discrete sites enumerated in the guide, the second given the first, and a third in the model alone."""
     table = torch.randn(2, 3, 2)
@@ -387,10 +389,10 @@ def enumerated_both() -> Pair:
     return model, guide, (torch.randn(SIZE),)
 
 
-@stranger
+@register_pair
 def discrete() -> Pair:
     """A vector of binary latents, sampled by the guide."""
-    encoder, net = nn.Linear(5, 4), decoder(4, 5)
+    encoder, net = nn.Linear(5, 4), tanh_decoder(4, 5)
 
     def model(x):
         pyro.module("discrete.decoder", net)
@@ -403,10 +405,10 @@ def discrete() -> Pair:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Bernoulli(logits=encoder(x)).to_event(1))
 
-    return model, guide, (binary(SIZE, 5),)
+    return model, guide, (random_bits(SIZE, 5),)
 
 
-@stranger
+@register_pair
 def inner_plate() -> Pair:
     """Three observations per datum in an inner plate at dim -2, each with a latent of its own, and one above them."""
     weight = torch.randn(2, 4)
@@ -429,7 +431,7 @@ def inner_plate() -> Pair:
     return model, guide, (torch.randn(SIZE, 3, 4),)
 
 
-@stranger
+@register_pair
 def sequential_plate() -> Pair:
     """An inner plate that is a Python loop: sites z_0, z_1, z_2."""
 
@@ -448,7 +450,7 @@ def sequential_plate() -> Pair:
     return model, guide, (torch.randn(SIZE, 3),)
 
 
-@stranger
+@register_pair
 def obs_mask() -> Pair:
     """Half of the labels are missing: obs_mask makes a site x_unobserved that no guide samples."""
     seen = torch.arange(SIZE) % 2 == 0
@@ -467,7 +469,7 @@ def obs_mask() -> Pair:
     return model, guide, (torch.randn(SIZE), seen)
 
 
-@stranger
+@register_pair
 def masked() -> Pair:
     """Ragged data: a latent and an observation count for some data only, by poutine.mask and by .mask()."""
 
@@ -488,7 +490,7 @@ def masked() -> Pair:
     return model, guide, (torch.randn(SIZE), torch.arange(SIZE) % 3 != 0)
 
 
-@stranger
+@register_pair
 def rnn() -> Pair:
     """A recurrent decoder, which takes [batch, time, features] and nothing else."""
     encoder, gru, out = Encoder(5, 3), nn.GRU(3, 6, batch_first=True), nn.Linear(6, 1)
@@ -509,10 +511,10 @@ def rnn() -> Pair:
     return model, guide, (torch.randn(SIZE, 5),)
 
 
-@stranger
+@register_pair
 def auxiliary() -> Pair:
     """A helper in the guide, and a Delta that carries the log-determinant of what is done to it."""
-    encoder, net = Encoder(4, 3), decoder(3, 4)
+    encoder, net = Encoder(4, 3), tanh_decoder(3, 4)
 
     def model(x):
         pyro.module("auxiliary.decoder", net)
@@ -529,7 +531,7 @@ def auxiliary() -> Pair:
     return model, guide, (torch.randn(SIZE, 4),)
 
 
-@stranger
+@register_pair
 def supports() -> Pair:
     """Latents that are positive or lie in the unit interval, with guides of other families on the same supports."""
     encoder = Encoder(3, 4)
@@ -553,10 +555,10 @@ def supports() -> Pair:
     return model, guide, (torch.randn(SIZE, 3),)
 
 
-@stranger
+@register_pair
 def labelled() -> Pair:
     """A conditional VAE: the batch is (x, label)."""
-    encoder, net = Encoder(4 + 3, 2), decoder(2 + 3, 4)
+    encoder, net = Encoder(4 + 3, 2), tanh_decoder(2 + 3, 4)
 
     def model(x, label):
         pyro.module("labelled.decoder", net)
@@ -572,13 +574,13 @@ def labelled() -> Pair:
             loc, scale = encoder(torch.cat([x, nn.functional.one_hot(label, 3).to(x)], -1))
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
-    return model, guide, (binary(SIZE, 4), torch.arange(SIZE) % 3)
+    return model, guide, (random_bits(SIZE, 4), torch.arange(SIZE) % 3)
 
 
-@stranger
+@register_pair
 def flow() -> Pair:
     """A normal pushed through an inverse autoregressive flow."""
-    encoder, net = Encoder(4, 3), decoder(3, 4)
+    encoder, net = Encoder(4, 3), tanh_decoder(3, 4)
     steps = [dist.transforms.affine_autoregressive(3, hidden_dims=[6]) for _ in range(2)]
 
     def model(x):

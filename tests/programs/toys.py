@@ -1,8 +1,8 @@
-"""Pairs so small that the expectation of any function of their draws is a sum: oracles for gradients.
+"""Toy pairs whose expectations over the guide are finite sums: exact references for gradient estimators.
 
 A toy's parameters are numbers. `Toy.pair(size)` gives each of `size` equal data its own copy of them, so that one run
-of an objective gives as many independent estimates of the gradient. `Toy.points` lists one particle's draws: their
-probabilities and what the densities say of them, written down here by themselves.
+of an objective gives `size` independent estimates of the gradient. `Toy.points` lists the values of one particle (all
+discrete values, quadrature nodes of continuous ones) with their probabilities and log-densities, written by hand.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-X = 0.8  # the datum
+DATUM = 0.8  # the datum
 Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Points:
-    """One particle's draws: log-probability, log p(x | z), log p(z), log q(z), each [points]."""
+    """The possible values of one particle: log-probability, log p(x | z), log p(z), log q(z), each [points]."""
 
     log_mass: Tensor
     log_lik: Tensor
@@ -58,7 +58,7 @@ class Toy:
 
             return run
 
-        batch = torch.full((size,), X, dtype=torch.float64)
+        batch = torch.full((size,), DATUM, dtype=torch.float64)
         return side(self.model, self.model_params), side(self.guide, self.guide_params), batch, store
 
     def leaves(self) -> Params:
@@ -83,21 +83,21 @@ class Toy:
         return {n: float(g) for n, g in zip(params, grads, strict=True)}
 
 
-def normal(value: Tensor, loc: Tensor | float, log_scale: Tensor) -> Tensor:
+def normal_log_prob(value: Tensor, loc: Tensor | float, log_scale: Tensor) -> Tensor:
     return -0.5 * ((value - loc) / log_scale.exp()) ** 2 - log_scale - 0.5 * math.log(2 * math.pi)
 
 
-def nodes(count: int) -> tuple[Tensor, Tensor]:
-    """Standard normal noise and the log of its probabilities, by Gauss-Hermite quadrature."""
+def gauss_hermite(count: int) -> tuple[Tensor, Tensor]:
+    """(nodes, log-weights) of Gauss-Hermite quadrature for a standard normal."""
     noise, weight = np.polynomial.hermite_e.hermegauss(count)
     return torch.tensor(noise), torch.tensor(weight / weight.sum()).log()
 
 
-def bernoulli(value: Tensor, logits: Tensor) -> Tensor:
+def bernoulli_log_prob(value: Tensor, logits: Tensor) -> Tensor:
     return value * logits - torch.nn.functional.softplus(logits)
 
 
-def _normal(loc: Tensor, log_scale: Tensor) -> dist.Normal:
+def normal(loc: Tensor, log_scale: Tensor) -> dist.Normal:
     return dist.Normal(loc, log_scale.exp())
 
 
@@ -105,20 +105,25 @@ def _normal(loc: Tensor, log_scale: Tensor) -> dist.Normal:
 
 
 def _one_model(p: Params, x: Tensor) -> None:
-    z = pyro.sample("z", _normal(p["m"], p["s"]))
-    pyro.sample("x", _normal(p["d"] * z, p["e"]), obs=x)
+    z = pyro.sample("z", normal(p["m"], p["s"]))
+    pyro.sample("x", normal(p["d"] * z, p["e"]), obs=x)
 
 
 def _one_guide(p: Params, x: Tensor) -> None:
-    pyro.sample("z", _normal(p["a"] * x + p["b"], p["t"]))
+    pyro.sample("z", normal(p["a"] * x + p["b"], p["t"]))
 
 
-def _one_points(p: Params, count: int = 28, held: bool = False) -> Points:
-    noise, mass = nodes(count)
-    loc = p["a"] * X + p["b"]
+def _one_points(p: Params, count: int = 28, detach: bool = False) -> Points:
+    noise, mass = gauss_hermite(count)
+    loc = p["a"] * DATUM + p["b"]
     z = loc + p["t"].exp() * noise
-    z = z.detach() if held else z
-    return Points(mass, normal(torch.tensor(X), p["d"] * z, p["e"]), normal(z, p["m"], p["s"]), normal(z, loc, p["t"]))
+    z = z.detach() if detach else z
+    return Points(
+        mass,
+        normal_log_prob(torch.tensor(DATUM), p["d"] * z, p["e"]),
+        normal_log_prob(z, p["m"], p["s"]),
+        normal_log_prob(z, loc, p["t"]),
+    )
 
 
 ONE = Toy(
@@ -126,7 +131,7 @@ ONE = Toy(
     {"m": 0.3, "s": 0.2, "d": 1.3, "e": -0.4, "a": 0.3, "b": 0.2, "t": -0.3},
     _one_model, _one_guide, _one_points,
 )  # fmt: skip
-HELD = replace(ONE, points=functools.partial(_one_points, held=True))  # whose draws have no path
+DETACHED = replace(ONE, points=functools.partial(_one_points, detach=True))  # samples without a gradient path
 COARSE = replace(ONE, points=functools.partial(_one_points, count=13))  # for expectations over many draws
 
 
@@ -136,16 +141,18 @@ PSEUDO = -0.4
 
 
 def _vamp_model(p: Params, x: Tensor) -> None:
-    z = pyro.sample("z", _normal(p["a"] * PSEUDO + p["b"], p["t"]))
-    pyro.sample("x", _normal(p["d"] * z, p["e"]), obs=x)
+    z = pyro.sample("z", normal(p["a"] * PSEUDO + p["b"], p["t"]))
+    pyro.sample("x", normal(p["d"] * z, p["e"]), obs=x)
 
 
 def _vamp_points(p: Params) -> Points:
-    noise, mass = nodes(28)
-    loc = p["a"] * X + p["b"]
+    noise, mass = gauss_hermite(28)
+    loc = p["a"] * DATUM + p["b"]
     z = loc + p["t"].exp() * noise
-    prior = normal(z, p["a"] * PSEUDO + p["b"], p["t"])
-    return Points(mass, normal(torch.tensor(X), p["d"] * z, p["e"]), prior, normal(z, loc, p["t"]))
+    prior = normal_log_prob(z, p["a"] * PSEUDO + p["b"], p["t"])
+    return Points(
+        mass, normal_log_prob(torch.tensor(DATUM), p["d"] * z, p["e"]), prior, normal_log_prob(z, loc, p["t"])
+    )
 
 
 SHARED = Toy(
@@ -158,25 +165,25 @@ SHARED = Toy(
 
 
 def _two_model(p: Params, x: Tensor) -> None:
-    z2 = pyro.sample("z2", _normal(p["m"], p["s2"]))
-    z1 = pyro.sample("z1", _normal(p["c"] * z2, p["s1"]))
-    pyro.sample("x", _normal(p["d"] * z1, p["e"]), obs=x)
+    z2 = pyro.sample("z2", normal(p["m"], p["s2"]))
+    z1 = pyro.sample("z1", normal(p["c"] * z2, p["s1"]))
+    pyro.sample("x", normal(p["d"] * z1, p["e"]), obs=x)
 
 
 def _two_guide(p: Params, x: Tensor) -> None:
-    z1 = pyro.sample("z1", _normal(p["a"] * x, p["t1"]))
-    pyro.sample("z2", _normal(p["g"] * z1, p["t2"]))
+    z1 = pyro.sample("z1", normal(p["a"] * x, p["t1"]))
+    pyro.sample("z2", normal(p["g"] * z1, p["t2"]))
 
 
 def _two_points(p: Params) -> Points:
-    noise, mass = nodes(18)
+    noise, mass = gauss_hermite(18)
     first, second = (n.reshape(-1) for n in torch.meshgrid(noise, noise, indexing="ij"))
-    z1 = p["a"] * X + p["t1"].exp() * first
+    z1 = p["a"] * DATUM + p["t1"].exp() * first
     z2 = p["g"] * z1 + p["t2"].exp() * second
-    log_prior = normal(z2, p["m"], p["s2"]) + normal(z1, p["c"] * z2, p["s1"])
-    log_guide = normal(z1, p["a"] * X, p["t1"]) + normal(z2, p["g"] * z1, p["t2"])
+    log_prior = normal_log_prob(z2, p["m"], p["s2"]) + normal_log_prob(z1, p["c"] * z2, p["s1"])
+    log_guide = normal_log_prob(z1, p["a"] * DATUM, p["t1"]) + normal_log_prob(z2, p["g"] * z1, p["t2"])
     mass = (mass[:, None] + mass).reshape(-1)
-    return Points(mass, normal(torch.tensor(X), p["d"] * z1, p["e"]), log_prior, log_guide)
+    return Points(mass, normal_log_prob(torch.tensor(DATUM), p["d"] * z1, p["e"]), log_prior, log_guide)
 
 
 TWO = Toy(
@@ -192,7 +199,7 @@ TWO = Toy(
 def _bits_model(p: Params, x: Tensor) -> None:
     a = pyro.sample("a", dist.Bernoulli(logits=p["u"]))
     b = pyro.sample("b", dist.Bernoulli(logits=p["v"] * a - 0.2))
-    pyro.sample("x", _normal(p["d"] * a - b, p["e"]), obs=x)
+    pyro.sample("x", normal(p["d"] * a - b, p["e"]), obs=x)
 
 
 def _bits_guide(p: Params, x: Tensor) -> None:
@@ -202,9 +209,9 @@ def _bits_guide(p: Params, x: Tensor) -> None:
 
 def _bits_points(p: Params) -> Points:
     a, b = torch.tensor([[0.0, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.float64)
-    log_prior = bernoulli(a, p["u"].expand(4)) + bernoulli(b, p["v"] * a - 0.2)
-    log_guide = bernoulli(a, (p["f"] * X).expand(4)) + bernoulli(b, p["g"] + p["h"] * a)
-    return Points(log_guide, normal(torch.tensor(X), p["d"] * a - b, p["e"]), log_prior, log_guide)
+    log_prior = bernoulli_log_prob(a, p["u"].expand(4)) + bernoulli_log_prob(b, p["v"] * a - 0.2)
+    log_guide = bernoulli_log_prob(a, (p["f"] * DATUM).expand(4)) + bernoulli_log_prob(b, p["g"] + p["h"] * a)
+    return Points(log_guide, normal_log_prob(torch.tensor(DATUM), p["d"] * a - b, p["e"]), log_prior, log_guide)
 
 
 BITS = Toy(
@@ -218,27 +225,32 @@ BITS = Toy(
 
 def _mixed_model(p: Params, x: Tensor) -> None:
     a = pyro.sample("a", dist.Bernoulli(logits=p["u"]))
-    z = pyro.sample("z", _normal(p["v"] * a, p["s"]))
-    pyro.sample("x", _normal(z, p["e"]), obs=x)
+    z = pyro.sample("z", normal(p["v"] * a, p["s"]))
+    pyro.sample("x", normal(z, p["e"]), obs=x)
 
 
 def _mixed_guide(infer):
     def guide(p: Params, x: Tensor) -> None:
         a = pyro.sample("a", dist.Bernoulli(logits=p["f"] * x), infer=infer)
-        pyro.sample("z", _normal(p["g"] * x + p["h"] * a, p["t"]))
+        pyro.sample("z", normal(p["g"] * x + p["h"] * a, p["t"]))
 
     return guide
 
 
 def _mixed_points(p: Params) -> Points:
-    noise, mass = nodes(16)
+    noise, mass = gauss_hermite(16)
     a = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None].expand(2, 16).reshape(-1)
     noise = noise.repeat(2)
-    loc = p["g"] * X + p["h"] * a
+    loc = p["g"] * DATUM + p["h"] * a
     z = loc + p["t"].exp() * noise
-    log_a = bernoulli(a, (p["f"] * X).expand(32))
-    log_prior = bernoulli(a, p["u"].expand(32)) + normal(z, p["v"] * a, p["s"])
-    return Points(mass.repeat(2) + log_a, normal(torch.tensor(X), z, p["e"]), log_prior, log_a + normal(z, loc, p["t"]))
+    log_a = bernoulli_log_prob(a, (p["f"] * DATUM).expand(32))
+    log_prior = bernoulli_log_prob(a, p["u"].expand(32)) + normal_log_prob(z, p["v"] * a, p["s"])
+    return Points(
+        mass.repeat(2) + log_a,
+        normal_log_prob(torch.tensor(DATUM), z, p["e"]),
+        log_prior,
+        log_a + normal_log_prob(z, loc, p["t"]),
+    )
 
 
 _MIXED = {"u": -0.3, "v": 1.2, "s": -0.1, "e": -0.2, "f": 0.6, "g": 0.4, "h": 0.5, "t": -0.4}
@@ -250,18 +262,18 @@ ENUMERATED = Toy(
 
 
 def _after_guide(p: Params, x: Tensor) -> None:
-    z = pyro.sample("z", _normal(p["g"] * x, p["t"]))
+    z = pyro.sample("z", normal(p["g"] * x, p["t"]))
     pyro.sample("a", dist.Bernoulli(logits=p["f"] * z + p["h"]))
 
 
 def _after_points(p: Params) -> Points:
-    noise, mass = nodes(16)
+    noise, mass = gauss_hermite(16)
     a = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None].expand(2, 16).reshape(-1)
-    z = p["g"] * X + p["t"].exp() * noise.repeat(2)
-    log_a = bernoulli(a, p["f"] * z + p["h"])
-    log_prior = bernoulli(a, p["u"].expand(32)) + normal(z, p["v"] * a, p["s"])
-    log_guide = log_a + normal(z, p["g"] * X, p["t"])
-    return Points(mass.repeat(2) + log_a, normal(torch.tensor(X), z, p["e"]), log_prior, log_guide)
+    z = p["g"] * DATUM + p["t"].exp() * noise.repeat(2)
+    log_a = bernoulli_log_prob(a, p["f"] * z + p["h"])
+    log_prior = bernoulli_log_prob(a, p["u"].expand(32)) + normal_log_prob(z, p["v"] * a, p["s"])
+    log_guide = log_a + normal_log_prob(z, p["g"] * DATUM, p["t"])
+    return Points(mass.repeat(2) + log_a, normal_log_prob(torch.tensor(DATUM), z, p["e"]), log_prior, log_guide)
 
 
 AFTER = Toy(("u", "v", "s", "e"), ("f", "g", "h", "t"), _MIXED, _mixed_model, _after_guide, _after_points)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache
@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_eval
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
@@ -156,11 +156,11 @@ def bdmc(
 def _check_reversible(s: Structure) -> None:
     """Refuses a guide with auxiliary or enumerated sites: a chain cannot start at given latents."""
     for name, role in s.guide_roles.items():
-        if role in ("auxiliary", "enumerated"):
-            raise refused(
+        if role in (Role.AUXILIARY, Role.ENUMERATED):
+            raise site_error(
                 name, "a guide that samples the latents themselves, to start a chain at given ones",
-                "a helper" if role == "auxiliary" else "a site enumerated in the guide",
-                "use start='prior'" if role == "auxiliary" else "enumerate it in the model instead",
+                "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
+                "use start='prior'" if role is Role.AUXILIARY else "enumerate it in the model instead",
             )  # fmt: skip
 
 

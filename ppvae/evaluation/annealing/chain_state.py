@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ChainState:
+class ChainState(NamedTuple):
     """A state with the log-densities and gradients that a leapfrog step needs."""
 
     u: Tensor  # [chains, batch, dims]
@@ -35,26 +34,15 @@ class ChainState:
 
     def where(self, chosen: Tensor, other: ChainState) -> ChainState:
         """This state where `chosen` [chains, batch], the other elsewhere."""
-        per_dim = chosen[..., None]
-        return ChainState(
-            torch.where(per_dim, self.u, other.u),
-            torch.where(chosen, self.log_start, other.log_start),
-            torch.where(chosen, self.log_joint, other.log_joint),
-            torch.where(per_dim, self.grad_start, other.grad_start),
-            torch.where(per_dim, self.grad_joint, other.grad_joint),
-        )
+        pairs = zip(self, other, strict=True)
+        return ChainState(*(torch.where(chosen if a.dim() == 2 else chosen[..., None], a, b) for a, b in pairs))
 
-    def gather(self, index: Tensor) -> ChainState:
+    def select_chains(self, index: Tensor) -> ChainState:
         """The chains `index` [chains, batch] of each datum."""
         per_dim = index[..., None].expand_as(self.u)
-        return ChainState(
-            self.u.gather(0, per_dim), self.log_start.gather(0, index), self.log_joint.gather(0, index),
-            self.grad_start.gather(0, per_dim), self.grad_joint.gather(0, per_dim),
-        )  # fmt: skip
+        return ChainState(*(t.gather(0, index if t.dim() == 2 else per_dim) for t in self))
 
 
 def concatenate_states(parts: Sequence[ChainState]) -> ChainState:
     """States of some chains each, as the state of all chains."""
-    if len(parts) == 1:
-        return parts[0]
-    return ChainState(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(ChainState)))
+    return parts[0] if len(parts) == 1 else ChainState(*map(torch.cat, zip(*parts, strict=True)))

@@ -58,7 +58,7 @@ def run_forward_chains(
             if bool(low.any()):
                 identity = torch.arange(count, device=low.device)[:, None]
                 index = torch.where(low, _systematic_resampling(log_weight, uniform), identity)
-                state, ancestor = state.gather(index), ancestor.gather(0, index)
+                state, ancestor = state.select_chains(index), ancestor.gather(0, index)
                 log_past = torch.where(low, log_past + _log_mean(log_weight), log_past)
                 log_weight = torch.where(low, torch.zeros_like(log_weight), log_weight)
                 resampled = resampled + low

@@ -10,10 +10,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, refused
+from ppvae.errors import UsageError, site_error
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
 from ppvae.inference.particle_layout import particle_dim
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
 from ppvae.rng import fork_rng
@@ -89,7 +89,7 @@ class UnconstrainedSpace:
         mask = torch.as_tensor(mask, device=self.device)
         over_batch = torch.ones(node["fn"].batch_shape, dtype=torch.bool, device=self.device)
         if mask.dim() > over_batch.dim():
-            raise refused(
+            raise site_error(
                 latent.name, "a mask over whole events", f"one of shape {list(mask.shape)} inside an event",
                 "put the masked parts into sites or an inner plate of their own",
             )  # fmt: skip
@@ -139,21 +139,21 @@ def _continuous_nodes(
     first, second = (dict(sample_sites(trace_program(guide, batch, s, given))) for _ in range(2))
     nodes = {}
     for name, node in first.items():
-        if s.guide_roles[name] == "enumerated":
+        if s.guide_roles[name] is Role.ENUMERATED:
             continue
         fn = base_distribution(node["fn"])
         is_delta = isinstance(fn, dist.Delta)
         if is_delta and not s.lower_bound_only:  # a transform of an auxiliary site, which is the coordinate
             continue
         if is_delta or is_discrete(fn) or getattr(fn, "has_enumerate_support", False):
-            raise refused(
+            raise site_error(
                 name, "a continuous latent, or one that is summed out", f"a discrete one ({type(fn).__name__})",
                 "annealing follows gradients: mark the site infer={'enumerate': 'parallel'} in the model and leave "
                 "it out of the guide, or use log_marginal",
             )  # fmt: skip
         a, b = (_support_bounds(n["fn"].support) for n in (node, second[name]))
         if len(a) != len(b) or not all(torch.equal(i, j) for i, j in zip(a, b, strict=True)):
-            raise refused(
+            raise site_error(
                 name, "a support that is the same for every draw", "one that moves with another latent",
                 "shift or scale a latent on a fixed support instead",
             )  # fmt: skip
@@ -170,7 +170,7 @@ def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, s
     try:
         transform = torch.distributions.biject_to(support)
     except NotImplementedError:
-        raise refused(
+        raise site_error(
             name, "a support with a transform to real numbers (torch.distributions.biject_to)",
             f"{type(base_distribution(node['fn'])).__name__} on {support_name(support)}",
             "use log_marginal for this pair",

@@ -17,16 +17,17 @@ from ppvae.errors import ContractError
 from ppvae.evaluation.annealing.chain_state import ChainState, concatenate_states
 from ppvae.evaluation.annealing.coordinates import UnconstrainedSpace
 from ppvae.evaluation.blocks import Block
-from ppvae.inference.particle_layout import over_inner_plates
-from ppvae.inference.terms import cache_encoder, sample_guide, terms
+from ppvae.inference.particle_layout import sum_inner_plates
+from ppvae.inference.structure import Role
+from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide
 from ppvae.inference.tracing import Program, frozen_params, node_log_prob
 
 SCALE_DRAWS = 100  # draws from the start density that estimate its scale
 
 
-def prior_as_guide(model: Program, guide_roles: Mapping[str, str]) -> Program:
+def prior_as_guide(model: Program, guide_roles: Mapping[str, Role]) -> Program:
     """The model's prior over the guide's latents, as a guide."""
-    latents = {name for name, role in guide_roles.items() if role == "latent"}
+    latents = {name for name, role in guide_roles.items() if role is Role.LATENT}
 
     def hidden(message: Any) -> bool:
         is_plate = isinstance(message["fn"], _Subsample)
@@ -73,11 +74,11 @@ class Potential:
         self.guide = cache_encoder(guide, self.batch, s, self.index) if cache else guide
         self.rows, self._from_prior, self._uncached_guide, self._evaluate = rows, from_prior, guide, evaluate
         self.space = UnconstrainedSpace(self.guide, self.batch, s, self.index)
-        self._num_rows = s.size_of(self.batch) if self.index is None else len(self.index)
+        self._num_rows = s.batch_size(self.batch) if self.index is None else len(self.index)
         self.size = 1 if s.has_global_latents else self._num_rows
         nodes = self.space.nodes
         self._only_latents = (
-            all(s.guide_roles[n] == "latent" for n in nodes) and nodes.keys() == self.space.sites.keys()
+            all(s.guide_roles[n] is Role.LATENT for n in nodes) and nodes.keys() == self.space.sites.keys()
         )
 
     def sample_start(self, num_chains: int) -> Tensor:
@@ -97,34 +98,36 @@ class Potential:
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(log start, log joint) of a state, [chains, batch] in float64, both in the coordinates u."""
         values, log_det = self.space.constrain(u)
-        count, s = len(u), self.s
+        s = self.s
         if self._from_prior or self.guide is not self._uncached_guide:
-            drawn = {n: replace(self.space.sites[n], value=v, traced=v) for n, v in values.items()}
-            t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, drawn=drawn)
+            sites = {n: replace(self.space.sites[n], value=v, traced_value=v) for n, v in values.items()}
+            t = self._terms(len(u), guide_sites=sites)
             log_prior = log_start = t.log_prior
             if not self._from_prior:
                 ((name, node),) = self.space.nodes.items()
-                log_start = over_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.plate_nesting)
+                log_start = sum_inner_plates(node_log_prob({**node, "value": values[name]}).double(), s.plate_nesting)
             return log_start + log_det, log_prior + t.log_lik + log_det
-        t = terms(self.model, self.guide, self.batch, count, structure=s, index=self.index, values=values)
+        t = self._terms(len(u), values=values)
         log_start = log_det
         for name in values:
             log_prob = t.guide[name].log_prob.double()
             log_prob = log_prob.sum(tuple(range(log_prob.dim() - 2))) if log_prob.dim() > 2 else log_prob
             log_start = log_start + (log_prob.sum(-1, keepdim=True) if s.has_global_latents else log_prob)
-        if self._only_latents and t.contracted is None:  # keeps the guide's network out of the joint density's graph
+        if self._only_latents and t.contraction is None:  # keeps the guide's network out of the joint density's graph
             return log_start, t.log_lik + t.log_prior + log_det
         return log_start, log_start + t.log_weight
+
+    def _terms(self, num_chains: int, **latents: Any) -> Terms:
+        return evaluate_terms(
+            self.model, self.guide, self.batch, num_chains, structure=self.s, index=self.index, **latents
+        )
 
     def elbo(self, u: Tensor) -> Tensor:
         """One-sample ELBOs of the start density at draws from it, [chains, batch]."""
         with torch.no_grad():
-            parts = []
-            for part in u.split(self._chains_per_run):
-                at = self.space.constrain(part)[0]
-                t = terms(self.model, self.guide, self.batch, len(part), values=at, structure=self.s, index=self.index)
-                parts.append(t.elbo)
-        return torch.cat(parts)[:, : self.size]
+            parts = u.split(self._chains_per_run)
+            elbos = [self._terms(len(part), values=self.space.constrain(part)[0]).elbo for part in parts]
+        return torch.cat(elbos)[:, : self.size]
 
     @property
     def _chains_per_run(self) -> int:
@@ -162,7 +165,7 @@ class Potential:
             one, two = (torch.cat(self.log_densities(u)) for _ in range(2))
         same = (one - two).abs() <= 1e-3 * (1 + one.abs())
         if not bool((same | (one == two) | one.isnan()).all()):
-            unshared = [n for n, role in self.s.model_roles.items() if role == "cancelled"]
+            unshared = [n for n, role in self.s.model_roles.items() if role is Role.CANCELLED]
             raise ContractError(
                 "expected the same density at the same latents; found another at every run"
                 + (f": what follows depends on {unshared}, which the model draws anew each time" if unshared else "")

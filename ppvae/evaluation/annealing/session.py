@@ -16,7 +16,7 @@ from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_s
 from ppvae.evaluation.annealing.potential import Potential, prior_as_guide
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, Evaluation
-from ppvae.inference.terms import terms
+from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed
 
 
@@ -114,7 +114,7 @@ class AnnealingSession:
         if block.number == 0:
             potential.check_deterministic()
         block.check_supports(
-            terms(self.run.model, potential.guide, block.batch, 1, structure=block.s, index=block.index)
+            evaluate_terms(self.run.model, potential.guide, block.batch, 1, structure=block.s, index=block.index)
         )
         return potential
 

@@ -14,8 +14,8 @@ from ppvae.compilation.graph import CaptureError, all_close, capture, compiled, 
 from ppvae.compilation.guards import Guards
 from ppvae.inference.compiled_step import SECONDS_PER_NODE
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Structure
-from ppvae.inference.terms import terms
+from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
@@ -43,10 +43,10 @@ class CompiledWeights:
         self._held: list[Tensor] = []
         self._shared: list[Tensor] | None = None
         self._over = (
-            s.layout == "one by one"
+            s.layout is Layout.ONE_BY_ONE
             or s.has_global_latents
             or s.draws_subsample
-            or "cancelled" in s.model_roles.values()
+            or Role.CANCELLED in s.model_roles.values()
         )
         self._kinds: list[tuple[Any, ...]] = []
 
@@ -73,7 +73,7 @@ class CompiledWeights:
         return log_weight, elbo
 
     def _run(self) -> list[Tensor]:
-        t = terms(self.model, self.guide, self._batch, self.num_particles, structure=self.s)
+        t = evaluate_terms(self.model, self.guide, self._batch, self.num_particles, structure=self.s)
         return [t.log_weight, t.elbo]
 
     def compile(self, seconds: float) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import Terms
 
 
@@ -19,7 +19,9 @@ class PosteriorReservoir:
     def __init__(self, num_draws: int, seed: int, s: Structure):
         self.num_draws, self.s = num_draws, s
         self.names = [
-            n for n, role in s.guide_roles.items() if role == "latent" and not s.enumerated and not s.has_global_latents
+            n
+            for n, role in s.guide_roles.items()
+            if role is Role.LATENT and not s.enumerated and not s.has_global_latents
         ]
         self._generator = torch.Generator().manual_seed(seed)
         self._log_total: Tensor | None = None

@@ -15,6 +15,7 @@ from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.local.guides import AmortizedGuide
 from ppvae.evaluation.local.optimization import ADAM_EPS, LEARNING_RATE
 from ppvae.evaluation.local.parameters import WhitenedNormal
+from ppvae.inference.structure import Role
 from ppvae.inference.tracing import frozen_params
 from ppvae.rng import derive_seed
 
@@ -55,7 +56,7 @@ class FullRankGuide:
 
     def __init__(self, start: AmortizedGuide, family: Callable[[Tensor, Tensor], FullRankFamily], seed: int, rows: int):
         block = start.block
-        if "enumerated" in block.s.guide_roles.values():
+        if Role.ENUMERATED in block.s.guide_roles.values():
             raise ContractError("the guide enumerates a latent, so that others are drawn once for each of its values")
         self._size, self._number = block.size, block.number
         torch.manual_seed(derive_seed(seed, block.number, "moments"))

@@ -14,7 +14,8 @@ from torch import Tensor
 from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.local.optimization import ADAM_EPS, LEARNING_RATE
 from ppvae.evaluation.local.parameters import per_datum_distributions, require_grad
-from ppvae.inference.terms import terms
+from ppvae.inference.structure import Role
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program, frozen_params
 
 NETWORK_LEARNING_RATE, NETWORK_ADAM_EPS = 1e-3, 1e-8  # network weights have no natural unit
@@ -37,7 +38,7 @@ class AmortizedGuide:
 
     def _elbo(self, num_particles: int, frozen: Sequence[str] = ()) -> Tensor:
         batch, index = self.block.batch, self.block.index
-        t = terms(self.model, self.guide, batch, num_particles, structure=self.s, index=index, frozen=frozen)
+        t = evaluate_terms(self.model, self.guide, batch, num_particles, structure=self.s, index=index, frozen=frozen)
         return t.elbo[:, : self.block.size]
 
     def elbo(self, num_particles: int) -> Tensor:
@@ -46,7 +47,7 @@ class AmortizedGuide:
 
     def _backward(self, num_particles: int) -> None:
         # the probabilities of enumerated values are weights of the expectation, and keep their gradient
-        enumerated = "enumerated" in self.s.guide_roles.values()
+        enumerated = Role.ENUMERATED in self.s.guide_roles.values()
         (-self._elbo(num_particles, () if enumerated else ("guide",)).mean(0).sum()).backward()
 
     def backward(self, num_particles: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, PpvaeError, refused
+from ppvae.errors import ContractError, PpvaeError, site_error
 from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.local.full_rank import FullRankFamily, FullRankGuide
@@ -127,7 +127,7 @@ def check_refit(s: Structure) -> None:
             "log_marginal compares the joint log p(x) with the ELBO"
         )
     if s.non_reparameterized:
-        raise refused(
+        raise site_error(
             s.non_reparameterized[0], "a reparameterised latent, to refit the guide by gradients", "one without",
             "enumerate it in the guide (infer={'enumerate': 'parallel'}), or in the model alone",
         )  # fmt: skip

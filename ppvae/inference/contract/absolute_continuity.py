@@ -1,4 +1,4 @@
-"""Absolute continuity: a guide must have mass wherever its prior has, or its weights are wrong."""
+"""Absolute continuity: a guide needs mass wherever its prior has mass, or its importance weights are wrong."""
 
 from __future__ import annotations
 
@@ -10,67 +10,105 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import refused
-from ppvae.inference.contract.support import base_distribution, event_size, is_discrete, mask_of, support_name
+from ppvae.errors import site_error
+from ppvae.inference.contract.support import (
+    base_distribution,
+    base_support,
+    event_size,
+    is_discrete,
+    mask_of,
+    support_name,
+)
+from ppvae.inference.structure import Role
 
 
 def check_absolute_continuity(
-    model: Mapping[str, Any], guide: Mapping[str, Any], model_roles: Mapping[str, str], guide_roles: Mapping[str, str]
+    model: Mapping[str, Any], guide: Mapping[str, Any], guide_roles: Mapping[str, Role]
 ) -> bool:
-    """Refuses a guide that is not absolutely continuous with its prior; True where it gives a lower bound only."""
-    lower = False
-    points: dict[str, int] = {}
+    """Refuses a guide that is not absolutely continuous with its prior; returns whether it gives a lower bound only.
+
+    A guide that omits values of a discrete latent gives a lower bound of log p(x).
+    """
+    lower_bound_only = False
     for name, role in guide_roles.items():
-        if role == "auxiliary":
+        if role is Role.AUXILIARY:
             continue
         p, q = model[name], guide[name]
-        if not _same_mask(mask_of(p), mask_of(q)):
-            raise refused(
-                name, "the same mask in model and guide", "a mask that differs between the two",
-                "mask both sides of a latent alike",
-            )  # fmt: skip
-        prior, posterior = base_distribution(p["fn"]), base_distribution(q["fn"])
-        discrete = getattr(p["fn"], "has_enumerate_support", False) or is_discrete(prior)
-        if isinstance(posterior, dist.Delta):
-            if discrete:
-                lower = True
-            elif isinstance(prior, dist.Delta):
-                continue
-            else:
-                points[name] = event_size(q)
-        elif not discrete:
-            _check_support_covers(name, p, q)
-        elif type(prior) is not type(posterior):  # a guide that never gives some values leaves their mass out
-            with torch.no_grad():
-                lower = lower or not bool(q["fn"].support.check(p["fn"].sample(torch.Size((64,)))).all())
-    helpers = {n: event_size(guide[n]) for n, role in guide_roles.items() if role == "auxiliary"}
-    if sum(points.values()) != sum(helpers.values()) and (points or helpers):
-        if points:
-            name = next(iter(points))
-            raise refused(
-                name,
-                f"a guide absolutely continuous with its prior {type(base_distribution(model[name]['fn'])).__name__}",
-                "a Delta (point mass), under which importance weights look perfect and are wrong",
-                "use a guide with a density to estimate log p(x); Delta can still be trained (MAP)",
-            )  # fmt: skip
-        name = next(iter(helpers))
-        raise refused(
-            name, "a helper that a Delta site turns into a latent, dim for dim",
-            f"{helpers[name]} dims per datum that the model has no density for",
-            "give the latent a density of its own in the guide",
+        check_same_mask(name, p, q)
+        if _is_point_mass(q):
+            lower_bound_only = lower_bound_only or _has_discrete_prior(p)
+        elif _has_discrete_prior(p):
+            lower_bound_only = lower_bound_only or _omits_values(p, q)
+        else:
+            check_support_covers_prior(name, p, q)
+    check_point_masses(model, guide, guide_roles)
+    return lower_bound_only
+
+
+def _is_point_mass(node: dict[str, Any]) -> bool:
+    return isinstance(base_distribution(node["fn"]), dist.Delta)
+
+
+def _has_discrete_prior(p: dict[str, Any]) -> bool:
+    return getattr(p["fn"], "has_enumerate_support", False) or is_discrete(base_distribution(p["fn"]))
+
+
+def _omits_values(p: dict[str, Any], q: dict[str, Any]) -> bool:
+    """Whether the guide of a discrete latent gives no mass to some of 64 draws of its prior."""
+    if type(base_distribution(p["fn"])) is type(base_distribution(q["fn"])):
+        return False
+    with torch.no_grad():
+        return not bool(q["fn"].support.check(p["fn"].sample(torch.Size((64,)))).all())
+
+
+def check_same_mask(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
+    """A latent has one mask, in the model and in the guide."""
+    if not _same_mask(mask_of(p), mask_of(q)):
+        raise site_error(
+            name, "the same mask in model and guide", "a mask that differs between the two",
+            "mask both sides of a latent alike",
         )  # fmt: skip
-    return lower
+
+
+def check_point_masses(model: Mapping[str, Any], guide: Mapping[str, Any], guide_roles: Mapping[str, Role]) -> None:
+    """Point masses on continuous latents have as many dims as the auxiliary sites that they map to latents."""
+    points = {
+        name: event_size(guide[name])
+        for name, role in guide_roles.items()
+        if role is not Role.AUXILIARY
+        and _is_point_mass(guide[name])
+        and not _has_discrete_prior(model[name])
+        and not _is_point_mass(model[name])
+    }
+    helpers = {name: event_size(guide[name]) for name, role in guide_roles.items() if role is Role.AUXILIARY}
+    if sum(points.values()) == sum(helpers.values()):
+        return
+    if points:
+        name = next(iter(points))
+        raise site_error(
+            name,
+            f"a guide absolutely continuous with its prior {type(base_distribution(model[name]['fn'])).__name__}",
+            "a Delta (point mass), under which importance weights look perfect and are wrong",
+            "use a guide with a density to estimate log p(x); Delta can still be trained (MAP)",
+        )
+    name = next(iter(helpers))
+    raise site_error(
+        name,
+        "a helper that a Delta site turns into a latent, dim for dim",
+        f"{helpers[name]} dims per datum that the model has no density for",
+        "give the latent a density of its own in the guide",
+    )
 
 
 def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
-    """Refuses a continuous guide of a discrete latent, and the other way round."""
+    """A discrete latent has a discrete guide, a continuous latent a continuous one."""
     for name, q in guide.items():
         if name not in model or isinstance(base_distribution(q["fn"]), dist.Delta):
             continue
         prior, posterior = base_distribution(model[name]["fn"]), base_distribution(q["fn"])
         if is_discrete(prior) != is_discrete(posterior):
             kind = "discrete" if is_discrete(prior) else "continuous"
-            raise refused(
+            raise site_error(
                 name,
                 f"a {kind} guide, as its prior {type(prior).__name__} is",
                 type(posterior).__name__,
@@ -85,12 +123,9 @@ def _same_mask(a: Any, b: Any) -> bool:
     return (a is None or a is True) == (b is None or b is True) and isinstance(a, Tensor) == isinstance(b, Tensor)
 
 
-def _check_support_covers(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
-    prior, posterior = p["fn"].support, q["fn"].support
-    while isinstance(prior, constraints.independent):
-        prior = prior.base_constraint
-    while isinstance(posterior, constraints.independent):
-        posterior = posterior.base_constraint
+def check_support_covers_prior(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
+    """The support of a continuous latent's guide contains the support of its prior."""
+    prior, posterior = base_support(p["fn"].support), base_support(q["fn"].support)
     thin = (constraints.simplex, dist.constraints.sphere)  # of measure zero among real vectors
     if posterior in (constraints.real, constraints.real_vector) and prior not in thin:
         return
@@ -100,12 +135,12 @@ def _check_support_covers(name: str, p: dict[str, Any], q: dict[str, Any]) -> No
     if inner is not None and outer is not None:
         if bool((outer[0] <= inner[0]).all()) and bool((inner[1] <= outer[1]).all()):
             return
-    else:  # no interval: ask the guide about draws of the prior
+    else:  # not intervals: draws of the prior lie in the guide's support
         with torch.no_grad():
             draws = p["fn"].sample(torch.Size((64,)))
             if bool(q["fn"].support.check(draws).all()):
                 return
-    raise refused(
+    raise site_error(
         name,
         f"a guide whose support holds the prior's ({support_name(prior)})",
         f"{type(base_distribution(q['fn'])).__name__} on {support_name(posterior)}",
@@ -114,7 +149,7 @@ def _check_support_covers(name: str, p: dict[str, Any], q: dict[str, Any]) -> No
 
 
 def _bounds(support: Any) -> tuple[Tensor, Tensor] | None:
-    """Lower and upper end of an interval; None for a support that is none."""
+    """(lower, upper) end of an interval; None for any other support."""
     if support is constraints.real or support is constraints.real_vector:
         return torch.tensor(-torch.inf), torch.tensor(torch.inf)
     intervals = (

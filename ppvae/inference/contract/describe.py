@@ -1,4 +1,4 @@
-"""The modules of a pair in words: what each is, where the distribution that it returns lives, how much it learns."""
+"""The description of a pair that `check` returns: its sites in words, and the modules that it calls."""
 
 from __future__ import annotations
 
@@ -9,45 +9,109 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
-from ppvae.inference.contract.support import support_name
+from ppvae.inference.contract.plates_and_roles import global_latents
+from ppvae.inference.contract.support import base_distribution, base_support, mask_of, support_name
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.rng import fork_rng
+
+_LAYOUTS = {
+    Layout.VECTORIZED: "vectorised under a plate",
+    Layout.FOLDED: "folded into the batch (the networks do not broadcast)",
+    Layout.ONE_BY_ONE: "taken one by one (the networks do not broadcast)",
+}
+
+
+# -- sites ------------------------------------------------------------------------------------------------------------
+
+
+def describe_structure(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on the data plate, each site, the parameters, and what is refused or only bounded."""
+    rows = f"its own subsample of {s.subsample_size} rows" if s.draws_subsample else "the batch"
+    scale = f", scale {s.scale:g} (divided out of every weight)" if s.scale != 1 else ""
+    yield f"data plate {s.plate!r} over {rows}, full size {s.full_size}{scale}"
+    shared = global_latents(model, s.model_roles, s.plate)
+    for side, nodes, roles in (("model", model, s.model_roles), ("guide", guide, s.guide_roles)):
+        for name, node in nodes.items():
+            facts = [*_site_facts(node, roles[name], s.plate, side == "guide")]
+            facts += ["shared by all data"] if name in shared else []
+            yield f"{side} site {name!r}: {roles[name]}, {', '.join(facts)}"
+    total = sum(p.numel() for p in {id(p): p for p in s.params.values()}.values())
+    yield f"{len(s.params)} registered parameters, {total} numbers"
+    if s.has_global_latents:
+        yield "a latent is shared by all data: weights are joint, one for the whole data set and not one per datum"
+    if s.weights_refusal:
+        yield f"can be trained; weights and log p(x) are refused: {s.weights_refusal}"
+    if s.lower_bound_only:
+        yield "a point mass on a discrete latent: log p(x) estimates are lower bounds only"
+    yield from s.remarks
+
+
+def _site_facts(node: dict[str, Any], role: Role, data_plate: str, guide: bool) -> Iterator[str]:
+    fn = node["fn"]
+    yield f"{type(base_distribution(fn)).__name__} over event {list(fn.event_shape)}"
+    if plates := [f.name for f in node["cond_indep_stack"] if f.name != data_plate]:
+        yield f"inner plates {plates}"
+    if guide and role in (Role.LATENT, Role.AUXILIARY):
+        yield "reparameterised" if getattr(fn, "has_rsample", False) else "not reparameterised"
+    if role is Role.ENUMERATED:
+        yield "summed out exactly"
+    if mask_of(node) is not None:
+        yield "masked"
+
+
+def describe_layout(s: Structure) -> str:
+    """A line on how the pair takes several particles."""
+    return f"particles are {_LAYOUTS[s.layout]}"
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
 
 
 def describe_modules(
     model: Program, guide: Program, batch: tuple[Any, ...], params: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """A line for each module that the pair calls and that is in no other: a `VAE`'s parts, a plain pair's networks."""
-    parts = _parts(model, guide)
-    met = _called(model, guide, batch)
-    inner = {id(m) for module, _ in met for m in module.modules() if m is not module} - {id(m) for m in parts}
+    """A line per outermost module that the pair calls: the parts of a `VAE`, the networks of a plain pair.
+
+    A line names the part or registered name, the class, the space of the distribution that it returns, the number of
+    its parameters, and the first sentence of its docstring.
+    """
+    parts = _part_names(model, guide)
+    calls = _outermost_calls(model, guide, batch)
+    inner = {id(m) for module, _ in calls for m in module.modules() if m is not module} - {id(m) for m in parts}
     order = {id(m): i for i, m in enumerate(parts)}
-    for module, result in sorted(met, key=lambda found: order.get(id(found[0]), len(order))):
+    for module, result in sorted(calls, key=lambda call: order.get(id(call[0]), len(order))):
         if id(module) in inner:
             continue
         facts = [f"{sum(p.numel() for p in module.parameters())} parameters"]
         if isinstance(result, torch.distributions.Distribution):
-            facts.insert(0, f"a distribution over event {list(result.event_shape)}{_where(result)}")
+            facts.insert(0, f"a distribution over event {list(result.event_shape)}{_space(result)}")
         cls = type(module)
-        yield f"{parts.get(module) or _registered(module, params)}: {cls.__name__}, {', '.join(facts)}{_sentence(cls)}"
+        name = parts.get(module) or _registered_name(module, params)
+        yield f"{name}: {cls.__name__}, {', '.join(facts)}{_first_sentence(cls)}"
 
 
-def _called(model: Program, guide: Program, batch: tuple[Any, ...]) -> list[tuple[nn.Module, Any]]:
-    found: dict[int, tuple[nn.Module, Any]] = {}
-    inside: list[nn.Module] = []
+def _part_names(model: Program, guide: Program) -> dict[nn.Module, str]:
+    """The child modules of the modules whose methods the model and the guide are, with their names."""
+    owners = [getattr(unwrap(function), "__self__", None) for function in (model, guide)]
+    return {m: name for owner in owners if isinstance(owner, nn.Module) for name, m in owner.named_children()}
+
+
+def _outermost_calls(model: Program, guide: Program, batch: tuple[Any, ...]) -> list[tuple[nn.Module, Any]]:
+    """(module, result) of the first call of each module that no other module calls."""
+    calls: dict[int, tuple[nn.Module, Any]] = {}
+    stack: list[nn.Module] = []
 
     def before(module: nn.Module, _: Any) -> None:
-        inside.append(module)
+        stack.append(module)
 
     def after(module: nn.Module, _: Any, result: Any) -> None:
-        inside.pop()
-        if not inside:
-            found.setdefault(id(module), (module, result))
+        stack.pop()
+        if not stack:
+            calls.setdefault(id(module), (module, result))
 
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(before),
@@ -59,36 +123,29 @@ def _called(model: Program, guide: Program, batch: tuple[Any, ...]) -> list[tupl
     finally:
         for hook in hooks:
             hook.remove()
-    return list(found.values())
+    return list(calls.values())
 
 
-def _where(fn: Any) -> str:
+def _space(fn: Any) -> str:
+    """The support of a distribution, as " in ..."; empty where it has none."""
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
         return ""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return f" in {support_name(support).removesuffix('()')}"
+    return f" in {support_name(base_support(support)).removesuffix('()')}"
 
 
-def _parts(model: Program, guide: Program) -> dict[nn.Module, str]:
-    """The modules that the modules whose methods the pair is are made of, and their names."""
-    owners = [getattr(unwrap(function), "__self__", None) for function in (model, guide)]
-    return {m: name for owner in owners if isinstance(owner, nn.Module) for name, m in owner.named_children()}
-
-
-def _registered(module: nn.Module, params: Mapping[str, Tensor]) -> str:
-    """The name under which a module, or one that it is a part of, is registered; "module" where none of it is."""
-    own = {id(p): name for name, p in module.named_parameters()}
+def _registered_name(module: nn.Module, params: Mapping[str, Tensor]) -> str:
+    """The name under which a module, or the one that contains it, is registered; "module" where there is none."""
+    names = {id(p): name for name, p in module.named_parameters()}
     for full, p in params.items():
-        if id(p) in own and "$$$" in full:
-            name = full.removesuffix(own[id(p)]).replace("$$$", ".").strip(".")
+        if id(p) in names and "$$$" in full:
+            name = full.removesuffix(names[id(p)]).replace("$$$", ".").strip(".")
             return re.sub(r"#[0-9]+", "", name)
     return "module"
 
 
-def _sentence(cls: type) -> str:
-    """The first sentence of the class's own docstring."""
+def _first_sentence(cls: type) -> str:
+    """The first sentence of a class's own docstring, as ". ..."; empty where it has none."""
     text = " ".join((cls.__dict__.get("__doc__") or "").split())
     return f". {re.split(r'(?<=[^. ][.]) ', text)[0]}" if text else ""

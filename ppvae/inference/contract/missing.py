@@ -1,4 +1,4 @@
-"""Missing values, NaN in a batch: what a pair makes of them, and what is refused."""
+"""Missing values (NaN in a batch): an observed site must leave them out of its density, a guide must take them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import ContractError, refused
-from ppvae.inference.contract.support import base_distribution, mask_of
+from ppvae.errors import ContractError, site_error
+from ppvae.inference.contract.support import base_distribution, base_support, mask_of
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
 
@@ -27,14 +27,14 @@ TAKE_IN = (
 
 
 def tensors_with_missing(batch: Sequence[Any]) -> list[Tensor]:
-    """The tensors of a batch that have missing values."""
+    """The tensors of a batch that contain missing values."""
     return [t for t in batch if isinstance(t, Tensor) and t.is_floating_point() and bool(t.isnan().any())]
 
 
 def missing_mask(value: Tensor, batch: Sequence[Any]) -> Tensor:
-    """Where an observed value is missing: NaN, or equal to the data but for what fills their gaps.
+    """A mask of the missing elements of an observed value: NaN, or filled where the value else equals the data.
 
-    Labels, a vector beside the data, are not looked for: so few numbers may be equal by chance.
+    Other columns of the batch that are vectors, such as labels, are skipped: so few numbers may agree by chance.
     """
     gaps = _isnan(value)
     for t in tensors_with_missing(batch):
@@ -46,37 +46,50 @@ def missing_mask(value: Tensor, batch: Sequence[Any]) -> Tensor:
 
 
 def align_missing(value: Tensor, t: Tensor) -> Iterator[Tensor]:
-    """A tensor in the shape of a value: reshaped, and with the data last, as inner plates have them."""
+    """A column of the batch in the shape of a value: reshaped, and with the data last, as under inner plates."""
     if t.numel() == value.numel():
         yield t.reshape(value.shape)
         yield t.movedim(0, -1).reshape(value.shape)
 
 
 def check_missing(model: Mapping[str, Any], guide: Mapping[str, Any], batch: Sequence[Any]) -> None:
-    """Raises ContractError where a pair cannot take the missing values of a batch, or takes them for data.
+    """Raises ContractError where a pair fails on the missing values of a batch, or takes them for data.
 
-    A guide must give draws and densities that are numbers. An observed site must leave missing values out: by its
-    distribution, or by a mask. A gap that is filled without a mask would count as data.
+    Draws and densities of the guide must not be NaN. An observed site must leave missing values out, by its
+    distribution or by a mask. A missing value that is filled without a mask would count as data.
     """
     if not tensors_with_missing(batch):
         return
     for name, node in guide.items():
-        if bool(_isnan(node["value"]).any()) or _fails(node):
-            raise refused(name, "a guide that takes missing values (NaN)", f"{_fn(node)} that is NaN", TAKE_IN)
+        check_guide_takes_missing(name, node)
     for name, node in model.items():
         value = node["value"]
-        uncovered = missing_mask(value, batch) & _kept(node) if node["is_observed"] else _isnan(value)
-        count, filled = int(uncovered.sum()), int((uncovered & ~_isnan(value)).sum())
-        if filled:
-            found = f"{filled} of them observed as the numbers that fill them"
-            raise refused(name, "missing values to be left out of the density", found, LEAVE_OUT)
-        if _fails(node) or (count and _admits(node) is False):
-            found = f"{_fn(node)}, which does not take NaN"
-            raise refused(name, "a density that leaves missing values (NaN) out", found, LEAVE_OUT)
+        uncovered = missing_mask(value, batch) & _in_density(node) if node["is_observed"] else _isnan(value)
+        check_not_filled(name, int((uncovered & ~_isnan(value)).sum()))
+        check_left_out(name, node, bool(uncovered.any()))
+
+
+def check_guide_takes_missing(name: str, node: Mapping[str, Any]) -> None:
+    if bool(_isnan(node["value"]).any()) or _density_fails(node):
+        raise site_error(name, "a guide that takes missing values (NaN)", f"{_family(node)} that is NaN", TAKE_IN)
+
+
+def check_not_filled(name: str, filled: int) -> None:
+    """No missing value is observed as the number that fills it."""
+    if filled:
+        found = f"{filled} of them observed as the numbers that fill them"
+        raise site_error(name, "missing values to be left out of the density", found, LEAVE_OUT)
+
+
+def check_left_out(name: str, node: Mapping[str, Any], has_missing: bool) -> None:
+    """A site's density is a number where its value is missing."""
+    if _density_fails(node) or (has_missing and _support_admits_nan(node) is False):
+        found = f"{_family(node)}, which does not take NaN"
+        raise site_error(name, "a density that leaves missing values (NaN) out", found, LEAVE_OUT)
 
 
 def explain_missing_failure(model: Program, guide: Program, batch: Sequence[Any]) -> ContractError | None:
-    """The error for a pair that runs where gaps are filled with 0, and not as they are; None for any other failure."""
+    """The error for a pair that fails on missing values and runs where they are filled; None for other failures."""
     if not tensors_with_missing(batch):
         return None
     filled = [t.nan_to_num() if isinstance(t, Tensor) else t for t in batch]
@@ -86,39 +99,37 @@ def explain_missing_failure(model: Program, guide: Program, batch: Sequence[Any]
         return None
     with poutine.trace() as tracer, suppress(Exception):
         guide(*batch)
-    stuck = [name for name in sites if name not in tracer.trace]
-    if stuck:
-        return refused(stuck[0], "a guide that takes missing values (NaN)", "one that fails on them", TAKE_IN)
+    unreached = [name for name in sites if name not in tracer.trace]
+    if unreached:
+        return site_error(unreached[0], "a guide that takes missing values (NaN)", "one that fails on them", TAKE_IN)
     return ContractError(f"the model fails on missing values (NaN), and runs where they are filled: {LEAVE_OUT}.")
 
 
-def _fails(node: Mapping[str, Any]) -> bool:
+def _density_fails(node: Mapping[str, Any]) -> bool:
     """Whether a site's density is NaN, or fails on NaN, as an index does."""
     try:
         return bool(node_log_prob(dict(node)).isnan().any())
     except (ValueError, RuntimeError, IndexError):
-        return bool(_isnan(node["value"]).any()) and not _admits(node)
+        return bool(_isnan(node["value"]).any()) and not _support_admits_nan(node)
 
 
-def _admits(node: Mapping[str, Any]) -> bool | None:
-    """Whether NaN is in the support; None where that is all numbers, or unknown.
+def _support_admits_nan(node: Mapping[str, Any]) -> bool | None:
+    """Whether NaN is in the support; None where the support is all real numbers, or unknown.
 
-    A density that is a number is no answer: an index or a comparison makes numbers of NaN.
+    A finite density does not decide it: an index or a comparison turns NaN into a number.
     """
-    support, value = getattr(node["fn"], "support", None), node["value"]
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support, value = base_support(getattr(node["fn"], "support", None)), node["value"]
     if support in (None, constraints.real, constraints.real_vector):
         return None
     try:
-        inside = support.check(value)  # of numbers, or of vectors
+        inside = support.check(value)  # per number, or per vector
         return bool(inside[value.isnan().reshape(*inside.shape, -1).any(-1)].all())
     except (NotImplementedError, RuntimeError, ValueError, IndexError):
         return None
 
 
-def _kept(node: Mapping[str, Any]) -> Tensor:
-    """What of a site's value its mask leaves in the density."""
+def _in_density(node: Mapping[str, Any]) -> Tensor:
+    """A mask of the elements of a site's value that count in its density."""
     mask, value = mask_of(dict(node)), node["value"]
     if mask is None or isinstance(mask, bool):
         return torch.full_like(value, mask is not False, dtype=torch.bool)
@@ -129,5 +140,5 @@ def _isnan(value: Tensor) -> Tensor:
     return value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
 
 
-def _fn(node: Mapping[str, Any]) -> str:
+def _family(node: Mapping[str, Any]) -> str:
     return type(base_distribution(node["fn"])).__name__

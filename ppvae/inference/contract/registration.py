@@ -1,4 +1,4 @@
-"""Registered parameters: a name used twice, a name that does not exist, a module that is used and never registered."""
+"""Parameter registration: one name for two tensors, a name that does not exist, a module that is never registered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program, node_log_prob
 
 
-def _taken(name: str) -> ContractError:
+def _name_conflict(name: str) -> ContractError:
     return ContractError(
         f"parameter {name!r} is registered already for another module: Pyro would silently keep the old parameters; "
         f"give each module a name of its own, or call pyro.clear_param_store()"
@@ -23,38 +23,40 @@ def _taken(name: str) -> ContractError:
 
 
 class Registration(Messenger):
-    """Watches parameter statements: refuses a name used for two tensors and, where `create` is false, new names.
+    """Checks param sites: refuses one name for two tensors and, where `create` is false, names that do not exist.
 
     `pyro.module` called again under a used name silently keeps the old parameters, so that the new module would never
-    be trained; and an evaluation that creates a parameter would report on an initial value.
+    be trained; an evaluation that creates a parameter would report on an initial value. `params` collects the
+    unconstrained tensors by name.
     """
 
     def __init__(self, create: bool):
         super().__init__()
         self.create = create
         self.params: dict[str, Tensor] = {}
-        self._met: dict[int, tuple[PyroModule, dict[str, Any]]] = {}
+        self._unconstrained: dict[int, tuple[PyroModule, dict[str, Any]]] = {}
 
     def __enter__(self) -> Any:
-        self._hook = nn.modules.module.register_module_forward_pre_hook(self._meet)
+        self._hook = nn.modules.module.register_module_forward_pre_hook(self._record_unconstrained)
         return super().__enter__()
 
-    def __exit__(self, kind: Any, *rest: Any) -> Any:
+    def __exit__(self, kind: Any, *exception: Any) -> Any:
         self._hook.remove()
-        result = super().__exit__(kind, *rest)
-        taken = ""
-        for module, before in self._met.values():
+        result = super().__exit__(kind, *exception)
+        conflict = ""
+        for module, before in self._unconstrained.values():
             for name, p in before.items():
-                if module._parameters[name] is not p:  # Pyro has put the store's tensor in its place
-                    module._parameters[name], taken = p, name.removesuffix("_unconstrained")
-        if taken and kind is None:
-            raise _taken(taken)
+                if module._parameters[name] is not p:  # replaced by Pyro with the store's tensor of that name
+                    module._parameters[name], conflict = p, name.removesuffix("_unconstrained")
+        if conflict and kind is None:
+            raise _name_conflict(conflict)
         return result
 
-    def _meet(self, module: nn.Module, _: Any) -> None:
-        if isinstance(module, PyroModule) and id(module) not in self._met:
-            own = {n: p for n, p in module._parameters.items() if n.endswith("_unconstrained")}
-            self._met[id(module)] = (module, own)
+    def _record_unconstrained(self, module: nn.Module, _: Any) -> None:
+        """Records the unconstrained parameters that a PyroModule has before its call."""
+        if isinstance(module, PyroModule) and id(module) not in self._unconstrained:
+            unconstrained = {n: p for n, p in module._parameters.items() if n.endswith("_unconstrained")}
+            self._unconstrained[id(module)] = (module, unconstrained)
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
@@ -63,7 +65,7 @@ class Registration(Messenger):
         stored = store.get(name)
         if stored is not None:
             if isinstance(init, nn.Parameter) and stored is not init:
-                raise _taken(name)
+                raise _name_conflict(name)
         elif not self.create and not isinstance(init, nn.Parameter):
             raise ContractError(
                 f"parameter {name!r} does not exist: evaluating a pair must not create parameters; "
@@ -72,7 +74,7 @@ class Registration(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]
-        # the attribute is a weak reference; plates may hand out an indexed copy that names its source differently
+        # the attribute is a weak reference; a plate returns an indexed copy without it
         source = getattr(value, "_pyro_unconstrained_param", None)
         if source is None:
             source = value.unconstrained() if hasattr(value, "unconstrained") else value
@@ -87,18 +89,16 @@ def check_registered(
     guide_nodes: Mapping[str, Any],
     batch: tuple[Any, ...],
 ) -> None:
-    """Refuses a module that the pair uses and never registers: SVI would leave it untrained without a word."""
+    """Every parameter that the log-densities depend on is registered; SVI would leave any other untrained, silently."""
     known = {id(p) for p in registered.values()} | {id(t) for t in batch}
-    roots = [
-        node_log_prob(node).sum() for node in (*model_nodes.values(), *guide_nodes.values())
-    ]  # fmt: skip
+    roots = [node_log_prob(node).sum() for node in (*model_nodes.values(), *guide_nodes.values())]
     stack = [r.grad_fn for r in roots if r.grad_fn is not None]
     seen = set(stack)
     while stack:
         fn = stack.pop()
         variable = getattr(fn, "variable", None)
         if variable is not None and id(variable) not in known:
-            where = _named(variable, model, guide)
+            where = _variable_name(variable, model, guide)
             raise ContractError(
                 f"a parameter of shape {list(variable.shape)}{where}: expected every parameter that the pair uses to "
                 f"be registered; found it in none of pyro.param, pyro.module. SVI would never train it: call "
@@ -110,8 +110,8 @@ def check_registered(
                 stack.append(parent)
 
 
-def _named(variable: Tensor, *functions: Callable[..., Any]) -> str:
-    """Where a stray parameter lives, as far as closures and globals tell."""
+def _variable_name(variable: Tensor, *functions: Callable[..., Any]) -> str:
+    """The name of an unregistered parameter, as " (module.parameter)", from closures and globals; empty if unknown."""
     for function in functions:
         fn = unwrap(function)
         code = getattr(fn, "__code__", None)
@@ -119,9 +119,9 @@ def _named(variable: Tensor, *functions: Callable[..., Any]) -> str:
             continue
         cells = dict(zip(code.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=False))
         places = cells | {n: fn.__globals__[n] for n in code.co_names if n in fn.__globals__}
-        for place, thing in places.items():
-            if isinstance(thing, nn.Module):
-                for name, p in thing.named_parameters():
+        for place, module in places.items():
+            if isinstance(module, nn.Module):
+                for name, p in module.named_parameters():
                     if p is variable:
                         return f" ({place}.{name})"
     return ""

@@ -1,4 +1,4 @@
-"""Distributions' supports, masks and sizes, and observed values that lie outside a support."""
+"""Supports, masks, sizes and base measures of distributions, and the check that observed values lie in a support."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from ppvae.inference.tracing import has_dependent_support
 def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     """Raises DataError where an observed value lies outside its distribution's support, naming value and place."""
     fn, value = node["fn"], node["value"]
-    support = getattr(fn, "support", None)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_support(getattr(fn, "support", None))
     if (
         support is None
         or value is None
@@ -42,18 +40,24 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
         )
 
 
+def base_support(support: Any) -> Any:
+    """The support of one element of an event: a constraint without declared events."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
 def support_name(support: Any) -> str:
-    """A support as an error message names it."""
+    """The name of a support in error messages."""
     if support is constraints.boolean:
         return "{0, 1}"
     return str(support).removeprefix("<").removesuffix(">").lower()
 
 
 def _cure(fn: Any) -> str:
-    support = getattr(fn, "support", None)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    cure = getattr(support, "cure", None)  # a support of the library's own says what to do
+    """The cure for values outside the support of an observed site's distribution."""
+    support = base_support(getattr(fn, "support", None))
+    cure = getattr(support, "cure", None)  # a support of this library carries its cure
     if isinstance(cure, str):
         return cure
     if support is constraints.boolean:
@@ -61,23 +65,23 @@ def _cure(fn: Any) -> str:
             "Load with binarize='fixed' or 'dynamic', or use a likelihood for grey values: of ppvae.likelihoods, "
             "ContinuousBernoulli, Beta, DiscretizedLogistic, Categorical or Normal"
         )
-    holds = "Choose a likelihood whose support holds the data: of ppvae.likelihoods, "
+    choose = "Choose a likelihood whose support holds the data: of ppvae.likelihoods, "
     if support is constraints.nonnegative_integer:
-        return f"{holds}Normal, Laplace and StudentT take negative and fractional numbers"
+        return f"{choose}Normal, Laplace and StudentT take negative and fractional numbers"
     if isinstance(support, constraints.interval):
-        return f"{holds}Normal, Laplace and StudentT take any real number; or scale the data into it"
+        return f"{choose}Normal, Laplace and StudentT take any real number; or scale the data into it"
     return "Choose a likelihood whose support holds the data"
 
 
 def base_distribution(fn: Any) -> Any:
-    """The distribution inside masks and declared events."""
+    """The distribution without masks (`.mask`) and declared events (`.to_event`)."""
     while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn
 
 
 def is_relaxed(fn: Any) -> bool:
-    """Whether a distribution is a continuous stand-in for a discrete one: Pyro's, or one that says so by `relaxes`."""
+    """Whether a distribution is a continuous relaxation of a discrete one: Pyro's, or one that has `relaxes`."""
     fn = base_distribution(fn)
     kinds = (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)
     return isinstance(fn, kinds) or bool(getattr(fn, "relaxes", False))
@@ -94,7 +98,7 @@ def mask_of(node: dict[str, Any]) -> Any:
 
 
 def is_discrete(fn: Any) -> bool:
-    """Whether a distribution is over a discrete set; False where it does not say."""
+    """Whether a distribution has a discrete support; False where it has no support attribute."""
     try:
         return bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
@@ -102,17 +106,17 @@ def is_discrete(fn: Any) -> bool:
 
 
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
-    """What the log-density of observed sites is relative to: "binary", "256 levels" (or so many), "discrete" for other
-    masses, "density on [0, 1]", "density", or "mixed" where some are masses and some are densities."""
-    found = {measure for node in nodes for measure in _measures(base_distribution(node["fn"]))}
-    if len(found) == 1:
-        return found.pop()
-    densities = {measure for measure in found if measure.startswith("density")}
-    return "mixed" if densities and found - densities else "density" if densities else "discrete"
+    """The base measure of the observed sites' log-densities: "binary", "256 levels" (or another number), "discrete" for
+    other masses, "density on [0, 1]", "density", or "mixed" where some are masses and some are densities."""
+    measures = {measure for node in nodes for measure in _measures(base_distribution(node["fn"]))}
+    if len(measures) == 1:
+        return measures.pop()
+    densities = {measure for measure in measures if measure.startswith("density")}
+    return "mixed" if densities and measures - densities else "density" if densities else "discrete"
 
 
 def _measures(fn: Any) -> set[str]:
-    """The base measures of a distribution's numbers."""
+    """The base measures of a distribution's elements."""
     try:
         return _measures_of(fn.support)
     except (NotImplementedError, AttributeError):
@@ -120,9 +124,8 @@ def _measures(fn: Any) -> set[str]:
 
 
 def _measures_of(support: Any) -> set[str]:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if isinstance(parts := getattr(support, "cseq", None), Sequence):  # each column has a support of its own
+    support = base_support(support)
+    if isinstance(parts := getattr(support, "cseq", None), Sequence):  # one support per column
         return {measure for part in parts for measure in _measures_of(part)}
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if not support.is_discrete:
@@ -135,7 +138,7 @@ def _measures_of(support: Any) -> set[str]:
 
 
 def event_size(node: dict[str, Any]) -> int:
-    """How many numbers a site has per datum, its inner plates' included."""
+    """The number of elements of a site per datum, over its event and inner plates."""
     plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None and f.dim != -1}
     inner = 1
     for size in plates.values():

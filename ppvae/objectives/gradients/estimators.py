@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, refused
+from ppvae.errors import UsageError, site_error
 from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
@@ -61,7 +61,7 @@ class Gradient(ABC):
 def reparameterized_latents(s: Structure, what: str) -> None:
     """Refuses latents that a guide does not reparameterise."""
     if s.non_reparameterized:
-        raise refused(
+        raise site_error(
             s.non_reparameterized[0], f"a reparameterised latent for a {what} gradient", "one without",
             "enumerate it (infer={'enumerate': 'parallel'}), or take an objective with gradient='score' or 'vimco'",
         )  # fmt: skip
@@ -71,7 +71,7 @@ def sampled_latents(s: Structure, what: str, cure: str = "take gradient='pathwis
     """Refuses sites that are enumerated in the guide, whose probabilities are not weighed as draws are."""
     for name in s.enumerated:
         if name in s.guide_roles:
-            raise refused(name, f"a guide that samples all of its sites, for {what}", "one that it enumerates", cure)
+            raise site_error(name, f"a guide that samples all of its sites, for {what}", "one that it enumerates", cure)
 
 
 @final
@@ -124,7 +124,7 @@ class Gate:
 
         def weighted(gradient: Tensor) -> Tensor:
             assert self.weights is not None
-            return gradient * piece.spread(self.weights, name).to(gradient)
+            return gradient * piece.broadcast_weights(self.weights, name).to(gradient)
 
         entered = value.view_as(value)
         entered.register_hook(weighted)
@@ -150,7 +150,7 @@ class DReG(Gradient):
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         gate = Gate()
-        t = call.terms(frozen=("guide",), entry=gate)
+        t = call.terms(frozen=("guide",), latent_hook=gate)
         gate.weights = objective.dreg_weights(objective.weigh(t).detach())
         return objective.bound(t).sum()
 

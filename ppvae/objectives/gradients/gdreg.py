@@ -8,10 +8,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppvae.errors import refused
+from ppvae.errors import site_error
 from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.sites import Site, event_factors
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.objectives.gradients.estimators import (
     Gradient,
     accumulate_gradients,
@@ -55,7 +55,7 @@ class LatentLeaves:
         for key, gradient in paths.items():
             value, _, piece = self.met[key]
             if value.requires_grad:
-                total = total + (value * (piece.spread(weights, key[0]).to(gradient) * gradient)).sum()
+                total = total + (value * (piece.broadcast_weights(weights, key[0]).to(gradient) * gradient)).sum()
         return total
 
     def learnt(self, site: Site) -> bool:
@@ -120,13 +120,13 @@ class GDReG(Gradient):
         reparameterized_latents(s, "gdreg")
         sampled_latents(s, "gdreg")
         if s.enumerated:
-            raise refused(
+            raise site_error(
                 s.enumerated[0], "a latent whose prior is a density of it alone", "one summed out", "take 'dreg'"
             )
 
     def surrogate(self, objective: Objective, call: Call) -> Tensor:
         leaves = LatentLeaves()
-        t = call.terms(entry=leaves)
+        t = call.terms(latent_hook=leaves)
         log_weight = objective.weigh(t)
         held = log_weight.detach().requires_grad_()
         bound = objective.reduce(held).sum()
@@ -137,28 +137,31 @@ class GDReG(Gradient):
         direct = t.log_lik + t.log_prior
         theirs = leaves.through(paths, d)
         for name, site in t.model.items():
-            if site.role != "latent" or not leaves.learnt(site):
+            if site.role is not Role.LATENT or not leaves.learnt(site):
                 continue
             if site.masked:
-                raise refused(name, "a learnt prior that counts for every datum", "a mask", "take gradient='dreg'")
-            if "auxiliary" in call.s.guide_roles.values():  # the guide's density would have to be one of the latent
-                raise refused(
+                raise site_error(name, "a learnt prior that counts for every datum", "a mask", "take gradient='dreg'")
+            if Role.AUXILIARY in call.s.guide_roles.values():  # the guide's density would have to be one of the latent
+                raise site_error(
                     name, "a guide that draws its latents themselves, for a learnt prior", "one that makes them of a "
                     "helper", "take gradient='dreg'",
                 )  # fmt: skip
             own = leaves.gradients(site.log_prob, name)
             direct = direct - (site.log_prob.sum(-1, keepdim=True) if t.has_global_latents else site.log_prob)
-            for number, part in enumerate(site.parts or (site,)):
+            for number, part in enumerate(site.particle_sites or (site,)):
                 key = name, number
-                moved = transported(part.distribution, part.traced.detach())
+                moved = transported(part.distribution, part.traced_value.detach())
                 if moved is None:
                     family = type(event_factors(part.distribution)[0]).__name__
-                    raise refused(
+                    raise site_error(
                         name, "a learnt prior that moves its noise by a location and a scale, or by a transform",
                         family, "take gradient='dreg', which leaves the prior's score as it is",
                     )  # fmt: skip
                 piece = leaves.met[key][2]
                 rest = paths[key] + of_guide[key] - own[key]
-                flow = piece.spread(r, name).to(rest) * rest - piece.spread(d, name).to(rest) * paths[key]
+                flow = (
+                    piece.broadcast_weights(r, name).to(rest) * rest
+                    - piece.broadcast_weights(d, name).to(rest) * paths[key]
+                )
                 theirs = theirs + (moved * flow).sum()
         return bound.detach() + accumulate_gradients((r * direct).sum() + theirs)

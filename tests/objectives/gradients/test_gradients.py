@@ -23,7 +23,20 @@ from ppvae.errors import UsageError
 from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi, ReweightedWakeSleep
 from ppvae.objectives.gradients.control_variates import Learned, LeaveOneOut, MovingAverage, NoBaseline
 from ppvae.objectives.gradients.estimators import STL, DReG, Pathwise, ScoreFunction
-from tests.programs.toys import AFTER, BITS, COARSE, ENUMERATED, HELD, MIXED, ONE, SHARED, TWO, X, bernoulli, nodes
+from tests.programs.toys import (
+    AFTER,
+    BITS,
+    COARSE,
+    DATUM,
+    DETACHED,
+    ENUMERATED,
+    MIXED,
+    ONE,
+    SHARED,
+    TWO,
+    bernoulli_log_prob,
+    gauss_hermite,
+)
 
 FAILURE, COORDINATES = 1e-6, 2000
 LIMIT = NormalDist().inv_cdf(1 - FAILURE / (2 * COORDINATES))
@@ -268,7 +281,7 @@ def covariance(joint, log_q, path):
 
 
 def test_wake_sleep_and_tvo_have_the_gradients_that_they_state():
-    for toy, listed in ((BITS, BITS), (ONE, HELD)):  # draws that have a path are held, too
+    for toy, listed in ((BITS, BITS), (ONE, DETACHED)):  # draws that have a path are held, too
         found = errors(samples(toy, ReweightedWakeSleep(2)), tuples(listed, 2, wake))
         assert max(found.values()) < LIMIT, found
         for partitions in (1, 3):
@@ -313,14 +326,14 @@ def test_what_wake_sleep_and_tvo_state_tends_to_exact_gradients():
 def test_sleep_has_the_gradient_of_the_guide_at_the_models_own_data():
     found = samples(BITS, ReweightedWakeSleep(2, wake=0.0, sleep=1.0))
     p = BITS.leaves()
-    noise, mass = nodes(24)
+    noise, mass = gauss_hermite(24)
     total = torch.zeros(())
     for a in (0.0, 1.0):
         for b in (0.0, 1.0):
             a_, b_ = torch.tensor(a), torch.tensor(b)
-            prior = (bernoulli(a_, p["u"]) + bernoulli(b_, p["v"] * a_ - 0.2)).detach()
+            prior = (bernoulli_log_prob(a_, p["u"]) + bernoulli_log_prob(b_, p["v"] * a_ - 0.2)).detach()
             x = (p["d"] * a - b + p["e"].exp() * noise).detach()
-            log_q = bernoulli(a_, p["f"] * x) + bernoulli(b_, p["g"] + p["h"] * a_)
+            log_q = bernoulli_log_prob(a_, p["f"] * x) + bernoulli_log_prob(b_, p["g"] + p["h"] * a_)
             total = total + ((mass + prior).exp() * log_q).sum()
     grads = torch.autograd.grad(total, [p[n] for n in BITS.guide_params])
     result = errors(found, {n: float(g) for n, g in zip(BITS.guide_params, grads, strict=True)})
@@ -357,7 +370,7 @@ def folded_samples(toy, objective, size=500, runs=150):
         return run
 
     model, guide = side(toy.model, toy.model_params), side(toy.guide, toy.guide_params)
-    x = torch.full((size,), X)
+    x = torch.full((size,), DATUM)
     torch.manual_seed(0)
     found = {n: [] for n in params}
     for _ in range(runs):

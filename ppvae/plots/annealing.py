@@ -1,4 +1,4 @@
-"""log p(x) by chains: how loose importance sampling is beside it, and the bracket on simulated data."""
+"""Annealed estimates of log p(x): the looseness of importance sampling against them, and the BDMC bracket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ppvae.evaluation.annealing.bdmc import Bracket
 from ppvae.evaluation.compare import looseness, looseness_and_error
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.results import mean_and_error
-from ppvae.plots.style import BLUE, INK, ORANGE, VERMILLION, array, figure, note, number, plain, styled
+from ppvae.plots.estimates import reliability_histogram
+from ppvae.plots.style import BLUE, INK, ORANGE, array, decimal_log_ticks, figure, note, number, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 @styled
 def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
-    """Mean L_k against k below a tighter estimate of the same data, and the difference at K for each datum; nats.
+    """Mean L_k against k below a tighter estimate for the same data, and a histogram of the difference at K; nats.
 
-    The band is two paired standard errors of the difference. Data that importance sampling does not trust are apart.
+    The band is two paired standard errors of the difference. Colours show the reliability of importance sampling.
     """
     ks = sorted(est.bounds)
     if len(ks) < 2:
@@ -39,45 +40,36 @@ def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
     ax.axhline(high, color=ORANGE, linewidth=1.6, label=f"{tighter.method}, {number(high)}")
     ax.set_xscale("log")
     ax.margins(0.06, 0.14)
-    plain(ax.xaxis)
+    decimal_log_ticks(ax.xaxis)
     ax.set_xlabel("number of particles k")
     ax.set_ylabel(f"log p(x) (nats {'for the whole data set' if est.joint else 'per datum'})")
     ax.legend(loc="lower right")
-    own, good = array(looseness(tighter, est)), array(est.reliable)
-    shown = np.isfinite(own)
-    if shown.any():
-        edges = np.histogram_bin_edges(own[shown], bins=min(50, max(10, round(2 * math.sqrt(shown.sum())))))
-        parts = [(own[shown & good], BLUE, "reliable"), (own[shown & ~good], VERMILLION, "not to be trusted")]
-        parts = [part for part in parts if len(part[0])]
-        axes[1].hist(
-            [p[0] for p in parts], edges, stacked=True, color=[p[1] for p in parts], edgecolor="white", linewidth=0.4,
-            label=[f"{p[2]} ({len(p[0])})" for p in parts],
-        )  # fmt: skip
+    gap, reliable = array(looseness(tighter, est)), array(est.reliable)
+    shown = np.isfinite(gap)
+    reliability_histogram(axes[1], gap[shown], reliable[shown], max_bins=50)
     axes[1].axvline(0, color=INK, linewidth=0.8, linestyle=":")
     mean, error_at = pairs[-1]
     axes[1].axvline(mean, color=INK, linewidth=1.3, label=f"mean {number(mean, 3)} ± {number(error_at, 3)}")
     axes[1].set_xlabel(f"log p(x) by annealing − $L_{{{ks[-1]}}}$ (nats)")
-    axes[1].set_ylabel("number of data")
-    axes[1].yaxis.get_major_locator().set_params(integer=True)
     axes[1].legend()
     note(axes[1], f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
     return fig
 
 
 @styled
-def bracket(found: Bracket) -> Figure:
-    """The gap between upper and lower bound of log p(x) for each simulated datum, against the lower one; nats.
+def bracket(result: Bracket) -> Figure:
+    """The gap between the bounds of log p(x) against the lower bound, per simulated datum; nats.
 
-    Bars are two Monte-Carlo standard errors of both bounds; the band two standard errors of the mean gap.
+    Bars are two Monte-Carlo standard errors of both bounds; the band is two standard errors of the mean gap.
     """
-    gap, lower = array(found.gap), array(found.lower)
-    both = 2 * np.hypot(array(found.lower_std_error), array(found.upper_std_error))
+    gap, lower = array(result.gap), array(result.lower)
+    bars = 2 * np.hypot(array(result.lower_std_error), array(result.upper_std_error))
     shown = np.isfinite(gap) & np.isfinite(lower)
     fig = figure(7.2, 3.4)
     ax: Any = fig.add_subplot()
-    ax.errorbar(lower[shown], gap[shown], yerr=np.nan_to_num(both[shown]), fmt="o", color=BLUE, markersize=3.5,
+    ax.errorbar(lower[shown], gap[shown], yerr=np.nan_to_num(bars[shown]), fmt="o", color=BLUE, markersize=3.5,
                 linewidth=0.7, alpha=0.7, label="a simulated datum")  # fmt: skip
-    mean, error = mean_and_error(found.gap)
+    mean, error = mean_and_error(result.gap)
     if math.isfinite(mean):
         words = f"mean {number(mean, 3)}" + (f" ± {number(error, 3)}" if math.isfinite(error) else "")
         ax.axhline(mean, color=ORANGE, linewidth=1.6, label=words)

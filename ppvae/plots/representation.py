@@ -1,4 +1,4 @@
-"""Where the nats go: gaps between log p(x) and the ELBO, the rate of each latent dim, rate against distortion."""
+"""The rate of each latent dim, and rate against distortion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import ACTIVE, Representation
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.style import BLUE, FAINT, INK, ORANGE, SKY, VERMILLION, array, figure, note, number, styled
@@ -21,62 +20,15 @@ MOST_DIMS = 100
 
 
 @styled
-def gap_bars(found: Mapping[str, Gaps]) -> Figure:
-    """The inference gap as a bar for each result, stacked of its parts, with standard errors over the data; nats.
-
-    Where a richer family was fitted, the approximation gap is split into what it closes and what it leaves.
-    """
-    if not found:
-        raise UsageError("found: expected one result at least, found none")
-    fig = figure(7.2, 1.5 + 0.62 * len(found))
-    ax: Any = fig.add_subplot()
-    used: set[str] = set()
-    rows = list(found.items())
-    for y, (_, one) in enumerate(rows):
-        parts = [("amortisation gap", one.amortisation, ORANGE)]
-        if one.richer_elbo is None:
-            parts.append(("approximation gap", one.approximation, BLUE))
-        else:
-            parts.append(("approximation gap, closed by the richer family", one.richer_elbo - one.best_elbo, SKY))
-            parts.append(("approximation gap, beyond it", one.log_px - one.richer_elbo, BLUE))
-        left = 0.0
-        for words, values, color in parts:
-            mean, _ = mean_and_error(values)
-            if not math.isfinite(mean):
-                continue
-            label = None if words in used else words
-            used.add(words)
-            ax.barh(y, mean, 0.56, left=left, color=color, label=label)
-            left += mean
-        for height, values in ((-0.12, one.amortisation), (0.12, one.inference)):
-            mean, error = mean_and_error(values)
-            if math.isfinite(mean) and math.isfinite(error):
-                ax.errorbar(mean, y + height, xerr=error, color=INK, capsize=2.5, linewidth=1)
-        mean, error = mean_and_error(one.inference)
-        words = f" {number(mean, 2)}" + (f" ± {number(error, 2)}" if math.isfinite(error) else "")
-        ax.annotate(words, (max(left, 0.0) + (error if error == error else 0), y), (5, 0),
-                    textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.margins(x=0.16)
-    ax.set_xlim(left=min(0.0, ax.get_xlim()[0] if ax.get_xlim()[0] < -0.2 * ax.get_xlim()[1] else 0.0))
-    ax.set_xlabel("log p(x) − ELBO (nats per datum)")
-    if used:
-        fig.legend(loc="outside upper left", ncols=2)
-    return fig
-
-
-@styled
-def kl_per_dim(found: Representation, site: str) -> Figure:
-    """The rate of each dim of a latent, largest first, and how much its posterior mean varies over the data.
+def kl_per_dim(result: Representation, site: str) -> Figure:
+    """The rate of each dim of a latent, largest first, and the variance of its posterior mean over the data.
 
     Dims with Var_x(E_q[u | x]) above 0.01 are active (Burda et al. 2016).
     """
-    if site not in found.kl:
-        raise UsageError(f"site: expected one of {sorted(found.kl)}, found {site!r}")
-    kl, error = array(found.kl[site]), array(found.kl_error[site])
-    variance = array(found.variance[site]) if site in found.variance else None
+    if site not in result.kl:
+        raise UsageError(f"site: expected one of {sorted(result.kl)}, found {site!r}")
+    kl, error = array(result.kl[site]), array(result.kl_error[site])
+    variance = array(result.variance[site]) if site in result.variance else None
     split = variance is not None and len(variance) == len(kl)
     fig = figure(9.6, 3.2)
     axes: Any = fig.subplots(1, 2, width_ratios=(3, 2))
@@ -109,17 +61,17 @@ def kl_per_dim(found: Representation, site: str) -> Figure:
 
 
 @styled
-def rate_distortion(found: Mapping[str, Representation]) -> Figure:
-    """Rate against distortion, a point for each result with standard errors, on lines of equal ELBO; nats per datum.
+def rate_distortion(results: Mapping[str, Representation]) -> Figure:
+    """Rate against distortion, a point with standard errors per result, on lines of equal ELBO; nats per datum.
 
-    Where the rate was split, a bar on the bottom shows between which values the mutual information lies.
+    Where the rate was decomposed, a bar at the bottom spans the bounds of the mutual information.
     """
-    if not found:
-        raise UsageError("found: expected one result at least, found none")
+    if not results:
+        raise UsageError("results: expected at least one, found none")
     fig = figure(5.6, 4.2)
     ax: Any = fig.add_subplot()
     colors = (BLUE, VERMILLION, ORANGE, SKY, FAINT, INK)
-    for i, (name, one) in enumerate(found.items()):
+    for i, (name, one) in enumerate(results.items()):
         (rate, rate_error), (distortion, error) = mean_and_error(one.rate), mean_and_error(one.distortion)
         color = colors[i % len(colors)]
         ax.errorbar(rate, distortion, xerr=rate_error, yerr=error, color=color, marker="o", markersize=5, capsize=2.5,
@@ -127,10 +79,10 @@ def rate_distortion(found: Mapping[str, Representation]) -> Figure:
     ax.margins(0.35)
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     left = min(
-        left, *(float(o.information_lower.mean()) for o in found.values() if o.information_lower is not None), right
+        left, *(float(o.information_lower.mean()) for o in results.values() if o.information_lower is not None), right
     )
     left = max(0.0, left - 0.08 * (right - left))
-    for i, one in enumerate(found.values()):
+    for i, one in enumerate(results.values()):
         mean, color = float(one.rate.mean() + one.distortion.mean()), colors[i % len(colors)]
         ax.plot([left, right], [mean - left, mean - right], color=color, linewidth=0.8, linestyle=":")
         if one.information_lower is not None:

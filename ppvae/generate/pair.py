@@ -1,0 +1,140 @@
+"""A pair in evaluation mode with one batch: its latents by the guide, and its data by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppvae.errors import UsageError
+from ppvae.evaluation.blocks import as_single_batch
+from ppvae.inference.evaluation_mode import evaluation_mode
+from ppvae.inference.inspection import inspect
+from ppvae.inference.param_store import bind_program
+from ppvae.inference.structure import Role, Structure
+from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
+from ppvae.rng import fork_rng
+
+CHUNK_SIZE = 500  # rows in one run of the pair
+
+
+@contextmanager
+def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[GenerativePair]:
+    """The pair on data, in evaluation mode and under its own random state."""
+    model, guide = bind_program(model), bind_program(guide)
+    with fork_rng(), evaluation_mode(model, guide):
+        batch = as_single_batch(model, guide, x, seed)
+        structure = inspect(model, guide, batch, weights=False, particles=False)
+        torch.manual_seed(seed)
+        yield GenerativePair(model, guide, batch, structure)
+
+
+class GenerativePair:
+    """A pair with a batch: `encode` gives latents, `decode` gives data."""
+
+    def __init__(self, model: Program, guide: Program, batch: tuple[Tensor, ...], structure: Structure):
+        self.model, self.guide, self.batch, self.s = model, guide, batch, structure
+
+    def repeat_rows(self, count: int, first: bool = False) -> tuple[Tensor, ...]:
+        """A batch of `count` rows: the rows of the batch cyclically, or its first row."""
+        if count < 1:
+            raise UsageError(f"count: expected at least 1, found {count}")
+        rows = torch.zeros(count, dtype=torch.long) if first else torch.arange(count) % len(self.batch[0])
+        return tuple(t[rows.to(t.device)] for t in self.batch)
+
+    def vector_site(self, means: Mapping[str, Tensor], site: str | None) -> str:
+        """The name of a latent, the first by default, which must be a continuous vector."""
+        site = site or next(iter(means), None)
+        if site is None or site not in means:
+            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        if self.s.event_dims[site] != 1 or not means[site].is_floating_point():
+            shape = list(means[site].shape)
+            raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {shape}")
+        return site
+
+    def first_datum(self, name: str, value: Tensor, count: int = 1) -> Tensor:
+        """The first datum's value of a latent, repeated `count` times; a latent shared by all data unchanged."""
+        axis = self._data_dim(name, value)
+        return value if axis < 0 else value.narrow(axis, 0, 1).repeat_interleave(count, axis)
+
+    def encode(self, mean: bool) -> dict[str, Tensor]:
+        """Latents of the batch by site: means, or draws from the guide."""
+        chunks: list[dict[str, tuple[int, Tensor]]] = []
+        for rows, batch, index in self._chunks(self.batch):
+            with SampleMeans() if mean else nullcontext():
+                trace = trace_program(self.guide, batch, Structure(), index)
+            latents = {}
+            for name, node in sample_sites(trace):
+                if self.s.guide_roles.get(name) in (Role.LATENT, Role.ENUMERATED):
+                    axis, value = self._data_dim(name, node["value"]), node["value"]
+                    shared = self.s.plate not in {f.name for f in node["cond_indep_stack"]}
+                    latents[name] = (-1, value) if shared else (axis, value.narrow(axis, 0, rows.stop - rows.start))
+            chunks.append(latents)
+        return {
+            n: value if axis < 0 else torch.cat([c[n][1] for c in chunks], axis)  # a shared latent has one value
+            for n, (axis, value) in chunks[0].items()
+        }
+
+    def decode(self, latents: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool) -> Tensor:
+        """Means or draws of the site that observes the batch's first tensor, given latents: [rows, *event]."""
+        out = []
+        for rows, chunk, index in self._chunks(batch):
+            width = rows.stop - rows.start
+            given: dict[str, Tensor] = dict(index)
+            for name, v in latents.items():
+                axis = self._data_dim(name, v)
+                if axis < 0 or v.shape[axis] != len(batch[0]):  # shared by all data
+                    given[name] = v
+                    continue
+                part = v.narrow(axis, rows.start, width)
+                if self.s.draws_subsample and width < self.s.subsample_size:  # the last chunk is padded
+                    padding = part.narrow(axis, 0, 1).repeat_interleave(self.s.subsample_size - width, axis)
+                    part = torch.cat([part, padding], axis)
+                given[name] = part
+            with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
+                self.model(*chunk)
+            nodes = [n for _, n in sample_sites(tracer.get_trace()) if n["infer"].get("was_observed")]
+            node = next((n for n in nodes if n["infer"].get("obs") is chunk[0]), nodes[0])
+            value = distribution_mean(node["fn"], node["value"]) if mean else node["value"]
+            axis = value.dim() - len(node["fn"].event_shape) - 1  # inner plates are to the left of the data plate
+            out.append(value.narrow(axis, 0, width).movedim(axis, 0))
+        return torch.cat(out)
+
+    def _data_dim(self, name: str, value: Tensor) -> int:
+        return value.dim() - self.s.event_dims[name] - 1
+
+    def _chunks(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[slice, tuple[Tensor, ...], dict[str, Tensor]]]:
+        """Chunks of the batch's rows: (rows, arguments of the pair, indices of its plate by name)."""
+        count = len(batch[0])
+        if self.s.draws_subsample:
+            size = self.s.subsample_size
+            for start in range(0, count, size):
+                index = torch.arange(start, start + size) % self.s.full_size
+                yield slice(start, min(start + size, count)), self.batch, {self.s.plate: index}
+        else:
+            for start in range(0, count, CHUNK_SIZE):
+                rows = slice(start, min(start + CHUNK_SIZE, count))
+                yield rows, tuple(t[rows] for t in batch), {}
+
+
+class SampleMeans(poutine.messenger.Messenger):
+    """Replaces the value of every latent site by its distribution's mean, where it has one."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["cond_indep_stack"]:
+            msg["value"] = distribution_mean(msg["fn"], msg["value"])
+
+
+def distribution_mean(fn: Any, value: Tensor) -> Tensor:
+    """The mean of a distribution; a draw `value` of it where the mean is undefined, not finite, or of another shape."""
+    if not value.is_floating_point():
+        return value
+    try:
+        mean = fn.mean
+    except (NotImplementedError, AttributeError):
+        return value
+    return mean if mean.shape == value.shape and bool(torch.isfinite(mean).all()) else value

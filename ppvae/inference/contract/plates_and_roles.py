@@ -1,0 +1,259 @@
+"""The data plate, the roles, shapes and scales of a pair's sites; each check raises one error that names the site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ppvae.errors import ContractError, DataError, site_error
+from ppvae.inference.contract.support import base_distribution, check_support
+from ppvae.inference.structure import Role
+from ppvae.inference.tracing import node_log_prob
+
+Node = dict[str, Any]  # a sample site of a Pyro trace
+
+
+@dataclass(frozen=True)
+class DataPlate:
+    """The plate over independent data, at dim -1."""
+
+    name: str
+    size: int  # rows in one run
+    full_size: int
+    draws_subsample: bool  # it draws `size` rows of a batch that is the whole data set
+    has_subsample_size: bool  # it is given a subsample_size
+
+    @property
+    def scale(self) -> float:
+        return self.full_size / self.size
+
+
+def plates_of(node: Node) -> dict[str, Any]:
+    """The plates around a site by name, loops included."""
+    return {f.name: f for f in node["cond_indep_stack"]}
+
+
+# -- the data plate ---------------------------------------------------------------------------------------------------
+
+
+def find_data_plate(model: Mapping[str, Node], trace: Any, batch: tuple[Any, ...]) -> DataPlate:
+    """The data plate: the one plate at dim -1 around all observed sites, over the data of the batch."""
+    observed = {name: node for name, node in model.items() if node["is_observed"]}
+    check_something_is_observed(observed, model)
+    check_batch_holds_data(batch)
+    frame: Any = None
+    for name, node in observed.items():
+        other = rightmost_plate(name, node)
+        check_single_data_plate(name, frame, other)
+        frame = other
+    count, full_size = len(batch[0]), int(frame.full_size or frame.size)
+    plate_node = trace.nodes.get(frame.name, {"fn": None})
+    has_subsample_size = getattr(plate_node["fn"], "subsample_size", None) is not None
+    draws_subsample = frame.size < full_size and full_size == count and has_subsample_size
+    plate = DataPlate(frame.name, frame.size, full_size, draws_subsample, has_subsample_size)
+    check_plate_size(plate, count)
+    return plate
+
+
+def check_something_is_observed(observed: Mapping[str, Node], model: Mapping[str, Node]) -> None:
+    if not observed:
+        raise ContractError(
+            "the model observes nothing: expected a site with obs=, found none among "
+            f"{sorted(model)}. Condition the data: pyro.sample('x', ..., obs=x)"
+        )
+
+
+def check_batch_holds_data(batch: tuple[Any, ...]) -> None:
+    if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim():
+        raise DataError(f"a batch: expected a tensor with the data in its first dim, found {type(batch[0]).__name__}")
+
+
+def rightmost_plate(name: str, node: Node) -> Any:
+    """The plate at dim -1 around an observed site."""
+    rightmost = [f for f in node["cond_indep_stack"] if f.dim == -1]
+    if not rightmost:
+        raise site_error(
+            name,
+            "a vectorised plate over the data, at dim -1",
+            f"plates {sorted(plates_of(node)) or 'none'}",
+            "write `with pyro.plate('data', len(x)):` around the sites of one datum",
+        )
+    return rightmost[0]
+
+
+def check_single_data_plate(name: str, plate: Any, other: Any) -> None:
+    if plate is not None and plate.name != other.name:
+        raise site_error(
+            name,
+            f"the data plate {plate.name!r}",
+            f"plate {other.name!r} at dim -1",
+            "put all observed sites into one plate over the data",
+        )
+
+
+def check_plate_size(plate: DataPlate, count: int) -> None:
+    if plate.size != count and not plate.draws_subsample:
+        raise ContractError(
+            f"plate {plate.name!r}: expected the rightmost plate to go over the {count} data of the batch, found size "
+            f"{plate.size}. Use pyro.plate('data', len(x)), and .to_event(n) or dims left of -1 for everything else"
+        )
+
+
+# -- roles ------------------------------------------------------------------------------------------------------------
+
+
+def guide_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
+    """The role of each site of the guide."""
+    return {name: _guide_role(name, node, model) for name, node in guide.items()}
+
+
+def model_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
+    """The role of each site of the model."""
+    return {name: _model_role(name, node, model, guide) for name, node in model.items()}
+
+
+def global_latents(model: Mapping[str, Node], roles: Mapping[str, Role], plate: str) -> list[str]:
+    """The latents outside the data plate, which all data share."""
+    latent = (Role.LATENT, Role.ENUMERATED)
+    return [name for name, role in roles.items() if role in latent and plate not in plates_of(model[name])]
+
+
+def _guide_role(name: str, node: Node, model: Mapping[str, Node]) -> Role:
+    check_guide_does_not_observe(name, node)
+    if name not in model:
+        check_is_auxiliary(name, node, model)
+        return Role.AUXILIARY
+    check_model_does_not_observe(name, model[name])
+    check_same_plates(name, model[name], node)
+    check_whole_support_enumerated(name, model[name])
+    check_whole_support_enumerated(name, node)
+    return Role.ENUMERATED if _is_enumerated(node) else Role.LATENT
+
+
+def _model_role(name: str, node: Node, model: Mapping[str, Node], guide: Mapping[str, Node]) -> Role:
+    if node["is_observed"]:
+        return Role.OBSERVED
+    if name in guide:
+        return Role.LATENT
+    if _is_enumerated(node):
+        check_whole_support_enumerated(name, node)
+        return Role.ENUMERATED
+    check_is_unobserved_half(name, node, model, guide)
+    return Role.CANCELLED
+
+
+def _infer(node: Node) -> dict[str, Any]:
+    return node["infer"] or {}
+
+
+def _is_enumerated(node: Node) -> bool:
+    return _infer(node).get("enumerate") in ("parallel", "sequential")
+
+
+def check_guide_does_not_observe(name: str, node: Node) -> None:
+    if node["is_observed"] and not _infer(node).get("is_auxiliary"):
+        raise site_error(
+            name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
+        )
+
+
+def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None:
+    if not _infer(node).get("is_auxiliary"):
+        raise site_error(
+            name,
+            f"a latent of the model (one of {sorted(n for n in model if not model[n]['is_observed'])})",
+            "a guide site that the model does not have",
+            "rename it, or mark a helper with infer={'is_auxiliary': True}",
+        )
+
+
+def check_model_does_not_observe(name: str, p: Node) -> None:
+    if p["is_observed"]:
+        raise site_error(
+            name, "a latent", "a site that the model observes and the guide samples", "remove it from the guide"
+        )
+
+
+def check_same_plates(name: str, p: Node, q: Node) -> None:
+    """A latent of the guide stands in the plates that it has in the model."""
+    model, guide = ({f.name for f in node["cond_indep_stack"] if f.dim is not None} for node in (p, q))
+    if model != guide:
+        raise site_error(
+            name,
+            f"the model's plates {sorted(model) or 'none'} in the guide too",
+            f"{sorted(guide) or 'none'}",
+            "open the same plates, by the same names, around a latent in model and guide",
+        )
+
+
+def check_whole_support_enumerated(name: str, node: Node) -> None:
+    if num_samples := _infer(node).get("num_samples"):
+        raise site_error(
+            name,
+            "a latent that is sampled, or enumerated over its whole support",
+            f"enumeration by num_samples={num_samples}",
+            "leave num_samples out",
+        )
+
+
+def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], guide: Mapping[str, Node]) -> None:
+    """A latent that only the model samples is the unobserved half of an `obs_mask` site."""
+    if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in model:
+        return
+    enumerable = getattr(node["fn"], "has_enumerate_support", False)
+    raise site_error(
+        name,
+        "a site of the same name in the guide",
+        f"a latent ({type(base_distribution(node['fn'])).__name__}) that the guide omits; it samples {sorted(guide)}",
+        "sample it in the guide"
+        + (", or mark it infer={'enumerate': 'parallel'} in the model to sum it out" if enumerable else ""),
+    )
+
+
+# -- scales and shapes ------------------------------------------------------------------------------------------------
+
+
+def check_scale(name: str, node: Node, plate: DataPlate) -> None:
+    """A site in the data plate has the plate's scale, any other site scale 1."""
+    expected = plate.scale if plate.name in plates_of(node) else 1.0
+    found = float(node["scale"])
+    if abs(found - expected) > 1e-6 * expected:
+        raise site_error(
+            name,
+            f"scale {expected:g}, the data plate's full size over its batch" if expected != 1 else "scale 1",
+            f"scale {found:g}",
+            "keep the model a normalised density: leave poutine.scale to the objective (beta), and do not subsample "
+            "an inner plate",
+        )
+
+
+def check_event(name: str, node: Node) -> None:
+    """A site has one log-density per element of its plates: all other dims are declared as an event."""
+    dims = {f.dim for f in node["cond_indep_stack"] if f.dim is not None}
+    shape = _log_prob_shape(name, node)
+    for i, size in enumerate(reversed(shape), 1):
+        if size > 1 and -i not in dims:
+            raise site_error(
+                name,
+                "one log-density per datum, its other dims declared as an event",
+                f"log-density of shape {list(shape)} with plates at dims {sorted(dims)}",
+                f"add .to_event(n) to its {type(base_distribution(node['fn'])).__name__}",
+            )
+
+
+def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
+    try:
+        return node_log_prob(node).shape
+    except (ValueError, RuntimeError) as error:
+        if node["is_observed"]:
+            check_support(name, node)
+        fn = node["fn"]
+        raise site_error(
+            name,
+            f"a value of shape {list(fn.batch_shape)} + event {list(fn.event_shape)} in its support",
+            f"{list(node['value'].shape)}: {' '.join(str(error).split())[:160]}",
+            "check that the data fit the network",
+        ) from error
