@@ -1,1 +1,1 @@
-"""One thin script per table or figure: `python -m experiments.NAME`."""
+"""One script per table or figure: `python -m experiments.NAME`."""

@@ -1,10 +1,10 @@
-"""Amortised or not: the ELBO of one set of images against passes and CPU time, and the amortisation gap.
+"""Amortised and per-datum posteriors: the ELBO on one set of images by passes and CPU time, and the amortisation gap.
 
-The same model is trained on the same 1000 images with three guides: parameters of their own for every image (classical
-variational inference), a network that maps images to them, and a network followed by three steps for each image. The
-first has no gap in the end, but gets one step an image and pass, and says nothing of new images; the second pays a gap,
-larger on images that it has not seen. ELBOs are of the training images: the question here is how fast, not how well.
-"""
+The same model is trained on the same 1000 images with three guides: separate parameters for each image (classical
+variational inference), a network that maps images to parameters, and a network followed by three gradient steps per
+image. The first has no amortisation gap at convergence, but takes one step per image and pass, and does not apply to
+new images; the second has a gap, which is larger on images outside the training set. ELBOs are those of the training
+images: the experiment compares speed, not generalisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, nn, posteriors, priors
 from ppvae.evaluation.local.gaps import gaps
 from ppvae.plots.style import BLUE, GREEN, VERMILLION, decimal_log_ticks, figure, styled
@@ -31,7 +31,7 @@ COLOURS = dict(zip(NAMES, (VERMILLION, BLUE, GREEN), strict=True))
 
 @dataclass(frozen=True)
 class Settings:
-    """The model and the budget of every guide."""
+    """Sizes and training budget, the same for every guide."""
 
     guides: tuple[str, ...] = tuple(NAMES)
     seeds: tuple[int, ...] = (0,)
@@ -53,8 +53,8 @@ SMOKE = {"data": "digits", "num_data": 50, "latent": 2, "hidden": (16,), "passes
 SMOKE |= {"rounds": 1, "particles": 50}
 
 
-def posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) -> torch.nn.Module:
-    """The guide by its name."""
+def build_posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) -> torch.nn.Module:
+    """The posterior of a name."""
     net = nn.mlp(dims, 2 * s.latent, hidden=s.hidden)
     make: dict[str, Callable[[], torch.nn.Module]] = {
         "PerDatum": lambda: posteriors.PerDatum(s.num_data, 2 * s.latent),
@@ -64,28 +64,28 @@ def posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) ->
     return make[name]()
 
 
-def optimizer(s: Settings, table: set[int], params: list[torch.Tensor]) -> torch.optim.Adam:
-    """Adam, with a rate of its own for the parameters of every image."""
+def build_optimizer(s: Settings, table: set[int], params: list[torch.Tensor]) -> torch.optim.Adam:
+    """Adam, with a separate learning rate for the per-image parameters."""
     rates = {s.lr: [p for p in params if id(p) not in table], s.table_lr: [p for p in params if id(p) in table]}
     return torch.optim.Adam([{"params": own, "lr": lr} for lr, own in rates.items() if own])
 
 
-def compute(s: Settings, here: Here, guide: str, seed: int) -> dict[str, Any]:
-    """Trains the model with one guide and refits that guide on some of the images, and on others if it can."""
-    train, _, test = data.load(s.data, here.root, binarize="fixed")
+def compute(s: Settings, workspace: Workspace, guide: str, seed: int) -> dict[str, Any]:
+    """Trains the model with one guide; refits the guide on some training images and, where possible, on new ones."""
+    train, _, test = data.load(s.data, workspace.root, binarize="fixed")
     images = train.head(s.num_data)
     torch.manual_seed(seed)
     dims = images.shape[1]
     decoder = nn.mlp(s.latent, dims, hidden=s.hidden)
     nn.set_output_bias(decoder, images.as_subclass(torch.Tensor).mean(0).clamp(1e-2, 1 - 1e-2).logit())
     prior, likelihood = priors.StandardNormal(s.latent), likelihoods.Bernoulli(decoder)
-    vae = VAE(prior, likelihood, posterior(s, guide, dims, prior, likelihood))
+    vae = VAE(prior, likelihood, build_posterior(s, guide, dims, prior, likelihood))
     alone = guide == "PerDatum"
     batch: Any = data.indexed(images) if alone else images
     table = {id(p) for p in vae.posterior.parameters()} if alone else set()
     trained = cells.train(
-        vae, batch, None, here, epochs=s.passes, lr=s.lr, batch_size=s.batch_size, seed=seed,
-        optimizer=functools.partial(optimizer, s, table),
+        vae, batch, None, workspace, epochs=s.passes, lr=s.lr, batch_size=s.batch_size, seed=seed,
+        optimizer=functools.partial(build_optimizer, s, table),
         scheduler=functools.partial(CosineAnnealingLR, T_max=s.passes),
     )  # fmt: skip
     cpu = list(itertools.accumulate(epoch["cpu_seconds"] for epoch in trained.history))
@@ -95,7 +95,7 @@ def compute(s: Settings, here: Here, guide: str, seed: int) -> dict[str, Any]:
     for part, x in {"seen": seen, **({} if alone else {"new": test.head(s.refits)})}.items():
         found = gaps(
             trained.model, trained.guide, x, num_particles=s.particles, steps=s.steps, rounds=s.rounds, richer=None,
-            log_px=torch.zeros(s.refits), seed=seed, directory=here.folder / "blocks" / part,
+            log_px=torch.zeros(s.refits), seed=seed, directory=workspace.folder / "blocks" / part,
         )  # fmt: skip
         result[f"{part}_elbo"] = float(found.elbo.mean())
         result[f"{part}_gap"] = float(found.amortisation.mean())
@@ -104,14 +104,14 @@ def compute(s: Settings, here: Here, guide: str, seed: int) -> dict[str, Any]:
 
 
 def table(found: Cells) -> str:
-    """One row a guide: the ELBO after so many passes and so much time, and what refitting each image still gains."""
+    """One row per guide: the ELBO by passes and CPU time, and the gain of a refit of each image."""
     longest = len(found[0]["result"]["curve"])
     passes = [p for p in (1, 10, 100, 300) if p <= longest]
     seconds = [5, 20]
     header = ("guide", *(f"pass {p}" for p in passes), *(f"{t} CPU s" for t in seconds))
     header += ("CPU s in all", "gap, these images", "gap, new images")
     lines = []
-    for (guide,), r in cells.collected(found, "guide").items():
+    for (guide,), r in cells.group_cells(found, "guide").items():
         curve, cpu = (np.mean([c["result"][key] for c in r], 0) for key in ("curve", "cpu_curve"))
         at = [f"{curve[p - 1]:.1f}" for p in passes]
         by = [f"{curve[cpu <= t][-1]:.1f}" if cpu[0] <= t < cpu[-1] else "" for t in seconds]
@@ -123,11 +123,11 @@ def table(found: Cells) -> str:
 
 
 @styled
-def picture(found: Cells) -> Any:
-    """The ELBO of the training images against passes, and against CPU time."""
+def draw_figure(found: Cells) -> Any:
+    """The ELBO of the training images by passes and by CPU time."""
     fig = figure(7.6, 3.0)
     axes = fig.subplots(1, 2, sharey=True)
-    for (guide,), r in cells.collected(found, "guide").items():
+    for (guide,), r in cells.group_cells(found, "guide").items():
         curve, cpu = r[0]["result"]["curve"], r[0]["result"]["cpu_curve"]
         for ax, x in zip(axes, (range(1, len(curve) + 1), cpu), strict=True):
             ax.plot(x, curve, color=COLOURS[guide], label=NAMES[guide])
@@ -140,9 +140,9 @@ def picture(found: Cells) -> Any:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     found, folder = cells.run("amortised", Settings, ("guide", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(found).savefig(Path(folder) / "amortised.png")
+    draw_figure(found).savefig(Path(folder) / "amortised.png")
 
 
 if __name__ == "__main__":

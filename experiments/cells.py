@@ -1,9 +1,8 @@
-"""The cells of a table: each is computed once, and kept as JSON with what it takes to compute it again.
+"""The cells of a table: each is computed once and stored as JSON, with everything needed to compute it again.
 
 A script has a frozen dataclass of settings, a function `compute` for one cell, a function `table` that turns cells into
 markdown, and a `main` of three lines; `python -m experiments.readme` collects the tables. The axes of a table are the
-settings' tuples: the axis "seed" runs over the field `seeds`, and a cell gets one value of each.
-"""
+settings' tuples: the axis "seed" runs over the field `seeds`, and a cell has one value of each."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ Cells = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Here:
-    """Where a cell is computed: `folder` for its runs, which resume; `root` of the data; `device`."""
+class Workspace:
+    """Where a cell is computed: the `folder` of its resumable runs, the `root` of the data, and the `device`."""
 
     folder: Path
     root: Path | None
@@ -60,63 +59,63 @@ def run(
     doc: str | None,
     args: list[str] | None = None,
 ) -> tuple[Cells, Path]:
-    """Reads the flags, computes the cells that are not there yet, prints the table; the cells and their folder.
+    """Reads the flags, computes the cells that are not stored yet, prints the table; returns cells and folder.
 
     Args:
         axes: the columns that tell cells apart, outermost first; axis "seed" runs over the field `seeds` of `cls`.
-        compute: called as compute(settings, here, seed=..., ...); gives the numbers of one cell, the data's "digest"
-            among them. It trains in `here.folder` with `resume=True`.
+        compute: called as compute(settings, workspace, seed=..., ...); returns the numbers of one cell, with the
+            "digest" of the data. It trains in `workspace.folder` with `resume=True`.
         table: cells as markdown.
-        smoke: the settings that `--smoke` puts in place, for seconds on data that need no download. It keeps its
-            results under runs/smoke, and begins anew every time.
+        smoke: the settings of `--smoke`, which takes seconds on data that need no download. Its results are under
+            runs/smoke, and are removed at the start.
     """
     options: dict[str, tuple[Any, Any, str]] = {
-        "smoke": (bool, False, "a run of seconds that only shows that everything works"),
-        "again": (bool, False, "compute what is kept already anew, under runs/again, and hold it against what is kept"),
+        "smoke": (bool, False, "a run of seconds that only tests that everything works"),
+        "again": (bool, False, "recompute stored cells under runs/again, and compare them with the stored ones"),
         "root": (Path | None, None, "the folder that holds the data; PPVAE_DATA by default"),
-        "device": (str | None, None, "where to compute, such as cuda; the processor by default"),
+        "device": (str | None, None, "the device, such as cuda; the CPU by default"),
         "shard": (str | None, None, "I/N: every N-th cell from the I-th on, as one of N processes or machines"),
     }
     prog = f"python -m experiments.{name}"
     try:
         settings, given = parse(cls, sys.argv[1:] if args is None else args, prog, doc or "", options)
-        mine, among = sharded(given["shard"])
+        shard, num_shards = parse_shard(given["shard"])
     except HelpShown:
         raise SystemExit(0) from None
     except UsageError as error:
         raise SystemExit(f"{prog}: {error}") from None
-    usual, results, runs = cls(), RESULTS / name, Path("runs") / "experiments" / name
+    defaults, results, runs = cls(), RESULTS / name, Path("runs") / "experiments" / name
     if given["smoke"]:
-        chosen = _changed(settings, usual)
-        usual = dataclasses.replace(usual, **smoke)
+        chosen = _differing(settings, defaults)
+        defaults = dataclasses.replace(defaults, **smoke)
         settings = dataclasses.replace(settings, **{k: v for k, v in smoke.items() if k not in chosen})
         results = runs = Path("runs") / "smoke" / name
         shutil.rmtree(runs, ignore_errors=True)
     elif given["again"]:
         results = runs = Path("runs") / "again" / name
-    cells, commit = [], _commit()  # that of the code that has been loaded, whatever is done to the files meanwhile
+    cells, commit = [], _commit()  # read before computing: that of the loaded code
     for number, point in enumerate(itertools.product(*(getattr(settings, f"{axis}s") for axis in axes))):
         cell = dict(zip(axes, point, strict=True))
         one = dataclasses.replace(settings, **{f"{axis}s": (value,) for axis, value in cell.items()})
-        others = _plain({k: v for k, v in dataclasses.asdict(one).items() if k.removesuffix("s") not in axes})
-        stem = "-".join(map(str, point)) + "".join(f",{k}={v}" for k, v in _changed(one, usual, axes).items())
+        others = _as_json({k: v for k, v in dataclasses.asdict(one).items() if k.removesuffix("s") not in axes})
+        stem = "-".join(map(str, point)) + "".join(f",{k}={v}" for k, v in _differing(one, defaults, axes).items())
         stem = stem.replace("/", " ").replace(" ", "")
         path = results / f"{stem}.json"
         known = _read(path)
         if known is None or known["settings"] != others:
-            if number % among != mine:
+            if number % num_shards != shard:
                 continue
-            here = Here(runs / stem, given["root"] or _root(), given["device"])
+            workspace = Workspace(runs / stem, given["root"] or _root(), given["device"])
             print(f"{name} {stem}", flush=True)
             start = time.perf_counter()
-            result = compute(one, here, **cell)
+            result = compute(one, workspace, **cell)
             known = {
                 "experiment": name,
                 "cell": cell,
-                "folder": str(here.folder),
-                "command": " ".join([prog, *(["--smoke"] if given["smoke"] else []), *_flags(one, usual)]),
+                "folder": str(workspace.folder),
+                "command": " ".join([prog, *(["--smoke"] if given["smoke"] else []), *_flags(one, defaults)]),
                 "settings": others,
-                "result": _plain(result),
+                "result": _as_json(result),
                 "commit": commit,
                 "machine": processor() if given["device"] is None else torch.cuda.get_device_name(),
                 "threads": torch.get_num_threads(),
@@ -126,15 +125,15 @@ def run(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         cells.append(known)
-        if given["again"] and (kept := _read(RESULTS / name / path.name)) is not None:
-            print(f"{stem}: {held_against(known, kept)}", flush=True)
+        if given["again"] and (stored := _read(RESULTS / name / path.name)) is not None:
+            print(f"{stem}: {compare_with_stored(known, stored)}", flush=True)
     if cells:
         print(table(cells))
     return cells, results
 
 
-def sharded(text: str | None) -> tuple[int, int]:
-    """Which of how many parts a process takes, counted from 0.
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """(index of the shard, counted from 0; number of shards).
 
     >>> sharded("2/3"), sharded(None)
     ((1, 3), (0, 1))
@@ -147,34 +146,36 @@ def sharded(text: str | None) -> tuple[int, int]:
     return int(first) - 1, int(among)
 
 
-def held_against(again: dict[str, Any], kept: dict[str, Any]) -> str:
-    """A cell that was computed again beside the one that is kept, in words."""
-    if again["settings"] != kept["settings"] or again["result"].get("digest") != kept["result"].get("digest"):
-        return "computed with other settings or data than the cell that is kept"
-    new, old = again["result"], kept["result"]
+def compare_with_stored(again: dict[str, Any], stored: dict[str, Any]) -> str:
+    """The difference between a recomputed cell and the stored one, as text."""
+    if again["settings"] != stored["settings"] or again["result"].get("digest") != stored["result"].get("digest"):
+        return "computed with other settings or data than the stored cell"
+    new, old = again["result"], stored["result"]
     error = math.hypot(new["nll_std_error"], old["nll_std_error"])
     apart = abs(new["nll"] - old["nll"]) / error if error else math.inf
-    return f"NLL {new['nll']:.3f}, kept {old['nll']:.3f}: {apart:.2f} standard errors apart"
+    return f"NLL {new['nll']:.3f}, stored {old['nll']:.3f}: {apart:.2f} standard errors apart"
 
 
-def train(vae: Any, data: Any, valid: Any, here: Here, *, epochs: int, lr: float, **options: Any) -> Run:
-    """Fits in the cell's folder, where it resumes; by Adam, whose rate falls to zero along a cosine if no other way."""
+def train(vae: Any, data: Any, valid: Any, workspace: Workspace, *, epochs: int, lr: float, **options: Any) -> Run:
+    """Fits in the cell's folder and resumes there; with Adam and cosine decay, unless `options` say otherwise."""
     clock = [time.process_time()]
 
     def timed(run: Run, metrics: dict[str, Any]) -> None:
-        metrics["cpu_seconds"] = time.process_time() - clock[0]  # a busy machine stretches wall time, not this
+        metrics["cpu_seconds"] = time.process_time() - clock[0]  # unlike wall time, does not depend on the load
         clock[0] = time.process_time()
 
-    usual = {
+    defaults = {
         "optimizer": functools.partial(torch.optim.Adam, lr=lr),
         "scheduler": functools.partial(CosineAnnealingLR, T_max=epochs),
     }
-    where = {"device": here.device, "directory": here.folder, "resume": True}
-    return fit(vae.model, vae.guide, data, valid=valid, epochs=epochs, callbacks=(timed,), **where, **(usual | options))
+    where = {"device": workspace.device, "directory": workspace.folder, "resume": True}
+    return fit(
+        vae.model, vae.guide, data, valid=valid, epochs=epochs, callbacks=(timed,), **where, **(defaults | options)
+    )
 
 
-def of_run(*runs: Run) -> dict[str, Any]:
-    """What training took, in one run or several on end, and the ELBO of the validation data at its end, by which
+def training_summary(*runs: Run) -> dict[str, Any]:
+    """Time and epochs of training, in one run or several consecutive ones, and the final validation ELBO, by which
     settings are chosen."""
     epochs = [epoch for run in runs for epoch in run.history]
     cpu = sum(epoch["cpu_seconds"] for epoch in epochs)
@@ -187,26 +188,26 @@ def of_run(*runs: Run) -> dict[str, Any]:
     }
 
 
-def of_estimate(est: Estimate) -> dict[str, Any]:
-    """The numbers over the data set, and `groups`: log p(x) averaged over 100 groups of neighbouring data, whose
-    differences between two cells on the same data give the paired standard error without keeping every datum."""
+def estimate_summary(est: Estimate) -> dict[str, Any]:
+    """The numbers over the data set, and `groups`: log p(x) averaged over 100 groups of consecutive data, whose
+    differences between two cells on the same data give the paired standard error without storing every datum."""
     groups = est.log_px.tensor_split(min(GROUPS, len(est.log_px)))
     return est.attributes() | {"groups": [round(float(g.mean()), 5) for g in groups]}
 
 
-def kept(folder: Path, usual: Any) -> Cells:
-    """All cells of a folder of results, in the order of the tuples of the usual settings."""
+def load_cells(folder: Path, defaults: Any) -> Cells:
+    """All cells of a results folder, in the order of the tuples of the default settings."""
 
     def place(axis: str, value: Any) -> int:
-        known = getattr(usual, f"{axis}s")
+        known = getattr(defaults, f"{axis}s")
         return known.index(value) if value in known else len(known)
 
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return sorted(cells, key=lambda c: [(place(axis, value), str(value)) for axis, value in c["cell"].items()])
 
 
-def collected(cells: Cells, *axes: str) -> dict[tuple[Any, ...], Cells]:
-    """Cells by their values along some axes: rows, each with its seeds, in the order of the cells."""
+def group_cells(cells: Cells, *axes: str) -> dict[tuple[Any, ...], Cells]:
+    """Cells grouped by their values along some axes: rows, each with its seeds, in the order of the cells."""
     rows: dict[tuple[Any, ...], Cells] = {}
     for c in cells:
         rows.setdefault(tuple(c["cell"][axis] for axis in axes), []).append(c)
@@ -214,12 +215,12 @@ def collected(cells: Cells, *axes: str) -> dict[tuple[Any, ...], Cells]:
 
 
 def values(cells: Cells, key: str) -> list[float]:
-    """One number of each cell."""
+    """A number of each cell."""
     return [float(c["result"][key]) for c in cells]
 
 
 def mean(cells: Cells, key: str = "nll") -> float:
-    """The mean of a number over cells, as over seeds."""
+    """The mean of a number over cells, such as seeds."""
     return statistics.fmean(values(cells, key))
 
 
@@ -233,9 +234,9 @@ def standard_error(cells: Cells) -> float:
 def difference(a: Cells, b: Cells) -> tuple[float, float]:
     """(NLL of b minus NLL of a, its standard error): positive where a is better; nats.
 
-    The yardstick for "a beats b" is a difference beyond 2 sqrt(seed variance / seeds + paired variance), with three
-    seeds or more a row. The paired variance is that of the groups' differences, averaged over seeds. ValueError where
-    the two rows are not of the same data.
+    A difference counts as resolved beyond 2 sqrt(seed variance / seeds + paired variance), with three seeds or more per
+    row. The paired variance is that of the groups' differences, averaged over seeds. Raises ValueError for rows of
+    different data.
     """
     if len({c["result"]["digest"] for c in a + b}) > 1:
         raise ValueError(f"the rows {a[0]['cell']} and {b[0]['cell']} were evaluated on different data")
@@ -248,8 +249,8 @@ def difference(a: Cells, b: Cells) -> tuple[float, float]:
     return mean(b) - mean(a), math.sqrt(variance)
 
 
-def verdict(a: Cells, b: Cells, min_seeds: int = 3) -> str:
-    """The yardstick in words: by how much a is better than b, and whether that counts."""
+def compare_rows(a: Cells, b: Cells, min_seeds: int = 3) -> str:
+    """The difference as text: by how much a is better than b, and whether it is resolved."""
     delta, error = difference(a, b)
     seeds = min(len(a), len(b))
     says = "not resolved" if abs(delta) <= 2 * error else "better" if delta > 0 else "worse"
@@ -259,13 +260,13 @@ def verdict(a: Cells, b: Cells, min_seeds: int = 3) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; the first column stands left, the others right."""
+    """A markdown table; the first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _root() -> Path | None:
-    """PPVAE_DATA (which `data.load` reads for itself), else a folder beside the repository, where there is one."""
+    """None if PPVAE_DATA is set (`data.load` reads it), else a data folder beside the repository, if there is one."""
     shared = REPOSITORY.parent / "shared" / "data"
     return shared if "PPVAE_DATA" not in os.environ and shared.is_dir() else None
 
@@ -277,20 +278,20 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back: tuples are lists."""
+def _as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """The content as JSON stores it: tuples become lists."""
     return json.loads(json.dumps(content, allow_nan=False))
 
 
-def _changed(settings: Any, usual: Any, axes: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings that are not the usual ones, the axes left out."""
-    known = dataclasses.asdict(usual)
+def _differing(settings: Any, defaults: Any, axes: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings that differ from the defaults, without the axes."""
+    known = dataclasses.asdict(defaults)
     return {k: v for k, v in dataclasses.asdict(settings).items() if v != known[k] and k.removesuffix("s") not in axes}
 
 
-def _flags(settings: Any, usual: Any) -> list[str]:
+def _flags(settings: Any, defaults: Any) -> list[str]:
     out = []
-    for key, value in _changed(settings, usual).items():
+    for key, value in _differing(settings, defaults).items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             out.append(f"--{flag}" if value else f"--no-{flag}")
@@ -300,7 +301,7 @@ def _flags(settings: Any, usual: Any) -> list[str]:
 
 
 def _commit() -> str:
-    """The commit of the code, "-dirty" where a Python file differs from it."""
+    """The commit of the code, with "-dirty" if a Python file differs from it."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=REPOSITORY, capture_output=True, text=True, check=False)

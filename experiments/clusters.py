@@ -1,8 +1,8 @@
-"""Clusters of handwritten digits by a deep mixture (GMVAE: p(z | y) a normal for each cluster y, y summed out), beside
-a mixture of normals on the same images and k-means. The GMVAE starts from a VAE and a mixture of its latent means, as
-Jiang et al. 2017 (arXiv 1611.05148) do. "Purity" is the share of test images whose digit is the commonest of their
-cluster; "accuracy" that of the best assignment of clusters to digits. No label is seen in training.
-"""
+"""Clustering of handwritten digits by a deep mixture (GMVAE: p(z | y) is a normal for each cluster y, and y is summed
+out), compared with a mixture of normals on the same images and with k-means. The GMVAE is initialised from a VAE and a
+mixture of its latent means, as in Jiang et al. 2017 (arXiv 1611.05148). "Purity" is the share of test images whose
+digit is the most frequent one of their cluster; "accuracy" is that of the best assignment of clusters to digits.
+Training uses no labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture as Mixture
 from torch import Tensor
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.models import DeepMixture, GaussianMixture
 from ppvae.plots import image_grid
@@ -28,7 +28,7 @@ from ppvae.plots import image_grid
 
 @dataclass(frozen=True)
 class Settings:
-    """The data, the networks and the budget."""
+    """The data, the networks and the training budget."""
 
     rows: tuple[str, ...] = ("GMVAE", "mixture of normals", "k-means")
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -46,7 +46,7 @@ class Settings:
 SMOKE = {"seeds": (0,), "clusters": 3, "latent": 2, "hidden": (8,), "epochs": 1, "num_test": 20, "particles": 25}
 
 
-def scores(cluster: Tensor, digit: Tensor) -> dict[str, float]:
+def cluster_scores(cluster: Tensor, digit: Tensor) -> dict[str, float]:
     """Purity and accuracy of clusters [N] of digits [N]."""
     counts = np.zeros((int(cluster.max()) + 1, int(digit.max()) + 1))
     np.add.at(counts, (cluster.numpy(), digit.numpy()), 1)
@@ -54,13 +54,16 @@ def scores(cluster: Tensor, digit: Tensor) -> dict[str, float]:
     return {"purity": float(counts.max(1).sum() / len(digit)), "accuracy": float(counts[best].sum() / len(digit))}
 
 
-def gmvae(s: Settings, here: Here, folder: Path, x: Tensor, seed: int) -> DeepMixture:
-    """p(y) p(z | y) p(x | z) with q(y | x) q(z | x), as a VAE and a mixture of normals in its latent space give it."""
+def initialise_mixture(s: Settings, workspace: Workspace, folder: Path, x: Tensor, seed: int) -> DeepMixture:
+    """p(y) p(z | y) p(x | z) with q(y | x) q(z | x), initialised from a VAE and a mixture of its latent means."""
     features = x.shape[1]
     likelihood = likelihoods.DiscretizedLogistic(nn.mlp(s.latent, 2 * features, hidden=s.hidden), levels=17)
     posterior = posteriors.DiagonalNormal(nn.mlp(features, 2 * s.latent, hidden=s.hidden))
     classifier = nn.mlp(features, s.clusters, hidden=s.hidden)
-    vae, inside = VAE(priors.StandardNormal(s.latent), likelihood, posterior), dataclasses.replace(here, folder=folder)
+    vae, inside = (
+        VAE(priors.StandardNormal(s.latent), likelihood, posterior),
+        dataclasses.replace(workspace, folder=folder),
+    )
     cells.train(vae, x, None, inside, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size, seed=seed)
     with torch.no_grad():
         z = posterior(x).mean
@@ -84,20 +87,20 @@ def gmvae(s: Settings, here: Here, folder: Path, x: Tensor, seed: int) -> DeepMi
     )
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
-    """Finds the clusters of one row, and where it is a model, its log p(x) of the first test images."""
-    train, valid, test = data.load(s.data, here.root, dequantize=row == "mixture of normals")
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
+    """Clusters by the method of one row; if it is a model, also log p(x) of the first test images."""
+    train, valid, test = data.load(s.data, workspace.root, dequantize=row == "mixture of normals")
     digit, x = test.labels.long(), test.as_subclass(Tensor)
     torch.manual_seed(seed)
     if row == "k-means":
         found = KMeans(s.clusters, n_init=10, random_state=seed).fit(train.numpy())
-        return {"digest": test.digest, **scores(torch.from_numpy(found.predict(test.numpy())).long(), digit)}
+        return {"digest": test.digest, **cluster_scores(torch.from_numpy(found.predict(test.numpy())).long(), digit)}
     values = train.fixed(0).as_subclass(Tensor)
     pair: Any = GaussianMixture.from_data(values, s.clusters, rank=0, seed=seed)
     if row == "GMVAE":
-        pair = gmvae(s, here, here.folder / "vae", values, seed)
+        pair = initialise_mixture(s, workspace, workspace.folder / "vae", values, seed)
     trained = cells.train(
-        pair, train, valid, here, epochs=s.epochs, lr=s.lr, objective=objectives.ELBO(), batch_size=s.batch_size,
+        pair, train, valid, workspace, epochs=s.epochs, lr=s.lr, objective=objectives.ELBO(), batch_size=s.batch_size,
         seed=seed,
     )  # fmt: skip
     est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
@@ -109,14 +112,14 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
         else:
             cluster = pair.posterior(x).probs.argmax(-1)
             drawn = pair.component(torch.arange(s.clusters).repeat_interleave(8)).sample()
-    np.save(here.folder / "samples.npy", drawn.reshape(s.clusters, 8, *test.event_shape).numpy())
-    return cells.of_estimate(est) | cells.of_run(trained) | scores(cluster, digit)
+    np.save(workspace.folder / "samples.npy", drawn.reshape(s.clusters, 8, *test.event_shape).numpy())
+    return cells.estimate_summary(est) | cells.training_summary(trained) | cluster_scores(cluster, digit)
 
 
 def table(found: Cells) -> str:
-    """One row a kind."""
+    """One row per kind."""
     lines = []
-    for (name,), r in cells.collected(found, "row").items():
+    for (name,), r in cells.group_cells(found, "row").items():
         words = []
         for key in ("purity", "accuracy"):
             shares = [100 * v for v in cells.values(r, key)]
@@ -131,8 +134,8 @@ def table(found: Cells) -> str:
     return cells.markdown(header, lines) + "\n\nThe NLL of a mixture of normals is of a density."
 
 
-def picture(found: Cells, folder: Path) -> None:
-    """What each cluster of the first GMVAE makes: a column a cluster."""
+def draw_figure(found: Cells, folder: Path) -> None:
+    """Samples of each cluster of the first GMVAE, one column per cluster."""
     paths = [Path(c["folder"]) / "samples.npy" for c in found if c["cell"]["row"] == "GMVAE"]
     if paths and paths[0].exists():
         images = np.load(paths[0]).swapaxes(0, 1)
@@ -140,9 +143,9 @@ def picture(found: Cells, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     found, folder = cells.run("clusters", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(found, folder)
+    draw_figure(found, folder)
 
 
 if __name__ == "__main__":

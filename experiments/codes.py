@@ -1,11 +1,10 @@
-"""Discrete codes with a learned prior: M codes out of V, near what an encoder says (SQ-VAE, Takida et al. 2022,
-arXiv 2205.07547; VQ-VAE, van den Oord et al. 2017, arXiv 1711.00937), on binarised images.
+"""Discrete codes with a learned prior: M codes with V values each, near the output of the encoder (SQ-VAE, Takida et
+al. 2022, arXiv 2205.07547; VQ-VAE, van den Oord et al. 2017, arXiv 1711.00937), on binarised images.
 
-The prior over the codes, independent or autoregressive, is learned with all else by VIMCO on 10 draws, so that
-log p(x) counts it. On scikit-learn's digits, log p(x) is also an exact sum over all 4096 vectors of codes: what
-importance sampling is held against. Perplexity is the exponential of the entropy of a position's codes over the test
-images, the mean over positions: how many of the codes are in use.
-"""
+The prior over the codes, independent or autoregressive, is learned jointly by VIMCO with 10 draws, so that log p(x)
+includes it. On scikit-learn's digits, log p(x) is also computed exactly, as a sum over all 4096 code vectors, to
+validate importance sampling. Perplexity is the exponential of the entropy of a position's codes over the test images,
+averaged over positions: the effective number of codes in use."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import torch
 from pyro.infer import config_enumerate
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import data, generate, likelihoods, log_marginal, nn, objectives, priors
 from ppvae.models import QuantizedVAE
 from ppvae.plots import image_grid
@@ -27,7 +26,7 @@ from ppvae.plots import image_grid
 
 @dataclass(frozen=True)
 class Settings:
-    """The rows, data-M-V, the priors, and the schedule of them all."""
+    """The rows, data-M-V, the priors, and the common schedule."""
 
     rows: tuple[str, ...] = ("digits-4-8", "mnist-16-16")
     priors: tuple[str, ...] = ("independent", "autoregressive")
@@ -42,7 +41,7 @@ class Settings:
     particles: int = 1000
 
 
-MOST = 5000  # vectors of codes that are summed over
+MAX_CODES = 5000  # code vectors that are summed over exactly
 SMOKE = {"rows": ("digits-2-4",), "seeds": (0,), "hidden": 8, "steps": 14, "num_test": 20, "particles": 50}
 PRIORS = {
     "independent": lambda values, codes: priors.OneHot(values, codes, learned=True),
@@ -51,16 +50,16 @@ PRIORS = {
 
 
 def perplexity(vae: QuantizedVAE, x: torch.Tensor, values: int) -> float:
-    """How many values a code takes on these images, the mean over codes."""
+    """The effective number of values of a code on these images, averaged over codes."""
     with torch.no_grad():
         used = vae.posterior.net(x).unflatten(-1, (-1, values)).softmax(-1).mean(0)
     return float(torch.distributions.Categorical(used).entropy().exp().mean())
 
 
-def compute(s: Settings, here: Here, row: str, prior: str, seed: int) -> dict[str, Any]:
-    """Trains one pair; log p(x) by importance sampling, and by a sum over all codes where they are few."""
+def compute(s: Settings, workspace: Workspace, row: str, prior: str, seed: int) -> dict[str, Any]:
+    """Trains one pair; log p(x) by importance sampling, and exactly if there are few code vectors."""
     name, codes, values = row.split("-")[0], *map(int, row.split("-")[1:])
-    images, valid, test = data.load(name, here.root, binarize="dynamic")
+    images, valid, test = data.load(name, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
     dims, inner = images.shape[1], codes * s.size
     decoder = nn.mlp(inner, dims, hidden=(s.hidden,))
@@ -70,17 +69,17 @@ def compute(s: Settings, here: Here, row: str, prior: str, seed: int) -> dict[st
         nn.Codebook(values, s.size),
     )  # fmt: skip
     trained = cells.train(
-        vae, images, valid, here, epochs=math.ceil(s.steps / math.ceil(len(images) / s.batch_size)), lr=s.lr,
+        vae, images, valid, workspace, epochs=math.ceil(s.steps / math.ceil(len(images) / s.batch_size)), lr=s.lr,
         batch_size=s.batch_size, seed=seed, objective=objectives.IWAE(s.draws, gradient="vimco"),
     )  # fmt: skip
-    drawn = generate.samples(trained.model, trained.guide, test[:1].to(here.device or "cpu"), 16, seed=seed)
-    np.save(here.folder / "samples.npy", drawn.reshape(16, *test.event_shape).cpu().numpy())
+    drawn = generate.samples(trained.model, trained.guide, test[:1].to(workspace.device or "cpu"), 16, seed=seed)
+    np.save(workspace.folder / "samples.npy", drawn.reshape(16, *test.event_shape).cpu().numpy())
     test = test.head(s.num_test)
     est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
-    result = cells.of_estimate(est) | cells.of_run(trained)
-    result["perplexity"] = perplexity(vae, test.read().to(here.device or "cpu"), values)
+    result = cells.estimate_summary(est) | cells.training_summary(trained)
+    result["perplexity"] = perplexity(vae, test.read().to(workspace.device or "cpu"), values)
     result["scale"] = float(vae.posterior.net[1].log_scale.detach().exp())
-    if values**codes <= MOST:
+    if values**codes <= MAX_CODES:
         exact = log_marginal(trained.model, config_enumerate(trained.guide), test, num_particles=1, seed=seed)
         off = est.log_px - exact.log_px
         result |= {"exact": exact.nll, "off": float(off.mean())}
@@ -90,19 +89,19 @@ def compute(s: Settings, here: Here, row: str, prior: str, seed: int) -> dict[st
 
 
 def table(found: Cells) -> str:
-    """A table for each data set; what is learned beside independent codes."""
+    """A table per data set, with the gain on independent codes."""
     out = []
-    rows = cells.collected(found, "row", "prior")
+    rows = cells.group_cells(found, "row", "prior")
     for name in dict.fromkeys(row for row, _ in rows):
         of, codes, values = name.split("-")
         own = {prior: r for (row, prior), r in rows.items() if row == name}
         sums = all("exact" in c["result"] for r in own.values() for c in r)
-        header = ["prior", "seeds", "test NLL", "ELBO", "not reliable", "perplexity", "gain on independent codes"]
-        header += ["exact NLL", "off by, reliable", "off by, not reliable"] * sums
+        header = ["prior", "seeds", "test NLL", "ELBO", "unreliable", "perplexity", "gain on independent codes"]
+        header += ["exact NLL", "error, reliable", "error, unreliable"] * sums
         lines = []
         for prior, r in own.items():
             share = f"{100 * cells.mean(r, 'unreliable') / cells.mean(r, 'num_data'):.0f} %"
-            gain = cells.verdict(r, own["independent"]) if prior != "independent" and "independent" in own else ""
+            gain = cells.compare_rows(r, own["independent"]) if prior != "independent" and "independent" in own else ""
             line = [prior, len(r), f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}"]
             line += [f"{cells.mean(r, 'elbo'):.2f}", share, f"{cells.mean(r, 'perplexity'):.1f} of {values}", gain]
             if sums:
@@ -113,10 +112,10 @@ def table(found: Cells) -> str:
     return "\n\n".join(out)
 
 
-def picture(folder: Path, usual: Settings) -> None:
-    """Sixteen samples a row, one row a prior, of the last data set; cells whose runs are elsewhere are left out."""
+def draw_figure(folder: Path, usual: Settings) -> None:
+    """Sixteen samples per prior, for the last data set; cells without their run folder are left out."""
     drawn: dict[str, dict[str, Any]] = {}
-    for (row, prior), r in cells.collected(cells.kept(folder, usual), "row", "prior").items():
+    for (row, prior), r in cells.group_cells(cells.load_cells(folder, usual), "row", "prior").items():
         path = Path(r[0]["folder"]) / "samples.npy"
         if path.exists():
             drawn.setdefault(row, {})[prior] = np.load(path)
@@ -127,9 +126,9 @@ def picture(folder: Path, usual: Settings) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     _, folder = cells.run("codes", Settings, ("row", "prior", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(folder, Settings())
+    draw_figure(folder, Settings())
 
 
 if __name__ == "__main__":

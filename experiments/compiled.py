@@ -1,8 +1,8 @@
-"""Is a compiled run the eager one? The same VAE on scikit-learn's digits, three seeds each: steps by eager PyTorch, by
-the compiled graph, and by the compiled graph with products in bfloat16. Evaluated in float32, eagerly, all alike.
+"""Equality of compiled and eager training: the same VAE on scikit-learn's digits, three seeds each, with eager steps,
+with the compiled graph, and with the compiled graph and matrix products in bfloat16. All are evaluated eagerly in
+float32.
 
-Within a seed, all rows begin with the same weights and draw the same noise.
-"""
+Within a seed, all rows have the same initial weights and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 
 KERNELS = {"eager": (False, "float32"), "compiled": (True, "float32"), "compiled, bf16": (True, "bf16")}
@@ -20,7 +20,7 @@ KERNELS = {"eager": (False, "float32"), "compiled": (True, "float32"), "compiled
 
 @dataclass(frozen=True)
 class Settings:
-    """The training that every row gets."""
+    """Sizes and training budget, the same for every row."""
 
     rows: tuple[str, ...] = tuple(KERNELS)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -37,9 +37,9 @@ class Settings:
 SMOKE = {"seeds": (0,), "latent": 2, "hidden": (8,), "epochs": 1, "particles": 25}
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
     """Trains one row and evaluates it on the test images."""
-    images, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    images, valid, test = data.load(s.data, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
     dims = images.shape[1]
     vae = VAE(
@@ -49,20 +49,20 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
     )
     compiled, precision = KERNELS[row]
     trained = cells.train(
-        vae, images, valid, here, epochs=s.epochs, lr=s.lr, objective=objectives.IWAE(s.draws),
+        vae, images, valid, workspace, epochs=s.epochs, lr=s.lr, objective=objectives.IWAE(s.draws),
         batch_size=s.batch_size, seed=seed, compile=compiled, precision=precision,
     )  # fmt: skip
     est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed, compile=False)
-    return cells.of_estimate(est) | cells.of_run(trained) | {"kernels": trained.config["kernels"]}
+    return cells.estimate_summary(est) | cells.training_summary(trained) | {"kernels": trained.config["kernels"]}
 
 
 def table(found: Cells) -> str:
-    """One row a kind of step, beside the eager one by the yardstick."""
-    rows = {row: r for (row,), r in cells.collected(found, "row").items()}
+    """One row per kind of step, compared with the eager one."""
+    rows = {row: r for (row,), r in cells.group_cells(found, "row").items()}
     lines = [
         (
             row, len(r), f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}",
-            cells.verdict(r, rows["eager"]) if row != "eager" and "eager" in rows else "",
+            cells.compare_rows(r, rows["eager"]) if row != "eager" and "eager" in rows else "",
             f"{cells.mean(r, 'cpu_ms_per_step'):.1f}",
         )
         for row, r in rows.items()
@@ -71,7 +71,7 @@ def table(found: Cells) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     cells.run("compiled", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
 
 

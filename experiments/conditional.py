@@ -1,7 +1,6 @@
-"""A conditional VAE on images with labels (Sohn et al. 2015), beside the VAE without: log p(x | y) of the label that an
-image has, and log p(x) = log sum_y p(y) p(x | y). The first is above the second by log p(y | x) - log p(y), at most 2.3
-nats where ten classes are as frequent. The most likely label under p(y) p(x | y) is a classifier by Bayes' rule.
-"""
+"""A conditional VAE of images with labels (Sohn et al. 2015), compared with the unconditional VAE: log p(x | y) of the
+label of an image, and log p(x) = log sum_y p(y) p(x | y). The difference of the two is log p(y | x) - log p(y), at most
+2.3 nats for ten equally frequent classes. The most likely label under p(y) p(x | y) is a classifier by Bayes' rule."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, train, values
+from experiments.cells import Cells, Workspace, estimate_summary, group_cells, markdown, mean, run, train, values
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, plots, posteriors, priors
 from ppvae.evaluation import Estimate
 from ppvae.models import ConditionalVAE
@@ -24,7 +23,7 @@ PLAIN, GIVEN = "VAE", "conditional VAE"
 
 @dataclass(frozen=True)
 class Settings:
-    """The images, and the budget that both models get."""
+    """Sizes and training budget, the same for both models."""
 
     models: tuple[str, ...] = (PLAIN, GIVEN)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -40,9 +39,9 @@ class Settings:
 SMOKE = {"data": "digits", "seeds": (0,), "latent": 4, "hidden": (32,), "epochs": 2, "num_test": 20, "particles": 25}
 
 
-def compute(s: Settings, here: Here, model: str, seed: int) -> dict[str, Any]:
-    """Trains one model; the conditional one is asked for log p(x | y) of every label."""
-    fitted, valid, test = data.load(s.data, here.root, binarize="fixed")
+def compute(s: Settings, workspace: Workspace, model: str, seed: int) -> dict[str, Any]:
+    """Trains one model and evaluates it; the conditional one gives log p(x | y) for every label."""
+    fitted, valid, test = data.load(s.data, workspace.root, binarize="fixed")
     labels = [part.labels.long() for part in (fitted, valid, test)]
     classes, dims = int(labels[0].max()) + 1, fitted.shape[1]
     extra = classes if model == GIVEN else 0
@@ -54,12 +53,12 @@ def compute(s: Settings, here: Here, model: str, seed: int) -> dict[str, Any]:
     images = test.read()[: s.num_test]
     if model == PLAIN:
         vae = VAE(*parts)
-        trained = train(vae, fitted, valid, here, epochs=s.epochs, lr=s.lr, seed=seed)
+        trained = train(vae, fitted, valid, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
         est = log_marginal(trained.model, trained.guide, images, num_particles=s.particles, seed=seed)
-        return of_estimate(est) | {"marginal": -est.nll}
+        return estimate_summary(est) | {"marginal": -est.nll}
     vae = ConditionalVAE(*parts, nn.Labels(classes))
     (x, held), (y, of_held, of_test) = (fitted, valid), labels
-    trained = train(vae, (x, y), (held, of_held), here, epochs=s.epochs, lr=s.lr, seed=seed)
+    trained = train(vae, (x, y), (held, of_held), workspace, epochs=s.epochs, lr=s.lr, seed=seed)
     pair, of_test = (trained.model, trained.guide), of_test[: s.num_test]
 
     def of_label(label: Tensor) -> Estimate:
@@ -68,18 +67,26 @@ def compute(s: Settings, here: Here, model: str, seed: int) -> dict[str, Any]:
     each = torch.stack([of_label(torch.full_like(of_test, c)).log_px for c in range(classes)], -1)
     joint = each + (torch.bincount(y, minlength=classes) / len(y)).log()
     asked = images[:1].expand(10 * classes, -1), torch.arange(classes).repeat_interleave(10)
-    np.savez(here.folder / "shown.npz", drawn=generate.samples(*pair, asked, 10 * classes, seed=seed).cpu())
-    return of_estimate(of_label(of_test)) | {
+    np.savez(workspace.folder / "shown.npz", drawn=generate.samples(*pair, asked, 10 * classes, seed=seed).cpu())
+    return estimate_summary(of_label(of_test)) | {
         "marginal": float(joint.logsumexp(-1).mean()),
         "accuracy": float((joint.argmax(-1) == of_test).double().mean()),
     }
 
 
 def table(cells: Cells) -> str:
-    """One row a model; ± is over seeds."""
-    header = ("model", "seeds", "log p(x given label)", "log p(x)", "the label says", "accuracy", "not reliable")
+    """One row per model; ± is over seeds."""
+    header = (
+        "model",
+        "seeds",
+        "log p(x given label)",
+        "log p(x)",
+        "information of the label",
+        "accuracy",
+        "unreliable",
+    )
     lines = []
-    for (model,), r in collected(cells, "model").items():
+    for (model,), r in group_cells(cells, "model").items():
         marginal, given = values(r, "marginal"), model == GIVEN
         spread = f" ± {statistics.stdev(marginal) / len(marginal) ** 0.5:.2f}" if len(marginal) > 1 else ""
         label = (f"{-mean(r):.2f}", f"{-mean(r) - mean(r, 'marginal'):.2f}") if given else ("", "")
@@ -90,7 +97,7 @@ def table(cells: Cells) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws ten images of each class, of the first seed."""
+    """Computes the table and draws ten images of each class, of the first seed."""
     cells, folder = run("conditional", Settings, ("model", "seed"), compute, table, SMOKE, __doc__, args)
     shown = [path for c in cells if (path := Path(c["folder"]) / "shown.npz").exists()]
     if shown:

@@ -1,12 +1,12 @@
-"""Discrete VAEs: 200 bits on MNIST, binarised at random, and 8 bits on scikit-learn's digits, which can be summed out.
+"""Discrete VAEs: 200 binary latents on dynamically binarised MNIST, and 8 on scikit-learn's digits, which can be summed
+out.
 
-x | z and q(z | x) are independent Bernoullis from networks with one hidden layer, and so is p(z), whose probabilities
-are learnt. Every row of a data set has the same steps of Adam: VIMCO climbs the importance-weighted bound of K draws
-(Mnih and Rezende 2016, arXiv 1602.06725), reweighted wake-sleep takes K draws for both phases (Bornschein and Bengio
-2015, arXiv 1406.2751), and the score function climbs the ELBO of K draws, less a moving average (Mnih and Gregor 2014,
-arXiv 1402.0030). With 8 bits, log p(x) and the ELBO are exact sums over 256 values, and the ELBO can be climbed without
-noise: what that reaches is the oracle.
-"""
+p(x | z) and q(z | x) are independent Bernoullis from networks with one hidden layer; p(z) is an independent Bernoulli
+with learned probabilities. Every row of a data set has the same number of Adam steps: VIMCO maximises the
+importance-weighted bound of K draws (Mnih and Rezende 2016, arXiv 1602.06725), reweighted wake-sleep takes K draws for
+both phases (Bornschein and Bengio 2015, arXiv 1406.2751), and the score-function estimator maximises the ELBO with K
+draws and a moving-average baseline (Mnih and Gregor 2014, arXiv 1402.0030). With 8 latents, log p(x) and the ELBO are
+exact sums over 256 values; the row trained on the exact ELBO is the oracle."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import torch
 from pyro.infer import config_enumerate
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The rows, data-bits-estimator, and the schedule of them all."""
+    """The rows, data-bits-estimator, and the common schedule."""
 
     rows: tuple[str, ...] = (
         *("mnist-200-VIMCO", "mnist-200-wake-sleep", "mnist-200-score"),
@@ -42,7 +42,7 @@ class Settings:
     particles: int = 1000
 
 
-MOST = 16  # bits that are summed out
+MAX_BITS = 16  # binary latents that are summed out exactly
 SMOKE = {"rows": ("digits-8-VIMCO", "digits-8-wake-sleep", "digits-8-enumerated"), "seeds": (0,), "hidden": 8}
 SMOKE |= {"steps": 14, "num_test": 20, "particles": 50}
 ESTIMATORS: dict[str, Callable[[int], Any]] = {
@@ -53,10 +53,10 @@ ESTIMATORS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
-    """Trains one pair; evaluates it on validation and test images by L_K, and by sums where there are few bits."""
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
+    """Trains one pair; evaluates it on validation and test images by L_K, and exactly if there are few latents."""
     name, bits, estimator = row.split("-", 2)
-    images, valid, test = data.load(name, here.root, binarize="dynamic")
+    images, valid, test = data.load(name, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
     latent, dims = int(bits), images.shape[1]
     decoder = nn.mlp(latent, dims, hidden=(s.hidden,))
@@ -66,26 +66,26 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
     summed = config_enumerate(vae.guide)
     pair = SimpleNamespace(model=vae.model, guide=summed if estimator == "enumerated" else vae.guide)
     trained = cells.train(
-        pair, images, valid, here, epochs=math.ceil(s.steps / math.ceil(len(images) / s.batch_size)), lr=s.lr,
+        pair, images, valid, workspace, epochs=math.ceil(s.steps / math.ceil(len(images) / s.batch_size)), lr=s.lr,
         batch_size=s.batch_size, seed=seed, objective=ESTIMATORS[estimator](s.draws),
     )  # fmt: skip
     valid, test = valid.head(s.num_test), test.head(s.num_test)
     est, of_valid = (log_marginal(vae.model, vae.guide, x, num_particles=s.particles) for x in (test, valid))
-    result = cells.of_estimate(est) | cells.of_run(trained) | {"valid_nll": of_valid.nll}
-    if latent <= MOST:
+    result = cells.estimate_summary(est) | cells.training_summary(trained) | {"valid_nll": of_valid.nll}
+    if latent <= MAX_BITS:
         exact = log_marginal(vae.model, summed, test, num_particles=1)
         result |= {"exact": exact.nll, "exact_elbo": float(exact.elbo.mean())}
     return result
 
 
 def table(found: Cells) -> str:
-    """A table for each pair; its rows beside the one that the score function or sums have trained."""
+    """A table per pair; its rows compared with the score-function estimator or the exact ELBO."""
     out = []
-    rows = {tuple(row.split("-", 2)): r for (row,), r in cells.collected(found, "row").items()}
+    rows = {tuple(row.split("-", 2)): r for (row,), r in cells.group_cells(found, "row").items()}
     for pair in dict.fromkeys(key[:2] for key in rows):
         own = {estimator: r for (*of, estimator), r in rows.items() if tuple(of) == pair}
         oracle = next((e for e in ("enumerated", "score") if e in own), "")
-        sums = int(pair[1]) <= MOST
+        sums = int(pair[1]) <= MAX_BITS
         header = ["gradient", "seeds", "test L_K", "validation L_K", "ELBO, drawn", "CPU ms/step"]
         header += ["exact log p", "exact ELBO"] * sums + [f"gain on {oracle}"] * bool(oracle)
         lines = []
@@ -94,7 +94,7 @@ def table(found: Cells) -> str:
             line += [f"{-cells.mean(r, 'valid_nll'):.2f}", f"{cells.mean(r, 'elbo'):.2f}"]
             line += [f"{cells.mean(r, 'cpu_ms_per_step'):.1f}"]
             line += [f"{-cells.mean(r, 'exact'):.2f}", f"{cells.mean(r, 'exact_elbo'):.2f}"] if sums else []
-            gain = cells.verdict(r, own[oracle]) if oracle and name != oracle else ""
+            gain = cells.compare_rows(r, own[oracle]) if oracle and name != oracle else ""
             lines.append(line + [gain] * bool(oracle))
         first = found[0]["settings"]
         title = f"**{pair[0]}, {pair[1]} bits**: K = {first['particles']}, {first['draws']} draws a step"
@@ -103,7 +103,7 @@ def table(found: Cells) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     cells.run("discrete", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
 
 

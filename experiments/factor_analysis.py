@@ -1,9 +1,8 @@
-"""Probabilistic PCA and factor analysis by SVI, beside the maximum of their likelihood: that of PCA in closed form
-(Tipping and Bishop 1999), that of factor analysis by scikit-learn's FactorAnalysis, which is EM. The ELBO is climbed
-with three guides: the exact posterior, with which it is log p(x) itself; the best normal with independent dims for each
-row; and an amortised one, linear in x, with one covariance for all rows, which the posterior has too. log p(x) is known
-in closed form, and the gap is in nats per row of the data that are fitted.
-"""
+"""Probabilistic PCA and factor analysis by SVI, compared with maximum likelihood: in closed form for PCA (Tipping and
+Bishop 1999), and by scikit-learn's FactorAnalysis, which is EM, for factor analysis. The ELBO is maximised with three
+guides: the exact posterior, for which the ELBO is log p(x); the best normal with independent dims for each row; and an
+amortised one, linear in x with one covariance for all rows, a family that contains the posterior. log p(x) is known in
+closed form; the gap is in nats per row of the fitted data."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ from sklearn import datasets, decomposition
 from torch import Tensor
 from torch import nn as tnn
 
-from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, train, values
+from experiments.cells import Cells, Workspace, estimate_summary, group_cells, markdown, mean, run, train, values
 from ppvae import data, log_marginal, posteriors
 from ppvae.models import LinearGaussian
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A table, standardised, and digits with uniform noise within a level; the size of z, and the schedule."""
+    """A standardised table, and digits with uniform dequantisation; the size of z, and the schedule."""
 
     tables: tuple[str, ...] = ("wine", "digits")
     models: tuple[str, ...] = ("PPCA", "factor analysis")
@@ -38,8 +37,8 @@ class Settings:
 SMOKE = {"tables": ("wine",), "seeds": (0,), "epochs": 2}
 
 
-def loaded(name: str) -> tuple[Tensor, Tensor]:
-    """Rows to fit, and the rest."""
+def load_rows(name: str) -> tuple[Tensor, Tensor]:
+    """Training rows and test rows."""
     if name == "digits":
         fitted, _, test = data.load("digits", dequantize=True)
         return fitted.fixed(0).read(), test.read()
@@ -49,16 +48,16 @@ def loaded(name: str) -> tuple[Tensor, Tensor]:
     return tuple((part - fitted.mean(0)) / fitted.std(0) for part in (fitted, test))  # type: ignore[return-value]
 
 
-def maximum(s: Settings, model: str, x: Tensor) -> float:
-    """log p(x) at the maximum of the likelihood, in nats per row of the data that it is the maximum of."""
+def max_log_likelihood(s: Settings, model: str, x: Tensor) -> float:
+    """The maximum of the mean log-likelihood of the rows, in nats per row."""
     if model == "PPCA":
         return float(LinearGaussian.maximum_likelihood(x.double(), s.latent).log_px(x.double()).mean().detach())
     em = decomposition.FactorAnalysis(s.latent, tol=1e-6, max_iter=20000, svd_method="lapack").fit(x.double().numpy())
     return float(em.score(x.double().numpy()))
 
 
-class Amortised(tnn.Module):
-    """A guide that a linear map of x gives the location, and parameters the covariance."""
+class LinearGuide(tnn.Module):
+    """A guide whose location is a linear map of x and whose covariance is a parameter."""
 
     def __init__(self, features: int, latent: int):
         super().__init__()
@@ -73,34 +72,34 @@ class Amortised(tnn.Module):
             return pyro.sample("z", self.posterior(torch.cat([self.net(x), covariance], -1)))
 
 
-def compute(s: Settings, here: Here, table: str, model: str, guide: str, seed: int) -> dict[str, Any]:
-    """Trains one pair; log p(x) of the rows that it was fitted to, beside its maximum, and of the others."""
-    x, test = loaded(table)
+def compute(s: Settings, workspace: Workspace, table: str, model: str, guide: str, seed: int) -> dict[str, Any]:
+    """Trains one pair; log p(x) of the training rows, compared with its maximum, and of the test rows."""
+    x, test = load_rows(table)
     torch.manual_seed(seed)
     made = LinearGaussian(x.shape[1], s.latent, 1.0 if model == "PPCA" else x.std(0))
     made.loc.data.copy_(x.mean(0))
-    guides = {"exact": made.guide, "mean field": made.mean_field, "amortised": Amortised(x.shape[1], s.latent)}
+    guides = {"exact": made.guide, "mean field": made.mean_field, "amortised": LinearGuide(x.shape[1], s.latent)}
     pair = SimpleNamespace(model=made.model, guide=guides[guide])
-    train(pair, x, None, here, epochs=s.epochs, lr=s.lr, seed=seed)
+    train(pair, x, None, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
     found = LinearGaussian(x.shape[1], s.latent, made.log_scale.detach().exp()).double()
     found.load_state_dict(made.state_dict())
-    reached, best = float(found.log_px(x.double()).mean().detach()), maximum(s, model, x)
+    reached, best = float(found.log_px(x.double()).mean().detach()), max_log_likelihood(s, model, x)
     est = log_marginal(found.model, found.guide, test.double(), num_particles=30)
-    return of_estimate(est) | {"reached": reached, "maximum": best, "gap": best - reached}
+    return estimate_summary(est) | {"reached": reached, "maximum": best, "gap": best - reached}
 
 
 def table(cells: Cells) -> str:
-    """One row a model and guide."""
+    """One row per model and guide."""
     header = ("table", "model", "guide", "seeds", "maximum of log p(x)", "reached", "gap, largest", "NLL of other rows")
     lines = []
-    for key, r in collected(cells, "table", "model", "guide").items():
+    for key, r in group_cells(cells, "table", "model", "guide").items():
         numbers = f"{mean(r, 'maximum'):.3f}", f"{mean(r, 'reached'):.3f}", f"{max(values(r, 'gap')):.3f}"
         lines.append((*key, len(r), *numbers, f"{mean(r):.3f}"))
     return markdown(header, lines)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     axes = ("table", "model", "guide", "seed")
     run("factor_analysis", Settings, axes, compute, table, SMOKE, __doc__, args)
 

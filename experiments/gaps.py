@@ -1,7 +1,6 @@
-"""Where the nats go on MNIST, after Cremer et al. 2018: log p(x) - ELBO of a diagonal, an IAF and a semi-amortised
-guide, split into approximation gap and amortisation gap, on training and test images. The semi-amortised guide takes
-three steps for each image.
-"""
+"""Inference gaps on MNIST, after Cremer et al. 2018: log p(x) - ELBO of a diagonal, an IAF and a semi-amortised guide,
+split into approximation gap and amortisation gap, on training and test images. The semi-amortised guide takes three
+gradient steps per image."""
 
 from __future__ import annotations
 
@@ -15,19 +14,19 @@ from typing import Any
 
 import torch
 
-from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run
+from experiments.cells import Cells, Workspace, estimate_summary, group_cells, markdown, mean, run
 from experiments.cells import train as train_pair
 from ppvae import VAE, data, likelihoods, log_marginal, nn, plots, posteriors, priors
 from ppvae.evaluation.local.full_rank import FullRankFamily
 from ppvae.evaluation.local.gaps import Gaps, gaps
 
-# Cremer et al. 2018 (arXiv 1801.03558), MNIST, factorised Gaussian guide, as remembered: to compare, not confirmed
+# Cremer et al. 2018 (arXiv 1801.03558), MNIST, factorised Gaussian guide, quoted from memory, not verified
 PUBLISHED = {"log p": -89.80, "best": -91.23, "elbo": -92.57}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Networks and batches of the paper; Adam's rate falls to zero over fewer epochs."""
+    """Networks and batches of the paper; cosine decay of the learning rate over fewer epochs."""
 
     guides: tuple[str, ...] = ("DiagonalNormal", "IAF", "SemiAmortized")
     splits: tuple[str, ...] = ("train", "test")
@@ -49,8 +48,8 @@ SMOKE = {"data": "digits", "latent": 2, "hidden": (16,), "epochs": 1, "refits": 
 SMOKE |= {"rounds": 1, "particles": 50}
 
 
-def posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) -> torch.nn.Module:
-    """The guide by its name."""
+def build_posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) -> torch.nn.Module:
+    """The posterior of a name."""
     net = functools.partial(nn.mlp, dims, hidden=s.hidden, activation=torch.nn.ELU)
     make: dict[str, Callable[[], torch.nn.Module]] = {
         "DiagonalNormal": lambda: posteriors.DiagonalNormal(net(2 * s.latent)),
@@ -60,22 +59,22 @@ def posterior(s: Settings, name: str, dims: int, prior: Any, likelihood: Any) ->
     return make[name]()
 
 
-def compute(s: Settings, here: Here, guide: str, split: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, guide: str, split: str, seed: int) -> dict[str, Any]:
     """Trains one pair (once for both splits) and refits its guide on the first images of a split.
 
     An IAF has its network refit, image by image, on `networks` images, and no richer family; the others on `refits`.
     """
-    train, valid, test = data.load(s.data, here.root, binarize="fixed")
+    train, valid, test = data.load(s.data, workspace.root, binarize="fixed")
     torch.manual_seed(seed)
     dims = train.shape[1]
     prior = priors.StandardNormal(s.latent)
     likelihood = likelihoods.Bernoulli(nn.mlp(s.latent, dims, hidden=s.hidden, activation=torch.nn.ELU))
-    vae = VAE(prior, likelihood, posterior(s, guide, dims, prior, likelihood))
+    vae = VAE(prior, likelihood, build_posterior(s, guide, dims, prior, likelihood))
     trained = train_pair(
         vae,
         train,
         valid,
-        dataclasses.replace(here, folder=here.folder.parent / f"{guide}-{seed}"),
+        dataclasses.replace(workspace, folder=workspace.folder.parent / f"{guide}-{seed}"),
         epochs=s.epochs,
         lr=s.lr,
         batch_size=s.batch_size,
@@ -83,12 +82,12 @@ def compute(s: Settings, here: Here, guide: str, split: str, seed: int) -> dict[
     )
     images = {"train": train, "test": test}[split].head(s.networks if guide == "IAF" else s.refits)
     pair = trained.model, trained.guide
-    richer = None if guide == "IAF" else FullRankFamily  # which is not richer than a flow
+    richer = None if guide == "IAF" else FullRankFamily  # a full-rank normal is not more flexible than a flow
     found = gaps(
         *pair, images, num_particles=s.particles, steps=s.steps, rounds=s.rounds, richer=richer, seed=seed,
-        directory=here.folder / "blocks",
+        directory=workspace.folder / "blocks",
     )  # fmt: skip
-    found.save(here.folder, "gaps")
+    found.save(workspace.folder, "gaps")
     est = log_marginal(*pair, images, num_particles=s.particles, seed=seed)
     parts = {"log_px": found.log_px, "elbo": found.elbo, "best_elbo": found.best_elbo, "inference": found.inference}
     parts |= {"approximation": found.approximation, "amortisation": found.amortisation, "gained": found.gained}
@@ -97,11 +96,11 @@ def compute(s: Settings, here: Here, guide: str, split: str, seed: int) -> dict[
     numbers = {f"gap_{name}": float(values.mean()) for name, values in parts.items()}
     errors = {f"gap_{name}_error": float(values.std() / math.sqrt(len(values))) for name, values in parts.items()}
     words = {"refit": found.refit, "rounds": found.rounds, "untrusted": int((~found.reliable).sum())}
-    return of_estimate(est) | numbers | errors | words
+    return estimate_summary(est) | numbers | errors | words
 
 
 def table(cells: Cells) -> str:
-    """One row a guide and split, and the paper's."""
+    """One row per guide and split, and the paper's."""
     header = (
         "guide",
         "images",
@@ -113,7 +112,7 @@ def table(cells: Cells) -> str:
         "full rank leaves",
     )
     lines: list[tuple[Any, ...]] = []
-    for (guide, split), r in collected(cells, "guide", "split").items():
+    for (guide, split), r in group_cells(cells, "guide", "split").items():
         values = [f"{mean(r, f'gap_{name}'):.2f}" for name in ("log_px", "best_elbo", "elbo")]
         gap = [
             f"{mean(r, f'gap_{n}'):.2f} ± {mean(r, f'gap_{n}_error'):.2f}" for n in ("approximation", "amortisation")
@@ -126,10 +125,10 @@ def table(cells: Cells) -> str:
     return markdown(header, lines)
 
 
-def picture(cells: Cells, folder: Path) -> None:
-    """A bar for each guide and split, of the first seed."""
+def draw_figure(cells: Cells, folder: Path) -> None:
+    """A bar per guide and split, for the first seed."""
     found = {}
-    for (guide, split), row in collected(cells, "guide", "split").items():
+    for (guide, split), row in group_cells(cells, "guide", "split").items():
         path = Path(row[0]["folder"]) / "gaps.json"
         if path.exists():
             found[f"{guide}, {split}"] = Gaps.load(path)
@@ -138,9 +137,9 @@ def picture(cells: Cells, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     cells, folder = run("gaps", Settings, ("guide", "split", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(cells, folder)
+    draw_figure(cells, folder)
 
 
 if __name__ == "__main__":

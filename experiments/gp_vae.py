@@ -1,11 +1,11 @@
-"""Rotating digits with frames missing: a Gaussian process over time as prior (Casale et al. 2018, arXiv 1810.11738;
-Fortuin et al. 2020, arXiv 1907.04155) beside independent frames.
+"""Rotating digits with missing frames: a Gaussian process prior over time (Casale et al. 2018, arXiv 1810.11738;
+Fortuin et al. 2020, arXiv 1907.04155) compared with independent frames.
 
-Simulated from real images: a digit turns at a constant speed, of 15 to 35 degrees a frame, for 10 frames of 14 x 14
-binary pixels; 40 % of the frames are missing, in training too. Each row has the same networks. The guide is the process
-smoothed by what each frame says of it, or independent at known frames. log p of the missing frames given the others is
-log p(all) - log p(known); the error is the mean square of (pixel - its mean given the known frames).
-"""
+The sequences are simulated from real images: a digit rotates at a constant speed of 15 to 35 degrees per frame, for 10
+frames of 14 x 14 binary pixels; 40 % of the frames are missing, in training too. Each row has the same networks. The
+guide is the process conditioned on one pseudo-observation per known frame (smoothed), or independent over known frames
+(stepwise). log p of the missing frames given the others is log p(all) - log p(known); the error is the mean square of
+(pixel - its mean given the known frames)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.evaluation import impute
 from ppvae.models import GaussianProcessVAE, smoothed, stepwise
 from ppvae.plots import image_grid
-from ppvae.priors.process import rbf
+from ppvae.priors.gaussian_process import rbf
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Settings:
 SMOKE = {"data": "digits", "seeds": (0,), "sequences": 100, "num_test": 10, "steps": 4, "epochs": 1, "particles": 50}
 
 
-def white(r: Tensor) -> Tensor:
+def white_kernel(r: Tensor) -> Tensor:
     """No correlation between different times."""
     return (r == 0).to(r.dtype)
 
 
-PAIRS = dict(zip(Settings.pairs, ((white, smoothed), (rbf, smoothed), (rbf, stepwise)), strict=True))
+PAIRS = dict(zip(Settings.pairs, ((white_kernel, smoothed), (rbf, smoothed), (rbf, stepwise)), strict=True))
 
 
-def rotating(images: Tensor, s: Settings, seed: int) -> tuple[Tensor, Tensor]:
-    """Sequences [N, T, pixels] of images [N, 1, H, W] that turn, and which frames are there [N, T]."""
+def rotate(images: Tensor, s: Settings, seed: int) -> tuple[Tensor, Tensor]:
+    """Sequences [N, T, pixels] of rotating images [N, 1, H, W], and which frames are observed [N, T]."""
     noise = torch.Generator().manual_seed(seed)
     start = 2 * math.pi * torch.rand(len(images), 1, generator=noise)
     way = torch.rand(len(images), 1, generator=noise).sub(0.5).sign()
@@ -75,17 +75,17 @@ def rotating(images: Tensor, s: Settings, seed: int) -> tuple[Tensor, Tensor]:
     return (frames > 0.5).float().reshape(len(images), s.steps, -1), known
 
 
-def nearest(x: Tensor, known: Tensor) -> Tensor:
-    """The known frame that is nearest in time to each."""
+def nearest_known_frame(x: Tensor, known: Tensor) -> Tensor:
+    """The observed frame that is nearest in time to each frame."""
     far = torch.cdist(times := torch.arange(x.shape[1])[:, None].float(), times) + 1000 * ~known.unsqueeze(1)
     return torch.gather(x, 1, far.argmin(-1, keepdim=True).expand_as(x))
 
 
-def compute(s: Settings, here: Here, pair: str, seed: int) -> dict[str, Any]:
-    """Trains one pair on sequences with gaps; log p of what is known, and of what is not given that."""
-    splits = data.load(s.data, here.root, flat=False)
+def compute(s: Settings, workspace: Workspace, pair: str, seed: int) -> dict[str, Any]:
+    """Trains one pair on sequences with missing frames; log p of observed frames, and of missing given observed."""
+    splits = data.load(s.data, workspace.root, flat=False)
     counts = (s.sequences, s.num_test, s.num_test)
-    made = [rotating(d.head(n).read(), s, i) for i, (d, n) in enumerate(zip(splits, counts, strict=True))]
+    made = [rotate(d.head(n).read(), s, i) for i, (d, n) in enumerate(zip(splits, counts, strict=True))]
     train, valid, test = (data.with_missing(x.masked_fill(~known.unsqueeze(-1), torch.nan)) for x, known in made)
     torch.manual_seed(seed)
     kernel, steps = PAIRS[pair]
@@ -97,38 +97,40 @@ def compute(s: Settings, here: Here, pair: str, seed: int) -> dict[str, Any]:
     posterior = posteriors.DiagonalNormal(nn.mlp(size, 2 * s.latent, hidden=s.hidden))
     vae = GaussianProcessVAE(prior, likelihood, posterior, steps)
     options = {"epochs": s.epochs, "lr": s.lr, "batch_size": s.batch_size, "seed": seed}
-    trained = cells.train(vae, train, valid, here, objective=objectives.ELBO(), **options)
+    trained = cells.train(vae, train, valid, workspace, objective=objectives.ELBO(), **options)
     (truth, known), own = made[2], (trained.model, trained.guide)
     est, whole = (log_marginal(*own, x, num_particles=s.particles, seed=seed) for x in (test, truth))
     filled = impute(*own, test, num_particles=s.particles, draws=1, seed=seed).mean
-    np.save(here.folder / "filled.npy", torch.stack([truth[:2], test[:2].as_subclass(Tensor), filled[:2]]).numpy())
-    return cells.of_estimate(est) | cells.of_run(trained) | {
+    np.save(workspace.folder / "filled.npy", torch.stack([truth[:2], test[:2].as_subclass(Tensor), filled[:2]]).numpy())
+    return cells.estimate_summary(est) | cells.training_summary(trained) | {
         "frame": est.nll * len(known) / int(known.sum()),
         "missing_frame": float((est.log_px - whole.log_px).sum()) / int((~known).sum()),
         "error": float((filled - truth)[~known].square().mean()),
-        "error_nearest": float((nearest(truth, known) - truth)[~known].square().mean()),
+        "error_nearest": float((nearest_known_frame(truth, known) - truth)[~known].square().mean()),
     }  # fmt: skip
 
 
 def table(found: Cells) -> str:
-    """One row a pair, beside independent frames."""
+    """One row per pair, compared with independent frames."""
     header = ("pair", "seeds", "test NLL of known frames", "a known frame", "a missing frame given them")
-    header += ("error of imputation", "of the nearest frame", "not reliable", "gain on independent frames")
-    lines, rows = [], cells.collected(found, "pair")
+    header += ("error of imputation", "error of the nearest frame", "unreliable", "gain on independent frames")
+    lines, rows = [], cells.group_cells(found, "pair")
     for (pair,), r in rows.items():
         nats = [f"{cells.mean(r, key):.1f}" for key in ("frame", "missing_frame")]
         errors = [f"{cells.mean(r, key):.4f}" for key in ("error", "error_nearest")]
         total = f"{cells.mean(r):.1f} ± {cells.standard_error(r):.1f}"
         untrusted = f"{cells.mean(r, 'unreliable') / cells.mean(r, 'num_data'):.0%}"
         plain = rows.get(("independent frames",), r)
-        gain = cells.verdict(r, plain) if r is not plain else ""
+        gain = cells.compare_rows(r, plain) if r is not plain else ""
         lines.append((pair, len(r), total, *nats, *errors, untrusted, gain))
     return cells.markdown(header, lines)
 
 
-def picture(found: Cells, folder: Path) -> None:
-    """Two sequences: as they are, what is seen of them, and filled by each pair."""
-    first = {r[0]["cell"]["pair"]: Path(r[0]["folder"]) / "filled.npy" for r in cells.collected(found, "pair").values()}
+def draw_figure(found: Cells, folder: Path) -> None:
+    """Two sequences: complete, observed, and imputed by each pair."""
+    first = {
+        r[0]["cell"]["pair"]: Path(r[0]["folder"]) / "filled.npy" for r in cells.group_cells(found, "pair").values()
+    }
     filled = {pair: np.load(path) for pair, path in first.items() if path.exists()}
     if filled:
         known = next(iter(filled.values()))
@@ -140,9 +142,9 @@ def picture(found: Cells, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     found, folder = cells.run("gp_vae", Settings, ("pair", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(found, folder)
+    draw_figure(found, folder)
 
 
 if __name__ == "__main__":

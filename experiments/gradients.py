@@ -1,10 +1,11 @@
-"""Signal-to-noise ratio and variance of gradient estimators of the importance-weighted bound, as K grows.
-Paths: the Gaussian model of Rainforth et al. 2018 (arXiv 1802.04537), z ~ N(mu, I), x | z ~ N(z, I) and q(z | x) =
-N(A x + b, 2/3 I), a little away from its optimum; with a path the guide's signal falls with K, and doubly
-reparameterised it rises (Tucker et al. 2019, arXiv 1810.04152). Scores: the same with bits, z ~ Bernoulli(1/2) and x
-| z ~ N(W z, I), whose guide has no path. The ratio is |mean| / sd of a coordinate's gradient, averaged over them; a
-mean of n draws is itself noise, so that no ratio is told below 0.8 / sqrt(n).
-"""
+"""Signal-to-noise ratio and variance of gradient estimators of the importance-weighted bound, by K.
+
+Pathwise estimators: the Gaussian model of Rainforth et al. 2018 (arXiv 1802.04537), z ~ N(mu, I), x | z ~ N(z, I) and
+q(z | x) = N(A x + b, 2/3 I), near its optimum; the signal-to-noise ratio of the guide's pathwise gradient falls with K,
+that of the doubly reparameterised gradient rises (Tucker et al. 2019, arXiv 1810.04152). Score-function estimators:
+binary latents, z ~ Bernoulli(1/2) and x | z ~ N(W z, I). The ratio is |mean| / sd of a coordinate of the gradient,
+averaged over coordinates; the mean of n draws has noise of its own, so that ratios below 0.8 / sqrt(n) are not
+resolved."""
 
 from __future__ import annotations
 
@@ -18,16 +19,16 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from experiments.cells import Cells, Here, collected, markdown, run, values
+from experiments.cells import Cells, Workspace, group_cells, markdown, run, values
 from ppvae import data, objectives
-from ppvae.objectives import gradients
+from ppvae.objectives.gradients import estimators as gradients
 from ppvae.objectives.gradients.control_variates import NoBaseline
 from ppvae.plots.style import BLUE, FAINT, GREEN, INK, VERMILLION, figure, styled
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the gradients are looked at, and how often."""
+    """The point at which gradients are estimated, and the number of draws."""
 
     estimators: tuple[str, ...] = ("pathwise", "stl", "dreg", "score", "score, moving average", "vimco")
     ks: tuple[int, ...] = (2, 4, 16, 64, 256, 1024)
@@ -40,12 +41,12 @@ class Settings:
 
 SMOKE = {"ks": (2, 8), "dims": 3, "num_data": 4, "draws": 20}
 PATHS = {"pathwise": gradients.Pathwise, "stl": gradients.STL, "dreg": gradients.DReG}
-SCORES = {"score": lambda: gradients.Score(NoBaseline()), "score, moving average": gradients.Score}
+SCORES = {"score": lambda: gradients.ScoreFunction(NoBaseline()), "score, moving average": gradients.ScoreFunction}
 ESTIMATORS: dict[str, Callable[[], Any]] = PATHS | SCORES | {"vimco": gradients.vimco}
 
 
-class Gaussian(nn.Module):
-    """Rainforth's pair at its optimum, A = I / 2 and b = mu / 2, moved away by a little noise."""
+class GaussianPair(nn.Module):
+    """Rainforth's pair at its optimum, A = I / 2 and b = mu / 2, perturbed by small noise."""
 
     def __init__(self, x: Tensor, away: float):
         super().__init__()
@@ -65,8 +66,8 @@ class Gaussian(nn.Module):
             pyro.sample("z", dist.Normal(x @ self.weight.T + self.bias, (2 / 3) ** 0.5).to_event(1))
 
 
-class Bits(nn.Module):
-    """The same with a bit a dim: its guide is a logistic regression."""
+class BernoulliPair(nn.Module):
+    """The same with one binary latent per dim; the guide is a logistic regression."""
 
     def __init__(self, x: Tensor, away: float):
         super().__init__()
@@ -86,12 +87,12 @@ class Bits(nn.Module):
             pyro.sample("z", dist.Bernoulli(logits=x @ self.weight.T + self.bias).to_event(1))
 
 
-def compute(s: Settings, here: Here, estimator: str, k: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, estimator: str, k: int) -> dict[str, Any]:
     """Signal-to-noise ratio and variance of the gradient, for the guide's and the model's parameters."""
     pyro.clear_param_store()
     torch.manual_seed(s.seed)
     x = torch.randn(s.num_data, s.dims) * 2**0.5 + torch.randn(s.dims)
-    pair = (Gaussian if estimator in PATHS else Bits)(x, s.away)
+    pair = (GaussianPair if estimator in PATHS else BernoulliPair)(x, s.away)
     objective = objectives.IWAE(k, gradient=ESTIMATORS[estimator]())
     wanted = {"guide": [pair.weight, pair.bias], "model": [pair.mu]}
     total = {name: torch.zeros(2, sum(p.numel() for p in own), dtype=torch.float64) for name, own in wanted.items()}
@@ -111,22 +112,22 @@ def compute(s: Settings, here: Here, estimator: str, k: int) -> dict[str, Any]:
 
 def table(found: Cells) -> str:
     """The guide's and the model's variances, and the guide's signal-to-noise ratios, by K."""
-    ks, out = [k for (k,) in collected(found, "k")], []
+    ks, out = [k for (k,) in group_cells(found, "k")], []
     titles = {"variance": "Variance", "snr": "Signal-to-noise ratio"}
     for key, side in itertools.product(titles, ("guide", "model")):
-        lines = collected(found, "estimator").items()
+        lines = group_cells(found, "estimator").items()
         rows = [[e, *(f"{c['result'][f'{key}_{side}']:.2e}" for c in r)] for (e,), r in lines]
         out.append(f"**{titles[key]}, {side}**\n\n{markdown(('estimator', *(f'K = {k}' for k in ks)), rows)}\n")
     return "\n".join(out)
 
 
 @styled
-def picture(found: Cells) -> Any:
-    """The signal-to-noise ratio of the estimators with paths against K; the model's gradient is the same for all."""
+def draw_figure(found: Cells) -> Any:
+    """The signal-to-noise ratio of pathwise estimators by K; the model's gradient is the same for all."""
     fig, floor = figure(6.8, 2.8), 0.8 / found[0]["settings"]["draws"] ** 0.5
     colours = dict(zip(PATHS, (BLUE, GREEN, VERMILLION), strict=True))
     for ax, side in zip(fig.subplots(1, 2, sharey=True), ("guide", "model"), strict=True):
-        for (name,), r in collected(found, "estimator").items():
+        for (name,), r in group_cells(found, "estimator").items():
             if name in PATHS and (side == "guide" or name == "pathwise"):
                 label, colour = (name, colours[name]) if side == "guide" else ("all", INK)
                 ks, ratios = [c["cell"]["k"] for c in r], values(r, f"snr_{side}")
@@ -140,9 +141,9 @@ def picture(found: Cells) -> Any:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     cells, folder = run("gradients", Settings, ("estimator", "k"), compute, table, SMOKE, __doc__, args)
-    picture(cells).savefig(folder / "gradients.png")
+    draw_figure(cells).savefig(folder / "gradients.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Grey pixels under a Bernoulli are no likelihood: what it says, what that integrates to, and others' log p(x).
-lambda^x (1 - lambda)^(1 - x) sums to one over {0, 1}; over [0, 1] it integrates to 1 / C(lambda) <= 1/2: it is no
+"""A Bernoulli on grey pixels is not a likelihood: its value, its integral, and log p(x) of normalised likelihoods.
+
+lambda^x (1 - lambda)^(1 - x) sums to one over {0, 1}; over [0, 1] it integrates to 1 / C(lambda) <= 1/2, so it is not a
 density. Divided by its integral it is the continuous Bernoulli (Loaiza-Ganem and Cunningham 2019, arXiv 1907.06845).
-The first row is trained on bits drawn from grey pixels and asked about these; the second is the same network,
-normalised. Bits per dim bound those of a mass of 256 levels (Theis et al. 2016, arXiv 1511.01844).
-"""
+The first row is trained on dynamically binarised images and evaluated on grey ones; the second is the same network,
+normalised. Bits per dim of densities are upper bounds on those of a mass on 256 levels (Theis et al. 2016, arXiv
+1511.01844)."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from experiments import cells
-from experiments.cells import Cells, Here
-from experiments.likelihoods import start
+from experiments.cells import Cells, Workspace
+from experiments.likelihoods import initial_bias
 from ppvae import VAE, data, distributions, generate, likelihoods, log_marginal, nn, posteriors, priors
 from ppvae.plots import image_grid
 from ppvae.plots.style import BLUE, figure, styled
@@ -30,7 +31,7 @@ BUILD["Normal"] = functools.partial(likelihoods.Normal, scale="network")
 
 @dataclass(frozen=True)
 class Settings:
-    """The budget of every likelihood."""
+    """Sizes and training budget, the same for every likelihood."""
 
     likelihoods: tuple[str, ...] = tuple(BUILD)
     seeds: tuple[int, ...] = (0,)
@@ -49,61 +50,61 @@ SMALL = {"latent": 2, "encoder": (16,), "decoder": (16,), "steps": 13, "num_test
 SMOKE = {"data": "digits"} | SMALL
 
 
-class Lie(distributions.ContinuousBernoulli):
-    """Says that it is a density on [0, 1], and gives a Bernoulli's x log(lambda) + (1 - x) log(1 - lambda)."""
+class UnnormalizedBernoulli(distributions.ContinuousBernoulli):
+    """A Bernoulli's x log(lambda) + (1 - x) log(1 - lambda) on [0, 1], where it is not a density."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return value * self.logits - torch.nn.functional.softplus(self.logits)
 
 
-class Lies(likelihoods.ContinuousBernoulli):
-    """p(x | z) that is none."""
+class UnnormalizedLikelihood(likelihoods.ContinuousBernoulli):
+    """The unnormalised p(x | z)."""
 
     def forward(self, z: Tensor) -> Any:
-        return Lie(self.net(z)).to_event(1)
+        return UnnormalizedBernoulli(self.net(z)).to_event(1)
 
 
-def integral(logits: Tensor, nodes: int = 64) -> Tensor:
-    """log of the integral of exp(l x) / (1 + e^l) over x in [0, 1], by Gauss and Legendre's rule; [*]."""
+def log_integral(logits: Tensor, nodes: int = 64) -> Tensor:
+    """log of the integral of exp(l x) / (1 + e^l) over x in [0, 1], by Gauss-Legendre quadrature; [*]."""
     x, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(nodes))
-    return (Lie(logits.double().unsqueeze(-1)).log_prob((x + 1) / 2) + (w / 2).log()).logsumexp(-1)
+    return (UnnormalizedBernoulli(logits.double().unsqueeze(-1)).log_prob((x + 1) / 2) + (w / 2).log()).logsumexp(-1)
 
 
-def compute(s: Settings, here: Here, likelihood: str, seed: int) -> dict[str, Any]:
-    """Trains one VAE and evaluates it on the first test images; the Bernoulli as it is and normalised."""
+def compute(s: Settings, workspace: Workspace, likelihood: str, seed: int) -> dict[str, Any]:
+    """Trains one VAE and evaluates it on the first test images; the Bernoulli unnormalised and normalised."""
     plain = likelihood == "Bernoulli"
-    train, valid, _ = data.load(s.data, here.root, binarize="dynamic" if plain else None, dequantize=not plain)
-    grey, test = (data.load(s.data, here.root, dequantize=d)[2].head(s.num_test) for d in (False, True))
+    train, valid, _ = data.load(s.data, workspace.root, binarize="dynamic" if plain else None, dequantize=not plain)
+    grey, test = (data.load(s.data, workspace.root, dequantize=d)[2].head(s.num_test) for d in (False, True))
     torch.manual_seed(seed)
     dims = train.shape[1]
     (outputs,) = BUILD[likelihood](torch.nn.Identity()).output_shape((dims,))
     decoder = nn.mlp(s.latent, outputs, hidden=s.decoder, activation=torch.nn.ELU)
     about = "ContinuousBernoulli" if plain else likelihood
-    nn.set_output_bias(decoder, start(about, train.as_subclass(torch.Tensor), grey.levels))
+    nn.set_output_bias(decoder, initial_bias(about, train.as_subclass(torch.Tensor), grey.levels))
     encoder = nn.mlp(dims, 2 * s.latent, hidden=s.encoder, activation=torch.nn.ELU)
     prior, posterior = priors.StandardNormal(s.latent), posteriors.DiagonalNormal(encoder)
     vae = own = VAE(prior, BUILD[likelihood](decoder), posterior)
     epochs = math.ceil(s.steps * s.batch_size / len(train))
-    cells.train(vae, train, valid, here, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=1000.0, seed=seed)
+    cells.train(vae, train, valid, workspace, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=1000.0, seed=seed)
     result = {}
     if plain:
-        lies = VAE(prior, Lies(decoder), posterior)
+        lies = VAE(prior, UnnormalizedLikelihood(decoder), posterior)
         claim = log_marginal(lies.model, lies.guide, grey, num_particles=s.particles, seed=seed)
         z = generate.posterior_means(lies.model, lies.guide, grey)["z"][:100]
-        whole = integral(decoder(z).detach()).sum(-1).mean()
+        whole = log_integral(decoder(z).detach()).sum(-1).mean()
         result = {"claim": -claim.nll, "claim_elbo": float(claim.elbo.mean()), "integral": float(whole)}
         own = VAE(prior, likelihoods.ContinuousBernoulli(decoder), posterior)
     est = log_marginal(own.model, own.guide, test, num_particles=s.particles, seed=seed)
     pairs = [(vae, valid), (own, test)]
     drawn = [generate.samples(p.model, p.guide, x, 8, mean=m, seed=seed) for p, x in pairs for m in (True, False)]
-    np.save(here.folder / "samples.npy", torch.stack(drawn).reshape(2, 16, *grey.event_shape).numpy())
-    return cells.of_estimate(est) | result
+    np.save(workspace.folder / "samples.npy", torch.stack(drawn).reshape(2, 16, *grey.event_shape).numpy())
+    return cells.estimate_summary(est) | result
 
 
 def table(found: Cells) -> str:
-    """What the Bernoulli says of grey pixels; log p(x) and bits per dim of what integrates to one."""
+    """The value of the Bernoulli on grey pixels; log p(x) and bits per dim of normalised densities."""
     lines: list[tuple[Any, ...]] = []
-    for (name,), r in cells.collected(found, "likelihood").items():
+    for (name,), r in cells.group_cells(found, "likelihood").items():
         if name == "Bernoulli":
             claim = [f"{cells.mean(r, key):.1f}, it says" for key in ("claim_elbo", "claim")]
             lines.append((name, len(r), *claim, f"e^{cells.mean(r, 'integral'):.0f} an image", "none", ""))
@@ -112,25 +113,27 @@ def table(found: Cells) -> str:
         words = "the same, divided by its integral" if name == "Bernoulli" else name
         elbo, bits = f"{cells.mean(r, 'elbo'):.1f}", f"{cells.mean(r, 'bits_per_dim'):.3f}"
         lines.append((words, len(r), elbo, own, 1, bits, share))
-    header = "likelihood, seeds, ELBO, log p(x) in nats, integrates to, bits per dim, not reliable"
+    header = "likelihood, seeds, ELBO, log p(x) in nats, integrates to, bits per dim, unreliable"
     return cells.markdown(header.split(", "), lines)
 
 
 @styled
-def picture() -> Any:
-    """What the Bernoulli's function of a grey pixel integrates to, by number, against lambda."""
+def draw_integral() -> Any:
+    """The numerical integral of the Bernoulli's function of a grey pixel, by lambda."""
     fig, lambdas = figure(5.6, 2.6), torch.linspace(0.001, 0.999, 199).double()
     ax = fig.add_subplot()
-    ax.plot(lambdas, integral(lambdas.logit()).exp(), color=BLUE, label="integral of $λ^x (1 - λ)^{1 - x}$ over [0, 1]")
+    ax.plot(
+        lambdas, log_integral(lambdas.logit()).exp(), color=BLUE, label="integral of $λ^x (1 - λ)^{1 - x}$ over [0, 1]"
+    )
     ax.set(xlabel="λ", ylim=(0, 1))
     ax.legend()
     return fig
 
 
-def samples(found: Cells, folder: Path) -> None:
-    """Eight means and eight draws a row."""
+def draw_samples(found: Cells, folder: Path) -> None:
+    """Eight means and eight samples per row."""
     rows: dict[str, Any] = {}
-    for (name,), r in cells.collected(found, "likelihood").items():
+    for (name,), r in cells.group_cells(found, "likelihood").items():
         if (path := Path(r[0]["folder"]) / "samples.npy").exists():
             first, second = np.load(path)
             rows |= {name: first} | ({"normalised": second} if name == "Bernoulli" else {})
@@ -140,10 +143,10 @@ def samples(found: Cells, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the pictures."""
+    """Computes the table and draws the figures."""
     found, folder = cells.run("grey", Settings, ("likelihood", "seed"), compute, table, SMOKE, __doc__, args)
-    picture().savefig(folder / "grey.png")
-    samples(found, folder)
+    draw_integral().savefig(folder / "grey.png")
+    draw_samples(found, folder)
 
 
 if __name__ == "__main__":

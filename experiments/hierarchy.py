@@ -1,8 +1,7 @@
-"""Hierarchies of latents on MNIST beside the one-layer VAE, in as many passes over the same data in the same batches
-and with as many latent dims: two layers inferred bottom-up (Burda et al. 2016), and two top-down, whose latents write
-into one stream of features (Child 2021). Every row has the same free bits for each latent dim, and the rate of learning
-that suits the one-layer VAE; both were chosen on the validation images.
-"""
+"""Hierarchies of latents on MNIST compared with the one-layer VAE, with the same number of epochs, batches and latent
+dims: two layers with a bottom-up guide (Burda et al. 2016), and two with a top-down guide, whose latents are added to
+one stream of features (Child 2021). All rows have the same free bits per latent dim, and the learning rate that is best
+for the one-layer VAE; both were chosen on the validation images."""
 
 from __future__ import annotations
 
@@ -15,24 +14,24 @@ import torch
 from torch.nn import GELU, Sequential
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.models import Block, HierarchicalVAE, TopDownVAE
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes, and the budget that every row gets."""
+    """Sizes and training budget, the same for every row."""
 
     rows: tuple[str, ...] = ("one layer", "bottom-up", "top-down")
     seeds: tuple[int, ...] = (0, 1, 2)
     data: str = "mnist"
-    latents: tuple[int, ...] = (25, 25)  # next to the data, then above; one layer has them all
+    latents: tuple[int, ...] = (25, 25)  # from the layer next to the data upward; the one-layer VAE has their sum
     hidden: int = 200
     epochs: int = 8
     batch_size: int = 100
     lr: float = 2e-3
-    free_bits: float = 0.1  # nats of rate that each dim of a latent has for nothing
+    free_bits: float = 0.1  # nats of rate per latent dim without penalty
     num_test: int = 1000
     particles: int = 500
 
@@ -42,7 +41,7 @@ SMOKE = {
 }  # fmt: skip
 
 
-def made(s: Settings, row: str, images: Any) -> Any:
+def build_pair(s: Settings, row: str, images: Any) -> Any:
     """The pair of a row, two hidden layers between data and latents and between layers."""
     dims, h, every = images.shape[1], s.hidden, sum(s.latents)
     net = functools.partial(nn.mlp, activation=torch.nn.GELU)
@@ -57,7 +56,7 @@ def made(s: Settings, row: str, images: Any) -> Any:
     def block(latent: int, top: bool) -> Block:
         prior, first = net(h, 2 * latent, hidden=(h,)), () if top else (h,)
         with torch.no_grad():
-            prior[-1].weight.mul_(0.1)  # begins near a standard normal
+            prior[-1].weight.mul_(0.1)  # starts near a standard normal
         posterior = net(2 * h, 2 * latent, hidden=first)
         return Block(
             posteriors.DiagonalNormal(Sequential(GELU(), prior)), posteriors.DiagonalNormal(posterior),
@@ -83,25 +82,28 @@ def made(s: Settings, row: str, images: Any) -> Any:
     return {"one layer": one_layer, "bottom-up": bottom_up, "top-down": top_down}[row]()
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
     """Trains one pair and evaluates it on the first test images."""
-    images, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    images, valid, test = data.load(s.data, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
-    vae = made(s, row, images)
+    vae = build_pair(s, row, images)
     trained = cells.train(
-        vae, images, valid, here, epochs=s.epochs, lr=s.lr, objective=objectives.ELBO(free_bits=s.free_bits),
+        vae, images, valid, workspace, epochs=s.epochs, lr=s.lr, objective=objectives.ELBO(free_bits=s.free_bits),
         batch_size=s.batch_size, seed=seed,
     )  # fmt: skip
     est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
     kl = {k.removeprefix("valid_"): v for k, v in trained.metrics.items() if k.startswith("valid_kl_")}
     return (
-        cells.of_estimate(est) | cells.of_run(trained) | kl | {"parameters": sum(p.numel() for p in vae.parameters())}
+        cells.estimate_summary(est)
+        | cells.training_summary(trained)
+        | kl
+        | {"parameters": sum(p.numel() for p in vae.parameters())}
     )
 
 
 def table(found: Cells) -> str:
-    """One row a kind; KL in nats from the data upward."""
-    rows = {name: r for (name,), r in cells.collected(found, "row").items()}
+    """One row per kind; KL in nats from the data upward."""
+    rows = {name: r for (name,), r in cells.group_cells(found, "row").items()}
     plain = rows.get("one layer")
     header = ("layers", "seeds", "test NLL", "ELBO", "gain on one layer", "KL of each latent", "weights", "CPU ms/step")
     lines = []
@@ -109,7 +111,7 @@ def table(found: Cells) -> str:
         names = sorted(k for k in r[0]["result"] if k.startswith("kl_"))
         lines.append((
             name, len(r), f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}", f"{cells.mean(r, 'elbo'):.2f}",
-            cells.verdict(r, plain) if plain and r is not plain else "",
+            cells.compare_rows(r, plain) if plain and r is not plain else "",
             ", ".join(f"{cells.mean(r, k):.1f}" for k in names), f"{cells.mean(r, 'parameters') / 1e6:.2f} M",
             f"{cells.mean(r, 'cpu_ms_per_step'):.1f}",
         ))  # fmt: skip
@@ -117,7 +119,7 @@ def table(found: Cells) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     cells.run("hierarchy", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
 
 

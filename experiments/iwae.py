@@ -1,10 +1,9 @@
-"""Table 1 of Burda et al. 2016 (arXiv 1509.00519), MNIST binarised at random, one stochastic layer.
+"""Table 1 of Burda et al. 2016 (arXiv 1509.00519): dynamically binarised MNIST, one stochastic layer.
 
-784-200-200-(50), tanh, the decoder mirrored and started at the mean image; Adam with eps 1e-4, batches of 20, and
-eight rates lr * 10^(-i/7), i = 0 .. 7: with `--paper` lr = 1e-3 and 3^i passes each, 3280 in all; else `--lr`, chosen
-by the validation ELBO of VAE-1, and `--passes` each. VAE-k averages the ELBO over k draws. A unit u is active if
-Var_x(E_q[u | x]) > 0.01.
-"""
+784-200-200-(50), tanh, a mirrored decoder whose output bias starts at the mean image; Adam with eps 1e-4, batches of
+20, and eight learning rates lr * 10^(-i/7), i = 0 .. 7. With `--paper` lr = 1e-3 for 3^i passes each, 3280 in all; else
+`--lr`, chosen by the validation ELBO of VAE-1, for `--passes` each. VAE-k averages the ELBO over k draws. A unit u is
+active if Var_x(E_q[u | x]) > 0.01."""
 
 from __future__ import annotations
 
@@ -17,20 +16,20 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The schedule that every row gets."""
+    """The schedule, the same for every row."""
 
     rows: tuple[str, ...] = ("VAE-1", "VAE-5", "VAE-50", "IWAE-5", "IWAE-50", "DReG-50")
     seeds: tuple[int, ...] = (0, 1, 2)
     data: str = "mnist"
     latent: int = 50
     hidden: tuple[int, ...] = (200, 200)
-    paper: bool = False  # has a rate and passes of its own, in place of the next two
+    paper: bool = False  # the learning rate and passes of the paper, in place of the next two
     lr: float = 2e-3
     passes: int = 1
     batch_size: int = 20
@@ -50,7 +49,7 @@ SMOKE = {
     "particles": 50,
 }
 
-# NLL and active units; DReG, which the paper does not have, from another reproduction of its network
+# NLL and active units; DReG, which is not in the paper, from another reproduction of its network
 PUBLISHED = {
     "VAE-1": (86.76, 19),
     "VAE-5": (86.47, 20),
@@ -69,14 +68,14 @@ OBJECTIVES = {
 PAPER = [i for i in range(8) for _ in range(3**i)]  # the stage of each of the paper's epochs
 
 
-def falling(stage: list[int]) -> Callable[[torch.optim.Optimizer], LambdaLR]:
-    """The rate of every epoch, 10^(-i/7) of the first in stage i."""
+def stepwise_decay(stage: list[int]) -> Callable[[torch.optim.Optimizer], LambdaLR]:
+    """The learning rate of every epoch, 10^(-i/7) times the first in stage i."""
     return functools.partial(LambdaLR, lr_lambda=lambda epoch: 10 ** (-stage[min(epoch, len(stage) - 1)] / 7))
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
     """Trains one row and evaluates it on the first test images."""
-    images, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    images, valid, test = data.load(s.data, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
     dims = images.shape[1]
     decoder = nn.mlp(s.latent, dims, hidden=s.hidden[::-1])
@@ -93,23 +92,23 @@ def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
         vae,
         images,
         valid,
-        here,
+        workspace,
         epochs=len(stage),
         lr=lr,
         objective=OBJECTIVES[name](int(k)),
         optimizer=functools.partial(torch.optim.Adam, lr=lr, eps=s.eps),
-        scheduler=falling(stage),
+        scheduler=stepwise_decay(stage),
         batch_size=s.batch_size,
         seed=seed,
     )
     est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
     means = generate.posterior_means(trained.model, trained.guide, test)["z"]
-    return cells.of_estimate(est) | cells.of_run(trained) | {"active": int((means.var(0) > 0.01).sum())}
+    return cells.estimate_summary(est) | cells.training_summary(trained) | {"active": int((means.var(0) > 0.01).sum())}
 
 
 def table(found: Cells) -> str:
-    """One row an objective, beside the paper's; then the order of the rows by the yardstick."""
-    rows = {name: r for (name,), r in cells.collected(found, "row").items()}
+    """One row an objective, beside the paper's; then differences of rows."""
+    rows = {name: r for (name,), r in cells.group_cells(found, "row").items()}
     header = ("objective", "seeds", "test NLL", "active units", "published", "difference", "CPU ms/step")
     lines, known = [], PUBLISHED if found[0]["settings"]["data"] == "mnist" else {}
     for name, r in rows.items():
@@ -127,14 +126,14 @@ def table(found: Cells) -> str:
         f"the training data; the published figures are L_5000 on 10000 images after 3280 passes."
     )
     pairs = [("IWAE-5", "VAE-1"), ("IWAE-50", "IWAE-5"), ("IWAE-50", "VAE-50"), ("DReG-50", "IWAE-50")]
-    order = [(f"{a} over {b}", cells.verdict(rows[a], rows[b])) for a, b in pairs if a in rows and b in rows]
+    order = [(f"{a} over {b}", cells.compare_rows(rows[a], rows[b])) for a, b in pairs if a in rows and b in rows]
     return "\n\n".join(
         [budget, cells.markdown(header, lines), *([cells.markdown(("gain of", "nats"), order)] if order else [])]
     )
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     cells.run("iwae", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
 
 

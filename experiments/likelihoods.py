@@ -1,10 +1,10 @@
-"""Likelihoods of grey levels in bits per dimension: MNIST, Frey faces and Fashion-MNIST, the same steps for each.
+"""Likelihoods of grey levels in bits per dimension: MNIST, Frey faces and Fashion-MNIST, with the same number of steps
+each.
 
-A mass of the 256 levels is exact. A density is of dequantised data, v -> (v + u) / 256, and its figure an upper bound
-on the bits of the mass that it defines on the levels, P(v) = integral of p over v's bin (Theis et al. 2016, arXiv
-1511.01844). The two are different measures, so that each kind is ranked by itself. A Bernoulli takes binary data only,
-and is refused here: what it would give for grey values is the log-likelihood of nothing.
-"""
+A mass on the 256 levels is exact. A density is that of dequantised data, v -> (v + u) / 256; its bits per dim are an
+upper bound on those of the mass that it defines on the levels, P(v) = integral of p over the bin of v (Theis et al.
+2016, arXiv 1511.01844). The two have different base measures, so each kind is ranked separately. A Bernoulli takes
+binary data only and is refused here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn as tnn
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, posteriors, priors
 
 Build = Callable[[tnn.Module, int], tnn.Module]
@@ -35,8 +35,8 @@ DENSITIES: dict[str, Build] = {
 }
 
 
-def start(likelihood: str, x: torch.Tensor, levels: int) -> torch.Tensor:
-    """The bias of a decoder that begins at each pixel's own distribution, about: from elsewhere some never learn z."""
+def initial_bias(likelihood: str, x: torch.Tensor, levels: int) -> torch.Tensor:
+    """An output bias close to the marginal distribution of each pixel; without it some likelihoods never use z."""
     mean, std = x.mean(0).clamp(1 / levels, 1 - 1 / levels), x.std(0).clamp(min=1 / levels)
     if likelihood == "Categorical":
         level = (x * (levels - 1)).round()
@@ -51,7 +51,7 @@ def start(likelihood: str, x: torch.Tensor, levels: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """The budget that every likelihood gets on a data set."""
+    """Sizes and training budget, the same for every likelihood of a data set."""
 
     names: tuple[str, ...] = ("freyfaces", "mnist", "fashion-mnist")
     likelihoods: tuple[str, ...] = (*MASSES, *DENSITIES)
@@ -70,32 +70,32 @@ class Settings:
 SMOKE = {"names": ("digits",), "latent": 2, "steps": 13, "num_test": 20, "particles": 25}
 
 
-def compute(s: Settings, here: Here, name: str, likelihood: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, name: str, likelihood: str, seed: int) -> dict[str, Any]:
     """Trains one VAE and evaluates it on the first test images."""
-    images, valid, test = data.load(name, here.root, dequantize=likelihood in DENSITIES)
+    images, valid, test = data.load(name, workspace.root, dequantize=likelihood in DENSITIES)
     torch.manual_seed(seed)
     dims = images.shape[1]
     build = (MASSES | DENSITIES)[likelihood]
     (outputs,) = build(tnn.Identity(), images.levels).output_shape((dims,))
     decoder = nn.mlp(s.latent, outputs, hidden=s.decoder, activation=tnn.ELU)
-    nn.set_output_bias(decoder, start(likelihood, images.as_subclass(torch.Tensor), images.levels))
+    nn.set_output_bias(decoder, initial_bias(likelihood, images.as_subclass(torch.Tensor), images.levels))
     encoder = nn.mlp(dims, 2 * s.latent, hidden=s.encoder, activation=tnn.ELU)
     prior, posterior = priors.StandardNormal(s.latent), posteriors.DiagonalNormal(encoder)
     vae = VAE(prior, build(decoder, images.levels), posterior)
     epochs = math.ceil(s.steps / math.ceil(len(images) / s.batch_size))
     trained = cells.train(
-        vae, images, valid, here, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=s.clip, seed=seed
+        vae, images, valid, workspace, epochs=epochs, lr=s.lr, batch_size=s.batch_size, clip=s.clip, seed=seed
     )
     held_out = test.head(s.num_test)
     est = log_marginal(trained.model, trained.guide, held_out, num_particles=s.particles, seed=seed, rows=500)
     kind = "mass" if likelihood in MASSES else "density"
-    own = {"kind": kind, "levels": images.levels, "at_floor": at_floor(vae, trained, held_out)}
-    return cells.of_estimate(est) | cells.of_run(trained) | own
+    own = {"kind": kind, "levels": images.levels, "at_floor": share_at_floor(vae, trained, held_out)}
+    return cells.estimate_summary(est) | cells.training_summary(trained) | own
 
 
 @torch.no_grad()
-def at_floor(vae: VAE, trained: Any, x: torch.Tensor) -> float | None:
-    """The share of the scales at the posterior means that have come within 10 % of their floor, if there is one."""
+def share_at_floor(vae: VAE, trained: Any, x: torch.Tensor) -> float | None:
+    """The share of scales at the posterior means within 10 % of their floor, if there is one."""
     floor = getattr(vae.likelihood, "floor", None)
     if floor is None:
         return None
@@ -104,28 +104,37 @@ def at_floor(vae: VAE, trained: Any, x: torch.Tensor) -> float | None:
 
 
 def table(found: Cells) -> str:
-    """Two tables a data set: masses and densities, each ranked by itself."""
+    """Two tables per data set: masses and densities, ranked separately."""
     kinds = {
         "mass": "log-mass of the {} levels, exact",
-        "density": "density of dequantised data, an upper bound on the bits of {} levels: not to be ranked with masses",
+        "density": "density of dequantised data, an upper bound on the bits of {} levels, not comparable with masses",
     }
-    header = ("", "likelihood", "seeds", "bits per dim", "behind the first", "at floor", "not reliable", "CPU ms/step")
+    header = (
+        "",
+        "likelihood",
+        "seeds",
+        "bits per dim",
+        "excess over the best",
+        "at floor",
+        "unreliable",
+        "CPU ms/step",
+    )
     out = []
-    for (name,), of_data in cells.collected(found, "name").items():
+    for (name,), of_data in cells.group_cells(found, "name").items():
         for kind, title in kinds.items():
             some = [c for c in of_data if c["result"]["kind"] == kind]
             rows = sorted(
-                cells.collected(some, "likelihood").items(), key=lambda row: cells.mean(row[1], "bits_per_dim")
+                cells.group_cells(some, "likelihood").items(), key=lambda row: cells.mean(row[1], "bits_per_dim")
             )
-            lines = [line(rank, likelihood, r, rows[0][1]) for rank, ((likelihood,), r) in enumerate(rows, 1)]
+            lines = [table_row(rank, likelihood, r, rows[0][1]) for rank, ((likelihood,), r) in enumerate(rows, 1)]
             if rows:
                 title = title.format(some[0]["result"]["levels"])
                 out.append(f"**{name}**: {title}\n\n{cells.markdown(header, lines)}\n")
     return "\n".join(out)
 
 
-def line(rank: int, likelihood: str, row: Cells, first: Cells) -> tuple[Any, ...]:
-    """A likelihood's line; how far it is behind the first of its kind, with the paired standard error."""
+def table_row(rank: int, likelihood: str, row: Cells, first: Cells) -> tuple[Any, ...]:
+    """The row of a likelihood; its excess over the best of its kind, with the paired standard error."""
     unit = cells.mean(row, "dims") * math.log(2)
     behind, error = cells.difference(first, row) if row is not first else (0.0, 0.0)
     floor = row[0]["result"]["at_floor"]
@@ -142,7 +151,7 @@ def line(rank: int, likelihood: str, row: Cells, first: Cells) -> tuple[Any, ...
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     cells.run("likelihoods", Settings, ("name", "likelihood", "seed"), compute, table, SMOKE, __doc__, args)
 
 

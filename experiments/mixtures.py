@@ -1,9 +1,10 @@
-"""A mixture of Gaussians is a latent-variable model, and a VAE is one with a cluster for every point of the plane.
-Two sets of data in the plane: planted clusters, a mixture itself, and a pinwheel, which is none. A mixture with the
-cluster summed out is fitted by stochastic variational inference, whose bound is then log p(x) itself, and by scikit-
-learn's EM from the same start (k-means), which climbs the same function; then a VAE, p(x) = integral of N(x; f(z),
-s(z)^2) over z ~ N(0, I). log p(x) of the mixtures is exact, of the VAE by importance sampling.
-"""
+"""A mixture of Gaussians as a latent-variable model, and the VAE as a mixture with a cluster for every z.
+
+Two data sets in the plane: planted clusters, which are a mixture, and a pinwheel, which is not. A mixture with the
+cluster summed out is fitted by stochastic variational inference, whose bound then equals log p(x), and by
+scikit-learn's EM from the same initial values (k-means), which maximises the same function; then a VAE, p(x) = integral
+of N(x; f(z), s(z)^2) over z ~ N(0, I). log p(x) is exact for the mixtures, and estimated by importance sampling for the
+VAE."""
 
 from __future__ import annotations
 
@@ -20,14 +21,14 @@ from sklearn.mixture import GaussianMixture as EM
 from torch import Tensor
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, objectives, plots, posteriors, priors
 from ppvae.models import GaussianMixture
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The data are the same for all seeds; the start and the order of the data are not."""
+    """The data are the same for all seeds; initial values and the order of the data differ."""
 
     names: tuple[str, ...] = ("clusters", "pinwheel")
     fits: tuple[str, ...] = ("EM", "SVI", "VAE")
@@ -57,14 +58,14 @@ def clusters(count: int, generator: torch.Generator) -> Tensor:
 
 
 def pinwheel(count: int, generator: torch.Generator) -> Tensor:
-    """Five arms that bend, [count, 2]."""
+    """Five bent arms, [count, 2]."""
     x = torch.randn(count, 2, generator=generator) * torch.tensor([0.6, 0.2]) + torch.tensor([2.0, 0.0])
     turn = 2 * math.pi * torch.randint(5, (count,), generator=generator) / 5 + 0.25 * (x[:, 0] / 2).exp()
     return torch.view_as_real(torch.view_as_complex(x) * torch.polar(torch.ones(count), turn))
 
 
-def started(x: Tensor, components: int, seed: int) -> GaussianMixture:
-    """A mixture with k-means' centres and the scale that its clusters have on average."""
+def start_from_kmeans(x: Tensor, components: int, seed: int) -> GaussianMixture:
+    """A mixture with the centres of k-means and the average scale of its clusters."""
     means = KMeans(components, n_init=1, random_state=seed).fit(x.numpy())
     pair = GaussianMixture.from_data(x, components)
     with torch.no_grad():
@@ -73,8 +74,8 @@ def started(x: Tensor, components: int, seed: int) -> GaussianMixture:
     return pair
 
 
-def by_em(x: Tensor, pair: GaussianMixture) -> None:
-    """Takes the mixture to where EM ends from there."""
+def fit_by_em(x: Tensor, pair: GaussianMixture) -> None:
+    """Fits the mixture by EM from its present values, in place."""
     start = (pair.logits.softmax(0), pair.loc, (-2 * pair.log_scale).exp().diag_embed())
     p, m, q = (value.detach().numpy() for value in start)
     em = EM(len(m), weights_init=p, means_init=m, precisions_init=q, tol=1e-10, max_iter=100_000, reg_covar=0.0)
@@ -84,8 +85,8 @@ def by_em(x: Tensor, pair: GaussianMixture) -> None:
     pair.load_state_dict(end | {"logits": torch.from_numpy(found.weights_).log()})
 
 
-def compute(s: Settings, here: Here, name: str, fit: str, seed: int) -> dict[str, Any]:
-    """Fits one of the three, and takes its density over the plane."""
+def compute(s: Settings, workspace: Workspace, name: str, fit: str, seed: int) -> dict[str, Any]:
+    """Fits one of the three, and evaluates its density over the plane."""
     make = {"clusters": clusters, "pinwheel": pinwheel}[name]
     x, test = (make(s.num_data, torch.Generator().manual_seed(i)).double() for i in (1, 2))
     torch.manual_seed(seed)
@@ -96,39 +97,39 @@ def compute(s: Settings, here: Here, name: str, fit: str, seed: int) -> dict[str
         pair: Any = VAE(prior, likelihoods.Normal(decoder, scale="network"), posterior)
         options = {"epochs": s.vae_epochs, "lr": s.vae_lr, "objective": objectives.IWAE(8)}
     else:
-        pair = started(x, s.components, seed)
+        pair = start_from_kmeans(x, s.components, seed)
         options = {"epochs": s.epochs, "lr": s.lr, "objective": objectives.ELBO()}
     if fit == "EM":
-        by_em(x, pair)
+        fit_by_em(x, pair)
     else:
-        cells.train(pair, x, None, here, batch_size=s.batch_size, seed=seed, **options)
+        cells.train(pair, x, None, workspace, batch_size=s.batch_size, seed=seed, **options)
     estimate = functools.partial(log_marginal, pair.model, pair.guide, num_particles=s.particles if fit == "VAE" else 1)
-    here.folder.mkdir(parents=True, exist_ok=True)
+    workspace.folder.mkdir(parents=True, exist_ok=True)
     middles = generate.samples(pair.model, pair.guide, x, 100) if fit == "VAE" else pair.loc.detach()
     density = estimate(plots.plane(count=s.side).to(x)).log_px
-    np.savez(here.folder / "map.npz", data=x, density=density, middles=middles)
-    return cells.of_estimate(estimate(test)) | {"train": -estimate(x).nll, "digest": data.digest(test.float())}
+    np.savez(workspace.folder / "map.npz", data=x, density=density, middles=middles)
+    return cells.estimate_summary(estimate(test)) | {"train": -estimate(x).nll, "digest": data.digest(test.float())}
 
 
 def table(found: Cells) -> str:
-    """One row a data set and fit; SVI and EM beside each other on the training data, seed by seed."""
-    rows, lines = cells.collected(found, "name", "fit"), []
+    """One row per data set and fit; SVI compared with EM on the training data, seed by seed."""
+    rows, lines = cells.group_cells(found, "name", "fit"), []
     for (name, fit), r in rows.items():
         em = rows.get((name, "EM"), r)
         over = [c["result"]["train"] - e["result"]["train"] for c, e in zip(r, em, strict=False)]
         apart = ", ".join(f"{d:+.4f}" for d in over) if fit == "SVI" else ""
         log_px = f"{-cells.mean(r):.3f} ± {cells.standard_error(r):.3f}"
-        gain = cells.verdict(r, em) if r is not em else ""
+        gain = cells.compare_rows(r, em) if r is not em else ""
         lines.append((name, fit, len(r), f"{cells.mean(r, 'train'):.3f}", apart, log_px, gain))
     return cells.markdown(
         ("data", "fit", "seeds", "train log p(x)", "over EM, by seed", "test log p(x)", "gain"), lines
     )
 
 
-def picture(found: Cells, folder: Path) -> None:
-    """The data, the finite mixture and the infinite one, a row a data set; crosses are middles of clusters."""
+def draw_figure(found: Cells, folder: Path) -> None:
+    """The data, the finite mixture and the infinite one, one row per data set; crosses are cluster means."""
     panels, marks = {}, {}
-    for (name, fit), r in cells.collected(found, "name", "fit").items():
+    for (name, fit), r in cells.group_cells(found, "name", "fit").items():
         if fit != "EM" and (path := Path(r[0]["folder"]) / "map.npz").exists():
             held, count = np.load(path), r[0]["settings"]["components"]
             title = {"SVI": f"mixture of {count}", "VAE": "VAE, an infinite mixture"}[
@@ -141,8 +142,8 @@ def picture(found: Cells, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
-    picture(*cells.run("mixtures", Settings, ("name", "fit", "seed"), compute, table, SMOKE, __doc__, args))
+    """Computes the table and draws the figure."""
+    draw_figure(*cells.run("mixtures", Settings, ("name", "fit", "seed"), compute, table, SMOKE, __doc__, args))
 
 
 if __name__ == "__main__":

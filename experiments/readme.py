@@ -10,28 +10,29 @@ from types import ModuleType
 from typing import Any
 
 import experiments
-from experiments.cells import RESULTS, Cells, kept
+from experiments.cells import RESULTS, Cells, load_cells
 
 INTRODUCTION = """# Experiments
 
 Written by `python -m experiments.readme` from the files in `results/`: do not edit.
 
-One script a table or figure: `python -m experiments.NAME` from the root of the repository; `--smoke` runs it in seconds
-on data that need no download, `--help` lists its settings, and the data are looked for in `PPVAE_DATA` (or `--root`).
-A cell that is there already, with the same settings, is not computed again, and one that was interrupted goes on from
-its last checkpoint in `runs/`: a table can fill over several sittings. `--again` computes cells anew, under
-`runs/again`, and holds them against those that are kept. Each cell is a file with its command, settings,
-seed, commit, the SHA-256 of the data that it was evaluated on, machine, threads, versions and duration.
+One script per table or figure: `python -m experiments.NAME` from the root of the repository; `--smoke` runs it in
+seconds on data that need no download, `--help` lists its settings; data are read from `PPVAE_DATA` (or `--root`). A
+cell that is stored with the same settings is not computed again, and an interrupted cell resumes from its last
+checkpoint in `runs/`, so that a table can be computed in several sessions. `--again` recomputes cells under
+`runs/again` and compares them with the stored ones. Each cell is a file with its command, settings, seed, commit, the
+SHA-256 of the evaluated data, machine, threads, versions and duration.
 
-NLL is in nats per datum, log p(x) by importance sampling; ± is one standard error, over test data and over seeds where
-there are several; differences are paired over test data. "Better" and "worse" mean beyond twice the standard error of
-the difference, with three seeds or more a row; with fewer nothing is decided. Data are "not reliable" where the
-importance weights do not support the estimate (`est.reliable`): their NLL is an upper bound, possibly a loose one.
+NLL is in nats per datum, log p(x) by importance sampling; ± is one standard error, over test data and, if there are
+several, over seeds; differences are paired over test data. "Better" and "worse" mean a difference beyond twice its
+standard error, with three seeds or more per row; with fewer seeds the comparison is undecided. "Unreliable" is the
+share of data whose estimate the importance weights do not support (`~est.reliable`): their NLL is an upper bound,
+possibly a loose one.
 """
 
 
 def text() -> str:
-    """The whole file."""
+    """The content of the file."""
     names = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
     modules = [importlib.import_module(f"experiments.{name}") for name in names]
     sections = [section(module) for module in modules if hasattr(module, "Settings") and hasattr(module, "table")]
@@ -39,43 +40,43 @@ def text() -> str:
 
 
 def main() -> None:
-    """Collects the tables."""
+    """Writes the file."""
     path = RESULTS.parent / "README.md"
     path.write_text(text())
     print(path)
 
 
 def section(module: ModuleType) -> str:
-    """An experiment's description, command, tables (one for each settings) and pictures; "" without cells."""
+    """The description, command, tables (one per combination of settings) and figures; "" without cells."""
     name = module.__name__.rpartition(".")[2]
-    cells = kept(RESULTS / name, module.Settings())
+    cells = load_cells(RESULTS / name, module.Settings())
     if not cells:
         return ""
     parts = [f"## {name}", (module.__doc__ or "").strip(), f"`python -m experiments.{name}`"]
-    usual = plain(dataclasses.asdict(module.Settings()))
-    for settings, group in grouped(cells, usual):
+    defaults = as_json(dataclasses.asdict(module.Settings()))
+    for settings, group in group_by_settings(cells, defaults):
         parts += [f"With {settings}:"] if settings else []
         parts += [module.table(group).strip(), provenance(group)]
     pictures = sorted((RESULTS / name).glob("*.png"))
     return "\n\n".join(filter(None, parts + [f"![{p.stem}]({p.relative_to(RESULTS.parent)})" for p in pictures]))
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON has them."""
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON stores them: tuples become lists."""
     return json.loads(json.dumps(settings))
 
 
-def grouped(cells: Cells, usual: dict[str, Any]) -> list[tuple[str, Cells]]:
-    """(what is not as usual, cells) for each combination of settings, the usual one first."""
+def group_by_settings(cells: Cells, defaults: dict[str, Any]) -> list[tuple[str, Cells]]:
+    """(settings that differ from the defaults, cells) for each combination of settings, the defaults first."""
     groups: dict[str, Cells] = {}
     for c in cells:
-        unusual = {k: v for k, v in c["settings"].items() if usual.get(k) != v}
-        groups.setdefault(", ".join(f"{k} = {v}" for k, v in unusual.items()), []).append(c)
+        changed = {k: v for k, v in c["settings"].items() if defaults.get(k) != v}
+        groups.setdefault(", ".join(f"{k} = {v}" for k, v in changed.items()), []).append(c)
     return sorted(groups.items(), key=lambda group: group[0])
 
 
 def provenance(cells: Cells) -> str:
-    """Where a table's cells were computed, with what code, and for how long."""
+    """Machine, commit and duration of a table's cells."""
     machines = sorted({f"{c['machine']}, {c['threads']} thread{'s' * (c['threads'] > 1)}" for c in cells})
     commits = sorted({c["commit"][:10] + "-dirty" * c["commit"].endswith("-dirty") for c in cells})
     seconds = sum(c["duration"] for c in cells)

@@ -1,14 +1,13 @@
-"""Table 1 of Burda et al. 2016 (arXiv 1509.00519) on MNIST binarised at random, one and two stochastic layers, after
-a shortened schedule: ours beside the paper's, and whether it is within 1.5 nats.
+"""Table 1 of Burda et al. 2016 (arXiv 1509.00519) on dynamically binarised MNIST, one and two stochastic layers, with a
+shortened schedule: our results beside the paper's, and whether they agree within 1.5 nats.
 
-784-200-200-(50), or 784-200-200-(100)-100-100-(50), tanh, decoders mirrored and started at the mean image. 50,000
-training images, Adam with eps 1e-4, its rate falling from `--lr` along a cosine. VAE-1 and IWAE-5 take as many steps,
-IWAE-5 in batches and epochs half as large, the rate by the root of the batch. IWAE-50, whose epochs cost most, begins
-with 5 draws, and both its stages are by doubly reparameterised gradients (Tucker et al. 2019, arXiv 1810.04152): the
-same bound with less noise (by plain gradients one layer came to 86.53 in 240 epochs of 50 draws). Products in bfloat16,
-evaluation in float32. `--paper` runs the paper's schedule: 3^i passes at 1e-3 * 10^(-i/7), i = 0 .. 7, 3280 in all, in
-batches of 20, by plain gradients in float32.
-"""
+784-200-200-(50), or 784-200-200-(100)-100-100-(50), tanh, mirrored decoders whose output bias starts at the mean image.
+50,000 training images, Adam with eps 1e-4 and cosine decay from `--lr`. VAE-1 and IWAE-5 take the same number of steps,
+IWAE-5 with half the batch size and epochs, and a learning rate scaled by the square root of the batch size. IWAE-50,
+whose epochs cost most, starts with 5 draws, and both its stages use doubly reparameterised gradients (Tucker et al.
+2019, arXiv 1810.04152), of lower variance for the same bound (with pathwise gradients, one layer reached 86.53 in 240
+epochs of 50 draws). Matrix products in bfloat16, evaluation in float32. `--paper` runs the paper's schedule: 3^i passes
+at 1e-3 * 10^(-i/7), i = 0 .. 7, 3280 in all, in batches of 20, with pathwise gradients in float32."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments import cells, iwae
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, posteriors, priors
 from ppvae.models import HierarchicalVAE
 
@@ -29,7 +28,7 @@ TOLERANCE = 1.5  # nats
 
 @dataclass(frozen=True)
 class Settings:
-    """The schedule; an epoch of K draws counts for as many passes as its `epochs` say."""
+    """The schedule; rows with several draws have shares of epochs and batch size, see `stages`."""
 
     layers: tuple[int, ...] = (1, 2)
     rows: tuple[str, ...] = ("VAE-1", "IWAE-5", "IWAE-50")
@@ -38,7 +37,7 @@ class Settings:
     hidden: tuple[int, ...] = (200, 200)
     paper: bool = False
     lr: float = 2e-3
-    epochs: int = 600  # and batch size with one draw; with more, shares of both
+    epochs: int = 600  # with one draw, as is the batch size; shares of both with more draws
     batch_size: int = 100
     eps: float = 1e-4
     num_test: int = 10_000
@@ -66,8 +65,8 @@ class Stage(NamedTuple):
     lr: float
 
 
-def plan(s: Settings, row: str) -> list[Stage]:
-    """The stages of a row, each from where the last ended."""
+def stages(s: Settings, row: str) -> list[Stage]:
+    """The stages of a row; each continues from the parameters of the last."""
     name, draws = row.split("-")
     if s.paper:
         return [Stage(name, int(draws), len(iwae.PAPER), 20, 1e-3)]
@@ -81,7 +80,7 @@ def plan(s: Settings, row: str) -> list[Stage]:
     ]
 
 
-def pair_of(s: Settings, layers: int, mean: torch.Tensor) -> VAE | HierarchicalVAE:
+def build_pair(s: Settings, layers: int, mean: torch.Tensor) -> VAE | HierarchicalVAE:
     """The paper's networks."""
     dims, (wide, narrow) = len(mean), (100, 50) if layers == 2 else (50, 0)
     decoder = nn.mlp(wide, dims, hidden=s.hidden[::-1])
@@ -98,38 +97,38 @@ def pair_of(s: Settings, layers: int, mean: torch.Tensor) -> VAE | HierarchicalV
     )
 
 
-def compute(s: Settings, here: Here, layer: int, row: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, layer: int, row: str, seed: int) -> dict[str, Any]:
     """Trains one row and evaluates it on the test images."""
-    images, valid, test = data.load(s.data, here.root, binarize="dynamic")
+    images, valid, test = data.load(s.data, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
-    vae = pair_of(s, layer, images.as_subclass(torch.Tensor).mean(0))
-    options: dict[str, Any] = {"scheduler": iwae.falling(iwae.PAPER)} if s.paper else {"precision": "bf16"}
+    vae = build_pair(s, layer, images.as_subclass(torch.Tensor).mean(0))
+    options: dict[str, Any] = {"scheduler": iwae.stepwise_decay(iwae.PAPER)} if s.paper else {"precision": "bf16"}
     runs = [
         cells.train(
-            vae, images, valid.head(2000), dataclasses.replace(here, folder=here.folder / str(number)),
+            vae, images, valid.head(2000), dataclasses.replace(workspace, folder=workspace.folder / str(number)),
             epochs=stage.epochs, lr=stage.lr, objective=iwae.OBJECTIVES[stage.objective](stage.draws),
             optimizer=functools.partial(torch.optim.Adam, lr=stage.lr, eps=s.eps), batch_size=stage.batch,
             seed=seed + number, **options,
         )
-        for number, stage in enumerate(plan(s, row))
+        for number, stage in enumerate(stages(s, row))
     ]  # fmt: skip
     est = log_marginal(vae.model, vae.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
     means = generate.posterior_means(vae.model, vae.guide, test)
     active = "+".join(str(int((z.var(0) > 0.01).sum())) for _, z in sorted(means.items()))
-    return cells.of_estimate(est) | cells.of_run(*runs) | {"active": active}
+    return cells.estimate_summary(est) | cells.training_summary(*runs) | {"active": active}
 
 
 def table(found: Cells) -> str:
-    """One row a number of layers and an objective, beside the paper's."""
+    """One row per number of layers and an objective, beside the paper's."""
     lines = []
-    for (layers, row), r in cells.collected(found, "layer", "row").items():
+    for (layers, row), r in cells.group_cells(found, "layer", "row").items():
         first, s = r[0]["result"], Settings(**r[0]["settings"])
         published: tuple[str, ...] = ("", "", "")
         if s.data == "mnist" and row in PUBLISHED:
             theirs = PUBLISHED[row][layers - 1]
             behind = cells.mean(r) - float(theirs.split()[0])
             published = (theirs, f"{behind:+.2f}", "reached" if behind <= TOLERANCE else "not reached")
-        steps = ", ".join(f"{stage.epochs} x {stage.batch} ({stage.draws})" for stage in plan(s, row))
+        steps = ", ".join(f"{stage.epochs} x {stage.batch} ({stage.draws})" for stage in stages(s, row))
         lines.append((
             layers, row, len(r), steps, f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}", first["active"],
             *published, f"{first['training_cpu_seconds'] / 60:.0f}",
@@ -140,7 +139,7 @@ def table(found: Cells) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table."""
+    """Computes the table."""
     cells.run("table1", Settings, ("layer", "row", "seed"), compute, table, SMOKE, __doc__, args)
 
 

@@ -1,6 +1,6 @@
-"""scikit-learn's tables of real, count, binary and categorical columns, cells removed at random: log p(x_observed) and
-imputed cells (Mattei and Frellsen 2019, arXiv 1812.02633), against independent columns, which impute mean or mode.
-"""
+"""scikit-learn's tables of real, count, binary and categorical columns with values removed at random: log p(x_observed)
+and imputed values (Mattei and Frellsen 2019, arXiv 1812.02633), compared with independent columns, which impute mean or
+mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn import datasets
 from torch import Tensor
 from torch import nn as tnn
 
-from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error
+from experiments.cells import Cells, Workspace, estimate_summary, group_cells, markdown, mean, run, standard_error
 from ppvae import data, fit, likelihoods, nn
 from ppvae.evaluation import impute
 from ppvae.models import TableVAE
@@ -24,7 +24,7 @@ from ppvae.plots.style import BLUE, FAINT, figure, styled
 
 @dataclass(frozen=True)
 class Settings:
-    """The tables, the share of their cells that is removed, and the budget."""
+    """The tables, the share of removed values, and the training budget."""
 
     tables: tuple[str, ...] = ("wine", "diabetes", "breast_cancer")
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -41,8 +41,8 @@ SMOKE = {"tables": ("wine",), "seeds": (0,), "hidden": (8,), "epochs": 2, "parti
 COUNTS = ("age", "s1", "magnesium")
 
 
-def loaded(name: str, missing: float) -> tuple[Tensor, Tensor, list[likelihoods.Column]]:
-    """The rows in a fixed random order, target included; which cells are removed; what the columns are."""
+def load_table(name: str, missing: float) -> tuple[Tensor, Tensor, list[likelihoods.Column]]:
+    """(rows in a fixed random order with the target, mask of removed values, column types)."""
     held: Any = getattr(datasets, f"load_{name}")(**({"scaled": False} if name == "diabetes" else {}))
     x, columns = torch.from_numpy(np.column_stack([held.data, held.target])).float(), []
     for d, column in enumerate([*held.feature_names, "target"]):
@@ -58,17 +58,17 @@ def loaded(name: str, missing: float) -> tuple[Tensor, Tensor, list[likelihoods.
     return x, removed, columns
 
 
-def independent(x: Tensor, columns: list[likelihoods.Column]) -> likelihoods.Mixed:
-    """Columns that no z moves, fitted to standardised reals, to counts, and to codes."""
+def fit_independent_columns(x: Tensor, columns: list[likelihoods.Column]) -> likelihoods.Mixed:
+    """A likelihood that does not depend on z, fitted to each column."""
     net = nn.mlp(1, likelihoods.table_outputs(columns), hidden=())
     tnn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
     nn.set_output_bias(net, likelihoods.marginals(columns, x))
     return likelihoods.Mixed(net, columns, floor=0.0)
 
 
-def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
-    """Trains on the observed cells of some rows; evaluates on those of others, and on what is removed of them."""
-    whole, removed, columns = loaded(table, s.missing)
+def compute(s: Settings, workspace: Workspace, table: str, seed: int) -> dict[str, Any]:
+    """Trains on the observed values of the training rows; evaluates observed and removed values of the test rows."""
+    whole, removed, columns = load_table(table, s.missing)
     cuts = (int(0.6 * len(whole)), int(0.75 * len(whole)))
     real, count = (torch.tensor([c.kind == kind for c in columns]) for kind in ("real", "count"))
     known = whole.masked_fill(removed, torch.nan)[: cuts[0]]
@@ -77,17 +77,17 @@ def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
     unit = torch.where(count, spread, 1.0)
     parts = whole.masked_fill(removed, torch.nan).tensor_split(cuts)
     train, valid, test = (data.with_missing(part, name=table) for part in parts)
-    baseline = independent(parts[0], columns)
+    baseline = fit_independent_columns(parts[0], columns)
     torch.manual_seed(seed)
     vae = TableVAE.from_data(parts[0], columns, latent=s.latent, hidden=s.hidden, floor=0.05)
     trained = fit(
         vae.model, vae.guide, train, valid=valid, optimizer=functools.partial(torch.optim.AdamW, lr=s.lr), seed=seed,
-        epochs=s.epochs, patience=s.patience, device=here.device, directory=here.folder, resume=True,
+        epochs=s.epochs, patience=s.patience, device=workspace.device, directory=workspace.folder, resume=True,
     )  # fmt: skip
     filled = impute(trained.model, trained.guide, test, num_particles=s.particles, draws=1000)
     est, binary = filled.estimate, torch.tensor([c.kind == "binary" for c in columns])
     gain = est.log_px - baseline(torch.zeros(len(test), 1)).log_prob(parts[2]).detach()
-    answer, removed, result = whole[cuts[1] :], removed[cuts[1] :], of_estimate(est) | {"gain": float(gain.mean())}
+    answer, removed, result = whole[cuts[1] :], removed[cuts[1] :], estimate_summary(est) | {"gain": float(gain.mean())}
     own = torch.where(binary, filled.mean.round(), filled.mean)
     own = torch.where(own.isnan(), filled.values.mode(0).values, own)  # the most frequent of a category's codes
     modes = torch.stack([column[~column.isnan()].mode().values for column in parts[0].T])
@@ -95,15 +95,15 @@ def compute(s: Settings, here: Here, table: str, seed: int) -> dict[str, Any]:
     for who, guess in (("", own), ("alone_", alone)):
         result[f"{who}rmse"] = float(((guess - answer) / unit)[removed & (real | count)].square().mean().sqrt())
         result[f"{who}wrong"] = float((guess != answer)[removed & ~real & ~count].float().mean())
-    np.savez(here.folder / "shown.npz", answer=answer[removed & real], guess=own[removed & real])
+    np.savez(workspace.folder / "shown.npz", answer=answer[removed & real], guess=own[removed & real])
     return result | {"gain_error": float(gain.std()) / len(gain) ** 0.5}
 
 
 def table(cells: Cells) -> str:
-    """One row a table: log p of observed cells, and errors of removed ones."""
-    header = ("table", "seeds", "NLL", "independent", "gain", "RMSE", "of means", "wrong", "of modes", "not reliable")
+    """One row per table: log p of observed values, and errors of imputed ones."""
+    header = ("table", "seeds", "NLL", "independent", "gain", "RMSE", "of means", "wrong", "of modes", "unreliable")
     lines = []
-    for (name,), r in collected(cells, "table").items():
+    for (name,), r in group_cells(cells, "table").items():
         nll, gain = f"{mean(r):.2f} ± {standard_error(r):.2f}", f"{mean(r, 'gain'):+.2f} ± {mean(r, 'gain_error'):.2f}"
         errors = (f"{mean(r, key):.3f}" for key in ("rmse", "alone_rmse", "wrong", "alone_wrong"))
         doubt = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.0f} %"
@@ -112,9 +112,9 @@ def table(cells: Cells) -> str:
 
 
 @styled
-def picture(cells: Cells) -> Any:
-    """Real cells that were removed of the test rows and what is put there, in standard deviations of their column."""
-    rows = collected([c for c in cells if (Path(c["folder"]) / "shown.npz").exists()], "table")
+def draw_figure(cells: Cells) -> Any:
+    """Removed real values of the test rows and their imputations, in standard deviations of the column."""
+    rows = group_cells([c for c in cells if (Path(c["folder"]) / "shown.npz").exists()], "table")
     fig = figure(3.2 * len(rows), 3.3)
     for ax, ((name,), r) in zip(fig.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         held = np.load(Path(r[0]["folder"]) / "shown.npz")
@@ -127,9 +127,9 @@ def picture(cells: Cells) -> Any:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     cells, folder = run("tables", Settings, ("table", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(cells).savefig(folder / "tables.png")
+    draw_figure(cells).savefig(folder / "tables.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Topic models on a simulated corpus, 25 words on a 5 x 5 grid and ten topics, its rows and columns (Griffiths and
-Steyvers 2004), and on digits, documents of pixels. ProdLDA is a product of experts; a topic is recovered where less
-than a tenth of its mass is misplaced. "planted" and "scikit-learn LDA" are given.
-"""
+"""Topic models on a simulated corpus of 25 words on a 5 x 5 grid with ten topics, its rows and columns (Griffiths and
+Steyvers 2004), and on digits as documents of pixels. ProdLDA is a product of experts; a topic counts as recovered if
+less than a tenth of its mass is misplaced. The rows "planted" and "scikit-learn LDA" are references."""
 
 from __future__ import annotations
 
@@ -17,7 +16,18 @@ from sklearn.decomposition import LatentDirichletAllocation
 from torch import Tensor
 from torch import nn as tnn
 
-from experiments.cells import Cells, Here, collected, markdown, mean, of_estimate, run, standard_error, train, verdict
+from experiments.cells import (
+    Cells,
+    Workspace,
+    compare_rows,
+    estimate_summary,
+    group_cells,
+    markdown,
+    mean,
+    run,
+    standard_error,
+    train,
+)
 from ppvae import data, log_marginal, nn, posteriors, priors
 from ppvae.distributions import Multinomial
 from ppvae.evaluation import coherence, perplexity
@@ -30,7 +40,7 @@ FITTED = ("LogisticNormal", "Dirichlet", "ProdLDA", LDA)
 
 @dataclass(frozen=True)
 class Settings:
-    """The rows, corpus/model, and the budget that every model gets."""
+    """The rows, corpus/model, and the training budget, the same for every model."""
 
     rows: tuple[str, ...] = (*(f"bars/{m}" for m in (*FITTED, PLANTED)), *(f"digits/{m}" for m in FITTED))
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,14 +59,14 @@ SMOKE = {"rows": (f"bars/{PLANTED}", "digits/Dirichlet"), "seeds": (0,), "num_tr
 
 
 def bars() -> Tensor:
-    """The planted topics, [10, 25]: a row or a column each, and a hundredth of its mass anywhere."""
+    """The planted topics, [10, 25]: a row or a column each, mixed with a hundredth of uniform mass."""
     grid = torch.eye(5)
     rows = torch.cat([grid[:, :, None].expand(5, 5, 5), grid[:, None, :].expand(5, 5, 5)]).flatten(1)
     return 0.99 * rows / 5 + 0.01 / 25
 
 
-def corpus(s: Settings, source: str) -> list[Tensor]:
-    """Counts of words for training, validation and test."""
+def load_corpus(s: Settings, source: str) -> list[Tensor]:
+    """Word counts for training, validation and test."""
     if source == "digits":
         return [(16 * part.read()).round()[: s.num_train] for part in data.load("digits")]
     torch.manual_seed(0)
@@ -68,15 +78,15 @@ def corpus(s: Settings, source: str) -> list[Tensor]:
     return out
 
 
-def pair(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
-    """The model by its name."""
+def build_model(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
+    """The model of a name."""
     k, words = s.topics, x.shape[1]
     topics: tnn.Module = tnn.Linear(k, words) if name == "ProdLDA" else nn.Topics(k, words)
     encoder = functools.partial(nn.mlp, words, hidden=s.hidden)
     if name in ("LogisticNormal", "ProdLDA"):
         prior = priors.LogisticNormal.like_dirichlet(k, s.concentration, learned=True)
         return TopicModel(prior, topics, posteriors.LogisticNormal(tnn.Sequential(nn.Log1p(), encoder(2 * k))))
-    given = bars() if name == PLANTED else by_lda(s, x, seed) if name == LDA else None
+    given = bars() if name == PLANTED else fit_lda(s, x, seed) if name == LDA else None
     if given is not None:
         del topics.logits
         topics.register_buffer("logits", given.log())
@@ -84,40 +94,40 @@ def pair(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
     return TopicModel(priors.Dirichlet(k, s.concentration, learned=given is None), topics, posterior)
 
 
-def by_lda(s: Settings, x: Tensor, seed: int) -> Tensor:
+def fit_lda(s: Settings, x: Tensor, seed: int) -> Tensor:
     """The topics of scikit-learn's LDA, [topics, words]."""
     lda = LatentDirichletAllocation(s.topics, doc_topic_prior=s.concentration, max_iter=50, random_state=seed)
     found = torch.from_numpy(lda.fit(x.numpy()).components_).float()
     return found / found.sum(1, keepdim=True)
 
 
-def recovered(words: Tensor) -> int:
-    """How many planted topics have one of their own at a total variation distance below a tenth."""
+def count_recovered(words: Tensor) -> int:
+    """The number of planted topics matched by a topic at a total variation distance below a tenth."""
     distance = (bars()[:, None] - words).abs().sum(-1).numpy() / 2
     return int((distance[linear_sum_assignment(distance)] < 0.1).sum())
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
     """Trains one model; its perplexity on test documents, and the coherence of its topics in them."""
     source, model = row.split("/")
-    fitted, valid, test = corpus(s, source)
+    fitted, valid, test = load_corpus(s, source)
     torch.manual_seed(seed)
-    made = pair(s, model, fitted, seed)
-    trained = train(made, fitted, valid, here, epochs=s.epochs, lr=s.lr, seed=seed)
+    made = build_model(s, model, fitted, seed)
+    trained = train(made, fitted, valid, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
     est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
-    np.savez(here.folder / "shown.npz", words=(words := made.words.cpu()))
+    np.savez(workspace.folder / "shown.npz", words=(words := made.words.cpu()))
     found = {"perplexity": perplexity(est.log_px, test), "npmi": float(coherence(words, test, s.top).mean())}
-    return of_estimate(est) | found | ({"recovered": float(recovered(words))} if source == "bars" else {})
+    return estimate_summary(est) | found | ({"recovered": float(count_recovered(words))} if source == "bars" else {})
 
 
 def table(cells: Cells) -> str:
-    """One row a model, a table a corpus."""
-    header = ("corpus", "model", "seeds", "perplexity", "test NLL", "gain on LDA", "NPMI", "recovered", "not reliable")
+    """One row per model, a table per corpus."""
+    header = ("corpus", "model", "seeds", "perplexity", "test NLL", "gain on LDA", "NPMI", "recovered", "unreliable")
     lines = []
-    for (row,), r in (rows := collected(cells, "row")).items():
+    for (row,), r in (rows := group_cells(cells, "row")).items():
         source, model = row.split("/")
         lda = rows.get((f"{source}/{LDA}",))
-        gain = verdict(r, lda) if lda and r is not lda else ""
+        gain = compare_rows(r, lda) if lda and r is not lda else ""
         found = f"{mean(r, 'recovered'):.1f} of 10" if "recovered" in r[0]["result"] else ""
         doubt = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.0f} %"
         numbers = f"{mean(r, 'perplexity'):.2f}", f"{mean(r):.2f} ± {standard_error(r):.2f}", gain
@@ -126,9 +136,9 @@ def table(cells: Cells) -> str:
 
 
 @styled
-def picture(cells: Cells) -> Any:
-    """The topics as pictures, a row a model, of the first seed."""
-    rows = collected([c for c in cells if (Path(c["folder"]) / "shown.npz").exists()], "row")
+def draw_figure(cells: Cells) -> Any:
+    """The topics as images, one row per model, for the first seed."""
+    rows = group_cells([c for c in cells if (Path(c["folder"]) / "shown.npz").exists()], "row")
     fig = figure(7.5, 0.85 * len(rows))
     for axes, ((row,), r) in zip(fig.subplots(len(rows), 10, squeeze=False), rows.items(), strict=True):
         words = np.load(Path(r[0]["folder"]) / "shown.npz")["words"]
@@ -140,9 +150,9 @@ def picture(cells: Cells) -> Any:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the topics."""
+    """Computes the table and draws the topics."""
     cells, folder = run("topics", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(cells).savefig(folder / "topics.png")
+    draw_figure(cells).savefig(folder / "topics.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A small VDVAE (Child 2021) in bits per dimension beside a VAE with one vector of latents and the same likelihood, a
-mixture of discretised logistics for each pixel, in as many passes with the same free bits. Colour images of 32x32:
+"""A small VDVAE (Child 2021) in bits per dimension, compared with a VAE with one latent vector and the same likelihood,
+a mixture of discretised logistics per pixel, with the same number of epochs and free bits. Colour images of 32x32:
 `--data cifar10` (torchvision's files below the root, or an .npz of images [N, 32, 32, 3], uint8) with `--levels 256
---sides 1 4 8 16 32 --blocks 1 2 2 2 1`; "discs" are some of its own. Settings were chosen on the validation images.
-"""
+--sides 1 4 8 16 32 --blocks 1 2 2 2 1`; "discs" is a simulated set. Settings were chosen on the validation images."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from experiments import cells
-from experiments.cells import Cells, Here
+from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.models import very_deep_vae
 from ppvae.plots import image_grid
@@ -22,7 +22,7 @@ from ppvae.plots import image_grid
 
 @dataclass(frozen=True)
 class Settings:
-    """The data, how the latent images stand, and the budget of both rows."""
+    """The data, the sizes of the latents, and the training budget, the same for both rows."""
 
     rows: tuple[str, ...] = ("VAE", "VDVAE")
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,8 +49,8 @@ SMOKE = {
 }  # fmt: skip
 
 
-def discs(path: Path, count: int = 100, side: int = 32) -> Path:
-    """Writes images of a coloured disc on a coloured ground, which no download is needed for."""
+def write_discs(path: Path, count: int = 100, side: int = 32) -> Path:
+    """Writes simulated images of a coloured disc on a coloured ground."""
     rng = np.random.default_rng(0)
     ground, colour = rng.integers(0, 256, (2, count, 1, 1, 3))
     y, x, radius = rng.uniform(0.2 * side, 0.8 * side, (3, count, 1, 1))
@@ -61,7 +61,7 @@ def discs(path: Path, count: int = 100, side: int = 32) -> Path:
     return path
 
 
-def made(s: Settings, row: str, images: Any) -> Any:
+def build_pair(s: Settings, row: str, images: Any) -> Any:
     """The pair of a row."""
     if row == "VDVAE":
         return very_deep_vae(images, s.sides, s.blocks, s.width, s.latent, s.components, s.levels)
@@ -73,31 +73,31 @@ def made(s: Settings, row: str, images: Any) -> Any:
     return VAE(priors.StandardNormal(latent), likelihood, posteriors.DiagonalNormal(encoder))
 
 
-def compute(s: Settings, here: Here, row: str, seed: int) -> dict[str, Any]:
+def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
     """Trains one pair and evaluates it on the first test images."""
-    source = discs(here.folder / "discs.npz") if s.data == "discs" else s.data
-    images, valid, test = data.load(source, here.root, flat=False)
+    source = write_discs(workspace.folder / "discs.npz") if s.data == "discs" else s.data
+    images, valid, test = data.load(source, workspace.root, flat=False)
     torch.manual_seed(seed)
-    vae = made(s, row, images)
-    folder = here.folder / "run"
+    vae = build_pair(s, row, images)
+    folder = dataclasses.replace(workspace, folder=workspace.folder / "run")
     trained = cells.train(
-        vae, images.head(s.num_train), valid.head(s.num_test), Here(folder, here.root, here.device), epochs=s.epochs,
+        vae, images.head(s.num_train), valid.head(s.num_test), folder, epochs=s.epochs,
         lr=s.lr, objective=objectives.ELBO(free_bits=s.free_bits), batch_size=s.batch_size, clip=s.clip, seed=seed,
     )  # fmt: skip
     pair = trained.model, trained.guide
-    drawn = generate.samples(*pair, test[:1].to(here.device or "cpu"), 16, seed=seed)
-    np.save(here.folder / "samples.npy", drawn.cpu().numpy())
+    drawn = generate.samples(*pair, test[:1].to(workspace.device or "cpu"), 16, seed=seed)
+    np.save(workspace.folder / "samples.npy", drawn.cpu().numpy())
     est = log_marginal(*pair, test.head(s.num_test), num_particles=s.particles, seed=seed)
     numbers = {
         "latents": sum(s.blocks) if row == "VDVAE" else 1,
         "parameters": sum(p.numel() for p in vae.parameters()),
     }
-    return cells.of_estimate(est) | cells.of_run(trained) | numbers
+    return cells.estimate_summary(est) | cells.training_summary(trained) | numbers
 
 
 def table(found: Cells) -> str:
-    """One row a kind."""
-    rows = {name: r for (name,), r in cells.collected(found, "row").items()}
+    """One row per kind."""
+    rows = {name: r for (name,), r in cells.group_cells(found, "row").items()}
     plain = rows.get("VAE")
     header = ("", "seeds", "latents", "bits per dim", "test NLL", "ELBO", "gain on the VAE", "weights", "CPU ms/step")
     lines = []
@@ -105,16 +105,16 @@ def table(found: Cells) -> str:
         lines.append((
             name, len(r), f"{cells.mean(r, 'latents'):.0f}", f"{cells.mean(r, 'bits_per_dim'):.3f}",
             f"{cells.mean(r):.2f} ± {cells.standard_error(r):.2f}", f"{cells.mean(r, 'elbo'):.2f}",
-            cells.verdict(r, plain) if plain and r is not plain else "",
+            cells.compare_rows(r, plain) if plain and r is not plain else "",
             f"{cells.mean(r, 'parameters') / 1e3:.0f} k", f"{cells.mean(r, 'cpu_ms_per_step'):.1f}",
         ))  # fmt: skip
     return cells.markdown(header, lines)
 
 
-def picture(found: Cells, folder: Path) -> None:
-    """Sixteen samples a row, of its first seed."""
+def draw_figure(found: Cells, folder: Path) -> None:
+    """Sixteen samples per row, for the first seed."""
     rows = {}
-    for (name,), r in cells.collected(found, "row").items():
+    for (name,), r in cells.group_cells(found, "row").items():
         path = Path(r[0]["folder"]) / "samples.npy"
         if path.exists():
             rows[name] = np.load(path)
@@ -124,9 +124,9 @@ def picture(found: Cells, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Fills the table and draws the picture."""
+    """Computes the table and draws the figure."""
     found, folder = cells.run("vdvae", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
-    picture(found, folder)
+    draw_figure(found, folder)
 
 
 if __name__ == "__main__":

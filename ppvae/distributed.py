@@ -1,134 +1,300 @@
-"""Blocks of data shared by the processes of a torch.distributed group: which are mine, and everyone's for everyone."""
+"""Ranks of a `torch.distributed` process group: shards of data, exchange between ranks, launch of a command on all."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as group
+from torch import distributed as dist
 
-from ppvae.errors import PpvaeError
+from ppvae.errors import PpvaeError, TrainingError, UsageError
+
+Fail = Callable[[str, int], int]
+DISTRIBUTED_COMMANDS = ("evaluate", "fit")  # commands of the command line whose work is sharded
 
 
 @final
 class DistributedContext:
-    """The share of this process in an evaluation by blocks; all of it where there is no process group.
+    """The rank of this process and the size of its process group: rank 0 of 1 where there is none.
 
-    A block has noise of its own, so that it does not matter which process computes it.
+    Evaluation shards blocks of data; a block has noise of its own, so that the result does not depend on the rank that
+    computes it. Training shards the rows of each batch, sums loss and gradients over the ranks before the optimizer's
+    step (Li et al. 2020, arXiv 2006.15704) and keeps parameters equal on all ranks to the last bit.
     """
 
     def __init__(self) -> None:
-        together = group.is_available() and group.is_initialized()
-        self.rank, self.size = (group.get_rank(), group.get_world_size()) if together else (0, 1)
-        self.exchanged = False
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
+        self.has_exchanged = False
 
-    def mine(self, count: int) -> range:
-        """The numbers of the blocks, of so many, that are this process's."""
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    @property
+    def noise_key(self) -> tuple[int, ...]:
+        """The part of a seed's key that separates the noise of ranks; empty on rank 0, as in a single process."""
+        return (self.rank,) if self.rank else ()
+
+    def block_indices(self, count: int) -> range:
+        """The indices, of `count` blocks, that this rank computes."""
         return range(self.rank, count, self.size)
 
-    def gathered(self, parts: Mapping[int, Mapping[str, Tensor]], key: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-        """The parts of all blocks in order, on every process, given {number: part} of its own.
+    def shard_batch(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """This rank's rows of a batch, every `size`-th; empty where the batch has fewer rows than there are ranks."""
+        return batch if self.size == 1 else tuple(t[self.rank :: self.size] for t in batch)
 
-        `key` says what the parts are a function of, and must be the same everywhere.
+    def gather_blocks(
+        self, parts: Mapping[int, Mapping[str, Tensor]], key: Mapping[str, Any]
+    ) -> list[dict[str, Tensor]]:
+        """The results of all blocks in order, on every rank, from {block index: results} of each rank.
+
+        `key` identifies the computation (parameters, data, settings) and must be equal on all ranks.
 
         Raises:
-            PpvaeError: another process failed, computes something else, or does not answer.
+            PpvaeError: another rank failed, computes something else, or does not answer.
         """
         if self.size == 1:
             return [dict(parts[number]) for number in sorted(parts)]
         arrays = {f"{n}/{name}": value.cpu().numpy() for n, part in parts.items() for name, value in part.items()}
         content = json.dumps(dict(key), sort_keys=True, default=str).encode()
-        everyone = self.exchange(arrays | {"key": _characters(hashlib.sha256(content).hexdigest())})
-        for rank, found in enumerate(everyone):
-            if "error" in found:
-                raise PpvaeError(f"process {rank} of {self.size} failed: {_text(found['error'])}")
-        keys = [_text(found.pop("key")) for found in everyone]
-        if other := [rank for rank, found in enumerate(keys) if found != keys[0]]:
+        all_arrays = self.all_gather_arrays(arrays | {"key": _encode(hashlib.sha256(content).hexdigest())})
+        for rank, received in enumerate(all_arrays):
+            if "error" in received:
+                raise PpvaeError(f"process {rank} of {self.size} failed: {_decode(received['error'])}")
+        digests = [_decode(received.pop("key")) for received in all_arrays]
+        if other := [rank for rank, value in enumerate(digests) if value != digests[0]]:
             raise PpvaeError(
                 f"process {other[0]} of {self.size} evaluates other parameters, data or settings than process 0: "
                 f"expected the same call on each, on the same run"
             )
         out: dict[int, dict[str, Tensor]] = {}
-        for found in everyone:
-            for place, array in found.items():
-                number, _, name = place.partition("/")
+        for received in all_arrays:
+            for path, array in received.items():
+                number, _, name = path.partition("/")
                 out.setdefault(int(number), {})[name] = torch.from_numpy(array)
         return [out[number] for number in sorted(out)]
 
-    def exchange(self, arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Named arrays of every process, on every process; as tensors of bytes, and never pickled."""
-        self.exchanged = True
+    def all_gather_arrays(self, arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Named arrays of every rank, on every rank; sent as NumPy's .npz, without pickle."""
+        self.has_exchanged = True
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        place = _place()
-        own = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).to(place)
-        try:
-            length = torch.tensor([len(own)], device=place)
+        device = _collective_device()
+        content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).to(device)
+        with _collective(PpvaeError, f"expected the same call on all {self.size} of them"):
+            length = torch.tensor([len(content)], device=device)
             lengths = [torch.zeros_like(length) for _ in range(self.size)]
-            group.all_gather(lengths, length)
-            longest = int(max(lengths))
-            padded = torch.zeros(longest, dtype=torch.uint8, device=place)
-            padded[: len(own)] = own
-            found = [torch.zeros_like(padded) for _ in range(self.size)]
-            group.all_gather(found, padded)
-        except RuntimeError as error:
-            raise PpvaeError(
-                f"a process of the group does not answer ({' '.join(str(error).split())[:120]}): "
-                f"expected the same call on all {self.size} of them"
-            ) from error
-        return [_arrays(t[: int(n)]) for t, n in zip(found, lengths, strict=True)]
+            dist.all_gather(lengths, length)
+            padded = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=device)
+            padded[: len(content)] = content
+            received = [torch.zeros_like(padded) for _ in range(self.size)]
+            dist.all_gather(received, padded)
+        return [_read_arrays(t[: int(n)]) for t, n in zip(received, lengths, strict=True)]
+
+    def broadcast_from_rank_zero(self, tensors: Sequence[Tensor]) -> None:
+        """Copies the values of rank 0 into the tensors of every rank, in place."""
+        if self.size > 1:
+            with torch.no_grad(), _collective():
+                for t in tensors:
+                    value = t.detach().contiguous()
+                    dist.broadcast(value, 0)
+                    t.copy_(value)
+
+    def broadcast_state_from_rank_zero(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state dict (tensors and plain values) of rank 0, on every rank."""
+        if self.size == 1:
+            return state
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        device = _collective_device()
+        content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(device)
+        length = torch.tensor([len(content)], device=device)
+        with _collective():
+            dist.broadcast(length, 0)
+            content = content if self.is_rank_zero else torch.zeros(int(length), dtype=torch.uint8, device=device)
+            dist.broadcast(content, 0)
+        out: dict[str, Any] = torch.load(io.BytesIO(content.cpu().numpy().tobytes()), weights_only=True)
+        return out
+
+    def all_reduce_gradients(self, numbers: Sequence[float], params: Sequence[Tensor], failed: bool) -> list[float]:
+        """Sums over the ranks: of `numbers`, returned, and of the gradients of `params`, in place.
+
+        A parameter that has a gradient on one rank gets one on all. A rank with an exception passes `failed`.
+
+        Raises:
+            TrainingError: another rank failed; parameters and gradients of this one are unchanged.
+        """
+        if self.size == 1:
+            return list(numbers)
+        has_grad = [float(p.grad is not None) for p in params]
+        device = params[0].device if params else torch.device("cpu")
+        message = torch.tensor([float(failed), *numbers, *has_grad], dtype=torch.float64, device=device)
+        with _collective():
+            dist.all_reduce(message)
+        failures, *sums = message.tolist()
+        if failures and not failed:
+            raise TrainingError(f"another of the {self.size} processes failed: its message says why")
+        if failures:
+            return sums[: len(numbers)]
+        shared = [p for p, count in zip(params, sums[len(numbers) :], strict=True) if count]
+        for p in shared:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for dtype in dict.fromkeys(p.dtype for p in shared):
+            grads = [p.grad for p in shared if p.dtype == dtype and p.grad is not None]
+            flat = torch.cat([g.reshape(-1) for g in grads])  # one message for all of them
+            with _collective():
+                dist.all_reduce(flat)
+            for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(total.view_as(g))
+        return sums[: len(numbers)]
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return self.all_reduce_gradients([float(flag)], [], failed=False)[0] > 0
+
+    def check_same_parameters(self, tensors: Sequence[Tensor]) -> None:
+        """Raises TrainingError unless the tensors are equal on all ranks, to the last bit."""
+        if self.size == 1:
+            return
+        digest = hashlib.sha256()
+        for t in tensors:
+            digest.update(t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        if other := self._ranks_unlike_rank_zero(digest.digest()):
+            raise TrainingError(
+                f"process {other[0]} of {self.size} has other parameters than process 0: expected the same pair, data "
+                f"and settings on every one"
+            )
+
+    def check_same_settings(self, settings: str) -> None:
+        """Raises UsageError unless the description of data and settings is equal on all ranks."""
+        if self.size > 1 and (other := self._ranks_unlike_rank_zero(hashlib.sha256(settings.encode()).digest())):
+            raise UsageError(
+                f"process {other[0]} of {self.size} was called with other data or settings than process 0: expected "
+                f"the same call on every one"
+            )
+
+    def _ranks_unlike_rank_zero(self, digest: bytes) -> list[int]:
+        value = torch.tensor(list(digest), dtype=torch.uint8, device=_collective_device())
+        received = [torch.zeros_like(value) for _ in range(self.size)]
+        with _collective():
+            dist.all_gather(received, value)
+        return [rank for rank, other in enumerate(received) if not torch.equal(other, received[0])]
+
+    def barrier(self) -> None:
+        """Waits until all ranks are here."""
+        if self.size > 1:
+            with _collective():
+                dist.barrier()
 
 
-@contextmanager
+@contextlib.contextmanager
 def distributed_context() -> Iterator[DistributedContext]:
-    """This process's share of what follows, which ends in one `gathered`; an error of one is an error of all."""
-    shares = DistributedContext()
+    """The context of a computation that ends in `gather_blocks`; an exception on one rank is raised on all ranks."""
+    context = DistributedContext()
     try:
-        yield shares
+        yield context
     except Exception as error:
-        if shares.size > 1 and not shares.exchanged:
+        if context.size > 1 and not context.has_exchanged:
             text = str(error) if isinstance(error, PpvaeError) else f"{type(error).__name__}: {error}"
-            with suppress(PpvaeError):
-                shares.exchange({"error": _characters(" ".join(text.split())[:500])})
+            with contextlib.suppress(PpvaeError):
+                context.all_gather_arrays({"error": _encode(" ".join(text.split())[:500])})
         raise
 
 
 def leave_process_group() -> bool:
-    """Leaves the process group, where there is one; True for the first process, which alone goes on to write."""
+    """Destroys the process group, where there is one; True on rank 0, which alone goes on to write files."""
     rank = DistributedContext().rank
-    if group.is_available() and group.is_initialized():
-        group.destroy_process_group()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
     return rank == 0
 
 
 def progress_disabled(progress: bool | None) -> bool | None:
-    """tqdm's `disable`: None leaves the bar out where the output is not a terminal; only the first process has one."""
+    """tqdm's `disable`: None leaves the bar out where the output is not a terminal; only rank 0 has one."""
     if DistributedContext().rank > 0:
         return True
     return None if progress is None else not progress
 
 
-def _place() -> torch.device:
-    """Where tensors lie that the group can send."""
-    by_host = "cpu:" in group.get_backend_config()
-    return torch.device("cpu") if by_host else torch.device("cuda", torch.cuda.current_device())
+def run_on_all_ranks(command: str, args: list[str], run: Callable[[str, list[str], Fail], int], fail: Fail) -> int:
+    """Runs a command of the command line on every rank that `torchrun` started.
+
+    Only rank 0 prints, and an error is printed once.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if command not in DISTRIBUTED_COMMANDS:
+        commands = " and ".join(DISTRIBUTED_COMMANDS)
+        text = f"ppvae {command}: expected one process, found {size}; only ppvae {commands} share their work"
+        return fail(text, 2) if rank == 0 else 0  # with another status, torchrun would end rank 0 before it prints
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    store = next(iter(dist.rendezvous("env://")))[0]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
+        world_size=size, timeout=timedelta(days=30),  # blocks may take long; torchrun ends all ranks when one fails
+    )  # fmt: skip
+    stderr = sys.stderr
+
+    def fail_once(text: str, status: int) -> int:
+        try:
+            is_first = store.add("errors", 1) == 1
+        except RuntimeError:  # the rank that hosts the store has ended
+            is_first = rank == 0
+        if is_first:
+            with contextlib.redirect_stderr(stderr):
+                fail(text, status)
+        return status
+
+    with open(os.devnull, "w") as devnull, contextlib.ExitStack() as stack:
+        if rank:
+            stack.enter_context(contextlib.redirect_stdout(devnull))
+            stack.enter_context(contextlib.redirect_stderr(devnull))
+        status = run(command, args, fail_once)
+    if dist.is_initialized() and not (status and on_cuda):  # NCCL would wait for ranks that failed
+        dist.destroy_process_group()  # otherwise its threads may abort the process at exit
+    return status
 
 
-def _arrays(content: Tensor) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _collective(
+    error_type: type[PpvaeError] = TrainingError, note: str = "the last checkpoint is kept"
+) -> Iterator[None]:
+    """A collective operation, which raises RuntimeError where another rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:120]
+        raise error_type(f"another process of the group does not answer ({text}); {note}") from error
+
+
+def _collective_device() -> torch.device:
+    """The device of tensors that the backend can send: the CPU where the backend has it."""
+    on_cpu = "cpu:" in dist.get_backend_config()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def _read_arrays(content: Tensor) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(content.cpu().numpy().tobytes()), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
-def _characters(text: str) -> np.ndarray:
+def _encode(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
-def _text(characters: np.ndarray) -> str:
+def _decode(characters: np.ndarray) -> str:
     return characters.tobytes().decode()

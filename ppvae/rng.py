@@ -1,4 +1,4 @@
-"""Random states and seeds: noise is a function of a key, and looking at a pair leaves the caller's noise alone."""
+"""Seeds derived from keys, and blocks that restore the random state of their caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def derive_seed(*key: Any) -> int:
-    """A seed that is a function of a key alone, so that the noise of two keys is independent.
+    """A 63-bit seed that is a hash of a key; two keys give independent noise.
 
     >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(0, 2)
     (True, False)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the digests of what they hold."""
+"""Atomic writes of files, and SHA-256 digests."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from ppvae.errors import CheckpointError
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` fill a temporary file beside `path`, flushes it to disk, and renames it to `path`.
+    """Writes a temporary file beside `path` by `write`, flushes it to disk, and renames it to `path`.
 
-    The temporary name is unique, so that two writers never share one, and the file is removed after a failure. The
-    file that stood at `path` before is kept unless everything succeeded.
+    The temporary name is unique to the call, and the file is removed after an exception. A previous file at `path` is
+    replaced only after the new one is on disk.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(partial)
         _flush(partial)
         os.replace(partial, path)
-        _flush(path.parent)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
 
 
 def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """`replace_file` for a writer that takes an open binary file.
+    """`replace_file` for a function that writes to an open binary file.
 
     Raises:
         CheckpointError: the file could not be written.
@@ -43,12 +44,12 @@ def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         replace_file(path, fill)
     except OSError as error:
-        text = f"{path}: could not be written ({error.strerror}); what was there before is kept"
+        text = f"{path}: could not be written ({error.strerror}); the file that was there before is kept"
         raise CheckpointError(text) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, and flushes it to disk.
+    """Writes bytes to a file atomically, and flushes it to disk.
 
     Raises:
         CheckpointError: the file could not be written.
@@ -57,7 +58,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all; raises CheckpointError as `write_bytes`."""
+    """Writes JSON to a file atomically; raises CheckpointError as `write_bytes`."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

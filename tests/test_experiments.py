@@ -70,10 +70,10 @@ def test_a_difference_is_paired_over_data_and_has_the_variance_over_seeds():
     delta, error = cells.difference(a, b)
     assert delta == pytest.approx(3.0)
     assert error == pytest.approx(math.sqrt(1 / 3 + 2 / 2))  # variance over seeds 1 of 3; over groups 2 of 2
-    assert cells.verdict(a, b).endswith("(better)")
-    assert cells.verdict(b, a).endswith("(worse)")
-    assert cells.verdict(a[:2], b).endswith("(undecided: 2 seeds)")
-    assert cells.verdict(a, row([2.1] * 3, [[-2.1, -2.1]] * 3)).endswith("(not resolved)")
+    assert cells.compare_rows(a, b).endswith("(better)")
+    assert cells.compare_rows(b, a).endswith("(worse)")
+    assert cells.compare_rows(a[:2], b).endswith("(undecided: 2 seeds)")
+    assert cells.compare_rows(a, row([2.1] * 3, [[-2.1, -2.1]] * 3)).endswith("(not resolved)")
     with pytest.raises(ValueError, match="different data"):
         cells.difference(a, row([1.0], [[-1.0, -1.0]], "other"))
 

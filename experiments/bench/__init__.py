@@ -1,15 +1,16 @@
 """Times training steps and log p(x) of ppvae beside hand-written PyTorch, Pyro, NumPyro and Pythae, in one run.
 
-`python -m experiments.bench` (or `make bench`) gives each of them a process of its own, as its users do, so that none
-works with the memory and threads that another has set up; takes rounds of them in turn, a row of the table after the
-other; prints medians and ratios with the machine and the thread count; and writes JSON and a picture of cost against
-batch, particles and latent size. "Hand-written, warm" is the hand-written one in a process that ppvae has prepared as
-it does for itself (`inference/warm.py`). NumPyro and Pythae are timed where they are installed (`pip install -e
-".[bench]"`).
+`python -m experiments.bench` (or `make bench`) runs each contender in a process of its own, so that none uses memory or
+threads that another has set up; it runs rounds of the contenders in turn, one row of the table after the other; prints
+medians and ratios with the machine and the number of threads; and writes JSON and a figure of cost by batch size,
+particles and latent size. "Hand-written, warm" is the hand-written contender in a process prepared by
+`compilation.runtime.prepare_process`, as ppvae's own runs are. NumPyro and Pythae are timed if they are installed
+(`pip install -e ".[bench]"`).
 
-The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of
-latents, 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is one of Adam on loss
-and"""
+The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of latents,
+50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is loss, gradient and one update
+of Adam.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-Timed = Callable[[], float]  # a round: seconds per step, or microseconds per (datum, particle)
+Timed = Callable[[], float]  # runs one round; returns seconds per step, or microseconds per (datum, particle)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed."""
+    """Sizes of the networks, batches and rounds."""
 
     rounds: int = 7
     batch: int = 100
-    steps: int = 100  # of a round, fewer by the number of particles
+    steps: int = 100  # per round, divided by the number of particles
     iwae: int = 50
     num_eval: int = 100  # data of log p(x)
     particles: int = 5000
@@ -35,7 +36,7 @@ class Settings:
     hidden: tuple[int, ...] = (200, 200)
 
     def steps_of(self, particles: int) -> int:
-        """Steps of a round, so that rounds take about as long."""
+        """Steps per round, so that rounds take about the same time."""
         return min(self.steps, max(10, self.steps // particles))
 
 
@@ -43,7 +44,7 @@ SMOKE = Settings(rounds=1, steps=2, batch=20, iwae=5, num_eval=50, particles=100
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, or the architecture where the system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The benchmark's table and picture."""
+"""The table and the figure of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from experiments.bench import SMOKE, Settings, __doc__, by_ppvae, processor
+from experiments.bench import SMOKE, Settings, __doc__, ppvae_and_pyro, processor
 from experiments.bench.contenders import CURVES, Key, contenders, flops
-from experiments.bench.picture import costs
+from experiments.bench.cost_figure import costs
 from experiments.bench.processes import rounds
 from ppvae import plots
 
 
-def printed(what: str, who: str, times: list[float], ratio: float, count: float | None) -> str:
-    """One line of the table."""
+def table_row(what: str, who: str, times: list[float], ratio: float, count: float | None) -> str:
+    """A row of the table."""
     median = statistics.median(times)
     unit = f"{median:8.2f} us per (datum, particle)" if what == "log p(x)" else f"{median * 1e3:8.2f} ms per step"
     rate = "" if count is None else f"{count / (median * (1e-6 if what == 'log p(x)' else 1)) / 1e9:6.0f} GFLOP/s"
@@ -28,11 +28,11 @@ def printed(what: str, who: str, times: list[float], ratio: float, count: float 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Prints the table, and writes it with the picture."""
+    """Prints the table, and writes it with the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything; the figures mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test of the code")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", metavar="WHAT", help="rows of the table that begin so, as in IWAE, alone")
+    parser.add_argument("--only", metavar="WHAT", help="only the rows of the table that begin with WHAT, such as IWAE")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     given = parser.parse_args(args)
     s = SMOKE if given.smoke else Settings()
@@ -58,10 +58,10 @@ def main(args: list[str] | None = None) -> None:
         for (_, who), taken in times.items():
             ratio = statistics.median(taken) / base
             rows.append({"what": what, "who": who, "ratio": ratio, "rounds": taken})
-            print(printed(what, str(who), taken, ratio, flops(s).get(what)), flush=True)
+            print(table_row(what, str(who), taken, ratio, flops(s).get(what)), flush=True)
     if given.only:
         return
-    memory = {k: by_ppvae.peak_memory(k) for k in ((25, 50) if given.smoke else (500, 5000, 50_000))}
+    memory = {k: ppvae_and_pyro.peak_memory(k) for k in ((25, 50) if given.smoke else (500, 5000, 50_000))}
     print("peak memory of log_marginal: " + ", ".join(f"{mb:.0f} MB at K = {k}" for k, mb in memory.items()))
     found: dict[str, dict[str, dict[int, float]]] = {axis: {} for axis in CURVES}
     for axis, values in CURVES.items():

@@ -1,4 +1,4 @@
-"""The pairs that are timed, as ppvae and Pyro take them."""
+"""The pairs that are timed, for ppvae and Pyro."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TwoLayers:
 
     networks: torch.nn.ModuleDict
     latent: int
-    name: str  # of its parameters, unlike another such pair's
+    name: str  # of its parameters, unique to the object
 
     def model(self, x: Tensor) -> None:
         pyro.module(self.name, self.networks)
@@ -41,13 +41,13 @@ class TwoLayers:
 
 
 def normal(outputs: Tensor) -> dist.TorchDistribution:
-    """A diagonal normal of location and log-scale, the two halves."""
+    """A diagonal normal; the two halves of the outputs are location and log-scale."""
     loc, log_scale = outputs.chunk(2, dim=-1)
     return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
 def build(kind: str, s: Settings) -> VAE | TwoLayers:
-    """A pair by the name of its kind; the same weights at every call."""
+    """A pair of a kind, with the same weights at every call."""
     torch.manual_seed(0)
     if kind == "two layers":
         half, hidden = s.latent // 2, tuple(h // 2 for h in s.hidden)
@@ -67,6 +67,6 @@ def build(kind: str, s: Settings) -> VAE | TwoLayers:
 
 
 def data(kind: str, count: int) -> Tensor:
-    """Binary images of the shape that a kind takes."""
+    """Binary images of the shape of a kind."""
     shape = (count, 1, 32, 32) if kind == "convolutional" else (count, 784)
     return torch.bernoulli(torch.full(shape, 0.13), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, a round at a time in turn."""
+"""Runs contenders in separate processes, in alternating rounds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from experiments.bench.contenders import Key, contenders
 
 
 def rounds(keys: Iterable[Key], s: Settings, threads: int) -> dict[Key, list[float]]:
-    """What each round of each contender took; the first, which warms up, is left out.
+    """The time of each round of each contender, without the first round, which is a warm-up.
 
-    All that bear one name, key[1], are timed in one process. While one runs, the others wait for word.
+    Contenders of one name, key[1], share a process. While one runs, the other processes wait.
     """
     times: dict[Key, list[float]] = {key: [] for key in keys}
     spawn = multiprocessing.get_context("spawn")
@@ -36,20 +36,20 @@ def rounds(keys: Iterable[Key], s: Settings, threads: int) -> dict[Key, list[flo
             except (EOFError, OSError):
                 taken = "its process has ended"
             if isinstance(taken, str):
-                raise RuntimeError(f"{key[1]} cannot be timed at {key[0]}: {taken}")
+                raise RuntimeError(f"{key[1]} cannot be timed for {key[0]}: {taken}")
             if round_:
                 seconds.append(taken)
     for line, process in zip(lines.values(), processes, strict=True):
-        line.close()  # ends it
+        line.close()  # ends the process
         process.join()
     return times
 
 
 def _serve(line: Connection, s: Settings, threads: int) -> None:
-    """Runs a round of whatever is asked for, made ready at the first time, until nobody asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is interrupted
+    """Runs a round of each key received, set up at its first round, until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
     torch.set_num_threads(threads)
-    made = contenders(s, threads)
+    set_up = contenders(s, threads)
     ready = {}
     while True:
         try:
@@ -58,7 +58,7 @@ def _serve(line: Connection, s: Settings, threads: int) -> None:
             return
         try:
             if key not in ready:
-                ready[key] = made[key]()
+                ready[key] = set_up[key]()
             taken: float | str = ready[key]()
         except Exception as error:
             taken = f"{type(error).__name__}: {error}"

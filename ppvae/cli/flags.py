@@ -1,4 +1,4 @@
-"""Flags from typed dataclasses and signatures: TOML below, the command line on top, the nearest name for a typo."""
+"""Flags from typed dataclasses and signatures, read from TOML files and the command line, which goes first."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def parse(
     description: str,
     extra: Mapping[str, Argument] | None = None,
 ) -> tuple[Settings, dict[str, Any]]:
-    """Reads flags, and `--config file.toml` below them, into a dataclass and further arguments.
+    """Reads flags, and those of `--config file.toml` that the command line leaves out, as (settings, arguments).
 
     Args:
         extra: further arguments {name: (type, default, help)}. One with the name of a field gets the field's value.
-            One whose type chooses a class (`choices.ClassChoice`) is a flag with a name, and flags `--name.argument` of
-            the class's own; it comes back as {"name": ..., argument: ...}.
+            One whose type is a `choices.ClassChoice` becomes a flag that names the class and flags `--name.argument` of
+            its constructor, and is returned as {"name": ..., argument: ...}.
 
     Raises:
         UsageError: an unknown flag or key, with the nearest name; a value of the wrong type; a required flag missing.
@@ -43,50 +43,52 @@ def parse(
     """
     import tyro
 
-    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    entries = {name: entry for name, entry in (extra or {}).items() if name not in own}
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    entries = {name: entry for name, entry in (extra or {}).items() if name not in fields}
     choices = {name: choice for name, (kind, _, _) in entries.items() if (choice := class_choice(kind)) is not None}
-    args, path, content = _with_config(args, choices)
-    chosen = {name: _chosen(name, choice, entries[name][1], args, content) for name, choice in choices.items()}
-    rest = _dataclass(entries, chosen)
-    known = _flags(cls) | _flags(rest)
+    args, path, content = _read_config(args, choices)
+    chosen = {name: _choose(name, choice, entries[name][1], args, content) for name, choice in choices.items()}
+    extra_cls = _make_dataclass(entries, chosen)
+    known = _flags(cls) | _flags(extra_cls)
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), 1)
             raise UsageError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    _check_flags(args, sorted(known), prog, {name: of for name, (of, _) in chosen.items()})
+    _check_flags(args, sorted(known), prog, {name: class_name for name, (class_name, _) in chosen.items()})
     flat = tyro.conf.arg(name="")
-    both = dataclasses.make_dataclass("Options", [("own", Annotated[cls, flat]), ("rest", Annotated[rest, flat])])
-    shown, printed = io.StringIO(), io.StringIO()
+    options_cls = dataclasses.make_dataclass(
+        "Options", [("settings", Annotated[cls, flat]), ("extra", Annotated[extra_cls, flat])]
+    )
+    stderr, stdout = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(printed):
-            found: Any = tyro.cli(both, args=[*_as_flags(content), *args], prog=prog, description=description)
-    except SystemExit as done:
-        if done.code in (0, None):
-            print(printed.getvalue(), end="")
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
+            options: Any = tyro.cli(options_cls, args=[*_as_flags(content), *args], prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            print(stdout.getvalue(), end="")
             raise HelpShown from None
-        raise UsageError(_condensed(shown.getvalue() + printed.getvalue(), prog)) from None
-    arguments = {name: getattr(found.own if name in own else found.rest, name) for name in extra or {}}
+        raise UsageError(_one_line(stderr.getvalue() + stdout.getvalue(), prog)) from None
+    arguments = {name: getattr(options.settings if name in fields else options.extra, name) for name in extra or {}}
     for name in choices:
-        arguments[name] = {"name": arguments[name], **vars(getattr(found.rest, f"own_{name}"))}
-    return found.own, arguments
+        arguments[name] = {"name": arguments[name], **vars(getattr(options.extra, f"{name}_arguments"))}
+    return options.settings, arguments
 
 
-def _chosen(
+def _choose(
     name: str, choice: ClassChoice, default: Any, args: list[str], content: Mapping[str, Any]
 ) -> tuple[str, dict[str, Argument]]:
-    """The class chosen by flag, by file or by default, and its own arguments."""
+    """(the name of the class chosen by flag, file or default, the arguments of its constructor)."""
     flag, key = f"--{name.replace('_', '-')}", name.replace("_", "-")
-    given = [a.split("=", 1)[1] for a in args if a.startswith(f"{flag}=")]
-    given += [value for before, value in pairwise(args) if before == flag]
-    if not given and key not in content and default is inspect.Parameter.empty:
+    values = [a.split("=", 1)[1] for a in args if a.startswith(f"{flag}=")]
+    values += [value for before, value in pairwise(args) if before == flag]
+    if not values and key not in content and default is inspect.Parameter.empty:
         raise UsageError(f"{flag}: expected one of {', '.join(sorted(choice.classes))}; found nothing")
-    found = str((given or [content.get(key, getattr(default, "__qualname__", default))])[-1])
-    return found, choice.flags(choice.constructor(found, key))
+    class_name = str((values or [content.get(key, getattr(default, "__qualname__", default))])[-1])
+    return class_name, choice.flags(choice.constructor(class_name, key))
 
 
-def _dataclass(entries: Mapping[str, Argument], chosen: Mapping[str, tuple[str, dict[str, Argument]]]) -> type:
-    """A dataclass of arguments; the own arguments of a chosen class are one inside it."""
+def _make_dataclass(entries: Mapping[str, Argument], chosen: Mapping[str, tuple[str, dict[str, Argument]]]) -> type:
+    """A dataclass of arguments; the arguments of a chosen class are a dataclass inside it."""
     import tyro
 
     fields: list[Any] = []
@@ -102,8 +104,8 @@ def _dataclass(entries: Mapping[str, Argument], chosen: Mapping[str, tuple[str, 
             fields.append((name, described, dataclasses.field(default_factory=functools.partial(copy.copy, default))))
         if choice is not None:
             flag = name.replace("_", "-")
-            inner: Any = Annotated[_dataclass(chosen[name][1], {}), tyro.conf.arg(name=flag)]
-            fields.append((f"own_{name}", inner, dataclasses.field(metadata={"flag": flag})))
+            inner: Any = Annotated[_make_dataclass(chosen[name][1], {}), tyro.conf.arg(name=flag)]
+            fields.append((f"{name}_arguments", inner, dataclasses.field(metadata={"flag": flag})))
     return dataclasses.make_dataclass("Pair", fields, kw_only=True)
 
 
@@ -118,29 +120,29 @@ def _check_flags(args: list[str], known: list[str], prog: str, chosen: Mapping[s
         near = difflib.get_close_matches(flag, known, 1)
         hint = f"; did you mean --{near[0]}?" if near else f"; `{prog} --help` lists the options"
         if dot and head in chosen:
-            taken = [f"--{k}" for k in known if k.startswith(f"{head}.")]
-            hint = f": {chosen[head]} takes {', '.join(taken) or 'none'}{hint if near else ''}"
+            accepted = [f"--{k}" for k in known if k.startswith(f"{head}.")]
+            hint = f": {chosen[head]} takes {', '.join(accepted) or 'none'}{hint if near else ''}"
         raise UsageError(f"unknown option --{flag}{hint}")
 
 
 class HelpShown(Exception):
-    """Help was printed; the command ends well."""
+    """Help was printed, and the command ends with status 0."""
 
 
 def _flags(cls: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         name = prefix + f.metadata.get("flag", f.name.replace("_", "-"))
         if dataclasses.is_dataclass(hints[f.name]):
-            found |= _flags(hints[f.name], f"{name}.")
+            flags |= _flags(hints[f.name], f"{name}.")
         else:
-            found[name] = hints[f.name]
-    return found
+            flags[name] = hints[f.name]
+    return flags
 
 
-def _with_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Path | None, dict[str, Any]]:
-    """The arguments without `--config FILE`, the file, and what is in it as {flag: value}.
+def _read_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Path | None, dict[str, Any]]:
+    """(the arguments without `--config FILE`, the file, its content as {flag: value}).
 
     A table of a choice may hold the class's name under `name`, as `[prior]` with `name = "MAF"`.
     """
@@ -158,15 +160,15 @@ def _with_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Pa
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not TOML ({error})") from error
     names = {f"{key}.name": key for key in (name.replace("_", "-") for name in choices)}
-    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in _flat(content).items()}
+    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in _flatten(content).items()}
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in content.items():
         name = prefix + key.replace("_", "-")
         if isinstance(value, Mapping):
-            out |= _flat(value, f"{name}.")
+            out |= _flatten(value, f"{name}.")
         else:
             out[name] = value
     return out
@@ -184,10 +186,10 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def _condensed(text: str, prog: str) -> str:
+def _one_line(text: str, prog: str) -> str:
     """tyro's boxed message as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [re.sub(r"[│╭╮╰╯─┃━]+", " ", line).strip() for line in text.splitlines()]
-    said = list(takewhile(lambda line: not line.startswith(("Argument helptext", "Got errors")), lines))
-    said = [line for line in said if line.strip("-") and "helptext" not in line and "--help" not in line]
-    return f"{' '.join(said)[:400]} (`{prog} --help` lists the options)"
+    message = takewhile(lambda line: not line.startswith(("Argument helptext", "Got errors")), lines)
+    kept = [line for line in message if line.strip("-") and "helptext" not in line and "--help" not in line]
+    return f"{' '.join(kept)[:400]} (`{prog} --help` lists the options)"

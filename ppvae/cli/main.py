@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,12 +24,9 @@ ppvae.models:vae, my_package.pairs:my_pair, pairs.py:my_pair. Its flags come fro
 RUN is a run folder, or a run's name below runs/. `ppvae COMMAND --help` lists the options of a command,
 `ppvae fit PAIR --help` those of the pair too."""
 
-COMMANDS = {
-    "fit": "commands", "evaluate": "commands", "examine": "examine", "compare": "examine",
-    "generate": "commands", "check": "commands", "data": "commands",
-}  # fmt: skip
+COMMANDS = ("fit", "evaluate", "examine", "compare", "generate", "check", "data")  # each a module of this room
 
-AFTER = {  # an interruption
+RESUME_HINTS = {
     "fit": "; the same command with --name NAME --resume goes on from the last checkpoint",
     "evaluate": "; the same command goes on from the finished blocks",
     "examine": "; the same command goes on from the finished blocks of gaps",
@@ -38,15 +36,15 @@ AFTER = {  # an interruption
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status; an error is at most three lines and no traceback."""
     try:
-        status = _command(argv)
+        status = _dispatch(argv)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has gone: not an error of ours, and nothing can be said
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _command(argv: Sequence[str] | None) -> int:
+def _dispatch(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -62,9 +60,10 @@ def _command(argv: Sequence[str] | None) -> int:
         near = difflib.get_close_matches(args[0], COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return _fail(f"no command {args[0]!r}{hint} (one of {', '.join(COMMANDS)})", 2)
-    from ppvae.cli.processes import run_on_all_ranks, world_size
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and size.isdigit() and int(size) > 1:  # started by torchrun
+        from ppvae.distributed import run_on_all_ranks
 
-    if world_size() > 1:
         return run_on_all_ranks(args[0], args[1:], _run, _fail)
     return _run(args[0], args[1:], _fail)
 
@@ -74,9 +73,7 @@ def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
     from ppvae.errors import PpvaeError, UsageError
 
     try:
-        import importlib
-
-        return getattr(importlib.import_module(f"ppvae.cli.{COMMANDS[command]}"), command)(args)
+        return importlib.import_module(f"ppvae.cli.{command}").run(args)
     except HelpShown:
         return 0
     except UsageError as error:
@@ -84,7 +81,7 @@ def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
     except PpvaeError as error:
         return fail(str(error), 1)
     except KeyboardInterrupt:
-        return fail("interrupted" + AFTER.get(command, ""), 130)
+        return fail("interrupted" + RESUME_HINTS.get(command, ""), 130)
     except BrokenPipeError:
         raise
     except Exception as error:

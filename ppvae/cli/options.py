@@ -1,4 +1,4 @@
-"""The options of each command, with what they mean."""
+"""The options of each command; the comments are their help texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Data:
     """Which data, and how they are read."""
 
     data: str = "digits"  # a name (digits, mnist, fashion-mnist, omniglot, celeba, ...) or a file or folder
-    root: str | None = None  # where data sets lie; else PPVAE_DATA, else a cache folder
+    root: str | None = None  # the folder of data sets; else PPVAE_DATA, else a cache folder
     binarize: Literal["none", "fixed", "dynamic"] = "fixed"  # dynamic redraws the training data at every read
     dequantize: bool = False  # add uniform noise within a grey level
     flat: bool = True  # vectors; --no-flat gives images [C, H, W]
@@ -43,47 +43,76 @@ class Fit(Data):
     seed: int = 0
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     clip: float | None = None  # the largest gradient norm, per datum
-    compile: Literal["auto", "yes", "no"] = "auto"  # steps from a compiled graph; auto: where the run is long enough
+    compile: Literal["auto", "yes", "no"] = "auto"  # compiled steps; auto: where the run is long enough for it to pay
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products in layers; bf16 where hardware has it
-    rows: int = 20_000  # the most (datum, particle) rows at once; a larger batch is cut, and gradients are added up
+    rows: int = 20_000  # the most (datum, particle) rows at once; a larger batch accumulates gradients
     patience: int | None = None  # epochs without a better validation ELBO before stopping
     device: str | None = None
     runs: str = "runs"  # the folder of runs
-    name: str | None = None  # the run's name below it; made from pair and data by default
+    name: str | None = None  # the run's folder below it; by default from the names of pair and data
     resume: bool = False  # go on from the last checkpoint
     report: bool = True  # write report.html at the end
 
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate:
-    """Estimate log p(x) of a run's data: by importance sampling, or by annealing, which is tighter and slower.
+    """Estimate log p(x) of a run's data by importance sampling, or by annealing, which is tighter and slower.
 
-    An interrupted evaluation goes on with the same command. Several processes share the data:
+    The same command resumes an interrupted evaluation. Several processes share the data:
     torchrun --nproc-per-node 2 -m ppvae evaluate RUN.
     """
 
     method: Literal["importance", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket, on simulated data
-    num_particles: int | Literal["auto"] = 5000  # of importance sampling, which is run beside annealing; auto: by need
+    num_particles: int | Literal["auto"] = 5000  # of importance sampling; auto: adaptive to each datum
     target_std_error: float = 0.05  # of auto: of log p(x) of each datum, in nats
-    max_particles: int = 20_000  # of auto: the most that a datum gets
+    max_particles: int = 20_000  # of auto: the largest number for a datum
     split: Literal["test", "valid", "train"] = "test"
-    head: int | None = None  # only so many data
+    head: int | None = None  # the number of data, from the first; all by default
     seed: int = 0
     root: str | None = None
-    rows: int | None = None  # the most (datum, particle) rows at once; memory is proportional to it
-    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products in layers, in importance sampling
+    rows: int | None = None  # the largest number of (datum, particle) rows at once; memory is proportional to it
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of matrix products in layers, in importance sampling
     device: str | None = None
     num_chains: int = 16  # of annealing, per datum
     num_temperatures: int = 1000  # steps from the guide (or prior) to the posterior
-    start: Literal["guide", "prior"] = "guide"  # where chains start
+    start: Literal["guide", "prior"] = "guide"  # the distribution that chains start from
     schedule: Literal["sigmoid", "linear", "equal_ess"] = "sigmoid"  # of inverse temperatures
     num_leapfrog: int = 10  # leapfrog steps at each temperature
-    resample: float = 0.5  # of smc: chains are resampled where ess falls below this share of them
-    beside: tuple[int, ...] = ()  # further K of importance sampling to set beside annealing, as 50000
-    best: bool = False  # the parameters with the best validation ELBO, instead of those that the run ended with
-    dtype: Literal["float32", "float64"] | None = None  # to compute in, instead of the run's own
+    resample: float = 0.5  # of smc: chains are resampled where the ESS falls below this fraction of them
+    beside: tuple[int, ...] = ()  # further K of importance sampling to compare with annealing, as 50000
+    best: bool = False  # the parameters with the best validation ELBO, instead of the last
+    dtype: Literal["float32", "float64"] | None = None  # the floating type, instead of the run's own
     runs: str = "runs"
     report: bool = True
+
+
+@dataclasses.dataclass(kw_only=True)
+class Examine:
+    """Examine a run: inference gaps, information in the latents, calibration; then write the report."""
+
+    gaps: int = 100  # the number of train and of test data whose local posteriors are refit; 0 for none
+    num_particles: int = 1000  # for the ELBOs and log p(x) of the gaps
+    steps: int = 300  # of a round of the refit; rounds end once the ELBO no longer improves
+    latents: int = 1000  # test data for rate, active units and ELBO surgery; 0 for none
+    replications: int = 2000  # of the calibration on simulated data; 0 for none
+    seed: int = 0
+    root: str | None = None
+    device: str | None = None
+    best: bool = False  # the parameters with the best validation ELBO
+    runs: str = "runs"
+    report: bool = True
+
+
+@dataclasses.dataclass(kw_only=True)
+class Compare:
+    """Compare runs by log p(x) of the same data, from the results of `ppvae evaluate`: paired differences, and caveats.
+
+    NAME=RUN,RUN,... groups runs of several seeds; a result's file may stand for a run.
+    """
+
+    result: str = "log_marginal"  # the estimate, by the name of its file in the runs' folders
+    directory: str | None = None  # the folder for the comparison and its picture
+    runs: str = "runs"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,7 +127,7 @@ class Generate:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Show:
+class DataSet:
     """Load a data set and say what it is."""
 
     root: str | None = None

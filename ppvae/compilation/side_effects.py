@@ -16,7 +16,7 @@ from ppvae.compilation.graph import CaptureError
 
 def following_steps(loss: Any) -> Any:
     """The loss, if it is an objective with schedules, which know the steps taken; Pyro's own have none."""
-    return loss if all(hasattr(loss, name) for name in ("taken", "go_to", "advance")) else None
+    return loss if all(hasattr(loss, name) for name in ("steps_taken", "set_step", "advance")) else None
 
 
 @final
@@ -55,7 +55,7 @@ class SideEffects:
                 self._before += [(b, b.detach().clone()) for b in new]
 
     def _taken(self) -> int | None:
-        return None if self._loss is None else self._loss.taken
+        return None if self._loss is None else self._loss.steps_taken
 
     def now(self) -> tuple[list[Tensor], list[Tensor], int | None]:
         """(random states, buffers, steps taken) as they are."""
@@ -65,7 +65,7 @@ class SideEffects:
         """Puts back what was there before, or what `now` gave."""
         noise, buffers, step = to if to is not None else (self._noise, [b for _, b in self._before], self._step)
         if self._loss is not None:
-            self._loss.go_to(step)
+            self._loss.set_step(step)
         torch.set_rng_state(noise[0])
         if len(noise) > 1:
             torch.cuda.set_rng_state(noise[1], self._device)

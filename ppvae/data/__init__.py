@@ -1,4 +1,8 @@
-"""Data: named sets and a user's own files as three splits of float32 tensors, checked before they are used."""
+"""Data sets as three splits of float32 tensors: named sets, and a user's own files and folders of images.
+
+`load` returns the splits, checked and with fixed noise. `loader` is the reader of columns that training, evaluation and
+generation share; this room imports nothing of the library but errors and random seeds.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ import torch
 
 from ppvae.data import files, named
 from ppvae.data.checks import digest, first_rows, indexed, validated
-from ppvae.data.lazy import LazySplit, Pictures
+from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.data.source import PARTS, Source, check_unit
-from ppvae.data.split import Facts, Noise, Split, checked_seed, with_missing
+from ppvae.data.split import Noise, Split, SplitInfo, check_seed, with_missing
 from ppvae.errors import UsageError
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
-MEMORY_LIMIT = 4 << 30  # bytes; images on disk that would take more as float32 become a LazySplit
+MEMORY_LIMIT = 4 << 30  # bytes; image files that would take more as float32 become a LazySplit
 
 
 def load(
@@ -36,17 +40,17 @@ def load(
 
     `name` is digits, mnist, fashion-mnist, omniglot, celeba, freyfaces, smiles or cifar10, or the path of an .npz,
     .npy or .pt file or of a folder of images. `root` is the folder that holds the named sets: the argument, else the
-    environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place; nothing is written, but MNIST and
-    Fashion-MNIST are fetched where they are missing and the root can be written.
+    environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place, and nothing is written, except that
+    MNIST and Fashion-MNIST are downloaded where they are missing and the root is writable.
 
     Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are; an
     array [N, H, W] gets a channel, [N, H, W, C] becomes [N, C, H, W]. Labels, attributes and `index` (positions in the
-    source, its parts end to end) are attributes of the split. Rows are parted by the source where it says how, else by
-    one fixed permutation: 70, 10 and 20 percent; no row is in two splits. `seed` draws the noise and nothing else.
+    source, its parts end to end) are attributes of the split. The source's own partition is used where it has one, else
+    one fixed permutation: 70, 10 and 20 percent; no row is in two splits. `seed` is that of the noise alone.
 
     `binarize="fixed"` draws Bernoulli(pixel) once; `"dynamic"` draws train afresh at every read. `dequantize=True`
     gives (v + u) / levels in [0, 1), u uniform, train afresh at every read; a density of it bounds the log-mass of the
-    levels. `size` is the side of CelebA's images, 64 by default. Images that need more than 4 GiB are read when asked
+    levels. `size` is the side of CelebA's images, 64 by default. Images that need more than 4 GiB are read on demand
     (`LazySplit`). With `missing=True`, NaN in a file stands for a missing value (`with_missing`).
 
     Raises `UsageError` for an option or a name that does not exist, `DataError` for a file that is missing, damaged, or
@@ -67,14 +71,14 @@ def load(
         )
     if missing and (binarize or dequantize):
         raise UsageError("missing goes with neither binarize nor dequantize: a missing value has no noise. Choose one.")
-    checked_seed(seed)
+    check_seed(seed)
     source = _source(name, root, size, missing)
     if binarize and not source.unit and isinstance(source.images, np.ndarray):
         check_unit(source.images, str(name), "binarize")
     if dequantize and source.levels is None:
         raise UsageError(f"{name}: dequantize needs whole grey levels; save them as uint8 0..255, not as floats.")
     kind: Noise | None = "binarize" if binarize else "dequantize" if dequantize else None
-    if isinstance(source.images, Pictures):
+    if isinstance(source.images, ImageFiles):
         lazy = 4 * len(source.images) * int(np.prod(source.images.event_shape)) > MEMORY_LIMIT
     else:
         lazy = False
@@ -87,8 +91,8 @@ def load(
 def _source(
     name: str | os.PathLike[str], root: str | os.PathLike[str] | None, size: int | None, missing: bool
 ) -> Source:
-    plain = {_plain(known): known for known in named.NAMES}
-    known = plain.get(_plain(name)) if isinstance(name, str) else None
+    plain = {_normalized(known): known for known in named.NAMES}
+    known = plain.get(_normalized(name)) if isinstance(name, str) else None
     if size is not None and known != "celeba":
         raise UsageError(f"size: only celeba is scaled; {name} keeps the size of its images.")
     if known:
@@ -102,7 +106,7 @@ def _source(
     path = Path(name).expanduser()
     if isinstance(name, os.PathLike) or os.path.exists(path) or path.suffix.lower() in files.SUFFIXES or os.sep in name:
         return files.read_path(path, missing)
-    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(_normalized(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
     raise UsageError(
         f"unknown data set {name!r}.{hint} Known: {', '.join(named.NAMES)};\n"
@@ -110,7 +114,7 @@ def _source(
     )
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
@@ -124,9 +128,9 @@ def _split(source: Source, part: int, kind: Noise | None, flat: bool, seed: int,
     """One part of the source, with noise at every read where there is any."""
     rows, images = source.rows[part], source.images
     index = torch.from_numpy(rows.astype(np.int64))
-    facts = Facts(
+    info = SplitInfo(
         name=f"{source.name}/{PARTS[part]}",
-        event_shape=images.event_shape if isinstance(images, Pictures) else tuple(images.shape[1:]),
+        event_shape=images.event_shape if isinstance(images, ImageFiles) else tuple(images.shape[1:]),
         rows=len(rows),
         levels=2 if kind == "binarize" else source.levels,
         unit=source.unit,
@@ -139,6 +143,6 @@ def _split(source: Source, part: int, kind: Noise | None, flat: bool, seed: int,
     )
     labels = None if source.labels is None else torch.from_numpy(source.labels[rows])
     attributes = {key: torch.from_numpy(column[rows]) for key, column in source.attributes.items()}
-    if lazy and isinstance(images, Pictures):
-        return LazySplit(images, facts, index, labels, attributes, flat)
-    return Split(source.values(rows, flat), facts, index, labels, attributes)
+    if lazy and isinstance(images, ImageFiles):
+        return LazySplit(images, info, index, labels, attributes, flat)
+    return Split(source.values(rows, flat), info, index, labels, attributes)

@@ -1,4 +1,4 @@
-"""What every tensor and file goes through before it counts as data."""
+"""Checks of tensors and files before they are used as data, row numbers, and digests."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ppvae.errors import DataError
 
-FINITE = "Every value must be finite: remove the row or fill the gap."
-OPT_IN = "{finite} If NaN stands for a missing value, say so: {how}."
+FINITE_CURE = "Every value must be finite: remove the row or fill the gap."
+MISSING_CURE = "{finite} If NaN stands for a missing value, say so: {how}."
 
 
 def validated(x: Tensor, name: str) -> Tensor:
-    """The tensor `x` [N, *event] itself, once it is known to hold at least one row and finite numbers only.
+    """Checks that the tensor `x` [N, *event] has at least one row and finite numbers only, and returns it.
 
-    `name` is what a message calls it. In a split marked by `data.with_missing`, NaN is a missing value; a row where all
-    is missing says nothing, and is refused. Raises `DataError` for anything but a dense real tensor, for an empty one,
-    and for NaN or infinity, with the row and the column.
+    `name` is the name of the tensor in error messages. In a split marked by `data.with_missing`, NaN is a missing
+    value; a row without observed values is refused. Raises `DataError` for anything but a dense real tensor, for an
+    empty one, and for NaN or infinity, with row and column.
 
     >>> import torch
     >>> validated(torch.zeros(3, 2), "x").shape
@@ -36,23 +36,24 @@ def validated(x: Tensor, name: str) -> Tensor:
         raise DataError(f"{name}: expected dense real numbers, found {x.dtype} with layout {x.layout}.")
     if x.ndim == 0 or x.numel() == 0:
         raise DataError(f"{name}: expected [N, *event] with at least one row, found shape {list(x.shape)}.")
-    refuse_gaps(x.detach(), name, getattr(x, "missing", False), FINITE, "data.with_missing(x)")
+    check_finite(x.detach(), name, getattr(x, "missing", False), FINITE_CURE, "data.with_missing(x)")
     return x
 
 
-def refuse_gaps(x: Tensor, name: str, missing: bool, finite: str, how: str, offset: int = 0) -> None:
-    """Raise a `DataError` for numbers that are not finite, but for NaN where `missing`, if its row has other values.
+def check_finite(x: Tensor, name: str, missing: bool, finite: str, how: str, offset: int = 0) -> None:
+    """Raise a `DataError` for numbers that are not finite; with `missing`, NaN is allowed in rows with other values.
 
-    A message has the words `finite`, and on NaN says `how` to mark it as missing. A vector [N], as of labels, may have
-    gaps anywhere.
+    The message ends with the cure `finite`; on NaN it says `how` to mark it as missing. A vector [N], as of labels, may
+    have NaN anywhere.
     """
-    finite_there = torch.isfinite(x)
-    if bool(finite_there.all()):
+    is_finite = torch.isfinite(x)
+    if bool(is_finite.all()):
         return
     gaps = x.isnan()
     if not missing:
-        refuse(x, finite_there, name, OPT_IN.format(finite=finite, how=how) if bool(gaps.any()) else finite, offset)
-    refuse(x, finite_there | gaps, name, finite, offset)
+        cure = MISSING_CURE.format(finite=finite, how=how) if bool(gaps.any()) else finite
+        raise_first_invalid(x, is_finite, name, cure, offset)
+    raise_first_invalid(x, is_finite | gaps, name, finite, offset)
     if x.ndim > 1:
         empty = gaps.reshape(len(x), -1).all(1).nonzero()[:, 0]
         if len(empty):
@@ -63,15 +64,15 @@ def refuse_gaps(x: Tensor, name: str, missing: bool, finite: str, how: str, offs
             )
 
 
-def refuse(x: Tensor, good: Tensor, name: str, cure: str, offset: int = 0) -> None:
-    """Raise a `DataError` with row, column and value where `good` [N, *event] is false; rows count from `offset`."""
-    if bool(good.all()):
+def raise_first_invalid(x: Tensor, valid: Tensor, name: str, cure: str, offset: int = 0) -> None:
+    """Raise a `DataError` with row, column and value where `valid` [N, *event] is false; rows count from `offset`."""
+    if bool(valid.all()):
         return
     event = x.shape[1:]
-    bad = ~good.reshape(len(x), -1)
-    rows = bad.any(1).nonzero()[:, 0]
+    invalid = ~valid.reshape(len(x), -1)
+    rows = invalid.any(1).nonzero()[:, 0]
     row = int(rows[0])
-    columns = bad[row].nonzero()[:, 0].tolist()
+    columns = invalid[row].nonzero()[:, 0].tolist()
     value = float(x[row].reshape(-1)[columns[0]])
     place = f"row {row + offset}"
     if event:
@@ -85,7 +86,7 @@ def refuse(x: Tensor, good: Tensor, name: str, cure: str, offset: int = 0) -> No
 
 
 def first_rows(columns: Sequence[Any], count: int) -> Tensor:
-    """The rows [count] on which a pair is looked at: the first, and before them one for every gap that there is.
+    """The rows [count] on which a pair is inspected: one for every column with missing values, then the first ones.
 
     >>> import torch
     >>> from ppvae import data
@@ -93,13 +94,13 @@ def first_rows(columns: Sequence[Any], count: int) -> Tensor:
     >>> first_rows([x], 2), first_rows([x[:2]], 2)
     (tensor([0, 2]), tensor([0, 1]))
     """
-    total, found = len(columns[0]), set()
+    total, rows = len(columns[0]), set()
     for column in columns:
         if getattr(column, "missing", False):
             gaps = column.detach().isnan().reshape(total, -1)
-            found |= set(gaps[:, gaps.any(0)].byte().argmax(0).tolist())
+            rows |= set(gaps[:, gaps.any(0)].byte().argmax(0).tolist())
     count = min(count, total)
-    return torch.tensor(sorted(list(dict.fromkeys([*sorted(found), *range(count)]))[:count]))
+    return torch.tensor(sorted(list(dict.fromkeys([*sorted(rows), *range(count)]))[:count]))
 
 
 def indexed(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def indexed(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def digest(x: Tensor) -> str:
-    """The SHA-256 in hex of a tensor's dtype, shape and bytes, the same on every device; one NaN is like another.
+    """The SHA-256 in hex of a tensor's dtype, shape and bytes, the same on every device and for every NaN.
 
     >>> import torch
     >>> digest(torch.zeros(2, 3)) == digest(torch.zeros(2, 3)), digest(torch.zeros(2, 3)) == digest(torch.zeros(3, 2))
@@ -132,8 +133,8 @@ def digest(x: Tensor) -> str:
     return sha.hexdigest()
 
 
-def looks_like(path: Path) -> str:
-    """A clause that says what a file's first bytes are when they are a well-known wrong thing, else ''."""
+def wrong_format_clause(path: Path) -> str:
+    """A clause that names the format of a file whose first bytes are of a known wrong format, else an empty string."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -152,6 +153,6 @@ def looks_like(path: Path) -> str:
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """An error's own words on one line of at most `limit` characters."""
+    """An error's message on one line of at most `limit` characters."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= limit else words[: limit - 3] + "..."

@@ -11,9 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppvae.data.checks import looks_like, one_line
-from ppvae.data.lazy import CHANNELS, Pictures, opened
-from ppvae.data.source import PARTS, Source, as_images, as_labels, check_numbers, parted, permuted, scale
+from ppvae.data.checks import one_line, wrong_format_clause
+from ppvae.data.lazy import CHANNELS, ImageFiles, open_image
+from ppvae.data.source import (
+    PARTS,
+    Source,
+    as_images,
+    as_labels,
+    check_numbers,
+    partition_rows,
+    permutation_split,
+    scale,
+)
 from ppvae.errors import DataError
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth")
@@ -26,7 +35,7 @@ _PART = re.compile(rf"(?:{_ROLE}_)?(train|training|valid|validation|val|test)(?:
 
 
 def read_path(path: Path, missing: bool = False) -> Source:
-    """The rows of a file or folder, checked; `DataError` where they cannot be taken as data.
+    """The rows of a file or folder, checked; raises `DataError` for what is no data.
 
     With `missing`, NaN in a file stands for a missing value.
     """
@@ -37,7 +46,7 @@ def read_path(path: Path, missing: bool = False) -> Source:
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of images, found {path.suffix!r}.")
     arrays = read_arrays(path)
-    return _parts(path, arrays, missing) or _whole(path, arrays, missing)
+    return _presplit_source(path, arrays, missing) or _unsplit_source(path, arrays, missing)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -47,7 +56,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except DataError:
         raise
     except Exception as error:  # a damaged or crafted file raises almost anything
-        why = looks_like(path) or f" ({one_line(error)})"
+        why = wrong_format_clause(path) or f" ({one_line(error)})"
         raise DataError(
             f"{path}: expected plain arrays, found something that cannot be read safely{why}.\n"
             "Save numbers only: numpy.savez(path, images=x) or torch.save(tensor, path)."
@@ -79,16 +88,18 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _as_array(x: torch.Tensor, path: Path, key: str) -> np.ndarray:
     if x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
-        raise DataError(f"{path}{_key(key)}: expected a dense tensor, found {x.layout} on {x.device}.")
+        raise DataError(f"{path}{_key_clause(key)}: expected a dense tensor, found {x.layout} on {x.device}.")
     size, held = x.numel() * x.element_size(), x.untyped_storage().nbytes()
     if size > held:  # an expanded tensor: a file of a few bytes could stand for terabytes
-        raise DataError(f"{path}{_key(key)}: expected the {list(x.shape)} numbers to take {size} bytes, found {held}.")
+        raise DataError(
+            f"{path}{_key_clause(key)}: expected the {list(x.shape)} numbers to take {size} bytes, found {held}."
+        )
     x = x.detach().resolve_conj().resolve_neg()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def _parts(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source | None:
-    """The source of a file with keys such as train, test or x_train, y_train; None where it has no such data."""
+def _presplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source | None:
+    """The source of a file with keys such as train, test or x_train, y_train; None for a file without them."""
     found: dict[str, dict[str, str]] = {"data": {}, "labels": {}}
     for key in arrays:
         if match := _PART.fullmatch(key):
@@ -102,23 +113,23 @@ def _parts(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source |
         return None
     parts = [part for part in PARTS if part in data]
     for part in parts:
-        check_numbers(arrays[data[part]], f"{path}{_key(data[part])}", missing)
-        _same_rows(path, arrays, data[parts[0]], data[part])
+        check_numbers(arrays[data[part]], f"{path}{_key_clause(data[part])}", missing)
+        _check_same_rows(path, arrays, data[parts[0]], data[part])
     if labels and set(labels) != set(data):
         raise DataError(
             f"{path}: expected labels for all of {', '.join(parts)} or none, found {', '.join(labels.values())}."
         )
     sizes = {part: len(arrays[data[part]]) for part in parts}
-    rows = parted(str(path), sizes)
+    rows = partition_rows(str(path), sizes)
     whole = np.concatenate([arrays[data[part]] for part in parts])
-    y = [as_labels(arrays[labels[part]], sizes[part], f"{path}{_key(labels[part])}") for part in parts if labels]
+    y = [as_labels(arrays[labels[part]], sizes[part], f"{path}{_key_clause(labels[part])}") for part in parts if labels]
     levels, unit = scale(whole)
     labelled = np.concatenate(y) if y else None
     return Source(path.name, as_images(whole), rows, levels, unit, labelled, missing=missing)
 
 
-def _whole(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source:
-    """The source of a file with one array of data, and perhaps labels and other columns of one number a row."""
+def _unsplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source:
+    """The source of a file with one array of data, optional labels, and further columns [N]."""
     lower = {key.lower(): key for key in arrays}
     key = next((lower[k] for k in DATA_KEYS if k in lower), None)
     if key is None:
@@ -128,28 +139,28 @@ def _whole(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source:
             raise DataError(f"{path}: expected the data under a key such as 'images', 'x' or 'train', found {held}.")
         key = candidates[0]
     data, n = arrays[key], len(arrays[key]) if arrays[key].ndim else 0
-    check_numbers(data, f"{path}{_key(key)}", missing)
+    check_numbers(data, f"{path}{_key_clause(key)}", missing)
     if n < 3:
-        raise DataError(f"{path}{_key(key)}: expected at least 3 rows, for three splits; found {n}.")
+        raise DataError(f"{path}{_key_clause(key)}: expected at least 3 rows, for three splits; found {n}.")
     label_key = next((lower[k] for k in LABEL_KEYS if k in lower and lower[k] != key), None)
-    labels = None if label_key is None else as_labels(arrays[label_key], n, f"{path}{_key(label_key)}")
+    labels = None if label_key is None else as_labels(arrays[label_key], n, f"{path}{_key_clause(label_key)}")
     extra = {
         k: x for k, x in arrays.items() if k not in (key, label_key) and x.shape == (n,) and x.dtype.kind in "biuf"
     }
     levels, unit = scale(data)
-    return Source(path.name, as_images(data), permuted(n), levels, unit, labels, extra, missing=missing)
+    return Source(path.name, as_images(data), permutation_split(n), levels, unit, labels, extra, missing=missing)
 
 
-def _same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:
+def _check_same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:
     a, b = arrays[first], arrays[other]
     if a.shape[1:] != b.shape[1:] or (a.dtype == np.uint8) != (b.dtype == np.uint8):
         raise DataError(
-            f"{path}{_key(other)}: expected rows like those of {first!r} ({a.dtype} {list(a.shape[1:])}), "
+            f"{path}{_key_clause(other)}: expected rows like those of {first!r} ({a.dtype} {list(a.shape[1:])}), "
             f"found {b.dtype} {list(b.shape[1:])}."
         )
 
 
-def _key(key: str) -> str:
+def _key_clause(key: str) -> str:
     return f", key {key!r}" if key else ""
 
 
@@ -167,14 +178,14 @@ def read_folder(folder: Path) -> Source:
         raise DataError(
             f"{folder}: expected a folder with at least 3 images, found {len(paths)} ({', '.join(IMAGES[:3])}, ...)."
         )
-    first = opened(folder / paths[0])
+    first = open_image(folder / paths[0])
     mode, size = first.mode, first.size
     if mode not in CHANNELS:
         raise DataError(
             f"{folder / paths[0]}: expected an image of mode L, RGB or 1, found {mode}. Convert the folder."
         )
     for path in paths[1:]:
-        image = opened(folder / path)
+        image = open_image(folder / path)
         if (image.mode, image.size) != (mode, size):
             raise DataError(
                 f"{folder / path}: expected {mode} {size[0]}x{size[1]} like {paths[0]}, found {image.mode} "
@@ -182,14 +193,14 @@ def read_folder(folder: Path) -> Source:
             )
     levels = [path.split("/")[:-1] for path in paths]
     parts = [PART_NAMES.get(level[0].lower(), level[0].lower()) if level else "" for level in levels]
-    rows = permuted(len(paths))
+    rows = permutation_split(len(paths))
     if len(set(parts)) > 1 and set(parts) <= set(PARTS):
         order = sorted(range(len(paths)), key=lambda i: PARTS.index(parts[i]))
         paths, levels = [paths[i] for i in order], [levels[i][1:] for i in order]
-        rows = parted(str(folder), {part: parts.count(part) for part in PARTS if part in parts})
+        rows = partition_rows(str(folder), {part: parts.count(part) for part in PARTS if part in parts})
     classes = tuple(sorted({level[0] for level in levels})) if all(levels) else ()
     labels = np.array([classes.index(level[0]) for level in levels]) if classes else None
-    pictures = Pictures(folder, tuple(paths), mode, size)
+    pictures = ImageFiles(folder, tuple(paths), mode, size)
     return Source(
         f"folder {folder.resolve().name}", pictures, rows, 2 if mode == "1" else 256, True, labels, classes=classes
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ppvae.data.checks import looks_like, one_line
+from ppvae.data.checks import one_line, wrong_format_clause
 from ppvae.errors import DataError
 
 TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
@@ -48,7 +48,7 @@ def read_idx(path: Path, shape: tuple[int, ...], classes: int | None = None) -> 
 def _check_header(path: Path, head: bytes, shape: tuple[int, ...]) -> None:
     magic, what = head[:4], " x ".join(map(str, shape))
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in TYPES:
-        clause = looks_like(path)
+        clause = wrong_format_clause(path)
         raise DataError(f"{path}: expected an IDX file of {what} bytes, found first bytes {magic.hex(' ')!r}{clause}.")
     if magic[2] != 0x08:
         raise DataError(f"{path}: expected IDX data of type uint8, found {TYPES[magic[2]]}.")

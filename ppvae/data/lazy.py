@@ -1,4 +1,4 @@
-"""Pictures on disk, and `LazySplit`: a split that reads its rows from them when asked."""
+"""Image files, and `LazySplit`: a split whose rows are read from them on demand."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.data.checks import looks_like, one_line
-from ppvae.data.split import Described, Facts, checked_head, drawn, stream
+from ppvae.data.checks import one_line, wrong_format_clause
+from ppvae.data.split import SplitInfo, SplitProperties, check_head, draw_noise, noise_seed
 from ppvae.errors import DataError
 
 CHANNELS = {"1": 1, "L": 1, "RGB": 3}
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Image files of one mode (1, L or RGB) and size (width, height); a `crop` around the centre, scaled to `side`."""
+class ImageFiles:
+    """Image files of one mode (1, L or RGB) and size (width, height); centre crop `crop`, then scaled to `side`."""
 
     root: Path
     paths: tuple[str, ...]
@@ -45,15 +45,15 @@ class Pictures:
         out = np.empty((len(rows), *self.event_shape), bool if self.mode == "1" else np.uint8)
         if len(rows) < 4:
             for i, row in enumerate(rows):
-                out[i] = self._one(int(row))
+                out[i] = self._read_image(int(row))
             return out
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for i, image in enumerate(pool.map(self._one, map(int, rows))):
+            for i, image in enumerate(pool.map(self._read_image, map(int, rows))):
                 out[i] = image
         return out
 
-    def _one(self, row: int) -> np.ndarray:
-        image = opened(self.root / self.paths[row], self.mode, self.size)
+    def _read_image(self, row: int) -> np.ndarray:
+        image = open_image(self.root / self.paths[row], self.mode, self.size)
         if self.crop:
             left, top = (self.size[0] - self.crop) // 2, (self.size[1] - self.crop) // 2
             image = image.crop((left, top, left + self.crop, top + self.crop))
@@ -63,8 +63,8 @@ class Pictures:
         return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
 
 
-def opened(path: Path, mode: str | None = None, size: tuple[int, int] | None = None) -> Any:
-    """A Pillow image, decoded where `mode` and `size` are given, which it must meet; `DataError` if it is damaged."""
+def open_image(path: Path, mode: str | None = None, size: tuple[int, int] | None = None) -> Any:
+    """A Pillow image; with `mode` and `size`, which it must have, it is decoded. `DataError` for a damaged file."""
     from PIL import Image
 
     try:
@@ -75,8 +75,8 @@ def opened(path: Path, mode: str | None = None, size: tuple[int, int] | None = N
                 image.load()
                 return image
             found = f"{image.mode} {image.size[0]}x{image.size[1]}"
-    except Exception as error:  # Pillow raises many kinds; all mean that this is no image
-        clause = looks_like(path) or f" ({one_line(error, 80)})"
+    except Exception as error:  # Pillow raises errors of many types for a damaged image
+        clause = wrong_format_clause(path) or f" ({one_line(error, 80)})"
         raise DataError(f"{path}: expected an image, found something unreadable{clause}.") from None
     raise DataError(
         f"{path}: expected an image of mode {mode} and size {'x'.join(map(str, size or ()))} like the others, "
@@ -85,12 +85,11 @@ def opened(path: Path, mode: str | None = None, size: tuple[int, int] | None = N
 
 
 @final
-class LazySplit(Described, torch.utils.data.Dataset):
-    """A split whose images stay on disk; `read` and indexing give plain float32 tensors [n, *event] in [0, 1].
+class LazySplit(SplitProperties, torch.utils.data.Dataset):
+    """A split whose images stay on disk; `read` and indexing return plain float32 tensors [n, *event] in [0, 1].
 
-    It has the metadata of a `Split` and can be handed to a torch `DataLoader`. Fixed noise is a function of seed, name
-    and row, so any order of reads gives the same values. An image that is damaged or was replaced raises `DataError` by
-    name.
+    It has the metadata of a `Split` and is a torch `Dataset`. Fixed noise is a function of seed, name and row, so that
+    any order of reads gives the same values. A damaged or replaced image raises `DataError` with its path.
 
     >>> from ppvae import data
     >>> train, valid, test = data.load("celeba", size=64)              # doctest: +SKIP
@@ -100,14 +99,14 @@ class LazySplit(Described, torch.utils.data.Dataset):
 
     def __init__(
         self,
-        pictures: Pictures,
-        facts: Facts,
+        pictures: ImageFiles,
+        info: SplitInfo,
         index: Tensor,
         labels: Tensor | None = None,
         attributes: dict[str, Tensor] | None = None,
         flat: bool = True,
     ) -> None:
-        self.pictures, self.facts, self.index, self.labels, self.flat = pictures, facts, index, labels, flat
+        self.pictures, self.info, self.index, self.labels, self.flat = pictures, info, index, labels, flat
         self.attributes = attributes or {}
         event = pictures.event_shape
         self.shape = torch.Size((len(index), int(np.prod(event)))) if flat else torch.Size((len(index), *event))
@@ -136,35 +135,35 @@ class LazySplit(Described, torch.utils.data.Dataset):
             values.div_(255)
         if self.flat:
             values = values.flatten(1)
-        kind, levels, facts = self.facts.kind, self.facts.levels or 2, self.facts
-        if facts.noise:
-            return drawn(values.to(generator.device) if generator else values, facts.noise, levels, generator)
+        kind, levels, info = self.info.kind, self.info.levels or 2, self.info
+        if info.noise:
+            return draw_noise(values.to(generator.device) if generator else values, info.noise, levels, generator)
         if kind:
             for value, row in zip(values, rows.tolist(), strict=True):
-                keyed = torch.Generator().manual_seed(stream(facts.seed, f"{facts.name} {row}"))
-                value.copy_(drawn(value, kind, levels, keyed))
+                generator_of_row = torch.Generator().manual_seed(noise_seed(info.seed, f"{info.name} {row}"))
+                value.copy_(draw_noise(value, kind, levels, generator_of_row))
         return values
 
     def fixed(self, seed: int) -> LazySplit:
         """The same split with noise that is a function of seed and row; itself without noise."""
-        return self._like(slice(None), self.facts.fixed(seed)) if self.noise else self
+        return self._like(slice(None), self.info.fixed(seed)) if self.noise else self
 
     def head(self, n: int) -> LazySplit:
         """The first `n` rows (all where there are fewer) as a split of the same kind. `UsageError` for n < 1."""
-        return self._like(slice(checked_head(n)), self.facts)
+        return self._like(slice(check_head(n)), self.info)
 
     @property
     def digest(self) -> str:
         """SHA-256 in hex of the paths and sizes of the files, the shape and the noise (the values are not read)."""
-        facts, sha = self.facts, hashlib.sha256()
-        noise = (facts.noise, facts.kind, None if facts.noise else facts.seed) if facts.kind else None
+        info, sha = self.info, hashlib.sha256()
+        noise = (info.noise, info.kind, None if info.noise else info.seed) if info.kind else None
         sha.update(f"{list(self.shape)} {noise} {self.pictures.crop}\n".encode())
         for row in self.index.tolist():
             path = self.pictures.paths[row]
             sha.update(f"{path} {(self.pictures.root / path).stat().st_size}\n".encode())
         return sha.hexdigest()
 
-    def _like(self, rows: slice, facts: Facts) -> LazySplit:
+    def _like(self, rows: slice, info: SplitInfo) -> LazySplit:
         labels = None if self.labels is None else self.labels[rows]
         attributes = {name: t[rows] for name, t in self.attributes.items()}
-        return LazySplit(self.pictures, facts, self.index[rows], labels, attributes, self.flat)
+        return LazySplit(self.pictures, info, self.index[rows], labels, attributes, self.flat)

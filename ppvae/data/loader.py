@@ -1,118 +1,158 @@
-"""Batches of a data set: an order that is a function of seed and epoch, on the device where the data fit."""
+"""The reader of columns: tensors or splits of equal length, read by rows, whole or in shuffled batches on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppvae import data as datasets
+from ppvae.data.checks import digest, first_rows, validated
+from ppvae.data.lazy import LazySplit
 from ppvae.errors import DataError, UsageError
 from ppvae.rng import derive_seed
 
 
-class Columns:
-    """Tensors or splits of equal length, read a batch at a time.
+def data_columns(data: Any, seed: int | None = None, name: str = "data") -> tuple[Any, ...]:
+    """The columns of data, checked and of equal length; with a `seed`, noise that a split redraws is drawn once.
 
-    In-memory data are moved to the device once; images left on disk are read ahead by a DataLoader.
+    Raises:
+        UsageError: something that is no tensor or split; DataError: other numbers of rows, or values not allowed.
+    """
+    given = tuple(data) if isinstance(data, list | tuple) else (data,)
+    if not given:
+        raise UsageError(f"{name}: expected a tensor, a split, or a tuple of them; found an empty tuple")
+    columns: list[Any] = []
+    for i, column in enumerate(given):
+        place = name if len(given) == 1 else f"{name}[{i}]"
+        if not isinstance(column, Tensor | LazySplit):
+            raise UsageError(f"{place}: expected a tensor or a split, found {type(column).__name__}")
+        if seed is not None and getattr(column, "noise", None):
+            column = column.fixed(seed)  # type: ignore[union-attr]
+        if isinstance(column, Tensor):
+            column = validated(column, place)
+        if len(column) != len(given[0]):
+            raise DataError(f"{place}: expected {len(given[0])} rows as in the first column, found {len(column)}")
+        columns.append(column)
+    return tuple(columns)
+
+
+def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
+    """Some rows of a column, or all of them, as a plain tensor on a device; splits draw their noise, if any."""
+    if hasattr(column, "read"):
+        value = column.read(rows)
+        if isinstance(column, LazySplit):  # image files have no floating type of their own
+            value = value.to(torch.get_default_dtype())
+    else:
+        value = column if rows is None else column[rows.to(column.device)]
+    return value.to(device)
+
+
+def as_single_batch(data: Any, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """All rows of checked data as one batch on a device."""
+    return tuple(read_rows(column, None, device) for column in data_columns(data, seed))
+
+
+def column_digests(columns: Sequence[Any]) -> list[str]:
+    """The SHA-256 of each column."""
+    return [c.digest if hasattr(c, "digest") else digest(c) for c in columns]
+
+
+def data_digest(columns: Sequence[Any]) -> str:
+    """The SHA-256 of the data of a result: that of the column, or of several columns' digests."""
+    digests = column_digests(columns)
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+class DataLoader:
+    """Shuffled batches of columns, in an order that is a function of seed and epoch.
+
+    Columns in memory are moved to the device once, where they fit; images on disk are read ahead by torch's DataLoader.
+    A split with noise redraws it at every read.
     """
 
-    def __init__(self, source: Any, name: str, device: torch.device):
-        parts = tuple(source) if isinstance(source, list | tuple) else (source,)
-        if not parts:
-            raise UsageError(f"{name}: expected a tensor, a split, or a tuple of them; found an empty tuple")
+    def __init__(self, data: Any, name: str, device: torch.device):
         self.device = device
-        self.parts: list[Any] = []
-        for i, part in enumerate(parts):
-            place = name if len(parts) == 1 else f"{name}[{i}]"
-            if not isinstance(part, Tensor | datasets.LazySplit):
-                raise UsageError(f"{place}: expected a tensor or a split, found {type(part).__name__}")
-            if isinstance(part, Tensor):
-                part = datasets.validated(part, place)
-                part = _moved(part, device) if _fits(part, device) else part
-            if len(part) != len(parts[0]):
-                raise DataError(f"{place}: expected {len(parts[0])} rows as in the first tensor, found {len(part)}")
-            self.parts.append(part)
+        self.columns = tuple(
+            _to_device(c, device) if isinstance(c, Tensor) and _fits(c, device) else c
+            for c in data_columns(data, name=name)
+        )
 
     def __len__(self) -> int:
-        return len(self.parts[0])
+        return len(self.columns[0])
 
-    def check_like(self, other: Columns) -> None:
-        """Raises DataError unless these data have the shapes of others."""
-        ours, theirs = ([list(p.shape[1:]) for p in c.parts] for c in (self, other))
-        if ours != theirs:
-            raise DataError(f"valid: expected data of shapes {theirs} as in the training data, found {ours}")
+    def check_shapes(self, other: DataLoader) -> None:
+        """Raises DataError unless these data have the event shapes of `other`, the training data."""
+        found, expected = ([list(c.shape[1:]) for c in loader.columns] for loader in (self, other))
+        if found != expected:
+            raise DataError(f"valid: expected data of shapes {expected} as in the training data, found {found}")
 
     @property
     def lazy(self) -> bool:
-        """Whether some of the data stay on disk."""
-        return any(isinstance(part, datasets.LazySplit) for part in self.parts)
+        """Whether some columns stay on disk."""
+        return any(isinstance(column, LazySplit) for column in self.columns)
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The rows of every column, on the device, with fresh noise where a split redraws its values."""
-        return tuple(
-            (part.read(rows) if hasattr(part, "read") else _taken(part, rows, i > 0)).to(self.device)
-            for i, part in enumerate(self.parts)
-        )
+        """The rows of every column, on the device."""
+        first, *context = self.columns
+        return read_rows(first, rows, self.device), *(self._read_context(c, rows) for c in context)
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
-        """The rows on which a pair is looked at, with every gap that there is in the data."""
-        return self.read(datasets.first_rows(self.parts, count))
+    def read_first(self, count: int) -> tuple[Tensor, ...]:
+        """The rows on which a pair is inspected, among them one for every pattern of missing values."""
+        return self.read(first_rows(self.columns, count))
 
-    def whole(self) -> tuple[Tensor, ...]:
+    def read_all(self) -> tuple[Tensor, ...]:
         """All rows, for a pair whose plate draws its own subsample."""
-        return tuple((part.read() if hasattr(part, "read") else part).to(self.device) for part in self.parts)
+        return tuple(read_rows(column, None, self.device) for column in self.columns)
 
-    def batches(self, batch_size: int, seed: int, epoch: int, processes: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, batch_size: int, seed: int, epoch: int, num_ranks: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """One pass over the data in an order that is a function of seed and epoch."""
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
         order = list(torch.randperm(len(self), generator=generator).split(batch_size))
-        if len(order) > 1 and len(order[-1]) < 2 * processes:  # batch norm cannot take a lone datum
+        if len(order) > 1 and len(order[-1]) < 2 * num_ranks:  # batch norm needs two data at least
             order[-2:] = [torch.cat(order[-2:])]
         if self.lazy:
-            loader = torch.utils.data.DataLoader(
-                _Read(self), batch_sampler=[rows.tolist() for rows in order], collate_fn=lambda batch: batch
+            yield from torch.utils.data.DataLoader(
+                _RowsDataset(self), batch_sampler=[rows.tolist() for rows in order], collate_fn=lambda batch: batch
             )
-            yield from loader
         else:
             for rows in order:
                 yield self.read(rows.to(self.device))
 
-
-def _moved(column: Tensor, device: torch.device) -> Tensor:
-    """A column on a device, one row that is expanded to all of it as such."""
-    return column[:1].to(device).expand(column.shape) if _one_row(column) else column.to(device)
-
-
-def _taken(column: Tensor, rows: Tensor, beside: bool) -> Tensor:
-    """Some rows of a column; beside the data, one row that is expanded to all of it stays one in memory."""
-    if beside and _one_row(column):
-        return column[:1].clone().expand(len(rows), *column.shape[1:])
-    return column[rows.to(column.device)]
+    def _read_context(self, column: Any, rows: Tensor) -> Tensor:
+        """Rows of a column after the first; a single row that is expanded to all data stays one row in memory."""
+        if isinstance(column, Tensor) and not hasattr(column, "read") and _is_expanded(column):
+            return column[:1].clone().expand(len(rows), *column.shape[1:]).to(self.device)
+        return read_rows(column, rows, self.device)
 
 
-def _one_row(column: Tensor) -> bool:
+def _to_device(column: Tensor, device: torch.device) -> Tensor:
+    """The column on a device; a single row that is expanded to all data is moved as one row."""
+    return column[:1].to(device).expand(column.shape) if _is_expanded(column) else column.to(device)
+
+
+def _is_expanded(column: Tensor) -> bool:
     return len(column) > 1 and column.stride(0) == 0
 
 
 def _fits(values: Tensor, device: torch.device) -> bool:
-    """Whether the data leave room on the device for the work itself."""
+    """Whether the data take less than half of the device's free memory."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
     return values.numel() * values.element_size() < free / 2
 
 
-class _Read(torch.utils.data.Dataset):
-    """Reads a batch's rows together, as a DataLoader asks for them."""
+class _RowsDataset(torch.utils.data.Dataset):
+    """The rows of a batch, read together by torch's DataLoader."""
 
-    def __init__(self, columns: Columns):
-        self.columns = columns
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
 
     def __len__(self) -> int:
-        return len(self.columns)
+        return len(self.loader)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, ...]:
-        return self.columns.read(torch.tensor(rows))
+        return self.loader.read(torch.tensor(rows))

@@ -15,8 +15,8 @@ import numpy as np
 from ppvae.data.checks import one_line
 from ppvae.data.files import read_arrays
 from ppvae.data.idx import read_idx
-from ppvae.data.lazy import Pictures
-from ppvae.data.source import Source, looked_for, permuted
+from ppvae.data.lazy import ImageFiles
+from ppvae.data.source import Source, not_found, permutation_split
 from ppvae.errors import DataError
 
 CACHE = Path("~/.cache/ppvae")  # the root where neither an argument nor PPVAE_DATA gives one
@@ -28,7 +28,7 @@ def digits(root: Path, size: int) -> Source:
 
     held: Any = load_digits()
     images = held.images.astype(np.uint8)[:, None]
-    return Source("digits", images, permuted(len(images)), 17, labels=held.target.astype(np.int64))
+    return Source("digits", images, permutation_split(len(images)), 17, labels=held.target.astype(np.int64))
 
 
 def mnist(root: Path, size: int) -> Source:
@@ -44,27 +44,27 @@ def fashion_mnist(root: Path, size: int) -> Source:
 def _mnist(name: str, folder: Path) -> Source:
     counts = {"train": 60_000, "t10k": 10_000}
     stems = [f"{part}-{what}" for part in counts for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    missing = [stem for stem in stems if _found(folder, stem) is None]
+    missing = [stem for stem in stems if _find_file(folder, stem) is None]
     if missing:
         _download(name, folder, missing[0])
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for part, n in counts.items():
         for stem, shape, classes in (("images-idx3", (n, 28, 28), None), ("labels-idx1", (n,), 10)):
-            path = _found(folder, f"{part}-{stem}-ubyte")
+            path = _find_file(folder, f"{part}-{stem}-ubyte")
             if path is None:
-                raise looked_for(name, folder / f"{part}-{stem}-ubyte[.gz]")
+                raise not_found(name, folder / f"{part}-{stem}-ubyte[.gz]")
             (labels if classes else images).append(read_idx(path, shape, classes))
     rows = np.split(np.arange(70_000), [50_000, 60_000])
     return Source(name, np.concatenate(images)[:, None], tuple(rows), labels=np.concatenate(labels).astype(np.int64))
 
 
-def _found(folder: Path, stem: str) -> Path | None:
+def _find_file(folder: Path, stem: str) -> Path | None:
     return next((path for path in (folder / stem, folder / f"{stem}.gz") if os.path.isfile(path)), None)
 
 
 def _download(name: str, folder: Path, missing: str) -> None:
-    """Let torchvision fetch the files beside the root, then move them in; `DataError` where that fails."""
+    """Downloads the files by torchvision into a temporary folder, then moves them; `DataError` where that fails."""
     from torchvision import datasets
 
     root, path = folder.parent.parent, folder / f"{missing}[.gz]"
@@ -72,39 +72,39 @@ def _download(name: str, folder: Path, missing: str) -> None:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
     if not os.access(root, os.W_OK):
-        raise looked_for(name, path, " (and not fetched: the root is missing or read-only)")
+        raise not_found(name, path, " (and not fetched: the root is missing or read-only)")
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # torchvision sets none, and a blocked network would hang for ever
+    socket.setdefaulttimeout(20)  # torchvision sets none, and would wait for a blocked network for ever
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as fetched:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 getattr(datasets, folder.parent.name)(fetched, download=True)
             folder.mkdir(parents=True, exist_ok=True)
             for file in (Path(fetched) / folder.parent.name / "raw").glob("*.gz"):
-                if _found(folder, file.stem) is None:
-                    os.replace(file, folder / file.name)
+                if _find_file(folder, file.stem) is None:
+                    file.replace(folder / file.name)
     except Exception as error:  # no network, no space, a mirror that serves something else
-        raise looked_for(name, path, f", and fetching it failed ({one_line(error, 100)})") from None
+        raise not_found(name, path, f", and fetching it failed ({one_line(error, 100)})") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def omniglot(root: Path, size: int) -> Source:
-    """OMNIGLOT at 28x28, ink 1: background (parted by permutation) for train and valid, evaluation for test."""
+    """OMNIGLOT at 28x28, ink 1: background (split by permutation) for train and valid, evaluation for test."""
     path = root / "omniglot28.npz"
     columns = ("alphabet", "character", "drawer")
     if os.path.isfile(path):
         n = 32_460
-        arrays = _expected(path, {"images": (n, 28, 28), "split": (n,)} | dict.fromkeys(columns, (n,)))
+        arrays = _read_npz(path, {"images": (n, 28, 28), "split": (n,)} | dict.fromkeys(columns, (n,)))
         images, evaluation = arrays["images"], arrays["split"] == 1
         attributes = {column: arrays[column].astype(np.int64) for column in columns}
     elif os.path.isdir(root / "omniglot-py"):
         images, evaluation, attributes = _omniglot_py(root)
     else:
-        raise looked_for("omniglot", path, " (nor torchvision's folder omniglot-py)")
+        raise not_found("omniglot", path, " (nor torchvision's folder omniglot-py)")
     background, test = np.flatnonzero(~evaluation), np.flatnonzero(evaluation)
-    train, valid, _ = permuted(len(background), test=False)
-    order = permuted(len(test), valid=False, test=False)[0]  # the file is sorted by alphabet
+    train, valid, _ = permutation_split(len(background), test=False)
+    order = permutation_split(len(test), valid=False, test=False)[0]  # the file is sorted by alphabet
     rows = (background[train], background[valid], test[order])
     return Source("omniglot", images[:, None], rows, labels=attributes["character"], attributes=attributes)
 
@@ -123,7 +123,7 @@ def _omniglot_py(root: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarr
                 f"omniglot: {root / 'omniglot-py'} is not torchvision's OMNIGLOT ({one_line(error)})."
             ) from None
         paths = [Path(part[i][0]) for i in range(len(part))]
-        pictures = Pictures(Path(), tuple(map(str, paths)), "1", (105, 105))
+        pictures = ImageFiles(Path(), tuple(map(str, paths)), "1", (105, 105))
         for path, image in zip(paths, pictures.read(range(len(paths))), strict=True):
             images.append(_ink(image[0]))
             kinds.append(not background)
@@ -143,22 +143,22 @@ def _ink(paper: np.ndarray) -> np.ndarray:
 
 def freyfaces(root: Path, size: int) -> Source:
     """Frey faces, 28x20: frames of one video in random order, so that a test frame has near copies in train."""
-    arrays = _expected(root / "freyfaces.npz", {"images": (1965, 28, 20)})
-    return Source("freyfaces", arrays["images"][:, None], permuted(1965))
+    arrays = _read_npz(root / "freyfaces.npz", {"images": (1965, 28, 20)})
+    return Source("freyfaces", arrays["images"][:, None], permutation_split(1965))
 
 
 def smiles(root: Path, size: int) -> Source:
     """Faces at 32x32 with label 1 for smiling."""
     n = 13_165
-    arrays = _expected(root / "smiles32.npz", {"images": (n, 32, 32), "label": (n,)})
+    arrays = _read_npz(root / "smiles32.npz", {"images": (n, 32, 32), "label": (n,)})
     labels, classes = arrays["label"].astype(np.int64), ("not smiling", "smiling")
-    return Source("smiles", arrays["images"][:, None], permuted(n), labels=labels, classes=classes)
+    return Source("smiles", arrays["images"][:, None], permutation_split(n), labels=labels, classes=classes)
 
 
-def _expected(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, which must have these shapes, and 'images' the dtype uint8."""
+def _read_npz(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, checked to have these shapes, and dtype uint8 for 'images'."""
     if not os.path.isfile(path):
-        raise looked_for(path.stem, path)
+        raise not_found(path.stem, path)
     arrays = read_arrays(path)
     for key, shape in shapes.items():
         kind = "uint8" if key == "images" else "whole numbers"
@@ -177,7 +177,7 @@ def celeba(root: Path, size: int) -> Source:
 
     folder = root / "celeba"
     if not os.path.isdir(folder):
-        raise looked_for("celeba", folder / "img_align_celeba")
+        raise not_found("celeba", folder / "img_align_celeba")
     try:
         held: Any = CelebA(str(root), split="all", target_type="attr", download=False)
         lines = (folder / "list_eval_partition.txt").read_text().split("\n")
@@ -190,7 +190,7 @@ def celeba(root: Path, size: int) -> Source:
         ) from None
     names = [name for name in held.attr_names if name]
     attributes = {name: held.attr[:, i].numpy().astype(bool) for i, name in enumerate(names)}
-    pictures = Pictures(folder / "img_align_celeba", tuple(held.filename), "RGB", (178, 218), 148, size)
+    pictures = ImageFiles(folder / "img_align_celeba", tuple(held.filename), "RGB", (178, 218), 148, size)
     rows = tuple(np.flatnonzero(parts == part) for part in range(3))
     return Source("celeba", pictures, rows, attributes=attributes)
 
@@ -201,7 +201,7 @@ def cifar10(root: Path, size: int) -> Source:
 
     folder = root / CIFAR10.base_folder
     if not os.path.isdir(folder):
-        raise looked_for("cifar10", folder)
+        raise not_found("cifar10", folder)
     try:
         held: list[Any] = [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
     except Exception as error:  # torchvision: RuntimeError for a missing or altered file

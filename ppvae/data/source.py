@@ -1,4 +1,4 @@
-"""`Source`: the rows of a data set before they become splits, and the fixed permutation that parts them."""
+"""`Source`: the rows of a data set before they become splits, and the fixed permutation that splits them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppvae.data.checks import FINITE, refuse, refuse_gaps
-from ppvae.data.lazy import Pictures
+from ppvae.data.checks import FINITE_CURE, check_finite, raise_first_invalid
+from ppvae.data.lazy import ImageFiles
 from ppvae.errors import DataError
 
 PARTS = ("train", "valid", "test")
-PERMUTATION = 20131220  # the seed of every permutation split; a change would change every result on such data
-BLOCK = 1 << 24  # numbers looked at together when a large array is checked
+PERMUTATION = 20131220  # the seed of every permutation split; every result on such data depends on it
+BLOCK = 1 << 24  # the size of the blocks in which a large array is checked
 
 
 @dataclass(frozen=True)
 class Source:
-    """All rows of a data set, and which of them make up train, valid and test.
+    """All rows of a data set, and the row numbers of train, valid and test.
 
-    `images` [N, *event] is an array, or pictures on disk. `levels` L means whole numbers 0..L-1, to be divided by L -
-    1; None means numbers to be taken as they are. `labels` is [N]; `attributes` name -> [N]. Where `missing`, NaN
+    `images` [N, *event] is an array, or image files. `levels` L means whole numbers 0..L-1, to be divided by L - 1;
+    None means numbers that are used as they are. `labels` is [N]; `attributes` name -> [N]. Where `missing`, NaN
     stands for a missing value.
     """
 
     name: str
-    images: np.ndarray | Pictures
+    images: np.ndarray | ImageFiles
     rows: tuple[np.ndarray, ...]
     levels: int | None = 256
     unit: bool = True
@@ -44,31 +44,31 @@ class Source:
 
     def values(self, rows: np.ndarray, flat: bool) -> torch.Tensor:
         """The rows as float32 [n, *event] or [n, D]."""
-        picked = self.images.read(rows) if isinstance(self.images, Pictures) else self.images[rows]
+        picked = self.images.read(rows) if isinstance(self.images, ImageFiles) else self.images[rows]
         values = torch.from_numpy(picked.astype(np.float32))
         if self.levels is not None and self.levels > 2:
             values.div_(self.levels - 1)
         return values.flatten(1) if flat else values
 
 
-def permuted(n: int, valid: bool = True, test: bool = True) -> tuple[np.ndarray, ...]:
-    """Rows 0..n-1 in a fixed random order, cut into 70, 10 and 20 percent; a part not asked for goes to train."""
+def permutation_split(n: int, valid: bool = True, test: bool = True) -> tuple[np.ndarray, ...]:
+    """Rows 0..n-1 in a fixed random order, cut into 70, 10 and 20 percent; a part left out goes to train."""
     order = np.random.default_rng(PERMUTATION).permutation(n)
     n_valid, n_test = valid * -(-n // 10), test * -(-n // 5)
     n_train = n - n_valid - n_test
     return order[:n_train], order[n_train : n_train + n_valid], order[n_train + n_valid :]
 
 
-def parted(name: str, sizes: dict[str, int]) -> tuple[np.ndarray, ...]:
-    """Rows of the given parts laid end to end (train, valid, test); a part that is missing is carved off train."""
+def partition_rows(name: str, sizes: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """Row numbers of parts that are concatenated in the order train, valid, test; train is split for a missing part."""
     if "train" not in sizes:
         raise DataError(f"{name}: found a part {', '.join(sizes)}, but no 'train' to go with it.")
     n, valid, test = sizes["train"], "valid" not in sizes, "test" not in sizes
-    carved = permuted(n, valid, test) if valid or test else (np.arange(n), np.arange(0), np.arange(0))
-    rows, start = [carved[0]], n
-    for part, carved_part in zip(PARTS[1:], carved[1:], strict=True):
+    of_train = permutation_split(n, valid, test) if valid or test else (np.arange(n), np.arange(0), np.arange(0))
+    rows, start = [of_train[0]], n
+    for part, rows_of_train in zip(PARTS[1:], of_train[1:], strict=True):
         size = sizes.get(part, 0)
-        rows.append(np.arange(start, start + size) if part in sizes else carved_part)
+        rows.append(np.arange(start, start + size) if part in sizes else rows_of_train)
         start += size
     return tuple(rows)
 
@@ -76,7 +76,7 @@ def parted(name: str, sizes: dict[str, int]) -> tuple[np.ndarray, ...]:
 def check_numbers(array: np.ndarray, where: str, missing: bool = False) -> None:
     """Raise a `DataError` unless the array is [N, *event], N and event not empty, of finite real numbers.
 
-    With `missing` some, and not all, values of a row may be NaN.
+    With `missing`, some of the values of a row may be NaN, and not all.
     """
     kinds = {"O": "Python objects", "U": "text", "S": "text", "c": "complex numbers", "V": "records"}
     if array.dtype.kind not in "biuf":
@@ -90,30 +90,30 @@ def check_numbers(array: np.ndarray, where: str, missing: bool = False) -> None:
     if array.size == 0:
         raise DataError(f"{where}: it is empty (shape {shape}); expected [N, *event] with data in it.")
     if array.dtype.kind == "f":
-        for start, block in blocks(array):
+        for start, block in row_blocks(array):
             x = torch.from_numpy(as_float32(block))
-            finite = FINITE.replace("finite", "finite in float32")
-            refuse_gaps(x, where, missing, finite, "load with missing=True (--missing)", start)
+            finite = FINITE_CURE.replace("finite", "finite in float32")
+            check_finite(x, where, missing, finite, "load with missing=True (--missing)", start)
 
 
 def check_unit(array: np.ndarray, where: str, option: str) -> None:
     """Raise a `DataError` unless every number lies in [0, 1], as `option` needs."""
-    for start, block in blocks(array):
+    for start, block in row_blocks(array):
         x = torch.from_numpy(as_float32(block))
         cure = f"{option} needs values in [0, 1]: rescale them, or save grey levels 0..255 as uint8."
-        refuse(x, (x >= 0) & (x <= 1), where, cure, start)
+        raise_first_invalid(x, (x >= 0) & (x <= 1), where, cure, start)
 
 
 def scale(array: np.ndarray) -> tuple[int | None, bool]:
     """(levels, unit): 256 for uint8, 2 for numbers that are all 0 or 1, else None; and whether all lie in [0, 1].
 
-    A missing value is none of the numbers.
+    NaN is ignored.
     """
-    if all(bool(((x == 0) | (x == 1) | (x != x)).all()) for _, x in blocks(array)):
+    if all(bool(((x == 0) | (x == 1) | (x != x)).all()) for _, x in row_blocks(array)):
         return 2, True
     if array.dtype == np.uint8:
         return 256, True
-    return None, all(bool(((x >= 0) & (x <= 1) | (x != x)).all()) for _, x in blocks(array))
+    return None, all(bool(((x >= 0) & (x <= 1) | (x != x)).all()) for _, x in row_blocks(array))
 
 
 def as_images(array: np.ndarray) -> np.ndarray:
@@ -137,19 +137,19 @@ def as_labels(array: np.ndarray, n: int, where: str) -> np.ndarray:
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:
-    """A contiguous float32 copy; what does not fit becomes infinite, without a warning."""
+    """A contiguous float32 copy; numbers beyond its range become infinite, without a warning."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.array(array, dtype=np.float32, order="C")
 
 
-def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of about `BLOCK` numbers each, so that checks need little memory."""
+def row_blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of about `BLOCK` numbers each, so that checks use little memory."""
     step = max(1, BLOCK // max(1, array[0].size))
     for start in range(0, len(array), step):
         yield start, array[start : start + step]
 
 
-def looked_for(name: str, path: Path, why: str = "") -> DataError:
+def not_found(name: str, path: Path, why: str = "") -> DataError:
     """The error for a data set that is not under the root."""
     return DataError(
         f"{name}: {path} not found{why}.\nPass root=, or set PPVAE_DATA, to the folder that holds it "

@@ -1,4 +1,4 @@
-"""`Split`: a tensor of data that knows its labels, its noise, its base measure and its digest."""
+"""`Split`: a tensor of data with labels, noise, base measure and digest."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Noise = Literal["binarize", "dequantize"]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a split besides its values; `noise` says which noise every read draws afresh, if any."""
+class SplitInfo:
+    """The metadata of a split; `noise` is the noise that every read draws afresh, if any."""
 
     name: str
     event_shape: tuple[int, ...]
@@ -34,59 +34,59 @@ class Facts:
 
     @property
     def kind(self) -> Noise | None:
-        """The noise that is part of the values, whether drawn once or at every read."""
+        """The noise of the values, whether drawn once or at every read."""
         return "binarize" if self.binarize else "dequantize" if self.dequantize else None
 
-    def fixed(self, seed: int) -> Facts:
+    def fixed(self, seed: int) -> SplitInfo:
         """The same, with the noise drawn once at `seed`."""
         binarize = self.binarize and "fixed"
-        return replace(self, binarize=binarize, seed=checked_seed(seed), noise=None)
+        return replace(self, binarize=binarize, seed=check_seed(seed), noise=None)
 
 
-class Described:
-    """The properties that `Split` and `LazySplit` share; all come from `facts`."""
+class SplitProperties:
+    """The properties that `Split` and `LazySplit` share, read from `info`."""
 
-    facts: Facts
+    info: SplitInfo
 
-    name = property(lambda self: self.facts.name, doc="Data set and part, such as 'mnist/test'.")
-    event_shape = property(lambda self: self.facts.event_shape, doc="[C, H, W] of images, flat or not; else the event.")
-    levels = property(lambda self: self.facts.levels, doc="How many values a number can take, or None.")
-    classes = property(lambda self: self.facts.classes, doc="The names of the labels 0, 1, ... where they have names.")
-    binarize = property(lambda self: self.facts.binarize, doc="None, 'fixed' or 'dynamic'.")
-    dequantize = property(lambda self: self.facts.dequantize, doc="Whether uniform noise fills the gaps of the levels.")
-    seed = property(lambda self: self.facts.seed, doc="The seed at which fixed noise was drawn.")
-    noise = property(lambda self: self.facts.noise, doc="What every read draws: None, 'binarize' or 'dequantize'.")
-    missing = property(lambda self: self.facts.missing, doc="Whether NaN stands for a missing value, or is refused.")
+    name = property(lambda self: self.info.name, doc="Data set and part, such as 'mnist/test'.")
+    event_shape = property(lambda self: self.info.event_shape, doc="[C, H, W] of images, flat or not; else the event.")
+    levels = property(lambda self: self.info.levels, doc="How many values a number can take, or None.")
+    classes = property(lambda self: self.info.classes, doc="The names of the labels 0, 1, ... where they have names.")
+    binarize = property(lambda self: self.info.binarize, doc="None, 'fixed' or 'dynamic'.")
+    dequantize = property(lambda self: self.info.dequantize, doc="Whether uniform noise fills the gaps of the levels.")
+    seed = property(lambda self: self.info.seed, doc="The seed at which fixed noise was drawn.")
+    noise = property(lambda self: self.info.noise, doc="What every read draws: None, 'binarize' or 'dequantize'.")
+    missing = property(lambda self: self.info.missing, doc="Whether NaN stands for a missing value, or is refused.")
 
     @property
     def base_measure(self) -> str:
-        """What a log-density of these values is relative to; '256 levels' bounds the log-mass of the levels."""
-        facts = self.facts
-        if facts.dequantize:
-            return f"{facts.levels} levels"
-        if facts.binarize or facts.levels == 2:
+        """The base measure of log-densities of these values; '256 levels' bounds the log-mass of the levels."""
+        info = self.info
+        if info.dequantize:
+            return f"{info.levels} levels"
+        if info.binarize or info.levels == 2:
             return "binary"
-        return "density on [0, 1]" if facts.unit else "density"
+        return "density on [0, 1]" if info.unit else "density"
 
     @property
     def description(self) -> str:
-        """Name, number of rows where not all, and noise: the part of a result's name that says which data."""
-        facts, rows = self.facts, len(self)  # type: ignore[arg-type]
-        name = facts.name if rows == facts.rows else f"{facts.name} ({rows} of {facts.rows} rows)"
-        when = "anew at every read" if facts.noise else f"at seed {facts.seed}"
-        if facts.binarize:
-            return f"{name}, binarized {when if facts.noise else 'fixed ' + when}"
-        if facts.dequantize:
-            return f"{name}, dequantized from {facts.levels} levels {when}"
-        if facts.missing:
+        """Name, number of rows of a subset, and noise: the part of a result's name that identifies the data."""
+        info, rows = self.info, len(self)  # type: ignore[arg-type]
+        name = info.name if rows == info.rows else f"{info.name} ({rows} of {info.rows} rows)"
+        when = "anew at every read" if info.noise else f"at seed {info.seed}"
+        if info.binarize:
+            return f"{name}, binarized {when if info.noise else 'fixed ' + when}"
+        if info.dequantize:
+            return f"{name}, dequantized from {info.levels} levels {when}"
+        if info.missing:
             name += ", NaN missing"
-        if facts.levels is None:
+        if info.levels is None:
             return f"{name}, values as given"
-        return f"{name}, " + ("binary as given" if facts.levels == 2 else f"{facts.levels} levels, not dequantized")
+        return f"{name}, " + ("binary as given" if info.levels == 2 else f"{info.levels} levels, not dequantized")
 
 
 @final
-class Split(Described, Tensor):
+class Split(SplitProperties, Tensor):
     """A data tensor [N, *event] with labels, noise and provenance; every torch operation on it gives a plain tensor.
 
     Where `noise` is None, the tensor holds the values themselves; a slice, list, index tensor or mask over the rows
@@ -112,13 +112,13 @@ class Split(Described, Tensor):
     def __new__(
         cls,
         values: Tensor,
-        facts: Facts,
+        info: SplitInfo,
         index: Tensor | None = None,
         labels: Tensor | None = None,
         attributes: dict[str, Tensor] | None = None,
     ) -> Split:
         self = torch.Tensor._make_subclass(cls, values.detach())
-        self.facts = facts
+        self.info = info
         self.index = torch.arange(len(values), device=values.device) if index is None else index
         self.labels = labels
         self.attributes = attributes or {}
@@ -130,7 +130,7 @@ class Split(Described, Tensor):
     def __getitem__(self, key: Any) -> Any:
         values = self.detach()[key]
         if self.noise:
-            return drawn(values, self.noise, self.levels)
+            return draw_noise(values, self.noise, self.levels)
         by_row = isinstance(key, slice | list) or (hasattr(key, "ndim") and key.ndim == 1)
         return self._like(values, lambda t: t[key]) if by_row else values
 
@@ -154,19 +154,19 @@ class Split(Described, Tensor):
             values = values.index_select(0, index.to(values.device))
         elif index is not None:
             values = values[index if isinstance(index, slice) else torch.as_tensor(index, device=values.device)]
-        return drawn(values, self.noise, self.levels, generator) if self.noise else values
+        return draw_noise(values, self.noise, self.levels, generator) if self.noise else values
 
     def fixed(self, seed: int) -> Split:
         """A split whose noise is drawn once, on the CPU, by a generator of `seed` and name; itself without noise."""
         if not self.noise:
             return self
-        generator = torch.Generator().manual_seed(stream(seed, self.name))
-        values = drawn(self.detach().cpu(), self.noise, self.levels, generator).to(self.device)
-        return self._like(values, lambda t: t, self.facts.fixed(seed))
+        generator = torch.Generator().manual_seed(noise_seed(seed, self.name))
+        values = draw_noise(self.detach().cpu(), self.noise, self.levels, generator).to(self.device)
+        return self._like(values, lambda t: t, self.info.fixed(seed))
 
     def head(self, n: int) -> Split:
         """The first `n` rows (all where there are fewer) as a split of the same kind. `UsageError` for n < 1."""
-        n = checked_head(n)
+        n = check_head(n)
         return self._like(self.detach()[:n], lambda t: t[:n])
 
     def to(self, *args: Any, **kwargs: Any) -> Split:
@@ -191,28 +191,28 @@ class Split(Described, Tensor):
     @property
     def digest(self) -> str:
         """SHA-256 in hex of dtype, shape and bytes; where `noise` is set, of the values under it and its kind."""
-        kept: tuple[int, str] | None = getattr(self, "_digest", None)
+        cached: tuple[int, str] | None = getattr(self, "_digest", None)
         version = 0 if self.is_inference() else self._version
-        if kept is None or kept[0] != version:  # an in-place change gives a new digest
-            of_values = digest(self)
+        if cached is None or cached[0] != version:  # an in-place change gives a new digest
+            value = digest(self)
             if self.noise:
-                of_values = hashlib.sha256(f"{of_values} {self.noise} {self.levels}".encode()).hexdigest()
-            kept = self._digest = version, of_values
-        return kept[1]
+                value = hashlib.sha256(f"{value} {self.noise} {self.levels}".encode()).hexdigest()
+            cached = self._digest = version, value
+        return cached[1]
 
-    def _like(self, values: Tensor, move: Any, facts: Facts | None = None) -> Split:
+    def _like(self, values: Tensor, move: Any, info: SplitInfo | None = None) -> Split:
         labels = None if self.labels is None else move(self.labels)
         attributes = {name: move(t) for name, t in self.attributes.items()}
-        return Split(values, facts or self.facts, move(self.index), labels, attributes)
+        return Split(values, info or self.info, move(self.index), labels, attributes)
 
 
 def with_missing(x: Tensor, name: str = "a table") -> Split:
     """The data `x` [N, *event] as a split in which NaN stands for a missing value, for `fit` and `log_marginal`.
 
-    log p(x) is then that of the values observed (Mattei and Frellsen 2019, arXiv 1812.02633), for pairs whose model
-    leaves missing values out and whose guide takes them, as `likelihoods.Mixed` and `nn.Missing`. The mark stays with
-    slices and copies; a split keeps its facts, and a plain tensor is called `name`. Raises `DataError`, by row, for
-    infinity and for a row without any value.
+    log p(x) is then that of the observed values (Mattei and Frellsen 2019, arXiv 1812.02633), for pairs whose model
+    leaves missing values out and whose guide accepts them, such as `likelihoods.Mixed` and `nn.Missing`. Slices and
+    copies keep the mark; a split keeps its metadata, and a plain tensor is named `name`. Raises `DataError` with the
+    row for infinity and for a row without observed values.
 
     >>> import torch
     >>> x = with_missing(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
@@ -220,14 +220,14 @@ def with_missing(x: Tensor, name: str = "a table") -> Split:
     (True, True, 'a table, NaN missing, values as given')
     """
     if not isinstance(x, Tensor) or x.ndim == 0:
-        validated(x, name)  # which says what is wrong with it
-    split = x if isinstance(x, Split) else Split(x, Facts(name, tuple(x.shape[1:]), len(x), unit=False))
-    marked = split._like(split.detach(), lambda t: t, replace(split.facts, missing=True))
+        validated(x, name)  # raises
+    split = x if isinstance(x, Split) else Split(x, SplitInfo(name, tuple(x.shape[1:]), len(x), unit=False))
+    marked = split._like(split.detach(), lambda t: t, replace(split.info, missing=True))
     validated(marked, marked.name)
     return marked
 
 
-def drawn(values: Tensor, noise: Noise, levels: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_noise(values: Tensor, noise: Noise, levels: int, generator: torch.Generator | None = None) -> Tensor:
     """Values [*] in [0, 1] under one fresh draw of the noise.
 
     'binarize': Bernoulli(value). 'dequantize': (v + u) / levels with v = value * (levels - 1) and u uniform; u keeps
@@ -239,20 +239,20 @@ def drawn(values: Tensor, noise: Noise, levels: int, generator: torch.Generator 
     return (values * (levels - 1)).round_().add_(u.mul_(1 - 2**-15).add_(2**-16)).div_(levels)
 
 
-def stream(seed: int, name: str) -> int:
-    """The state of a generator that belongs to `seed` and `name`, so that no two parts share their noise."""
-    return int.from_bytes(hashlib.sha256(f"{checked_seed(seed)} {name}".encode()).digest()[:7], "big")
+def noise_seed(seed: int, name: str) -> int:
+    """The seed of the noise of a split: a hash of `seed` and `name`, so that splits have independent noise."""
+    return int.from_bytes(hashlib.sha256(f"{check_seed(seed)} {name}".encode()).digest()[:7], "big")
 
 
-def checked_seed(seed: int) -> int:
-    """The seed, if it is a whole number."""
+def check_seed(seed: int) -> int:
+    """The seed; raises UsageError unless it is an integer."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise UsageError(f"seed: expected a whole number, found {seed!r}.")
     return int(seed)
 
 
-def checked_head(n: int) -> int:
-    """The number of rows asked for, if it is at least one."""
+def check_head(n: int) -> int:
+    """The number of rows; raises UsageError unless it is an integer of at least one."""
     if isinstance(n, bool) or not hasattr(n, "__index__") or int(n) < 1:
         raise UsageError(f"head: expected a number of rows of at least 1, found {n!r}.")
     return int(n)

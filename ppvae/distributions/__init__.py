@@ -1,11 +1,16 @@
-"""Distributions that Pyro lacks, or whose log-density it computes in a way that is slow or wrong."""
+"""Distributions that torch and Pyro lack, or whose log-density they compute inaccurately or slowly.
+
+Each class says what is wrong elsewhere: clamped probabilities (`ContinuousBernoulli`), cancellation of gamma functions
+(`Beta`, `StudentT`, `NegativeBinomial`), underflow of the rate (`Poisson`), NaN at an infinite logit (`ZeroInflated`),
+a single total for the whole batch (`Multinomial`), or twice the memory traffic (`Bernoulli`).
+"""
 
 from ppvae.distributions.autoregressive import Autoregressive
-from ppvae.distributions.columns import Columns
 from ppvae.distributions.continuous import StudentT
 from ppvae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflated
-from ppvae.distributions.levels import DiscretizedLogistic, Levels, MixtureOfDiscretizedLogistics
-from ppvae.distributions.unit import Bernoulli, Beta, ContinuousBernoulli
+from ppvae.distributions.discretized import DiscretizedLogistic, Levels, MixtureOfDiscretizedLogistics
+from ppvae.distributions.tabular import Columns
+from ppvae.distributions.unit_interval import Bernoulli, Beta, ContinuousBernoulli
 
 __all__ = [
     "Autoregressive",

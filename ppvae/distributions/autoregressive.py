@@ -1,4 +1,4 @@
-"""A distribution whose numbers are drawn one after another, each given those before it."""
+"""Autoregressive distributions, defined by a function that returns all conditionals in one call."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 Conditionals = Callable[[Tensor], TorchDistribution]
 
 
 class Autoregressive(TorchDistribution):
-    """The chain p(x) = prod_i p(x_i | x_j for j before i), all factors of which one call gives.
+    """An autoregressive distribution, p(x) = prod_i p(x_i | x_<i), whose conditionals come from one call.
 
-    `log_prob` is one call of `conditionals`; `sample` is ancestral: one call a number, in their order.
+    `log_prob` calls `conditionals` once; `sample` is ancestral and calls it once for each element, in order.
 
     Args:
-        conditionals: maps values [..., *event] to a distribution over the event that factorises, of which the factor
-            of a number depends only on values that come before it. Otherwise the result is no density;
-            `nn.sees_only_the_past` tells.
-        start: zeros [*batch, *event] of the values' dtype and device.
-        order: positions in the flattened event, from the first number to the last, [numel].
-        support: that of the factors together; its event dims are those of one datum.
+        conditionals: maps values [..., *event] to a factorised distribution over the event, in which the factor of an
+            element depends on earlier elements only. Otherwise the result is not a density;
+            `nn.sees_only_the_past` tests it.
+        start: zeros [*batch, *event] with the dtype and device of the values.
+        order: positions in the flattened event, from the first element to the last, [numel].
+        support: the joint support of the factors; its event dims are those of one datum.
 
     Source: Germain et al. 2015 (arXiv 1502.03509).
 
@@ -56,11 +56,11 @@ class Autoregressive(TorchDistribution):
 
     @constraints.dependent_property
     def support(self) -> Any:
-        """That of the factors."""
+        """The support of the factors."""
         return self._support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Autoregressive:
-        return expanded(self, batch_shape, start=self.event_dim)
+        return expand_parameters(self, batch_shape, start=self.event_dim)
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_prob = self.conditionals(value).log_prob(value)

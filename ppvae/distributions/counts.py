@@ -11,16 +11,17 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.base import CountsOf, compact, expanded
-from ppvae.distributions.special import log_rising
+from ppvae.distributions.batch_shape import collapse_expanded_dims, expand_parameters
+from ppvae.distributions.constraints import CountsWithTotal
+from ppvae.distributions.special import log_rising_factorial_ratio
 
-_DRAWS = 2**22  # single draws of a multinomial in memory at a time
+_MAX_DRAWS = 2**22  # categorical draws of a multinomial in memory at a time
 
 
 class Poisson(TorchDistribution):
     """The Poisson distribution over 0, 1, 2, ..., log p(x) = x log_rate - exp(log_rate) - log x!.
 
-    From the log of the rate, so that a rate too small for its dtype still has a log-mass and a gradient (Pyro's gives
+    Parametrised by the log-rate, so that a rate that underflows still has a log-mass and a gradient (Pyro's gives
     -inf); log_rate = -inf is the point mass at 0. Raises ValueError for any other value, where validation is on.
 
     >>> Poisson(torch.tensor([0.0, -120.0])).log_prob(torch.tensor([0.0, 2.0]))
@@ -36,7 +37,7 @@ class Poisson(TorchDistribution):
         super().__init__(log_rate.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Poisson:
-        return expanded(self, batch_shape, log_rate=0)
+        return expand_parameters(self, batch_shape, log_rate=0)
 
     @property
     def mean(self) -> Tensor:
@@ -55,10 +56,10 @@ class Poisson(TorchDistribution):
 
 
 class NegativeBinomial(TorchDistribution):
-    """The negative binomial over 0, 1, 2, ... by its mean m and concentration c: a Poisson with a gamma rate.
+    """The negative binomial over 0, 1, 2, ... with mean m and concentration c: a Poisson with a gamma rate.
 
-    log p(x) = log [Gamma(x + c) / (Gamma(c) c^x x!)] + x log m - (x + c) log(1 + m / c), variance m + m^2 / c. Right
-    up to the Poisson limit c -> infinity, where Pyro's loses all digits (in float32 wrong by 1.4 nats at c = 1e7).
+    log p(x) = log [Gamma(x + c) / (Gamma(c) c^x x!)] + x log m - (x + c) log(1 + m / c), variance m + m^2 / c.
+    Accurate up to the Poisson limit c -> infinity, where torch's and Pyro's cancel (by 1.4 nats in float32 at c = 1e7).
     Raises ValueError for a value outside the support, where validation is on.
 
     Args:
@@ -80,7 +81,7 @@ class NegativeBinomial(TorchDistribution):
         super().__init__(self.log_mean.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NegativeBinomial:
-        return expanded(self, batch_shape, log_mean=0, log_concentration=0)
+        return expand_parameters(self, batch_shape, log_mean=0, log_concentration=0)
 
     @property
     def mean(self) -> Tensor:
@@ -90,11 +91,11 @@ class NegativeBinomial(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        log_c = compact(self.log_concentration)
+        log_c = collapse_expanded_dims(self.log_concentration)
         c = log_c.exp()
         power = torch.where(value == 0, 0.0, value * self.log_mean)
         norm = (value + c) * F.softplus(self.log_mean - log_c, threshold=40)
-        return log_rising(c, value) - torch.lgamma(value + 1) + power - norm
+        return log_rising_factorial_ratio(c, value) - torch.lgamma(value + 1) + power - norm
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
@@ -104,9 +105,9 @@ class NegativeBinomial(TorchDistribution):
 
 
 class ZeroInflated(TorchDistribution):
-    """Counts of which some are zero for another reason: p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid.
+    """Zero-inflated counts, p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid.
 
-    As Pyro's, but exact at any gate: at gate_logits = -inf it is its base, where Pyro's gives NaN. Raises ValueError
+    As Pyro's, but exact at any gate: gate_logits = -inf gives the base, where Pyro's gives NaN. Raises ValueError
     for a value outside the base's support, where validation is on.
 
     Args:
@@ -131,17 +132,17 @@ class ZeroInflated(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        """That of the base."""
+        """The support of the base."""
         return self.base.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ZeroInflated:
-        new = expanded(self, batch_shape, gate_logits=0)
+        new = expand_parameters(self, batch_shape, gate_logits=0)
         new.base = self.base.expand(torch.Size(batch_shape))
         return new
 
     @property
     def mean(self) -> Tensor:
-        """s(-g) times the base's mean."""
+        """s(-g) times the mean of the base."""
         return torch.sigmoid(-self.gate_logits) * self.base.mean
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -153,15 +154,17 @@ class ZeroInflated(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            drawn = self.base.sample(torch.Size(sample_shape))
-            return torch.where(torch.rand_like(drawn) < torch.sigmoid(self.gate_logits), torch.zeros_like(drawn), drawn)
+            counts = self.base.sample(torch.Size(sample_shape))
+            inflated = torch.rand_like(counts) < torch.sigmoid(self.gate_logits)
+            return torch.where(inflated, torch.zeros_like(counts), counts)
 
 
 class Multinomial(TorchDistribution):
     """Counts [D] of N draws from D kinds, log p(x | N) = log N! - sum_d log x_d! + sum_d x_d log softmax(logits)_d.
 
     With the multinomial coefficient, so that it sums to one over all counts of total N; other counts have log-mass
-    -inf. Pyro's needs one N for all. Raises ValueError for counts that do not sum to N, where validation is on.
+    -inf. Pyro's takes a single N for the batch. Raises ValueError for counts that do not sum to N, where validation is
+    on.
 
     Args:
         total: N of each datum, [*batch].
@@ -186,10 +189,10 @@ class Multinomial(TorchDistribution):
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
         """Counts that sum to the total."""
-        return constraints.independent(CountsOf(self.total), 1)
+        return constraints.independent(CountsWithTotal(self.total), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Multinomial:
-        return expanded(self, batch_shape, total=0, logits=1)
+        return expand_parameters(self, batch_shape, total=0, logits=1)
 
     @property
     def mean(self) -> Tensor:
@@ -210,10 +213,10 @@ class Multinomial(TorchDistribution):
             probs = self.logits.softmax(-1).expand(shape).reshape(-1, shape[-1])
             left = self.total.expand(shape[:-1]).reshape(-1, 1)
             counts = torch.zeros_like(probs)
-            width = max(_DRAWS // max(len(probs), 1), 1)
+            width = max(_MAX_DRAWS // max(len(probs), 1), 1)
             for start in range(0, int(left.max()) if left.numel() else 0, width):
                 size = min(width, int(left.max()) - start)
-                kinds = torch.multinomial(probs, size, replacement=True)
-                wanted = start + torch.arange(size, device=probs.device) < left
-                counts.scatter_add_(-1, kinds, wanted.to(probs.dtype))
+                categories = torch.multinomial(probs, size, replacement=True)
+                valid = start + torch.arange(size, device=probs.device) < left
+                counts.scatter_add_(-1, categories, valid.to(probs.dtype))
             return counts.reshape(shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,15 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae import data as datasets
+from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
-from ppvae.errors import ContractError, DataError, UsageError
+from ppvae.errors import ContractError
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_program, unwrap
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
@@ -143,58 +143,6 @@ class Block:
             self.num_missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
 
 
-def as_columns(data: Any, seed: int) -> tuple[Any, ...]:
-    """The columns of an evaluation's data, checked and of equal length; noise that is redrawn is fixed by the seed.
-
-    Raises:
-        UsageError: something that is no tensor or split; DataError: other numbers of rows, or values not allowed.
-    """
-    columns = tuple(data) if isinstance(data, list | tuple) else (data,)
-    if not columns:
-        raise UsageError("data: expected a tensor, a split, or a tuple of them; found an empty tuple")
-    out = []
-    for i, column in enumerate(columns):
-        if getattr(column, "noise", None):
-            column = column.fixed(seed)
-        if not isinstance(column, datasets.LazySplit):
-            if not isinstance(column, Tensor):
-                raise UsageError(f"data[{i}]: expected a tensor or a split, found {type(column).__name__}")
-            column = datasets.validated(column, f"data[{i}]")
-        if len(column) != len(columns[0]):
-            raise DataError(f"data[{i}]: expected {len(columns[0])} rows as in data[0], found {len(column)}")
-        out.append(column)
-    return tuple(out)
-
-
-def as_single_batch(model: Program, guide: Program, data: Any, seed: int) -> tuple[Tensor, ...]:
-    """Checked data as one batch, on the device of the pair's parameters."""
-    columns = as_columns(data, seed)
-    device = program_device(model, guide, columns)
-    return tuple(read_rows(column, None, device) for column in columns)
-
-
-def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
-    """Some rows of a column, or all of them, as a plain tensor on a device."""
-    if isinstance(column, datasets.LazySplit):
-        value = column.read(rows).to(torch.get_default_dtype())  # pictures have no floating type of their own
-    else:
-        value = column.as_subclass(Tensor) if rows is None else column.as_subclass(Tensor)[rows.to(column.device)]
-    return value.to(device)
-
-
-def program_device(model: Program, guide: Program, columns: tuple[Any, ...]) -> torch.device:
-    """Where the pair's parameters lie, or else the data."""
-    for function in (model, guide):
-        scope = getattr(function, "scope", None)
-        for p in scope.params.values() if scope else ():
-            return p.device
-        owner = getattr(unwrap(function), "__self__", unwrap(function))
-        if isinstance(owner, torch.nn.Module):
-            for p in owner.parameters():
-                return p.device
-    return getattr(columns[0], "device", torch.device("cpu"))
-
-
 def inspect_columns(
     model: Program, guide: Program, columns: tuple[Any, ...], device: torch.device
 ) -> tuple[Structure, int]:
@@ -224,12 +172,6 @@ def inspect_columns(
             )
         return structure, total
     return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
-
-
-def data_digest(columns: tuple[Any, ...]) -> str:
-    """The SHA-256 of the data of a result."""
-    own = [c.digest if hasattr(c, "digest") else datasets.digest(c) for c in columns]
-    return own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -302,7 +244,7 @@ def start_evaluation(
     """
     model, guide = bind_program(model), bind_program(guide)
     with distributed_context() as context:
-        columns = as_columns(data, seed)
+        columns = data_columns(data, seed)
         with fork_rng(), evaluation_mode(model, guide):
             place = torch.device(device) if device is not None else program_device(model, guide, columns)
             with record_modules(model, guide) as modules:
@@ -359,7 +301,7 @@ def run_blocks(
     """
     key = run.cache_key(settings) if directory is not None or run.context.size > 1 else {}
     total = run.num_blocks if num_blocks is None else num_blocks
-    numbers = run.context.mine(total)
+    numbers = run.context.block_indices(total)
     lengths = [steps] * total if isinstance(steps, int) else steps
     results: dict[int, Mapping[str, Tensor]] = {}
     bar = tqdm(
@@ -380,7 +322,7 @@ def run_blocks(
             if figures and not bar.disable:
                 means = {name: torch.cat([f(r) for r in results.values()]).mean() for name, f in figures.items()}
                 bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
-    return concatenate(run.context.gathered(results, key))
+    return concatenate(run.context.gather_blocks(results, key))
 
 
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

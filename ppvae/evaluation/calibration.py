@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.blocks import Block, Evaluation, data_digest, read_rows, run_blocks, start_evaluation
+from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    Evaluation,
-    data_digest,
-    run_blocks,
-    start_evaluation,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
@@ -235,7 +228,7 @@ def _means(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
 
 def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
     """The distribution of a site in each run that it was joined from, expanded over all plates."""
-    for part in site.parts or (site,):
+    for part in site.particle_sites or (site,):
         fn = part.distribution
         lead = part.traced_value.shape[: part.traced_value.dim() - s.event_dims[site.name]]
         if s.layout is Layout.VECTORIZED:

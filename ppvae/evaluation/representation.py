@@ -11,17 +11,10 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    Evaluation,
-    data_digest,
-    run_blocks,
-    start_evaluation,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site

@@ -1,4 +1,4 @@
-"""A constructor's arguments from its signature and docstring, and classes that are chosen by name from a module."""
+"""Arguments of constructors, read from signature and docstring, and choices of a class by its name in a module."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ppvae.errors import UsageError
 Argument = tuple[Any, Any, str]  # type, default (`inspect.Parameter.empty` where there is none), help
 
 
-def arguments(function: Callable[..., Any], leave_out: Sequence[str] = ()) -> dict[str, Argument]:
+def constructor_arguments(function: Callable[..., Any], leave_out: Sequence[str] = ()) -> dict[str, Argument]:
     """The arguments of a function, class or classmethod: {name: (type, default, help)}.
 
-    The type is the annotation, else that of the default, else None; of a whole number, any number. Help is what the
-    docstring says, a classmethod's being completed by its class's.
+    The type is the annotation, else the type of the default (int | float for int), else None. Help comes from the
+    docstring; a classmethod's arguments may also be described in its class's docstring.
 
     >>> def pair(latent: int, hidden=(8,)):
     ...     '''A pair.
@@ -29,44 +29,41 @@ def arguments(function: Callable[..., Any], leave_out: Sequence[str] = ()) -> di
     ...     Args:
     ...         latent: the size of z.
     ...     '''
-    >>> arguments(pair)["latent"][2], arguments(pair)["hidden"][:2]
+    >>> constructor_arguments(pair)["latent"][2], constructor_arguments(pair)["hidden"][:2]
     ('the size of z.', (<class 'tuple'>, (8,)))
     """
     import docstring_parser
 
-    hints = typing.get_type_hints(_function(function), include_extras=True)
+    annotated: Any = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    hints = typing.get_type_hints(annotated, include_extras=True)
     texts: dict[str, str] = {}
-    for thing in (getattr(function, "__self__", None), function):
-        for told in docstring_parser.parse(inspect.getdoc(thing) or "").params if thing is not None else ():
-            texts |= {name.strip(): told.description or "" for name in told.arg_name.split(",")}
-    found = {}
+    for owner in (getattr(function, "__self__", None), function):
+        for param in docstring_parser.parse(inspect.getdoc(owner) or "").params if owner is not None else ():
+            texts |= {name.strip(): param.description or "" for name in param.arg_name.split(",")}
+    out: dict[str, Argument] = {}
     for name, p in inspect.signature(function).parameters.items():
         if name in leave_out or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
-        usual: Any = None if p.default in (p.empty, None) else type(p.default)
-        usual = int | float if usual is int else usual
-        found[name] = (hints.get(name, usual), p.default, " ".join(texts.get(name, "").split()))
-    return found
-
-
-def _function(thing: Callable[..., Any]) -> Any:
-    return thing.__init__ if isinstance(thing, type) else thing  # type: ignore[misc]
+        inferred: Any = None if p.default in (p.empty, None) else type(p.default)
+        inferred = int | float if inferred is int else inferred
+        out[name] = (hints.get(name, inferred), p.default, " ".join(texts.get(name, "").split()))
+    return out
 
 
 @final
 @dataclass(frozen=True)
 class ClassChoice:
-    """Annotates an argument that takes a class of some modules, by its name on the command line.
+    """Annotates an argument whose value is a class, chosen by its name on the command line.
 
-    `Annotated[Callable[..., Module], Among("my.nets", Module)]` makes `--net NAME` choose a class of `my.nets`, and the
-    class's own arguments the flags `--net.ARGUMENT`; no list of names is kept. What is called by the function that has
-    the argument is `functools.partial(the class, **the flags)`. Where a class cannot be made of flags and what it is
-    given, its first classmethod that can be is taken; `NAME.classmethod` takes one by name.
+    With `Annotated[Callable[..., Module], ClassChoice(("my.nets",), Module)]`, `--net NAME` chooses a class of
+    `my.nets`, and `--net.ARGUMENT` sets an argument of its constructor; no list of names is kept. The function gets
+    `functools.partial(class, **flags)`. A class whose constructor needs an argument that is neither a flag nor `given`
+    is built by its first classmethod that needs none; `NAME.classmethod` chooses one by name.
 
     Args:
-        modules: where names are looked up, the first that has it counts.
-        kind: a class that all of them are subclasses of.
-        given: arguments that the function gives by itself, which are therefore no flags.
+        modules: the modules that are searched for a name, in order.
+        kind: the base class of all choices.
+        given: arguments that the function itself passes, which are therefore no flags.
     """
 
     modules: tuple[str, ...]
@@ -76,18 +73,18 @@ class ClassChoice:
     @property
     def classes(self) -> dict[str, type]:
         """Every class that can be chosen, by name."""
-        found: dict[str, type] = {}
+        classes: dict[str, type] = {}
         for module in map(importlib.import_module, self.modules):
             for name in getattr(module, "__all__", None) or sorted(vars(module)):
                 value = getattr(module, name)
                 if name[0] != "_" and isinstance(value, type) and issubclass(value, self.kind):
-                    found.setdefault(name, value)
-        return {n: c for n, c in found.items() if c is not self.kind and not inspect.isabstract(c)}
+                    classes.setdefault(name, value)
+        return {n: c for n, c in classes.items() if c is not self.kind and not inspect.isabstract(c)}
 
     def constructor(self, name: str, flag: str) -> Callable[..., Any]:
-        """The class of that name, or the classmethod by which it can be made.
+        """The class of that name, or the classmethod that builds it.
 
-        Raises `UsageError`, by the name of the flag: there is none, with the nearest name; or it cannot be made here.
+        Raises `UsageError`, naming the flag: no such class, with the nearest name; or no constructor takes flags alone.
         """
         known = self.classes
         of_class, _, method = name.partition(".")
@@ -99,44 +96,46 @@ class ClassChoice:
         others = {n: getattr(cls, n) for n, v in vars(cls).items() if isinstance(v, classmethod) and n[0] != "_"}
         if method and method not in others:
             raise UsageError(f"--{flag}: {of_class} has no classmethod {method!r} (of {sorted(others) or 'none'})")
-        choices = [others[method]] if method else [cls, *others.values()]
-        lacking = [self._lacking(choice) for choice in choices]
-        for choice, missing in zip(choices, lacking, strict=True):
-            if not missing:
-                return choice
+        constructors = [others[method]] if method else [cls, *others.values()]
+        required = [self._required_objects(constructor) for constructor in constructors]
+        for constructor, names in zip(constructors, required, strict=True):
+            if not names:
+                return constructor
         raise UsageError(
-            f"--{flag} {name}: its argument {lacking[0][0]!r} cannot be given on the command line; "
+            f"--{flag} {name}: its argument {required[0][0]!r} cannot be given on the command line; "
             f"make the part in Python, in a factory of your own"
         )
 
-    def _lacking(self, constructor: Callable[..., Any]) -> list[str]:
-        told = arguments(constructor, self.given)
+    def _required_objects(self, constructor: Callable[..., Any]) -> list[str]:
+        """The required arguments that a command line cannot give."""
         return [
             n
-            for n, (kind, default, _) in told.items()
+            for n, (kind, default, _) in constructor_arguments(constructor, self.given).items()
             if default is inspect.Parameter.empty and not is_command_line_type(kind)
         ]
 
     def flags(self, constructor: Callable[..., Any]) -> dict[str, Argument]:
-        """The constructor's own arguments that a command line can give."""
-        told = {n: (command_line_type(kind), *rest) for n, (kind, *rest) in arguments(constructor, self.given).items()}
-        return {n: (kind, default, text) for n, (kind, default, text) in told.items() if is_command_line_type(kind)}
+        """The arguments of the constructor that a command line can give."""
+        flags = {
+            n: (command_line_type(kind), default, text)
+            for n, (kind, default, text) in constructor_arguments(constructor, self.given).items()
+        }
+        return {n: flag for n, flag in flags.items() if is_command_line_type(flag[0])}
 
-    def chosen(self, value: Any, flag: str) -> Callable[..., Any]:
+    def build(self, value: Any, flag: str) -> Callable[..., Any]:
         """The constructor with its arguments, from {"name": ..., argument: ...}."""
         constructor = self.constructor(value["name"], flag)
         kinds = {n: kind for n, (kind, _, _) in self.flags(constructor).items()}
-        own = {n: as_kind(v, kinds.get(n)) for n, v in value.items() if n != "name"}
-        return functools.partial(constructor, **own)
+        return functools.partial(constructor, **{n: as_kind(v, kinds.get(n)) for n, v in value.items() if n != "name"})
 
 
 def class_choice(kind: Any) -> ClassChoice | None:
-    """What an annotation says of the names that it takes, if it does."""
+    """The choice of an annotation, if it has one."""
     return next((m for m in getattr(kind, "__metadata__", ()) if isinstance(m, ClassChoice)), None)
 
 
 def is_command_line_type(kind: Any) -> bool:
-    """Whether a command line can give a value of a type: numbers, words, truth, and tuples of them.
+    """Whether a command line can give a value of a type: numbers, strings, booleans, and tuples of them.
 
     >>> is_command_line_type(float | Literal["learned"] | tuple[int, ...]), is_command_line_type(Callable[[int], int])
     (True, False)
@@ -150,7 +149,7 @@ def is_command_line_type(kind: Any) -> bool:
 
 
 def command_line_type(kind: Any) -> Any:
-    """What of a type a command line can give: of a union, the members that are words and numbers, if there are any.
+    """The part of a type that a command line can give: of a union, the members that it can give, if there are any.
 
     >>> command_line_type(str | Callable[[int], int]), command_line_type(Callable[[int], int] | None)
     (<class 'str'>, collections.abc.Callable[[int], int] | None)
@@ -158,11 +157,11 @@ def command_line_type(kind: Any) -> Any:
     if typing.get_origin(kind) not in (typing.Union, types.UnionType) or is_command_line_type(kind):
         return kind
     members = tuple(k for k in typing.get_args(kind) if is_command_line_type(k))
-    return typing.Union[members] if set(members) - {type(None)} else kind  # noqa: UP007  of members found out now
+    return typing.Union[members] if set(members) - {type(None)} else kind  # noqa: UP007  its members are known at run time
 
 
 def as_kind(value: Any, kind: Any) -> Any:
-    """A value that has been JSON, which has no tuples, or flags, which have lists.
+    """A value read from JSON or flags, with a tuple in place of a list unless the type is a list.
 
     >>> as_kind([8, 8], float | tuple[int, ...]), as_kind([8], list[int])
     ((8, 8), [8])
@@ -173,7 +172,7 @@ def as_kind(value: Any, kind: Any) -> Any:
 
 
 def accepted_arguments(part: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the known arguments that a constructor (or a partial one) takes and does not have yet.
+    """Those of the known arguments that a constructor, or a partial one, accepts and does not have yet.
 
     >>> accepted_arguments(functools.partial(dict, a=1), {"a": 2})
     {}
@@ -182,7 +181,7 @@ def accepted_arguments(part: Callable[..., Any], known: Mapping[str, Any]) -> di
     """
     fixed = part.keywords if isinstance(part, functools.partial) else {}
     try:
-        taken = inspect.signature(part).parameters
+        accepted = inspect.signature(part).parameters
     except ValueError:
         return {}
-    return {n: v for n, v in known.items() if n in taken and n not in fixed}
+    return {n: v for n, v in known.items() if n in accepted and n not in fixed}

@@ -1,4 +1,4 @@
-"""Pairs by name: a factory function in a module or a file, its arguments from its signature."""
+"""Pairs from the names of their factories: resolve a name, build the pair, rebuild that of a run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.factories.choices import Argument, arguments, as_kind, class_choice
+from ppvae.factories.choices import Argument, as_kind, class_choice, constructor_arguments
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
-LABELS_ARGUMENT = "num_labels"  # and one of this name the number of labels, None where the batch brings no label
+LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
 
 
 def resolve(text: str) -> Any:
-    """What a pair's name stands for: "package.module:factory", "file.py:factory", or "file.py" with one factory.
+    """The factory or pair of a name: "package.module:factory", "file.py:factory", or "file.py" with one factory.
 
     Raises:
         UsageError: it cannot be found or imported; the message names the nearest name.
     """
     place, _, name = text.partition(":")
-    module = _module(place)
+    module = _import(place)
     if not name:
-        return _only(module, place)
+        return _only_factory(module, place)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -38,7 +38,7 @@ def resolve(text: str) -> Any:
     return getattr(module, name)
 
 
-def _module(place: str) -> Any:
+def _import(place: str) -> Any:
     path = Path(place)
     try:
         if path.suffix == ".py" or path.exists():
@@ -64,21 +64,21 @@ def _module(place: str) -> Any:
             f"as in ppvae.models:vae"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {_line(error)})") from error
+        raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {_one_line(error)})") from error
 
 
-def _only(module: Any, place: str) -> Any:
+def _only_factory(module: Any, place: str) -> Any:
     if callable(getattr(module, "model", None)) and callable(getattr(module, "guide", None)):
         return module
-    own = [
+    functions = [
         n for n, v in vars(module).items()
         if inspect.isfunction(v) and v.__module__ == module.__name__ and not n.startswith("_")
     ]  # fmt: skip
-    if len(own) == 1:
-        return getattr(module, own[0])
+    if len(functions) == 1:
+        return getattr(module, functions[0])
     raise UsageError(
-        f"{place}: expected functions model and guide, or one factory; found {sorted(own) or 'no function'}. "
-        f"Name the factory, as in {place}:{own[0] if own else 'my_pair'}"
+        f"{place}: expected functions model and guide, or one factory; found {sorted(functions) or 'no function'}. "
+        f"Name the factory, as in {place}:{functions[0] if functions else 'my_pair'}"
     )
 
 
@@ -90,11 +90,11 @@ def parameters(factory: Any) -> dict[str, Argument]:
     """
     if not callable(factory) or _is_pair(factory):
         return {}
-    found = arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
-    for name, (kind, _, _) in found.items():
+    arguments = constructor_arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
+    for name, (kind, _, _) in arguments.items():
         if kind is None:
             raise UsageError(f"{getattr(factory, '__name__', factory)}: expected a type for its argument {name!r}")
-    return found
+    return arguments
 
 
 def build(
@@ -102,31 +102,31 @@ def build(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(model, guide) from a factory, or from something that has `.model` and `.guide` itself.
 
-    An argument that chooses a class (`choices.Among`) is {"name": the class, its arguments}.
+    An argument whose type is a `choices.ClassChoice` is {"name": the class, its arguments}.
 
     Raises:
         UsageError: the factory fails, or makes no pair.
     """
-    made = factory
+    pair = factory
     if callable(factory) and not _is_pair(factory):
         kinds = parameters(factory)
-        own = {n: _value(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
+        arguments = {n: _convert(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
         supplied = {DATA_ARGUMENT: train, LABELS_ARGUMENT: num_labels}
-        taken = inspect.signature(factory).parameters
+        accepted = inspect.signature(factory).parameters
         try:
-            made = factory(**own, **{name: value for name, value in supplied.items() if name in taken})
+            pair = factory(**arguments, **{name: value for name, value in supplied.items() if name in accepted})
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
             name = getattr(factory, "__name__", factory)
-            raise UsageError(f"{name}: the factory failed ({type(error).__name__}: {_line(error)})") from error
-    if _is_pair(made):
-        return made.model, made.guide
-    if isinstance(made, tuple) and len(made) == 2 and all(map(callable, made)):
-        return made
+            raise UsageError(f"{name}: the factory failed ({type(error).__name__}: {_one_line(error)})") from error
+    if _is_pair(pair):
+        return pair.model, pair.guide
+    if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
+        return pair
     raise UsageError(
         f"{getattr(factory, '__name__', factory)}: expected (model, guide), or something with .model and .guide; "
-        f"found {type(made).__name__}"
+        f"found {type(pair).__name__}"
     )
 
 
@@ -141,28 +141,28 @@ def _is_pair(thing: Any) -> bool:
 def rebuild(
     config: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The pair of a run, from its configuration; the training data are stood in for by their shape.
+    """The pair of a run from its configuration; a tensor of the same shape replaces the training data.
 
-    The stand-in only sets shapes: every parameter is then read from the checkpoint. `dtype` is its floating type.
+    That tensor only sets shapes: every parameter is read from the checkpoint afterwards. `dtype` is its floating type.
     """
     entry = config["pair"]
-    stand_in = [_stand_in(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
-    train = stand_in[0] if len(stand_in) == 1 else tuple(stand_in)
+    columns = [_placeholder(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
+    train = columns[0] if len(columns) == 1 else tuple(columns)
     torch.manual_seed(0)
     return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
 
 
-def _stand_in(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:
     kind = dtype if dtype and kind.is_floating_point else kind
     return torch.full((), 0.5 if kind.is_floating_point else 0, dtype=kind).expand(shape)
 
 
-def _value(name: str, value: Any, kind: Any) -> Any:
+def _convert(name: str, value: Any, kind: Any) -> Any:
     choice = class_choice(kind)
     if choice is not None and isinstance(value, Mapping):
-        return choice.chosen(value, name)
+        return choice.build(value, name)
     return as_kind(value, kind)
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]

@@ -10,11 +10,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae.data.loader import as_single_batch
 from ppvae.errors import UsageError
-from ppvae.evaluation.blocks import as_single_batch
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
@@ -27,7 +27,7 @@ def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[Gen
     """The pair on data, in evaluation mode and under its own random state."""
     model, guide = bind_program(model), bind_program(guide)
     with fork_rng(), evaluation_mode(model, guide):
-        batch = as_single_batch(model, guide, x, seed)
+        batch = as_single_batch(x, seed, program_device(model, guide, x))
         structure = inspect(model, guide, batch, weights=False, particles=False)
         torch.manual_seed(seed)
         yield GenerativePair(model, guide, batch, structure)

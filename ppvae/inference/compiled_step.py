@@ -78,7 +78,7 @@ class CompiledStep:
         self._graphs: dict[Any, _Kept] = {}
         self._seen: dict[Any, int] = {}
         self._first, self._again, self._changes = True, True, 0
-        if getattr(svi.loss, "learns", False):
+        if getattr(svi.loss, "has_learned_baseline", False):
             self._refuse("its objective has a baseline that learns")
 
     def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ppvae.errors import ContractError
 
@@ -131,3 +132,17 @@ def bind_program(function: Callable[..., Any]) -> Callable[..., Any]:
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
     """The user's function inside a `BoundProgram`; any other function as it is."""
     return function.function if isinstance(function, BoundProgram) else function
+
+
+def program_device(model: Callable[..., Any], guide: Callable[..., Any], data: Any) -> torch.device:
+    """The device of the pair's parameters, or else of the data, a tensor or several."""
+    for function in (model, guide):
+        if isinstance(function, BoundProgram):
+            for p in function.scope.params.values():
+                return p.device
+        owner = getattr(unwrap(function), "__self__", unwrap(function))
+        if isinstance(owner, nn.Module):
+            for p in owner.parameters():
+                return p.device
+    first = data[0] if isinstance(data, list | tuple) and data else data
+    return getattr(first, "device", torch.device("cpu"))

@@ -103,11 +103,11 @@ class SVI:
         with poutine.trace(param_only=True) as tracer, layer_precision(self.precision):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         sites = tracer.get_trace().nodes.values()
-        self.take_up(node["value"].unconstrained() for node in sites if node["type"] == "param")
+        self.add_params(node["value"].unconstrained() for node in sites if node["type"] == "param")
         self._known = len(pyro.get_param_store())
         return loss
 
-    def take_up(self, params: Iterable[Tensor]) -> None:
+    def add_params(self, params: Iterable[Tensor]) -> None:
         """Adds parameters that the optimizer does not have yet."""
         have = {id(p) for p in self.params}
         new = list({id(p): p for p in params if id(p) not in have}.values())

@@ -1,8 +1,20 @@
-"""Likelihoods: modules that take a latent [..., latent] and return a distribution over one datum.
+"""Likelihoods p(x | z): modules whose call maps latents [..., latent] to a distribution over one datum.
 
-Each is a final module around a network, `forward(z)` or `forward(z, context)` -> distribution of batch shape [...] and
-the event shape of one datum. Several parameters a number are blocks along the first event dim of the network's output:
-n blocks of D numbers for data [D], n blocks of C channels for data [C, H, W]; `part.output_shape(event)` says how many.
+A likelihood is built around a network: `forward(z)`, or `forward(z, context)`, returns a distribution of batch shape
+[...] and the event shape of one datum. Several parameters for each element are blocks along the first event dim of the
+network's output: n blocks of D numbers for data [D], n blocks of C channels for data [C, H, W];
+`likelihood.output_shape(event)` is the event shape that the network must give.
+
+A new likelihood reads its network's output and counts dims by `event_dim`; `parameters_per_element`, 1 by default, says
+how many blocks it reads. It joins the laws of `tests/likelihoods` by its name in `LIKELIHOODS` of
+`tests/laws/parts.py`, with the support over which its density is summed or integrated:
+
+    class Cauchy(NetworkLikelihood):
+        def forward(self, z):
+            loc = self.net(z)
+            return dist.Cauchy(loc, torch.ones_like(loc)).to_event(event_dim(loc, z))
+
+    LIKELIHOODS["Cauchy"] = Case(lambda nets: Cauchy(nets(1)), support="real")
 """
 
 from ppvae.likelihoods.autoregressive import Autoregressive
@@ -15,9 +27,9 @@ from ppvae.likelihoods.counts import (
     ZeroInflatedNegativeBinomial,
     ZeroInflatedPoisson,
 )
-from ppvae.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
-from ppvae.likelihoods.table import Column, Mixed, marginals, table_outputs
-from ppvae.likelihoods.unit import Beta, ContinuousBernoulli
+from ppvae.likelihoods.discretized import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from ppvae.likelihoods.tabular import Column, Mixed, marginals, table_outputs
+from ppvae.likelihoods.unit_interval import Beta, ContinuousBernoulli
 
 __all__ = [
     "Autoregressive",

@@ -1,4 +1,4 @@
-"""Likelihoods whose numbers depend on one another given the latent."""
+"""Autoregressive likelihoods, whose elements depend on one another given the latent."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import distributions
-from ppvae.distributions import base
-from ppvae.likelihoods.levels import _checked
-from ppvae.likelihoods.outputs import levels_last, of_blocks
+from ppvae.distributions.constraints import EquallySpacedLevels
+from ppvae.distributions.discretized import check_levels
+from ppvae.likelihoods.network_outputs import block_output_shape, level_logits
 
 
 class Autoregressive(nn.Module):
-    """Pixels drawn one after another, log p(x | z) = sum_i log p(x_i | x before i, z), binary or in levels.
+    """An autoregressive likelihood, log p(x | z) = sum_i log p(x_i | x_<i, z), of binary data or of levels.
 
     Args:
-        masked: a network of two arguments with leading dims that broadcast, (x [..., *event], z [..., latent]) ->
-            logits [..., *event], or with more than 2 levels [..., levels * first, *rest], the logits of level 0 for all
-            pixels, then level 1, ..., along the first event dim. A number's logits may depend on z and on numbers
-            before it; `net.order` lists positions of the flattened event from the first to the last,
-            `net.event_shape` is one datum's. `nn.MADE` and `nn.PixelCNN` are such networks;
+        masked: a network of two arguments whose leading dims broadcast, (x [..., *event], z [..., latent]) -> logits
+            [..., *event], or with more than 2 levels [..., levels * first, *rest], the logits of level 0 for all
+            pixels, then of level 1, ..., along the first event dim. The logits of an element may depend on z and on
+            earlier elements; `net.order` lists positions of the flattened event from the first to the last,
+            `net.event_shape` is the shape of one datum. `nn.MADE` and `nn.PixelCNN` are such networks;
             `nn.sees_only_the_past` tests others.
         levels: 2 for data of 0 and 1; else data are v / (levels - 1).
 
-    A log-mass in nats; log p(x | z) is one call of the network, a sample one call a number. Returns batch shape [...],
-    event shape [*event]. Such a likelihood can do without z: watch the KL divergence (Chen et al. 2017, arXiv
-    1611.02731). Raises ValueError for fewer than 2 levels.
+    A log-mass in nats; log p(x | z) takes one call of the network, a sample one call for each element. Returns batch
+    shape [...], event shape [*event]. Such a likelihood can ignore z (posterior collapse): monitor the KL divergence
+    (Chen et al. 2017, arXiv 1611.02731). Raises ValueError for fewer than 2 levels.
     Source: Gulrajani et al. 2016 (arXiv 1611.05013) with `nn.PixelCNN`; Germain et al. 2015 (arXiv 1502.03509) with
     `nn.MADE`.
 
@@ -41,11 +41,11 @@ class Autoregressive(nn.Module):
 
     def __init__(self, masked: nn.Module, levels: int = 2):
         super().__init__()
-        self.net, self.levels = masked, _checked(levels)
+        self.net, self.levels = masked, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, 1 if self.levels == 2 else self.levels)
+        """The event shape of the network output for data of an event shape."""
+        return block_output_shape(event, 1 if self.levels == 2 else self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         event = tuple(self.net.event_shape)  # type: ignore[arg-type]
@@ -55,10 +55,10 @@ class Autoregressive(nn.Module):
             if self.levels == 2:
                 return distributions.Bernoulli(logits=out).to_event(len(event))
             latent = out[(..., *(0,) * len(event))].unsqueeze(-1)  # z's leading dims, those of x included
-            return distributions.Levels(levels_last(out, latent, self.levels)).to_event(len(event))
+            return distributions.Levels(level_logits(out, latent, self.levels)).to_event(len(event))
 
-        each = constraints.boolean if self.levels == 2 else base.Levels(self.levels)
-        support = constraints.independent(each, len(event))
+        parameters_per_element = constraints.boolean if self.levels == 2 else EquallySpacedLevels(self.levels)
+        support = constraints.independent(parameters_per_element, len(event))
         kind = z.dtype if z.is_floating_point() else next(self.net.parameters()).dtype  # z may be classes
         start = z.new_zeros((), dtype=kind).expand(*z.shape[:-1], *event)
         return distributions.Autoregressive(conditionals, start, self.net.order, support)  # type: ignore[arg-type]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import OfNetwork, event_dim
+from ppvae.likelihoods.network_outputs import NetworkLikelihood, event_dim
 
 
-class Bernoulli(OfNetwork):
+class Bernoulli(NetworkLikelihood):
     """Independent Bernoulli pixels, log p(x | z) = sum_d x_d l_d - softplus(l_d), l = net(z).
 
     `net` maps [..., latent] to logits [..., *event]; data are 0 or 1. Returns batch shape [...], event shape [*event].
@@ -22,8 +22,8 @@ class Bernoulli(OfNetwork):
     torch.Size([5, 64])
     """
 
-    def output_at(self, mean: Tensor) -> Tensor:
-        """The network's output at which pixels have a mean [*event], no nearer than 0.001 to certainty: to start at."""
+    def output_for_mean(self, mean: Tensor) -> Tensor:
+        """The output at which pixels have a mean [*event], clamped to [0.001, 0.999]: to initialise the output bias."""
         return torch.logit(mean.double().clamp(0.001, 0.999)).to(mean.dtype)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

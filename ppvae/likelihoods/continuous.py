@@ -1,49 +1,51 @@
-"""Likelihoods of real numbers: normal, Laplace, Student's t, with scales that are fixed, learned or the network's."""
+"""Likelihoods of real numbers: normal, Laplace, Student's t, with fixed, learned or predicted scales."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, blocks, event_dim, of_blocks, register_log
+from ppvae.likelihoods.network_outputs import (
+    NetworkLikelihood,
+    ParameterSource,
+    event_dim,
+    register_log_parameter,
+    split_blocks,
+)
 
 
-class _Scaled(nn.Module):
-    """Locations from net(z) and scales from wherever they come."""
+class _LocationScale(NetworkLikelihood):
+    """A location-scale likelihood: locations from net(z), scales fixed, learned or from net(z)."""
 
     log_scale: Tensor
 
-    def __init__(self, net: nn.Module, scale: Given, floor: float):
-        super().__init__()
-        self.net, self.floor = net, floor
-        self._of_network = scale == "network"
-        register_log(self, "scale", scale)
+    def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
+        super().__init__(net)
+        self.floor, self._scale_from_network = floor, scale == "network"
+        self.parameters_per_element = 2 if self._scale_from_network else 1
+        register_log_parameter(self, "scale", scale)
 
     @property
     def at_floor(self) -> Tensor:
-        """Which learned scales have reached the floor, shaped as the scale. ValueError where the network gives it."""
-        if self._of_network:
+        """Which learned scales have reached the floor, in the shape of the scale. ValueError for predicted scales."""
+        if self._scale_from_network:
             raise ValueError("at_floor: expected a scale of its own; the network's depends on z")
         return self.log_scale.exp() <= 1.01 * self.floor
 
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, 2 if self._of_network else 1)
-
     def _loc_scale(self, z: Tensor) -> tuple[Tensor, Tensor, int]:
         out = self.net(z)
-        loc, log_scale = blocks(out, z, 2, "location, log-scale") if self._of_network else (out, self.log_scale)
+        loc, log_scale = (
+            split_blocks(out, z, 2, "location, log-scale") if self._scale_from_network else (out, self.log_scale)
+        )
         scale = log_scale.exp()
-        if self._of_network or isinstance(self.log_scale, nn.Parameter):
+        if self._scale_from_network or isinstance(self.log_scale, nn.Parameter):
             scale = scale + self.floor
         return loc, scale.expand(loc.shape), event_dim(loc, z)
 
 
-class Normal(_Scaled):
+class Normal(_LocationScale):
     """Independent normal dims, log p(x | z) = sum_d log N(x_d; loc_d(z), scale_d).
 
     Args:
@@ -51,8 +53,8 @@ class Normal(_Scaled):
             then log-scales, along the first event dim.
         scale: a number (fixed), "learned" (one for all dims), a shape, the event's, for one learned scale a dim, or
             "network" (one a dim and datum).
-        floor: the smallest learned scale. On data that are constant in a dim, a learned scale falls without a bound
-            and bits per dimension with it; the floor ends that, and `at_floor` says that it did.
+        floor: the smallest learned scale. Where the data are constant in a dim, a learned scale and bits per dimension
+            are unbounded below; the floor bounds them, and `at_floor` reports where it is reached.
 
     Returns batch shape [...], event shape [*event]; a density in nats. For the optimal sigma see `set_optimal_scale`.
     Raises ValueError for any other scale, or an output that does not divide.
@@ -64,18 +66,15 @@ class Normal(_Scaled):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, scale: Given = 1.0, floor: float = 1e-3):
-        super().__init__(net, scale, floor)
-
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, scale, dims = self._loc_scale(z)
         return dist.Normal(loc, scale).to_event(dims)
 
 
-class Laplace(_Scaled):
+class Laplace(_LocationScale):
     """Independent Laplace dims, log p(x | z) = -sum_d |x_d - loc_d(z)| / scale_d + log(2 scale_d).
 
-    Less moved by outliers than a normal: its optimal location is a median.
+    More robust to outliers than a normal: its optimal location is a median.
 
     Args:
         net: as for `Normal`.
@@ -93,15 +92,12 @@ class Laplace(_Scaled):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, scale: Given = 1.0, floor: float = 1e-3):
-        super().__init__(net, scale, floor)
-
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, scale, dims = self._loc_scale(z)
         return dist.Laplace(loc, scale).to_event(dims)
 
 
-class StudentT(_Scaled):
+class StudentT(_LocationScale):
     """Independent Student's t dims, log p(x | z) = sum_d log t(x_d; df, loc_d(z), scale_d), heavy-tailed.
 
     Args:
@@ -122,11 +118,11 @@ class StudentT(_Scaled):
 
     log_df: Tensor
 
-    def __init__(self, net: nn.Module, df: Given = 4.0, scale: Given = 1.0, floor: float = 1e-3):
+    def __init__(self, net: nn.Module, df: ParameterSource = 4.0, scale: ParameterSource = 1.0, floor: float = 1e-3):
         super().__init__(net, scale, floor)
         if df == "network":
             raise ValueError("df: expected a number, 'learned' or the event's shape, found 'network'")
-        register_log(self, "df", df, start=4.0)
+        register_log_parameter(self, "df", df, start=4.0)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         loc, scale, dims = self._loc_scale(z)
@@ -135,15 +131,15 @@ class StudentT(_Scaled):
 
 @torch.no_grad()
 def set_optimal_scale(likelihood: Normal | Laplace, x: Tensor, z: Tensor) -> Tensor:
-    """Sets a likelihood's learned scale to the best for data x at latents z, in closed form, and returns it.
+    """Sets the learned scale to its closed-form optimum for data x at latents z, and returns it.
 
     For a normal sigma^2 = mean of (x - loc(z))^2, for a Laplace the mean of |x - loc(z)|; over all dims, or for each
     dim where the scale is per dim, and never below the floor. Call it between epochs, or once before training.
 
-    This is the optimal sigma of Rybkin et al. 2021 (arXiv 2006.13202) in the form that leaves the model a density.
-    Theirs takes sigma from the mean squared error of each batch (or image) while it is scored: p(x | z) then depends on
-    x, or on other data, through sigma, integrates to no constant, and gives no log p(x). A scale that is a parameter,
-    set by this function or learned by gradient, has the same optimum over the data set and stays a density.
+    This is the optimal sigma of Rybkin et al. 2021 (arXiv 2006.13202) with the model kept a normalised density. Theirs
+    computes sigma from the mean squared error of the batch (or image) being scored: p(x | z) then depends on x, or on
+    other data, through sigma, does not integrate to one, and defines no log p(x). A scale that is a parameter, set by
+    this function or learned by gradient, has the same optimum over the data set.
 
     Args:
         likelihood: with scale="learned" or a shape; ValueError otherwise.

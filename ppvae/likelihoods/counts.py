@@ -1,64 +1,71 @@
-"""Likelihoods of counts, with a library size where the batch brings one."""
+"""Likelihoods of counts, optionally scaled by a library size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.likelihoods.outputs import Given, OfNetwork, blocks, event_dim, of_blocks, per_datum, register_log
+from ppvae.likelihoods.network_outputs import (
+    NetworkLikelihood,
+    ParameterSource,
+    context_per_datum,
+    event_dim,
+    register_log_parameter,
+    split_blocks,
+)
 
 
-class _Counts(nn.Module):
-    """Parameters from net(z), the first of them log-rates, to which a library size is added where one is asked for."""
+class _CountLikelihood(NetworkLikelihood):
+    """A count likelihood with log-rates from net(z), optionally scaled by a library size, and further parameters."""
 
     log_concentration: Tensor
 
-    def __init__(self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: Given | None = None):
-        super().__init__()
-        self.net, self.library, self._names = net, library, names
+    def __init__(
+        self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: ParameterSource | None = None
+    ):
+        super().__init__(net)
+        self.library, self._parameter_names, self.parameters_per_element = library, names, len(names)
         if concentration is not None:
-            register_log(self, "concentration", concentration)
-
-    def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network's output for data of an event shape."""
-        return of_blocks(event, len(self._names))
+            register_log_parameter(self, "concentration", concentration)
 
     @property
     def forward(self) -> Callable[..., dist.TorchDistribution]:  # type: ignore[override]
-        """The call: of (z), or of (z, context) with a library, so that only then `context` is declared."""
-        return self._of_library if self.library else self._alone
+        """`forward(z)`, or with a library `forward(z, context)`: `context` is declared only then."""
+        return self._forward_with_library if self.library else self._forward_without_library
 
-    def _alone(self, z: Tensor) -> dist.TorchDistribution:
-        log_rate, *rest = blocks(self.net(z), z, len(self._names), ", ".join(self._names))
+    def _forward_without_library(self, z: Tensor) -> dist.TorchDistribution:
+        log_rate, *extra = split_blocks(self.net(z), z, self.parameters_per_element, ", ".join(self._parameter_names))
         dims = event_dim(log_rate, z)
-        return self._counts(log_rate, *rest).to_event(dims)
+        return self._distribution(log_rate, *extra).to_event(dims)
 
-    def _of_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
-        share, *rest = blocks(self.net(z), z, len(self._names), ", ".join(self._names))
+    def _forward_with_library(self, z: Tensor, context: Tensor) -> dist.TorchDistribution:
+        share, *extra = split_blocks(self.net(z), z, self.parameters_per_element, ", ".join(self._parameter_names))
         dims = event_dim(share, z)
-        log_library = per_datum(context, z, "library sizes", share.dtype).log()
+        log_library = context_per_datum(context, z, "library sizes", share.dtype).log()
         log_rate = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)
-        return self._counts(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *rest).to_event(dims)
+        return self._distribution(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *extra).to_event(
+            dims
+        )
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError
 
 
-class Poisson(_Counts):
+class Poisson(_CountLikelihood):
     """Independent Poisson counts, log p(x | z) = sum_d x_d log r_d - r_d - log x_d!.
 
     Args:
         net: maps [..., latent] to [..., *event].
         library: without it, rates are r = exp(net(z)). With it, r = library * softmax(net(z)), the softmax over the
-            whole event, and the library size (total count to be expected, [N], > 0) is the batch's second tensor: this
+            whole event, and the library size (the expected total count, [N], > 0) is the batch's second tensor: this
             likelihood then declares `context`.
 
-    The library must be known without x: sequencing depth, exposure time, length of a document. Taken from the datum's
-    own sum, as scvi-tools does by default, p(x | z, library(x)) is no density of x; to condition on the sum, use
-    `Multinomial`, which is exactly that for a Poisson. Data are 0, 1, 2, ...; a log-mass in nats; returns batch shape
+    The library must be known without x: sequencing depth, exposure time, length of a document. With the sum of the
+    datum itself, the default of scvi-tools, p(x | z, library(x)) is not a density of x; to condition a Poisson on its
+    sum, use `Multinomial`. Data are 0, 1, 2, ...; a log-mass in nats; returns batch shape
     [...], event shape [*event]. Raises DataError for a context of another shape.
     Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics" (the parametrisation).
 
@@ -74,12 +81,12 @@ class Poisson(_Counts):
     def __init__(self, net: nn.Module, library: bool = False):
         super().__init__(net, library, ("log-rate",))
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
         return distributions.Poisson(log_rate)
 
 
-class NegativeBinomial(_Counts):
-    """Independent negative binomial counts of mean r_d(z) and concentration c: variance r + r^2 / c.
+class NegativeBinomial(_CountLikelihood):
+    """Independent negative binomial counts with mean r_d(z) and concentration c, variance r + r^2 / c.
 
     Args:
         net: maps [..., latent] to [..., *event]; with concentration="network" to [..., 2 * first, *rest], log-rates,
@@ -97,16 +104,16 @@ class NegativeBinomial(_Counts):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, concentration: Given = "learned", library: bool = False):
+    def __init__(self, net: nn.Module, concentration: ParameterSource = "learned", library: bool = False):
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", *more), concentration)
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
-        return distributions.NegativeBinomial(log_rate, rest[0] if rest else self.log_concentration)
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
+        return distributions.NegativeBinomial(log_rate, extra[0] if extra else self.log_concentration)
 
 
-class ZeroInflatedPoisson(_Counts):
-    """Poisson counts of which some are zero for another reason, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d).
+class ZeroInflatedPoisson(_CountLikelihood):
+    """Zero-inflated Poisson counts, p(x_d) = s(g_d) [x_d = 0] + s(-g_d) Poisson(x_d; r_d), s the sigmoid.
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds g of an extra zero, along the
     first event dim.
@@ -127,12 +134,12 @@ class ZeroInflatedPoisson(_Counts):
     def __init__(self, net: nn.Module, library: bool = False):
         super().__init__(net, library, ("log-rate", "gate"))
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
-        return distributions.ZeroInflated(distributions.Poisson(log_rate), rest[0])
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
+        return distributions.ZeroInflated(distributions.Poisson(log_rate), extra[0])
 
 
-class ZeroInflatedNegativeBinomial(_Counts):
-    """Negative binomial counts of which some are zero for another reason (dropout in single-cell counts).
+class ZeroInflatedNegativeBinomial(_CountLikelihood):
+    """Zero-inflated negative binomial counts, for example of single cells with dropout.
 
     `net` maps [..., latent] to [..., 2 * first, *rest]: log-rates, then the log-odds of an extra zero; with
     concentration="network" to [..., 3 * first, *rest], log-concentrations last.
@@ -152,24 +159,24 @@ class ZeroInflatedNegativeBinomial(_Counts):
     torch.Size([5, 64])
     """
 
-    def __init__(self, net: nn.Module, concentration: Given = "learned", library: bool = False):
+    def __init__(self, net: nn.Module, concentration: ParameterSource = "learned", library: bool = False):
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", "gate", *more), concentration)
 
-    def _counts(self, log_rate: Tensor, *rest: Tensor) -> dist.TorchDistribution:
-        gate, *more = rest
+    def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
+        gate, *more = extra
         fn = distributions.NegativeBinomial(log_rate, more[0] if more else self.log_concentration)
         return distributions.ZeroInflated(fn, gate)
 
 
-class Multinomial(OfNetwork):
-    """Bags of N words, log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log softmax(net(z))_d.
+class Multinomial(NetworkLikelihood):
+    """Multinomial counts (bags of N words), log p(x | z, N) = log N! - sum_d log x_d! + sum_d x_d log
+    softmax(net(z))_d.
 
-    N is given, the batch's second tensor [N]: x alone has no density here until its total has one, and log p(x) means
-    log p(x | N). With the multinomial coefficient, so that it sums to one over all bags of N; Liang et al. leave it
-    out, which moves every log p(x) of a data set alike and no gradient. `net` maps [..., latent] to logits [..., D];
-    data are counts [D] that sum to N; a log-mass in nats. Returns batch shape [...], event shape [D]. Raises DataError
-    for a context of another shape, ValueError for a datum of more than one dim.
+    The model is conditioned on N, the batch's second tensor [N]: log p(x) means log p(x | N). With the multinomial
+    coefficient, so that it sums to one over all bags of N; Liang et al. omit it, a constant for a data set. `net` maps
+    [..., latent] to logits [..., D]; data are counts [D] that sum to N; a log-mass in nats. Returns batch shape [...],
+    event shape [D]. Raises DataError for a context of another shape, ValueError for a datum of more than one dim.
     Source: Liang et al. 2018 (arXiv 1802.05814); Miao et al. 2016 (arXiv 1511.06038) on documents.
 
     >>> import torch
@@ -182,4 +189,4 @@ class Multinomial(OfNetwork):
         logits = self.net(z)
         if event_dim(logits, z) != 1:
             raise ValueError(f"net: expected logits [..., D], found {list(logits.shape)} for z {list(z.shape)}")
-        return distributions.Multinomial(per_datum(context, z, "total counts", logits.dtype), logits)
+        return distributions.Multinomial(context_per_datum(context, z, "total counts", logits.dtype), logits)

@@ -1,7 +1,29 @@
-"""Models: short programs on the parts, and factories that the command line can call."""
+"""Models: pairs of a model and a guide composed of parts, and factories that the command line can call.
 
-from ppvae.models.conditional import ConditionalVAE
-from ppvae.models.counts import CountVAE
+A new model derives from `ComposedModel`; `call_part` calls an attribute by its name and registers its parameters. It
+joins the laws of every model by its name in `MODELS` of `tests/laws/test_model_laws.py`, with its data and the words
+by which `check` describes it:
+
+    class PlainVAE(ComposedModel):
+        def __init__(self, prior, likelihood, posterior):
+            super().__init__("plain_vae")
+            self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.call_part("prior"))
+                return pyro.sample("x", self.call_part("likelihood", z), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                return pyro.sample("z", self.call_part("posterior", x))
+
+    MODELS["plain VAE"] = Case(
+        lambda: PlainVAE(priors.StandardNormal(2), bits(2), normal(4)), binary, words="site 'z': latent, Normal"
+    )
+"""
+
+from ppvae.models.counts import CountVAE, TopicModel
 from ppvae.models.deep_markov import DeepMarkovModel
 from ppvae.models.deep_mixture import DeepMixture, SemiSupervisedVAE
 from ppvae.models.factories import conv_vae, factor_analysis, gaussian_mixture, linear_gaussian, vae
@@ -11,10 +33,9 @@ from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
 from ppvae.models.quantized import QuantizedVAE
-from ppvae.models.table import TableVAE
+from ppvae.models.tabular import TableVAE
 from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
-from ppvae.models.topics import TopicModel
-from ppvae.models.vae import VAE
+from ppvae.models.vae import VAE, ConditionalVAE
 
 __all__ = [
     "VAE",

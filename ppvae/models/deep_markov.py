@@ -1,4 +1,4 @@
-"""Deep Markov models: sequences of different lengths, a latent vector at each time."""
+"""Deep Markov models of sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.distributions.chain import Chain
+from ppvae.distributions.markov_chain import MarkovChain
 from ppvae.errors import DataError
-from ppvae.models.composed import Composed, Learned
+from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.nn.sequences import known_times
 
 
 @final
-class DeepMarkovModel(Composed):
+class DeepMarkovModel(ComposedModel):
     """p(x, z) = prod_t p(z_t | z_(t-1)) p(x_t | z_t) with guide prod_t q(z_t | z_(t-1), h_t), h_t = encoder(x)_t.
 
-    Data are (x [batch, T, *event], lengths [batch]), shorter sequences filled up to T with zeros, or x alone. Nothing
-    that stands behind a sequence's end has a part in anything: log p(x) is that of its own steps. Sites "z"
-    [T, latent] and "x" [T, *event]; z_0 is learned, one in the model and one in the guide.
+    Data are (x [batch, T, *event], lengths [batch]), shorter sequences padded with zeros, or x alone. The padding is
+    ignored: log p(x) is that of the steps of the sequence. Sites "z" [T, latent] and "x" [T, *event]; z_0 is learned,
+    separately in the model and in the guide.
 
     Args:
         latent: the size of z_t.
-        transition: p(z_t | z_(t-1)), a part as `posteriors.DiagonalNormal`: linear, it is a Kalman filter's model.
+        transition: p(z_t | z_(t-1)), a part such as `posteriors.DiagonalNormal`; a linear one gives the Kalman filter.
         emission: p(x_t | z_t), any likelihood.
-        encoder: a network of x that gives h [batch, T, hidden] and takes lengths as `context`: `nn.Backward(GRU)`, so
-            that h_t has seen all of x from t on.
+        encoder: a network from x to h [batch, T, hidden] that takes lengths as `context`: `nn.Backward(GRU)`, in which
+            h_t depends on x from t on.
         combiner: q(z_t | z_(t-1), h_t), a part of [..., latent + hidden].
 
     Raises DataError for a sequence of length 0, or one longer than T, by its row.
@@ -50,30 +50,30 @@ class DeepMarkovModel(Composed):
     ):
         super().__init__("deep_markov")
         self.transition, self.emission, self.encoder, self.combiner = transition, emission, encoder, combiner
-        self.start, self.guide_start = Learned(torch.zeros(latent)), Learned(torch.zeros(latent))
+        self.start, self.guide_start = LearnedTensor(torch.zeros(latent)), LearnedTensor(torch.zeros(latent))
 
     def model(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """p(x, z)."""
-        known, transition = _known(x, lengths), self._part("transition")
+        known, transition = _observed_steps(x, lengths), self.register_part("transition")
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", Chain(lambda z, at: transition(z), self._call("start"), known))
-            fn = self._call("emission", z)
+            z = pyro.sample("z", MarkovChain(lambda z, at: transition(z), self.call_part("start"), known))
+            fn = self.call_part("emission", z)
             return pyro.sample("x", fn.mask(known).to_event(1), obs=x)
 
     def guide(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """q(z | x)."""
-        known, combiner = _known(x, lengths), self._part("combiner")
-        h = self._call("encoder", x, context=lengths)
+        known, combiner = _observed_steps(x, lengths), self.register_part("combiner")
+        h = self.call_part("encoder", x, context=lengths)
 
         def step(z: Tensor, at: Any) -> Any:
-            seen = h[:, at].expand(*z.shape[:-1], h.shape[-1])
-            return combiner(torch.cat([z, seen], -1))
+            features = h[:, at].expand(*z.shape[:-1], h.shape[-1])
+            return combiner(torch.cat([z, features], -1))
 
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", Chain(step, self._call("guide_start"), known))
+            return pyro.sample("z", MarkovChain(step, self.call_part("guide_start"), known))
 
 
-def _known(x: Tensor, lengths: Tensor | None) -> Tensor:
+def _observed_steps(x: Tensor, lengths: Tensor | None) -> Tensor:
     if x.dim() < 3:
         raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
     if lengths is None:

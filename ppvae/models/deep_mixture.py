@@ -1,4 +1,4 @@
-"""Deep mixtures: a class and a continuous latent. Labels known for some of the data make them semi-supervised VAEs."""
+"""Deep mixtures with a class and a continuous latent, and semi-supervised VAEs, with labels for some of the data."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.models.composed import Composed
+from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, rows_of
-from ppvae.nn.conditional import needs_context
+from ppvae.nn.context import needs_context
 from ppvae.posteriors import OneHot
 
-UNKNOWN = -1  # the label of a datum whose label is not known, as in scikit-learn
+UNKNOWN_LABEL = -1  # the label of an unlabelled datum, as in scikit-learn
 
 
-class DeepMixture(Composed):
+class DeepMixture(ComposedModel):
     """p(x) = sum_y p(y) int p(z | y) p(x | z, y) dz with guide q(y | x) q(z | x, y); y is enumerated, a one-hot vector.
 
-    A part that declares `context` gets y under that name, in the place of the batch's second tensor: with a prior
-    p(z | y) and a likelihood p(x | z) this is the Gaussian mixture VAE. y is summed out of weights and ELBOs exactly.
+    A part that declares `context` is given y: with a prior p(z | y) and a likelihood p(x | z) this is the Gaussian
+    mixture VAE. y is summed out of weights and ELBOs exactly.
 
-    Labels may come as the batch's second tensor, -1 where unknown. Then y is that label where it is known, in the guide
-    too, and log p(x) is log p(x, label) there; q(y | x) learns nothing from
-    such data itself, but by `objectives.auxiliary.AuxiliaryLoss(ELBO(), pair.log_label, weight)`.
+    Labels may be given as the batch's second tensor, -1 where unknown. Where a label is known, y equals it in model and
+    guide, and log p(x) is log p(x, label); the classifier q(y | x) is trained on labelled data by
+    `objectives.auxiliary.AuxiliaryLoss(ELBO(), pair.log_label, weight)`.
 
     Args:
         clusters: p(y), `priors.OneHot(classes)`.
@@ -59,38 +59,38 @@ class DeepMixture(Composed):
         self.posterior, self.classifier = posterior, classifier
 
     def model(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """p(x, y, z), and that the label is y where it is known."""
+        """p(x, y, z), with y observed where the label is known."""
         with pyro.plate("data", len(x)):
-            y = pyro.sample("y", self._call("clusters"))
+            y = pyro.sample("y", self.call_part("clusters"))
             if label is not None:
-                known = label != UNKNOWN
+                known = label != UNKNOWN_LABEL
                 with poutine.mask(mask=known):
                     pyro.sample("label", dist.Categorical(logits=y.log()), obs=torch.where(known, label, 0))
-            z = pyro.sample("z", self._call("prior", context=y))
-            return pyro.sample("x", self._call("likelihood", z, context=y), obs=x)
+            z = pyro.sample("z", self.call_part("prior", context=y))
+            return pyro.sample("x", self.call_part("likelihood", z, context=y), obs=x)
 
     def guide(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """q(y | x) q(z | x, y), with q(y | x) in the place of a label that is not known."""
+        """q(y | x) q(z | x, y), with a known label in place of q(y | x)."""
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", self.probabilities(x, label), infer={"enumerate": "parallel"})
-            return pyro.sample("z", self._call("posterior", x, context=y))
+            return pyro.sample("z", self.call_part("posterior", x, context=y))
 
     def probabilities(self, x: Tensor, label: Tensor | None = None) -> dist.TorchDistribution:
-        """q(y | x), or the label itself where it is known; batch shape [batch], event shape [classes]."""
+        """q(y | x), or the point mass at a known label; batch shape [batch], event shape [classes]."""
         pyro.module(f"{self._name}.classifier", self.classifier)
         logits = self.classifier.net(x)
         if label is not None:
             classes = logits.shape[-1]
             certain = torch.eye(classes + 1, classes).roll(1, 0).to(logits).log()  # a row for -1 comes first
-            rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN)
-            logits = torch.where((label == UNKNOWN).unsqueeze(-1), logits, rows)
+            rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN_LABEL)
+            logits = torch.where((label == UNKNOWN_LABEL).unsqueeze(-1), logits, rows)
         return self.classifier.head(logits)
 
     def log_label(self, x: Tensor, label: Tensor) -> Tensor:
-        """log q(label | x) where the label is known, 0 where it is not, [batch] nats: for `AuxiliaryLoss`."""
-        known = label != UNKNOWN
-        every = torch.eye(self.classifier.classes).to(x)
-        y = rows_of(every, torch.where(known, label, 0), "label: expected classes {first} to {last}")
+        """log q(label | x) of known labels, 0 otherwise, [batch] nats: for `AuxiliaryLoss`."""
+        known = label != UNKNOWN_LABEL
+        one_hot = torch.eye(self.classifier.classes).to(x)
+        y = rows_of(one_hot, torch.where(known, label, 0), "label: expected classes {first} to {last}")
         return torch.where(known, self.probabilities(x).log_prob(y), 0.0)
 
 
@@ -98,10 +98,9 @@ class DeepMixture(Composed):
 class SemiSupervisedVAE(DeepMixture):
     """The model M2, p(x) = sum_y p(y) int p(z) p(x | z, y) dz with guide q(y | x) q(z | x, y): a label and a style.
 
-    A `DeepMixture` whose likelihood and posterior take y beside their input, or as `context` where they, or their
-    networks, declare it. Data are x alone, or (x [batch, *event],
-    label [batch]) with -1 where the label is unknown. Where all labels are known it is the conditional VAE, and
-    log p(x, label) = log p(label) + log p(x | label).
+    A `DeepMixture` whose likelihood and posterior take y concatenated to their input, or as `context` where they, or
+    their networks, declare it. Data are x alone, or (x [batch, *event], label [batch]) with -1 for unknown labels. With
+    all labels known it is the conditional VAE, and log p(x, label) = log p(label) + log p(x | label).
 
     Args:
         labels: p(y), `priors.OneHot(classes)`.
@@ -109,7 +108,7 @@ class SemiSupervisedVAE(DeepMixture):
         likelihood: p(x | z, y), a part whose network takes [..., latent + classes].
         posterior: q(z | x, y), a part whose network takes [..., event + classes].
         classifier: q(y | x), `posteriors.OneHot(net, classes)`.
-        event_dim: 1; for images [C, H, W] it is 3, and y is put beside the channels.
+        event_dim: 1, or 3 for images [C, H, W], where y becomes further channels.
 
     Raises DataError for a label outside the classes, by its row.
     Source: Kingma et al. 2014 (arXiv 1406.5298).

@@ -1,4 +1,4 @@
-"""Factories of the library's own pairs, for the command line: their flags come from their signatures."""
+"""Factories of pairs for the command line, whose flags are derived from their signatures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppvae.factories.choices import ClassChoice, accepted_arguments
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
-from ppvae.nn.conditional import call_with_context
+from ppvae.nn.context import call_with_context
 
 Part = Callable[..., Module]
 Prior = Annotated[Part, ClassChoice(("ppvae.priors",), Module, ("latent", "posterior", "data", "num_labels"))]
@@ -62,7 +62,7 @@ def vae(
         missing: whether data may be missing (NaN).
         num_labels: how many labels there are, where the batch's second tensor is one.
 
-    Raises `UsageError` for parts that cannot be made of these, by name.
+    Raises `UsageError`, by name, for parts that cannot be built from these arguments.
 
     >>> from functools import partial
     >>> prior = partial(priors.VampPrior.from_data, components=20)
@@ -85,12 +85,12 @@ def vae(
     def masked(inputs: int, shape: tuple[int, ...]) -> Module:
         return nn.MADE(features, inputs, shape[0] // features, hidden=hidden[::-1])
 
-    made = _composed(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
-    if hasattr(made.likelihood, "output_at"):
+    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    if hasattr(module.likelihood, "output_for_mean"):
         mean = train.double().nanmean(0).nan_to_num(0.5)
-        likelihood_: Any = made.likelihood
-        nn.set_output_bias(likelihood_.net, likelihood_.output_at(mean))
-    return _enumerated(made) if enumerate else made
+        likelihood_: Any = module.likelihood
+        nn.set_output_bias(likelihood_.net, likelihood_.output_for_mean(mean))
+    return _with_enumeration(module) if enumerate else module
 
 
 def conv_vae(
@@ -117,7 +117,7 @@ def conv_vae(
         enumerate: sum a discrete z out exactly; takes an objective that does, as TraceEnum_ELBO.
         num_labels: how many labels there are, where the batch's second tensor is one.
 
-    Raises `UsageError` for parts that cannot be made of these, by name.
+    Raises `UsageError`, by name, for parts that cannot be built from these arguments.
     """
     if train.dim() != 4:
         raise ValueError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
@@ -133,18 +133,18 @@ def conv_vae(
         features = channels[0]
         return nn.PixelCNN(event, decoder(inputs, (features, *event[1:])), features, shape[0] // event[0])
 
-    made = _composed(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
-    return _enumerated(made) if enumerate else made
+    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    return _with_enumeration(module) if enumerate else module
 
 
 @dataclass(frozen=True)
-class _Lacking:
-    """What a part takes and the factory cannot give, in words."""
+class _Unavailable:
+    """An argument of a part that the factory cannot provide; `what` describes it for messages."""
 
     what: str
 
 
-def _composed(
+def _build_vae(
     train: Tensor,
     latent: int,
     prior: Part,
@@ -155,90 +155,92 @@ def _composed(
     decoder: Decoder,
     masked: Decoder,
 ) -> VAE:
-    """A VAE of parts, each given what its constructor asks for by name, around networks as large as the parts say.
+    """Builds a VAE of parts: arguments by the names in their constructors, networks by the sizes that they report.
 
-    z is of the size that the prior has; `latent` is what a prior that asks for it is given.
+    The size of z is that of the prior, which is given `latent` if it takes it.
     """
-    index = _Lacking("the index of each datum with it (data.indexed), which a factory of your own can bring")
-    labels = _Lacking("the label of each datum with it: pass --labels, or num_labels")
-    known: dict[str, Any] = {
+    index = _Unavailable("the index of each datum with it (data.indexed), which a factory of your own can bring")
+    labels = _Unavailable("the label of each datum with it: pass --labels, or num_labels")
+    available: dict[str, Any] = {
         "latent": latent, "data": train, "num_labels": labels if num_labels is None else num_labels,
         "net": Identity(), "masked": Identity(), "size": index, "outputs": index,
     }  # fmt: skip
 
     def encoded(size: int) -> Module:
-        made: Any = _made("posterior", posterior, known | {"latent": size})
+        module: Any = _build_part("posterior", posterior, available | {"latent": size})
         try:
-            made.net = encoder(made.outputs(size))
+            module.net = encoder(module.outputs(size))
         except ValueError as error:
-            raise UsageError(f"posterior {_name(posterior)}: {error}") from error
-        return made
+            raise UsageError(f"posterior {_part_name(posterior)}: {error}") from error
+        return module
 
     if accepted_arguments(prior, {"posterior": None}):
         if accepted_arguments(posterior, {"prior": None}):
             raise UsageError(
-                f"prior {_name(prior)} is made of the posterior, and posterior {_name(posterior)} of the prior: "
-                f"expected one of them to stand by itself; choose another prior or posterior"
+                f"prior {_part_name(prior)} is made of the posterior, and posterior {_part_name(posterior)} of the "
+                f"prior: expected one of them to stand by itself; choose another prior or posterior"
             )
-        known["posterior"] = encoded(latent)
-    known["prior"] = _made("prior", prior, known)
+        available["posterior"] = encoded(latent)
+    available["prior"] = _build_part("prior", prior, available)
     context = None if num_labels is None else torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
-        z = call_with_context(known["prior"], context=context)
+        z = call_with_context(available["prior"], context=context)
     size = z.event_shape.numel()
-    known["likelihood"] = _made("likelihood", likelihood, known)
-    shape = known["likelihood"].output_shape(tuple(train.shape[1:]))
-    classes = _classes(z.support)
+    available["likelihood"] = _build_part("likelihood", likelihood, available)
+    shape = available["likelihood"].output_shape(tuple(train.shape[1:]))
+    classes = _number_of_classes(z.support)
     if not accepted_arguments(likelihood, {"masked": None}):
-        known["likelihood"].net = _embedding(classes, size, shape, decoder) if classes else decoder(size, shape)
+        available["likelihood"].net = (
+            _embedded_decoder(classes, size, shape, decoder) if classes else decoder(size, shape)
+        )
     elif classes:
         raise UsageError(
-            f"likelihood {_name(likelihood)}: expected z in floating point, found classes; try prior OneHot"
+            f"likelihood {_part_name(likelihood)}: expected z in floating point, found classes; try prior OneHot"
         )
     else:
-        known["likelihood"].net = masked(size, shape)
-    if "posterior" not in known:
-        known["posterior"] = encoded(size)
-    return VAE(known["prior"], known["likelihood"], known["posterior"])
+        available["likelihood"].net = masked(size, shape)
+    if "posterior" not in available:
+        available["posterior"] = encoded(size)
+    return VAE(available["prior"], available["likelihood"], available["posterior"])
 
 
-def _made(role: str, part: Part, known: Mapping[str, Any]) -> Module:
-    given = accepted_arguments(part, known)
-    lacking = next((v.what for v in given.values() if isinstance(v, _Lacking)), "")
-    if lacking:
-        raise UsageError(f"{role} {_name(part)}: expected {lacking}")
+def _build_part(role: str, part: Part, available: Mapping[str, Any]) -> Module:
+    arguments = accepted_arguments(part, available)
+    unavailable = next((v.what for v in arguments.values() if isinstance(v, _Unavailable)), "")
+    if unavailable:
+        raise UsageError(f"{role} {_part_name(part)}: expected {unavailable}")
     try:
-        made = part(**given)
+        module = part(**arguments)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{role} {_name(part)}: {error}") from error
-    declared = inspect.signature(made.forward).parameters.get("context")
-    if declared is not None and declared.default is declared.empty and "num_labels" not in given:
+        raise UsageError(f"{role} {_part_name(part)}: {error}") from error
+    declared = inspect.signature(module.forward).parameters.get("context")
+    if declared is not None and declared.default is declared.empty and "num_labels" not in arguments:
         raise UsageError(
-            f"{role} {_name(part)}: expected a second tensor with each datum that is not its label (its docstring says "
-            f"what), which a factory of your own can bring"
+            f"{role} {_part_name(part)}: expected a second tensor with each datum that is not its label (its docstring "
+            f"says what), which a factory of your own can bring"
         )
-    return made
+    return module
 
 
-def _classes(support: Any) -> int:
-    """How many classes each element of z is one of, as a whole number; 0 where z is not such a vector."""
+def _number_of_classes(support: Any) -> int:
+    """The number of classes of the integer elements of z; 0 where z is not a vector of classes."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return int(support.upper_bound) + 1 if isinstance(support, constraints.integer_interval) else 0
 
 
-def _embedding(classes: int, size: int, shape: tuple[int, ...], decoder: Decoder) -> Module:
-    """A decoder of a vector of classes, by learned embeddings as wide as there are classes."""
+def _embedded_decoder(classes: int, size: int, shape: tuple[int, ...], decoder: Decoder) -> Module:
+    """A decoder of a vector of classes by learned embeddings of size `classes`."""
     return Sequential(Embedding(classes, classes), Flatten(-2), decoder(size * classes, shape))
 
 
-def _name(part: Part) -> str:
+def _part_name(part: Part) -> str:
     function = part.func if isinstance(part, partial) else part
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _enumerated(made: VAE) -> Pair:
-    return made.model, config_enumerate(made.guide)
+def _with_enumeration(module: VAE) -> Pair:
+    return module.model, config_enumerate(module.guide)
 
 
 def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> LinearGaussian:
@@ -249,7 +251,7 @@ def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> Linea
         latent: the size of z.
         scale: the starting noise scale.
     """
-    pair = LinearGaussian(_features("linear_gaussian", train), latent, scale)
+    pair = LinearGaussian(_number_of_features("linear_gaussian", train), latent, scale)
     with torch.no_grad():
         pair.loc.copy_(train.mean(0))
     return pair
@@ -262,7 +264,7 @@ def factor_analysis(train: Tensor, latent: int = 2) -> LinearGaussian:
         train: the training data.
         latent: the size of z.
     """
-    pair = LinearGaussian(_features("factor_analysis", train), latent, train.std(0).clamp(min=1e-3))
+    pair = LinearGaussian(_number_of_features("factor_analysis", train), latent, train.std(0).clamp(min=1e-3))
     with torch.no_grad():
         pair.loc.copy_(train.mean(0))
     return pair
@@ -277,11 +279,11 @@ def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = Non
         rank: None for any covariance, 0 for a diagonal one, r for a mixture of factor analysers.
         start: the seed of the rows that the clusters start at.
     """
-    _features("gaussian_mixture", train)
+    _number_of_features("gaussian_mixture", train)
     return GaussianMixture.from_data(train, components, rank, start)
 
 
-def _features(name: str, train: Tensor) -> int:
+def _number_of_features(name: str, train: Tensor) -> int:
     if train.dim() != 2:
         raise ValueError(f"{name}: expected flat data [N, features], found {list(train.shape)}")
     return train.shape[1]

@@ -1,4 +1,4 @@
-"""Mixtures of normals and of factor analysers, with the cluster summed out exactly."""
+"""Mixtures of normals and of factor analysers, with the cluster enumerated."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ppvae.parameter_names import unique_name
 
 @final
 class GaussianMixture(nn.Module):
-    """c ~ Categorical(softmax(logits)), x | c ~ N(loc_c, covariance_c), the cluster c summed out of every density.
+    """c ~ Categorical(softmax(logits)), x | c ~ N(loc_c, covariance_c), with the cluster c summed out exactly.
 
     log p(x) = logsumexp_c (log softmax(logits)_c + log N(x; loc_c, covariance_c)).
-    The guide has nothing to draw: the model marks c as enumerated, so that `ppvae.objectives.ELBO()` and Pyro's
+    The guide is empty: the model marks c as enumerated, so that `ppvae.objectives.ELBO()` and Pyro's
     `TraceEnum_ELBO()` are log p(x) itself, and `log_marginal` is exact. One component of a rank is factor analysis.
 
     Args:
         features: the size of x.
         components: the number of clusters.
-        rank: None for any covariance; 0 for a diagonal one; r for a mixture of factor analysers, whose covariances are
+        rank: None for full covariances; 0 for diagonal ones; r for a mixture of factor analysers, whose covariances are
             W_c W_c^T + diag(s_c)^2 with W_c [features, r].
 
     Locations start at standard normal draws, scales at one; `from_data` starts at rows of the data.
@@ -46,7 +46,7 @@ class GaussianMixture(nn.Module):
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, features))
         self.log_scale = nn.Parameter(torch.zeros(components, features))
-        if rank is None:  # what stands below the diagonal of the Cholesky factor
+        if rank is None:  # the Cholesky factor below the diagonal
             self.factor = nn.Parameter(torch.zeros(components, features, features))
         elif rank:
             self.factor = nn.Parameter(0.1 * torch.randn(components, features, rank))
@@ -54,16 +54,16 @@ class GaussianMixture(nn.Module):
 
     @classmethod
     def from_data(cls, x: Tensor, components: int, rank: int | None = None, seed: int = 0) -> GaussianMixture:
-        """A mixture that starts at different rows of data [N, features], with the scales of the data in every cluster.
+        """A mixture initialised at distinct rows of data [N, features], with the scales of the data in every cluster.
 
         Raises ValueError where there are fewer rows than components.
         """
         if not 1 <= components <= len(x):
             raise ValueError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
         pair = cls(x.shape[1], components, rank).to(x)
-        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:components]
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:components]
         with torch.no_grad():
-            pair.loc.copy_(x[chosen.to(x.device)])
+            pair.loc.copy_(x[rows.to(x.device)])
             pair.log_scale.copy_(x.std(0).clamp(min=1e-3).log().expand_as(pair.log_scale))
         return pair
 
@@ -75,7 +75,7 @@ class GaussianMixture(nn.Module):
             return pyro.sample("x", self.component(c), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """Nothing is left to draw."""
+        """Empty: c is enumerated in the model."""
 
     def component(self, c: Any = ...) -> dist.TorchDistribution:
         """p(x | c), batch shape that of c (all clusters by default), event shape [features]."""

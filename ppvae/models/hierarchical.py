@@ -1,4 +1,4 @@
-"""VAEs with several layers of latents: inference bottom-up, and top-down with the model's layers (ladder)."""
+"""VAEs with several stochastic layers: bottom-up inference, and top-down inference (ladder VAE)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.models.composed import Composed, normal_of
+from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 
 
-class _Layers(Composed):
+class _StochasticLayers(ComposedModel):
     """p(x, z1 .. zL) = p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1), sites "z1" to "zL" and "x"."""
 
     def __init__(self, name: str, prior: nn.Module, layers: Sequence[nn.Module], likelihood: nn.Module):
@@ -24,12 +24,12 @@ class _Layers(Composed):
         """p(x, z1 .. zL), from the top down."""
         with pyro.plate("data", len(x)):
             top = len(self.layers) + 1
-            z = pyro.sample(f"z{top}", self._call("prior", context=context))
+            z = pyro.sample(f"z{top}", self.call_part("prior", context=context))
             for i in range(top - 1, 0, -1):
-                z = pyro.sample(f"z{i}", self._call(f"layers.{i - 1}", z, context=context))
-            return pyro.sample("x", self._call("likelihood", z, context=context), obs=x)
+                z = pyro.sample(f"z{i}", self.call_part(f"layers.{i - 1}", z, context=context))
+            return pyro.sample("x", self.call_part("likelihood", z, context=context), obs=x)
 
-    def _counted(self, **parts: Sequence[nn.Module]) -> None:
+    def _check_lengths(self, **parts: Sequence[nn.Module]) -> None:
         for name, given in parts.items():
             if len(given) != len(self.layers) + 1:
                 raise ValueError(
@@ -39,16 +39,16 @@ class _Layers(Composed):
 
 
 @final
-class HierarchicalVAE(_Layers):
+class HierarchicalVAE(_StochasticLayers):
     """A VAE with any number of stochastic layers, its guide bottom-up, q(z1 | x) q(z2 | z1) ... q(zL | z(L-1)).
 
     p(x) = int p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1) dz. With one layer it is the `VAE`. Sites "z1" (next to the
-    data) to "zL"; the metrics of `fit` have the KL of each. A part that declares `context` gets the batch's second
+    data) to "zL"; the metrics of `fit` include the KL of each. A part that declares `context` gets the batch's second
     tensor.
 
     Args:
         prior: p(zL).
-        layers: p(z1 | z2), p(z2 | z3), ..., parts as `posteriors.DiagonalNormal`; none for one layer.
+        layers: p(z1 | z2), p(z2 | z3), ..., parts such as `posteriors.DiagonalNormal`; none for one layer.
         likelihood: p(x | z1).
         posteriors: q(z1 | x), q(z2 | z1), ..., one for each latent.
 
@@ -71,7 +71,7 @@ class HierarchicalVAE(_Layers):
         self, prior: nn.Module, layers: Sequence[nn.Module], likelihood: nn.Module, posteriors: Sequence[nn.Module]
     ):
         super().__init__("hierarchical_vae", prior, layers, likelihood)
-        self._counted(posteriors=posteriors)
+        self._check_lengths(posteriors=posteriors)
         self.posteriors = nn.ModuleList(posteriors)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -79,17 +79,17 @@ class HierarchicalVAE(_Layers):
         with pyro.plate("data", len(x)):
             z = x
             for i in range(1, len(self.posteriors) + 1):
-                z = pyro.sample(f"z{i}", self._call(f"posteriors.{i - 1}", z, context=context))
+                z = pyro.sample(f"z{i}", self.call_part(f"posteriors.{i - 1}", z, context=context))
             return z
 
 
 @final
-class LadderVAE(_Layers):
-    """A VAE whose guide goes top-down through the model's own layers, q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x).
+class LadderVAE(_StochasticLayers):
+    """A VAE with top-down inference through the layers of the model, q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x).
 
     A deterministic pass upward gives d1 = encoder1(x), d2 = encoder2(d1), ..., and q^(zi | di), normal with independent
-    dims. The top latent is drawn from its own, and each one below from its own times the model's,
-    weighted by their precisions: q(zi | z(i+1), x) is proportional to q^(zi | di) p(zi | z(i+1)). The model is that of
+    dims. The top latent is drawn from q^(zL | dL), each lower one from the precision-weighted product with the
+    model: q(zi | z(i+1), x) is proportional to q^(zi | di) p(zi | z(i+1)). The model is that of
     `HierarchicalVAE`; with one layer both are the `VAE`. A part that declares `context` gets the batch's second tensor.
 
     Args:
@@ -125,27 +125,30 @@ class LadderVAE(_Layers):
         posteriors: Sequence[nn.Module],
     ):
         super().__init__("ladder_vae", prior, layers, likelihood)
-        self._counted(encoders=encoders, posteriors=posteriors)
+        self._check_lengths(encoders=encoders, posteriors=posteriors)
         self.encoders, self.posteriors = nn.ModuleList(encoders), nn.ModuleList(posteriors)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """q(z1 .. zL | x), from the top down."""
         above = []
         for i in range(len(self.encoders)):
-            above.append(x := self._call(f"encoders.{i}", x, context=context))
+            above.append(x := self.call_part(f"encoders.{i}", x, context=context))
         with pyro.plate("data", len(x)):
             top = len(self.posteriors)
-            z = pyro.sample(f"z{top}", self._call(f"posteriors.{top - 1}", above[-1], context=context))
+            z = pyro.sample(f"z{top}", self.call_part(f"posteriors.{top - 1}", above[-1], context=context))
             for i in range(top - 1, 0, -1):
-                ours = self._call(f"posteriors.{i - 1}", above[i - 1], context=context)
-                models = self._call(f"layers.{i - 1}", z, context=context)
-                fn = _product(normal_of(ours, f"posteriors.{i - 1}"), normal_of(models, f"layers.{i - 1}"))
+                bottom_up = self.call_part(f"posteriors.{i - 1}", above[i - 1], context=context)
+                top_down = self.call_part(f"layers.{i - 1}", z, context=context)
+                fn = _product_of_normals(
+                    as_diagonal_normal(bottom_up, f"posteriors.{i - 1}"),
+                    as_diagonal_normal(top_down, f"layers.{i - 1}"),
+                )
                 z = pyro.sample(f"z{i}", fn)
             return z
 
 
-def _product(a: Any, b: Any) -> dist.TorchDistribution:
+def _product_of_normals(a: Any, b: Any) -> dist.TorchDistribution:
     """The normal whose density is proportional to the product of two, [...], event [latent]."""
-    both = torch.hypot(a.scale, b.scale)  # precisions would overflow where a scale is small
-    share = (b.scale / both).square()
-    return dist.Normal(b.loc + share * (a.loc - b.loc), a.scale * (b.scale / both)).to_event(1)
+    scale_norm = torch.hypot(a.scale, b.scale)  # precisions would overflow where a scale is small
+    share = (b.scale / scale_norm).square()
+    return dist.Normal(b.loc + share * (a.loc - b.loc), a.scale * (b.scale / scale_norm)).to_event(1)

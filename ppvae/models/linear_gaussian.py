@@ -1,4 +1,4 @@
-"""Probabilistic PCA and factor analysis: log p(x) is known, and so they are the oracle that everything is tested on."""
+"""Probabilistic PCA and factor analysis, with log p(x) and the posterior in closed form: a reference for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LinearGaussian(nn.Module):
     Args:
         features: the size of x.
         latent: the size of z.
-        scale: where the noise scale starts: a number, or [features] for factor analysis.
+        scale: the initial noise scale: a number, or [features] for factor analysis.
 
     Raises ValueError for scales of another shape.
     Source: Tipping and Bishop 1999, Probabilistic principal component analysis; Rubin and Thayer 1982, EM algorithms
@@ -62,7 +62,7 @@ class LinearGaussian(nn.Module):
             return pyro.sample("z", self.posterior(x))
 
     def mean_field(self, x: Tensor) -> Tensor:
-        """The normal with independent dims that is nearest to p(z | x) in KL(q || p): its mean, its precisions."""
+        """The mean-field optimum of KL(q || p): the mean of p(z | x) and the diagonal of its precision."""
         pyro.module(self._name, self)
         exact = self.posterior(x)
         scale = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).rsqrt()

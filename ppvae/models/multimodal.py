@@ -1,4 +1,4 @@
-"""VAEs of several modalities, such as an image and its caption, any of which may be missing."""
+"""VAEs of several modalities, such as image and caption, with missing modalities."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.distributions.experts import NormalMixture
+from ppvae.distributions.normal_mixture import NormalMixture
 from ppvae.errors import DataError
-from ppvae.models.composed import Composed, normal_of
+from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 from ppvae.nn import rows_of
 
-Experts = Callable[[Any, Sequence[Any], Tensor | None], Any]
+CombineExperts = Callable[[Any, Sequence[Any], Tensor | None], Any]
 
 
 def product_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | None) -> Any:
     """q(z | x) ~ p(z) prod_m q^m(z | xm) of normals, over the modalities that are present [batch, M].
 
-    Sharper than each expert, and the exact posterior where the experts are exact.
+    Sharper than each expert; the exact posterior where each expert is proportional to p(xm | z).
     Source: Wu and Goodman 2018 (arXiv 1802.05335).
 
     >>> z = dist.Normal(torch.zeros(1, 2), 1.0)
     >>> product_of_experts(z, [z, z], torch.tensor([[True, False]])).base_dist.scale
     tensor([[0.7071, 0.7071]])
     """
-    prior = normal_of(prior, "prior")
+    prior = as_diagonal_normal(prior, "prior")
     precision, weighed = prior.scale**-2, prior.loc * prior.scale**-2
     for m, expert in enumerate(experts):
         there = expert.scale**-2
@@ -40,11 +40,12 @@ def product_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | Non
 
 
 def mixture_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | None) -> Any:
-    """q(z | x) = mean_m q^m(z | xm) of normals, over the modalities that are present [batch, M]; the prior is none.
+    """q(z | x) = mean_m q^m(z | xm) of normals, over the modalities that are present [batch, M]; the prior is no
+    expert.
 
-    As wide as its widest expert: each is drawn from as often as the others, and weighed by the density of them all. A
-    draw has a path, though it chooses its expert (`distributions.experts.NormalMixture`), so that any gradient will do.
-    Source: Shi et al. 2019 (arXiv 1911.03393), who take as many draws from each expert.
+    As wide as its widest expert; experts have equal weights. Draws are reparameterised (see
+    `distributions.normal_mixture.NormalMixture`), so that any gradient estimator applies.
+    Source: Shi et al. 2019 (arXiv 1911.03393), who stratify draws over experts.
 
     >>> z = dist.Normal(torch.zeros(1, 2), 1.0)
     >>> mixture_of_experts(z, [z, z], None).log_prob(torch.zeros(2)) - z.to_event(1).log_prob(torch.zeros(2))
@@ -53,25 +54,25 @@ def mixture_of_experts(prior: Any, experts: Sequence[Any], present: Tensor | Non
     loc, scale = (torch.stack([getattr(e, name) for e in experts], -2) for name in ("loc", "scale"))
     weight = loc.new_zeros(loc.shape[:-1])
     if present is not None:
-        there = present.unsqueeze(-1)  # what a missing modality's network makes of nothing may be anything
+        there = present.unsqueeze(-1)  # the network output of a missing modality is arbitrary
         loc, scale = torch.where(there, loc, 0.0), torch.where(there, scale, 1.0)
         weight = torch.where(present, weight, -torch.inf)
     return NormalMixture(loc, scale, weight)
 
 
 @final
-class MultimodalVAE(Composed):
-    """p(x1 .. xM) = int p(z) prod_m p(xm | z) dz, its guide a product of experts q^m(z | xm), or a mixture of them.
+class MultimodalVAE(ComposedModel):
+    """p(x1 .. xM) = int p(z) prod_m p(xm | z) dz with a product, or a mixture, of experts q^m(z | xm) as guide.
 
-    Both go over the modalities that a datum has, in the model and in the guide: log p(x) is that of those. Data are
-    (x1 [batch, *event1], ..., xM) or, where some are missing, (x1, ..., xM, present [batch, M]), true where a datum has
-    a modality; what stands in the place of a missing one is not looked at. Sites "z", "x1" to "xM".
+    Missing modalities are left out of model and guide: log p(x) is that of the present ones. Data are (x1 [batch,
+    *event1], ..., xM) or, with missing modalities, (x1, ..., xM, present [batch, M]); values of a missing modality are
+    ignored. Sites "z", "x1" to "xM".
 
     Args:
         prior: p(z), `priors.StandardNormal`; for a product, normal with independent dims.
         likelihoods: p(x1 | z), p(x2 | z), ...
         posteriors: the experts q^1(z | x1), q^2(z | x2), ..., `posteriors.DiagonalNormal`.
-        experts: what q(z | x) is made of them: `product_of_experts`, in which the prior is an expert, too, or
+        experts: how q(z | x) combines them: `product_of_experts`, which includes the prior as an expert, or
             `mixture_of_experts`.
 
     Raises ValueError for other numbers of parts; ContractError, by the part, for an expert that is not normal with
@@ -94,7 +95,7 @@ class MultimodalVAE(Composed):
         prior: nn.Module,
         likelihoods: Sequence[nn.Module],
         posteriors: Sequence[nn.Module],
-        experts: Experts = product_of_experts,
+        experts: CombineExperts = product_of_experts,
     ):
         super().__init__("multimodal_vae")
         if not 0 < len(likelihoods) == len(posteriors):
@@ -105,23 +106,25 @@ class MultimodalVAE(Composed):
         self.prior, self.likelihoods, self.posteriors = prior, nn.ModuleList(likelihoods), nn.ModuleList(posteriors)
 
     def model(self, *batch: Tensor) -> None:
-        """p(z) and p(xm | z) of the modalities that are there."""
-        data, present = self._split(batch)
+        """p(z) and p(xm | z) of the present modalities."""
+        data, present = self._split_batch(batch)
         with pyro.plate("data", len(data[0])):
-            z = pyro.sample("z", self._call("prior"))
+            z = pyro.sample("z", self.call_part("prior"))
             for m, x in enumerate(data):
                 with poutine.mask(mask=True if present is None else present[:, m]):
-                    pyro.sample(f"x{m + 1}", self._call(f"likelihoods.{m}", z), obs=x)
+                    pyro.sample(f"x{m + 1}", self.call_part(f"likelihoods.{m}", z), obs=x)
 
     def guide(self, *batch: Tensor) -> Tensor:
-        """q(z | x), of the modalities that are there."""
-        data, present = self._split(batch)
-        found = [normal_of(self._call(f"posteriors.{m}", x), f"posteriors.{m}") for m, x in enumerate(data)]
+        """q(z | x) of the present modalities."""
+        data, present = self._split_batch(batch)
+        found = [
+            as_diagonal_normal(self.call_part(f"posteriors.{m}", x), f"posteriors.{m}") for m, x in enumerate(data)
+        ]
         with pyro.plate("data", len(data[0])):
-            return pyro.sample("z", self.experts(self._call("prior"), found, present))
+            return pyro.sample("z", self.experts(self.call_part("prior"), found, present))
 
-    def _split(self, batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
-        """The modalities, and which of them each datum has."""
+    def _split_batch(self, batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The modalities, and the mask of present ones."""
         count = len(self.likelihoods)
         if len(batch) == count:
             return batch, None

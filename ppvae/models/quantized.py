@@ -1,4 +1,4 @@
-"""VAEs of discrete codes, each of which stands for a vector of a learned book."""
+"""Vector-quantised VAEs with a stochastic quantisation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ppvae.nn import Codebook, Nearness
 class QuantizedVAE(VAE):
     """p(x) = sum_k p(k) p(x | c_k1 .. c_kM), its guide prod_m q(k_m | x), q(k | x) ~ exp(-|e_m(x) - c_k|^2 / (2 s^2)).
 
-    A VQ-VAE whose quantisation is a distribution: M codes of V values, near what the encoder says. The nearest code,
-    which the original takes, is the limit of a small s; it is a point mass, which gives no more than a lower bound on
-    log p(x), and has no gradient but one that is passed straight through. s is learned, and so is p(k), with all else:
-    log p(x) counts it. Site "z": the codes as one-hot vectors, end to end, [M * V].
+    A VQ-VAE with stochastic quantisation: M codes of V values, distributed by distance to the encoder output. The
+    nearest code of the original is the limit s -> 0, a point mass, which gives only a lower bound on log p(x) and needs
+    a straight-through gradient. s and p(k) are learned jointly with the networks, and log p(x) includes p(k). Site "z":
+    the codes as concatenated one-hot vectors, [M * V].
 
     `IWAE(10, gradient="vimco")` trains it; ELBO() on `pyro.infer.config_enumerate(vae.guide)` while there are few
     joint values (65536, all of which are summed out of log p(x), too); ELBO() where `posterior` is relaxed, and then
@@ -29,8 +29,8 @@ class QuantizedVAE(VAE):
         prior: p(k), `priors.AutoregressiveOneHot(V, M)`, or `priors.OneHot(V, M, learned=True)` for independent codes.
         likelihood: p(x | c_k1 .. c_kM), a part whose network takes [..., M * size].
         encoder: e(x), a network [..., *event] -> [..., M * size].
-        codebook: c_1 .. c_V, `nn.Codebook(V, size)`, which encoder and decoder share.
-        scale: where s starts.
+        codebook: c_1 .. c_V, `nn.Codebook(V, size)`, shared by encoder and decoder.
+        scale: the initial s.
         posterior: `posteriors.OneHot`, or `posteriors.RelaxedOneHot`, for a prior that has a relaxed counterpart.
 
     Raises ContractError at the first data for parts that do not fit together, naming them.

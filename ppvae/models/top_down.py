@@ -1,4 +1,4 @@
-"""VAEs of many latents that write into one stream of features, from the top down."""
+"""Top-down hierarchical VAEs with a residual stream of features, and the very deep VAE (VDVAE)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn import Module
 from ppvae import nn
 from ppvae.errors import ContractError
 from ppvae.likelihoods import MixtureOfDiscretizedLogistics
-from ppvae.models.composed import Composed, Learned
+from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.posteriors import DiagonalNormal
 
 
 class Block(Module):
-    """One latent of a `TopDownVAE` and what it does: p(z | h), q(z | h, e), and h <- step(h, z).
+    """A latent of a `TopDownVAE`: p(z | h), q(z | h, e), and the update h <- step(h, z).
 
     Args:
-        prior: p(z | h), a part as `posteriors.DiagonalNormal`.
-        posterior: q(z | h, e), a part whose network takes [..., h + e]; e is what the encoder sees in x.
-        step: a network of h and z that gives h for the next block: `nn.Added(net)` is h + net(z).
+        prior: p(z | h), a part such as `posteriors.DiagonalNormal`.
+        posterior: q(z | h, e), a part whose network takes [..., h + e]; e are the encoder features.
+        step: a network (h, z) -> h for the next block: `nn.Added(net)` is h + net(z).
     """
 
     def __init__(self, prior: Module, posterior: Module, step: Module):
@@ -33,21 +33,22 @@ class Block(Module):
 
 
 @final
-class TopDownVAE(Composed):
+class TopDownVAE(ComposedModel):
     """p(x, z) = prod_i p(z_i | h_i) p(x | h_0), h_L = start, h_(i-1) = step_i(h_i, z_i), from i = L down to 1.
 
-    Its guide is q(z | x) = prod_i q(z_i | h_i, e_i), e = encoder(x), along the same h: what lies above a latent reaches
-    the data past it, through h, and the guide of each knows of all above it. Features h are vectors; networks of images
-    unflatten them. Sites "zL" (the top) to "z1" (next to the data) and "x". With one block it is a `VAE`.
+    Its guide is q(z | x) = prod_i q(z_i | h_i, e_i), e = encoder(x), along the same h: latents above affect the data
+    through h, past those below, and each factor of the guide depends on all latents above it. Features h are vectors;
+    image networks unflatten them. Sites "zL" (the top) to "z1" (next to the data) and "x". With one block it is a
+    `VAE`.
 
     Args:
-        start: the first h, a vector, which is trained.
+        start: the initial h, a trained vector.
         blocks: `Block`s from the top down.
         likelihood: p(x | h).
-        encoder: a network of x that gives e for all blocks, [batch, e], or a sequence of one for each, from the top
-            down.
+        encoder: a network from x to e, [batch, e] shared by all blocks or a sequence with one for each block, from the
+            top down.
 
-    Raises ContractError where the encoder gives another number of features; by the part, where one does not fit.
+    Raises ContractError for another number of encoder features, and by the part where one does not fit.
     Source: Child 2021 (arXiv 2011.10650); Kingma et al. 2016 (arXiv 1606.04934), top-down inference.
 
     >>> from ppvae import likelihoods, posteriors
@@ -68,31 +69,31 @@ class TopDownVAE(Composed):
 
     def __init__(self, start: Tensor, blocks: Sequence[Block], likelihood: Module, encoder: Module):
         super().__init__("top_down_vae")
-        self.start, self.blocks = Learned(start), torch.nn.ModuleList(blocks)
+        self.start, self.blocks = LearnedTensor(start), torch.nn.ModuleList(blocks)
         self.likelihood, self.encoder = likelihood, encoder
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z), from the top down."""
         with pyro.plate("data", len(x)):
-            h = self._call("start")
+            h = self.call_part("start")
             for i in range(len(self.blocks)):
-                z = pyro.sample(f"z{len(self.blocks) - i}", self._call(f"blocks.{i}.prior", h))
-                h = self._call(f"blocks.{i}.step", h, z)
-            return pyro.sample("x", self._call("likelihood", h), obs=x)
+                z = pyro.sample(f"z{len(self.blocks) - i}", self.call_part(f"blocks.{i}.prior", h))
+                h = self.call_part(f"blocks.{i}.step", h, z)
+            return pyro.sample("x", self.call_part("likelihood", h), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x), from the top down."""
-        seen = self._call("encoder", x)
+        features = self.call_part("encoder", x)
         count = len(self.blocks)
-        each = [seen] * count if isinstance(seen, Tensor) else seen
-        if len(each) != count:
-            raise ContractError(f"encoder: expected features for each of {count} blocks, found {len(each)}")
+        block_features = [features] * count if isinstance(features, Tensor) else features
+        if len(block_features) != count:
+            raise ContractError(f"encoder: expected features for each of {count} blocks, found {len(block_features)}")
         with pyro.plate("data", len(x)):
-            h = self._call("start")
-            for i, e in enumerate(each):
-                z = pyro.sample(f"z{count - i}", self._call(f"blocks.{i}.posterior", h, context=e))
+            h = self.call_part("start")
+            for i, e in enumerate(block_features):
+                z = pyro.sample(f"z{count - i}", self.call_part(f"blocks.{i}.posterior", h, context=e))
                 if i + 1 < count:
-                    h = self._call(f"blocks.{i}.step", h, z)
+                    h = self.call_part(f"blocks.{i}.step", h, z)
             return z
 
 
@@ -105,19 +106,19 @@ def very_deep_vae(
     components: int = 5,
     levels: int = 256,
 ) -> TopDownVAE:
-    """A small VDVAE of images [N, C, H, H]: residual blocks at rising sizes, a latent image in each.
+    """A small VDVAE of images [N, C, H, H]: residual blocks at ascending sizes with a latent image each.
 
-    Every latent has `latent` channels; x is a mixture of discretised logistics for each pixel, its channels coupled.
-    What a block adds starts at 1 / sqrt(blocks) of its size, so that h does not grow with their number.
+    Each latent has `latent` channels; pixels are mixtures of discretised logistics with coupled channels. Residual
+    updates are initialised at 1 / sqrt(blocks) of their size, so that h does not grow with the number of blocks.
 
     Args:
         train: the training data, v / (levels - 1).
-        sides: of the latent images, rising, each dividing the next, the last that of the data.
-        blocks: how many latents there are of each size.
+        sides: the sides of the latent images, ascending, each dividing the next, the last that of the data.
+        blocks: the number of latents of each size.
         width: the channels of h and of the encoder.
         latent: the channels of each latent.
-        components: of the mixture of each pixel.
-        levels: how many values a number can take.
+        components: the mixture components of each pixel.
+        levels: the number of values of each element.
 
     Raises ValueError for images that are not square or of another size, and for sides that do not divide.
     Source: Child 2021 (arXiv 2011.10650).
@@ -133,7 +134,10 @@ def very_deep_vae(
             f"{len(sides)} sides, found {list(train.shape)} and {len(blocks)} numbers; load with flat=False"
         )
     every = [side for side, count in zip(sides, blocks, strict=True) for _ in range(count)]
-    made = [_block(width, latent, side, above, len(every)) for side, above in zip(every, [*every[1:], 0], strict=True)]
+    block_list = [
+        _residual_block(width, latent, side, above, len(every))
+        for side, above in zip(every, [*every[1:], 0], strict=True)
+    ]
     encoder = nn.Pyramid(shape[0], width, sides, blocks)
     likelihood = MixtureOfDiscretizedLogistics(torch.nn.Identity(), components, shape[0], levels)
     outputs = torch.nn.Conv2d(width, likelihood.outputs, 1)
@@ -145,11 +149,11 @@ def very_deep_vae(
     start[m : m + m * c] = torch.linspace(0, 1, m + 2)[1:-1].repeat_interleave(c)
     start[m + m * c : m + 2 * m * c] = -2.0
     nn.set_output_bias(likelihood.net, start)
-    return TopDownVAE(torch.zeros(width * sides[0] ** 2), made, likelihood, encoder)
+    return TopDownVAE(torch.zeros(width * sides[0] ** 2), block_list, likelihood, encoder)
 
 
-def _block(width: int, latent: int, side: int, then: int, count: int) -> Block:
-    """A block at one size, whose step ends at the size of the next."""
+def _residual_block(width: int, latent: int, side: int, then: int, count: int) -> Block:
+    """A block at one size, whose step upsamples to the size of the next."""
 
     def normal(channels: int) -> DiagonalNormal:
         first = torch.nn.Conv2d(channels, width, 3, padding=1)

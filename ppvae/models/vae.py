@@ -1,10 +1,10 @@
-"""The adapter from conditionals to a Pyro pair."""
+"""The VAE: the adapter from conditionals to a model/guide pair; and the conditional VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
@@ -14,18 +14,19 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.models.composed import Composed, tried, type_of
+from ppvae.models.composed_model import ComposedModel, call_conditional, describe_tensor
+from ppvae.nn import ConcatContext
 
 
-class VAE(Composed):
+class VAE(ComposedModel):
     """A variational autoencoder composed of a prior p(z), a likelihood p(x | z) and a posterior q(z | x).
 
     The parts are modules that return a distribution: `prior()`, `likelihood(z)`, `posterior(x)`. One that declares
     `context` gets the batch's second tensor under that name. `model` and `guide` are Pyro functions with sites "z" and
     "x" in a plate "data"; they take x [batch, *event].
 
-    A relaxed posterior makes the whole pair relaxed, a model of its own: a discrete prior is then relaxed too, by its
-    `relaxed()`, with the same logits (Maddison et al. 2017, arXiv 1611.00712). Train that pair, evaluate `discrete`.
+    A relaxed posterior makes the pair a relaxed model: a discrete prior is relaxed too, by its `relaxed()`, with the
+    same logits (Maddison et al. 2017, arXiv 1611.00712). Train that pair, evaluate `discrete`.
 
     Raises `ContractError` at the first data for parts that do not fit together, naming them.
     Source: Kingma and Welling 2014 (arXiv 1312.6114); Rezende et al. 2014 (arXiv 1401.4082).
@@ -46,37 +47,78 @@ class VAE(Composed):
         if hasattr(posterior, "discrete") and hasattr(prior, "relaxed"):
             prior = prior.relaxed()  # type: ignore[operator]
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
-        self._fits: Any = None  # the shapes of data for which the parts were found to fit
+        self._checked_shapes: Any = None  # the data shapes for which the parts have been checked
 
     @property
     def discrete(self) -> VAE:
-        """The pair of the discrete model, on the same networks and logits, of a VAE of a relaxed prior and posterior.
+        """The discrete VAE on the networks and logits of a VAE with relaxed prior and posterior.
 
-        The two are different models, each with its own log p(x); that of this one is what discrete models report:
-        `log_marginal(vae.discrete.model, vae.discrete.guide, x)`. A VAE of other parts has no such attribute.
+        The relaxed and the discrete model differ in log p(x); report that of the discrete one:
+        `log_marginal(vae.discrete.model, vae.discrete.guide, x)`. AttributeError for a VAE of other parts.
         """
         return VAE(self.prior.discrete, self.likelihood, self.posterior.discrete)  # type: ignore[arg-type]
 
     def model(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """p(x, z): draws z from the prior and observes x."""
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._call("prior", context=context))
-            return pyro.sample("x", self._call("likelihood", z, context=context), obs=x)
+            z = pyro.sample("z", self.call_part("prior", context=context))
+            return pyro.sample("x", self.call_part("likelihood", z, context=context), obs=x)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """q(z | x): draws z from the posterior."""
         shapes = x.shape[1:], None if context is None else context.shape[1:]
-        if self._fits != shapes:
-            with _looking(self):
-                _check(self, x, context)
-            self._fits = shapes
+        if self._checked_shapes != shapes:
+            with _without_side_effects(self):
+                _check_parts(self, x, context)
+            self._checked_shapes = shapes
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", self._call("posterior", x, context=context))
+            return pyro.sample("z", self.call_part("posterior", x, context=context))
+
+
+@final
+class ConditionalVAE(VAE):
+    """p(x | c) = int p(z | c) p(x | z, c) dz with guide q(z | x, c), conditioned on labels or features c.
+
+    `nn.ConcatContext` concatenates c to the inputs of likelihood and posterior; a prior that declares `context` is
+    given c itself. log p(x) means log p(x | c). Data are (x [batch, *event], c [batch, ...]).
+
+    Args:
+        prior: p(z | c), or p(z).
+        likelihood: p(x | z, c), a part whose network takes [..., latent + features].
+        posterior: q(z | x, c), a part whose network takes [..., event + features].
+        of: maps c to features [..., features], such as `nn.Labels(classes)`; the identity by default.
+        event_dim: 1, or 3 for images [C, H, W], where features become further channels.
+
+    Raises DataError for a label outside the classes; UsageError for data without a second tensor; ContractError for
+    parts that do not fit together.
+    Source: Sohn et al. 2015, Learning structured output representation using deep conditional generative models.
+
+    >>> import torch
+    >>> from ppvae import likelihoods, nn, posteriors, priors
+    >>> vae = ConditionalVAE(
+    ...     prior=priors.StandardNormal(8),
+    ...     likelihood=likelihoods.Bernoulli(nn.mlp(8 + 10, 64)),
+    ...     posterior=posteriors.DiagonalNormal(nn.mlp(64 + 10, 2 * 8)),
+    ...     of=nn.Labels(10),
+    ... )
+    >>> vae.guide(torch.zeros(5, 64), torch.arange(5)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        prior: nn.Module,
+        likelihood: nn.Module,
+        posterior: nn.Module,
+        of: nn.Module | None = None,
+        event_dim: int = 1,
+    ):
+        super().__init__(prior, ConcatContext(likelihood, of), ConcatContext(posterior, of, event_dim))
 
 
 @contextmanager
-def _looking(vae: VAE) -> Iterator[None]:
-    """Leaves no trace: no gradient, no Pyro statement, no noise drawn, no running statistics of a batch norm."""
+def _without_side_effects(vae: VAE) -> Iterator[None]:
+    """Runs without gradients, Pyro statements, use of the random state, or updates of batch-norm statistics."""
     training = [m for m in vae.modules() if m.training]
     devices = range(torch.cuda.device_count())
     try:
@@ -88,26 +130,27 @@ def _looking(vae: VAE) -> Iterator[None]:
             module.training = True
 
 
-def _check(vae: VAE, x: Tensor, context: Tensor | None) -> None:
-    """Refuses parts that do not fit together on a batch, in one sentence that names them."""
-    q = tried(vae.posterior, "data x", x, context=context)
-    p = tried(vae.prior, context=context)
-    names = [f"{type(part).__name__} ({_space(fn)})" for part, fn in ((vae.prior, p), (vae.posterior, q))]
+def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
+    """Raises ContractError for parts that do not fit together on a batch, naming them."""
+    q = call_conditional(vae.posterior, "data x", x, context=context)
+    p = call_conditional(vae.prior, context=context)
+    names = [f"{type(part).__name__} ({_describe_support(fn)})" for part, fn in ((vae.prior, p), (vae.posterior, q))]
     pair = f"prior {names[0]} and posterior {names[1]} do not fit together: "
     if p.event_shape != q.event_shape:
         raise ContractError(f"{pair}expected z of one shape, found {list(p.event_shape)} and {list(q.event_shape)}")
-    drawn, ours = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
-    if ours.is_floating_point() != drawn.is_floating_point():
-        raise ContractError(f"{pair}expected z of one type, found {type_of(ours[0])} and {type_of(drawn[0])}")
-    if not _holds(p, drawn):
+    posterior_draws, prior_draws = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
+    if prior_draws.is_floating_point() != posterior_draws.is_floating_point():
+        types = f"{describe_tensor(prior_draws[0])} and {describe_tensor(posterior_draws[0])}"
+        raise ContractError(f"{pair}expected z of one type, found {types}")
+    if not _contains(p, posterior_draws):
         raise ContractError(
             f"{pair}expected z in one space, found that the posterior draws some that the prior has not"
         )
-    if not isinstance(q.base_dist if hasattr(q, "base_dist") else q, dist.Delta) and not _holds(q, ours):
+    if not isinstance(q.base_dist if hasattr(q, "base_dist") else q, dist.Delta) and not _contains(q, prior_draws):
         raise ContractError(
             f"{pair}expected z in one space, found that the prior has some that the posterior never draws"
         )
-    fn = tried(vae.likelihood, f"z of the posterior {names[1]}", drawn[0], context=context)
+    fn = call_conditional(vae.likelihood, f"z of the posterior {names[1]}", posterior_draws[0], context=context)
     if fn.event_shape != x.shape[1:]:
         raise ContractError(
             f"likelihood {type(vae.likelihood).__name__} does not fit the data: expected the event shape "
@@ -115,11 +158,11 @@ def _check(vae: VAE, x: Tensor, context: Tensor | None) -> None:
         )
 
 
-def _holds(fn: Any, z: Tensor) -> bool:
-    """Whether values that are numbers lie in a distribution's space and are not all of density zero."""
+def _contains(fn: Any, z: Tensor) -> bool:
+    """Whether values (NaN aside) are in the support of a distribution and not all of density zero."""
     try:
         inside = fn.support.check(z)
-    except (NotImplementedError, AttributeError):  # a distribution that does not say where it lives
+    except (NotImplementedError, AttributeError):  # a distribution without a support
         return True
     known = ~z.isnan().reshape(*inside.shape, -1).any(-1)
     if not bool((inside | ~known).all()):
@@ -128,8 +171,8 @@ def _holds(fn: Any, z: Tensor) -> bool:
         return not bool((fn.log_prob(z) == -torch.inf).all())
 
 
-def _space(fn: Any) -> str:
-    """Where a distribution lives, in words."""
+def _describe_support(fn: Any) -> str:
+    """The support of a distribution in words, for messages."""
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):

@@ -1,4 +1,4 @@
-"""A book of learned vectors, and how near others are to them: what quantised latents are made of."""
+"""Vector quantisation: a codebook of learned vectors, and logits of codes by distance."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 class Codebook(nn.Module):
     """Learned vectors c_1 .. c_V, looked up by one-hot vectors, end to end: [..., M * V] -> [..., M * size].
 
-    A relaxed one-hot vector gives the mean of the vectors by its weights.
+    A relaxed one-hot vector gives the weighted mean of the vectors.
 
     Args:
-        codes: how many vectors, V. They start at draws of a standard normal.
-        size: of each.
+        codes: V, the number of vectors, initialised by standard normal draws.
+        size: the size of each vector.
 
     Raises ValueError for fewer than two codes.
     Source: van den Oord et al. 2017 (arXiv 1711.00937).
@@ -36,14 +36,14 @@ class Codebook(nn.Module):
 
 
 class Nearness(nn.Module):
-    """Logits of the codes of a book by their distance: [..., M * size] -> [..., M * V], a vector e after the other.
+    """Logits of codes by squared distance to the codebook, [..., M * size] -> [..., M * V], for M vectors e end to end.
 
-    logit_k = -|e - c_k|^2 / (2 s^2) + |e|^2 / (2 s^2), of which the second part is the same for all k. As s falls, all
-    of the probability comes to the nearest code.
+    logit_k = -|e - c_k|^2 / (2 s^2) up to the constant |e|^2 / (2 s^2). As s -> 0 the nearest code gets all of the
+    probability.
 
     Args:
         codebook: the vectors c_1 .. c_V.
-        scale: where the learned s starts.
+        scale: the initial value of the learned s.
 
     Raises ValueError for a scale that is not positive.
     Source: Takida et al. 2022, SQ-VAE (arXiv 2205.07547), section 3.

@@ -1,17 +1,57 @@
-"""What is given beside the data, a label or features: written as numbers, and put beside a module's input."""
+"""Contexts, such as labels or features: which modules take one, and how one is concatenated to an input."""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
+
+
+def _context_parameter(part: nn.Module) -> inspect.Parameter | None:
+    return inspect.signature(part.forward).parameters.get("context")
+
+
+def takes_context(part: nn.Module) -> bool:
+    """Whether the `forward` of a module declares `context`."""
+    return _context_parameter(part) is not None
+
+
+def needs_context(part: nn.Module) -> bool:
+    """Whether a module requires a context: it, or a submodule that it passes the context to, declares no default.
+
+    >>> from ppvae import priors
+    >>> needs_context(priors.StandardNormal(2)), needs_context(priors.ConditionalNormal.of_labels(10, latent=2))
+    (False, True)
+    """
+    declared = _context_parameter(part)
+    if declared is None:
+        return False
+    return declared.default is declared.empty or any(map(needs_context, part.children()))
+
+
+def call_with_context(part: nn.Module, *args: Tensor, context: Tensor | None) -> Any:
+    """Calls a module, with the context if its `forward` declares one (a default may stand in for None).
+
+    Raises `UsageError` for a context of None where there is no default.
+    """
+    declared = _context_parameter(part)
+    if declared is None or (context is None and declared.default is not declared.empty):
+        return part(*args)
+    if context is None:
+        raise UsageError(
+            f"{type(part).__name__}: expected a context, the batch's second tensor; found a batch of one tensor"
+        )
+    return part(*args, context=context)
 
 
 class Labels(nn.Module):
     """Labels 0 .. classes - 1 [...] as one-hot vectors [..., classes].
 
-    Raises DataError for a label outside the classes, naming its row, and for labels that are not whole numbers.
+    Raises DataError for a label outside the classes, by its row, and for labels that are not integers.
     Source: Sohn et al. 2015, Learning structured output representation using deep conditional generative models.
 
     >>> Labels(3)(torch.tensor([2, 0])).tolist()
@@ -29,10 +69,10 @@ class Labels(nn.Module):
 
 
 def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tensor:
-    """The rows of a table [last - first + 1, *] at numbers `first` .. `last` [...]: [..., *].
+    """Rows of a table [last - first + 1, *] selected by indices `first` .. `last` [...]: [..., *].
 
-    Raises DataError that begins with the words `expected` for numbers that it has no row for. No value is read unless
-    one is wrong, so that a step can be captured.
+    Raises DataError, with the text `expected`, for an index outside. No value is read on the host unless an index is
+    wrong, so that a step can be captured as a graph.
     """
     last = first + len(table) - 1
     expected = expected.format(first=first, last=last)
@@ -49,14 +89,14 @@ def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tens
 
 
 class ConcatContext(nn.Module):
-    """Gives a module the batch's second tensor beside its input, module([x, of(context)]), on the last dim.
+    """Concatenates the context to the input of a conditional or a network, module([x, of(context)]), on the last dim.
 
-    Wraps a conditional, or a network. Leading dims of x [..., x] and of the features [..., features] broadcast.
+    The leading dims of x [..., x] and of the features [..., features] broadcast.
 
     Args:
         module: takes [..., x + features].
-        of: maps the context to features [..., features]: `Labels(classes)`; by default the context is features itself.
-        event_dim: 1; for images [..., C, H, W] it is 3, and features are put beside the channels.
+        of: maps the context to features [..., features], such as `Labels(classes)`; the identity by default.
+        event_dim: 1, or 3 for images [..., C, H, W], where features become further channels.
 
     Source: Sohn et al. 2015, Learning structured output representation using deep conditional generative models.
 

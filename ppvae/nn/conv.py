@@ -12,7 +12,7 @@ Activation = Callable[[], nn.Module]
 
 
 class Leading(nn.Module):
-    """Lets a network that takes one batch dim take any number of leading dims: [..., *event] -> [..., *out].
+    """Flattens leading dims for a network that takes a single batch dim: [..., *event] -> [..., *out].
 
     >>> import torch
     >>> Leading(nn.Conv2d(1, 4, 3), event_dim=3)(torch.zeros(5, 2, 1, 8, 8)).shape
@@ -32,7 +32,7 @@ class Leading(nn.Module):
 class Residual(nn.Module):
     """A residual block [N, C, H, W] -> [N, C, H, W], x + conv(act(conv(act(x)))) with 3x3 convolutions.
 
-    Source: He et al. 2016 (arXiv 1603.05027), without normalisation: statistics of a batch would mix the data.
+    Source: He et al. 2016 (arXiv 1603.05027), without normalisation, whose batch statistics couple the data.
 
     >>> import torch
     >>> Residual(4, nn.ELU)(torch.zeros(2, 4, 7, 7)).shape
@@ -52,8 +52,8 @@ class Residual(nn.Module):
         return x + self.change(x)
 
 
-def _sizes(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
-    """Channels of the image, and its height and width after it was halved as often as there are `channels`."""
+def _halved_shape(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
+    """The channels of an image, and its height and width after one halving for each of `channels`."""
     if not channels:
         raise ValueError("channels: expected at least one number, one a halving of the image, found none")
     by = 2 ** len(channels)
@@ -86,7 +86,7 @@ def conv_encoder(
     >>> conv_encoder((3, 64, 64), 16, channels=(32, 32, 64, 64))(torch.zeros(5, 3, 64, 64)).shape
     torch.Size([5, 16])
     """
-    image, h, w = _sizes(shape, channels)
+    image, h, w = _halved_shape(shape, channels)
     layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
     for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
         layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
@@ -136,7 +136,7 @@ def conv_decoder(
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
     torch.Size([5, 3, 1, 32, 32])
     """
-    image, h, w = _sizes(shape, channels)
+    image, h, w = _halved_shape(shape, channels)
     first = channels[0]
     layers: list[nn.Module] = [
         nn.Linear(inputs, hidden),

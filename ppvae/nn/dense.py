@@ -1,4 +1,4 @@
-"""Dense networks over the last dim, how weights start, and inputs with gaps."""
+"""Multilayer perceptrons over the last dim, initialisation, and layers for counts and missing values."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def glorot(network: Network) -> Network:
 
 
 class Log1p(nn.Module):
-    """log(1 + x), so that a network sees large counts and small ones.
+    """log(1 + x), which compresses the range of counts for a network.
 
     Source: Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics.
 
@@ -83,9 +83,10 @@ class Log1p(nn.Module):
 
 
 class Missing(nn.Module):
-    """Lets a network take rows with gaps (NaN): [..., D] -> net([..., 2 D]), values with 0 in gaps, then 1 where known.
+    """A network of rows with missing values (NaN), [..., D] -> net([..., 2 D]): values with 0 for NaN, then the mask.
 
-    Source: Nazabal et al. 2020 (arXiv 1807.03653), who put zeros; Ma et al. 2019 (arXiv 1809.11142), who add the mask.
+    Source: Nazabal et al. 2020 (arXiv 1807.03653), who impute zeros; Ma et al. 2019 (arXiv 1809.11142), who add the
+    mask.
 
     >>> Missing(torch.nn.Identity())(torch.tensor([3.0, torch.nan]))
     tensor([3., 0., 1., 0.])

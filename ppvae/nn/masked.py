@@ -1,4 +1,4 @@
-"""Networks for autoregressive likelihoods: what they give for a number depends on the numbers before it alone."""
+"""Masked networks for autoregressive likelihoods: outputs for an element depend on earlier elements and on z only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Activation = Callable[[], nn.Module]
 
 
 class MaskedLinear(nn.Linear):
-    """A dense layer [..., inputs] -> [..., outputs] with some weights held at zero, y = (mask * W) x + b.
+    """A dense layer with masked weights, y = (mask * W) x + b, [..., inputs] -> [..., outputs].
 
     Source: Germain et al. 2015 (arXiv 1502.03509).
 
@@ -34,10 +34,12 @@ class MaskedLinear(nn.Linear):
 
 
 class MADE(nn.Module):
-    """A masked autoencoder (x [..., D], z [..., latent]) -> [..., outputs * D], of which number d sees x before d.
+    """A conditional masked autoencoder, (x [..., D], z [..., latent]) -> [..., outputs * D]; output d depends on x_<d.
 
-    `outputs` blocks of D follow one another. z reaches every layer. `order` [D] lists positions from the first to the
-    last; the natural one by default. `event_shape` is (D,).
+    The output is `outputs` blocks of D. z enters every layer by an unmasked linear map, so that the first layer of x is
+    computed once for all particles of z (zuko's MaskedMLP and Pyro's ConditionalAutoRegressiveNN concatenate z to x in
+    the first layer only). `order` [D] lists positions from the first to the last, ascending by default; `event_shape`
+    is (D,).
 
     Source: Germain et al. 2015 (arXiv 1502.03509), equations 8 and 9.
 
@@ -62,8 +64,8 @@ class MADE(nn.Module):
             raise ValueError(f"order: expected the positions 0..{features - 1}, each once, found {order.tolist()[:8]}")
         self.event_shape = (features,)
         self.register_buffer("order", order, persistent=False)
-        rank = order.argsort()  # which in turn each number is
-        # a hidden unit of degree k sees the first k numbers, and is seen by all numbers but those
+        rank = order.argsort()  # the position of each element in the order
+        # a hidden unit of degree k depends on the first k elements, and feeds the outputs of all later ones
         degrees = [rank + 1, *(torch.arange(width) * features // width for width in hidden), rank.repeat(outputs)]
         masks = [b[:, None] >= a[None, :] for a, b in pairwise(degrees)]
         self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
@@ -78,10 +80,10 @@ class MADE(nn.Module):
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A convolution [N, inputs, H, W] -> [N, outputs, H, W] that sees the pixels above and to the left only.
+    """A convolution [N, inputs, H, W] -> [N, outputs, H, W] masked to the pixels above and to the left.
 
-    Channel c is of colour c modulo the number of `colours`: of a pixel itself, an output sees the inputs of earlier
-    colours, and those of its own where `itself` says so.
+    Channel c has colour c modulo the number of `colours`: at the same pixel, an output depends on inputs of earlier
+    colours, and with `itself=True` on those of its own colour.
 
     Source: van den Oord et al. 2016 (arXiv 1601.06759), masks A (`itself=False`) and B.
 
@@ -109,18 +111,18 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class PixelCNN(nn.Module):
-    """A masked convolutional network (x [..., C, H, W], z [..., latent]) -> [..., outputs * C, H, W].
+    """A conditional PixelCNN, (x [..., C, H, W], z [..., latent]) -> [..., outputs * C, H, W].
 
-    A pixel's colour sees the pixels above it and to its left, its own earlier colours, and features that `decoder`
-    makes of z for the whole image, as in a PixelVAE. `layers` residual convolutions follow the first one; the pixels
-    far up to the right stay out of sight, as in the first PixelCNN. With `flat=True`, x is [..., C * H * W] and the
-    result [..., outputs * C * H * W]. `event_shape` is x's; `order` goes pixel by pixel in reading order.
+    A colour of a pixel depends on the pixels above and to the left, on earlier colours of the pixel, and on features
+    that `decoder` computes from z for the whole image, as in a PixelVAE. `layers` residual convolutions follow the
+    first; the receptive field has the blind spot of the first PixelCNN, to the upper right. With `flat=True`, x is
+    [..., C * H * W] and the result [..., outputs * C * H * W]. `event_shape` is that of x; `order` is raster order.
 
     Args:
         shape: (C, H, W).
         decoder: maps z to features [..., features, H, W], such as `nn.conv_decoder(latent, (features, H, W))`.
-        features: how many.
-        outputs: parameters a number, as blocks of C channels.
+        features: the number of features.
+        outputs: parameters for each element, as blocks of C channels.
 
     Source: Gulrajani et al. 2016 (arXiv 1611.05013); van den Oord et al. 2016 (arXiv 1601.06759).
 
@@ -170,9 +172,9 @@ class PixelCNN(nn.Module):
 
 
 def sees_only_the_past(net: Callable[[Tensor, Tensor], Tensor], order: Tensor, x: Tensor, z: Tensor) -> bool:
-    """Whether what a network (x, z) -> [..., outputs * first, *rest] gives for a number depends on earlier ones alone.
+    """Whether a network (x, z) -> [..., outputs * first, *rest] is autoregressive: outputs depend on earlier x only.
 
-    By the derivatives at one x [*event] and z [latent]; `order` lists the positions of the flattened event.
+    Tested by the Jacobian at one x [*event] and z [latent]; `order` lists the positions of the flattened event.
 
     >>> net = MADE(4, latent=2)
     >>> sees_only_the_past(net, net.order, torch.rand(4), torch.rand(2))
@@ -181,5 +183,5 @@ def sees_only_the_past(net: Callable[[Tensor, Tensor], Tensor], order: Tensor, x
     False
     """
     jacobian = torch.autograd.functional.jacobian(lambda value: net(value, z), x)
-    of = jacobian.reshape(-1, x.numel(), x.numel()).abs().sum(0)[order][:, order]  # [number, by which]
+    of = jacobian.reshape(-1, x.numel(), x.numel()).abs().sum(0)[order][:, order]  # [output, input]
     return not bool(of.triu().any())

@@ -1,4 +1,4 @@
-"""Networks of sequences, which see nothing of what stands behind a sequence's end."""
+"""Networks of padded sequences, which ignore the padding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ppvae.nn.context import rows_of
 
 
 def known_times(steps: int, lengths: Tensor) -> Tensor:
-    """Which of so many times sequences of lengths [batch] have, [batch, steps].
+    """The mask of valid steps of sequences of lengths [batch], [batch, steps].
 
     Raises DataError for lengths below 1 or above the number of steps, by their row.
 
@@ -21,15 +21,15 @@ def known_times(steps: int, lengths: Tensor) -> Tensor:
 
 
 class Backward(nn.Module):
-    """Runs a recurrent network from the end of each sequence to its start: [batch, T, features] -> [batch, T, hidden].
+    """A recurrent network run backward in time, [batch, T, features] -> [batch, T, hidden].
 
-    What comes out at time t has seen t, t + 1, ... up to the sequence's own end, and nothing of what stands behind it;
-    behind the end it is 0. `context` are lengths [batch]; all sequences have T steps where there are none.
+    The output at time t depends on x_t, x_(t+1), ... up to the end of the sequence, and is 0 in the padding. `context`
+    are the lengths [batch]; without it all sequences have T steps.
 
     Args:
-        rnn: `torch.nn.GRU(features, hidden, batch_first=True)`, or another of that kind.
+        rnn: `torch.nn.GRU(features, hidden, batch_first=True)`, or another recurrent network with batch_first.
 
-    Raises DataError for lengths that are no lengths of the sequences.
+    Raises DataError for lengths outside 1 .. T.
     Source: Krishnan et al. 2017 (arXiv 1609.09869), section 4.
 
     >>> Backward(nn.GRU(3, 5, batch_first=True))(torch.zeros(2, 4, 3), context=torch.tensor([4, 1])).shape

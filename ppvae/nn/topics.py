@@ -1,4 +1,4 @@
-"""Topics: what proportions of them make of the words."""
+"""The decoder of topic models: from topic proportions to word probabilities."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 class Topics(nn.Module):
     """A mixture of topics, each a distribution over words: proportions [..., topics] -> log p(word) [..., words].
 
-    log p(w | theta) = log sum_k theta_k beta_kw, with beta_k = softmax(logits_k). It is reckoned relative to the topic
-    that likes a word best, and so is finite wherever that topic has a proportion at all. Logits start at standard
-    normal draws.
+    log p(w | theta) = log sum_k theta_k beta_kw, with beta_k = softmax(logits_k). The sum is scaled by the largest
+    beta_kw over k, so that it is finite wherever that topic has a positive proportion. Logits start at standard normal
+    draws.
 
     Args:
-        topics: how many.
+        topics: the number of topics.
         words: the size of the vocabulary.
 
     Source: Blei et al. 2003, Latent Dirichlet allocation. Without the mixture, softmax(theta @ logits), it is the

@@ -1,4 +1,4 @@
-"""A bound and something of the batch besides, as what labels say of a classifier."""
+"""A bound plus an auxiliary loss of the batch, such as the classification loss of a semi-supervised VAE."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
-from ppvae.objectives.base import Call, Objective
+from ppvae.objectives.call import Call
+from ppvae.objectives.objective import Objective
 
 
 @final
 class AuxiliaryLoss(Objective):
-    """bound + weight term(*batch), where the term is of the batch alone, in nats per datum: no bound on log p(x).
+    """bound + weight * term(*batch), with a term of the batch alone in nats per datum; not a bound on log p(x).
 
-    For semi-supervised VAEs it is log q(label | x) on labelled data, by which the classifier learns from labels, too:
-    `AuxiliaryLoss(ELBO(), vae.log_label, weight=...)`, alpha = 0.1 times the number of data in the paper.
+    In semi-supervised VAEs the term is log q(label | x) of the labelled data, which trains the classifier on labels:
+    `AuxiliaryLoss(ELBO(), vae.log_label, weight=...)`; the paper's weight is alpha = 0.1 times the number of data.
 
     Args:
-        bound: the objective that is added to; its particles and gradient are this one's.
-        term: a function of the batch, term(*batch) [batch], whose parameters are the pair's own.
-        weight: what the term counts for.
+        bound: the objective that the term is added to; its particles and gradient estimator are used.
+        term: a function of the batch, term(*batch) -> [batch], whose parameters belong to the pair.
+        weight: the factor of the term.
 
-    Raises UsageError for a bound that is no objective of ppvae, or a term of another shape.
+    Raises:
+        UsageError: a bound that is not an objective of ppvae, or a term of another shape.
+
     Source: Kingma et al. 2014 (arXiv 1406.5298), equation 9.
 
     >>> import torch
@@ -39,49 +42,50 @@ class AuxiliaryLoss(Objective):
     def __init__(self, bound: Objective, term: Callable[..., Tensor], weight: float = 1.0):
         if not isinstance(bound, Objective):
             raise UsageError(f"bound: expected an objective of ppvae, found {type(bound).__name__}")
-        self.of, self.term, self.weight, self.separate = bound, term, weight, bound.separate
+        self.objective, self.term, self.weight = bound, term, weight
+        self.factorizes_over_data = bound.factorizes_over_data
         super().__init__(bound.num_particles)
         self.gradient = bound.gradient
 
-    def _term(self, call: Call) -> Tensor:
+    def _auxiliary_term(self, call: Call) -> Tensor:
         values = self.term(*call.batch)
         if values.shape != (len(call.batch[0]),):
-            raise UsageError(f"term: expected a number a datum [{len(call.batch[0])}], found {list(values.shape)}")
+            raise UsageError(f"term: expected one number per datum [{len(call.batch[0])}], found {list(values.shape)}")
         return self.weight * values.sum()
 
     def value(self, call: Call) -> Tensor:
-        return self.of.value(call) + self._term(call)
+        return self.objective.value(call) + self._auxiliary_term(call)
 
     def surrogate(self, call: Call) -> Tensor:
-        return self.of.surrogate(call) + self._term(call)
+        return self.objective.surrogate(call) + self._auxiliary_term(call)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
-        return self.of.reduce(log_weight)
+        return self.objective.reduce(log_weight)
 
-    def refuse(self, s: Structure) -> None:
-        self.of.refuse(s)
+    def check_structure(self, s: Structure) -> None:
+        self.objective.check_structure(s)
 
-    def refuse_gradient(self, s: Structure) -> None:
-        self.of.refuse_gradient(s)
+    def check_gradient(self, s: Structure) -> None:
+        self.objective.check_gradient(s)
 
     @property
     def draws(self) -> int:
-        return self.of.draws
+        return self.objective.draws
 
     @property
-    def options(self) -> dict[str, Any]:
-        return self.of.options
+    def terms_options(self) -> dict[str, Any]:
+        return self.objective.terms_options
 
-    def scheduled(self) -> dict[str, float]:
-        return self.of.scheduled()
+    def scheduled_values(self) -> dict[str, float]:
+        return self.objective.scheduled_values()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.of.state_dict()
+        return self.objective.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.of.load_state_dict(state)
+        self.objective.load_state_dict(state)
 
-    def go_to(self, step: int) -> None:
-        super().go_to(step)
-        self.of.go_to(step)
+    def set_step(self, step: int) -> None:
+        super().set_step(step)
+        self.objective.set_step(step)

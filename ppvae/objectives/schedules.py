@@ -1,4 +1,4 @@
-"""Numbers that follow the steps of training: warm-up and cycles."""
+"""Hyperparameters as functions of the training step: warm-up and cyclical annealing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Schedule: TypeAlias = Callable[[int], float]  # of the number of gradient steps 
 @final
 @dataclass(frozen=True)
 class Linear:
-    """Rises or falls from `start` to `end` over so many steps, and stays there.
+    """Linear from `start` to `end` over `steps` steps, constant afterwards.
 
     Source: Bowman et al. 2016 (arXiv 1511.06349); Sonderby et al. 2016 (arXiv 1602.02282).
 
@@ -28,14 +28,14 @@ class Linear:
     end: float = 1.0
 
     def __call__(self, step: int) -> float:
-        part = min(1.0, step / self.steps) if self.steps > 0 else 1.0
-        return self.start + (self.end - self.start) * part
+        fraction = min(1.0, step / self.steps) if self.steps > 0 else 1.0
+        return self.start + (self.end - self.start) * fraction
 
 
 @final
 @dataclass(frozen=True)
 class Cyclical:
-    """Rises from `start` to `end` over the first `ramp` of every period, stays for the rest, and begins again.
+    """Linear from `start` to `end` over the first fraction `ramp` of every period, constant for the remainder.
 
     Source: Fu et al. 2019 (arXiv 1903.10145).
 
@@ -53,18 +53,20 @@ class Cyclical:
 
 
 @final
-class Scheduled:
-    """A number now: one tensor for good, so that a captured graph reads what it is set to.
+class ScheduledScalar:
+    """A scheduled hyperparameter whose current value is one tensor, updated in place: a captured graph reads it.
 
-    `warmup` steps take it up from zero, whatever it is.
+    Args:
+        schedule: a constant, or a function of the step.
+        warmup: steps over which the value is multiplied by a factor that rises linearly from 0 to 1.
     """
 
-    def __init__(self, value: float | Schedule, warmup: int = 0):
-        self.value, self.warmup = value, warmup
-        self.now: Tensor = torch.zeros((), dtype=torch.float64)
-        self.go_to(0)
+    def __init__(self, schedule: float | Schedule, warmup: int = 0):
+        self.schedule, self.warmup = schedule, warmup
+        self.current: Tensor = torch.zeros((), dtype=torch.float64)
+        self.set_step(0)
 
-    def go_to(self, step: int) -> None:
-        """Sets the number to what it is after so many steps."""
-        value = self.value(step) if callable(self.value) else self.value
-        self.now.fill_(value * Linear(self.warmup)(step))
+    def set_step(self, step: int) -> None:
+        """Sets the current value to that of a step, counted from 0."""
+        value = self.schedule(step) if callable(self.schedule) else self.schedule
+        self.current.fill_(value * Linear(self.warmup)(step))

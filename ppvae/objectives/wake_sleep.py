@@ -1,4 +1,4 @@
-"""Reweighted wake-sleep: the guide learns from the model's posterior, or from its dreams."""
+"""Reweighted wake-sleep."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference.replay import buffer_copies
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
-from ppvae.objectives.base import Call, Objective
-from ppvae.objectives.gradients.estimators import accumulate_gradients, sampled_latents
+from ppvae.objectives.call import Call
+from ppvae.objectives.gradients.estimator import gradient_only
+from ppvae.objectives.objective import Objective
 from ppvae.objectives.reductions import log_mean_exp
+from ppvae.objectives.requirements import require_sampled_latents
 
 
 @final
 class ReweightedWakeSleep(Objective):
-    """The model climbs the IWAE bound, the guide falls down KL(p || q): no draw needs a path.
+    """The model maximises the IWAE bound, the guide minimises KL(p || q); no latent needs a reparameterised sample.
 
-    wake-theta: sum_k w_k d log p(x, z_k); wake-phi: sum_k w_k d log q(z_k | x), with normalised weights w_k, which
-    tends to -d KL(p(z | x) || q(z | x)) as K grows; sleep-phi: d log q(z | x) at (x, z) from the model. The value is
-    the IWAE bound of the same draws.
+    wake-theta: sum_k w_k d log p(x, z_k); wake-phi: sum_k w_k d log q(z_k | x), with self-normalised weights w_k,
+    consistent for -d KL(p(z | x) || q(z | x)) as K grows; sleep-phi: d log q(z | x) at (x, z) simulated from the
+    model. The value is the IWAE bound of the same draws.
 
     Args:
         num_particles: K, draws per datum.
@@ -32,7 +34,8 @@ class ReweightedWakeSleep(Objective):
         sleep: the weight on sleep-phi.
 
     Raises:
-        ContractError: sleep where the model's data cannot be put in the place of the batch, by the site's name.
+        ContractError: sleep where simulated data cannot replace the batch, by the site's name.
+        UsageError: negative weights, or both zero; fewer than two particles in the wake phase.
 
     Source: Bornschein and Bengio 2015 (arXiv 1406.2751); Le et al. 2019 (arXiv 1805.10469).
 
@@ -48,22 +51,22 @@ class ReweightedWakeSleep(Objective):
         self.wake, self.sleep = wake, sleep
         super().__init__(num_particles)
         if num_particles < 2 and wake:
-            raise UsageError("num_particles: expected at least 2 to weigh draws in the wake phase, found 1")
+            raise UsageError("num_particles: expected at least 2 for normalised weights in the wake phase, found 1")
 
-    def refuse(self, s: Structure) -> None:
-        super().refuse(s)
-        sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
+    def check_structure(self, s: Structure) -> None:
+        require_sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
+        super().check_structure(s)
         for name, role in s.guide_roles.items():
             if role is Role.AUXILIARY and self.sleep:
                 raise site_error(
-                    name, "a guide whose sites the model draws, for sleep", "a helper that the model lacks",
+                    name, "a guide whose sites the model draws, for sleep", "an auxiliary site that the model lacks",
                     "take sleep = 0",
                 )  # fmt: skip
         if self.sleep and s.has_global_latents:
-            raise ContractError("sleep: expected data that are independent, found a latent that all share")
+            raise ContractError("sleep: expected independent data, found a latent that is shared by all data")
 
-    def refuse_gradient(self, s: Structure) -> None:
-        """Draws are held: no latent needs a path."""
+    def check_gradient(self, s: Structure) -> None:
+        """Accepts every guide: draws are held constant."""
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
@@ -71,31 +74,31 @@ class ReweightedWakeSleep(Objective):
     def surrogate(self, call: Call) -> Tensor:
         t = call.terms(frozen=("latents",))
         log_weight, log_q = t.log_weight, t.log_guide
-        held = log_weight.detach()
-        weights = held.softmax(0)
+        detached = log_weight.detach()
+        weights = detached.softmax(0)
         total = (weights * (log_weight + log_q)).sum() + self.wake * (weights * log_q).sum()
         if self.sleep:
-            with buffer_copies():  # batch norm is to know the data, not dreams
-                total = total + self.sleep * dreamt(call)
-        return self.reduce(held).sum() + accumulate_gradients(total)
+            with buffer_copies():  # batch norm keeps statistics of the data, not of simulated data
+                total = total + self.sleep * sleep_log_prob(call)
+        return self.reduce(detached).sum() + gradient_only(total)
 
 
-def dreamt(call: Call) -> Tensor:
-    """log q(z | x) at one (x, z) drawn from the model for every datum of the batch, summed."""
-    s, batch = call.s, list(call.batch)
+def sleep_log_prob(call: Call) -> Tensor:
+    """log q(z | x) at one (x, z) simulated from the model per datum of the batch, summed: a scalar."""
+    s, batch = call.structure, list(call.batch)
     with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
         call.model(*batch)
     values = {}
     for name, node in sample_sites(tracer.get_trace()):
         if node["infer"].get("was_observed"):
-            places = [i for i, given in enumerate(call.batch) if given is node["infer"]["obs"]]
-            if not places:
+            positions = [i for i, tensor in enumerate(call.batch) if tensor is node["infer"]["obs"]]
+            if not positions:
                 raise site_error(
-                    name, "data observed as they are handed over, for sleep",
-                    "something made from them: the model's data cannot be handed to the guide",
+                    name, "an observed value that is a tensor of the batch, for sleep",
+                    "one computed from it: simulated data cannot be passed to the guide",
                     "observe a tensor of the batch itself, or take sleep = 0",
                 )  # fmt: skip
-            batch[places[0]] = node["value"]
+            batch[positions[0]] = node["value"]
         elif name in s.guide_roles:
             values[name] = node["value"]
     trace = trace_program(call.guide, batch, replace(s, enumerated=()), values)

@@ -1,17 +1,17 @@
-"""What amortised posteriors share: one network, whose outputs they read."""
+"""The base class of amortised posteriors."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppvae.nn.conditional import call_with_context
+from ppvae.nn.context import call_with_context
 
 
 class Amortized(nn.Module):
-    """A posterior that a network's outputs stand for, q(z | x) = head(net(x)); subclasses say what `head` is.
+    """An amortised posterior, q(z | x) = head(net(x)); subclasses define `head`.
 
-    A network that declares `context` is given the batch's second tensor under that name, q(z | x, c) = head(net(x, c)).
+    A network that declares `context` is given the batch's second tensor, q(z | x, c) = head(net(x, c)).
     """
 
     def __init__(self, net: nn.Module):
@@ -19,7 +19,7 @@ class Amortized(nn.Module):
         self.net = net
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., outputs] stand for."""
+        """The distribution with outputs [..., outputs]."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:

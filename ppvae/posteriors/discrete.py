@@ -1,4 +1,4 @@
-"""Posteriors over discrete latents, summed out exactly or sampled, and their relaxed counterparts."""
+"""Posteriors over discrete latents, enumerated or sampled, and their relaxed counterparts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.discrete import checked_temperature
-from ppvae.priors.relaxed import BinaryConcrete, Concrete
-from ppvae.priors.vectors import OneHotVector, Vector
+from ppvae.priors.concrete import BinaryConcrete, Concrete
+from ppvae.priors.discrete import temperature_tensor
+from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 
 
 @final
 class Bernoulli(Amortized):
     """Independent binary variables, q(z | x) = prod_d Bernoulli(z_d; sigmoid(net(x)_d)).
 
-    Up to 16 variables, `pyro.infer.config_enumerate(vae.guide)` has z summed out exactly, in `TraceEnum_ELBO` as in
-    `terms` and `log_marginal`; without it z is sampled, and `Trace_ELBO` trains by the score function.
+    Up to 16 variables, `pyro.infer.config_enumerate(vae.guide)` sums z out exactly, in `TraceEnum_ELBO`, `terms` and
+    `log_marginal`; without it z is sampled, and `Trace_ELBO` uses the score function.
     `net` maps data [..., *event] to logits [..., latent]. Returns batch shape [...], event shape [latent].
     Source: Mnih and Gregor 2014 (arXiv 1402.0030).
 
@@ -31,23 +31,22 @@ class Bernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that logits [..., latent] stand for."""
-        return Vector(distributions.Bernoulli(logits=outputs), 1)
+        """The distribution with logits [..., latent]."""
+        return DiscreteVector(distributions.Bernoulli(logits=outputs), 1)
 
 
 @final
 class Categorical(Amortized):
     """Independent variables with several classes, q(z | x) = prod_v softmax(net(x)_v)_(z_v), as integers.
 
-    Summed out exactly or sampled, as `Bernoulli` is; the prior that goes with it is `priors.Categorical`, or
-    `priors.AutoregressiveCategorical`.
+    Enumerated or sampled, as `Bernoulli`; its prior is `priors.Categorical` or `priors.AutoregressiveCategorical`.
 
     Args:
-        net: maps data [..., *event] to logits [..., variables * classes], a variable after the other.
+        net: maps data [..., *event] to logits [..., variables * classes], variable by variable.
         classes: values of each variable.
 
     Returns batch shape [...], event shape [variables]. Raises ValueError for outputs that are no multiple of classes.
@@ -64,20 +63,20 @@ class Categorical(Amortized):
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent * self.classes
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that logits [..., variables * classes] stand for."""
-        return Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
+        """The distribution with logits [..., variables * classes]."""
+        return DiscreteVector(dist.Categorical(logits=_split_variables(outputs, self.classes)), 1)
 
 
 @final
 class OneHot(Amortized):
-    """`Categorical` with each class written as a one-hot vector, end to end, so that a network takes z as it is.
+    """`Categorical` with classes as one-hot vectors, concatenated, so that a network can take z.
 
     Args:
-        net: maps data [..., *event] to logits [..., variables * classes], a variable after the other.
+        net: maps data [..., *event] to logits [..., variables * classes], variable by variable.
         classes: values of each variable.
 
     Returns batch shape [...], event shape [variables * classes]. Raises ValueError as `Categorical` does.
@@ -94,14 +93,14 @@ class OneHot(Amortized):
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
-        """How many outputs the network has. ValueError for a latent that is no multiple of classes."""
+        """The number of network outputs. ValueError for a latent that is no multiple of classes."""
         if latent % self.classes:
             raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that logits [..., variables * classes] stand for."""
-        base = Vector(dist.Categorical(logits=_blocks(outputs, self.classes)), 1)
+        """The distribution with logits [..., variables * classes]."""
+        base = DiscreteVector(dist.Categorical(logits=_split_variables(outputs, self.classes)), 1)
         return OneHotVector(base, self.classes, outputs.dtype)
 
 
@@ -109,16 +108,16 @@ class OneHot(Amortized):
 class RelaxedBernoulli(Amortized):
     """Relaxed binary variables on (0, 1), z_d = sigmoid((net(x)_d + Logistic(0, 1)) / temperature): reparameterised.
 
-    A density of its own, so that its prior must be relaxed too (`priors.RelaxedBernoulli`); with a discrete prior the
-    pair is refused. Train on the relaxed pair and evaluate the discrete one, made of the same networks:
+    A continuous density, so that its prior must be relaxed too (`priors.RelaxedBernoulli`); with a discrete prior the
+    pair is refused. Train the relaxed pair and evaluate the discrete one on the same networks:
 
         vae = VAE(priors.RelaxedBernoulli(8), likelihood, posteriors.RelaxedBernoulli(net))
         fit(vae.model, vae.guide, train, epochs=50)
         binary = VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)
         log_marginal(binary.model, binary.guide, test)
 
-    Their values of log p(x) belong to two models. `temperature` is a buffer, to be lowered in training by
-    `posterior.temperature.fill_(0.4)`; in float32 much lower ones bring draws to where 1 - z is no longer exact.
+    Their values of log p(x) belong to two models. `temperature` is a buffer; anneal it in training by
+    `posterior.temperature.fill_(0.4)`. At much lower ones, 1 - z of a draw is inexact in float32.
 
     Args:
         net: maps data [..., *event] to logits [..., latent].
@@ -138,7 +137,7 @@ class RelaxedBernoulli(Amortized):
 
     def __init__(self, net: nn.Module, temperature: float = 2 / 3):
         super().__init__(net)
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
 
     @property
     def discrete(self) -> Bernoulli:
@@ -147,24 +146,24 @@ class RelaxedBernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that logits [..., latent] stand for."""
+        """The distribution with logits [..., latent]."""
         return BinaryConcrete(self.temperature, outputs).to_event(1)
 
 
 @final
 class RelaxedOneHot(Amortized):
-    """Relaxed one-hot vectors, end to end, each z_v = softmax((net(x)_v + Gumbel) / temperature): reparameterised.
+    """Relaxed one-hot vectors, concatenated, each z_v = softmax((net(x)_v + Gumbel) / temperature): reparameterised.
 
     A density on simplices, so that its prior must be relaxed too (`priors.RelaxedOneHot`); with a discrete prior the
-    pair is refused. Train on the relaxed pair and evaluate the discrete one, made of the same networks, as
-    `RelaxedBernoulli` shows: `VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)`.
+    pair is refused. Train the relaxed pair and evaluate the discrete one on the same networks, as `RelaxedBernoulli`
+    shows: `VAE(vae.prior.discrete, vae.likelihood, vae.posterior.discrete)`.
 
     Args:
-        net: maps data [..., *event] to logits [..., variables * classes], a variable after the other.
+        net: maps data [..., *event] to logits [..., variables * classes], variable by variable.
         classes: values of each variable.
         temperature: of the posterior.
 
@@ -183,7 +182,7 @@ class RelaxedOneHot(Amortized):
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
         super().__init__(net)
         self.classes = classes
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
 
     @property
     def discrete(self) -> OneHot:
@@ -191,17 +190,17 @@ class RelaxedOneHot(Amortized):
         return OneHot(self.net, self.classes)
 
     def outputs(self, latent: int) -> int:
-        """How many outputs the network has. ValueError for a latent that is no multiple of classes."""
+        """The number of network outputs. ValueError for a latent that is no multiple of classes."""
         if latent % self.classes:
             raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that logits [..., variables * classes] stand for."""
-        return Concrete(self.temperature, _blocks(outputs, self.classes))
+        """The distribution with logits [..., variables * classes]."""
+        return Concrete(self.temperature, _split_variables(outputs, self.classes))
 
 
-def _blocks(outputs: Tensor, classes: int) -> Tensor:
+def _split_variables(outputs: Tensor, classes: int) -> Tensor:
     if outputs.shape[-1] % classes:
         raise ValueError(f"net: expected variables * {classes} outputs, found {outputs.shape[-1]}")
     return outputs.unflatten(-1, (-1, classes))

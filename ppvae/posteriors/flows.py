@@ -1,4 +1,4 @@
-"""Posteriors that are normalizing flows, conditioned on the data, with cheap draws and densities of own draws."""
+"""Normalizing-flow posteriors conditioned on the data, with cheap draws and cached densities of draws."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.flows import Flow, at_identity, zuko
+from ppvae.priors.flows import Flow, start_at_identity, zuko
 
 
 @final
-class Transformed(dist.TransformedDistribution):
-    """Pyro's TransformedDistribution, whose cached inverse serves draws only where gradients through it are right.
+class TransformedDistribution(dist.TransformedDistribution):
+    """Pyro's TransformedDistribution, which uses the cached inverse only where gradients through it are right.
 
-    A value that carries no path (a draw made without gradients) is a constant, and its density depends on the
-    parameters through the inverse: the cached one does not know that.
+    The density of a value without a path (a draw made without gradients) depends on the parameters through the inverse;
+    the cached inverse has no such gradient.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not value.requires_grad:
-            value = value[...]  # another tensor of the same numbers: no cache holds it
-        whole = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        return super().log_prob(value if value.shape == whole else value.expand(whole))
+            value = value[...]  # a new tensor with the same values, which is in no cache
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        return super().log_prob(value if value.shape == shape else value.expand(shape))
 
 
 @final
@@ -38,7 +38,7 @@ class InverseAutoregressive(transforms.AffineAutoregressive):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x = torch.zeros_like(y)
-        for _ in range(y.shape[-1]):  # after d passes the first d elements, in the network's order, are final
+        for _ in range(y.shape[-1]):  # d passes determine the first d elements in the order of the network
             mean, log_scale = self.arn(x)
             log_scale = transforms.utils.clamp_preserve_gradients(
                 log_scale, self.log_scale_min_clip, self.log_scale_max_clip
@@ -50,22 +50,22 @@ class InverseAutoregressive(transforms.AffineAutoregressive):
 
 @final
 class IAF(Amortized):
-    """Inverse autoregressive flow: a diagonal normal draw, moved by affine maps that are autoregressive in the draw.
+    """Inverse autoregressive flow: affine autoregressive maps of a draw from a diagonal normal.
 
     u_0 = loc + scale * noise, u_t = exp(s_t(u_(t-1), h)) * u_(t-1) + m_t(u_(t-1), h), z = u_flows, so that
-    log q(z | x) = log N(u_0; loc, scale) - sum_t sum_d s_td; h is a part of the network's outputs, and element d of s
-    and m depends on elements before d (after it, in every second flow). A draw and its own density take one pass; the
-    density of any other value takes `latent` passes. It starts as the diagonal normal.
+    log q(z | x) = log N(u_0; loc, scale) - sum_t sum_d s_td; h is a part of the network outputs, and element d of s and
+    m depends on elements before d (after d in every second flow). A draw with its density takes one pass, the density
+    of another value `latent` passes. It starts as the diagonal normal.
 
     Args:
         net: maps data [..., *event] to [..., 2 * latent + features]: loc, log scale, and h, in this order.
         latent: the size of z.
         features: the size of h.
-        flows: how many maps.
+        flows: the number of maps.
         hidden: the widths of each map's masked network, none below `latent`.
 
     Returns a distribution of batch shape [...] and event shape [latent].
-    Raises ValueError where the outputs do not match. Log-scales are cut to [-5, 3], as Pyro does.
+    Raises ValueError where the outputs do not match. Log-scales are clipped to [-5, 3], as in Pyro.
     Source: Kingma et al. 2016 (arXiv 1606.04934), equation 10; pyro.distributions.transforms.AffineAutoregressive.
 
     >>> from ppvae.nn import mlp
@@ -90,20 +90,20 @@ class IAF(Amortized):
                 nn.init.zeros_(p)
 
     def outputs(self, latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., 2 * latent + features] stand for."""
-        loc, log_scale, h = _split(outputs, self.latent, self.features)
+        """The distribution with outputs [..., 2 * latent + features]."""
+        loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         maps: list[Any] = [InverseAutoregressive(functools.partial(network, context=h)) for network in self.maps]
         base = dist.Normal(loc, log_scale.exp()).to_event(1)
-        return Transformed(base, maps)
+        return TransformedDistribution(base, maps)
 
 
 @final
 class SplineCoupling(Amortized):
-    """A diagonal normal whose noise has gone through conditional spline couplings, z = loc + scale * g(noise; h).
+    """A conditional neural spline flow with a diagonal affine map, z = loc + scale * g(noise; h).
 
     log q(z | x) = log N(f(u); 0, I) + log |det df/du| - sum_d log scale_d, u = (z - loc) / scale, f the inverse of g: a
     flow of rational-quadratic splines on [-5, 5], each half of u given the other half and h. Draws and the density of
@@ -113,7 +113,7 @@ class SplineCoupling(Amortized):
         net: maps data [..., *event] to [..., 2 * latent + features]: loc, log scale, and h, in this order.
         latent: the size of z.
         features: the size of h.
-        transforms: how many couplings.
+        transforms: the number of couplings.
         hidden: the widths of each coupling's network.
         bins: pieces of each spline.
 
@@ -137,22 +137,22 @@ class SplineCoupling(Amortized):
     ):
         super().__init__(net)
         self.latent, self.features = latent, features
-        self.flow = at_identity(
+        self.flow = start_at_identity(
             zuko.flows.NSF(latent, features, bins=bins, transforms=transforms, passes=2, hidden_features=hidden)
         )
 
     def outputs(self, latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., 2 * latent + features] stand for."""
-        loc, log_scale, h = _split(outputs, self.latent, self.features)
+        """The distribution with outputs [..., 2 * latent + features]."""
+        loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         place = transforms.AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
-        return Transformed(Flow(self.flow(h)), [place])
+        return TransformedDistribution(Flow(self.flow(h)), [place])
 
 
-def _split(outputs: Tensor, latent: int, features: int) -> tuple[Tensor, ...]:
+def _split_outputs(outputs: Tensor, latent: int, features: int) -> tuple[Tensor, ...]:
     if outputs.shape[-1] != 2 * latent + features:
         raise ValueError(
             f"net: expected 2 * {latent} + {features} outputs (location, log-scale, features), found "

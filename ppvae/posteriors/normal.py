@@ -1,4 +1,4 @@
-"""Normal posteriors: independent dims, any covariance, and a diagonal plus a few directions."""
+"""Normal posteriors with diagonal, full-rank and low-rank covariance."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class DiagonalNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., 2 * latent] stand for."""
+        """The distribution with outputs [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
 @final
 class FullRank(Amortized):
-    """A normal posterior with any covariance, q(z | x) = N(z; loc(x), L(x) L(x)^T), L lower triangular.
+    """A normal posterior with full covariance, q(z | x) = N(z; loc(x), L(x) L(x)^T), L lower triangular.
 
     `net` maps data [..., *event] to [..., latent * (latent + 3) / 2] (`FullRank.outputs(latent)`): location, the
     logarithm of L's diagonal, and L below the diagonal row by row, in this order.
     Returns a distribution of batch shape [...] and event shape [latent].
-    Raises ValueError for a number of outputs that no latent has.
+    Raises ValueError for a number of outputs that fits no latent.
     Source: Kingma and Welling 2019, An introduction to variational autoencoders (arXiv 1906.02691), section 2.5.1.
 
     >>> from ppvae.nn import mlp
@@ -55,11 +55,11 @@ class FullRank(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent * (latent + 3) // 2
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., latent * (latent + 3) / 2] stand for."""
+        """The distribution with outputs [..., latent * (latent + 3) / 2]."""
         size = outputs.shape[-1]
         latent = (math.isqrt(9 + 8 * size) - 3) // 2
         if self.outputs(latent) != size or latent < 1:
@@ -77,13 +77,13 @@ class FullRank(Amortized):
 
 @final
 class LowRank(Amortized):
-    """A normal posterior whose covariance is a diagonal plus a few directions, q(z | x) = N(z; loc, W W^T + diag(s)^2).
+    """A normal posterior with low-rank plus diagonal covariance, q(z | x) = N(z; loc, W W^T + diag(s)^2).
 
     `net` maps data [..., *event] to [..., latent * (2 + rank)]: location, log s, and W [latent, rank] row by row.
 
     Args:
         net: the network.
-        rank: the number of directions, the columns of W.
+        rank: the number of columns of W.
 
     Returns a distribution of batch shape [...] and event shape [latent].
     Raises ValueError for a rank below one, or outputs that are no multiple of 2 + rank.
@@ -101,13 +101,13 @@ class LowRank(Amortized):
         self.rank = rank
 
     def outputs(self, latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent * (2 + self.rank)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., latent * (2 + rank)] stand for."""
-        latent, rest = divmod(outputs.shape[-1], 2 + self.rank)
-        if rest:
+        """The distribution with outputs [..., latent * (2 + rank)]."""
+        latent, remainder = divmod(outputs.shape[-1], 2 + self.rank)
+        if remainder:
             raise ValueError(
                 f"net: expected latent * {2 + self.rank} outputs at rank {self.rank}, found {outputs.shape[-1]}"
             )
@@ -118,7 +118,7 @@ class LowRank(Amortized):
 @register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
 @register_kl(torch.distributions.LowRankMultivariateNormal, torch.distributions.Independent)
 def _kl_to_diagonal(p: Any, q: Any) -> Tensor:
-    """KL(p || q) of a normal to one with independent dims, which torch lacks; p's entropy and variances are enough."""
+    """KL(p || q) to a normal with independent dims, which torch lacks, from the moments and the entropy of p."""
     base = q.base_dist
     if not isinstance(base, torch.distributions.Normal) or q.event_shape != p.event_shape:
         raise NotImplementedError(f"no KL in closed form from {type(p).__name__} to {type(base).__name__}")

@@ -1,4 +1,4 @@
-"""An amortised posterior that takes a few steps of its own for every datum."""
+"""Semi-amortised inference: gradient steps on the ELBO of each datum from an amortised initialisation."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.nn.conditional import call_with_context
+from ppvae.nn.context import call_with_context
 
 
 @final
 class SemiAmortized(nn.Module):
-    """A diagonal normal posterior that starts where a network says and climbs the ELBO of each datum for a few steps.
+    """A diagonal normal posterior, initialised by a network and refined by gradient steps on the ELBO of each datum.
 
     (loc, log_scale) = net(x); then, `steps` times, loc += rate * scale^2 * dL/dloc and log_scale += rate / 2 * dL/dlog
-    scale, the natural gradient of L = E_q[log p(x | z) + log p(z)] + sum log_scale, with a fixed set of noise for the
-    expectation, so that q(z | x) is a function of x alone. A step counts where it raises L; a datum's rate is halved
-    where it does not, and grows back where it does: L never ends below its start. Kim et al. take plain gradient steps
-    of a fixed rate, which must be tuned for every decoder.
+    scale, the natural gradient of L = E_q[log p(x | z) + log p(z)] + sum log_scale, with fixed noise for the
+    expectation, so that q(z | x) is a function of x. A step is accepted for a datum if it raises L; its rate is halved
+    on rejection and grows back on acceptance, so that L never decreases. Kim et al. take plain gradient steps of a
+    fixed rate, which must be tuned for every decoder.
 
     Args:
         net: maps data [..., *event] to [..., 2 * latent], location and log-scale.
-        prior, likelihood: the pair's own modules p(z) and p(x | z). The decoder must take any leading dims. They and
+        prior, likelihood: the modules p(z) and p(x | z) of the pair. The decoder must take any leading dims. They and
             the network are given the batch's second tensor where they declare `context`.
-        steps: how many; each costs a pass through the decoder and back for every particle.
-        rate: the first step size; one is Newton's step for a normal posterior of the right scale.
-        num_particles: noise draws for the expectation, in pairs of opposite sign and with variance one in every dim;
-            from 2 * latent draws on they are uncorrelated as well, and expectations of quadratics are exact.
-        through: differentiate through the steps in training, as the paper does; otherwise the steps count as a constant
-            shift, and the network's gradient is that of the refined parameters.
-        seed: of the noise.
+        steps: the number of steps; each costs a forward and backward pass of the decoder for every particle.
+        rate: the initial step size; 1 is Newton's step for a normal posterior at the right scale.
+        num_particles: noise draws for the expectation, antithetic and with variance one in every dim; with at least
+            2 * latent draws they are uncorrelated too, and expectations of quadratics are exact.
+        through: differentiate through the steps in training, as in the paper; otherwise the steps are a constant shift,
+            and the network gets the gradient at the refined parameters.
+        seed: the seed of the noise.
 
-    Returns batch shape [...], event shape [latent]. Works without gradients as well: it switches them on for its steps.
+    Returns batch shape [...], event shape [latent]. The steps enable gradients themselves, also under no_grad.
     Raises ValueError for steps < 0 and for an odd number of particles, ContractError for a prior over anything else.
     Source: Kim et al. 2018, Semi-amortized variational autoencoders (arXiv 1802.02550).
 
@@ -69,25 +69,25 @@ class SemiAmortized(nn.Module):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that parameters [..., 2 * latent] stand for."""
+        """The distribution with parameters [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
     def elbo(self, x: Tensor, outputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """L of each datum at parameters [..., 2 * latent], with the fixed noise and up to a constant: [...] nats."""
+        """L of each datum at parameters [..., 2 * latent] under the fixed noise, up to a constant: [...] nats."""
         loc, log_scale = outputs.chunk(2, dim=-1)
-        noise = _noise(self.num_particles, loc.shape[-1], self.seed).to(loc)
+        noise = _antithetic_noise(self.num_particles, loc.shape[-1], self.seed).to(loc)
         z = loc + log_scale.exp() * noise.reshape(len(noise), *(1,) * (loc.dim() - 1), -1)
         prior, likelihood = self._prior(loc, context), call_with_context(self.likelihood, z, context=context)
         joint = likelihood.log_prob(x) + prior.log_prob(z)
         return joint.mean(0) + log_scale.sum(-1)
 
     def _prior(self, loc: Tensor, context: Tensor | None) -> dist.TorchDistribution:
-        """The prior, which must live where a normal does."""
+        """The prior, which must be over real vectors. ContractError otherwise."""
         prior = call_with_context(self.prior, context=context)
         support = getattr(prior.support, "base_constraint", prior.support)
         if support not in (constraints.real, constraints.real_vector) or prior.event_shape != loc.shape[-1:]:
@@ -97,15 +97,15 @@ class SemiAmortized(nn.Module):
             )
         return prior
 
-    def _refined(self, x: Tensor, best: Tensor, through: bool, context: Tensor | None) -> Tensor:
-        """The parameters after the steps; `best` is where they start, and takes a gradient."""
+    def _ascend_elbo(self, x: Tensor, best: Tensor, through: bool, context: Tensor | None) -> Tensor:
+        """The parameters after the steps from `best`, which requires a gradient."""
 
-        def looked_at(point: Tensor) -> tuple[Tensor, Tensor]:
+        def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor]:
             value = self.elbo(x, point, context)
             (slope,) = torch.autograd.grad(value.sum(), point, create_graph=through)
             return value.detach(), slope
 
-        value, slope = looked_at(best)
+        value, slope = value_and_gradient(best)
         rate = torch.full_like(value, self.rate)
         for _ in range(self.steps):
             to_loc, to_scale = slope.chunk(2, dim=-1)
@@ -113,26 +113,26 @@ class SemiAmortized(nn.Module):
             trial = best + rate.unsqueeze(-1) * torch.cat([variance * to_loc, to_scale / 2], -1)
             if not through:
                 trial = trial.detach().requires_grad_()
-            new, new_slope = looked_at(trial)
-            better = new > value
-            best = torch.where(better.unsqueeze(-1), trial, best)
-            slope = torch.where(better.unsqueeze(-1), new_slope, slope)
-            value = torch.where(better, new, value)
-            rate = torch.where(better, (1.5 * rate).clamp(max=self.rate), rate / 2)
+            new, new_slope = value_and_gradient(trial)
+            improved = new > value
+            best = torch.where(improved.unsqueeze(-1), trial, best)
+            slope = torch.where(improved.unsqueeze(-1), new_slope, slope)
+            value = torch.where(improved, new, value)
+            rate = torch.where(improved, (1.5 * rate).clamp(max=self.rate), rate / 2)
         return best
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         start = call_with_context(self.net, x, context=context)
         if torch.is_grad_enabled() and self.through and start.requires_grad:
-            return self.head(self._refined(x, start, True, context))
+            return self.head(self._ascend_elbo(x, start, True, context))
         with torch.enable_grad():
-            shift = self._refined(x, start.detach().requires_grad_(), False, context).detach() - start.detach()
+            shift = self._ascend_elbo(x, start.detach().requires_grad_(), False, context).detach() - start.detach()
         return self.head(start + shift)
 
 
 @functools.cache
-def _noise(count: int, latent: int, seed: int) -> Tensor:
-    """Standard normal noise [count, latent], in pairs of opposite sign and with variance one in every dim."""
+def _antithetic_noise(count: int, latent: int, seed: int) -> Tensor:
+    """Antithetic standard normal noise [count, latent] with variance one in every dim."""
     half = torch.randn(count // 2, latent, generator=torch.Generator().manual_seed(seed))
     if len(half) >= latent:  # as many draws as dims: uncorrelated, too
         half = torch.linalg.qr(half).Q

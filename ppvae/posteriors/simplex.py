@@ -16,7 +16,7 @@ from ppvae.priors.simplex import DirichletVector, LogisticNormalVector
 class Dirichlet(Amortized):
     """A Dirichlet posterior over proportions, q(z | x) = Dirichlet(z; floor + softplus(net(x))).
 
-    Draws are reparameterised implicitly. The floor keeps concentrations from where draws leave float32.
+    Draws have implicit reparameterisation gradients. The floor avoids concentrations at which draws underflow float32.
 
     Args:
         net: maps data [..., *event] to [..., latent].
@@ -40,11 +40,11 @@ class Dirichlet(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., latent] stand for."""
+        """The distribution with outputs [..., latent]."""
         return DirichletVector(self.floor + F.softplus(outputs))
 
 
@@ -65,10 +65,10 @@ class LogisticNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., 2 * latent] stand for."""
+        """The distribution with outputs [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return LogisticNormalVector(loc, log_scale.exp())

@@ -1,4 +1,4 @@
-"""A reparameterised posterior on the sphere."""
+"""The power spherical posterior on the unit sphere."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.sphere import SphereUniform, unit
+from ppvae.priors.sphere import SphericalUniform, normalize
 
 
 @final
@@ -23,8 +23,8 @@ class PowerSphericalVector(dist.TorchDistribution):
     """Unit vectors around `loc`, p(z) = (1 + loc . z)^kappa / C, kappa >= 0 the concentration; zero is uniform.
 
     log C = (a + b) log 2 + b log pi + lgamma(a) - lgamma(a + b), b = (D - 1) / 2, a = b + kappa, for D elements, with
-    respect to the sphere's surface. `loc` [..., D] are unit vectors, `concentration` [...]. The density is that of
-    s = (1 + loc . z) / 2 with the power of two cancelled, normaliser and entropy are worked out in float64: right in
+    respect to the sphere's surface. `loc` [..., D] are unit vectors, `concentration` [...]. The density is
+    computed from s = (1 + loc . z) / 2 with the power of two cancelled, normaliser and entropy in float64: accurate in
     float32 at a concentration of 1e8.
 
     >>> p = PowerSphericalVector(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.0))
@@ -42,7 +42,7 @@ class PowerSphericalVector(dist.TorchDistribution):
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSphericalVector:
-        return expanded(self, batch_shape, loc=1, concentration=0)
+        return expand_parameters(self, batch_shape, loc=1, concentration=0)
 
     def _shapes(self) -> tuple[Tensor, float]:
         """a and b of the Beta distribution that (1 + loc . z) / 2 has, in float64."""
@@ -57,26 +57,26 @@ class PowerSphericalVector(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # for unit vectors s = |loc + z|^2 / 4 = 1 - |loc - z|^2 / 4: the one is exact far from loc, the other near
+        # for unit vectors s = |loc + z|^2 / 4 = 1 - |loc - z|^2 / 4: accurate far from loc and near it, respectively
         s = (((self.loc + value) ** 2).sum(-1) / 4).clamp(min=torch.finfo(value.dtype).tiny)
-        rest = (((self.loc - value) ** 2).sum(-1) / 4).clamp(max=0.75)
-        log_s = torch.where(rest < 0.5, torch.log1p(-rest), s.log())
+        complement = (((self.loc - value) ** 2).sum(-1) / 4).clamp(max=0.75)
+        log_s = torch.where(complement < 0.5, torch.log1p(-complement), s.log())
         return self.concentration * log_s - self._log_normaliser().to(value.dtype)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         a, b = self._shapes()
-        both = torch.stack([a, torch.full_like(a, b)], -1).expand(*shape[:-1], 2)
-        share, rest = torch.distributions.Dirichlet(both, validate_args=False).rsample().unbind(-1)
-        tangent = unit(torch.randn(*shape[:-1], shape[-1] - 1, dtype=a.dtype, device=a.device))
-        along, across = (share - rest).unsqueeze(-1), (2 * (share * rest).sqrt()).unsqueeze(-1)
+        concentrations = torch.stack([a, torch.full_like(a, b)], -1).expand(*shape[:-1], 2)
+        share, complement = torch.distributions.Dirichlet(concentrations, validate_args=False).rsample().unbind(-1)
+        tangent = normalize(torch.randn(*shape[:-1], shape[-1] - 1, dtype=a.dtype, device=a.device))
+        along, across = (share - complement).unsqueeze(-1), (2 * (share * complement).sqrt()).unsqueeze(-1)
         start = torch.cat([along, across * tangent], -1)  # around the first axis
-        # a reflection takes the axis to loc, or to -loc and then a change of sign: whichever is far from singular
+        # a reflection maps the axis to loc, or to -loc with a change of sign, whichever is far from singular
         loc = self.loc.double()
         axis = F.pad(torch.ones_like(loc[..., :1]), (0, shape[-1] - 1))
         sign = torch.where(loc[..., :1] >= 0, 1.0, -1.0)
-        mirror = unit(axis + sign * loc)
-        return unit(-sign * (start - 2 * (start * mirror).sum(-1, keepdim=True) * mirror)).to(self.loc.dtype)
+        mirror = normalize(axis + sign * loc)
+        return normalize(-sign * (start - 2 * (start * mirror).sum(-1, keepdim=True) * mirror)).to(self.loc.dtype)
 
     def entropy(self) -> Tensor:
         a, b = self._shapes()
@@ -84,8 +84,8 @@ class PowerSphericalVector(dist.TorchDistribution):
         return (self._log_normaliser() - self.concentration.double() * mean_log).to(self.loc.dtype)
 
 
-@register_kl(PowerSphericalVector, SphereUniform)
-def _kl_to_uniform(p: PowerSphericalVector, q: SphereUniform) -> Tensor:
+@register_kl(PowerSphericalVector, SphericalUniform)
+def _kl_to_uniform(p: PowerSphericalVector, q: SphericalUniform) -> Tensor:
     return -p.entropy() - q.log_prob(p.loc)
 
 
@@ -93,8 +93,8 @@ def _kl_to_uniform(p: PowerSphericalVector, q: SphereUniform) -> Tensor:
 class PowerSpherical(Amortized):
     """A posterior over unit vectors around a mean direction, q(z | x) proportional to (1 + loc(x) . z)^kappa(x).
 
-    Reparameterised throughout: 2 t - 1 with t from a Beta distribution along `loc`, a uniform direction across. The
-    prior that goes with it is `priors.UniformOnSphere`.
+    Reparameterised: 2 t - 1 with t from a Beta distribution along `loc`, a uniform direction orthogonal to it. Its
+    prior is `priors.UniformOnSphere`.
 
     Args:
         net: maps data [..., *event] to [..., latent + 1]: a vector whose direction is loc, and a number whose softplus
@@ -112,14 +112,14 @@ class PowerSpherical(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """How many outputs the network has."""
+        """The number of network outputs."""
         return latent + 1
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution that outputs [..., latent + 1] stand for."""
+        """The distribution with outputs [..., latent + 1]."""
         if outputs.shape[-1] < 3:
             raise ValueError(f"net: expected latent + 1 outputs with latent at least 2, found {outputs.shape[-1]}")
         where = outputs[..., :-1]
-        nowhere = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
+        is_zero = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
         axis = F.pad(torch.ones_like(where[..., :1]), (0, where.shape[-1] - 1))
-        return PowerSphericalVector(unit(torch.where(nowhere, axis, where)), F.softplus(outputs[..., -1]))
+        return PowerSphericalVector(normalize(torch.where(is_zero, axis, where)), F.softplus(outputs[..., -1]))

@@ -1,4 +1,4 @@
-"""Autoregressive priors, p(z) = prod_d p(z_d | z_1 .. z_(d-1)), by a masked network: one pass for a density."""
+"""Autoregressive priors, p(z) = prod_d p(z_d | z_<d), by a masked network: a density takes one pass."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import distributions
+from ppvae.priors.discrete_vectors import MAX_JOINT_VALUES, OneHotVector, enumerated_values, joint_values
 from ppvae.priors.flows import zuko
-from ppvae.priors.vectors import MOST_VALUES, OneHotVector, grid, laid_out
 
 
 @final
-class ClassChain(distributions.Autoregressive):
-    """Classes drawn one after another, each given those before it, with up to 65536 joint values laid out.
+class AutoregressiveClasses(distributions.Autoregressive):
+    """An autoregressive distribution over vectors of classes, enumerable up to 65536 joint values.
 
-    log p(z) = sum_v log p(z_v | z_<v), as `ppvae.distributions.Autoregressive` has it; `conditionals` maps classes
-    [..., variables] to a distribution of such vectors, whose factor v depends on elements before v alone.
+    log p(z) = sum_v log p(z_v | z_<v), see `ppvae.distributions.Autoregressive`; `conditionals` maps classes
+    [..., variables] to a factorised distribution over them, whose factor v depends on elements before v only.
 
     >>> def copying(z):
     ...     same = 50.0 * F.one_hot(F.pad(z, (1, -1)), 3)
     ...     return dist.Categorical(logits=same).to_event(1)
-    >>> ClassChain(copying, 2, 3).log_prob(torch.tensor([0, 0])).exp()
+    >>> AutoregressiveClasses(copying, 2, 3).log_prob(torch.tensor([0, 0])).exp()
     tensor(1.)
     """
 
@@ -38,24 +38,26 @@ class ClassChain(distributions.Autoregressive):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether the joint values are few enough to be laid out."""
-        return self.classes ** self.event_shape.numel() <= MOST_VALUES
+        """Whether there are at most 65536 joint values."""
+        return self.classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         if not self.has_enumerate_support:
-            raise NotImplementedError(f"more than {MOST_VALUES} joint values of {self.event_shape.numel()} variables")
+            raise NotImplementedError(
+                f"more than {MAX_JOINT_VALUES} joint values of {self.event_shape.numel()} variables"
+            )
         values = torch.arange(self.classes, device=self.start.device)
-        return laid_out(grid(values, self.event_shape.numel()), self.batch_shape, expand)
+        return enumerated_values(joint_values(values, self.event_shape.numel()), self.batch_shape, expand)
 
 
-class _Masked(nn.Module):
-    """A masked network [..., variables * width] -> [..., variables, outputs]: row d sees elements before d alone."""
+class _AutoregressiveMLP(nn.Module):
+    """A masked MLP, [..., variables * width] -> [..., variables, outputs]; row d depends on elements before d only."""
 
     def __init__(self, variables: int, width: int, outputs: int, hidden: Sequence[int]):
         super().__init__()
         before = torch.ones(variables, variables).tril(-1).bool().repeat_interleave(width, 1)
-        seen = torch.cat([torch.ones(variables, 1).bool(), before], 1)  # the first input is a constant one
-        self.net = zuko.nn.MaskedMLP(seen.repeat_interleave(outputs, 0), hidden_features=hidden, activation=nn.ELU)
+        adjacency = torch.cat([torch.ones(variables, 1).bool(), before], 1)  # the first input is a constant one
+        self.net = zuko.nn.MaskedMLP(adjacency.repeat_interleave(outputs, 0), hidden_features=hidden, activation=nn.ELU)
         self.variables = variables
         for p in self.net[-1].parameters():
             nn.init.zeros_(p)
@@ -69,12 +71,12 @@ class Autoregressive(nn.Module):
     """A real autoregressive prior whose conditionals are mixtures of normals, by a masked network (MADE).
 
     log p(z) = sum_d logsumexp_c (log w_dc + log N(z_d; loc_dc, scale_dc)), with w, loc, scale functions of z_<d.
-    With one component it starts as the standard normal. Log-scales stay within 7 of zero: far from the data a network
-    would send them anywhere.
+    With one component it starts as the standard normal. Log-scales are bounded to [-7, 7], as a network extrapolates
+    without bounds far from the data.
 
     Args:
         latent: the size of z.
-        components: of each conditional.
+        components: the number of mixture components of each conditional.
         hidden: the widths of the masked network.
 
     Returns batch shape [], event shape [latent].
@@ -90,7 +92,7 @@ class Autoregressive(nn.Module):
         super().__init__()
         if components < 1:
             raise ValueError(f"components: expected at least 1, found {components}")
-        self.net = _Masked(latent, 1, 3 * components, hidden)
+        self.net = _AutoregressiveMLP(latent, 1, 3 * components, hidden)
         self.loc = nn.Parameter(torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1))
         self.register_buffer("like", torch.zeros(latent), persistent=False)
 
@@ -127,15 +129,15 @@ class AutoregressiveCategorical(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
         super().__init__()
-        self.classes, self.net = classes, _Masked(variables, classes, classes, hidden)
+        self.classes, self.net = classes, _AutoregressiveMLP(variables, classes, classes, hidden)
         self.register_buffer("like", torch.zeros(variables), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         def conditional(z: Tensor) -> Any:
-            written = F.one_hot(z, self.classes).to(self.like.dtype).flatten(-2)
-            return dist.Categorical(logits=self.net(written)).to_event(1)
+            one_hot = F.one_hot(z, self.classes).to(self.like.dtype).flatten(-2)
+            return dist.Categorical(logits=self.net(one_hot)).to_event(1)
 
-        return ClassChain(conditional, len(self.like), self.classes, self.like.device)
+        return AutoregressiveClasses(conditional, len(self.like), self.classes, self.like.device)
 
 
 @final
@@ -144,7 +146,7 @@ class AutoregressiveOneHot(nn.Module):
 
     Args:
         classes: values of each variable.
-        variables: how many one-hot vectors z is made of.
+        variables: the number of one-hot vectors in z.
         hidden: the widths of the masked network.
 
     Returns batch shape [], event shape [variables * classes]; values in floating point, which a network takes.

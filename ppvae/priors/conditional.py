@@ -1,4 +1,4 @@
-"""Priors that are given something: a label, an attribute."""
+"""Conditional priors, given a label or attributes."""
 
 from __future__ import annotations
 

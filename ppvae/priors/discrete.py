@@ -1,4 +1,4 @@
-"""Discrete priors, learned or uniform, and their relaxed counterparts with a density of their own."""
+"""Discrete priors, uniform or learned, and their relaxed counterparts (Concrete distributions)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.priors.relaxed import BinaryConcrete, Concrete
-from ppvae.priors.vectors import OneHotVector, Vector
+from ppvae.priors.concrete import BinaryConcrete, Concrete
+from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 
 
 @final
 class Bernoulli(nn.Module):
-    """Independent binary variables, log p(z) = sum_d z_d l_d - softplus(l_d); every bit has probability 1/2 at first.
+    """Independent binary variables, log p(z) = sum_d z_d l_d - softplus(l_d); initially 1/2 each.
 
     Args:
         latent: the number of variables.
@@ -32,10 +32,10 @@ class Bernoulli(nn.Module):
 
     def __init__(self, latent: int, learned: bool = False):
         super().__init__()
-        _set(self, torch.zeros(latent), learned)
+        _register_logits(self, torch.zeros(latent), learned)
 
     def forward(self) -> dist.TorchDistribution:
-        return Vector(distributions.Bernoulli(logits=self.logits), 1)
+        return DiscreteVector(distributions.Bernoulli(logits=self.logits), 1)
 
     def relaxed(self, temperature: float = 0.5) -> RelaxedBernoulli:
         """The relaxed prior with the same logits, whose `discrete` is this one."""
@@ -48,7 +48,7 @@ class Bernoulli(nn.Module):
 class Categorical(nn.Module):
     """Independent variables with several classes, log p(z) = sum_v log softmax(l_v)_(z_v); uniform at first.
 
-    Values are integers 0 .. classes - 1, for a likelihood that embeds them; `OneHot` has them in floating point.
+    Values are integers 0 .. classes - 1, for a likelihood that embeds them; `OneHot` gives floating point.
 
     Args:
         classes: values of each variable.
@@ -66,19 +66,19 @@ class Categorical(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
         super().__init__()
-        _set(self, torch.zeros(variables, classes), learned)
+        _register_logits(self, torch.zeros(variables, classes), learned)
 
     def forward(self) -> dist.TorchDistribution:
-        return Vector(dist.Categorical(logits=self.logits), 1)
+        return DiscreteVector(dist.Categorical(logits=self.logits), 1)
 
 
 @final
 class OneHot(nn.Module):
-    """`Categorical` with each class written as a one-hot vector, end to end, so that a network takes z as it is.
+    """`Categorical` with classes as one-hot vectors, concatenated, so that a network can take z.
 
     Args:
         classes: values of each variable.
-        variables: how many one-hot vectors z is made of.
+        variables: the number of one-hot vectors in z.
         learned: whether the logits are trained.
 
     Returns batch shape [], event shape [variables * classes]; enumerable up to 65536 joint values.
@@ -92,10 +92,10 @@ class OneHot(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
         super().__init__()
-        _set(self, torch.zeros(variables, classes), learned)
+        _register_logits(self, torch.zeros(variables, classes), learned)
 
     def forward(self) -> dist.TorchDistribution:
-        base = Vector(dist.Categorical(logits=self.logits), 1)
+        base = DiscreteVector(dist.Categorical(logits=self.logits), 1)
         return OneHotVector(base, self.logits.shape[-1], self.logits.dtype)
 
     def relaxed(self, temperature: float = 0.5) -> RelaxedOneHot:
@@ -107,7 +107,7 @@ class OneHot(nn.Module):
 
 @final
 class RelaxedBernoulli(nn.Module):
-    """Independent relaxed binary variables on (0, 1), the prior that goes with `posteriors.RelaxedBernoulli`.
+    """Independent relaxed binary variables on (0, 1), the prior for `posteriors.RelaxedBernoulli`.
 
     log p(z) = sum_d log BinaryConcrete(z_d; l_d, temperature). `discrete` is the Bernoulli prior with the same logits.
 
@@ -127,7 +127,7 @@ class RelaxedBernoulli(nn.Module):
 
     def __init__(self, latent: int, temperature: float = 0.5, learned: bool = False):
         super().__init__()
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
         self.discrete = Bernoulli(latent, learned)
 
     def forward(self) -> dist.TorchDistribution:
@@ -136,13 +136,13 @@ class RelaxedBernoulli(nn.Module):
 
 @final
 class RelaxedOneHot(nn.Module):
-    """Independent relaxed one-hot vectors, end to end, the prior that goes with `posteriors.RelaxedOneHot`.
+    """Independent relaxed one-hot vectors, concatenated, the prior for `posteriors.RelaxedOneHot`.
 
     log p(z) = sum_v log Concrete(z_v; l_v, temperature). `discrete` is the one-hot prior with the same logits.
 
     Args:
         classes: values of each variable.
-        variables: how many vectors z is made of.
+        variables: the number of vectors in z.
         temperature: of the prior; that of the posterior may differ.
         learned: whether the logits l are trained.
 
@@ -157,21 +157,21 @@ class RelaxedOneHot(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, temperature: float = 0.5, learned: bool = False):
         super().__init__()
-        self.register_buffer("temperature", checked_temperature(temperature))
+        self.register_buffer("temperature", temperature_tensor(temperature))
         self.discrete = OneHot(classes, variables, learned)
 
     def forward(self) -> dist.TorchDistribution:
         return Concrete(self.temperature, self.discrete.logits)
 
 
-def checked_temperature(temperature: float) -> Tensor:
-    """The temperature as a tensor, if it is positive."""
+def temperature_tensor(temperature: float) -> Tensor:
+    """The temperature as a tensor; ValueError unless it is positive."""
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, found {temperature}")
     return torch.tensor(float(temperature))
 
 
-def _set(module: nn.Module, logits: Tensor, learned: bool) -> None:
+def _register_logits(module: nn.Module, logits: Tensor, learned: bool) -> None:
     if learned:
         module.logits = nn.Parameter(logits)
     else:

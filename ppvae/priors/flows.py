@@ -1,4 +1,4 @@
-"""Normalizing flows with a cheap density, from zuko, as priors: they start as the standard normal."""
+"""Normalizing flows from zuko as priors; each starts as the standard normal."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
 @contextmanager
-def _validation_kept() -> Iterator[None]:
-    """zuko switches the checks of every torch distribution off where it is imported first."""
+def _restore_validation() -> Iterator[None]:
+    """Restores argument validation of torch distributions, which the import of zuko disables globally."""
     before = torch.distributions.Distribution._validate_args
     yield
     torch.distributions.Distribution._validate_args = before
 
 
-with _validation_kept():
+with _restore_validation():
     import zuko
 
 
@@ -30,9 +30,8 @@ with _validation_kept():
 class Flow(dist.TorchDistribution):
     """A zuko flow as a Pyro distribution over a real vector: log p(z) = log p_0(f(z)) + log |det df/dz|.
 
-    pyro.contrib.zuko.ZukoToPyro has no `sample`, no `support` and no shape of its own, which plates, supports and
-    `terms` ask for. As there, a draw's own density comes with the draw; here only where that has the gradient that
-    the density by itself has.
+    pyro.contrib.zuko.ZukoToPyro lacks `sample`, `support` and shapes, which plates and `terms` need. As there, the
+    density of a draw is cached with the draw; here it is used only where its gradient equals that of `log_prob`.
 
     >>> Flow(zuko.flows.MAF(3)()).expand([5]).rsample().shape
     torch.Size([5, 3])
@@ -44,29 +43,29 @@ class Flow(dist.TorchDistribution):
 
     def __init__(self, flow: Any, validate_args: bool | None = None):
         self.flow = flow
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Flow:
-        new = expanded(self, batch_shape)
-        new.flow, new._drawn = self.flow.expand(torch.Size(batch_shape)), None
+        new = expand_parameters(self, batch_shape)
+        new.flow, new._cache = self.flow.expand(torch.Size(batch_shape)), None
         return new
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
-        self._drawn = value, log_prob
+        self._cache = value, log_prob
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # a value without a path is a constant to whoever asks for gradients: its density is worked out anew
-        if self._drawn and self._drawn[0] is value and (value.requires_grad or not torch.is_grad_enabled()):
-            return self._drawn[1]
+        # under gradients, a value without a path is a constant, and its density is computed anew
+        if self._cache and self._cache[0] is value and (value.requires_grad or not torch.is_grad_enabled()):
+            return self._cache[1]
         return self.flow.log_prob(value)
 
 
-def at_identity(flow: Any) -> Any:
+def start_at_identity(flow: Any) -> Any:
     """Sets the last layer of every hypernetwork of a zuko flow to zero, so that the flow is the identity."""
     for module in flow.modules():
         last = module.hyper[-1].parameters() if hasattr(module, "hyper") else getattr(module, "phi", ())
@@ -77,14 +76,14 @@ def at_identity(flow: Any) -> Any:
 
 @final
 class RealNVP(nn.Module):
-    """A real-valued non-volume-preserving flow: affine coupling layers on alternating halves, both ways in one pass.
+    """A real-valued non-volume-preserving flow: affine coupling layers on alternating halves, invertible in one pass.
 
     log p(z) = log N(f(z); 0, I) + sum over layers of sum_d s_d, where a layer maps z_d to exp(s_d) z_d + t_d and s, t
     are functions of the other half. It starts as the standard normal.
 
     Args:
         latent: the size of z.
-        transforms: how many coupling layers.
+        transforms: the number of coupling layers.
         hidden: the widths of each layer's network.
 
     Returns batch shape [], event shape [latent].
@@ -96,7 +95,7 @@ class RealNVP(nn.Module):
 
     def __init__(self, latent: int, transforms: int = 6, hidden: Sequence[int] = (64, 64)):
         super().__init__()
-        self.flow = at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
+        self.flow = start_at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
         return Flow(self.flow())
@@ -104,7 +103,7 @@ class RealNVP(nn.Module):
 
 @final
 class MAF(nn.Module):
-    """A masked autoregressive flow: z_d given z_1 .. z_(d-1) is affine in noise; the order turns around between layers.
+    """A masked autoregressive flow: z_d given z_<d is affine in the noise; the order is reversed between layers.
 
     log p(z) = log N(f(z); 0, I) + sum over layers of sum_d s_d(z_<d). The density takes one pass through each layer, a
     draw takes `latent` of them. It starts as the standard normal.
@@ -124,7 +123,7 @@ class MAF(nn.Module):
 
     def __init__(self, latent: int, transforms: int = 3, hidden: Sequence[int] = (64, 64)):
         super().__init__()
-        self.flow = at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
+        self.flow = start_at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
         return Flow(self.flow())
@@ -152,7 +151,7 @@ class NeuralSpline(nn.Module):
 
     def __init__(self, latent: int, transforms: int = 2, hidden: Sequence[int] = (64, 64), bins: int = 8):
         super().__init__()
-        self.flow = at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
+        self.flow = start_at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
         return Flow(self.flow())

@@ -1,4 +1,4 @@
-"""Priors that are mixtures: of learned normals, and of the posterior at learned pseudo-inputs (VampPrior)."""
+"""Mixture priors: mixtures of learned normals, and the VampPrior."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 from ppvae.errors import ContractError
-from ppvae.nn.conditional import call_with_context, needs_context, takes_context
+from ppvae.nn.context import call_with_context, needs_context, takes_context
 
-_NUMBERS = 1 << 22  # the most numbers (rows x components x event) that a density looks at at once
+_MAX_ELEMENTS = 1 << 22  # the largest number of elements (rows x components x event) of a chunk
 
 
 @final
 class Mixture(dist.TorchDistribution):
     """A mixture of components, log p(z) = logsumexp_c (log_softmax(logits)_c + log p_c(z)).
 
-    `components` is a distribution of batch shape [components], which is never copied: the mixture's own batch shape is
-    a matter of `expand`. Components are summed for a few rows at a time, so that no tensor is larger than about
-    4 million numbers; the result does not depend on it. `logits` [components] are zeros where None: equal weights.
-    Not reparameterised: a draw chooses its component by the weights.
+    `components` is a distribution of batch shape [components], which `expand` never copies. Rows are summed in chunks,
+    so that no tensor exceeds about 4 million elements; the result does not depend on the chunks. `logits` [components]
+    default to equal weights. Not reparameterised: a draw chooses its component.
 
     >>> two = dist.Normal(torch.tensor([[-1.0], [1.0]]), 1.0).to_event(1)
     >>> Mixture(two).expand([4]).log_prob(torch.zeros(3, 4, 1)).shape
@@ -42,11 +41,11 @@ class Mixture(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> Any:
-        """That of the components."""
+        """The support of the components."""
         return self.components.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
-        return expanded(self, batch_shape)
+        return expand_parameters(self, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -57,7 +56,7 @@ class Mixture(dist.TorchDistribution):
         weights = 0.0 if self.logits is None else self.logits.log_softmax(-1)
         parts = [
             torch.logsumexp(self.components.log_prob(part) + weights, -1)
-            for part in rows.split(max(1, _NUMBERS // max(1, self._size)))
+            for part in rows.split(max(1, _MAX_ELEMENTS // max(1, self._size)))
         ]
         log_prob = torch.cat(parts)
         if self.logits is None:
@@ -67,17 +66,17 @@ class Mixture(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape
-            some = self.components.sample()
-            logits = some.new_zeros(len(some)) if self.logits is None else self.logits
-            chosen = torch.distributions.Categorical(logits=logits).sample((shape.numel(),))
-            # the r-th row that chose a component takes that component's r-th draw
-            order = chosen.argsort(stable=True)
-            counts = chosen.bincount(minlength=len(some))
+            template = self.components.sample()
+            logits = template.new_zeros(len(template)) if self.logits is None else self.logits
+            selected = torch.distributions.Categorical(logits=logits).sample((shape.numel(),))
+            # the r-th row with a component takes the r-th draw of that component
+            order = selected.argsort(stable=True)
+            counts = selected.bincount(minlength=len(template))
             starts = counts.cumsum(0) - counts
-            rank = torch.empty_like(chosen)
-            rank[order] = torch.arange(len(chosen), device=chosen.device) - starts[chosen[order]]
+            rank = torch.empty_like(selected)
+            rank[order] = torch.arange(len(selected), device=selected.device) - starts[selected[order]]
             draws = self.components.sample((int(counts.max()),))
-            return draws[rank, chosen].reshape(shape + self.event_shape)
+            return draws[rank, selected].reshape(shape + self.event_shape)
 
 
 @final
@@ -88,7 +87,7 @@ class MixtureOfNormals(nn.Module):
 
     Args:
         latent: the size of z.
-        components: how many. Their locations start at draws of a standard normal, their scales at one, their weights
+        components: the number of components. Locations start at standard normal draws, scales at one, weights
             equal; a single component starts as the standard normal.
 
     Returns batch shape [], event shape [latent]. Raises ValueError for fewer than one component.
@@ -114,20 +113,20 @@ class MixtureOfNormals(nn.Module):
 class VampPrior(nn.Module):
     """The mixture of the posterior at learned pseudo-inputs, log p(z) = log (1/K) sum_k q(z | u_k).
 
-    The density is deterministic: all K components are summed, at every call. Without gradients and in evaluation mode
-    the components are computed once and kept until a parameter or buffer of the posterior, or a pseudo-input, changes.
-    The network runs in the mode (training, evaluation) that the posterior is in, for it is the same module; its
-    parameters are trained through prior and posterior alike. Pseudo-inputs are not clipped to the data's range.
+    The density is deterministic: every call sums all K components. Without gradients and in evaluation mode the
+    components are cached until a parameter or buffer of the posterior, or a pseudo-input, changes. The prior shares the
+    posterior module, with its mode (training or evaluation) and its parameters, which get gradients through both.
+    Pseudo-inputs are not clipped to the range of the data.
 
     Args:
         posterior: the module q(z | x) that the pair's guide uses.
-        pseudo_inputs: where they start, [K, *event]; `VampPrior.from_data` takes them from data.
-        context: for a posterior that declares `context`, what goes with each pseudo-input, [K, ...]: real numbers are
-            trained as the pseudo-inputs are, labels stay as they are.
+        pseudo_inputs: their initial values, [K, *event]; `VampPrior.from_data` takes them from data.
+        context: for a posterior that declares `context`, the context of each pseudo-input, [K, ...]; real numbers are
+            trained as the pseudo-inputs are, labels are fixed.
 
     Returns batch shape [], event shape [latent]; draws choose k uniformly.
-    Raises ValueError for a posterior that cannot do without a context where there is none, or that takes none where
-    there is one; ContractError for a point mass, which is no density.
+    Raises ValueError for a missing context, or for one that the posterior does not declare; ContractError for a point
+    mass, which has no density.
     Source: Tomczak and Welling 2018 (arXiv 1705.07120).
 
     >>> from ppvae import nn, posteriors
@@ -157,7 +156,7 @@ class VampPrior(nn.Module):
             self.context = nn.Parameter(context.detach().clone())
         else:
             self.register_buffer("context", context)
-        self._kept: tuple[Any, Any] | None = None
+        self._cache: tuple[Any, Any] | None = None
 
     @classmethod
     def from_data(
@@ -169,16 +168,16 @@ class VampPrior(nn.Module):
         seed: int = 0,
         context: Tensor | None = None,
     ) -> VampPrior:
-        """Pseudo-inputs that start at different rows of data [N, *event] or a split, plus normal noise.
+        """Pseudo-inputs initialised at distinct rows of data [N, *event] or of a split, plus normal noise.
 
         Args:
             posterior: the module q(z | x) that the pair's guide uses.
             data: the training data.
-            components: how many pseudo-inputs, K.
+            components: K, the number of pseudo-inputs.
             noise: the scale of the noise.
             seed: of the choice of rows and of the noise.
 
-        `context` [N, ...] are the rows' own contexts, where the posterior declares one.
+        `context` [N, ...] holds the contexts of the rows, where the posterior declares one.
         Raises ValueError where there are fewer rows than components.
         """
         if not 1 <= components <= len(data):
@@ -186,32 +185,32 @@ class VampPrior(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(data), generator=generator)[:components]
         rows = data.read(index) if hasattr(data, "read") else data[index.to(data.device)]
-        chosen = None if context is None else context[index.to(context.device)]
-        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), chosen)
+        selected = None if context is None else context[index.to(context.device)]
+        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), selected)
 
     def forward(self) -> dist.TorchDistribution:
-        if _traced():
+        if _is_traced():
             return Mixture(self._components())
         if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
-            self._kept = None
+            self._cache = None
             return Mixture(self._components())
-        state = self._state()
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._components()
-        return Mixture(self._kept[1])
+        state = self._fingerprint()
+        if self._cache is None or self._cache[0] != state:
+            self._cache = state, self._components()
+        return Mixture(self._cache[1])
 
     def _components(self) -> Any:
-        found = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
-        if isinstance(found, dist.Delta):
+        components = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
+        if isinstance(components, dist.Delta):
             raise ContractError(
                 f"VampPrior: expected a posterior with a density, found {type(self.posterior).__name__}, a point mass"
             )
-        return found
+        return components
 
-    def _state(self) -> Any:
-        """What tells whether any tensor has changed, by place, version and sum (fused optimizers leave versions alone).
+    def _fingerprint(self) -> Any:
+        """A fingerprint of all tensors: address, version and sum (fused optimizers do not bump versions).
 
-        And whether a mode is on in which layers are others, such as of products in bfloat16.
+        It includes the torch-function modes, under which layers may compute otherwise (such as products in bfloat16).
         """
         tensors = [*self.parameters(), *self.buffers()]
         sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist()
@@ -222,8 +221,8 @@ class VampPrior(nn.Module):
         )
 
 
-def _traced() -> bool:
-    """Whether operations are being written into a graph, which computes by itself only once what stays the same."""
+def _is_traced() -> bool:
+    """Whether operations are being traced into a graph, which itself computes constant parts once."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None

@@ -1,4 +1,4 @@
-"""Priors with independent real dims: standard and learned normal, and two with heavier tails."""
+"""Priors with independent real dims: standard and learned normal, Laplace, Student's t."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Laplace(nn.Module):
 
     def __init__(self, latent: int, scale: float = 1.0):
         super().__init__()
-        self.register_buffer("scale", _positive("scale", scale).expand(latent).clone(), persistent=False)
+        self.register_buffer("scale", _positive_tensor("scale", scale).expand(latent).clone(), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Laplace(torch.zeros_like(self.scale), self.scale).to_event(1)
@@ -98,14 +98,14 @@ class StudentT(nn.Module):
 
     def __init__(self, latent: int, df: float = 5.0, scale: float = 1.0):
         super().__init__()
-        self.register_buffer("df", _positive("df", df), persistent=False)
-        self.register_buffer("scale", _positive("scale", scale).expand(latent).clone(), persistent=False)
+        self.register_buffer("df", _positive_tensor("df", df), persistent=False)
+        self.register_buffer("scale", _positive_tensor("scale", scale).expand(latent).clone(), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         return distributions.StudentT(self.df, torch.zeros_like(self.scale), self.scale).to_event(1)
 
 
-def _positive(name: str, value: float) -> Tensor:
+def _positive_tensor(name: str, value: float) -> Tensor:
     if not value > 0:
         raise ValueError(f"{name}: expected a positive number, found {value}")
     return torch.tensor(float(value))

@@ -1,4 +1,4 @@
-"""Priors over proportions, for topic models: Dirichlet and logistic-normal."""
+"""Priors over proportions (the simplex), for topic models: Dirichlet and logistic-normal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import biject_to, transforms
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
-class Simplices(constraints.Constraint):
-    """Vectors of several simplices of the same size, end to end; `size` None is one simplex of any size.
+class SimplexBlocksConstraint(constraints.Constraint):
+    """Concatenated simplices of the same size; `size` None is a single simplex of any size.
 
-    torch's simplex asks for a sum within 1e-6 of one, which rounding alone can break in float32: a draw that fails it
-    would have no density. Here the tolerance grows with the size and the dtype's precision.
+    torch's simplex requires a sum within 1e-6 of one, which rounding in float32 can violate: such a draw would have no
+    density. Here the tolerance scales with the size and the precision of the dtype.
     """
 
     is_discrete = False
@@ -39,12 +39,12 @@ class Simplices(constraints.Constraint):
         return "Simplex"
 
 
-simplex = Simplices()
+simplex = SimplexBlocksConstraint()
 
 
-@biject_to.register(Simplices)
-def _real_coordinates(support: Simplices) -> transforms.Transform:
-    """One simplex from real numbers, for quadrature and annealing, as torch's own simplex has it."""
+@biject_to.register(SimplexBlocksConstraint)
+def _biject_to_simplex(support: SimplexBlocksConstraint) -> transforms.Transform:
+    """The stick-breaking transform of torch's simplex, for quadrature and annealing; for a single simplex only."""
     if hasattr(support, "size"):
         raise NotImplementedError
     return transforms.StickBreakingTransform()
@@ -52,7 +52,7 @@ def _real_coordinates(support: Simplices) -> transforms.Transform:
 
 @final
 class DirichletVector(dist.Dirichlet):
-    """Pyro's Dirichlet with a support that rounding does not leave, and draws without zeros."""
+    """Pyro's Dirichlet with a support that tolerates rounding, and draws without zeros."""
 
     support = simplex
 
@@ -65,11 +65,11 @@ class DirichletVector(dist.Dirichlet):
 class LogisticNormalVector(dist.TorchDistribution):
     """z = softmax(y), y ~ N(loc, diag(scale)^2), a density on the simplex of as many elements as y has.
 
-    With w = 1 / scale^2, W = sum w, a = log z - loc and m = sum w a / W (softmax forgets a shift of y, so that the
-    density integrates over it),
+    With w = 1 / scale^2, W = sum w, a = log z - loc and m = sum w a / W (softmax is invariant to a shift of y, over
+    which the density integrates),
     log p(z) = -sum w (a - m)^2 / 2 - sum log(sqrt(2 pi) scale) + log(2 pi / W) / 2 - sum log z,
     with respect to all elements but one. Aitchison and Shen 1980, Logistic-normal distributions.
-    Elements of a draw are at least the smallest number of their dtype.
+    Elements of a draw are at least the smallest normal number of the dtype.
 
     >>> LogisticNormalVector(torch.zeros(3), torch.ones(3)).rsample().sum() - 1 < 1e-6
     tensor(True)
@@ -87,7 +87,7 @@ class LogisticNormalVector(dist.TorchDistribution):
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticNormalVector:
-        return expanded(self, batch_shape, loc=1, scale=1)
+        return expand_parameters(self, batch_shape, loc=1, scale=1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         noise = torch.randn(
@@ -113,8 +113,8 @@ class Dirichlet(nn.Module):
     """A Dirichlet prior over proportions, log p(z) = sum_k (a_k - 1) log z_k + lgamma(sum a) - sum lgamma(a_k).
 
     Args:
-        latent: how many proportions (topics).
-        concentration: a, the same for every element at first; below one, proportions are sparse.
+        latent: the number of proportions (topics).
+        concentration: the initial a of every element; below one, proportions are sparse.
         learned: whether the log-concentrations are trained.
 
     Returns batch shape [], event shape [latent]. Raises ValueError for a concentration that is not positive.
@@ -145,10 +145,10 @@ class LogisticNormal(nn.Module):
     """A logistic-normal prior over proportions, z = softmax(y), y ~ N(loc, diag(exp(log_scale))^2).
 
     The density on the simplex is that of `LogisticNormalVector`. Location and log-scale are learned and start at zero;
-    `LogisticNormal.like_dirichlet` starts, and by default stays, at an approximation of a symmetric Dirichlet.
+    `LogisticNormal.like_dirichlet` approximates a symmetric Dirichlet, fixed by default.
 
     Args:
-        latent: how many proportions (topics).
+        latent: the number of proportions (topics).
         learned: whether location and log-scale are trained.
 
     Returns batch shape [], event shape [latent].

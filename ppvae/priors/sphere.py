@@ -1,4 +1,4 @@
-"""The uniform prior on the sphere."""
+"""The uniform prior on the unit sphere."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.base import expanded
+from ppvae.distributions.batch_shape import expand_parameters
 
 
 @final
-class SphereUniform(dist.TorchDistribution):
+class SphericalUniform(dist.TorchDistribution):
     """The uniform distribution of unit vectors, log p(z) = lgamma(D / 2) - log 2 - (D / 2) log pi, D elements.
 
     The density is with respect to the sphere's surface.
 
-    >>> SphereUniform(torch.zeros(3)).log_prob(torch.tensor([0.0, 0.6, 0.8])), -math.log(4 * math.pi)
+    >>> SphericalUniform(torch.zeros(3)).log_prob(torch.tensor([0.0, 0.6, 0.8])), -math.log(4 * math.pi)
     (tensor(-2.5310), -2.5310242469692907)
     """
 
@@ -32,11 +32,11 @@ class SphereUniform(dist.TorchDistribution):
         self.like = like
         super().__init__(torch.Size(), like.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SphereUniform:
-        return expanded(self, batch_shape)
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SphericalUniform:
+        return expand_parameters(self, batch_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return unit(
+        return normalize(
             torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self.like.dtype, device=self.like.device)
         )
 
@@ -48,7 +48,7 @@ class SphereUniform(dist.TorchDistribution):
         return value.new_full(torch.broadcast_shapes(self.batch_shape, value.shape[:-1]), -log_area)
 
 
-def unit(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """x / |x|, finite and of length one for any finite x but zero, which gives zero."""
     x = x / x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
@@ -56,7 +56,7 @@ def unit(x: Tensor) -> Tensor:
 
 @final
 class UniformOnSphere(nn.Module):
-    """The uniform prior over unit vectors, the prior that goes with `posteriors.PowerSpherical`.
+    """The uniform prior over unit vectors, the prior for `posteriors.PowerSpherical`.
 
     log p(z) = lgamma(D / 2) - log 2 - (D / 2) log pi with respect to the surface of the sphere in D dims.
 
@@ -79,4 +79,4 @@ class UniformOnSphere(nn.Module):
         self.register_buffer("like", torch.zeros(latent), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
-        return SphereUniform(self.like)
+        return SphericalUniform(self.like)

@@ -1,8 +1,7 @@
-"""Checkpoints that survive a kill: a file named by its SHA-256, and a pointer to it that is renamed last."""
+"""Checkpoints: files named by their SHA-256 with a pointer to the last one, and the state of a pair in them."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,20 +13,22 @@ from torch import Tensor, nn
 from ppvae.errors import CheckpointError
 from ppvae.inference.param_store import ParamScope
 from ppvae.parameter_names import canonical_names
-from ppvae.storage import write_bytes
+from ppvae.storage import sha256, write_bytes
 
-POINTER = "last"
-
-
+POINTER = "last"  # the file that holds the name of the last checkpoint
 KEYS = {"state", "epoch", "step", "history", "best", "finished", "stopped", "optimizer", "scheduler", "settings"}
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:
-    """Saves tensors and plain Python values; the checkpoint before it is removed only once this one is in place."""
+    """Saves tensors and plain Python values.
+
+    The pointer is replaced after the new file is on disk, and older checkpoints are removed last, so that a process
+    killed at any moment leaves a complete checkpoint.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    name = hashlib.sha256(content).hexdigest() + ".pt"
+    name = f"{sha256(content)}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,20 +42,20 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def check(state: dict[str, Any]) -> None:
+def check_loadable(state: dict[str, Any]) -> None:
     """Raises CheckpointError for a state that could not be read back without running code from the file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    _unpacked(buffer.getvalue(), Path("state"))
+    _unpickle_tensors(buffer.getvalue(), Path("state"))
 
 
 def exists(folder: Path) -> bool:
-    """Whether a checkpoint was ever completed here."""
+    """Whether the folder holds a complete checkpoint."""
     return (folder / POINTER).exists()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Reads the last checkpoint, having checked every byte of it; never runs code from the file.
+    """Reads the last checkpoint and verifies its SHA-256; never runs code from the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it holds more than tensors and plain values.
@@ -71,20 +72,20 @@ def read(folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: the checkpoint cannot be read ({error.strerror})") from error
-    found = hashlib.sha256(content).hexdigest()
+    found = sha256(content)
     if found != digest:
         raise CheckpointError(
             f"{path}: the checkpoint is damaged: expected SHA-256 {digest[:12]}..., found {found[:12]}... "
             f"({len(content)} bytes). Restore the file from a copy, or train again"
         )
-    state = _unpacked(content, path)
+    state = _unpickle_tensors(content, path)
     missing = sorted(KEYS - state.keys()) if isinstance(state, dict) else sorted(KEYS)
     if missing:
         raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {missing[0]!r}")
     return state
 
 
-def _unpacked(content: bytes, path: Path) -> Any:
+def _unpickle_tensors(content: bytes, path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -93,7 +94,7 @@ def _unpacked(content: bytes, path: Path) -> Any:
 
 
 class PairState:
-    """Parameters (unconstrained) and buffers of a pair: read out, put back, compared by name and shape."""
+    """Unconstrained parameters and persistent buffers of a pair, under names that are the same in another process."""
 
     def __init__(self, scope: ParamScope, modules: list[nn.Module]):
         self.scope, self.modules = scope, modules
@@ -102,13 +103,6 @@ class PairState:
         """Unconstrained parameters by canonical name, in order of first use."""
         names = canonical_names(self.scope.params)
         return {names[name]: p for name, p in self.scope.params.items()}
-
-    def renamed(self, state: Mapping[str, Any], back: bool = False) -> dict[str, Any]:
-        """An optimizer's state by parameter, with canonical names; `back` gives this process's names."""
-        names = canonical_names(self.scope.params)
-        if back:
-            names = {new: old for old, new in names.items()}
-        return {names.get(name, name): value for name, value in state.items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (batch norm's running statistics, ...), named by the order in which modules are called."""
@@ -119,27 +113,37 @@ class PairState:
             if name not in module._non_persistent_buffers_set
         }
 
-    def copy(self) -> dict[str, dict[str, Tensor]]:
-        """A copy of everything, on the CPU."""
+    def to_canonical(self, optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
+        """A PyroOptim's state, keyed by parameter name, with canonical names."""
+        names = canonical_names(self.scope.params)
+        return {names.get(name, name): value for name, value in optimizer_state.items()}
+
+    def from_canonical(self, optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
+        """The same with the names of this process."""
+        names = {canonical: name for name, canonical in canonical_names(self.scope.params).items()}
+        return {names.get(name, name): value for name, value in optimizer_state.items()}
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """A copy of parameters and buffers, on the CPU."""
         return {
             "params": {k: v.detach().cpu().clone() for k, v in self.params().items()},
             "buffers": {k: v.detach().cpu().clone() for k, v in self.buffers().items()},
         }
 
-    def put(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Puts saved values back in place.
+    def restore(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copies saved values into parameters and buffers, in place.
 
         Raises:
             CheckpointError: names or shapes differ; the message names the first that does.
         """
         for kind, current in (("params", self.params()), ("buffers", self.buffers())):
-            _check(kind.removesuffix("s"), current, saved[kind])
+            _check_names_and_shapes(kind.removesuffix("s"), current, saved[kind])
             with torch.no_grad():
                 for name, tensor in current.items():
                     tensor.copy_(saved[kind][name])
 
 
-def _check(kind: str, current: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+def _check_names_and_shapes(kind: str, current: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     missing, extra = sorted(current.keys() - saved.keys()), sorted(saved.keys() - current.keys())
     if missing or extra:
         raise CheckpointError(

@@ -12,11 +12,12 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.compilation.precision import check_precision
+from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_all_rngs
-from ppvae.training.description import columns_digest, describe_setting
+from ppvae.training.description import describe_setting
 from ppvae.training.run import Run
 from ppvae.training.trainer import Callback, Trainer
 
@@ -51,8 +52,8 @@ def fit(
     """Trains a model/guide pair by stochastic variational inference, by default on Pyro's `Trace_ELBO`.
 
     Loss and gradient are divided by the number of data that they represent, so that learning rate, eps and clipping do
-    not depend on the batch; every metric is in nats per datum. In a `torch.distributed` group (`torchrun`) every
-    process takes its part of each batch, and parameters stay the same in all; the first one writes the run folder.
+    not depend on the batch; every metric is in nats per datum. In a `torch.distributed` group (`torchrun`) each batch
+    is sharded over the ranks, and parameters stay equal on all of them; rank 0 writes the run folder.
 
     Args:
         data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). In data marked by
@@ -62,21 +63,21 @@ def fit(
         optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
         scheduler: a function of the torch optimizer that gives a learning-rate schedule, stepped every epoch.
         seed: of the order of the data and of all noise. Initial weights are the caller's `torch.manual_seed`.
-        device: where to train; where the parameters are by default.
+        device: the device to train on; by default that of the parameters.
         directory: the run folder; without one nothing is written.
         resume: go on from the folder's last checkpoint, if it has one; the run ends with bit-identical parameters.
         compile: take steps from a captured and compiled graph (see `ppvae.inference.SVI`); by default where the run is
-            long enough for that to pay. What was chosen is kept in run.config["kernels"] and used again by a resumed
-            run; as it is measured, two long runs of one seed may differ by rounding, which False excludes.
-        precision: of the products in linear and convolutional layers and their gradients: "float32"; "bf16", which is
-            faster where the processor or GPU has it; "tf32" on a GPU. Densities, parameters and every ELBO that is
-            reported stay in float32.
-        rows: the most (datum, particle) rows that go through the pair at once; a larger batch is cut, and gradients are
-            added up, so that memory does not grow with the number of particles. Not for Pyro's own objectives, those of
-            a batch as a whole (TCVAE, InfoVAE), or batch norm.
+            long enough for that to pay. The choice is kept in run.config["kernels"] and used again by a resumed run. As
+            it is measured, two long runs of one seed may differ by rounding; False excludes that.
+        precision: of matrix products in linear and convolutional layers and their gradients: "float32"; "bf16", which
+            is faster where the processor or GPU has it; "tf32" on a GPU. Densities, parameters and reported ELBOs stay
+            in float32.
+        rows: the largest number of (datum, particle) rows in one run of the pair; a larger batch is cut into
+            micro-batches whose gradients are accumulated, so that memory does not grow with the number of particles.
+            Not for Pyro's own objectives, those of a batch as a whole (TCVAE, InfoVAE), or batch norm.
         clip: the largest norm of the gradient (per datum).
         patience: stop after so many epochs without a better validation ELBO, and return the best parameters.
-        checkpoint_seconds: the least time between two checkpoints, which are made at the ends of epochs.
+        checkpoint_seconds: the least time between two checkpoints, which are saved at the ends of epochs.
         callbacks: called as callback(run, metrics) after every epoch; training stops if one returns True.
         progress: show a progress bar; by default where the output is a terminal.
         config: further entries for the folder's config.json.
@@ -109,9 +110,8 @@ def fit(
     with fork_all_rngs():
         trainer = Trainer(
             model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip,
-            precision, rows,
+            compile, precision, rows,
         )  # fmt: skip
-        trainer.compile = compile
         settings = {
             "objective": describe_setting(trainer.objective),
             "optimizer": describe_setting(optimizer),
@@ -123,15 +123,15 @@ def fit(
             "rows": rows,
             "patience": patience,
             "num_data": len(trainer.train),
-            "data": getattr(trainer.train.parts[0], "description", ""),
-            "digest": columns_digest(trainer.train),
-            "valid": columns_digest(trainer.valid) if trainer.valid is not None else None,
+            "data": getattr(trainer.train.columns[0], "description", ""),
+            "digest": " ".join(column_digests(trainer.train.columns)),
+            "valid": " ".join(column_digests(trainer.valid.columns)) if trainer.valid is not None else None,
         }
-        trainer.describe(settings, {"epochs": epochs, **(config or {})})
-        trainer.processes.check_called_alike(repr(settings), trainer.train.device)
+        trainer.configure(settings, {"epochs": epochs, **(config or {})})
+        trainer.context.check_same_settings(repr(settings))
         if patience is not None and not trainer.monitor.has_elbo:
             raise UsageError("patience: expected a pair with an ELBO per datum to stop early on, found one without")
         if folder is not None:
             trainer.open(folder, resume, epochs)
-        trainer.join()
+        trainer.broadcast_parameters()
         return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)

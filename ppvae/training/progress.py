@@ -1,4 +1,4 @@
-"""What a person sees of a training run while it goes on: a bar, and TensorBoard where it is installed."""
+"""Progress of a training run: a bar over epochs, and a TensorBoard log where TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Progress:
             self.writer.close()
 
     def show(self, metrics: dict[str, Any]) -> None:
-        """Takes in the metrics of an epoch."""
+        """Shows the metrics of an epoch."""
         self.bar.update()
         names = ("loss", "valid_elbo", "train_elbo", "valid_rate", "valid_distortion", "train_rate", "train_distortion")
         short = {n.removeprefix("train_").removeprefix("valid_"): f"{metrics[n]:.2f}" for n in names if n in metrics}

@@ -1,10 +1,11 @@
-"""What training leaves behind: the pair bound to its parameters, its history, and a folder."""
+"""A trained run: the pair bound to its parameters, its history, and the files of its folder."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.rng import fork_rng
+from ppvae.storage import write_bytes, write_json
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
 
@@ -31,7 +33,7 @@ class Run:
         history: a dict of metrics per epoch, nats per datum.
         directory: the run folder, or None.
         config: the resolved configuration.
-        stopped: where a run that has not finished stopped, in words; empty for a finished one.
+        stopped: the epoch at which an unfinished run stopped, in words; empty for a finished one.
     """
 
     model: BoundProgram
@@ -48,22 +50,60 @@ class Run:
 
 
 def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope) -> tuple[BoundProgram, BoundProgram]:
-    """The pair bound to a scope, which the bare functions then use too."""
+    """The pair bound to a scope, which the bare functions then use as well."""
     scope.record_fingerprints()
     record_trained(model, scope)
     record_trained(guide, scope)
     return BoundProgram(model, scope), BoundProgram(guide, scope)
 
 
+class RunFolder:
+    """The files of a run: config.json, metrics.jsonl (one line an epoch) and checkpoints/.
+
+    Raises:
+        CheckpointError: a file cannot be written; the last checkpoint is kept.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], history: Sequence[dict[str, Any]]):
+        self.path = path
+        self._checked = False
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: could not be made ({error.strerror})") from error
+        self.write_config(config)
+        # metrics of epochs after the last checkpoint are dropped: these epochs run again
+        write_bytes(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history).encode())
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Replaces config.json."""
+        write_json(self.path / "config.json", config)
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Adds the metrics of an epoch to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            text = f"{path}: could not be written ({error.strerror}); the last checkpoint is kept"
+            raise CheckpointError(text) from error
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces the last checkpoint; the first one is read back before anything is written."""
+        if not self._checked:
+            checkpoint.check_loadable(state)
+            self._checked = True
+        checkpoint.save(self.path / "checkpoints", state)
+
+
 def versions() -> dict[str, str]:
-    """What the result depends on besides the settings."""
+    """The versions of libraries and machine, on which a result depends besides its settings."""
     import numpy
     import pyro
 
-    import ppvae
-
     return {
-        "ppvae": ppvae.__version__,
+        "ppvae": sys.modules["ppvae"].__version__,
         "torch": torch.__version__,
         "pyro": pyro.__version__,
         "numpy": numpy.__version__,
@@ -98,7 +138,7 @@ def load(
     best: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> Run:
-    """Loads a run: one started from a factory rebuilds its pair, otherwise pass the pair; names and shapes are checked.
+    """Loads a run. One started from a factory rebuilds its pair; otherwise pass the pair. Names and shapes are checked.
 
     Args:
         directory: the run folder.
@@ -126,7 +166,7 @@ def load(
         best = config["fit"]["patience"] is not None and saved["best"] is not None
     scope = ParamScope()
     shapes = config["batch"]
-    batch = tuple(floating(torch.zeros(shape, dtype=getattr(torch, kind)), dtype) for shape, kind in shapes)
+    batch = tuple(cast_floating(torch.zeros(shape, dtype=getattr(torch, kind)), dtype) for shape, kind in shapes)
     for module in reachable_modules(model, guide) if dtype else ():
         module.to(dtype)
     with (
@@ -134,22 +174,22 @@ def load(
     ):  # fmt: skip
         with eval_mode(model, guide):
             trace_pair(model, guide, batch, Structure(), {})
-        if dtype is not None:  # what asks for a type of its own
+        if dtype is not None:  # parameters and buffers that the pair makes with a type of their own
             for tensor in (*scope.params.values(), *(b for module in modules for b in module.buffers(recurse=False))):
-                tensor.data = floating(tensor.data, dtype)
+                tensor.data = cast_floating(tensor.data, dtype)
         state = PairState(scope, modules)
         if best and saved["best"] is None:
             raise CheckpointError(f"{folder}: the run had no validation data, so that no parameters are best")
-        state.put(saved["best"]["state"] if best else saved["state"])
+        state.restore(saved["best"]["state"] if best else saved["state"])
     bound_model, bound_guide = bind(model, guide, scope)
-    over = saved["stopped"] or saved["epoch"] >= config.get("epochs", 0)
-    stopped = "" if over else f"the run stopped at epoch {saved['epoch']} of {config['epochs']}"
+    finished = saved["stopped"] or saved["epoch"] >= config.get("epochs", 0)
+    stopped = "" if finished else f"the run stopped at epoch {saved['epoch']} of {config['epochs']}"
     return Run(bound_model, bound_guide, saved["history"], folder, config, stopped)
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Makes new tensors of a floating type for the duration; None leaves things as they are."""
+    """Sets torch's default floating type inside the block; None leaves it as it is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
@@ -158,6 +198,6 @@ def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def floating(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """The tensor in a floating type; whole numbers, and everything where the type is None, as they are."""
+def cast_floating(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """The tensor in a floating type; integers, and any tensor where the type is None, are returned as they are."""
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value

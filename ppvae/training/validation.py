@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.compilation.graph import CaptureError, Graph, capture, one_line_reason
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
-from ppvae.data.loader import Columns
+from ppvae.data.loader import DataLoader, data_columns
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
@@ -30,28 +30,28 @@ ROWS = 1000
 
 @final
 class ValidationMonitor:
-    """Reports ELBO = -(rate + distortion), nats per datum, one draw per datum, the same noise every time.
+    """Reports ELBO = -(rate + distortion), nats per datum, from one draw per datum with the same noise every epoch.
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
-    validation data it looks at the first training data, and says so in the metrics' names. Where there
-    are several latents, the KL of each stands by itself, too.
+    validation data the metrics are of the first training data, and named train_*. Pairs with several latents also get
+    the KL of each.
     """
 
     def __init__(
-        self, model: Program, guide: Program, structure: Structure, columns: Columns, held_out: bool, seed: int
+        self, model: Program, guide: Program, structure: Structure, loader: DataLoader, held_out: bool, seed: int
     ):
-        self.structure, self.columns, self.seed = structure, columns, seed
+        self.structure, self.loader, self.seed = structure, loader, seed
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
         self._graph: Graph | None = None
         self._watch: Guards | None = None
         self._refused = False
-        self._count = len(columns) if held_out else min(len(columns), ROWS)
+        self._count = len(loader) if held_out else min(len(loader), ROWS)
         with fork_rng():
-            torch.manual_seed(seed)  # a split that redraws its values is looked at in one drawing
-            self._parts = tuple(_fixed(part, seed) for part in columns.parts)
+            torch.manual_seed(seed)  # noise that a split redraws is drawn once
+            self._columns = data_columns(loader.columns, seed)
         if structure.draws_subsample and held_out:  # its plate has another size over other data
-            self.structure = inspect(model, guide, columns.whole(), weights=False)
+            self.structure = inspect(model, guide, loader.read_all(), weights=False)
 
     @property
     def has_elbo(self) -> bool:
@@ -73,7 +73,7 @@ class ValidationMonitor:
         with fork_rng(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
                 stop = min(start + size, self._count)
-                block = Block(self._parts, start, stop, number, s, self.columns.device)
+                block = Block(self._columns, start, stop, number, s, self.loader.device)
                 sums = None
                 if products is not None and number > 0 and stop - start == size:
                     sums = self._sums_by_graph(model, guide, block, latents, products)
@@ -124,7 +124,3 @@ def _sums(t: Terms, latents: Sequence[str], rows: int) -> Tensor:
     rates = t.rates() if latents else {}
     parts = [t.elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[name] for name in latents)]
     return torch.stack([p[..., :rows].sum() for p in parts])
-
-
-def _fixed(part: object, seed: int) -> object:
-    return part.fixed(seed) if getattr(part, "noise", None) else part  # type: ignore[attr-defined]

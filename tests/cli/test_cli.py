@@ -193,7 +193,7 @@ def test_evaluate_and_generate_take_a_head_a_split_and_the_best(cli, trained):
 def test_best_is_a_plain_flag(cli, trained, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "ppvae.cli.evaluate.load_run", lambda folder, best, dtype: asked.append(best) or load(folder, best=best)
+        "ppvae.cli.evaluate.load", lambda folder, best, dtype: asked.append(best) or load(folder, best=best)
     )
     for options in ([], ["--best"]):
         result = cli("evaluate", trained, "--head", 3, "--num-particles", 2, "--no-report", *options)
@@ -416,7 +416,7 @@ def test_a_strangers_own_file_of_data(cli, tmp_path):
 
 def test_help_does_not_wait_for_torch():
     program = (
-        "import sys, ppvae.cli; status = ppvae.cli.main(['--help']); "
+        "import sys; from ppvae.cli.main import main; status = main(['--help']); "
         "print(status, sorted({'torch', 'pyro', 'numpy', 'tyro'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

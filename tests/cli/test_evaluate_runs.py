@@ -222,14 +222,14 @@ def test_a_run_that_has_not_finished_says_so(tmp_path, run, monkeypatch, capsys)
     from ppvae.training import trainer as room
 
     assert load(run).stopped == ""
-    real = room.Trainer._epoch
+    real = room.Trainer._run_epoch
 
     def stopped(self):
         if self.epoch == 2:
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(room.Trainer, "_epoch", stopped)
+    monkeypatch.setattr(room.Trainer, "_run_epoch", stopped)
     monkeypatch.setattr(room.time, "monotonic", iter(range(0, 10**6, 100)).__next__)  # a checkpoint every epoch
     words = ["--epochs", "50", "--name", "half", "--runs", str(tmp_path), "--no-report"]
     assert main(["fit", str(PAIRS / "two_latents.py"), *words]) == 130

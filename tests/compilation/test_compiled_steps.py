@@ -30,8 +30,8 @@ from ppvae.inference.param_store import ParamScope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
 from ppvae.objectives.auxiliary import AuxiliaryLoss
+from ppvae.objectives.gradients import ScoreFunction
 from ppvae.objectives.gradients.control_variates import Learned
-from ppvae.objectives.gradients.estimators import ScoreFunction
 from ppvae.objectives.schedules import Cyclical
 from ppvae.training import validation
 from tests.laws import parts
@@ -368,7 +368,7 @@ def test_schedules_are_followed_by_one_graph(name, caplog):
     for kernels in ("eager", "graph"):
         with ParamScope().activate():
             objective = SCHEDULES[name]()
-            ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled()))
+            ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled_values()))
     assert all(same(a, b) for i, (a, b) in enumerate(zip(*ends, strict=True)) if i != 5)
     graph = next(iter(ends[1][5]._captured._graphs.values()))
     assert graph.uses == 19

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ppvae import data
-from ppvae.data.source import permuted
-from ppvae.data.split import Facts, drawn
+from ppvae.data.source import permutation_split
+from ppvae.data.split import SplitInfo, draw_noise
 from ppvae.errors import DataError, UsageError
 
 SETS = {  # name: (sizes, event shape, labels)
@@ -169,7 +169,7 @@ def test_seed_draws_the_noise_and_nothing_else():
 
 
 def test_splits_do_not_share_their_noise(digits):
-    half = [Facts(f"x/{part}", (64,), 100, binarize="dynamic", noise="binarize") for part in ("valid", "test")]
+    half = [SplitInfo(f"x/{part}", (64,), 100, binarize="dynamic", noise="binarize") for part in ("valid", "test")]
     a, b = (data.Split(torch.full((100, 64), 0.5), facts).fixed(0) for facts in half)
     assert (a == b).float().mean() < 0.6  # 0.5 expected; above 0.6 with probability < 1e-50
 
@@ -252,7 +252,7 @@ def test_dequantized_values_keep_their_level(digits):
 def test_no_level_is_rounded_into_the_next(levels, u, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
     v = torch.arange(levels, dtype=torch.float32)
-    x = drawn(v / (levels - 1), "dequantize", levels)
+    x = draw_noise(v / (levels - 1), "dequantize", levels)
     assert torch.equal((x * levels).floor(), v)
     assert x.max() < 1
 
@@ -268,7 +268,7 @@ def test_the_underlying_values_of_a_redrawing_split_have_their_own_digest():
 def test_digest_is_sha256_of_dtype_shape_and_bytes():
     x = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     expected = hashlib.sha256(b"torch.float32 [2, 3]\n" + x.numpy().tobytes()).hexdigest()
-    assert data.digest(x) == expected == data.Split(x, Facts("x", (3,), 2)).digest
+    assert data.digest(x) == expected == data.Split(x, SplitInfo("x", (3,), 2)).digest
     assert data.digest(x.t()) == data.digest(x.t().contiguous()) != expected
     assert data.digest(x.double()) != expected
 
@@ -331,7 +331,7 @@ def test_head_keeps_kind_and_noise(options):
         head = split.head(7)
         assert isinstance(head, data.Split)
         assert (len(head), len(head.labels), len(head.index)) == (7, 7, 7)
-        assert head.facts == split.facts
+        assert head.info == split.info
         assert torch.equal(head.labels, split.labels[:7])
         assert torch.equal(head.index, split.index[:7])
         assert torch.equal(head.fixed(3), split.fixed(3).detach()[:7])
@@ -346,7 +346,7 @@ def test_to_keeps_the_metadata():
         train = data.load("digits", **options)[0]
         for moved in (train.to(torch.float64), train.double(), train.to("cpu"), train.cpu()):
             assert isinstance(moved, data.Split)
-            assert moved.facts == train.facts
+            assert moved.info == train.info
             assert moved.labels.dtype == torch.long
             assert torch.equal(moved.index, train.index)
         assert train.double().dtype == train.double().read([0]).dtype == torch.float64
@@ -365,7 +365,7 @@ def test_copies_and_pickles_keep_the_metadata():
     for other in (copy.deepcopy(train), pickle.loads(pickle.dumps(train))):
         assert isinstance(other, data.Split)
         assert other.data_ptr() != train.data_ptr()
-        assert (other.facts, other.digest) == (train.facts, train.digest)
+        assert (other.info, other.digest) == (train.info, train.digest)
         assert torch.equal(other.labels, train.labels)
 
 
@@ -419,7 +419,7 @@ def test_fixed_says_its_seed():
 
 @pytest.mark.parametrize("n", [3, 4, 5, 9, 10, 11, 99, 1797])
 def test_permutation_splits_cover_and_are_never_empty(n):
-    parts = permuted(n)
+    parts = permutation_split(n)
     assert sorted(np.concatenate(parts).tolist()) == list(range(n))
     assert min(map(len, parts)) >= 1
     assert len(parts[1]) == -(-n // 10)
@@ -427,7 +427,7 @@ def test_permutation_splits_cover_and_are_never_empty(n):
 
 
 def test_the_permutation_never_changes():
-    assert permuted(1797)[2][:5].tolist() == [578, 1469, 1051, 1750, 330]
+    assert permutation_split(1797)[2][:5].tolist() == [578, 1469, 1051, 1750, 330]
 
 
 def test_indexed_numbers_the_rows(digits):

@@ -77,9 +77,9 @@ def test_an_error_of_one_process_is_an_error_of_all(two):
 
 
 def test_one_process_has_everything():
-    shares = DistributedContext()
-    assert list(shares.mine(3)) == [0, 1, 2]
+    context = DistributedContext()
+    assert list(context.block_indices(3)) == [0, 1, 2]
     parts = {n: {"x": torch.tensor([n])} for n in (1, 0)}
-    assert [int(p["x"]) for p in shares.gathered(parts, {})] == [0, 1]
+    assert [int(p["x"]) for p in context.gather_blocks(parts, {})] == [0, 1]
     with pytest.raises(PpvaeError, match="as it is"), distributed_context():
         raise PpvaeError("as it is")

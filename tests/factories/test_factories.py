@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppvae import check, likelihoods, nn, posteriors, priors, terms
 from ppvae.errors import ContractError, UsageError
-from ppvae.factories.choices import ClassChoice, arguments, class_choice, is_command_line_type
+from ppvae.factories.choices import ClassChoice, class_choice, constructor_arguments, is_command_line_type
 from ppvae.factories.pairs import build, parameters
 from ppvae.models import conv_vae, vae
 from ppvae.models.factories import Part
@@ -297,7 +297,7 @@ def test_names_are_looked_up_in_the_module() -> None:
 
 
 def test_arguments_come_from_signature_and_docstring() -> None:
-    found = arguments(Shape)
+    found = constructor_arguments(Shape)
     assert {n: text for n, (_, _, text) in found.items()} == {
         "sides": "how many.", "lengths": "of each side.", "names": "of each side.", "solver": "how it is found."
     }  # fmt: skip

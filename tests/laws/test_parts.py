@@ -16,7 +16,7 @@ from ppvae import VAE, data, fit, likelihoods, load, log_marginal, nn, posterior
 from ppvae.cli.main import main
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference import check
-from ppvae.nn.conditional import needs_context, takes_context
+from ppvae.nn.context import needs_context, takes_context
 
 LATENT, FEATURES, LABELS = 3, 6, 2
 

@@ -9,34 +9,16 @@ import pytest
 import torch
 
 from ppvae.errors import ContractError
-from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi, ReweightedWakeSleep
-from tests.objectives.gradients.test_gradients import (
-    LIMIT,
-    SIZE,
-    clean,
-    convex,
-    covariance,
-    errors,
-    log_mean_exp,
-    mean,
-    renyi,
-    samples,
-    tuples,
-    wake,
-)
+from ppvae.objectives import ELBO, IWAE, PIWAE, TVO, ReweightedWakeSleep
+from tests.laws.gradients import LIMIT, SIZE, covariance, errors, exact_of_surrogate, samples, wake
+from tests.laws.objectives import OBJECTIVES, log_mean_exp, mean
 from tests.programs.rarer import RARER, WITH_PATHS
 
-__all__ = ["clean"]  # float64 and an empty param store
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:STL is biased")]
 
-PATHS = {
-    "elbo": (lambda g: ELBO(2, gradient=g), 1, mean),
-    "iwae": (lambda g: IWAE(2, g), 2, log_mean_exp),
-    "renyi": (lambda g: Renyi(0.6, 2, g), 2, renyi),
-    "ciwae": (lambda g: CIWAE(0.3, 2, g), 2, convex),
-    "miwae": (lambda g: MIWAE(2, 3, g), 2, log_mean_exp),
-}
+BOUNDS = {name: OBJECTIVES[name] for name in ("elbo", "iwae", "renyi", "ciwae", "miwae")}
 REFUSED = {  # of gdreg, which moves the noise of a learnt prior
-    "helped": r"'z'.*makes them of a helper",
+    "helped": r"'z'.*auxiliary site",
     "gaps": r"'extra'.*mask",
     "rate": r"'z'.*Gamma",
     "summed": r"'k'.*summed out",
@@ -52,26 +34,26 @@ def exact(toy, count, reduce):
 @pytest.mark.parametrize("toy", WITH_PATHS)
 def test_gradients_have_the_gradient_of_the_bound_as_mean(toy, gradient):
     """Of each bound in turn."""
-    for name, (build, count, reduce) in PATHS.items():
+    for name, case in BOUNDS.items():
         if gradient == "stl" and name != "elbo":
             continue
         if gradient == "gdreg" and toy in REFUSED:
             with pytest.raises(ContractError, match=REFUSED[toy]):
-                samples(WITH_PATHS[toy], build(gradient), 10)
+                samples(WITH_PATHS[toy], case.build(2, gradient), 10)
             continue
-        found = errors(samples(WITH_PATHS[toy], build(gradient)), exact(toy, count, reduce))
+        found = errors(samples(WITH_PATHS[toy], case.build(2, gradient)), exact(toy, case.draws, case.reduce))
         assert max(found.values()) < LIMIT, (name, found)
 
 
 @pytest.mark.parametrize("gradient", ["score", "vimco"])
 def test_scores_of_a_category_and_of_counts_without_end(gradient):
-    for name, (build, count, reduce) in PATHS.items():
-        found = errors(samples(RARER["counted"], build(gradient)), exact("counted", count, reduce))
+    for name, case in BOUNDS.items():
+        found = errors(samples(RARER["counted"], case.build(2, gradient)), exact("counted", case.draws, case.reduce))
         assert max(found.values()) < LIMIT, (name, found)
-    for build, *_ in PATHS.values():
+    for case in BOUNDS.values():
         for other in ("pathwise", "stl", "dreg", "gdreg"):
             with pytest.raises(ContractError, match=r"'k'.*reparameterised"):
-                samples(RARER["counted"], build(other), 10)
+                samples(RARER["counted"], case.build(2, other), 10)
     with pytest.raises(ContractError, match=r"'k'.*reparameterised"):
         samples(RARER["counted"], PIWAE(2, 2), 10)
 
@@ -91,10 +73,10 @@ def test_piwae_gives_the_model_iwae_and_the_guide_miwae(gradient, toy):
 @pytest.mark.parametrize("toy", ["rate", "counted"])
 def test_wake_sleep_and_tvo_have_the_gradients_that_they_state(toy):
     """Their draws are held, and have to be in what is listed: so are those of a grid."""
-    found = errors(samples(RARER[toy], ReweightedWakeSleep(2)), tuples(RARER[toy], 2, wake))
+    found = errors(samples(RARER[toy], ReweightedWakeSleep(2)), exact_of_surrogate(RARER[toy], 2, wake))
     assert max(found.values()) < LIMIT, found
     objective = TVO(2, 3)
-    exactly = tuples(RARER[toy], 2, functools.partial(covariance, path=objective.path()))
+    exactly = exact_of_surrogate(RARER[toy], 2, functools.partial(covariance, partition=objective.partition()))
     found = errors(samples(RARER[toy], objective), exactly)
     assert max(found.values()) < LIMIT, found
 

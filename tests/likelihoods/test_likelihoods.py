@@ -21,10 +21,12 @@ from ppvae.errors import DataError, UsageError
 from ppvae.inference.inspection import inspect
 from ppvae.likelihoods import Column, Mixed, set_optimal_scale
 from tests.laws.goodness import FAILURE, TESTS, Support, masses, p_value, points
+from tests.laws.law import Laws
 from tests.laws.parts import COLUMNS, LATENT, LIKELIHOODS, Case, Nets
 
+law = Laws(LIKELIHOODS)
+
 ROWS = 5
-ENUMERATED = [name for name in LIKELIHOODS if name != "Mixed"]  # whose columns are told apart below
 
 
 def perturbed(part: torch.nn.Module) -> torch.nn.Module:
@@ -39,9 +41,6 @@ def perturbed(part: torch.nn.Module) -> torch.nn.Module:
 def small(case: Case) -> torch.nn.Module:
     """One so small that it can be summed or integrated over."""
     return perturbed(case.make(Nets((case.dims,))))
-
-
-every = pytest.mark.parametrize("name", LIKELIHOODS)
 
 
 def test_every_likelihood_is_under_the_laws() -> None:
@@ -74,7 +73,7 @@ def batch_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
 # -- laws -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ENUMERATED)
+@law(lambda n: n != "Mixed")  # whose columns are told apart below
 def test_sums_or_integrates_to_one(name: str) -> None:
     torch.manual_seed(0)
     case = LIKELIHOODS[name]
@@ -83,14 +82,14 @@ def test_sums_or_integrates_to_one(name: str) -> None:
     torch.testing.assert_close(mass.sum(0), torch.ones(3).double(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ENUMERATED)
+@law(lambda n: n != "Mixed")  # whose columns are told apart below
 def test_sampler_fits_its_density(name: str) -> None:
     torch.manual_seed(0)
     case = LIKELIHOODS[name]
     assert p_value(small(case)(latents(3), **case.given(3)), case.support) > FAILURE / TESTS
 
 
-@every
+@law()
 def test_is_over_one_datum_per_latent_and_broadcasts(name: str) -> None:
     case, (part, x) = LIKELIHOODS[name], drawn(name)
     z = latents(4, ROWS)
@@ -104,7 +103,7 @@ def test_is_over_one_datum_per_latent_and_broadcasts(name: str) -> None:
     assert fn.sample((2,)).shape == (2, 4, ROWS, case.features)
 
 
-@every
+@law()
 def test_output_shape_is_what_the_network_gives(name: str) -> None:
     case, (part, x) = LIKELIHOODS[name], drawn(name)
     args = (x, latents(ROWS)) if name.startswith("Autoregressive") else (latents(ROWS),)
@@ -114,7 +113,7 @@ def test_output_shape_is_what_the_network_gives(name: str) -> None:
         assert case.make(Nets((3, 4, 4))).output_shape((3, 4, 4))[0] * 16 == part.output_shape((48,))[0]
 
 
-@pytest.mark.parametrize("name", [n for n, case in LIKELIHOODS.items() if case.images])
+@law(lambda n: LIKELIHOODS[n].images)
 def test_over_images_is_the_same_as_over_their_pixels(name: str) -> None:
     case = LIKELIHOODS[name]
     torch.manual_seed(0)
@@ -136,7 +135,7 @@ def test_over_images_is_the_same_as_over_their_pixels(name: str) -> None:
     torch.testing.assert_close(flat(latents(4, ROWS), **case.given(ROWS)).log_prob(x.flatten(-3)), fn.log_prob(x))
 
 
-@every
+@law()
 def test_particles_under_a_plate_are_those_one_by_one(name: str) -> None:
     part, x = drawn(name)
     vae, batch = vae_of(name, part), batch_of(name, x)
@@ -150,7 +149,7 @@ def test_particles_under_a_plate_are_those_one_by_one(name: str) -> None:
     torch.testing.assert_close(together.log_lik, part(given["z"], **LIKELIHOODS[name].given(ROWS)).log_prob(x))
 
 
-@every
+@law()
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     part, x = drawn(name)
     vae = vae_of(name, part)
@@ -163,7 +162,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
         assert bool((p.grad != 0).any()), key
 
 
-@every
+@law()
 def test_permuting_the_batch_permutes_the_result(name: str) -> None:
     part, x = drawn(name)
     order, z = torch.tensor([3, 1, 4, 0, 2]), latents(ROWS)
@@ -174,7 +173,7 @@ def test_permuting_the_batch_permutes_the_result(name: str) -> None:
     torch.testing.assert_close(part(z[order], **permuted).log_prob(x[order]), part(z, **context).log_prob(x)[order])
 
 
-@every
+@law()
 def test_float32_is_close_to_float64(name: str) -> None:
     case, (part, _) = LIKELIHOODS[name], drawn(name)
     x = part.float()(latents(ROWS).float(), **case.given(ROWS)).sample()
@@ -185,7 +184,7 @@ def test_float32_is_close_to_float64(name: str) -> None:
     torch.testing.assert_close(single.double(), double, atol=1e-4, rtol=1e-4)
 
 
-@every
+@law()
 def test_state_survives_a_file_without_code(name: str) -> None:
     case, (part, x) = LIKELIHOODS[name], drawn(name)
     file = io.BytesIO()
@@ -198,7 +197,7 @@ def test_state_survives_a_file_without_code(name: str) -> None:
         assert torch.equal(other(z, **given).log_prob(x), part(z, **given).log_prob(x))
 
 
-@every
+@law()
 def test_runs_on_the_device_of_its_parameters_and_waits_for_no_value(name: str) -> None:
     """The meta device has no values: what runs there neither reads one nor mixes devices."""
     case, (part, x) = LIKELIHOODS[name], drawn(name)
@@ -208,7 +207,7 @@ def test_runs_on_the_device_of_its_parameters_and_waits_for_no_value(name: str) 
     assert (log_prob.device.type, log_prob.shape) == ("meta", (ROWS,))
 
 
-@pytest.mark.parametrize("name", [n for n, case in LIKELIHOODS.items() if not math.isnan(case.outside)])
+@law(lambda n: not math.isnan(LIKELIHOODS[n].outside))
 def test_data_outside_the_support_are_refused_with_place_and_cure(name: str) -> None:
     part, x = drawn(name)
     vae, column = vae_of(name, part), 3 if name == "Mixed" else 1

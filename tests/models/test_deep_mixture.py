@@ -65,7 +65,7 @@ def test_log_px_sums_the_label_out_and_a_label_picks_its_class():
     exact = log_joint(vae, x).detach()
     each = torch.where(label < 0, exact.logsumexp(-1), exact[torch.arange(6), label.clamp(min=0)])
     for batch, expected in ((x, exact.logsumexp(-1)), ((x, label), each)):
-        est = log_marginal(vae.model, vae.guide, batch, num_particles=20000, seed=1, progress=False)
+        est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, seed=1, progress=False)
         assert bool(est.reliable.all())
         assert bool(((est.log_px - expected).abs() < 4 * est.std_error + 1e-6).all())  # fails once in 2000
         assert bool((est.std_error < 0.02).all())
@@ -148,7 +148,7 @@ def test_one_cluster_is_the_vae():
     torch.testing.assert_close(other.elbo, t.elbo)
 
 
-ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+ADAM = functools.partial(torch.optim.Adam, lr=2e-2)
 
 
 def most_likely(pair: DeepMixture, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def test_a_deep_mixture_finds_clusters():
         nn.ConcatContext(posteriors.DiagonalNormal(nn.mlp(size + 2, 2 * LATENT, hidden=(7,)))),
         posteriors.OneHot(nn.mlp(size, 2, hidden=(7,)), 2),
     )
-    fit(pair.model, pair.guide, x, objective=objectives.ELBO(), optimizer=ADAM, epochs=100, progress=False)
+    fit(pair.model, pair.guide, x, objective=objectives.ELBO(), optimizer=ADAM, epochs=50, progress=False)
     right = float((most_likely(pair, x) == truth).double().mean())
     assert max(right, 1 - right) > 0.9  # the names of the clusters are as they come
 
@@ -178,7 +178,7 @@ def test_few_labels_are_enough_where_classes_stand_apart():
     label = torch.where(torch.arange(300) < 9, truth, -1)
     vae = semi_supervised()
     objective = AuxiliaryLoss(objectives.ELBO(), vae.log_label, weight=10.0)
-    fit(vae.model, vae.guide, (x, label), objective=objective, optimizer=ADAM, epochs=60, progress=False)
+    fit(vae.model, vae.guide, (x, label), objective=objective, optimizer=ADAM, epochs=35, progress=False)
     assert float((most_likely(vae, x) == truth).double().mean()) > 0.9
 
 
@@ -239,9 +239,9 @@ def test_data_without_a_second_tensor_are_refused():
 
 
 def test_a_label_outside_the_classes_is_named_in_a_captured_step_too(monkeypatch):
-    from ppvae.compilation.graph import capture
+    from ppvae.inference import compiled_step
 
-    monkeypatch.setattr(capture, "WAIT", 1)
+    monkeypatch.setattr(compiled_step, "WAIT", 1)
     monkeypatch.setattr(sys.modules["ppvae.training.trainer"], "WORTH_CAPTURING", 0.0)
     vae, x = conditional_of(semi_supervised()), data(40)
     label = torch.arange(40) % 3

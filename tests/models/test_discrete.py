@@ -13,7 +13,7 @@ from ppvae import VAE, fit, likelihoods, log_marginal, nn, posteriors, priors
 from ppvae.inference import terms
 from ppvae.objectives import ELBO, IWAE, ReweightedWakeSleep
 
-BITS, SIZE = 6, 400
+BITS, SIZE = 6, 300
 ALLOWANCE = 0.1  # nats below what the exact ELBO reaches
 
 
@@ -46,8 +46,8 @@ def reached(name: str) -> tuple[VAE, float, float]:
         "wake": (ReweightedWakeSleep(10), own.guide),
         "wake and sleep": (ReweightedWakeSleep(10, 0.5, 0.5), own.guide),
     }[name]
-    adam = functools.partial(torch.optim.Adam, lr=0.02)
-    fit(own.model, guide, x, objective=objective, optimizer=adam, epochs=60, batch_size=100, compile=False)
+    adam = functools.partial(torch.optim.Adam, lr=0.03)
+    fit(own.model, guide, x, objective=objective, optimizer=adam, epochs=40, batch_size=100, compile=False)
     exact = log_marginal(own.model, summed, x, num_particles=1)
     return own, -exact.nll, float(exact.elbo.mean())
 
@@ -59,7 +59,7 @@ def test_sums_learn():
 
 @pytest.mark.parametrize("name", ["vimco", "wake", "wake and sleep"])
 def test_draws_reach_what_sums_reach(name):
-    """Measured: log p(x) is -5.86 by VIMCO, -5.84 in the wake, where the exact ELBO, a looser bound, reaches -5.95."""
+    """Measured: log p(x) is -6.13 by VIMCO, -6.12 in the wake, where the exact ELBO, a looser bound, reaches -6.24."""
     _, log_px, elbo = reached(name)
     assert log_px > reached("enumerated")[1] - ALLOWANCE
     assert elbo <= log_px

@@ -74,7 +74,7 @@ def test_svi_reaches_what_em_reaches_from_the_same_start(rank, kind):
     adam = functools.partial(torch.optim.Adam, lr=5e-2)
     start = float(pair.log_px(x).mean().detach())
     fit(
-        pair.model, pair.guide, x, objective=objectives.ELBO(), optimizer=adam, epochs=200, batch_size=len(x),
+        pair.model, pair.guide, x, objective=objectives.ELBO(), optimizer=adam, epochs=150, batch_size=len(x),
         progress=False,
     )  # fmt: skip
     assert em.score(x.numpy()) > start + 0.1

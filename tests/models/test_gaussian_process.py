@@ -106,7 +106,7 @@ def test_importance_sampling_by_a_stepwise_guide_is_right():
     pair, x = linear(stepwise, 0.4, prior=1.0), sequences()  # nearly white noise, which the guide suits
     times = torch.arange(STEPS).double().expand(4, STEPS)
     with torch.no_grad():
-        est = log_marginal(pair.model, pair.guide, x, num_particles=20_000, progress=False)
+        est = log_marginal(pair.model, pair.guide, x, num_particles=6000, progress=False)
     off = (est.log_px - exact(pair, x.as_subclass(Tensor), times)) / est.std_error
     assert bool(est.reliable.all())
     assert float(est.std_error.max()) < 0.1

@@ -66,8 +66,8 @@ def data() -> torch.Tensor:
 
 
 def fitted(p: LinearGaussian, x: torch.Tensor, guide: str = "guide") -> float:
-    adam = functools.partial(torch.optim.Adam, lr=5e-2)
-    fit(p.model, getattr(p, guide), x, optimizer=adam, epochs=200, batch_size=len(x), progress=False)
+    adam = functools.partial(torch.optim.Adam, lr=1e-1)
+    fit(p.model, getattr(p, guide), x, optimizer=adam, epochs=100, batch_size=len(x), progress=False)
     return float(p.log_px(x).mean().detach())
 
 

@@ -107,11 +107,11 @@ def test_log_px_and_imputations_of_a_linear_table_are_linear_algebra():
         exact[i] = torch.distributions.MultivariateNormal(loc[o], cov[o][:, o]).log_prob(row[o])
         filled[i, m] = loc[m] + cov[m][:, o] @ torch.linalg.solve(cov[o][:, o], row[o] - loc[o])
     marked = data.with_missing(x)
-    est = log_marginal(pair.model, pair.guide, marked, num_particles=20000, seed=1, progress=False)
+    est = log_marginal(pair.model, pair.guide, marked, num_particles=6000, seed=1, progress=False)
     assert bool(est.reliable.all())
     assert bool(((est.log_px - exact).abs() < 4 * est.std_error).all())  # fails once in 2000
     assert bool((est.std_error < 0.03).all())
-    found = impute(pair.model, pair.guide, marked, num_particles=20000, seed=1)
+    found = impute(pair.model, pair.guide, marked, num_particles=6000, seed=1)
     assert float((found.mean - filled).abs().max()) < 0.1  # a mean of 2000 draws or more: five standard errors
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae import nn
+from tests.laws.law import Laws
 
 Network = tuple[Callable[[], torch.nn.Module], tuple[int, ...], tuple[int, ...]]
 SMALL = {"channels": (2, 3), "hidden": 4}
@@ -58,6 +59,8 @@ MASKED: dict[str, Masked] = {  # and how many outputs a number
     "PixelCNN colour levels flat": (lambda: pixel_cnn((3, 3, 3), 4, flat=True), 4),
 }
 
+law, masked_law = Laws(NETWORKS), Laws(MASKED)
+
 
 def pixel_cnn(shape: tuple[int, int, int], outputs: int, flat: bool = False) -> nn.PixelCNN:
     decoder = torch.nn.Sequential(
@@ -70,7 +73,7 @@ def test_counts_its_networks(record_property: Callable[[str, object], None]) -> 
     record_property("networks", [*NETWORKS, *MASKED])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@law()
 def test_network_takes_any_leading_dims(name: str) -> None:
     torch.manual_seed(0)
     make, inside, outside = NETWORKS[name]
@@ -81,7 +84,7 @@ def test_network_takes_any_leading_dims(name: str) -> None:
     assert net(x[:0]).shape == (0, 3, *outside)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@law()
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     torch.manual_seed(0)
     make, inside, _ = NETWORKS[name]
@@ -92,7 +95,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
         assert bool((p.grad != 0).any()), key
 
 
-@pytest.mark.parametrize("name", MASKED)
+@masked_law()
 def test_masked_network_sees_the_past_and_all_of_it_but_nothing_else(name: str) -> None:
     torch.manual_seed(0)
     make, outputs = MASKED[name]
@@ -115,7 +118,7 @@ def test_masked_network_sees_the_past_and_all_of_it_but_nothing_else(name: str) 
     assert sorted(net.order.tolist()) == list(range(x.numel()))
 
 
-@pytest.mark.parametrize("name", MASKED)
+@masked_law()
 def test_masked_network_takes_any_leading_dims_and_feels_the_latent_everywhere(name: str) -> None:
     torch.manual_seed(0)
     net = MASKED[name][0]().double()

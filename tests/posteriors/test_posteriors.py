@@ -25,7 +25,10 @@ from ppvae.models import LinearGaussian
 from ppvae.parameter_names import unique_name
 from ppvae.posteriors.sphere import PowerSphericalVector
 from tests.laws.latents import FAILURE, Part, fit_of, integral, perturbed, values_of
+from tests.laws.law import Laws
 from tests.laws.parts import FEATURES, POINT, POSTERIORS, flow, net, semi
+
+law = Laws(POSTERIORS)
 
 PER_DATUM = {n for n in POSTERIORS if n.startswith("PerDatum")}
 
@@ -49,21 +52,21 @@ def single(name: str) -> tuple[Part, Any]:
     return part, module(x[0], **{k: v[0] for k, v in given.items()})
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@law()
 def test_density_is_one(name: str) -> None:
     part, fn = single(name)
     assert fn.batch_shape == ()
     assert abs(integral(fn, part.kind) - 1) < part.tolerance
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@law()
 def test_draws_follow_the_density(name: str) -> None:
     part, fn = single(name)
     torch.manual_seed(1)
     assert fit_of(fn, part.kind) > FAILURE / len(POSTERIORS)
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@law()
 def test_expands_to_particles_and_broadcasts(name: str) -> None:
     part, module = made(name)
     x, given = batch(part)
@@ -84,7 +87,7 @@ def test_expands_to_particles_and_broadcasts(name: str) -> None:
     assert len(draws[:, :, 0].reshape(8, -1).unique(dim=0)) > 1, "particles are independent"
 
 
-@pytest.mark.parametrize("name", [*POSTERIORS, *POINT])
+@law(also=POINT)
 def test_permutes_with_the_batch(name: str) -> None:
     part, module = made(name)
     x, given = batch(part)
@@ -97,7 +100,7 @@ def test_permutes_with_the_batch(name: str) -> None:
     torch.testing.assert_close(moved.log_prob(z[order]), fn.log_prob(z)[order])
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@law()
 def test_says_honestly_whether_it_is_reparameterised(name: str) -> None:
     part, module = made(name)
     x, given = batch(part)
@@ -110,7 +113,7 @@ def test_says_honestly_whether_it_is_reparameterised(name: str) -> None:
         assert fn.rsample().requires_grad
 
 
-@pytest.mark.parametrize("name", [n for n, p in POSTERIORS.items() if p.kind != "discrete"])
+@law(lambda n: POSTERIORS[n].kind != "discrete")
 def test_own_draws_have_their_density(name: str) -> None:
     """With a cached inverse or without, value and gradient are the same."""
     part, module = made(name)
@@ -137,7 +140,7 @@ def test_own_draws_have_their_density(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n, p in POSTERIORS.items() if p.kind != "discrete"])
+@law(lambda n: POSTERIORS[n].kind != "discrete")
 def test_paths_give_the_gradient_of_an_expectation(name: str) -> None:
     """d/dp E[f(z)] by paths against the score function, with f smooth: 5 standard errors, along a random p."""
     torch.manual_seed(0)
@@ -162,7 +165,7 @@ def test_paths_give_the_gradient_of_an_expectation(name: str) -> None:
     assert float(difference.mean().abs()) < 5 * float(difference.std()) / 40**0.5
 
 
-@pytest.mark.parametrize("name", [*POSTERIORS, *POINT])
+@law(also=POINT)
 def test_dtype_follows_the_module_and_state_saves_without_pickles(name: str) -> None:
     part, module = made(name)
     x, given = batch(part)
@@ -184,7 +187,7 @@ def test_dtype_follows_the_module_and_state_saves_without_pickles(name: str) -> 
         torch.testing.assert_close(again.log_prob(z.to(draws.dtype)).double(), exact, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@law()
 def test_density_is_a_function_of_the_data_alone(name: str) -> None:
     part, module = made(name)
     x, given = batch(part)
@@ -195,7 +198,7 @@ def test_density_is_a_function_of_the_data_alone(name: str) -> None:
         torch.testing.assert_close(module(x, **given).log_prob(z), first, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in PER_DATUM and not n.startswith("Semi")])
+@law(lambda n: n not in PER_DATUM and not n.startswith("Semi"))
 def test_nothing_is_made_on_another_device(name: str) -> None:
     part, module = made(name)  # the meta device refuses tensors of any other, and looks at none
     x, _ = batch(part)
@@ -205,7 +208,7 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", POSTERIORS)
+@law()
 def test_same_on_a_gpu(name: str) -> None:
     part, module = made(name)
     x, given = batch(part)
@@ -243,7 +246,7 @@ def pair_of(name: str) -> tuple[VAE, tuple[Tensor, ...]]:
     return VAE(prior, likelihood, module).double(), (x, *given.values())
 
 
-@pytest.mark.parametrize("name", [n for n in POSTERIORS if n != "Categorical"])
+@law(lambda n: n != "Categorical")
 def test_works_in_a_pair_under_the_particle_plate(name: str) -> None:
     vae, data_ = pair_of(name)
     structure = inspect(vae.model, vae.guide, data_)
@@ -259,7 +262,7 @@ def test_works_in_a_pair_under_the_particle_plate(name: str) -> None:
         assert bool(p.grad.isfinite().all()), parameter
 
 
-@pytest.mark.parametrize("name", [n for n in POSTERIORS if n != "Categorical"])
+@law(lambda n: n != "Categorical")
 def test_trains_and_estimates(name: str) -> None:
     vae, data_ = pair_of(name)
     vae.float()
@@ -642,7 +645,7 @@ def test_per_datum_reaches_every_exact_posterior_and_refuses_new_data() -> None:
             return pyro.sample("z", posterior(x, context=context))
 
     for lr in (0.1, 0.01):
-        fit(model, guide, data.indexed(x), epochs=200, batch_size=20, progress=False,
+        fit(model, guide, data.indexed(x), epochs=120, batch_size=20, progress=False,
             objective=Trace_ELBO(num_particles=10, vectorize_particles=True),
             optimizer=lambda ps, lr=lr: torch.optim.Adam(ps, lr=lr))  # fmt: skip
     gap = kl_divergence(posterior(x, context=torch.arange(20)), pair.posterior(x)).detach()

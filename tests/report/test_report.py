@@ -19,16 +19,17 @@ from ppvae.errors import UsageError
 from ppvae.evaluation import annealed
 from ppvae.evaluation.estimate import Estimate
 from ppvae.models import LinearGaussian
-from ppvae.report.headline import facts, head, remarks
-from ppvae.report.of_estimate import worst_data
-from ppvae.report.page import page
-from ppvae.report.parts import Section
-from ppvae.report.sections import sections
-from ppvae.report.subject import Subject, image_shape
+from ppvae.report.contents import all_sections
+from ppvae.report.estimate_section import least_reliable_data
+from ppvae.report.header import facts, page_header, remarks
+from ppvae.report.html import render_page
+from ppvae.report.run_data import RunData, image_shape
+from ppvae.report.section import Section
 
 TITLES = (
     "Training", "Samples", "Reconstructions", "Interpolations", "Traversals of z", "Latent map of z",
-    "Distribution of log p(x)", "Bound against particles", "Diagnosis", "Data with the worst k̂", "Configuration",
+    "Distribution of log p(x)", "Bound by number of particles", "Reliability of each log p(x)",
+    "Data with the largest k̂", "Configuration",
 )  # fmt: skip
 
 
@@ -127,8 +128,9 @@ def test_every_section_is_there_and_drawn(digits):
     *_, path = digits
     bare = without_pictures(path.read_text(encoding="utf-8"))
     assert tuple(re.findall(r"<h2>(.*?)</h2>", bare)) == TITLES
-    assert "Not shown" not in bare
-    assert bare.count("<figcaption>Look for") + bare.count(": look for") == 10
+    assert "Not available" not in bare
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", bare)
+    assert [len(re.findall(r"\bLook for\b", caption)) for caption in captions] == [1] * 10
 
 
 def test_pictures_are_the_ones_in_the_page(digits):
@@ -165,8 +167,8 @@ def test_words_are_escaped(digits):
     run, test, *_ = digits
     bad = "<script>alert('&')</script>"
     named = type(run)(run.model, run.guide, run.history, None, {**run.config, "pair": {"name": bad}, "note": bad})
-    s = Subject(named, test[:5], None, 0)
-    text = page(head(s), [(Section(bad, bad, why=bad), None)], {bad: bad})
+    run_data = RunData(named, test[:5], None, 0)
+    text = render_page(page_header(run_data), [(Section(bad, bad, reason=bad), None)], {bad: bad})
     Tags(text)
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(") >= 8
@@ -187,11 +189,11 @@ def test_labels_must_be_one_for_each_datum(digits, tmp_path):
 
 def test_an_estimate_of_other_data_is_told(digits):
     run, test, est, _ = digits
-    s = Subject(run, test[:50], est, 0)
-    parts = {part.key: part for part in sections(s)}
-    assert parts["worst"].drawn is None
-    assert parts["worst"].why.startswith(f"The estimate is of other data (SHA-256 {est.digest[:12]})")
-    assert remarks(s)[-1] == parts["worst"].why
+    run_data = RunData(run, test[:50], est, 0)
+    parts = {part.key: part for part in all_sections(run_data)}
+    assert parts["worst"].content is None
+    assert parts["worst"].reason.startswith(f"The estimate is of other data (SHA-256 {est.digest[:12]})")
+    assert remarks(run_data)[-1] == parts["worst"].reason
 
 
 def test_stale_pictures_go(digits, tmp_path):
@@ -211,16 +213,16 @@ def test_worst_first():
     ess = torch.tensor([500.0, 80, 1000, 2, 20, 5, 400], dtype=torch.float64)
     nonfinite = torch.tensor([0, 0, 0, 0, 0, 0, 3])
     est = constructed(7, k_hat=k_hat, ess=ess, nonfinite=nonfinite)
-    assert report.worst(est, 7) == [6, 3, 5, 4, 1, 0, 2]
-    assert report.worst(est, 2) == [6, 3]
+    assert report.least_reliable(est, 7) == [6, 3, 5, 4, 1, 0, 2]
+    assert report.least_reliable(est, 2) == [6, 3]
 
 
 def test_worst_rows_are_shown_with_their_numbers(digits):
     run, test, est, _ = digits
-    rows = report.worst(est, 16)
+    rows = report.least_reliable(est, 16)
     assert rows[0] == int(est.k_hat.argmax())
     assert sorted(est.k_hat.tolist(), reverse=True)[:16] == [float(est.k_hat[i]) for i in rows]
-    figure = worst_data(Subject(run, test, est, 0)).figure
+    figure = least_reliable_data(RunData(run, test, est, 0)).figure
     words = texts(figure)
     assert [int(i) for i in re.findall(r"#(\d+)", words)] == rows
     assert f"#{rows[0]}, label {int(test.labels[rows[0]])} k̂ {float(est.k_hat[rows[0]]):.2f} ESS" in words
@@ -235,9 +237,9 @@ def test_dynamic_data_are_shown_as_they_were_evaluated():
     est = constructed(len(train), digest=train.fixed(3).digest)
     est = type(est)(**{**vars(est), "seed": 3})
     run = fit(*pair_of(small_vae()), train[:100], epochs=1)
-    s = Subject(run, train, est, seed=0)
-    assert not s.matched
-    assert torch.equal(s.values(torch.arange(5)), train.fixed(3)[:5].as_subclass(torch.Tensor))
+    run_data = RunData(run, train, est, seed=0)
+    assert not run_data.mismatch
+    assert torch.equal(run_data.values(torch.arange(5)), train.fixed(3)[:5].as_subclass(torch.Tensor))
 
 
 # --- other pairs ---
@@ -253,11 +255,11 @@ def test_data_that_are_no_images():
     pair = LinearGaussian(5, 2)
     run = fit(pair.model, pair.mean_field, x, epochs=1)
     est = log_marginal(run.model, run.guide, x, num_particles=30)
-    parts = {part.key: part.drawn for part in sections(Subject(run, x, est, 0))}
+    parts = {part.key: part.content for part in all_sections(RunData(run, x, est, 0))}
     assert len(parts) == 10
     assert None not in parts.values()
     assert "a line over the dims of x" in parts["samples"].caption
-    assert "look for regions of low log p(x)" in parts["latent_map"].caption  # no labels: coloured by log p(x)
+    assert "Look for regions of low log p(x)" in parts["latent_map"].caption  # no labels: coloured by log p(x)
     assert draws(parts["worst"].figure)
 
 
@@ -310,11 +312,11 @@ def test_what_a_pair_does_not_allow_is_left_out_with_a_sentence(latents, drawn, 
     objective = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1) if latents == "enumerated" else None
     run = fit(*plain(latents), x, epochs=1, objective=objective)
     est = None if latents == "point" else log_marginal(run.model, run.guide, x, num_particles=30)
-    s = Subject(run, x, est, 0)
-    parts = list(sections(s))
-    assert words in " ".join([*(part.why for part in parts), *(text for _, text in facts(s))])
-    assert drawn | {"curves"} <= {part.key for part in parts if part.drawn}
-    assert any("Delta (point mass)" in r for r in remarks(s)) == (latents == "point")
+    run_data = RunData(run, x, est, 0)
+    parts = list(all_sections(run_data))
+    assert words in " ".join([*(part.reason for part in parts), *(text for _, text in facts(run_data))])
+    assert drawn | {"curves"} <= {part.key for part in parts if part.content}
+    assert any("Delta (point mass)" in r for r in remarks(run_data)) == (latents == "point")
 
 
 def test_a_pair_that_draws_its_own_subsample_is_called_with_all_data():
@@ -332,11 +334,11 @@ def test_a_pair_that_draws_its_own_subsample_is_called_with_all_data():
             pyro.sample("z", dist.Normal(net(x[i]), 1.0).to_event(1))
 
     run = fit(model, guide, x, epochs=1)
-    s = Subject(run, x, None, 0)
-    assert s.whole
-    made = {part.key for part in sections(s) if part.drawn}
+    run_data = RunData(run, x, None, 0)
+    assert run_data.needs_all_data
+    made = {part.key for part in all_sections(run_data) if part.content}
     assert {"samples", "reconstructions", "interpolations", "traversals", "latent_map"} <= made
-    torch.testing.assert_close(s.means["z"], net(x))  # in the data's order
+    torch.testing.assert_close(run_data.means["z"], net(x))  # in the data's order
 
 
 def test_a_pair_with_labels():
@@ -362,17 +364,17 @@ def test_a_pair_with_labels():
     run = fit(model, guide, (train, train.labels), epochs=1)
     test = test[:60]
     est = log_marginal(run.model, run.guide, (test, test.labels), num_particles=30)
-    s = Subject(run, (test, test.labels), est, 0)
-    assert s.digest == est.digest
-    assert torch.equal(s.labels, test.labels)
-    parts = {part.key: part.drawn for part in sections(s)}
+    run_data = RunData(run, (test, test.labels), est, 0)
+    assert run_data.digest == est.digest
+    assert torch.equal(run_data.labels, test.labels)
+    parts = {part.key: part.content for part in all_sections(run_data)}
     assert None not in parts.values()
-    assert "each given what comes with one of the first data besides x" in parts["samples"].caption
+    assert "each conditioned on the other columns of one of the first data" in parts["samples"].caption
 
 
 def test_generated_arrays_and_pictures(digits, tmp_path):
     run, test, *_ = digits
-    paths = report.generated(run, test, tmp_path, count=5)
+    paths = report.write_generated(run, test, tmp_path, count=5)
     shapes = {p.stem: np.load(p).shape for p in paths if p.suffix == ".npy"}
     assert shapes == {
         "samples": (5, 64), "reconstructions": (5, 64), "interpolations": (6, 10, 64), "traversals": (3, 7, 64),

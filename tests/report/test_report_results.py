@@ -13,8 +13,8 @@ from ppvae.evaluation.compare import compare
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import Representation
-from ppvae.report.of_results import results
-from ppvae.report.subject import Subject
+from ppvae.report.results_section import results_sections
+from ppvae.report.run_data import RunData
 
 
 def gaps_of(amortisation=0.5, approximation=1.0, richer=0.7, n=40):
@@ -146,7 +146,7 @@ def trained(tmp_path_factory):
 
 
 def of_results(run, x):
-    return {part.key: part for part in results(Subject(run, x, None, 0))}
+    return {part.key: part for part in results_sections(RunData(run, x, None, 0))}
 
 
 def test_what_lies_in_the_folder_is_in_the_report_and_nothing_else(trained):
@@ -159,17 +159,17 @@ def test_what_lies_in_the_folder_is_in_the_report_and_nothing_else(trained):
     calibration_of().save(folder)
     found = of_results(run, x)
     assert list(found) == ["gaps", "rate_distortion", "kl", "calibration"]
-    assert all(part.drawn is not None for part in found.values())
-    assert "; train: inference gap 1.5" in found["gaps"].drawn.caption
-    assert "6 of 80 data" in found["gaps"].drawn.caption
-    assert "between" in found["rate_distortion"].drawn.caption
-    assert "the guide is not calibrated" in found["calibration"].drawn.caption
-    titles = ["Where the nats go", "Rate and distortion", "Rate of each dim of z", "Calibration on simulated data of z"]
+    assert all(part.content is not None for part in found.values())
+    assert "; train: inference gap 1.5" in found["gaps"].content.caption
+    assert "6 of 80 data" in found["gaps"].content.caption
+    assert "between" in found["rate_distortion"].content.caption
+    assert "the guide is not calibrated" in found["calibration"].content.caption
+    titles = ["Inference gaps", "Rate and distortion", "Rate of each dim of z", "Calibration on simulated data of z"]
     assert [part.title for part in found.values()] == titles
     (folder / "calibration.npz").write_bytes(b"damaged")
     (folder / "gaps_test.npz").unlink()
     found = of_results(run, x)
-    assert found["calibration"].drawn is None
-    assert "not a saved Calibration" in found["calibration"].why
-    assert "not a saved Gaps" in found["gaps"].why
-    assert found["kl"].drawn is not None
+    assert found["calibration"].content is None
+    assert "not a saved Calibration" in found["calibration"].reason
+    assert "not a saved Gaps" in found["gaps"].reason
+    assert found["kl"].content is not None

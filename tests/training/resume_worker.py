@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppvae import VAE, data, fit, likelihoods, posteriors, priors
+from ppvae import VAE, data, fit, likelihoods, posteriors, priors, storage
 from ppvae import nn as networks
 from ppvae.training import checkpoint
 
@@ -130,7 +130,7 @@ def prepare(order: dict[str, Any]) -> None:
         return file
 
     checkpoint.save = save
-    checkpoint.open = half_open  # type: ignore[attr-defined]
+    storage.open = half_open  # type: ignore[attr-defined]
     os.fsync, os.replace = dying("fsync", os.fsync), dying("replace", os.replace)
     Path.unlink = dying("unlink", Path.unlink)  # type: ignore[method-assign]
 

@@ -1123,7 +1123,7 @@ def test_progress_shows_nats_per_datum(capsys):
 def test_steps_whose_numbers_are_read_at_the_end_of_an_epoch_are_the_same(monkeypatch, clip):
     found = []
     for reads in (True, False):
-        monkeypatch.setattr(TrainingStep, "reads", reads)
+        monkeypatch.setattr(TrainingStep, "synchronous", reads)
         pair = small_vae()
         run = fit(pair.model, pair.guide, torch.eye(64)[:12], epochs=2, batch_size=4, clip=clip)
         found.append([p.detach() for p in pair.parameters()])
@@ -1133,7 +1133,7 @@ def test_steps_whose_numbers_are_read_at_the_end_of_an_epoch_are_the_same(monkey
 
 
 def test_a_loss_that_is_read_late_puts_the_parameters_back_to_the_epoch_before(monkeypatch):
-    monkeypatch.setattr(TrainingStep, "reads", False)
+    monkeypatch.setattr(TrainingStep, "synchronous", False)
     pair, x = small_vae(), torch.eye(64)[:12]
     kept = []
 

@@ -19,7 +19,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch.optim import lr_scheduler
 
-from ppvae import data, fit, load
+from ppvae import data, fit, load, storage
 from ppvae.errors import CheckpointError
 from ppvae.factories.pairs import resolve
 from ppvae.models import LinearGaussian
@@ -259,7 +259,7 @@ def test_errors_of_the_disk_are_named(tmp_path, monkeypatch, call):
         })()  # fmt: skip
 
     if call in ("write", "open"):
-        monkeypatch.setattr(checkpoint, "open", full, raising=False)
+        monkeypatch.setattr(storage, "open", full, raising=False)
     else:
         monkeypatch.setattr(os, call, no_space)
     with pytest.raises(CheckpointError, match="No space left") as caught:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_digest
 from ppvae.evaluation.annealing.chains import run_forward_chains
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
-from ppvae.evaluation.blocks import Block, BlockProgress, data_digest, run_blocks, start_evaluation
+from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.reliability import assess_chains

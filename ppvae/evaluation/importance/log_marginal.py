@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ppvae.compilation.precision import check_precision
+from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, data_digest, run_blocks, start_evaluation
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler

@@ -56,7 +56,7 @@ class ImportanceSampler:
         run = self.run
         if self.allocation.adaptive or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
             return None
-        blocks = min(len(run.context.mine(run.num_blocks)), run.num_data // DATA_BLOCK)
+        blocks = min(len(run.context.block_indices(run.num_blocks)), run.num_data // DATA_BLOCK)
         total = blocks * (self.allocation.max_particles // PARTICLE_BLOCK)
         return CompiledWeights(run.model, run.guide, run.structure, PARTICLE_BLOCK, total, self.precision)
 

@@ -11,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.evaluation.blocks import (
-    DATA_BLOCK,
-    PARTICLE_BLOCK,
-    Block,
-    BlockProgress,
-    data_digest,
-    run_blocks,
-    start_evaluation,
-)
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.full_rank import FullRankFamily
 from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefit, check_refit

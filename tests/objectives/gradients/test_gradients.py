@@ -1,7 +1,4 @@
-"""Means of gradient estimators against sums over all draws; what they do to the noise; what they are at the optimum.
-
-Statistical tests fail wrongly with probability below FAILURE in all, over every coordinate of every gradient.
-"""
+"""Means of gradient estimators against sums over all draws; their variance; their value at the optimum."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import functools
 import math
 import warnings
 from dataclasses import replace
-from statistics import NormalDist
 
 import numpy as np
 import pyro
@@ -20,11 +16,32 @@ from torch import nn
 
 from ppvae import objectives
 from ppvae.errors import UsageError
-from ppvae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, TVO, Objective, Renyi, ReweightedWakeSleep
+from ppvae.objectives import ELBO, IWAE, MIWAE, PIWAE, TVO, Renyi, ReweightedWakeSleep
+from ppvae.objectives.gradients import GRADIENTS, STL, DReG, Pathwise, ScoreFunction
 from ppvae.objectives.gradients.control_variates import Learned, LeaveOneOut, MovingAverage, NoBaseline
-from ppvae.objectives.gradients.estimators import STL, DReG, Pathwise, ScoreFunction
+from tests.laws.gradients import (
+    DISCRETE,
+    LIMIT,
+    REPARAMETERIZED,
+    TOYS,
+    check_gradient_is_unbiased,
+    covariance,
+    errors,
+    exact,
+    exact_of_surrogate,
+    samples,
+    wake,
+)
+from tests.laws.objectives import (
+    COMBINATIONS,
+    ESTIMATORS,
+    OBJECTIVES,
+    EstimatorCase,
+    check_leave_one_out_bound,
+    log_mean_exp,
+    mean,
+)
 from tests.programs.toys import (
-    AFTER,
     BITS,
     COARSE,
     DATUM,
@@ -38,82 +55,20 @@ from tests.programs.toys import (
     gauss_hermite,
 )
 
-FAILURE, COORDINATES = 1e-6, 2000
-LIMIT = NormalDist().inv_cdf(1 - FAILURE / (2 * COORDINATES))
-SIZE = 10_000
-TOYS = {"one": ONE, "shared": SHARED, "two": TWO, "bits": BITS, "mixed": MIXED, "after": AFTER, "enum": ENUMERATED}
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:STL is biased")]
+
+REDUCTIONS = [name for name, case in OBJECTIVES.items() if case.reduce is not None]
+UNBIASED = [(n, e) for n, e in COMBINATIONS if n in REDUCTIONS and ESTIMATORS[e].unbiased]
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="STL is biased")
-        yield
-    pyro.clear_param_store()
-    torch.set_default_dtype(before)
+def test_every_named_estimator_is_under_the_laws():
+    assert set(GRADIENTS) <= set(ESTIMATORS)
 
 
-def samples(toy, objective, size=SIZE, seed=0):
-    """Independent estimates of the bound's gradient, [size] by parameter."""
-    pyro.clear_param_store()
-    model, guide, x, params = toy.pair(size)
-    torch.manual_seed(seed)
-    for _ in range(2):  # a baseline begins at nothing
-        for p in params.values():
-            p.grad = None
-        objective.loss_and_grads(model, guide, x)
-    return {n: torch.zeros(size) if p.grad is None else -p.grad for n, p in params.items()}
-
-
-def errors(found, exact):
-    """Standard errors between the mean of samples and what it should be, by parameter."""
-    size = len(next(iter(found.values())))
-    # what is known exactly has rounding errors alone
-    return {n: abs(float(found[n].mean()) - e) / (float(found[n].std()) / size**0.5 + 1e-9) for n, e in exact.items()}
-
-
-def log_mean_exp(log_weight):
-    return log_weight.logsumexp(0) - math.log(len(log_weight))
-
-
-def mean(log_weight):
-    return log_weight.mean(0)
-
-
-@functools.cache
-def exact(toy, count, reduce):
-    return TOYS[toy].gradient(count, reduce)
-
-
-def renyi(log_weight):
-    return log_mean_exp(0.4 * log_weight) / 0.4
-
-
-def convex(log_weight):
-    return 0.3 * mean(log_weight) + 0.7 * log_mean_exp(log_weight)
-
-
-# objective of a gradient -> its value's mean as (draws, reduction)
-PATHS = {
-    "elbo": (lambda g: ELBO(2, gradient=g), 1, mean),
-    "iwae": (lambda g: IWAE(2, g), 2, log_mean_exp),
-    "renyi": (lambda g: Renyi(0.6, 2, g), 2, renyi),
-    "ciwae": (lambda g: CIWAE(0.3, 2, g), 2, convex),
-    "miwae": (lambda g: MIWAE(2, 3, g), 2, log_mean_exp),
-}
-
-
-@pytest.mark.parametrize("toy", ["one", "shared", "two"])
-@pytest.mark.parametrize("gradient", ["pathwise", "dreg", "gdreg"])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("toy", REPARAMETERIZED)
+@pytest.mark.parametrize(("name", "gradient"), UNBIASED)
 def test_path_estimators_have_the_gradient_of_the_bound_as_mean(name, gradient, toy):
-    build, count, reduce = PATHS[name]
-    found = errors(samples(TOYS[toy], build(gradient)), exact(toy, count, reduce))
-    assert max(found.values()) < LIMIT, found
+    check_gradient_is_unbiased(OBJECTIVES[name], ESTIMATORS[gradient], toy)
 
 
 @pytest.mark.parametrize("toy", ["one", "shared", "two"])
@@ -184,51 +139,28 @@ BASELINES = {
     "others": LeaveOneOut,
     "learned": lambda: Learned(nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))),
 }
-SCORES = PATHS | {"tvo": (lambda g: TVO(2, 3, gradient=g), 2, None)}
 
 
-def tvo(log_weight, path):
-    return sum(width * ((b * log_weight).softmax(0) * log_weight).sum(0) for b, width in path)
-
-
-@pytest.mark.parametrize("toy", ["bits", "mixed", "after"])
+@pytest.mark.parametrize("toy", DISCRETE)
 @pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", [name for name in REDUCTIONS if "score" in OBJECTIVES[name].estimators])
 def test_the_score_function_has_the_gradient_of_the_bound_as_mean(name, baseline, toy):
-    build, count, reduce = SCORES[name]
-    objective = build(ScoreFunction(BASELINES[baseline]()))
-    if name == "tvo":
-        target = TOYS[toy].gradient(count, functools.partial(tvo, path=objective.path()))
-    else:
-        target = exact(toy, count, reduce)
-    found = errors(samples(TOYS[toy], objective), target)
-    assert max(found.values()) < LIMIT, found
+    estimator = EstimatorCase(lambda: ScoreFunction(BASELINES[baseline]()))
+    check_gradient_is_unbiased(OBJECTIVES[name], estimator, toy)
 
 
-WITHOUT = {
-    "elbo": lambda count: ELBO(count),
-    "iwae": lambda count: IWAE(count),
-    "renyi": lambda count: Renyi(0.4, count),
-    "renyi 1": lambda count: Renyi(1.0, count),
-    "renyi 2": lambda count: Renyi(2.0, count),
-    "ciwae": lambda count: CIWAE(0.3, count),
-    "miwae": lambda count: MIWAE(count // 3, 3),
-    "tvo 1": lambda count: TVO(count, 1),
-    "tvo": lambda count: TVO(count, 4),
+LEAVE_ONE_OUT = {name: lambda case=OBJECTIVES[name]: case.build(12, "pathwise") for name in REDUCTIONS} | {
+    "miwae": lambda: MIWAE(4, 3),
+    "renyi 1": lambda: Renyi(1.0, 12),
+    "renyi 2": lambda: Renyi(2.0, 12),
+    "tvo 1": lambda: TVO(12, 1),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", WITHOUT)
-def test_bounds_without_a_draw_are_those_with_another_in_its_place(name, dtype):
-    """In O(K), against K bounds of K draws; one weight is nearly all, or all weights are alike."""
-    objective, digits = WITHOUT[name](12), 1e-12 if dtype == torch.float64 else 1e-5
-    for spread in (0.0, 1.0, 30.0):
-        log_weight, others = (spread * torch.randn(2, 12, 7)).to(dtype)
-        log_weight[5, :3] += 200.0
-        found, plain = objective.without(log_weight, others), Objective.without(objective, log_weight, others)
-        assert found.dtype == dtype
-        assert float((found - plain).abs().max()) < digits * (1 + float(plain.abs().max()))
+@pytest.mark.parametrize("name", LEAVE_ONE_OUT)
+def test_leave_one_out_bounds_are_bounds_with_one_log_weight_replaced(name, dtype):
+    check_leave_one_out_bound(LEAVE_ONE_OUT[name](), dtype)
 
 
 def test_vimco_tells_the_share_of_a_draw_that_is_nearly_all_and_of_one_that_is_nothing():
@@ -250,43 +182,13 @@ def test_enumerated_sites_have_the_exact_gradient():
     assert found["f"].std() < 0.3 * samples(MIXED, ELBO(2, gradient="vimco"))["f"].std()
 
 
-def tuples(toy, count, surrogate):
-    """The exact mean of an estimator that is the gradient of surrogate(log_joint, log_q) at draws that are held."""
-    params = toy.leaves()
-
-    def of(points, indices):
-        joint = torch.stack([(points.log_lik + points.log_prior)[i] for i in indices])
-        return surrogate(joint, torch.stack([points.log_guide[i] for i in indices]))
-
-    mass = toy.points(params).log_mass.detach()
-    held = replace(toy, points=lambda p: replace(toy.points(p), log_mass=mass))
-    total = held.expectation(count, of, params)
-    grads = torch.autograd.grad(total, list(params.values()))
-    return {n: float(g) for n, g in zip(params, grads, strict=True)}
-
-
-def wake(joint, log_q):
-    weights = (joint - log_q).detach().softmax(0)
-    return (weights * (joint + log_q)).sum(0)
-
-
-def covariance(joint, log_q, path):
-    f = (joint - log_q).detach()
-    total = 0
-    for b, width in path:
-        v = (b * f).softmax(0)
-        centred = f - (v * f).sum(0)
-        total = total + width * (v * (joint - log_q + centred * (b * joint + (1 - b) * log_q))).sum(0)
-    return total
-
-
 def test_wake_sleep_and_tvo_have_the_gradients_that_they_state():
     for toy, listed in ((BITS, BITS), (ONE, DETACHED)):  # draws that have a path are held, too
-        found = errors(samples(toy, ReweightedWakeSleep(2)), tuples(listed, 2, wake))
+        found = errors(samples(toy, ReweightedWakeSleep(2)), exact_of_surrogate(listed, 2, wake))
         assert max(found.values()) < LIMIT, found
         for partitions in (1, 3):
             objective = TVO(2, partitions)
-            exactly = tuples(listed, 2, functools.partial(covariance, path=objective.path()))
+            exactly = exact_of_surrogate(listed, 2, functools.partial(covariance, partition=objective.partition()))
             found = errors(samples(toy, objective), exactly)
             assert max(found.values()) < LIMIT, found
 
@@ -307,17 +209,17 @@ def test_what_wake_sleep_and_tvo_state_tends_to_exact_gradients():
     objective = TVO(3, 3)
     points = BITS.points(params)
     total = 0
-    for b, width in objective.path():
+    for b, width in objective.partition():
         pi = ((1 - b) * points.log_guide + b * (points.log_lik + points.log_prior)).softmax(0)
         total = total + width * (pi * points.log_weight).sum()
     riemann = dict(zip(params, torch.autograd.grad(total, list(params.values())), strict=True))
     for surrogate, target, sign in (
         (wake, {n: kl[n] for n in BITS.guide_params}, -1),
-        (functools.partial(covariance, path=objective.path()), riemann, 1),
+        (functools.partial(covariance, partition=objective.partition()), riemann, 1),
     ):
         errors_at = []
         for count in (3, 6):
-            at = tuples(BITS, count, surrogate)
+            at = exact_of_surrogate(BITS, count, surrogate)
             errors_at.append(max(abs(at[n] - sign * float(g)) for n, g in target.items()))
         assert errors_at[1] < 0.65 * errors_at[0], errors_at
         assert errors_at[0] < 0.3

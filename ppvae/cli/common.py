@@ -1,0 +1,148 @@
+"""Steps that several commands share: a pair from its name, a run and its data, tables and reports."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ppvae import data as datasets
+from ppvae.cli.flags import parse
+from ppvae.cli.options import Data
+from ppvae.data.loader import column_digests
+from ppvae.errors import CheckpointError, DataError, UsageError
+from ppvae.factories import pairs
+from ppvae.factories.choices import Argument
+from ppvae.training.run import Run
+
+SPLITS = ("train", "valid", "test")
+
+
+def parse_pair(
+    command: str, args: list[str], cls: type, extra: Mapping[str, Argument] | None = None
+) -> tuple[str, Any, Any, dict[str, Any]]:
+    """Reads `PAIR [options]`: (pair's name, factory, settings, arguments of the factory and the extra ones)."""
+    extra = dict(extra or {})
+    name = first_argument(command, "PAIR", "a pair, as in `ppvae.models:vae`", args, cls, extra)
+    factory = pairs.resolve(name)
+    own = pairs.parameters(factory)
+    for clash in own.keys() & extra.keys():
+        raise UsageError(f"{name}: its argument {clash!r} is an option of ppvae {command}; give it another name")
+    settings: Any
+    settings, arguments = parse(cls, args[1:], f"ppvae {command} {name}", description(cls), own | extra)
+    return name, factory, settings, arguments
+
+
+def parse_run(command: str, args: list[str], cls: type) -> tuple[Any, Path]:
+    """Reads `RUN [options]`: (settings, the run folder)."""
+    name = first_argument(command, "RUN", "a run folder, as in `runs/NAME`", args, cls)
+    settings: Any
+    settings, _ = parse(cls, args[1:], f"ppvae {command} {name}", description(cls))
+    return settings, find_run(name, settings.runs)
+
+
+def first_argument(
+    command: str, what: str, expected: str, args: list[str], cls: type, extra: Mapping[str, Argument] | None = None
+) -> str:
+    """The positional argument; raises UsageError without one, and prints help where that is asked for."""
+    if args and not args[0].startswith("-"):
+        return args[0]
+    if {"-h", "--help"} & set(args):
+        parse(cls, args, f"ppvae {command} {what}", description(cls), extra)
+    raise UsageError(f"ppvae {command}: expected {expected}; found {args[0] if args else 'nothing'}")
+
+
+def description(cls: type) -> str:
+    """The help text of a command: the docstring of its options."""
+    return inspect.getdoc(cls) or ""
+
+
+def find_run(name: str, runs: str) -> Path:
+    """The folder of that name, or else the run of that name below the folder of runs."""
+    path, below = Path(name), Path(runs) / name
+    return below if not path.exists() and below.exists() else path
+
+
+def load_splits(settings: Any) -> Any:
+    """Train, valid and test of the settings' data."""
+    kind = None if settings.binarize == "none" or settings.dequantize or settings.missing else settings.binarize
+    return datasets.load(
+        settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
+        seed=settings.data_seed, missing=settings.missing,
+    )  # fmt: skip
+
+
+def with_labels(split: Any, labels: bool) -> tuple[Any, ...]:
+    """The columns of a batch: the split, and its labels where they are asked for."""
+    if not labels:
+        return (split,)
+    if split.labels is None:
+        raise UsageError(f"--labels: {split.description} has no labels")
+    return (split, split.labels)
+
+
+def num_labels(split: Any, labels: bool) -> int | None:
+    """The number of different labels, where they are asked for."""
+    if not labels or split.labels is None:
+        return None
+    return len(split.classes) or int(split.labels.max()) + 1
+
+
+def run_data(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
+    """The columns of a split of a run's data.
+
+    Raises:
+        UsageError: the run was not started from the command line; DataError: the data have changed since.
+    """
+    if "data" not in run.config:
+        raise UsageError(f"{run.directory}: the run was not started from the command line; evaluate it in Python")
+    chosen = Data(**run.config["data"] | ({} if settings.root is None else {"root": settings.root}))
+    splits = {name: with_labels(s, chosen.labels) for name, s in zip(SPLITS, load_splits(chosen), strict=True)}
+    fit = run.config["fit"]
+    for name, digest in zip(SPLITS, (fit.get("digest"), fit.get("valid"), run.config.get("test")), strict=True):
+        if digest is not None and name in {"train", split} and (now := joined_digest(splits[name])) != digest:
+            raise DataError(
+                f"{run.directory}: its {name} data are not what they were: expected SHA-256 {digest}, found {now}"
+            )
+    return splits[split]
+
+
+def joined_digest(columns: tuple[Any, ...]) -> str:
+    """The SHA-256 of each column, as config.json holds it."""
+    return " ".join(column_digests(columns))
+
+
+def head(columns: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The first rows of every column."""
+    return tuple(c.head(count) if hasattr(c, "head") else c[:count] for c in columns)
+
+
+def print_table(table: Mapping[str, Any], width: int) -> None:
+    """Prints a row for each entry."""
+    for key, value in table.items():
+        print(f"{key:{width}} {value}")
+
+
+def write_report(run: Run, columns: tuple[Any, ...], estimate: Any, seed: int) -> None:
+    """Writes report.html into the run folder, and prints its path."""
+    from ppvae import report
+
+    path = report.write(run, data=columns, estimate=estimate, directory=run.directory, seed=seed)
+    print(f"report: {os.fspath(path)}")
+
+
+def write_report_of_results(run: Run, settings: Any) -> None:
+    """Writes the report with the estimate of the test data that the run's folder holds, if any."""
+    from ppvae.evaluation.results import load_estimate
+
+    test, est = run_data(run, settings, "test"), None
+    for name in ("log_marginal", "annealed_beside", "smc_beside"):
+        try:
+            est = load_estimate(Path(run.directory or ".") / "results" / f"{name}.json")
+        except CheckpointError:
+            continue
+        test = head(test, len(est.log_px))
+        break
+    write_report(run, test, est, settings.seed)

@@ -1,0 +1,21 @@
+"""`ppvae data NAME`: loads a data set and describes its splits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ppvae.cli.common import description, load_splits
+from ppvae.cli.flags import parse
+from ppvae.cli.options import Data, DataSet
+
+
+def run(args: list[str]) -> int:
+    """Prints a line for each split; returns the exit status."""
+    if not args or args[0].startswith("-"):
+        args = ["digits", *args]
+    settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))
+    for split in load_splits(Data(data=args[0], **dataclasses.asdict(settings))):
+        labels = "" if split.labels is None else f", {len(split.labels.unique())} labels"
+        shapes = f"{list(split.shape)}, event {list(split.event_shape)}"
+        print(f"{split.description}: {shapes}{labels}, sha256 {split.digest[:16]}")
+    return 0

@@ -1,0 +1,144 @@
+"""`ppvae fit PAIR`: trains a pair and writes its run folder and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+
+from ppvae.cli.common import joined_digest, load_splits, num_labels, parse_pair, with_labels, write_report
+from ppvae.cli.options import Data, Fit, Optimizer
+from ppvae.distributed import DistributedContext, leave_process_group
+from ppvae.errors import UsageError
+from ppvae.factories import pairs
+from ppvae.factories.choices import Argument, ClassChoice
+from ppvae.training import fit
+from ppvae.training.run import Run
+
+OBJECTIVES = ClassChoice(("ppvae.objectives", "pyro.infer"), ELBO)
+OBJECTIVE: Argument = (Annotated[ELBO, OBJECTIVES], Trace_ELBO, "the objective that is maximised.")
+
+
+def run(args: list[str]) -> int:
+    """Trains a pair as the command line says; returns the exit status."""
+    name, factory, settings, arguments = parse_pair("fit", args, Fit, {"objective": OBJECTIVE})
+    objective = arguments.pop("objective")
+    splits = load_splits(settings)
+    torch.manual_seed(settings.seed)
+    train, valid, test = (with_labels(s, settings.labels) for s in splits)
+    labels = num_labels(splits[0], settings.labels)
+    model, guide = pairs.build(factory, arguments, splits[0], labels)
+    directory = _run_folder(settings, name)
+    DistributedContext().barrier()  # until all ranks have found the same name free
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
+    trained = fit(
+        model,
+        guide,
+        train,
+        valid=valid,
+        objective=_build_objective(objective),
+        optimizer=_build_optimizer(settings.optimizer),
+        scheduler=cosine if settings.optimizer.schedule == "cosine" else None,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        device=settings.device,
+        directory=directory,
+        resume=settings.resume,
+        clip=settings.clip,
+        compile={"auto": None, "yes": True, "no": False}[settings.compile],
+        precision=settings.precision,
+        rows=settings.rows,
+        patience=settings.patience,
+        config={
+            "pair": {
+                "name": _absolute_name(name),
+                "arguments": arguments,
+                "train": [[list(splits[0].shape), "float32"]],
+                "num_labels": labels,
+            },
+            "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)} | _absolute_paths(settings),
+            "test": joined_digest(test),
+        },
+    )
+    if not leave_process_group():
+        return 0
+    _print_metrics(trained)
+    if settings.report:
+        write_report(trained, test, None, settings.seed)
+    print(f"run: {directory}")
+    return 0
+
+
+def _run_folder(settings: Fit, name: str) -> Path:
+    """The folder of the run: below `--runs`, by `--name`, else by pair and data with the first free number."""
+    runs = Path(settings.runs)
+    if settings.name is not None:
+        if Path(settings.name).name != settings.name or settings.name in ("", ".", ".."):
+            raise UsageError(f"--name: expected a plain name for a folder below {runs}, found {settings.name!r}")
+        return runs / settings.name
+    place, _, factory = name.partition(":")
+    stem = f"{factory or Path(place).stem}-{Path(settings.data).stem}".lower()
+    if settings.resume:
+        return runs / stem
+    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
+    return next(runs / n for n in names if not (runs / n).exists())
+
+
+def _absolute_name(name: str) -> str:
+    """A pair's name that is valid in another working directory."""
+    place, colon, factory = name.partition(":")
+    return f"{Path(place).resolve()}{colon}{factory}" if Path(place).is_file() else name
+
+
+def _absolute_paths(settings: Data) -> dict[str, Any]:
+    """The paths of the data, valid in another working directory."""
+    root = None if settings.root is None else str(Path(settings.root).resolve())
+    data = str(Path(settings.data).resolve()) if Path(settings.data).exists() else settings.data
+    return {"root": root, "data": data}
+
+
+def _build_objective(chosen: dict[str, Any]) -> ELBO:
+    try:
+        return OBJECTIVES.build(chosen, "objective")()
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--objective {chosen['name']}: {error}") from error
+
+
+def _build_optimizer(settings: Optimizer) -> functools.partial[torch.optim.Optimizer]:
+    """The optimizer with its options, after a step on a parameter of its own.
+
+    Raises:
+        UsageError: torch has no such optimizer, it does not take an option, or it cannot train a pair.
+    """
+    known = [n for n, v in vars(torch.optim).items() if isinstance(v, type) and n != "Optimizer"]
+    if settings.name not in known:
+        near = difflib.get_close_matches(settings.name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"--optimizer.name: expected a class of torch.optim, found {settings.name!r}{hint}")
+    cls = getattr(torch.optim, settings.name)
+    options = {k: getattr(settings, k) for k in ("lr", "eps", "weight_decay") if getattr(settings, k) is not None}
+    accepted = inspect.signature(cls).parameters
+    for key in options:
+        if key not in accepted:
+            raise UsageError(f"--optimizer.{key}: {settings.name} does not take it")
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    try:  # some optimizers need a closure, sparse gradients, matrices
+        cls([parameter], **options).step()
+    except Exception as error:
+        raise UsageError(f"--optimizer.name: {settings.name} cannot train a pair: {error}") from error
+    return functools.partial(cls, **options)
+
+
+def _print_metrics(run: Run) -> None:
+    m = run.metrics
+    names = {"loss": "train loss", "valid_elbo": "valid ELBO", "valid_rate": "rate", "valid_distortion": "distortion"}
+    shown = ", ".join(f"{text} {m[name]:.3f}" for name, text in names.items() if name in m)
+    print(f"epoch {m['epoch']}: {shown} nats per datum")

@@ -1,0 +1,35 @@
+"""Batch shapes of distributions: expanding parameters to them, and undoing that for a cheaper computation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+Distribution = TypeVar("Distribution", bound=TorchDistribution)
+
+
+def expand_parameters(fn: Distribution, batch_shape: Sequence[int], **event_dims: int) -> Distribution:
+    """A shallow copy of a distribution with parameters expanded to a batch shape, given as name=its event dims."""
+    new, shape = copy.copy(fn), torch.Size(batch_shape)
+    for name, event_dim in event_dims.items():
+        value: Tensor = getattr(fn, name)
+        setattr(new, name, value.expand(shape + value.shape[value.dim() - event_dim :]))
+    new._batch_shape = shape
+    return new
+
+
+def collapse_expanded_dims(t: Tensor) -> Tensor:
+    """The tensor with expanded dims (stride 0) at size one again, so that a function of it is computed once.
+
+    >>> collapse_expanded_dims(torch.zeros(3).expand(100, 3)).shape
+    torch.Size([1, 3])
+    """
+    for dim in range(t.dim()):
+        if t.stride(dim) == 0 and t.shape[dim] > 1:
+            t = t.narrow(dim, 0, 1)
+    return t

@@ -1,0 +1,226 @@
+"""The base class of objectives: a bound per datum as a loss in Pyro's convention."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor
+
+from ppvae.errors import ContractError, UsageError
+from ppvae.inference.inspection import inspect
+from ppvae.inference.structure import Structure
+from ppvae.inference.terms import Terms
+from ppvae.inference.tracing import Program, trace_pair
+from ppvae.objectives.call import Call
+from ppvae.objectives.gradients import GradientEstimator, resolve_gradient
+from ppvae.objectives.requirements import warn_enumerated_guide
+from ppvae.objectives.schedules import ScheduledScalar
+
+
+class Objective(PyroELBO):
+    """A bound per datum as a Pyro loss: minus the bound, summed over the batch, times the data plate's scale.
+
+    A subclass defines `reduce`. The other hooks have defaults, which a subclass overrides where they do not apply; K is
+    the number of draws per datum, log-weights are [K, batch] in float64 nats.
+
+    Read by every gradient estimator:
+        reduce(log_weight) -> [batch] nats: the bound as a function of the log-weights. No default.
+        log_weights(t) -> [K, batch] nats: what `reduce` takes. Default: `t.log_weight`.
+        bound(t) -> [batch] nats: the bound. Default: `reduce(log_weights(t))`.
+        draws -> int: K. Default: `num_particles`.
+        terms_options -> dict: keyword arguments of `ppvae.inference.terms`. Default: none.
+    Read by some:
+        learning_signal(log_weight) -> [K, batch] nats: for "score"; the factor of each draw's score. Default: the
+            whole bound.
+        leave_one_out_bound(log_weight, replacement) -> [K, batch] nats: for "vimco"; entry k is the bound with
+            log-weight k replaced. Default: K evaluations of `reduce`, O(K^2).
+        dreg_weights(log_weight) -> [K, batch], no unit: for "dreg" and "gdreg". Default: UsageError.
+        stl_unbiased -> bool: for "stl", which warns where it is False and K > 1. Default: False.
+        partition() -> [(b_j, b_{j+1} - b_j)]: for "covariance", which only an objective with it takes, as `TVO`.
+    Read by `loss` and `fit`:
+        check_structure(s), check_gradient(s): raise ContractError for a pair on which the bound, or its gradient
+            estimator, is not defined. Default: a pair without importance weights; `gradient.check_structure`.
+        value(call), surrogate(call) -> scalar nats: the bound summed over the batch, without and with a gradient.
+            Default: `bound`; the gradient estimator's.
+        factorizes_over_data -> bool: whether a datum's bound depends on no other datum, so that `fit` may split a
+            batch. Default: True.
+
+    Args:
+        num_particles: draws per datum.
+        gradient: an estimator of the gradient, or its name: "pathwise", "stl", "dreg", "gdreg", "score", "vimco".
+
+    Raises UsageError for fewer than one particle, or an estimator that is not defined for the objective.
+    """
+
+    factorizes_over_data = True
+
+    def __init__(self, num_particles: int, gradient: str | GradientEstimator = "pathwise"):
+        if num_particles < 1:
+            raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        self.gradient = resolve_gradient(gradient)
+        self.gradient.check_objective(self)
+        self._schedules: dict[str, ScheduledScalar] = {}
+        self._step = torch.zeros((), dtype=torch.int64)  # a tensor, which a captured step may read
+        self._inspected: tuple[Program, Program, Structure] | None = None
+
+    @abstractmethod
+    def reduce(self, log_weight: Tensor) -> Tensor:
+        """The bound per datum, [batch] nats, of log-weights [K, batch]; further dims on the right are kept.
+
+        A constant added to all log-weights of a datum must be added to its bound.
+        """
+
+    def log_weights(self, t: Terms) -> Tensor:
+        """The log-weights that `reduce` takes, [K, batch]."""
+        return t.log_weight
+
+    def bound(self, t: Terms) -> Tensor:
+        """The bound per datum, [batch] nats."""
+        return self.reduce(self.log_weights(t))
+
+    def learning_signal(self, log_weight: Tensor) -> Tensor:
+        """The factor of each draw's score, [K, batch] nats: the part of the bound that depends on this draw.
+
+        The parts that do not depend on it only add variance to the score-function estimator.
+        """
+        return self.reduce(log_weight).expand_as(log_weight)
+
+    def leave_one_out_bound(self, log_weight: Tensor, replacement: Tensor) -> Tensor:
+        """Entry k is the bound with log-weight k replaced by replacement k; all are [K, batch].
+
+        O(K^2); a bound on a sum of weights has it in O(K), see `ppvae.objectives.reductions`.
+        """
+        diagonal = torch.eye(len(log_weight), dtype=torch.bool, device=log_weight.device)[..., None]
+        return self.reduce(torch.where(diagonal, replacement, log_weight[:, None]))
+
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
+        """The ratio of the doubly reparameterised to the pathwise weight of each draw, [K, batch].
+
+        1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k).
+        """
+        raise UsageError(f"{type(self).__name__}: expected a gradient other than {type(self.gradient).__name__}")
+
+    @property
+    def stl_unbiased(self) -> bool:
+        """Whether the gradient without the guide's score (STL) is unbiased."""
+        return False
+
+    @property
+    def draws(self) -> int:
+        """K, draws per datum in all."""
+        return self.num_particles
+
+    @property
+    def terms_options(self) -> dict[str, Any]:
+        """Keyword arguments of `ppvae.inference.terms`: which further terms the bound reads."""
+        return {}
+
+    def check_structure(self, s: Structure) -> None:
+        """Raises ContractError, naming the site, where the bound is not defined for a pair; warns where it sums a
+        guide's sites out, whose probabilities it does not train."""
+        if s.weights_refusal:
+            raise ContractError(s.weights_refusal)
+        warn_enumerated_guide(s)
+
+    def check_gradient(self, s: Structure) -> None:
+        """Raises ContractError, naming the site, where the gradient estimator is not defined for a pair."""
+        self.gradient.check_structure(self, s)
+
+    def value(self, call: Call) -> Tensor:
+        """The bound summed over the batch, a scalar."""
+        return self.bound(call.terms()).sum()
+
+    def surrogate(self, call: Call) -> Tensor:
+        """A scalar: the bound summed over the batch, with the estimator's gradient."""
+        return self.gradient.surrogate(self, call)
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        """Pyro's hook for a pair of traces; `loss` and its kin go through `terms`."""
+        return trace_pair(model, guide, args, self._structure(model, guide, args), {}, num_particles=self.draws)
+
+    def _structure(self, model: Program, guide: Program, batch: tuple[Any, ...]) -> Structure:
+        if self._inspected is None or self._inspected[:2] != (model, guide):
+            s = inspect(model, guide, batch, weights=False)
+            self.check_structure(s)
+            if s.scale_refusal:
+                raise ContractError(s.scale_refusal)
+            if s.has_global_latents and s.full_size != s.batch_size(batch):
+                raise ContractError(
+                    "a latent is shared by all data: expected all of them in the batch, found "
+                    f"{s.batch_size(batch)} of {s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
+                )
+            self.check_gradient(s)
+            self._inspected = (model, guide, s)
+        return self._inspected[2]
+
+    def _call(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if kwargs:
+            raise UsageError(f"a pair is called as model(*batch): expected no keywords, found {sorted(kwargs)}")
+        return Call(model, guide, args, self._structure(model, guide, args), self.draws, self.terms_options)
+
+    def _scaled_loss(self, total: Tensor, call: Call) -> Tensor:
+        rows = call.structure.batch_size(call.batch)
+        return -total * (call.structure.represented_size(rows) / rows)
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the bound, summed over the batch, times the data plate's scale: a scalar tensor."""
+        call = self._call(model, guide, args, kwargs)
+        return self._scaled_loss(self.surrogate(call), call)
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, without a gradient."""
+        with torch.no_grad():
+            call = self._call(model, guide, args, kwargs)
+            return self._scaled_loss(self.value(call), call).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number; its gradient is added to `.grad` of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        self.advance()
+        return loss.item()
+
+    def advance(self) -> None:
+        """Moves the schedules to the next step: called by `loss_and_grads`, and after a captured step."""
+        self.set_step(self.steps_taken + 1)
+
+    def scheduled_values(self) -> dict[str, float]:
+        """The current values of the hyperparameters that may follow a schedule, by name."""
+        return {name: float(scalar.current) for name, scalar in self._schedules.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that a checkpoint stores: the steps taken, the gradient estimator's state."""
+        return {"step": self.steps_taken, "gradient": self.gradient.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the state of a checkpoint; an empty dict restores the initial state."""
+        self.set_step(state.get("step", 0))
+        self.gradient.load_state_dict(state.get("gradient", {}))
+
+    @property
+    def has_learned_baseline(self) -> bool:
+        """Whether the gradient estimator trains a network of its own; such a step is not captured as a graph."""
+        return self.gradient.has_learned_baseline
+
+    @property
+    def steps_taken(self) -> int:
+        """The number of steps taken, which the schedules follow."""
+        return int(self._step)
+
+    def _scheduled_value(self, name: str) -> Tensor:
+        schedule = getattr(self, name)
+        if schedule != self._schedules[name].schedule:  # the attribute was assigned after construction
+            self._schedules[name] = ScheduledScalar(schedule, self._schedules[name].warmup)
+            self._schedules[name].set_step(self.steps_taken)
+        return self._schedules[name].current
+
+    def set_step(self, step: int) -> None:
+        """Sets the number of steps taken, and the schedules to it."""
+        self._step.fill_(step)
+        for scalar in self._schedules.values():
+            scalar.set_step(step)

@@ -1,0 +1,62 @@
+"""Checks of a pair's structure that several objectives or gradient estimators share.
+
+Each `require_*` function raises ContractError with the site, what was expected, what was found and the cure.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ppvae.errors import ContractError, site_error
+from ppvae.inference.structure import Role, Structure
+
+log = logging.getLogger("ppvae")
+
+
+def require_reparameterized_latents(s: Structure, estimator: str) -> None:
+    """Every latent of the guide has a reparameterised sample (Pyro's `has_rsample`)."""
+    if s.non_reparameterized:
+        raise site_error(
+            s.non_reparameterized[0], f"a reparameterised latent for a {estimator} gradient", "one without",
+            "enumerate it (infer={'enumerate': 'parallel'}), or take an objective with gradient='score' or 'vimco'",
+        )  # fmt: skip
+
+
+def require_sampled_latents(s: Structure, consumer: str, cure: str = "take gradient='pathwise'") -> None:
+    """The guide enumerates no site: an enumerated site has no log-weight per draw."""
+    for name in s.enumerated:
+        if name in s.guide_roles:
+            raise site_error(
+                name, f"a guide that samples all of its sites, for {consumer}", "one that it enumerates", cure
+            )
+
+
+def require_separable_rate(s: Structure, consumer: str) -> None:
+    """log-likelihood and rate are separate terms: no site is summed out across both."""
+    if s.enumerated:
+        raise site_error(
+            s.enumerated[0], f"a pair without enumerated sites, whose rate is a term of its own, for {consumer}",
+            "a site summed out", "take ELBO with its default beta, free_bits and analytic_kl",
+        )  # fmt: skip
+
+
+def require_rate_per_latent(s: Structure, consumer: str) -> None:
+    """Each term of the rate belongs to one latent and one datum."""
+    for name, role in s.guide_roles.items():
+        if role is Role.AUXILIARY:
+            raise site_error(
+                name, f"latents with a density of their own in the guide, for {consumer}",
+                "an auxiliary site that latents are computed from", "give the latent its density in the guide",
+            )  # fmt: skip
+    if s.has_global_latents:
+        raise ContractError(f"{consumer}: expected a rate per datum, found a latent that is shared by all data")
+
+
+def warn_enumerated_guide(s: Structure) -> None:
+    """Warns that a bound on the summed-out weights gives the guide's probabilities of enumerated sites no gradient."""
+    enumerated = [name for name in s.enumerated if name in s.guide_roles]
+    if enumerated:
+        log.warning(
+            "ppvae: %s: the guide enumerates these sites, so the bound sums them out and their probabilities in the "
+            "guide get no gradient; train them with ELBO or CIWAE", ", ".join(enumerated)
+        )  # fmt: skip

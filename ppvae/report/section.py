@@ -1,0 +1,73 @@
+"""A section of the report: a figure with a caption, or the reason why it is not available."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ppvae import plots
+from ppvae.data.checks import one_line
+from ppvae.errors import PpvaeError
+from ppvae.report.run_data import RunData, SectionUnavailable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("ppvae")
+
+
+@dataclass(frozen=True)
+class CaptionedFigure:
+    """A figure, its caption, and the generated values that it shows, if any."""
+
+    figure: Figure
+    caption: str
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the report; `content` is None where it is not available, and `reason` says why."""
+
+    key: str
+    title: str
+    content: CaptionedFigure | None = None
+    reason: str = ""
+
+
+def build_section(key: str, title: str, draw: Callable[[], CaptionedFigure]) -> Section:
+    """A section with the figure that `draw` returns, or with the reason why it raised.
+
+    Every exception is caught, so that a failing figure does not prevent the report; one of foreign code is logged.
+    """
+    try:
+        return Section(key, title, draw())
+    except (SectionUnavailable, PpvaeError) as error:
+        return Section(key, title, reason=one_line(error, 400))
+    except Exception as error:
+        logger.warning("report: %s could not be drawn (%s: %s)", key, type(error).__name__, one_line(error))
+        return Section(key, title, reason=f"The figure could not be drawn ({type(error).__name__}: {one_line(error)}).")
+
+
+def image_grid(run_data: RunData, images: Any, **options: Any) -> Figure:
+    """`plots.image_grid` with the event shape and the limits of the data; `options` are its other arguments."""
+    assert run_data.event is not None
+    return plots.image_grid(images, run_data.event, limits=run_data.limits, **options)
+
+
+def capitalized(text: str) -> str:
+    """The text with a capital first letter; the other letters stay.
+
+    >>> capitalized("log p(x) of MNIST")
+    'Log p(x) of MNIST'
+    """
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def as_sentence(text: str) -> str:
+    """The text with a capital first letter and a full stop."""
+    return f"{capitalized(text)}."
