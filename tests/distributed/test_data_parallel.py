@@ -19,7 +19,7 @@ def together(case: str, folder: Path, size: int = 2) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(WORKER.parent.parent)
+    root = str(WORKER.parents[2])
     common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     if size > 1:
         common |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
