@@ -926,7 +926,7 @@ def test_columns_go_together():
     # ten estimates of each datum: within 6 of their standard errors of the first (60 numbers, p < 1e-6)
     first = model_of[0].log_px.repeat(10)
     assert ((tiled.log_px - first).abs() < 6 * (tiled.std_error + model_of[0].std_error.repeat(10))).all()
-    with pytest.raises(DataError, match=r"data\[1\]: expected 6 rows as in data\[0\], found 5"):
+    with pytest.raises(DataError, match=r"data\[1\]: expected 6 rows as in the first column, found 5"):
         log_marginal(model, guide, (x, label[:5]))
 
 
@@ -935,7 +935,7 @@ def test_columns_go_together():
     [
         ({"num_particles": 0}, UsageError, "num_particles: expected at least 1, found 0"),
         ({"rows": 0}, UsageError, "rows: expected at least 1, found 0"),
-        ({"data": "digits"}, UsageError, r"data\[0\]: expected a tensor or a split, found str"),
+        ({"data": "digits"}, UsageError, r"data: expected a tensor or a split, found str"),
         ({"data": ()}, UsageError, "found an empty tuple"),
         ({"data": torch.tensor([[0.0, math.nan]])}, DataError, "row 0, column 1"),
         ({"data": torch.zeros(0, 5)}, DataError, "at least one row"),
