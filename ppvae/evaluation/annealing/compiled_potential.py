@@ -38,8 +38,8 @@ class CompiledPotential:
 
     Args:
         total: gradients of the whole run, in all processes. From `MIN_GRADIENTS` on they come from a graph that is
-            captured from `Potential.evaluate` for each shape, compiled, and compared with it. What does not depend on the
-            state, as an encoder's output, is computed once for each block.
+            captured from `Potential.evaluate` for each shape, compiled, and compared with it. What does not depend on
+            the state, as an encoder's output, is computed once for each block.
     """
 
     def __init__(self, total: int):
