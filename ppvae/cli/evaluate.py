@@ -15,7 +15,7 @@ from ppvae.cli.options import Evaluate
 from ppvae.distributed import leave_process_group
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation import annealed, bdmc, log_marginal
-from ppvae.evaluation.compare import in_words
+from ppvae.evaluation.compare import looseness_notes
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 from ppvae.storage import sha256
@@ -147,7 +147,7 @@ def _annealing(
         )  # fmt: skip
         if not leave_process_group():
             return 0
-        result = dataclasses.replace(result, notes=(*result.notes, *in_words(result, beside, ks), *notes))
+        result = dataclasses.replace(result, notes=(*result.notes, *looseness_notes(result, beside, ks), *notes))
         path = result.save(results, name)
         dataclasses.replace(beside, notes=(*beside.notes, *notes)).save(results, f"{name}_beside")
         table = result.table()

@@ -1,4 +1,18 @@
-"""Estimating log p(x), and knowing how far to trust the estimate."""
+"""Evaluation of a trained pair: log p(x) with a diagnosis of its reliability, and the quality of guide and latents.
+
+`importance` holds importance sampling, `annealing` AIS and BDMC, `local` guides that are fitted to one datum. The other
+modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the scaffold of
+all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
+
+    with start_evaluation(model, guide, data, seed=seed) as run:  # checks the data, inspects the pair once
+        def compute(block):  # named tensors [N, ...]; the noise of block.weights is a function of seed and block
+            errors = [squared_error(t) for _, _, t in block.weights(run.model, run.guide, num_particles, seed, rows)]
+            return {"error": torch.cat(errors).mean(0)}
+        found = run_blocks(run, compute, settings, desc="reconstruction error", directory=directory)
+
+The result depends neither on `rows` nor on the number of processes, and a call with a directory resumes from the blocks
+in it; `settings` names everything else that it is a function of. tests/evaluation/test_recipe.py runs this.
+"""
 
 from ppvae.evaluation.annealing.ais import annealed
 from ppvae.evaluation.annealing.bdmc import Bracket, bdmc

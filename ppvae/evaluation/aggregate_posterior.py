@@ -1,4 +1,4 @@
-"""The aggregate posterior q(z) = mean_m q(z | x_m) at a guide's own draws, and the rate split by it."""
+"""ELBO surgery: the aggregate posterior q(z) = mean_m q(z | x_m) at the guide's draws, and the split of the rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, cache_encoder, sample_guide
 from ppvae.inference.tracing import Program
 
-NUMBERS = 2**21  # in one array of densities of draws under other data's guides
+MAX_ELEMENTS = 2**21  # of an array of draws for every datum of a block
 
 
 def split_rate(
@@ -24,15 +24,15 @@ def split_rate(
     blocks: Iterable[Block],
     s: Structure,
 ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, str]:
-    """Splits the rate by ELBO surgery, or says why it cannot: (rate, information lower, information upper), each [N].
+    """Splits the rate by ELBO surgery: (rate, information lower, information upper), each [N]; or None and the reason.
 
     Args:
         latents: every site that the guide samples, [draws, N, *inner, *event].
         log_q, log_p: log q(z | x) and log p(z) of these draws, [draws, N].
         blocks: all the data.
 
-    The information is log q(z | x) - log q(z), averaged over the draws; in the lower one the mean q(z) includes the
-    draw's own datum, and in the upper one it leaves it out.
+    The information is log q(z | x) - log q(z), averaged over the draws; q(z) includes the draw's own datum in the lower
+    bound, and not in the upper bound.
     """
     draws, count = log_q.shape
     if count < 2:
@@ -44,10 +44,10 @@ def split_rate(
     for block in blocks:
         at = cache_encoder(guide, block.batch, s, block.index)
         rows = s.batch_size(block.batch) if block.index is None else len(block.index)
-        step = max(1, NUMBERS // (rows * most))
+        step = max(1, MAX_ELEMENTS // (rows * most))
         for low in range(0, draws * count, step):
             part = slice(low, low + step)
-            values = {n: _for_all(v[part], rows, s.event_dims[n]) for n, v in flat.items()}
+            values = {n: _expand_over_data(v[part], rows, s.event_dims[n]) for n, v in flat.items()}
             density = _log_guide(at, block, s, values, rows)
             place = owner[part] - block.start
             here = (place >= 0) & (place < block.size)
@@ -62,7 +62,7 @@ def split_rate(
     return (rate, lower, upper), ""
 
 
-def _for_all(value: Tensor, rows: int, events: int) -> Tensor:
+def _expand_over_data(value: Tensor, rows: int, events: int) -> Tensor:
     """[draws, *inner, *event] -> [draws, *inner, rows, *event]: the same draws for every datum of a batch."""
     data = value.dim() - events
     value = value.unsqueeze(data)

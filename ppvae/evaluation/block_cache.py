@@ -1,4 +1,4 @@
-"""Finished parts of a long evaluation, kept in a folder so that it can go on after an interruption."""
+"""The cache of finished blocks, from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.data.loader import data_digest
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes, write_stream
 
-SECONDS = 5.0  # between two files of parts that take little time each
+SECONDS = 5.0  # between two files, where parts take less time than that
 
 
 class BlockCache:
-    """Named parts, each a few arrays, in files (`.npz`: numbers only) that are written whole or not at all.
+    """Named parts of an evaluation, each a few arrays, in `.npz` files that are written atomically.
 
-    `key` says what the parts belong to, as strings and numbers; a folder that was filled under another key is refused.
-    Parts wait until `seconds` have passed since the last file, and then share one; at the end of a `with`, and so at
-    an interruption, those that still wait are written. Without a folder nothing is kept. Processes may share a folder.
+    `key` identifies the evaluation by strings and numbers; a folder with another key is refused. Parts are buffered
+    until `seconds` have passed since the last file, and then share one; `__exit__` writes those that are left, after
+    an exception too. Without a folder nothing is cached. Processes may share a folder.
 
     Raises:
         UsageError: the folder belongs to another evaluation; the message names what differs.
@@ -39,7 +37,7 @@ class BlockCache:
     def __init__(self, directory: str | os.PathLike[str] | None, key: Mapping[str, Any], seconds: float = 0.0):
         self.folder = None if directory is None else Path(directory)
         self._seconds, self._last = seconds, time.monotonic()
-        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._buffer: dict[str, dict[str, Tensor]] = {}
         self._files: dict[str, Path] = {}  # of each part
         self._key = json.loads(json.dumps(dict(key)))
         if self.folder is not None and self.folder.exists():
@@ -64,17 +62,16 @@ class BlockCache:
                 f"{self._key.get(name)!r} here. Name another directory, or remove this one"
             )
 
-    def part(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
-        """(the part, whether it was there already); it is made and kept where it was not."""
+    def part(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """A part from the cache; computed and cached where it is missing."""
         if self.folder is None:
-            return dict(make()), False
+            return dict(compute())
         if name in self._files:
-            return {k: torch.from_numpy(v) for k, v in _read(self._files[name], name).items()}, True
-        made = dict(make())
-        self._waiting[name] = made
+            return {k: torch.from_numpy(v) for k, v in _read(self._files[name], name).items()}
+        part = self._buffer[name] = dict(compute())
         if time.monotonic() - self._last >= self._seconds:
             self._write()
-        return made, False
+        return part
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +80,10 @@ class BlockCache:
         self._write()
 
     def _write(self) -> None:
-        if self.folder is None or not self._waiting:
+        if self.folder is None or not self._buffer:
             return
-        path = self.folder / f"{next(iter(self._waiting))}.npz"
-        arrays = {f"{n}/{k}": v.cpu().numpy() for n, part in self._waiting.items() for k, v in part.items()}
+        path = self.folder / f"{next(iter(self._buffer))}.npz"
+        arrays = {f"{n}/{k}": v.cpu().numpy() for n, part in self._buffer.items() for k, v in part.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "evaluation.json").exists():
@@ -95,12 +92,12 @@ class BlockCache:
             write_stream(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         except OSError as error:
             raise CheckpointError(f"{path}: could not be written ({error.strerror})") from error
-        self._files |= dict.fromkeys(self._waiting, path)
-        self._waiting, self._last = {}, time.monotonic()
+        self._files |= dict.fromkeys(self._buffer, path)
+        self._buffer, self._last = {}, time.monotonic()
 
 
 def _read(path: Path, part: str | None = None) -> dict[str, np.ndarray]:
-    """A part of a file; without one, the names of all that the file holds."""
+    """The arrays of a part in a file; without a part, the names of all arrays, with no values."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if part is None:
@@ -112,20 +109,10 @@ def _read(path: Path, part: str | None = None) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: damaged ({error}). Remove this file: it will be made again") from error
 
 
-def cache_key(
-    columns: Sequence[Any], s: Structure, modules: Sequence[torch.nn.Module], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What an evaluation's parts are a function of, as strings and numbers: settings, data, parameters, sites."""
-    return dict(settings) | {
-        "data": data_digest(tuple(columns)), "parameters": digest_of_params(s.params, modules), "layout": s.layout,
-        "sites": sorted({**s.model_roles, **s.guide_roles}), "dtype": str(torch.get_default_dtype()),
-    }  # fmt: skip
-
-
 def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Module] = ()) -> str:
-    """The SHA-256 of parameters, and of all that modules hold: what is frozen, and buffers; with their names.
+    """The SHA-256 of parameters, and of the frozen parameters and buffers of modules, with their names.
 
-    Two loadings of a run, in one process or in two, have the same: the number of an object in a name does not count.
+    The counter of an object in a name is left out, so that two loads of a run have the same digest.
     """
     total = hashlib.sha256()
     found = list(params.items())

@@ -1,34 +1,43 @@
-"""The data of an evaluation in blocks of fixed size, and the weights of the draws that belong to each block."""
+"""Evaluation by blocks of data: the scaffold (`start_evaluation`, `run_blocks`), and the log-weights of a block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ppvae import data as datasets
-from ppvae.data.loader import read_rows
+from ppvae.data.loader import data_columns, data_digest, read_rows
+from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
+from ppvae.evaluation.block_cache import SECONDS, BlockCache, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.support import check_support
+from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
+from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, fork_rng
 
-# Noise is a function of (seed, data block, particle block), so that a result depends neither on how memory is cut nor
-# on how many processes share the work. Changing these numbers changes every estimate within its standard error.
+# Noise is a function of (seed, data block, particle block), so that a result depends neither on `rows` nor on the
+# number of processes. Other block sizes change every estimate, within its standard error.
 DATA_BLOCK = 50
 PARTICLE_BLOCK = 100
 
 
 class Block:
-    """Some rows of the data, and the weights of the draws that belong to them."""
+    """Some rows of the data: a batch for the pair, and the log-weights of its particles."""
 
     def __init__(
         self, columns: tuple[Any, ...], start: int, stop: int, number: int, structure: Structure, device: torch.device
@@ -36,17 +45,20 @@ class Block:
         self.start, self.size, self.number, self.s = start, stop - start, number, structure
         self.index: Tensor | None = None
         rows: Tensor | None = torch.arange(start, stop)
-        if (
-            structure.draws_subsample
-        ):  # the pair gets all data and its plate the rows; a ragged end is padded, then cut off
+        if structure.draws_subsample:  # the pair gets all data, its plate the rows: a short last block is padded
             rows = None
             self.index = (torch.arange(structure.subsample_size) + start).to(device) % structure.full_size
         self.batch = tuple(read_rows(column, rows, device) for column in columns)
-        self.gaps = any(getattr(column, "missing", False) for column in columns)
-        self.missing = 0  # how many of the numbers observed are missing, once weights were taken
+        self.has_missing = any(getattr(column, "missing", False) for column in columns)
+        self.num_missing = 0  # of the observed numbers; counted by `check_supports`
+
+    @property
+    def num_weights(self) -> int:
+        """The number of log-weights per particle: one per datum, or a single one where latents are global."""
+        return 1 if self.s.has_global_latents else self.size
 
     def select_rows(self, rows: Tensor) -> tuple[Block, Tensor]:
-        """(a block of these rows alone, where they are in it); the whole block where the pair takes no less."""
+        """(a block of these rows, their positions in it); the block itself where the pair takes no fewer rows."""
         if len(rows) == self.size or self.s.has_global_latents or self.s.draws_subsample:
             return self, rows
         out = Block.__new__(Block)
@@ -60,75 +72,81 @@ class Block:
         num_particles: int,
         seed: int,
         rows: int,
-        cells: CompiledWeights | None = None,
+        compiled: CompiledWeights | None = None,
         *,
         start: int = 0,
         noise: str = "",
     ) -> Iterator[tuple[Tensor, Tensor, Terms | None]]:
-        """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, batch].
+        """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, N].
 
-        Particles from `start` on, a multiple of 100, up to `num_particles`, of the stream called `noise`. Whole blocks
-        of them after the first may come from compiled `cells`, without terms.
+        Args:
+            num_particles: the end of the range of particles; `start` is its beginning, a multiple of 100.
+            rows: the largest number of (datum, particle) rows that go through the pair at once.
+            compiled: may give whole blocks of particles after the first, without terms.
+            noise: the name of the stream of noise.
         """
         s, batch, index = self.s, self.batch, self.index
         if num_particles > PARTICLE_BLOCK:
             guide = cache_encoder(guide, batch, s, index)
-        width = 1 if s.has_global_latents else self.size
+        width = self.num_weights
         step = max(1, rows // self.size)
-        if Role.CANCELLED in s.model_roles.values():  # the model draws for itself, once for all particles of a block
+        if Role.CANCELLED in s.model_roles.values():  # the model's own draws are shared by a block of particles
             step = PARTICLE_BLOCK
-        if cells is not None:
-            cells.start(batch)
+        if compiled is not None:
+            compiled.start(batch)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
                 torch.manual_seed(derive_seed(seed, self.number, *([noise] if noise else []), number))
-                if cells is not None and number and count == PARTICLE_BLOCK and (cell := cells()) is not None:
-                    yield *cell, None
+                whole = compiled is not None and number and count == PARTICLE_BLOCK
+                if whole and compiled is not None and (pair := compiled()) is not None:
+                    yield *pair, None
                     continue
-                # the guide's noise must not depend on what the model draws for itself, nor on how memory is cut
-                cut = count > step or s.layout is Layout.ONE_BY_ONE
-                drawn = sample_guide(guide, batch, count, structure=s, index=index) if cut else {}
+                # the guide's noise must depend neither on the model's own draws nor on `rows`
+                split = count > step or s.layout is Layout.ONE_BY_ONE
+                latents = sample_guide(guide, batch, count, structure=s, index=index) if split else {}
                 for low in range(0, count, step):
                     size = min(step, count - low)
-                    part: dict[str, Any] = {}
-                    if cut:
-                        sites = slice_particles(drawn, s, low, size)
-                        part = (
-                            {"values": {n: v.value for n, v in sites.items()}}
-                            if s.enumerated
-                            else {"guide_sites": sites}
-                        )
-                    t = evaluate_terms(model, guide, batch, size, structure=s, index=index, **part)
+                    given: dict[str, Any] = {}
+                    if split:
+                        sites = slice_particles(latents, s, low, size)
+                        values = {n: v.value for n, v in sites.items()}
+                        given = {"values": values} if s.enumerated else {"guide_sites": sites}
+                    t = evaluate_terms(model, guide, batch, size, structure=s, index=index, **given)
                     if first == low == 0:
-                        if self.gaps and bool(t.log_weight.isnan().any()):
-                            inspect(model, guide, batch)  # which says so if missing values are why
-                        self._check(t)
+                        if self.has_missing and bool(t.log_weight.isnan().any()):
+                            inspect(model, guide, batch)  # raises the error that names missing values as the cause
+                        self.check_supports(t)
                     yield t.log_weight[:, :width], t.elbo[:, :width], t
 
     @property
     def eps(self) -> float:
-        """The rounding unit of the data's type, in which densities are taken to be computed."""
-        kinds = [t.dtype for t in self.batch if t.is_floating_point()]
-        return torch.finfo(kinds[0]).eps if kinds else torch.finfo(torch.float32).eps
+        """Machine epsilon of the dtype of the data, in which densities are taken to be computed."""
+        dtypes = [t.dtype for t in self.batch if t.is_floating_point()]
+        return torch.finfo(dtypes[0] if dtypes else torch.float32).eps
 
-    def _check(self, t: Terms) -> None:
+    def check_supports(self, t: Terms) -> None:
+        """Checks the observed values against the supports of their sites, and counts missing values.
+
+        Raises:
+            ContractError: a value outside of the support, by the site's name and the row.
+        """
         for name in self.s.unmasked:
             site = t.model[name]
             node = {"fn": site.distribution, "value": site.value, "mask": None}
             check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
-        self.missing = 0
-        for name, site in t.model.items() if self.gaps else ():
+        self.num_missing = 0
+        for name, site in t.model.items() if self.has_missing else ():
             if site.role is not Role.OBSERVED:
                 continue
-            axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data, of which folding makes more
-            self.missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
+            axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data; longer where particles are folded in
+            self.num_missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
 
 
 def inspect_columns(
     model: Program, guide: Program, columns: tuple[Any, ...], device: torch.device
 ) -> tuple[Structure, int]:
-    """What the pair is, and how many data go into a block."""
+    """(structure of the pair, number of data in a block)."""
     total = len(columns[0])
     rows = datasets.first_rows(columns, DATA_BLOCK)
     first = tuple(read_rows(c, rows, device) for c in columns)
@@ -154,3 +172,160 @@ def inspect_columns(
             )
         return structure, total
     return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pair in evaluation mode on checked data, which `run_blocks` visits block by block.
+
+    Attributes:
+        structure: the pair was inspected once; everything below takes the structure from here.
+        columns: of the data, of equal length.
+        block_size: data in a block.
+        modules: those that the pair calls; their frozen parameters and buffers are part of the cache key.
+    """
+
+    model: Program
+    guide: Program
+    structure: Structure
+    columns: tuple[Any, ...]
+    block_size: int
+    device: torch.device
+    seed: int
+    modules: Sequence[torch.nn.Module]
+    context: DistributedContext
+
+    @property
+    def num_data(self) -> int:
+        """The number of rows of the data."""
+        return len(self.columns[0])
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks that cover the data."""
+        return -(-self.num_data // self.block_size)
+
+    def block(self, number: int) -> Block:
+        """The block with this number; numbers past the end start over."""
+        start = number * self.block_size % self.num_data
+        stop = min(start + self.block_size, self.num_data)
+        return Block(self.columns, start, stop, number, self.structure, self.device)
+
+    def blocks(self, desc: str, progress: bool | None = None) -> Iterator[Block]:
+        """All blocks on every rank, under a progress bar."""
+        for number in tqdm(range(self.num_blocks), desc=desc, unit="block", disable=progress_disabled(progress)):
+            yield self.block(number)
+
+    def with_guide(self, guide: Program) -> Evaluation:
+        """The same model and data with another guide, inspected."""
+        structure, size = inspect_columns(self.model, guide, self.columns, self.device)
+        return replace(self, guide=guide, structure=structure, block_size=size)
+
+    def cache_key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the result of a block is a function of: settings, data, parameters and sites, as strings and numbers."""
+        s, common = self.structure, {"seed": self.seed, "device": self.device.type, "format": 2}
+        return dict(settings) | common | {
+            "data": data_digest(self.columns), "parameters": digest_of_params(s.params, self.modules),
+            "layout": s.layout, "sites": sorted({**s.model_roles, **s.guide_roles}),
+            "dtype": str(torch.get_default_dtype()),
+        }  # fmt: skip
+
+
+@contextmanager
+def start_evaluation(
+    model: Program, guide: Program, data: Any, *, seed: int, device: torch.device | str | None = None
+) -> Iterator[Evaluation]:
+    """Checks data, inspects the pair, and puts it into evaluation mode; the caller's random state is restored.
+
+    Inside a process group an exception on one rank is raised on all ranks.
+
+    Raises:
+        ContractError: the pair breaks the contract, by the site's name; UsageError, DataError: bad data.
+    """
+    model, guide = bind_program(model), bind_program(guide)
+    with distributed_context() as context:
+        columns = data_columns(data, seed)
+        with fork_rng(), evaluation_mode(model, guide):
+            place = torch.device(device) if device is not None else program_device(model, guide, columns)
+            with record_modules(model, guide) as modules:
+                structure, size = inspect_columns(model, guide, columns, place)
+            yield Evaluation(model, guide, structure, columns, size, place, seed, modules, context)
+
+
+@dataclass(frozen=True)
+class BlockProgress:
+    """The cache of a block's parts, and the progress bar."""
+
+    cache: BlockCache
+    bar: Any
+
+    def part(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """A part from the cache, or computed and cached."""
+        return self.cache.part(name, compute)
+
+    def advance(self, steps: int = 1) -> None:
+        """Moves the bar by some steps."""
+        self.bar.update(steps)
+
+
+def run_blocks(
+    run: Evaluation,
+    compute: Callable[..., Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
+    *,
+    desc: str,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    parts: bool = False,
+    steps: int | Sequence[int] | None = 1,
+    unit: str = "block",
+    figures: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] | None = None,
+    num_blocks: int | None = None,
+) -> dict[str, Tensor]:
+    """The results of a function of one block over all data: computed, cached, gathered over ranks, and concatenated.
+
+    Args:
+        compute: a function of a `Block` that gives named tensors with the data first, [N, ...], or scalars. Its noise
+            must be a function of the seed and `block.number`.
+        settings: what a result is a function of, besides pair, data and seed.
+        desc: the label of the progress bar.
+        directory: the folder of finished blocks, from which an interrupted evaluation resumes; None for no cache.
+        progress: show a progress bar; by default where the output is a terminal.
+        parts: `compute` takes a `BlockProgress` too, caches parts of a block by itself and advances the bar.
+        steps, unit: of the progress bar, for each block; None where they are not known.
+        figures: shown in the bar: {name: function of a block's result, whose mean over the finished data is shown}.
+        num_blocks: another number of blocks than cover the data once.
+
+    Returns:
+        Tensors in the order of the data, by the names that all blocks have; scalars are stacked, [blocks].
+    """
+    key = run.cache_key(settings) if directory is not None or run.context.size > 1 else {}
+    total = run.num_blocks if num_blocks is None else num_blocks
+    numbers = run.context.block_indices(total)
+    lengths = [steps] * total if isinstance(steps, int) else steps
+    results: dict[int, Mapping[str, Tensor]] = {}
+    bar = tqdm(
+        total=None if lengths is None else sum(lengths[n] for n in numbers), desc=desc, unit=unit,
+        disable=progress_disabled(progress),
+    )  # fmt: skip
+    finished = 0
+    with bar, BlockCache(directory, key, 0.0 if parts else SECONDS) as cache, pyro.validation_enabled(False):
+        for number in numbers:
+            block, tracker = run.block(number), BlockProgress(cache, bar)
+            if parts:
+                results[number] = compute(block, tracker)
+            else:
+                results[number] = tracker.part(f"block-{number:05d}", functools.partial(compute, block))
+            if lengths is not None:
+                finished += lengths[number]
+                bar.update(finished - bar.n)
+            if figures and not bar.disable:
+                means = {name: torch.cat([f(r) for r in results.values()]).mean() for name, f in figures.items()}
+                bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
+    return concatenate(run.context.gather_blocks(results, key))
+
+
+def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Named tensors [N, ...] of several parts of the data, joined by the names that all have; scalars are stacked."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([torch.atleast_1d(part[name]) for part in parts]) for name in names}

@@ -6,26 +6,20 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.data.loader import data_columns, data_digest, read_rows
-from ppvae.distributed import distributed_context, progress_disabled
+from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.block_cache import cache_key
-from ppvae.evaluation.blocks import Block, inspect_columns
+from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
@@ -35,8 +29,8 @@ class Calibration(SavedResult):
     Attributes:
         ranks: {site: [replications, dims]}, how many of `num_draws` draws lie below the simulated value, ties broken at
             random: uniform on 0 .. num_draws if the guide is exact.
-        p_values: {site: [dims]}, of a departure from uniformity as large as the one found, each dim by itself.
-        alpha: how often an exact guide fails, at most, over all dims together.
+        p_values: {site: [dims]}, of the uniformity of the ranks of each dim.
+        alpha: the largest probability that an exact guide fails, over all dims together.
     """
 
     ranks: dict[str, Tensor]
@@ -50,26 +44,26 @@ class Calibration(SavedResult):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The latents that were ranked."""
+        """The names of the ranked latents."""
         return tuple(self.ranks)
 
     @property
     def num_dims(self) -> int:
-        """How many ranks are tested, over all latents."""
+        """The number of tested dims, over all latents."""
         return sum(len(p) for p in self.p_values.values())
 
     @property
     def level(self) -> float:
-        """The p-value below which a single dim fails: alpha shared by all dims (Bonferroni)."""
+        """The p-value below which a dim fails: alpha over the number of dims (Bonferroni)."""
         return self.alpha / max(1, self.num_dims)
 
     @property
     def passed(self) -> bool:
-        """Whether every dim's ranks are uniform as far as can be told."""
+        """Whether no dim departs from uniformity."""
         return all(bool((p >= self.level).all()) for p in self.p_values.values())
 
     def verdict(self, site: str, dim: int) -> str:
-        """What a dim's ranks say of the guide: "uniform", or how its draws differ from the latents."""
+        """The diagnosis of a dim: "uniform", or how the guide's draws differ from the latents."""
         if self.p_values[site][dim] >= self.level:
             return "uniform"
         share = (self.ranks[site][:, dim].double() + 0.5) / (self.num_draws + 1)
@@ -80,7 +74,7 @@ class Calibration(SavedResult):
         return "too narrow" if spread > 0 else "too wide"
 
     def table(self) -> dict[str, str]:
-        """The verdict on every latent, as words."""
+        """The diagnosis of every latent as strings, for printing."""
         count = len(next(iter(self.ranks.values()), ()))
         rows = {
             "data": f"{count} data simulated from the model, like {self.data or 'a tensor'}",
@@ -115,15 +109,15 @@ def calibration(
     """Simulation-based calibration of a guide: latents and data from the model, ranks among draws of q(z | x).
 
     If q(z | x) is the posterior, the simulated latent and the guide's draws are exchangeable and its rank is uniform.
-    The converse fails: a guide that ignores x and returns the prior passes. It says nothing of other data than the
-    model's own. Each dim is tested by its whole empirical distribution with an exact probability (Säilynoja et al.
+    The converse fails: a guide that ignores x and returns the prior passes. The test applies to data of the model
+    only. Each dim is tested by its whole empirical distribution with an exact probability (Säilynoja et al.
     2022, arXiv 2103.10522).
 
     Args:
         model, guide: a Pyro pair whose guide is a function of the data, or run.model, run.guide.
-        data: gives the shapes, and what the model is conditioned on, row after row; its observed values are replaced.
-            Fewer than fifty rows are slow: no more are simulated at once.
-        replications: how many latents and data are simulated.
+        data: gives the shapes and the covariates of the model, row after row; its observed values are replaced. Fewer
+            than fifty rows are slow, since no more are simulated at once.
+        replications: the number of simulated latents and data.
         num_draws: L, draws of the guide for each.
         alpha: the probability that an exact guide fails, at most.
         seed: of the simulated data and the draws.
@@ -145,52 +139,43 @@ def calibration(
             raise UsageError(f"{name}: expected at least {least}, found {value}")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
-    model, guide = bind_program(model), bind_program(guide)
-    with distributed_context() as shares:
-        columns = data_columns(data, seed)
-        with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
-            s, size = inspect_columns(model, guide, columns, place)
-            if s.has_global_latents:
-                raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
-            s = replace(s, enumerated=())  # what would be summed out is drawn
-            total = len(columns[0])
-            size = min(size, total)
-            rows = torch.arange(-(-replications // size) * size if not s.draws_subsample else total) % total
-            tiled = columns if s.draws_subsample else tuple(read_rows(c, rows, place) for c in columns)
-            counts = _counts(replications, size, len(rows))
-            parts: dict[int, dict[str, Tensor]] = {}
-            mine = shares.block_indices(len(counts))
-            total = sum(counts[number] for number in mine)
-            with tqdm(total=total, desc="calibration", unit="datum", disable=progress_disabled(progress)) as bar:
-                for number in mine:
-                    start = number * size % len(rows)
-                    block = Block(tiled, start, min(start + size, len(rows)), number, s, place)
-                    parts[number] = _ranks(model, guide, block, counts[number], num_draws, seed, assemble)
-                    bar.update(counts[number])
-        numbers = {"what": "calibration", "replications": replications, "num_draws": num_draws, "seed": seed}
-        key = cache_key(columns, s, (), numbers)
-        results = shares.gather_blocks(parts, key)
-    masked = {n.removeprefix("masked ") for r in results for n, v in r.items() if n.startswith("masked ") and bool(v)}
-    names = [n for n in results[0] if not n.startswith("masked ") and n not in masked]
-    ranks = {n: torch.cat([r[n] for r in results]) for n in names}
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        s, total = run.structure, run.num_data
+        if s.has_global_latents:
+            raise ContractError("a latent is shared by all data: expected latents per datum, which have ranks")
+        size = min(run.block_size, total)
+        columns = run.columns
+        if not s.draws_subsample:  # the rows are repeated until there are enough
+            rows = torch.arange(-(-replications // size) * size) % total
+            columns = tuple(read_rows(column, rows, run.device) for column in columns)
+        counts = _counts(replications, size, len(columns[0]))
+        s = replace(s, enumerated=())  # sites that would be summed out are sampled
+        found = run_blocks(
+            replace(run, columns=columns, block_size=size, structure=s),
+            lambda block: _block_ranks(run, block, counts[block.number], num_draws, assemble),
+            {"what": "calibration", "replications": replications, "num_draws": num_draws},
+            desc="calibration", progress=progress, num_blocks=len(counts), steps=counts, unit="datum",
+        )  # fmt: skip
+    is_masked = {n.removeprefix("masked "): bool(found.pop(n).any()) for n in list(found) if n.startswith("masked ")}
+    masked = sorted(name for name, hidden in is_masked.items() if hidden)
+    ranks = {name: value for name, value in found.items() if name not in masked}
     if not ranks:
         raise ContractError("the guide samples no latent without a mask: expected one at least, to rank")
-    table = pointwise(replications, num_draws + 1)
+    table = pointwise_p_values(replications, num_draws + 1)
     return Calibration(
         ranks=ranks,
         p_values={n: torch.tensor([p_value(c, num_draws + 1, table) for c in r.T]).double() for n, r in ranks.items()},
         num_draws=num_draws,
         alpha=alpha,
         seed=seed,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
-        notes=(f"left out, since a mask hides some of them: {', '.join(sorted(masked))}",) if masked else (),
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
+        notes=(f"left out, since a mask hides some of them: {', '.join(masked)}",) if masked else (),
     )
 
 
 def _counts(replications: int, size: int, rows: int) -> list[int]:
-    """How many data each block replicates; rows are taken again and again, in blocks of one size and a ragged end.
+    """The number of simulated data of each block; the rows are repeated, in blocks of one size and a shorter last one.
 
     >>> _counts(7, 2, 5)
     [2, 2, 1, 2]
@@ -202,17 +187,17 @@ def _counts(replications: int, size: int, rows: int) -> list[int]:
     return counts
 
 
-def _ranks(
-    model: Program, guide: Program, block: Block, count: int, num_draws: int, seed: int, assemble: Assemble | None
+def _block_ranks(
+    run: Evaluation, block: Block, count: int, num_draws: int, assemble: Assemble | None
 ) -> dict[str, Tensor]:
-    """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, simulated anew."""
+    """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, with simulated data."""
     s = block.s
-    torch.manual_seed(derive_seed(seed, block.number, "simulated"))
-    block, latents = simulate_data(model, s, block, assemble)
-    torch.manual_seed(derive_seed(seed, block.number, "draws"))
-    sites = sample_guide(guide, block.batch, num_draws, structure=s, index=block.index)
+    torch.manual_seed(derive_seed(run.seed, block.number, "simulated"))
+    block, latents = simulate_data(run.model, s, block, assemble)
+    torch.manual_seed(derive_seed(run.seed, block.number, "draws"))
+    sites = sample_guide(run.guide, block.batch, num_draws, structure=s, index=block.index)
     given = {} if block.index is None else {s.plate: block.index}
-    nodes = dict(sample_sites(trace_program(guide, block.batch, s, given)))
+    nodes = dict(sample_sites(trace_program(run.guide, block.batch, s, given)))
     found: dict[str, Tensor] = {}
     for name in sites:
         if s.guide_roles[name] is Role.AUXILIARY:
@@ -233,10 +218,10 @@ def _flat(value: Tensor, s: Structure, name: str, particles: int) -> Tensor:
     return value.reshape(*value.shape[:2], -1)
 
 
-SMALLEST = 1e-12  # edge by edge; the band is wide there, and slow
+MIN_LEVEL = 1e-12  # of a single edge; the band is wide below it, and slow
 
 
-def pointwise(count: int, bins: int) -> Tensor:
+def pointwise_p_values(count: int, bins: int) -> Tensor:
     """Two-sided p-values of every count at every edge, [bins - 1, count + 1].
 
     At edge i the number of `count` uniform ranks in the first i of `bins` bins is binomial(count, i / bins), and
@@ -248,18 +233,18 @@ def pointwise(count: int, bins: int) -> Tensor:
     mass = (log_choose + c * share.log() + (count - c) * torch.log1p(-share)).exp()
     below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
     log_p = (2 * torch.minimum(below, above)).clamp(max=1.0).log()
-    return ((log_p * 1e9).round() / 1e9).exp()  # what is equal by symmetry must not differ by rounding
+    return ((log_p * 1e9).round() / 1e9).exp()  # values that are equal by symmetry must not differ by rounding
 
 
-def escape(level: float, count: int, bins: int, table: Tensor) -> float:
-    """P(some edge's p-value is `level` or less) for `count` uniform ranks; `table` is what `pointwise` gives.
+def escape_probability(level: float, count: int, bins: int, table: Tensor) -> float:
+    """P(some edge's p-value is `level` or less) for `count` uniform ranks; `table` is what `pointwise_p_values` gives.
 
     Exact: counts at successive edges are a Markov chain, C_(i+1) - C_i given C_i being binomial with count - C_i trials
     and probability 1 / (bins - i).
     Source: Säilynoja, Bürkner and Vehtari 2022, Graphical test for discrete uniformity (arXiv 2103.10522).
 
-    >>> table = pointwise(50, 2)  # one edge: the band's error is the level itself, up to what is discrete
-    >>> 0.02 < escape(0.05, 50, 2, table) <= 0.05
+    >>> table = pointwise_p_values(50, 2)  # one edge: the band's error is the level itself, up to what is discrete
+    >>> 0.02 < escape_probability(0.05, 50, 2, table) <= 0.05
     True
     """
     if bool((table <= level).all(1).any()):  # an edge with no count above the level
@@ -287,21 +272,22 @@ def bounds(level: float, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def p_value(ranks: Tensor, bins: int, table: Tensor) -> float:
-    """How probable a departure as large as that of ranks [R], in 0 .. bins - 1, is if they are uniform.
-
-    Below 1e-10 it is that number or less: smaller ones are lost in rounding.
-    """
+    """The p-value of the uniformity of ranks [R] in 0 .. bins - 1; values below 1e-10 are dominated by rounding."""
     counts = torch.bincount(ranks.long(), minlength=bins).cumsum(0)[:-1]
     smallest = float(table[torch.arange(bins - 1), counts].min())
-    return escape(max(smallest, SMALLEST), len(ranks), bins, table)
+    return escape_probability(max(smallest, MIN_LEVEL), len(ranks), bins, table)
 
 
 def band(alpha: float, count: int, bins: int, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts at every edge between which all those of uniform ranks stay with probability 1 - alpha or more."""
-    # the band changes at these alone, and by the union bound is never left too often at alpha / bins
+    """A simultaneous band of the counts at every edge, with coverage of at least 1 - alpha for uniform ranks."""
+    # the band changes at these levels only; by the union bound alpha / bins has the coverage
     levels = table[(table >= alpha / bins) & (table <= alpha)].unique()
     low, high = 0, len(levels)
-    while low < high:  # the first level whose band is left too often
+    while low < high:  # the first level whose band has too little coverage
         middle = (low + high) // 2
-        low, high = (low, middle) if escape(float(levels[middle]), count, bins, table) > alpha else (middle + 1, high)
+        low, high = (
+            (low, middle)
+            if escape_probability(float(levels[middle]), count, bins, table) > alpha
+            else (middle + 1, high)
+        )
     return bounds(float(levels[low - 1]) if low else alpha / bins, table)

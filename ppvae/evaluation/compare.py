@@ -1,4 +1,4 @@
-"""Comparing models by log p(x): paired differences on the same data, and what stands against a ranking."""
+"""Comparison of models by log p(x): paired differences on the same data, with warnings where a ranking is doubtful."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 
-SHARE = 0.01  # a difference in the share of data not to be trusted that is worth a word
-MIN_RUNS = 3  # of a method, before a difference is one between methods
+MAX_UNRELIABLE_DIFFERENCE = 0.01  # of the shares of unreliable data of two models, without a warning
+MIN_RUNS = 3  # of a method, for a difference between methods rather than between runs
 
 
 def _method(estimate: Estimate) -> str:
-    """How an estimate was made, so that two of equal tightness have equal words."""
+    """Method and settings of an estimate as a string; estimates of equal tightness have equal strings."""
     settings = {"num_particles": estimate.num_particles, **estimate.settings}
     return f"{estimate.method}, " + ", ".join(f"{k} {v}" for k, v in settings.items() if k != "seed")
 
@@ -33,11 +33,11 @@ class Comparison(SavedResult):
     Attributes:
         names: of the M models.
         log_px: [M, N], averaged over the runs of a model.
-        runs: how many of each, [M].
+        runs: the number of runs of each model, [M].
         run_means: [M, most runs], the mean log p(x) of each run; NaN where there is none.
-        unreliable: [M], the share of data that are not to be trusted.
-        methods: how log p(x) was estimated, per model.
-        warnings: what stands against taking the differences at their word.
+        unreliable: [M], the share of unreliable data.
+        methods: the estimator of log p(x) and its settings, per model.
+        warnings: reasons to doubt the differences.
     """
 
     names: tuple[str, ...]
@@ -57,7 +57,7 @@ class Comparison(SavedResult):
         The error is sqrt(paired variance over data / N + variance over runs / runs of either), the latter where a model
         has two runs or more; NaN for a single datum.
         """
-        a, b = self._at(name), self._at(other)
+        a, b = self._index(name), self._index(other)
         paired = self.log_px[a] - self.log_px[b]
         variance = float(paired.var()) / len(paired) if len(paired) > 1 else math.nan
         for i in (a, b):
@@ -65,18 +65,18 @@ class Comparison(SavedResult):
                 variance += float(self.run_means[i, : int(self.runs[i])].var()) / int(self.runs[i])
         return float(paired.mean()), math.sqrt(variance)
 
-    def _at(self, name: str) -> int:
+    def _index(self, name: str) -> int:
         if name not in self.names:
             raise UsageError(f"name: expected one of {', '.join(self.names)}; found {name!r}")
         return self.names.index(name)
 
     def verdict(self, name: str, other: str) -> str:
-        """Whether the difference counts: beyond two standard errors, and between methods only from three runs each."""
+        """Whether the difference is resolved: beyond two standard errors; between methods only from three runs each."""
         delta, error = self.difference(name, other)
         if not abs(delta) > 2 * error:
             return "not resolved"
         what = "better" if delta > 0 else "worse"
-        fewest = int(min(self.runs[self._at(name)], self.runs[self._at(other)]))
+        fewest = int(min(self.runs[self._index(name)], self.runs[self._index(other)]))
         return what if fewest >= MIN_RUNS else f"{what}, as runs (a method takes {MIN_RUNS} seeds)"
 
     def table(self) -> dict[str, str]:
@@ -89,26 +89,26 @@ class Comparison(SavedResult):
             if i:
                 delta, error = self.difference(name, self.names[0])
                 words += f", {delta:+.3f} ± {error:.3f} from {self.names[0]}: {self.verdict(name, self.names[0])}"
-            rows[name] = words + f"; {100 * float(self.unreliable[i]):.1f} % not to be trusted"
+            rows[name] = words + f"; {100 * float(self.unreliable[i]):.1f} % unreliable"
         return rows | {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
 
     def to_arviz(self) -> Any:
-        """What `arviz.compare` makes of the per-datum log p(x), as a data frame: weights by stacking, differences.
+        """The data frame of `arviz.compare` for the per-datum log p(x): stacking weights and differences.
 
-        The test set's log p(x) takes the place of an expected log predictive density, and p_loo is zero. Its standard
-        errors leave out the variance over runs. `arviz.loo` and `arviz.waic` have no meaning here: they leave a datum
-        out of draws of parameters that all data share, and a latent of its own datum goes with it.
+        The test set's log p(x) serves as the expected log predictive density, with p_loo zero. The standard errors do
+        not include the variance over runs. `arviz.loo` and `arviz.waic` do not apply: they leave a datum out of draws
+        of global parameters, whereas each datum here has latents of its own.
         """
         import arviz as az
         import xarray
 
-        # stacking takes exp(log p(x)), which underflows; what is common to all models does not change its weights
+        # stacking takes exp(log p(x)), which underflows; a common offset does not change its weights
         common, count = self.log_px.amax(0), self.log_px.shape[1]
         found = {}
         for i, name in enumerate(self.names):
-            own = self.log_px[i]
-            pointwise = xarray.DataArray((own - common).numpy(), dims=("datum",))
-            total, error = float(own.sum()), float(own.std() * math.sqrt(count))
+            log_px = self.log_px[i]
+            pointwise = xarray.DataArray((log_px - common).numpy(), dims=("datum",))
+            total, error = float(log_px.sum()), float(log_px.std() * math.sqrt(count))
             found[name] = _elpd(az, total, error, pointwise, bool(self.unreliable[i] > 0))
         if int(az.__version__.split(".")[0]) > 0:
             return az.compare(found, method="stacking")
@@ -116,7 +116,7 @@ class Comparison(SavedResult):
 
 
 def _elpd(az: Any, total: float, error: float, pointwise: Any, warning: bool) -> Any:
-    """One model's log p(x) as ArviZ holds an expected log predictive density, whose parts 1.x names anew."""
+    """The log p(x) of a model as `ELPDData`, whose fields have other names in ArviZ 1.x."""
     common = {"se": error, "n_samples": 1, "n_data_points": pointwise.size, "scale": "log", "warning": warning}
     if int(az.__version__.split(".")[0]) > 0:
         from arviz_stats.utils import ELPDData
@@ -133,7 +133,7 @@ Result = Estimate | str | os.PathLike[str]
 
 
 def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
-    """Compares models by estimates of log p(x) of the same data: paired differences, never across base measures.
+    """Compares models by estimates of log p(x) of the same data, relative to the same base measure: paired differences.
 
     Args:
         results: for each model an `Estimate`, the path of a saved one, or a sequence of these, one for each run.
@@ -149,15 +149,15 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     >>> found.names, found.difference("b", "a")
     (('a', 'b'), (-1.0, 0.0))
     """
-    scores = {name: _estimates(given) for name, given in results.items()}
+    scores = {name: _load_estimates(given) for name, given in results.items()}
     if len(scores) < 2 or not all(scores.values()):
         raise UsageError(f"compare: expected two models or more with an estimate each, found {sorted(scores)}")
     every = [(name, one) for name, own in scores.items() for one in own]
     first_name, first = every[0]
     for name, one in every:
-        _check(first_name, first, name, one)
+        _check_comparable(first_name, first, name, one)
     means = {name: torch.stack([one.log_px.double().cpu() for one in own]).mean(0) for name, own in scores.items()}
-    order = sorted(means, key=lambda name: _order(float(means[name].mean())), reverse=True)
+    order = sorted(means, key=lambda name: _sort_key(float(means[name].mean())), reverse=True)
     most = max(len(own) for own in scores.values())
     run_means = torch.full((len(order), most), math.nan, dtype=torch.float64)
     for i, name in enumerate(order):
@@ -168,7 +168,7 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
         log_px=torch.stack([means[name] for name in order]),
         runs=torch.tensor([len(scores[name]) for name in order]),
         run_means=run_means,
-        unreliable=torch.tensor([_unreliable(scores[name]) for name in order]).double(),
+        unreliable=torch.tensor([_unreliable_share(scores[name]) for name in order]).double(),
         methods=tuple(" and ".join(sorted({_method(one) for one in scores[name]})) for name in order),
         base_measure=first.base_measure,
         data=first.data,
@@ -177,20 +177,20 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     )
 
 
-def _estimates(given: Result | Sequence[Result]) -> list[Estimate]:
+def _load_estimates(given: Result | Sequence[Result]) -> list[Estimate]:
     several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     return [one if isinstance(one, Estimate) else load_estimate(one) for one in several]
 
 
-def _order(mean: float) -> float:
+def _sort_key(mean: float) -> float:
     return -math.inf if math.isnan(mean) else mean
 
 
-def _unreliable(own: Sequence[Estimate]) -> float:
+def _unreliable_share(own: Sequence[Estimate]) -> float:
     return float(torch.cat([~one.reliable.cpu() for one in own]).double().mean())
 
 
-def _check(first_name: str, first: Estimate, name: str, one: Estimate) -> None:
+def _check_comparable(first_name: str, first: Estimate, name: str, one: Estimate) -> None:
     if one.base_measure == "density on [0, 1]":
         raise UsageError(
             f"{name}: a density on [0, 1] of grey levels that were not dequantised has no ceiling: it grows "
@@ -214,12 +214,12 @@ def _warnings(order: Sequence[str], scores: Mapping[str, list[Estimate]]) -> lis
     methods = {_method(one) for own in scores.values() for one in own}
     if len(methods) > 1:
         out.append(f"unequal tightness: log p(x) was estimated by {'; '.join(sorted(methods))}")
-    shares = {name: _unreliable(scores[name]) for name in order}
-    if max(shares.values()) - min(shares.values()) > SHARE:
+    shares = {name: _unreliable_share(scores[name]) for name in order}
+    if max(shares.values()) - min(shares.values()) > MAX_UNRELIABLE_DIFFERENCE:
         worst = max(shares, key=lambda name: shares[name])
         out.append(
-            f"unequal tightness: {100 * shares[worst]:.1f} % of the data of {worst} are not to be trusted, and "
-            f"{100 * min(shares.values()):.1f} % where fewest are: its log p(x) may be too low by more"
+            f"unequal tightness: {100 * shares[worst]:.1f} % of the data of {worst} are unreliable, and "
+            f"{100 * min(shares.values()):.1f} % of the best model in this respect: its log p(x) may be too low by more"
         )
     bounds = [name for name in order if any(one.lower_bound_only for one in scores[name])]
     if bounds and len(bounds) < len(order):
@@ -228,21 +228,21 @@ def _warnings(order: Sequence[str], scores: Mapping[str, list[Estimate]]) -> lis
     if broken:
         out.append(f"log p(x) is not finite for some data: {', '.join(broken)}")
     if any(one.joint for own in scores.values() for one in own):
-        out.append("weights are joint: one log p(x) for the whole data set, so that nothing is paired")
+        out.append("weights are joint: one log p(x) for the whole data set, so that there are no paired differences")
     if any(one.digest == "" for own in scores.values() for one in own):
-        out.append("an estimate does not say of which data it is: that they are the same could not be checked")
+        out.append("an estimate has no digest of its data: whether the data are the same could not be checked")
     return out
 
 
 def looseness(tighter: Estimate, est: Estimate, k: int | None = None) -> Tensor:
     """log p(x) by a tighter estimate minus L_k of importance sampling, per datum, [N] nats.
 
-    Both are lower bounds of log p(x) on average, so that the mean is the least by which L_k is too low, up to its
-    standard error; log p(x) itself may lie higher than either.
+    Both are lower bounds of log p(x) on average: the mean is a lower bound, up to its standard error, of the bias of
+    L_k.
 
     Args:
-        tighter: what `annealed` said.
-        est: what `log_marginal` said of the same data.
+        tighter: an estimate by `annealed`.
+        est: an estimate of the same data by `log_marginal`.
         k: one of the recorded bounds of `est`; its K by default.
 
     Raises:
@@ -279,21 +279,21 @@ def looseness_and_error(tighter: Estimate, est: Estimate, k: int | None = None) 
     return float(difference), math.hypot(float(tighter.std_error), float(est.std_error))
 
 
-def in_words(tighter: Estimate, est: Estimate, beside: Sequence[int] = ()) -> tuple[str, str]:
-    """Both estimates on the same data, how loose importance sampling is at its K and `beside`, and what that means."""
-    ks = sorted({*beside, est.num_particles})
+def looseness_notes(tighter: Estimate, est: Estimate, ks: Sequence[int] = ()) -> tuple[str, str]:
+    """Two notes: both estimates, with the looseness of importance sampling at its K and at `ks`; what it means."""
+    ks = sorted({*ks, est.num_particles})
     means = {k: est.nll if k == est.num_particles else -float(est.bound(k).mean()) for k in ks}
     both = [f"{tighter.nll:.3f} by {tighter.method}", *(f"{means[k]:.3f} by L_{k}" for k in ks)]
     unit = "nats for the whole data set" if tighter.joint else "nats"
-    found = [f"{_verdict(*looseness_and_error(tighter, est, k), unit)} at K = {k}" for k in ks]
+    found = [f"{_describe_looseness(*looseness_and_error(tighter, est, k), unit)} at K = {k}" for k in ks]
     return (
         f"NLL of the same {len(tighter.log_px)} data: {', '.join(both)}: importance sampling is {', '.join(found)}",
-        "both are lower bounds of log p(x) on average, so that the higher one is the nearer, and the truth may lie "
-        "higher still: neither sees a mode that none of its draws reach",
+        "both are lower bounds of log p(x) on average, so that the higher one is closer to it, and both miss a mode "
+        "that none of their draws reach",
     )
 
 
-def _verdict(mean: float, error: float, unit: str) -> str:
+def _describe_looseness(mean: float, error: float, unit: str) -> str:
     if mean > 2 * error:
         return f"{mean:.3f} ± {error:.3f} {unit} loose"
     if mean < -2 * error:

@@ -1,7 +1,8 @@
-"""What an estimate of log p(x) says: per-datum values, how far each can be trusted, and numbers over the data set."""
+"""`Estimate`: log p(x) per datum with its diagnosis, numbers over the data set, and files."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -14,16 +15,8 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.importance.psis import MIN_PARTICLES
-from ppvae.evaluation.reliability import (
-    advice,
-    by_weights,
-    k_hat_limit,
-    particles_in_words,
-    reasons,
-    reliability_verdict,
-    target_in_words,
-)
+from ppvae.evaluation.reliability import Reliability, assess_chains, assess_weights, format_particles, k_hat_limit
+from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes
 
 
@@ -38,15 +31,18 @@ class Estimate:
         k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
         reliable: no non-finite weight, ess >= 50 and k_hat < min(0.7, 1 - 1 / log10 K).
         elbo: the evidence lower bound from the same draws.
-        dims: numbers per datum, or their mean where some are missing; numbers of all data where weights are joint.
+        dims: observed numbers per datum, averaged where values are missing; of the whole data set where weights are
+            joint.
         base_measure: what log p(x) is relative to: "binary", "256 levels", "discrete" for other masses, "density on
             [0, 1]", "density", or "mixed".
-        nonfinite: how many weights were NaN or +inf (one at least where all were zero); such data are not reliable.
-        method, settings: how it was made; K (`num_particles`) is the number of chains where the method is annealing.
-        diagnostics: what else the method says of each datum, [N] by name; "num_particles" of each where they were drawn
-            by need, of which K is then the most.
-        trusted: the verdict per datum of a method whose rule is not that of importance sampling.
-        remedy: what makes log p(x) of this pair tighter where importance sampling fails, in words.
+        nonfinite: the number of weights that are NaN or +inf (at least one where all are zero); such data are not
+            reliable.
+        method, settings: the estimator; K (`num_particles`) is the number of chains of an annealed estimate.
+        diagnostics: further numbers per datum, [N] by name; with an adaptive allocation "num_particles" of each datum,
+            and K is the largest.
+        reliable_override: [N] bool, replaces the rule of importance sampling: the rule of another method, or that of
+            a file.
+        remedy: the method that is recommended for data where importance sampling fails.
     """
 
     log_px: Tensor
@@ -70,7 +66,7 @@ class Estimate:
     method: str = "importance sampling"
     settings: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    trusted: Tensor | None = field(default=None, repr=False)
+    reliable_override: Tensor | None = field(default=None, repr=False)
     remedy: str = ""
 
     @property
@@ -78,18 +74,31 @@ class Estimate:
         """The largest k_hat of a reliable estimate, min(0.7, 1 - 1 / log10 K); -inf for K < 25, too few to judge."""
         return k_hat_limit(self.num_particles)
 
+    @functools.cached_property
+    def reliability(self) -> Reliability:
+        """The diagnosis: which data are reliable, why others are not, and what to do about them."""
+        common: dict[str, Any] = {
+            "ess": self.ess,
+            "nonfinite": self.nonfinite,
+            "joint": self.joint,
+            "reliable": self.reliable_override,
+        }
+        if self.reliable_override is None or self.method == "importance sampling":
+            return assess_weights(
+                **common, k_hat=self.k_hat, particles=self.particles, lower_bound_only=self.lower_bound_only,
+                alternative=self.remedy,
+            )  # fmt: skip
+        acceptance = self.diagnostics.get("acceptance", torch.ones_like(self.ess))
+        return assess_chains(**common, acceptance=acceptance, num_chains=self.num_particles)
+
     @property
     def reliable(self) -> Tensor:
-        """Which estimates can be trusted, [N] bool."""
-        if self.trusted is not None:
-            return self.trusted
-        if self.lower_bound_only or self.num_particles < MIN_PARTICLES:
-            return torch.zeros_like(self.log_px, dtype=torch.bool)
-        return by_weights(self)
+        """Which data have a reliable estimate, [N] bool."""
+        return self.reliability.reliable
 
     @property
     def particles(self) -> Tensor:
-        """How many particles the estimate of each datum is made of, [N]; K for all unless each got what it needs."""
+        """The number of particles of each datum, [N]; K for all unless the allocation was adaptive."""
         return self.diagnostics.get("num_particles", torch.full(self.log_px.shape, self.num_particles)).long()
 
     @property
@@ -131,60 +140,72 @@ class Estimate:
         return self.nll / (self.dims * math.log(2)) + (math.log2(self.levels) if self.levels else 0.0)
 
     def summary(self) -> str:
-        """The estimate in words, with how many data are not to be trusted, why, and what to do about them.
+        """The estimate in words: numbers, how many data are unreliable and why, and what to do about them.
 
         >>> one = torch.ones(2).double()
         >>> print(Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").summary())
         NLL 1.000 ± 0.000 nats per datum over 2 data (K = 100), 0.481 bits per dim (density)
         ELBO -1.000; Monte-Carlo standard error 1.0000 (median)
-        2 of 2 data (100.0 %) are not to be trusted (heavy tail, k_hat not below 0.50: 2, ess below 50: 0, \
-broken weights: 0): log p(x) may be far too low
+        100.0 % of the data (2 of 2) are unreliable: 2 with a heavy tail (k_hat not below 0.50); their log p(x) may be \
+far too low
         what to do: for 2: a better guide
         """
-        count = len(self.log_px)
-        unit = "nats for the whole data set" if self.joint else "nats per datum"
-        how = f"K = {particles_in_words(self)}"
-        if self.trusted is not None:
-            how = f"{self.method}, {self.num_particles} chains"
+        sampler = f"K = {format_particles(self.particles)}"
+        if self.reliable_override is not None:
+            sampler = f"{self.method}, {self.num_particles} chains"
         lines = [
-            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {count} data ({how}), "
+            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {self._unit} over {len(self.log_px)} data ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
             f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
             f"{float(self.std_error.median()):.4f} (median)",
+            self.reliability.summary,
         ]
-        lines += [reliability_verdict(self), *([target_in_words(self)] if "target_std_error" in self.settings else [])]
-        if not reasons(self) and (broken := int((self.nonfinite > 0).sum())):
+        if target := self._target_summary():
+            lines.append(target)
+        if not self.reliability.reasons and (broken := int((self.nonfinite > 0).sum())):
             lines.append(f"{broken} data have non-finite weights")
-        if todo := advice(self):
-            lines.append(f"what to do: {todo}")
+        if self.reliability.recommendation:
+            lines.append(f"what to do: {self.reliability.recommendation}")
         if self.lower_bound_only:
             lines.append("the guide has a point mass on a discrete latent: these are lower bounds only")
         return "\n".join([*lines, *self.notes])
 
     def table(self) -> dict[str, str]:
-        """The numbers over the data set as words, for printing.
+        """The numbers over the data set as strings, for printing.
 
         >>> one = torch.ones(2).double()
         >>> Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").table()["what to do"]
         'for 2: a better guide'
         """
-        count = len(self.log_px)
-        unit = "nats for the whole data set" if self.joint else "nats per datum"
         rows = {
-            "data": f"{self.data or 'a tensor'}, {count} data",
-            "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {unit}",
+            "data": f"{self.data or 'a tensor'}, {len(self.log_px)} data",
+            "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {self._unit}",
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
             "ELBO": f"{float(self.elbo.mean()):.3f}",
-            "particles": particles_in_words(self),
-            **(
-                {} if self.trusted is None else {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
-            ),
-            "verdict": reliability_verdict(self),
-            **({"target": target_in_words(self)} if "target_std_error" in self.settings else {}),
+            "particles": format_particles(self.particles),
         }
-        if todo := advice(self):
-            rows["what to do"] = todo
+        if self.reliable_override is not None:
+            rows |= {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
+        rows["reliability"] = self.reliability.summary
+        if target := self._target_summary():
+            rows["target"] = target
+        if self.reliability.recommendation:
+            rows["what to do"] = self.reliability.recommendation
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
+    @property
+    def _unit(self) -> str:
+        return "nats for the whole data set" if self.joint else "nats per datum"
+
+    def _target_summary(self) -> str:
+        """How many data are reliable and within the target standard error, where there is a target."""
+        if "target_std_error" not in self.settings:
+            return ""
+        good, budget = int(self.on_target.sum()), self.settings["max_particles"]
+        spent = int((~self.on_target & (self.particles >= budget)).sum())
+        who = "the estimate is" if self.joint and good else f"{good} of {len(self.log_px)} data are"
+        text = f"{who} reliable and within a standard error of {self.settings['target_std_error']:g} nats"
+        return f"{text}; {spent} of the others had all {budget} particles" if spent else text
 
     def per_datum(self) -> dict[str, Tensor]:
         """Every per-datum quantity by name, [N]."""
@@ -192,7 +213,7 @@ broken weights: 0): log p(x) may be far too low
         return {name: getattr(self, name) for name in names} | dict(self.diagnostics)
 
     def attributes(self) -> dict[str, Any]:
-        """What the estimate is of and how it was made, as strings and numbers."""
+        """Data, settings and numbers over the data set, as strings and numbers."""
         return {
             "data": self.data, "digest": self.digest, "num_particles": self.num_particles, "seed": self.seed,
             "dims": self.dims, "base_measure": self.base_measure, "lower_bound_only": self.lower_bound_only,
@@ -215,7 +236,7 @@ broken weights: 0): log p(x) may be far too low
         return to_arviz(per_datum, draws or None, None, self.attributes())
 
     def save(self, directory: str | os.PathLike[str], name: str = "log_marginal") -> Path:
-        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each whole or not at all."""
+        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each atomically."""
         from ppvae.evaluation.arviz import write_netcdf
 
         folder = Path(directory)
@@ -232,5 +253,34 @@ broken weights: 0): log p(x) may be far too low
 
 
 def _number(value: Any) -> Any:
-    """A value as JSON takes it: a number that is not finite becomes a string."""
+    """A JSON value: a non-finite number becomes a string."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+MIXED_MEASURE_NOTE = (
+    "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
+    "compare on the same columns in the same units only"
+)
+
+
+def base_measure_of(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
+    """(base measure of log p(x), levels if the data are dequantised, notes), given the first column of the data."""
+    if s.base_measure == "mixed":
+        return "mixed", None, (MIXED_MEASURE_NOTE,)
+    if not s.base_measure.startswith("density"):
+        return s.base_measure, None, ()
+    levels = getattr(column, "levels", None)
+    if getattr(column, "dequantize", False) and levels:
+        note = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
+        return f"{levels} levels", levels, (note,)
+    if levels:
+        note = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
+        return "density on [0, 1]", None, (note,)
+    known = getattr(column, "base_measure", "")
+    return (known if known == "density on [0, 1]" else s.base_measure), None, ()
+
+
+def missing_values_note(dims: float, s: Structure) -> str:
+    """The share of missing values, given how many are observed per datum."""
+    share = 100 * (1 - dims / s.observed_dims)
+    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"

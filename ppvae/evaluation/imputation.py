@@ -1,4 +1,4 @@
-"""Filling missing values by importance resampling: multiple imputations and their mean, for any pair."""
+"""Multiple imputation of missing values by importance resampling, for any pair."""
 
 from __future__ import annotations
 
@@ -6,43 +6,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.data.loader import data_columns, data_digest
-from ppvae.distributed import progress_disabled
+from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
+from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
-from ppvae.evaluation.importance.log_marginal import _gaps_note, _measure
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
-from ppvae.evaluation.reliability import remedy
+from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.missing import align_missing
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed
 
-DRAWS = 10  # imputations that are made at once
+DRAWS = 10  # imputations sampled at once
 
 
 @dataclass(frozen=True)
 class Imputations:
-    """Data with their gaps filled; observed values are those of the data.
+    """Data with imputed missing values; observed values are unchanged.
 
     Attributes:
         values: multiple imputations, draws from p(x_missing | x_observed), [draws, N, *event].
         mean: E[x_missing | x_observed] by self-normalised weights, [N, *event]; NaN where the likelihood has no mean,
             as for the codes of categories, of which `values.mode(0)` gives the most frequent.
-        missing: which values are filled, [N, *event] bool.
-        estimate: log p(x_observed) by the same weights; its `ess` and `reliable` say for which data the imputations can
-            be trusted.
+        missing: which values are imputed, [N, *event] bool.
+        estimate: log p(x_observed) by the same weights; its `ess` and `reliable` apply to the imputations too.
     """
 
     values: Tensor
@@ -68,26 +61,26 @@ def impute(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Imputations:
-    """Fills the missing values of the data by importance resampling, for any pair that takes them.
+    """Imputes the missing values of the data by importance resampling, for any pair that takes them.
 
     z_k ~ q(z | x_observed) with weights w_k = p(x_observed, z_k) / q(z_k | x_observed); z is resampled in proportion to
-    w, and x_missing ~ p(x_missing | z). The mean is sum_k w_k E[x_missing | z_k] / sum_k w_k. Both hold as K grows, and
-    where a datum's effective sample size is low they are those of the guide rather than of the model.
+    w, and x_missing ~ p(x_missing | z). The mean is sum_k w_k E[x_missing | z_k] / sum_k w_k. Both are
+    consistent in K; where the effective sample size is low they follow the guide rather than the model.
 
-    Given z, missing values are taken to be independent of the observed ones: likelihoods that are products, as all
-    that leave gaps out by a mask.
+    Given z, missing values are assumed to be independent of the observed ones, as in all likelihoods that mask missing
+    values out of a product.
 
     Args:
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: marked by `data.with_missing`, [N, *event], or a tuple whose first is: called as model(*batch).
         num_particles: K.
-        draws: how many imputations.
-        seed: of every draw. The same seed gives the same result however memory is cut.
+        draws: the number of imputations.
+        seed: of every draw. The result does not depend on `rows`.
         rows, device, progress: as `log_marginal` takes them.
 
     Raises:
-        UsageError: nothing is missing, or a bad argument; ContractError: the pair does not take gaps, sums a latent
-            out, shares one between data, or observes the data in no site of their own; DataError: bad data.
+        UsageError: nothing is missing, or a bad argument; ContractError: the pair does not take missing values, sums a
+            latent out, has a global latent, or no site that observes the data; DataError: bad data.
 
     Source: Mattei and Frellsen 2019 (arXiv 1812.02633).
 
@@ -105,90 +98,82 @@ def impute(
         if count < 1:
             raise UsageError(f"{name}: expected at least 1, found {count}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    columns = data_columns(data, seed)
-    model, guide = bind_program(model), bind_program(guide)
-    found: list[dict[str, Tensor]] = []
-    with fork_rng(), evaluation_mode(model, guide), torch.no_grad():
-        place = torch.device(device) if device is not None else program_device(model, guide, columns)
-        s, size = inspect_columns(model, guide, columns, place)
-        _check(s)
-        starts = range(0, len(columns[0]), size)
-        with tqdm(total=len(starts), desc="imputations", unit="block", disable=progress_disabled(progress)) as bar:
-            for number, start in enumerate(starts):
-                block = Block(columns, start, min(start + size, len(columns[0])), number, s, place)
-                found.append(_of_block(model, guide, block, num_particles, draws, seed, rows))
-                bar.update()
-    values = torch.cat([f.pop("values") for f in found], 1)
-    joined = {name: torch.cat([f[name] for f in found]) for name in found[0]}
-    mean, missing = joined.pop("mean"), joined.pop("missing")
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        s, columns = run.structure, run.columns
+        _check_structure(s)
+        found = run_blocks(
+            run, lambda block: _impute_block(run, block, num_particles, draws, rows),
+            {"what": "impute", "num_particles": num_particles, "draws": draws},
+            desc="imputations", progress=progress,
+        )  # fmt: skip
+    values = found.pop("values").transpose(0, 1)
+    mean, missing = found.pop("mean"), found.pop("missing")
     if not bool(missing.any()):
         raise UsageError("impute: expected missing values in the data's first tensor, found none")
-    base, levels, notes = _measure(columns[0], s)
+    base, levels, notes = base_measure_of(columns[0], s)
     dims = s.observed_dims - int(missing.sum()) / len(missing)
     estimate = Estimate(
-        **joined,  # type: ignore[arg-type]
+        **found,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
-        notes=(*notes, *s.remarks, _gaps_note(dims, s)), lower_bound_only=s.lower_bound_only,
-        data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=remedy(s),
+        notes=(*notes, *s.remarks, missing_values_note(dims, s)), lower_bound_only=s.lower_bound_only,
+        data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=recommend_alternative(s),
     )  # fmt: skip
     return Imputations(values, mean, missing, estimate)
 
 
-def _check(s: Structure) -> None:
+def _check_structure(s: Structure) -> None:
     if s.enumerated:
         raise site_error(
-            s.enumerated[0], "latents that the guide draws, to fill gaps given them", "one that is summed out",
-            "draw it in the guide, without infer={'enumerate': ...}",
+            s.enumerated[0], "latents that the guide samples, to impute given them", "one that is summed out",
+            "sample it in the guide, without infer={'enumerate': ...}",
         )  # fmt: skip
     if s.has_global_latents:
         raise ContractError("impute: expected latents of each datum; found one that is shared by all data")
 
 
-def _of_block(
-    model: Program, guide: Program, block: Block, num_particles: int, draws: int, seed: int, rows: int
-) -> dict[str, Tensor]:
-    """Imputations [draws, N, *event] of a block of data, their mean, and what `LogWeightAccumulator` says."""
+def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int, rows: int) -> dict[str, Tensor]:
+    """Imputations [N, draws, *event] of a block of data, their mean, and the statistics of the weights."""
+    model, guide, seed = run.model, run.guide, run.seed
     s, size, index = block.s, block.size, block.index
     x = block.batch[0] if index is None else block.batch[0][index]
-    weights, mean = LogWeightAccumulator(num_particles, [], block.eps), _Mean()
-    kept = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
+    weights, mean = LogWeightAccumulator(num_particles, [], block.eps), _WeightedMean()
+    reservoir = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
     name, place = "", torch.empty(0)
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
         assert t is not None
         weights.add(log_weight, elbo)
-        kept.add(log_weight, t)
+        reservoir.add(log_weight, t)
         if not name:
-            name, place = _site(t.model, s, x)
-        means = torch.cat([_in_place(m, place, x) for m in _means(t.model[name], s, t.num_particles)])
+            name, place = _observed_site(t.model, s, x)
+        means = torch.cat([_in_shape_of(m, place, x) for m in _means(t.model[name], s, t.num_particles)])
         mean.add(log_weight, means[:, :size])
     values = []
-    latents = {n: _whole(v, len(x)) for n, v in kept.values.items()}
+    latents = {n: _pad(v, len(x)) for n, v in reservoir.values.items()}
     for number, first in enumerate(range(0, draws, DRAWS)):
         count = min(DRAWS, draws - first)
         at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
         at = {n: v.to(x.device) for n, v in at.items()}
         torch.manual_seed(derive_seed(seed, block.number, "imputed", number))
-        with pyro.validation_enabled(False):
-            t = evaluate_terms(model, guide, block.batch, count, values=at, structure=s, index=index)
-        values += [_in_place(v, place, x) for v in _samples(t.model[name], s, count)]
+        t = evaluate_terms(model, guide, block.batch, count, values=at, structure=s, index=index)
+        values += [_in_shape_of(v, place, x) for v in _samples(t.model[name], s, count)]
     x = x[:size]
-    gaps = x.isnan()
+    missing = x.isnan()
     return {
-        "values": torch.where(gaps, torch.cat(values)[:, :size].to(x.dtype), x).cpu(),
-        "mean": torch.where(gaps, mean.value.to(x.dtype), x).cpu(), "missing": gaps.cpu(),
+        "values": torch.where(missing, torch.cat(values)[:, :size].to(x.dtype), x).transpose(0, 1).cpu(),
+        "mean": torch.where(missing, mean.value.to(x.dtype), x).cpu(), "missing": missing.cpu(),
         **{key: value.cpu() for key, value in weights.result().items()},
     }  # fmt: skip
 
 
-class _Mean:
-    """sum_k w_k v_k / sum_k w_k per datum, from a few particles at a time."""
+class _WeightedMean:
+    """Running sum_k w_k v_k / sum_k w_k per datum."""
 
     def __init__(self) -> None:
         self._log_total: Tensor | None = None
         self.value = torch.zeros(())
 
     def add(self, log_weight: Tensor, values: Tensor) -> None:
-        """Takes in log-weights [particles, N] and values [particles, N, *event]; broken weights count nothing."""
+        """Adds log-weights [particles, N] and values [particles, N, *event]; NaN and +inf weights count as zero."""
         log_weight = torch.where(log_weight.isnan() | (log_weight == torch.inf), -torch.inf, log_weight)
         new = log_weight.logsumexp(0)
         total = new if self._log_total is None else torch.logaddexp(self._log_total, new)
@@ -200,47 +185,49 @@ class _Mean:
         self._log_total = total
 
 
-def _site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]:
-    """The site that observes the data, and where each of its numbers stands in them, as flat positions."""
+def _observed_site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]:
+    """The site that observes the data, and the flat positions of its numbers in the data."""
     position = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     for name, site in model.items():
         if site.role is not Role.OBSERVED or not site.value.is_floating_point():
             continue
-        value = site.value.narrow(site.value.dim() - s.event_dims[name] - 1, 0, len(x))  # of which folding makes more
+        value = site.value.narrow(
+            site.value.dim() - s.event_dims[name] - 1, 0, len(x)
+        )  # longer where particles are folded in
         for like, at in zip(align_missing(value, x), align_missing(value, position), strict=True):
             known = ~like.isnan()
             if bool(known.any()) and bool((value == like)[known].all()):
                 return name, at.flatten()
     names = [name for name, site in model.items() if site.role is Role.OBSERVED]
     raise site_error(
-        names[0], f"an observed site that holds the data, {list(x.shape)}, so that their gaps can be drawn from it",
+        names[0], f"an observed site that holds the data, {list(x.shape)}, so that missing values can be drawn from it",
         f"none among {names}", "observe the data's first tensor as a whole, under a mask",
     )  # fmt: skip
 
 
-def _in_place(value: Tensor, place: Tensor, x: Tensor) -> Tensor:
-    """Values of a site for so many particles, [particles, ...], in the shape of the data, [particles, *x.shape]."""
+def _in_shape_of(value: Tensor, place: Tensor, x: Tensor) -> Tensor:
+    """Values of a site [particles, ...], in the shape of the data, [particles, *x.shape]."""
     out = torch.empty(len(value), x.numel(), dtype=value.dtype, device=value.device)
     out[:, place] = value.reshape(len(value), -1)
     return out.reshape(len(value), *x.shape)
 
 
 def _samples(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
-    for part, fn in _wide(site, s, count):
-        yield _split(fn.sample(), part, s, count)
+    for part, fn in _expanded_distributions(site, s, count):
+        yield _particles_first(fn.sample(), part, s, count)
 
 
 def _means(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
-    for part, fn in _wide(site, s, count):
+    for part, fn in _expanded_distributions(site, s, count):
         try:
             mean = fn.mean
         except (NotImplementedError, AttributeError):
             mean = part.log_prob.new_full((*fn.batch_shape, *fn.event_shape), torch.nan)
-        yield _split(mean, part, s, count)
+        yield _particles_first(mean, part, s, count)
 
 
-def _wide(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
-    """The distributions of the runs that a site was joined from, over every plate."""
+def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
+    """The distribution of a site in each run that it was joined from, expanded over all plates."""
     for part in site.particle_sites or (site,):
         fn = part.distribution
         lead = part.traced_value.shape[: part.traced_value.dim() - s.event_dims[site.name]]
@@ -250,8 +237,8 @@ def _wide(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:
         yield part, fn if fn.batch_shape == shape else fn.expand(shape)
 
 
-def _split(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
-    """A value as the run has it, [*plates, *event], with the particles first."""
+def _particles_first(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
+    """The value of a site in a run, [*plates, *event], with the particles first."""
     if s.layout is Layout.ONE_BY_ONE:
         return value[None]
     if s.layout is Layout.VECTORIZED:
@@ -261,7 +248,7 @@ def _split(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
     return split.movedim(data, 0)
 
 
-def _whole(value: Tensor, size: int) -> Tensor:
-    """Kept latents [draws, N, ...], padded to so many data."""
+def _pad(value: Tensor, size: int) -> Tensor:
+    """Latents [draws, N, ...], padded to `size` data."""
     short = size - value.shape[1]
     return value if short <= 0 else torch.cat([value, value[:, :1].expand(-1, short, *value.shape[2:])], 1)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.data.loader import data_columns
 from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
-from ppvae.evaluation.annealing.session import AnnealingSettings, annealing_session
-from ppvae.evaluation.reliability import MAX_DIMS
+from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
+from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
+from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 T_MAX = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales from the center
 ADAPTATION_ROUNDS = 4  # of centring and scaling
@@ -79,32 +78,35 @@ def quadrature(
     """
     if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
-    columns = data_columns(data, 0)
     settings = AnnealingSettings(1, 1, "guide", "linear", 1, 0.5, 0, rows)
-    results = []
-    with fork_rng(), annealing_session(model, guide, columns, settings, device) as session:
-        for number in range(session.blocks):
-            session.noise(number)
-            block = session.block(number)
-            potential = session.potential(block)
-            space = potential.space
-            if space.dims > MAX_DIMS:
-                names = ", ".join(repr(latent.name) for latent in space.latents)
-                raise UsageError(
-                    f"quadrature: expected latents of at most {MAX_DIMS} dims in total, found {space.dims} "
-                    f"({names}). Use annealed"
-                )
-            if space.active is not None:
-                raise site_error(
-                    space.latents[0].name, "latents that every datum has", "masked ones among them",
-                    "use annealed or log_marginal",
-                )  # fmt: skip
-            width = 1 if session.s.has_global_latents else block.size
-            nodes = num_nodes or DEFAULT_NODES[space.dims]
-            log_px, error = _integrate(potential, nodes)
-            results.append((log_px[:width].cpu(), error[:width].cpu()))
-    log_px, error = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return Quadrature(log_px, error, nodes**space.dims)
+    with start_evaluation(model, guide, data, seed=0, device=device) as run:
+        session = AnnealingSession.start(run, settings)
+        found = run_blocks(
+            run, lambda block: _integrate_block(session, block, num_nodes), {"what": "quadrature", "nodes": num_nodes},
+            desc="quadrature", progress=False,
+        )  # fmt: skip
+    return Quadrature(found["log_px"], found["error"], int(found["num_nodes"][0]))
+
+
+def _integrate_block(session: AnnealingSession, block: Block, num_nodes: int | None) -> dict[str, Tensor]:
+    """log p(x) of a block of data, its error, and the number of nodes."""
+    session.noise(block.number)
+    potential = session.potential(block)
+    space = potential.space
+    if space.dims > MAX_QUADRATURE_DIMS:
+        names = ", ".join(repr(latent.name) for latent in space.latents)
+        raise UsageError(
+            f"quadrature: expected latents of at most {MAX_QUADRATURE_DIMS} dims in total, found {space.dims} "
+            f"({names}). Use annealed"
+        )
+    if space.active is not None:
+        raise site_error(
+            space.latents[0].name, "latents that every datum has", "masked ones among them",
+            "use annealed or log_marginal",
+        )  # fmt: skip
+    nodes = num_nodes or DEFAULT_NODES[space.dims]
+    log_px, error = (values[: block.num_weights].cpu() for values in _integrate(potential, nodes))
+    return {"log_px": log_px, "error": error, "num_nodes": torch.tensor(nodes**space.dims)}
 
 
 def _integrate(potential: Potential, num_nodes: int) -> tuple[Tensor, Tensor]:

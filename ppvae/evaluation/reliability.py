@@ -1,9 +1,10 @@
-"""Which estimates of log p(x) cannot be trusted, why, and what to do next: in words and counts, from one pass."""
+"""Reliability of estimates of log p(x): a diagnosis per datum from arrays, the reasons, and what to do next."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,14 +12,29 @@ from torch import Tensor
 from ppvae.evaluation.importance.psis import MIN_PARTICLES
 from ppvae.inference.structure import Structure
 
-if TYPE_CHECKING:
-    from ppvae.evaluation.estimate import Estimate
-
 MIN_ESS = 50.0
 MAX_K_HAT = 0.7  # whatever the number of particles
-MIN_ACCEPTANCE = 0.2  # chains that hardly move have left the tempered densities behind
-AFFORDABLE = 100_000  # particles per datum; beyond it the advice is another method, not more of them
-MAX_DIMS = 3  # of quadrature
+MIN_ACCEPTANCE = 0.2  # HMC chains that accept fewer proposals do not follow the tempered densities
+MAX_AFFORDABLE_PARTICLES = 100_000  # per datum; above it another method is recommended
+MAX_QUADRATURE_DIMS = 3
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The diagnosis of an estimate of log p(x).
+
+    Attributes:
+        reliable: [N] bool.
+        reasons: {reason: [N] bool}, disjoint, and together the data that are not reliable; a datum with several has
+            the one that more particles do not cure. Empty where no datum can be judged.
+        summary: how many data are unreliable, and why.
+        recommendation: what to do about them; an empty string where there is nothing to do.
+    """
+
+    reliable: Tensor
+    reasons: Mapping[str, Tensor]
+    summary: str
+    recommendation: str
 
 
 def k_hat_limit(num_particles: int) -> float:
@@ -32,100 +48,120 @@ def k_hat_limit(num_particles: int) -> float:
     return min(MAX_K_HAT, 1 - 1 / math.log10(num_particles)) if num_particles >= MIN_PARTICLES else -math.inf
 
 
-def by_weights(est: Estimate) -> Tensor:
-    """The rule of importance sampling: no non-finite weight, ess >= 50 and k_hat below its limit; [N] bool."""
-    enough = (0.999 * est.particles.double()).clamp(max=MIN_ESS)  # equal weights are enough however few there are
-    return (est.nonfinite == 0) & (est.ess >= enough) & (est.k_hat < _limits(est))
+def assess_weights(
+    *,
+    ess: Tensor,
+    k_hat: Tensor,
+    nonfinite: Tensor,
+    particles: Tensor,
+    lower_bound_only: bool = False,
+    joint: bool = False,
+    alternative: str = "",
+    reliable: Tensor | None = None,
+) -> Reliability:
+    """Reliability of importance sampling: no non-finite weight, ess >= 50 and k_hat below its limit; arrays are [N].
 
+    About K * 50 / ess particles give an ess of 50 where the tail is light; a heavy tail takes another method.
 
-def _limits(est: Estimate) -> Tensor:
-    """The limit of k_hat for the particles of each datum, [N]."""
-    limits = {k: k_hat_limit(k) for k in set(est.particles.tolist())}
-    return torch.tensor([limits[k] for k in est.particles.tolist()], dtype=torch.float64)
+    Args:
+        particles: of each datum.
+        lower_bound_only: the guide has a point mass on a discrete latent, so that no datum is reliable.
+        joint: the one estimate is of the whole data set.
+        alternative: the method recommended where more particles do not help.
+        reliable: overrides the rule, as in a file that was written under another one.
 
-
-def reasons(est: Estimate) -> dict[str, Tensor]:
-    """Why data are not to be trusted, {reason: [N] bool}; of two a datum has the one that more draws do not mend.
-
-    They add up to the data that are not reliable; empty where there are too few particles to judge, or where the guide
-    has a point mass, so that none is.
+    >>> ess, k_hat = torch.tensor([400.0, 20.0]), torch.tensor([0.2, 0.2])
+    >>> found = assess_weights(ess=ess, k_hat=k_hat, nonfinite=0 * ess, particles=torch.tensor([1000, 1000]))
+    >>> print(found.summary)
+    50.0 % of the data (1 of 2) are unreliable: 1 with ess below 50; their log p(x) may be far too low
+    >>> found.recommendation
+    'about K = 2,500 particles for 1 of them'
     """
-    bad = ~est.reliable
-    broken = bad & (est.nonfinite > 0)
-    if _weighted(est):
-        if est.lower_bound_only or est.num_particles < MIN_PARTICLES:
-            return {}
-        heavy = bad & ~broken & ~(est.k_hat < _limits(est))
-        below = sorted({f"{k_hat_limit(k):.2f}" for k in (est.num_particles, int(est.particles.min()))})
-        return {
-            f"heavy tail, k_hat not below {' to '.join(below)}": heavy,
-            f"ess below {MIN_ESS:g}": bad & ~broken & ~heavy,
-            "broken weights": broken,
-        }
-    still = bad & ~broken & (est.diagnostics.get("acceptance", torch.ones_like(est.ess)) < MIN_ACCEPTANCE)
-    return {
-        f"chains that hardly move, acceptance below {MIN_ACCEPTANCE:g}": still,
-        f"ess below {min(MIN_ESS, est.num_particles / 2):g} of {est.num_particles} chains": bad & ~broken & ~still,
-        "broken weights": broken,
+    most = int(particles.max())
+    unique, index = particles.unique(return_inverse=True)
+    limit = torch.tensor([k_hat_limit(int(k)) for k in unique], dtype=torch.float64).to(index.device)[index]
+    judged = not lower_bound_only and most >= MIN_PARTICLES
+    if reliable is None:
+        enough = (0.999 * particles.double()).clamp(max=MIN_ESS)  # equal weights are enough however few there are
+        reliable = (nonfinite == 0) & (ess >= enough) & (k_hat < limit) & judged
+    if not judged:
+        too_few = f"fewer than {MIN_PARTICLES} particles ({most}): too few to judge any datum"
+        return Reliability(reliable, {}, too_few if most < MIN_PARTICLES else _summary(reliable, {}, joint), "")
+    broken = ~reliable & (nonfinite > 0)
+    heavy = ~reliable & ~broken & ~(k_hat < limit)
+    low = ~reliable & ~broken & ~heavy
+    limits = sorted({f"{k_hat_limit(k):.2f}" for k in (most, int(particles.min()))})
+    reasons = {
+        f"a heavy tail (k_hat not below {' to '.join(limits)})": heavy,
+        f"ess below {MIN_ESS:g}": low,
+        "non-finite weights": broken,
     }
+    needed = particles[low] * MIN_ESS / ess[low]
+    affordable = needed <= MAX_AFFORDABLE_PARTICLES
+    others = int(heavy.sum()) + int((~affordable).sum())
+    advice = []
+    if bool(affordable.any()):
+        count = int(affordable.sum())
+        advice.append(f"about K = {_round_up(float(needed[affordable].max()))} particles for {count} of them")
+    if others:
+        advice.append(f"for {others}: {alternative or 'a better guide'}")
+    return Reliability(
+        reliable, reasons, _summary(reliable, reasons, joint), "; ".join(advice + _advice_on_nonfinite(broken))
+    )
 
 
-def reliability_verdict(est: Estimate) -> str:
-    """How many data are not to be trusted, and of what they suffer."""
-    count, bad = len(est.log_px), int((~est.reliable).sum())
-    if est.num_particles < MIN_PARTICLES and est.trusted is None:
-        return f"fewer than {MIN_PARTICLES} particles ({est.num_particles}): too few to judge any datum"
-    if not bad:
-        return "the estimate is reliable" if est.joint else f"all {count} data are reliable"
-    why = ", ".join(f"{words}: {int(which.sum())}" for words, which in reasons(est).items())
-    who = "the estimate is" if est.joint else f"{bad} of {count} data ({100 * bad / count:.1f} %) are"
-    return f"{who} not to be trusted{f' ({why})' if why else ''}: log p(x) may be far too low"
+def assess_chains(
+    *,
+    ess: Tensor,
+    nonfinite: Tensor,
+    acceptance: Tensor,
+    num_chains: int,
+    joint: bool = False,
+    reliable: Tensor | None = None,
+) -> Reliability:
+    """Reliability of annealing: finite weights, ess >= min(50, K / 2) of K > 1 chains, acceptance >= 0.2; [N] arrays.
 
-
-def particles_in_words(est: Estimate, style: str = "") -> str:
-    """How many particles the data got, each number in a format's style."""
-    least, most = int(est.particles.min()), int(est.particles.max())
-    return f"{most:{style}}" if least == most else f"{least:{style}} to {most:{style}}"
-
-
-def target_in_words(est: Estimate) -> str:
-    """How many data are within the target standard error and reliable, of an estimate that has one."""
-    good, target = int(est.on_target.sum()), est.settings["target_std_error"]
-    spent = int((~est.on_target & (est.particles >= est.settings["max_particles"])).sum())
-    who = "the estimate is" if est.joint and good else f"{good} of {len(est.log_px)} data are"
-    words = f"{who} reliable and within a standard error of {target:g} nats"
-    return f"{words}; {spent} of the others had all {est.settings['max_particles']} particles" if spent else words
-
-
-def advice(est: Estimate) -> str:
-    """What to do next about the data that are not to be trusted; an empty string where there are none.
-
-    About K * 50 / ess particles make an ess of 50 where the tail is light; a heavy tail takes another method.
+    `joint` and `reliable` are as for `assess_weights`.
     """
-    found = list(reasons(est).values())
-    if not any(bool(which.any()) for which in found):
-        return ""
-    first, low, broken = found
-    if _weighted(est):
-        need = est.particles[low] * MIN_ESS / est.ess[low]
-        within = need <= AFFORDABLE
-        rest = int(first.sum()) + int((~within).sum())
-        parts = []
-        if bool(within.any()):
-            parts.append(f"about K = {_rounded(float(need[within].max()))} particles for {int(within.sum())} of them")
-        if rest:
-            parts.append(f"for {rest}: {est.remedy or 'a better guide'}")
+    enough = min(MIN_ESS, num_chains / 2)
+    if reliable is None:
+        reliable = (nonfinite == 0) & (ess >= enough) & (acceptance >= MIN_ACCEPTANCE) & (num_chains > 1)
+    broken = ~reliable & (nonfinite > 0)
+    stuck = ~reliable & ~broken & (acceptance < MIN_ACCEPTANCE)
+    low = ~reliable & ~broken & ~stuck
+    reasons = {
+        f"an acceptance rate below {MIN_ACCEPTANCE:g}": stuck,
+        f"ess below {enough:g} of {num_chains} chains": low,
+        "non-finite weights": broken,
+    }
+    advice = ["more temperatures and more chains"] if bool(low.any()) else []
+    if bool(stuck.any()):
+        advice.append(f"start='prior' or more temperatures for the {int(stuck.sum())} with a low acceptance rate")
+    return Reliability(
+        reliable, reasons, _summary(reliable, reasons, joint), "; ".join(advice + _advice_on_nonfinite(broken))
+    )
+
+
+def _summary(reliable: Tensor, reasons: Mapping[str, Tensor], joint: bool) -> str:
+    count, bad = len(reliable), int((~reliable).sum())
+    if not bad:
+        return "the estimate is reliable" if joint else f"all {count} data are reliable"
+    counts = {reason: int(which.sum()) for reason, which in reasons.items() if bool(which.any())}
+    if joint:
+        why, who = " and ".join(counts), "the estimate is unreliable"
     else:
-        parts = ["more temperatures and more chains"] if bool(low.any()) else []
-        if bool(first.any()):
-            parts.append(f"start='prior' or more temperatures for the {int(first.sum())} whose chains hardly move")
-    if bool(broken.any()):
-        parts.append(f"look at the {int(broken.sum())} with broken weights: a density is NaN or infinite there")
-    return "; ".join(parts)
+        why = ", ".join(f"{number} with {reason}" for reason, number in counts.items())
+        who = f"{100 * bad / count:.1f} % of the data ({bad} of {count}) are unreliable"
+    return f"{who}{f': {why}' if why else ''}; {'' if joint else 'their '}log p(x) may be far too low"
 
 
-def remedy(s: Structure) -> str:
-    """What makes log p(x) of a pair tighter where importance sampling fails."""
+def _advice_on_nonfinite(broken: Tensor) -> list[str]:
+    count = int(broken.sum())
+    return [f"check the densities of the {count} with non-finite weights: one is NaN or infinite"] if count else []
+
+
+def recommend_alternative(s: Structure) -> str:
+    """The method that gives a tighter log p(x) of a pair where importance sampling fails."""
     if s.discrete:
         names = ", ".join(repr(name) for name in s.discrete)
         return (
@@ -133,21 +169,26 @@ def remedy(s: Structure) -> str:
             f"values are few (annealing follows gradients, and cannot)"
         )
     annealing = "annealing (ppvae.evaluation.annealed; ppvae evaluate --method annealed)"
-    if 0 < s.latent_dims <= MAX_DIMS and not s.has_global_latents:
+    if 0 < s.latent_dims <= MAX_QUADRATURE_DIMS and not s.has_global_latents:
         return f"quadrature (ppvae.evaluation.quadrature: {s.latent_dims} dims are few enough), or {annealing}"
     return annealing
 
 
-def _weighted(est: Estimate) -> bool:
-    """Whether the rule of importance sampling judges."""
-    return est.trusted is None or est.method == "importance sampling"
+def format_particles(particles: Tensor, style: str = "") -> str:
+    """The number of particles per datum, or its range, each number in a format's style.
+
+    >>> format_particles(torch.tensor([100, 12800]), ",")
+    '100 to 12,800'
+    """
+    least, most = int(particles.min()), int(particles.max())
+    return f"{most:{style}}" if least == most else f"{least:{style}} to {most:{style}}"
 
 
-def _rounded(need: float) -> str:
+def _round_up(count: float) -> str:
     """A number of particles rounded up to two digits.
 
-    >>> _rounded(12345.6)
+    >>> _round_up(12345.6)
     '13,000'
     """
-    unit = 10 ** max(0, math.floor(math.log10(need)) - 1)
-    return f"{math.ceil(need / unit) * unit:,}"
+    unit = 10 ** max(0, math.floor(math.log10(count)) - 1)
+    return f"{math.ceil(count / unit) * unit:,}"

@@ -1,38 +1,34 @@
-"""What the latents carry: rate and distortion, KL per dim, active units, and the rate split by ELBO surgery."""
+"""Latent diagnostics: rate and distortion, KL per dim, active units, and ELBO surgery of the rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.data.loader import data_columns, data_digest
-from ppvae.distributed import progress_disabled
+from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult, mean_words
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed
 
 ACTIVE = 0.01  # Burda et al. 2016
 
 
 @dataclass(frozen=True)
 class Representation(SavedResult):
-    """What a guide puts into the latents, over a data set; nats, float64.
+    """Information in the latents of a guide over a data set; nats, float64.
 
     Attributes:
         rate, distortion: [N], E_q[log q(z | x) - log p(z)] and -E_q[log p(x | z)]; ELBO = -(rate + distortion).
@@ -40,7 +36,7 @@ class Representation(SavedResult):
             over them; a single number for a latent whose prior or guide does not factorise, or that is masked.
         variance: {site: [dims]}, Var_x(E_q[u | x]) over the data, free of the bias of a finite number of draws (it may
             come out a little below zero); a dim is active above 0.01 (Burda et al. 2016, arXiv 1509.00519).
-        surgery_rate: [N], the rate from the draws that the surgery used; None where there was none.
+        surgery_rate: [N], the rate from the draws of the surgery; None without surgery.
         information_lower, information_upper: [N], log q(z | x) - log q(z) averaged over those draws, where q(z) is the
             mean of q(z | x_m) over the N data, with the datum's own among them and without it. On average the first is
             below the mutual information I_q(x; z) of the population and at most log N, the second above it
@@ -63,7 +59,7 @@ class Representation(SavedResult):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The latents that were measured."""
+        """The names of the latents."""
         return tuple(self.kl)
 
     @property
@@ -73,9 +69,9 @@ class Representation(SavedResult):
 
     @property
     def information(self) -> tuple[Tensor, Tensor]:
-        """Between what the mutual information lies on average over the data, both [N].
+        """(lower, upper) bounds of the mutual information on average over the data, both [N].
 
-        The upper end is the rate where `information_upper` is above it: the marginal KL is not negative.
+        The upper bound is at most the rate, since the marginal KL is not negative.
 
         Raises:
             UsageError: there was no surgery.
@@ -103,7 +99,7 @@ class Representation(SavedResult):
         return self.variance[site] > threshold
 
     def table(self) -> dict[str, str]:
-        """The numbers over the data set with standard errors, as words."""
+        """The numbers over the data set with standard errors, as strings."""
         rows = {
             "data": f"{self.data or 'a tensor'}, {len(self.rate)} data",
             "rate": f"{mean_words(self.rate)} nats per datum",
@@ -136,7 +132,7 @@ def representation(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Representation:
-    """Measures what the latents carry of the data, for any pair whose latents the guide samples.
+    """Measures the information in the latents about the data, for any pair whose guide samples all latents.
 
     ELBO surgery splits the rate, averaged over the data, into I_q(x; z) + KL(q(z) || p(z)), with the aggregate
     posterior q(z) = E_x q(z | x). With q(z) taken over the same N data both parts are biased, in a known direction:
@@ -147,12 +143,12 @@ def representation(
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: a tensor [N, *event], a split, or a tuple of them.
         num_particles: draws per datum.
-        surgery_draws: how many of them go into the surgery; 0 leaves it out.
+        surgery_draws: the draws per datum that the surgery uses; 0 for no surgery.
         seed: of the draws.
 
     Raises:
         ContractError: the pair breaks the contract, has a latent shared by all data, or enumerates a latent, so that
-            its rate does not stand apart; UsageError, DataError: bad arguments or data.
+            there is no separate rate; UsageError, DataError: bad arguments or data.
 
     Source: Alemi et al. 2018 (arXiv 1711.00464) for rate and distortion; Hoffman and Johnson 2016, ELBO surgery.
 
@@ -166,82 +162,80 @@ def representation(
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:
         raise UsageError(f"surgery_draws: expected 0 to num_particles = {num_particles}, found {surgery_draws}")
-    columns = data_columns(data, seed)
-    model, guide = bind_program(model), bind_program(guide)
-    with fork_rng(), evaluation_mode(model, guide), pyro.validation_enabled(False):
-        place = torch.device(device) if device is not None else program_device(model, guide, columns)
-        s, size = inspect_columns(model, guide, columns, place)
-        _check(s)
-        starts = range(0, len(columns[0]), size)
-
-        def blocks(words: str) -> Iterator[Block]:
-            with tqdm(starts, desc=words, unit="block", disable=progress_disabled(progress)) as bar:
-                for number, start in enumerate(bar):
-                    yield Block(columns, start, min(start + size, len(columns[0])), number, s, place)
-
-        looks: list[_Look] = []
-        for block in blocks("latents"):
-            looks.append(_Look(s, block.size, surgery_draws))
-            for t in _draws(model, guide, block, num_particles, seed):
-                looks[-1].add(t)
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        _check_structure(run.structure)
+        found = run_blocks(
+            run, lambda block: _block_statistics(run, block, num_particles, surgery_draws),
+            {"what": "representation", "num_particles": num_particles, "surgery_draws": surgery_draws},
+            desc="latents", progress=progress,
+        )  # fmt: skip
         surgery, why = None, ""
         if surgery_draws:
-            kept = [look.kept for look in looks]
-            latents = {n: torch.cat([k[n] for k in kept], 1) for n in kept[0]}
-            log_q, log_p = torch.cat([torch.cat(look.kept_logs, 1) for look in looks], -1)
-            surgery, why = split_rate(guide, latents, log_q, log_p, blocks("aggregate posterior"), s)
-    rate, distortion = (torch.cat([getattr(look, n) for look in looks]) for n in ("rate", "distortion"))
-    kl = {n: torch.cat([look.kl[n] for look in looks]) for n in looks[0].kl}
-    whole = [n for n, v in kl.items() if v.shape[1] == 1 and looks[0].dims[n] > 1]
+            draws = {n: value.transpose(0, 1).to(run.device) for n, value in _of_prefix(found, "draws/").items()}
+            log_q, log_p = (found[name].T.to(run.device) for name in ("log_q", "log_p"))
+            blocks = run.blocks("aggregate posterior", progress)
+            with pyro.validation_enabled(False):
+                surgery, why = split_rate(run.guide, draws, log_q, log_p, blocks, run.structure)
+    kl = _of_prefix(found, "kl/")
+    dims = {name: int(value[0]) for name, value in _of_prefix(found, "dims/").items()}
+    whole = [n for n, v in kl.items() if v.shape[1] == 1 and dims[n] > 1]
     notes = (f"KL of the whole latent: {', '.join(whole)} (masked, or no product over its dims)",) if whole else ()
     return Representation(
-        rate=rate,
-        distortion=distortion,
+        rate=found["rate"],
+        distortion=found["distortion"],
         kl={n: v.mean(0) for n, v in kl.items()},
         kl_error={n: v.std(0, correction=min(1, len(v) - 1)) / math.sqrt(len(v)) for n, v in kl.items()},
-        variance={n: _variance(looks, n) for n in looks[0].moments},
+        variance={n: _variance(found, n) for n in _of_prefix(found, "mean/")},
         surgery_rate=surgery[0] if surgery else None,
         information_lower=surgery[1] if surgery else None,
         information_upper=surgery[2] if surgery else None,
         num_particles=num_particles,
         seed=seed,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
         notes=notes + ((f"no mutual information: {why}",) if why else ()),
     )
 
 
-def _check(s: Structure) -> None:
+def _check_structure(s: Structure) -> None:
     if s.has_global_latents:
         raise ContractError("a latent is shared by all data: expected latents per datum, whose rate is one per datum")
     if s.enumerated:
         raise ContractError(
-            f"latents {list(s.enumerated)} are enumerated: expected latents that the guide samples, for a rate apart "
-            f"from the distortion; log_marginal gives the ELBO of such a pair"
+            f"latents {list(s.enumerated)} are enumerated: expected latents that the guide samples, for a rate "
+            f"separate from the distortion; log_marginal gives the ELBO of such a pair"
         )
 
 
-def _draws(model: Program, guide: Program, block: Block, num_particles: int, seed: int) -> Iterator[Terms]:
-    """Terms of a few particles at a time; of single ones where the pair takes no more."""
+def _block_statistics(run: Evaluation, block: Block, num_particles: int, surgery_draws: int) -> dict[str, Tensor]:
+    """Averages over the draws of a block of data, and the first draws themselves; data first."""
+    statistics = LatentStatistics(block.s, block.size, surgery_draws)
+    for t in _draws(run, block, num_particles):
+        statistics.add(t)
+    return statistics.result()
+
+
+def _draws(run: Evaluation, block: Block, num_particles: int) -> Iterator[Terms]:
+    """Terms of a few particles at a time; of single ones under the layout "one by one"."""
     step = 1 if block.s.layout is Layout.ONE_BY_ONE else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
     for number, first in enumerate(range(0, num_particles, step)):
-        torch.manual_seed(derive_seed(seed, block.number, number))
+        torch.manual_seed(derive_seed(run.seed, block.number, number))
         count = min(step, num_particles - first)
-        yield evaluate_terms(model, guide, block.batch, count, structure=block.s, index=block.index)
+        yield evaluate_terms(run.model, run.guide, block.batch, count, structure=block.s, index=block.index)
 
 
-class _Look:
-    """Running means over the draws of a block of data, and the first draws themselves."""
+class LatentStatistics:
+    """Running averages over the draws of a block of data, and the first draws themselves."""
 
-    def __init__(self, s: Structure, size: int, keep: int):
-        self.s, self.size, self.keep, self.count = s, size, keep, 0
+    def __init__(self, s: Structure, size: int, num_kept: int):
+        self.s, self.size, self.num_kept, self.count = s, size, num_kept, 0
         self._sums: dict[str, Tensor] = {}
         self.dims: dict[str, int] = {}
-        self.kept: dict[str, Tensor] = {}  # latents [draws, N, *inner, *event]
-        self.kept_logs: list[Tensor] = []  # (log q, log p) of them, [2, draws, N]
+        self.draws: dict[str, Tensor] = {}  # latents [draws, N, *inner, *event]
+        self.log_densities: list[Tensor] = []  # (log q, log p) of them, [2, draws, N]
 
     def add(self, t: Terms) -> None:
-        """Takes in terms of some particles."""
+        """Adds the terms of some particles."""
         self._add("log_lik", t.log_lik[:, : self.size])
         self._add("rate", (t.log_guide - t.log_prior)[:, : self.size])
         for name, role in self.s.guide_roles.items():
@@ -251,21 +245,21 @@ class _Look:
             self.dims[name] = value[0, 0].numel()
             difference = (site.log_prob - t.model[name].log_prob)[:, : self.size].double()
             parts = self._per_dim(site, t.model[name], t.num_particles, difference)
-            self._add(f"kl of {name}", difference.unsqueeze(-1) if parts is None else parts)
+            self._add(f"kl/{name}", difference.unsqueeze(-1) if parts is None else parts)
             if value.is_floating_point():
                 value = value.double().reshape(*value.shape[:2], -1)
-                self._add(f"u of {name}", value)
-                self._add(f"u^2 of {name}", value**2)
-        if self.count < self.keep:
-            some = min(self.keep - self.count, t.num_particles)
+                self._add(f"u/{name}", value)
+                self._add(f"u^2/{name}", value**2)
+        if self.count < self.num_kept:
+            some = min(self.num_kept - self.count, t.num_particles)
             for n, site in t.guide.items():
                 value = self._flat(site.value, n)[:some]
-                self.kept[n] = torch.cat([self.kept[n], value]) if n in self.kept else value
-            self.kept_logs.append(torch.stack([t.log_guide, t.log_prior])[:, :some, : self.size])
+                self.draws[n] = torch.cat([self.draws[n], value]) if n in self.draws else value
+            self.log_densities.append(torch.stack([t.log_guide, t.log_prior])[:, :some, : self.size])
         self.count += t.num_particles
 
     def _add(self, name: str, values: Tensor) -> None:
-        """Adds [particles, N, ...] to a sum over particles."""
+        """Adds values [particles, N, ...] to a running sum over particles."""
         total = values.sum(0)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
 
@@ -275,7 +269,7 @@ class _Look:
         return value.movedim((particle_dim(value, self.s, name), data), (0, 1))[:, : self.size]
 
     def _per_dim(self, q: Site, p: Site, count: int, difference: Tensor) -> Tensor | None:
-        """The log-ratio of every dim, [particles, N, dims]; None where the two are no products over them."""
+        """log q - log p of every dim, [particles, N, dims]; None where the densities do not factorise over dims."""
         try:
             both = [site.per_event() for site in (q, p)]
         except ValueError:
@@ -298,31 +292,28 @@ class _Look:
         flat = flat.reshape(*flat.shape[:2], -1)
         return flat if torch.allclose(flat.sum(-1), difference, rtol=1e-3, atol=1e-3, equal_nan=True) else None
 
-    @property
-    def rate(self) -> Tensor:
-        return (self._sums["rate"] / self.count).cpu()
-
-    @property
-    def distortion(self) -> Tensor:
-        return (-self._sums["log_lik"] / self.count).cpu()
-
-    @property
-    def kl(self) -> dict[str, Tensor]:
-        """{site: [N, dims]}."""
-        return self._of("kl of ")
-
-    @property
-    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{site: (E_q[u | x], variance of that mean over draws)}, both [N, dims]."""
-        first, second = self._of("u of "), self._of("u^2 of ")
-        return {n: (m, (second[n] - m**2).clamp(min=0) / (self.count - 1)) for n, m in first.items()}
-
-    def _of(self, prefix: str) -> dict[str, Tensor]:
-        found = {n.removeprefix(prefix): v for n, v in self._sums.items() if n.startswith(prefix)}
-        return {n: (v / self.count).cpu() for n, v in found.items()}
+    def result(self) -> dict[str, Tensor]:
+        """rate, distortion [N]; "kl/site" [N, dims]; "mean/site", E_q[u | x], and "variance of mean/site" over draws
+        [N, dims]; "dims/site"; "draws/site" [N, draws, ...] and their log densities log_q, log_p [N, draws]."""
+        averages = {name: (total / self.count).cpu() for name, total in self._sums.items()}
+        out = {"rate": averages["rate"], "distortion": -averages["log_lik"]}
+        out |= {name: value for name, value in averages.items() if name.startswith("kl/")}
+        out |= {f"dims/{name}": torch.tensor(dims) for name, dims in self.dims.items()}
+        for name, mean in _of_prefix(averages, "u/").items():
+            spread = (averages[f"u^2/{name}"] - mean**2).clamp(min=0)
+            out |= {f"mean/{name}": mean, f"variance of mean/{name}": spread / (self.count - 1)}
+        if self.draws:
+            log_q, log_p = torch.cat(self.log_densities, 1)
+            out |= {"log_q": log_q.T, "log_p": log_p.T}
+            out |= {f"draws/{name}": value.transpose(0, 1) for name, value in self.draws.items()}
+        return out
 
 
-def _variance(looks: list[_Look], name: str) -> Tensor:
-    """Var_x(E_q[u | x]) = variance of the means of K draws, minus what K draws add to it; [dims]."""
-    means, errors = (torch.cat(parts) for parts in zip(*(look.moments[name] for look in looks), strict=True))
-    return means.var(0, correction=1 if len(means) > 1 else 0) - errors.mean(0)
+def _of_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _variance(statistics: Mapping[str, Tensor], name: str) -> Tensor:
+    """Var_x(E_q[u | x]) = variance of the averages over K draws, minus the share of the draws' own variance; [dims]."""
+    means, noise = statistics[f"mean/{name}"], statistics[f"variance of mean/{name}"]
+    return means.var(0, correction=1 if len(means) > 1 else 0) - noise.mean(0)

@@ -1,4 +1,4 @@
-"""Results as files: numbers and words in `<name>.json`, arrays beside them in `<name>.npz`."""
+"""Files of results: numbers and strings in `<name>.json`, arrays in `<name>.npz`, both for ArviZ in `<name>.nc`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ppvae.storage import write_bytes
 
 
 class SavedResult:
-    """A frozen dataclass of tensors, dicts of tensors, numbers and words that can be written and read back.
+    """Base of frozen dataclasses of tensors, dicts of tensors, numbers and strings that are saved and loaded.
 
-    A field with metadata {"saved": False} is left out, and has its default once read back.
+    A field with metadata {"saved": False} is not saved, and has its default after loading.
     """
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Writes `<name>.json`, `.npz` and `.nc` (for ArviZ), each whole or not at all; its own name by default."""
+        """Writes `<name>.json`, `.npz` and `.nc` (for ArviZ), each atomically; named after the class by default."""
         from ppvae.evaluation.arviz import write_netcdf
 
         folder, kind = Path(directory), type(self).__name__
@@ -54,7 +54,7 @@ class SavedResult:
         return path
 
     def to_arviz(self) -> Any:
-        """All arrays for ArviZ, in one group that has the kind's name: `InferenceData` or `DataTree`."""
+        """All arrays for ArviZ, in one group that is named after the class: `InferenceData` or `DataTree`."""
         from ppvae.evaluation.arviz import arrays_to_arviz
 
         arrays: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ class SavedResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads what `save` wrote, given the path of the JSON file.
+        """Loads a saved result, given the path of the JSON file.
 
         Raises:
             CheckpointError: a file is missing or damaged, or holds a result of another kind.
@@ -94,7 +94,7 @@ class SavedResult:
         return cls(**values)
 
     def table(self) -> dict[str, str]:
-        """The numbers over the data set as words, for printing."""
+        """The numbers over the data set as strings, for printing."""
         raise NotImplementedError
 
 
@@ -108,7 +108,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def mean_words(values: Tensor | None) -> str:
-    """Mean over the data and its standard error, as words.
+    """Mean over the data and its standard error, as a string.
 
     >>> mean_words(torch.tensor([1.0, 3.0]))
     '2.000 ± 1.000'
@@ -119,7 +119,7 @@ def mean_words(values: Tensor | None) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """Which result a JSON file holds; an empty string where it is none of these."""
+    """The class name of the result in a JSON file; an empty string for other files."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -128,7 +128,7 @@ def kind_of(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON takes it: a number that is not finite becomes a string."""
+    """A JSON value: a non-finite number becomes a string."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -143,10 +143,10 @@ DERIVED = (
 
 
 def load_estimate(path: str | os.PathLike[str]) -> Estimate:
-    """Reads what `Estimate.save` wrote, given the path of the JSON file; bounds and draws are in the NetCDF beside it.
+    """Loads a saved `Estimate`, given the path of the JSON file; bounds and posterior draws come from the NetCDF file.
 
     Raises:
-        CheckpointError: no such file, or another one.
+        CheckpointError: the file is missing, or is no saved estimate.
 
     >>> import tempfile
     >>> one = torch.ones(30).double()
@@ -172,7 +172,7 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
         if est.method == "importance sampling" and torch.equal(est.reliable, reliable):
             return est
-        return dataclasses.replace(est, trusted=reliable)
+        return dataclasses.replace(est, reliable_override=reliable)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a saved estimate ({type(error).__name__}: {error})") from error
 
@@ -182,13 +182,15 @@ def _tensor(values: list[Any]) -> Tensor:
 
 
 def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """(bounds per datum, draws of the latents), none where there is no such file."""
+    """(bounds per datum, draws of the latents), empty where there is no NetCDF file."""
     if not path.exists():
         return {}, {}
     import h5py
 
     with h5py.File(path) as file:
-        kept = {name: torch.from_numpy(values[()]) for name, values in file[GROUP].items() if name.startswith("bound_")}
+        bounds = {
+            name: torch.from_numpy(values[()]) for name, values in file[GROUP].items() if name.startswith("bound_")
+        }
         draws = file.get("posterior", {})
         latents = {n: torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 2}
-    return {int(name.removeprefix("bound_")): values for name, values in kept.items()}, latents
+    return {int(name.removeprefix("bound_")): values for name, values in bounds.items()}, latents

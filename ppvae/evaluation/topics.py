@@ -1,4 +1,4 @@
-"""What topic models are judged by: perplexity of held-out documents, and coherence of the topics' top words."""
+"""Metrics of topic models: perplexity of held-out documents, and coherence of the topics' top words."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def coherence(topics: Tensor, x: Tensor, top: int = 10) -> Tensor:
     Args:
         topics: weights of words, [topics, V]: `TopicModel.words`.
         x: counts of the documents that words are looked for in, [N, V]: held out, or of another corpus.
-        top: how many words of the largest weight.
+        top: the number of words of largest weight per topic.
 
     Raises UsageError for other numbers of words, and unless 2 <= top <= V.
     Source: Bouma 2009, Normalized (pointwise) mutual information in collocation extraction; Lau et al. 2014, Machine
@@ -63,10 +63,10 @@ def coherence(topics: Tensor, x: Tensor, top: int = 10) -> Tensor:
     if not 2 <= top <= x.shape[1]:
         raise UsageError(f"top: expected 2 to {x.shape[1]} words, found {top}")
     words = topics.detach().topk(top, -1).indices.cpu()
-    there = (x.detach().as_subclass(Tensor).cpu() > 0).double()
-    both = there.T @ there / len(x)
-    alone = both.diagonal()
-    found = torch.log(both / (alone[:, None] * alone)) / -both.log()
-    found = torch.where(both == 0, -1.0, torch.where(both == 1, 1.0, found))
+    present = (x.detach().as_subclass(Tensor).cpu() > 0).double()
+    joint = present.T @ present / len(x)
+    marginal = joint.diagonal()
+    npmi = torch.log(joint / (marginal[:, None] * marginal)) / -joint.log()
+    npmi = torch.where(joint == 0, -1.0, torch.where(joint == 1, 1.0, npmi))
     a, b = torch.triu_indices(top, top, 1)
-    return found[words[:, a], words[:, b]].mean(-1)
+    return npmi[words[:, a], words[:, b]].mean(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.calibration import Calibration, band, bounds, pointwise
+from ppvae.evaluation.calibration import Calibration, band, bounds, pointwise_p_values
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, styled
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def calibration_ranks(result: Calibration, site: str) -> Figure:
         raise UsageError(f"site: expected one of {sorted(result.ranks)}, found {site!r}")
     ranks, p_values = array(result.ranks[site]), array(result.p_values[site])
     count, bins = len(ranks), result.num_draws + 1
-    table = pointwise(count, bins)
+    table = pointwise_p_values(count, bins)
     low, high = (array(b) / count for b in band(result.level, count, bins, table))
     edges = np.arange(1, bins) / bins
     fig = figure(9.6, 3.4)
@@ -65,7 +65,7 @@ def _histogram(ax: Any, ranks: np.ndarray, result: Calibration, words: str, p_va
     bars = min(MAX_BARS, bins)
     jitter = np.random.default_rng(0).uniform(size=count)  # within a rank, so that bars need not divide the ranks
     heights, edges = np.histogram((ranks + jitter) / bins, np.linspace(0, 1, bars + 1))
-    limits = [int(b[0]) for b in bounds(0.01, pointwise(count, bars))]
+    limits = [int(b[0]) for b in bounds(0.01, pointwise_p_values(count, bars))]
     ax.axhspan(*limits, color=BAND_COLOR, linewidth=0)
     ax.axhline(count / bars, color=FAINT, linewidth=0.8)
     ax.bar(edges[:-1], heights, 1 / bars, align="edge", color=VERMILLION if p_value < result.level else BLUE,

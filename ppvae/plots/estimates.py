@@ -9,7 +9,7 @@ import numpy as np
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import MIN_ESS, particles_in_words
+from ppvae.evaluation.reliability import MIN_ESS, format_particles
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, decimal_log_ticks, figure, note, number, styled
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def diagnosis(estimate: Estimate) -> Figure:
     fig = figure(9.6, 3.8)
     axes: Any = fig.subplots(1, 2, sharex=True)
     for ax, values, words in (
-        (axes[0], ess, f"effective sample size, ESS (of K = {particles_in_words(estimate)})"),
+        (axes[0], ess, f"effective sample size, ESS (of K = {format_particles(estimate.particles)})"),
         (axes[1], log_px, "log p(x) (nats per datum)"),
     ):
         shown = np.isfinite(x) & np.isfinite(values) & ((values > 0) if ax is axes[0] else True)

@@ -13,7 +13,6 @@ from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, Bracket
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, reliability_verdict
 from ppvae.evaluation.results import kind_of, load_estimate
 from ppvae.plots.style import number
 from ppvae.report.html import Card
@@ -77,11 +76,11 @@ def _results_folder(run_data: RunData) -> Path:
 
 
 def _comparison(annealed: Estimate, est: Estimate) -> CaptionedFigure:
-    todo = advice(annealed)
+    todo = annealed.reliability.recommendation
     return CaptionedFigure(
         plots.looseness_curve(annealed, est),
         f"{as_sentence('; '.join(annealed.notes))} Reliability of annealing: "
-        f"{reliability_verdict(annealed)}{f' ({todo})' if todo else ''}. Look for a curve that still rises at its "
+        f"{annealed.reliability.summary}{f' ({todo})' if todo else ''}. Look for a curve that still rises at its "
         "right end, for its distance from the line, and for whether importance sampling is loose on the data for "
         f"which it is unreliable. {annealed.num_particles} chains, {_settings(annealed.settings)}.",
     )

@@ -8,7 +8,7 @@ import torch
 
 from ppvae import plots
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import MIN_ESS, reliability_verdict
+from ppvae.evaluation.reliability import MIN_ESS
 from ppvae.plots.style import number
 from ppvae.report.run_data import RunData, SectionUnavailable
 from ppvae.report.section import CaptionedFigure, capitalized, image_grid
@@ -46,7 +46,7 @@ def diagnosis(run_data: RunData) -> CaptionedFigure:
     est = _estimate_per_datum(run_data)
     if est.method != "importance sampling":
         raise SectionUnavailable(
-            f"The reliability of {est.method} is judged by its chains. {capitalized(reliability_verdict(est))}."
+            f"The reliability of {est.method} is judged by its chains. {capitalized(est.reliability.summary)}."
         )
     limit = est.k_hat_limit
     if not math.isfinite(limit):

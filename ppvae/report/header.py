@@ -7,7 +7,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, particles_in_words, reliability_verdict
+from ppvae.evaluation.reliability import format_particles
 from ppvae.plots.style import number
 from ppvae.report.annealing_section import annealing_cards, annealing_remarks
 from ppvae.report.html import Card, PageHeader
@@ -68,8 +68,8 @@ def remarks(run_data: RunData) -> list[str]:
         return [run_data.no_estimate, *annealing_remarks(run_data)]
     out = []
     if bool((~est.reliable).any()):
-        out.append(as_sentence(reliability_verdict(est)))
-    if todo := advice(est):
+        out.append(as_sentence(est.reliability.summary))
+    if todo := est.reliability.recommendation:
         out.append(f"What to do: {todo}.")
     if est.lower_bound_only:
         out.append("The guide has a point mass on a discrete latent: the estimates are only lower bounds on log p(x).")
@@ -108,7 +108,7 @@ def _method(est: Estimate) -> str:
     monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats{median}"
     spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
     chains = est.method != "importance sampling"
-    draws = f"{est.num_particles:,} chains" if chains else f"K = {particles_in_words(est, ',')} particles"
+    draws = f"{est.num_particles:,} chains" if chains else f"K = {format_particles(est.particles, ',')} particles"
     return f"{est.method} with {draws}, seed {est.seed}, which underestimates log p(x) on average{monte_carlo}{spread}"
 
 

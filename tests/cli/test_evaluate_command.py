@@ -15,7 +15,7 @@ from ppvae.errors import UsageError
 from ppvae.evaluation import annealed, load_estimate, looseness
 from ppvae.evaluation.annealing import hmc
 from ppvae.evaluation.annealing.bdmc import Bracket
-from ppvae.evaluation.compare import in_words, looseness_and_error
+from ppvae.evaluation.compare import looseness_and_error, looseness_notes
 from ppvae.models import LinearGaussian
 
 
@@ -69,15 +69,15 @@ def test_the_looseness_is_that_of_the_exact_value(both):
 
 def test_the_words_say_which_is_nearer(both):
     tighter, est, _ = both
-    numbers, meaning = in_words(tighter, est, (30,))
+    numbers, meaning = looseness_notes(tighter, est, (30,))
     mean, error = looseness_and_error(tighter, est)
     assert f"{tighter.nll:.3f} by annealed importance sampling" in numbers
     assert f"{-float(est.bound(30).mean()):.3f} by L_30, {est.nll:.3f} by L_300" in numbers
     assert f"{mean:.3f} ± {error:.3f} nats loose at K = 300" in numbers
     assert "lower bounds of log p(x) on average" in meaning
     assert ";" not in numbers + meaning  # notes are joined by it in files
-    assert "the tighter one by" in in_words(est, dataclasses.replace(tighter, num_particles=300))[0]
-    same = in_words(est, est)[0]
+    assert "the tighter one by" in looseness_notes(est, dataclasses.replace(tighter, num_particles=300))[0]
+    same = looseness_notes(est, est)[0]
     assert "not seen to be loose (0.000 ± 0.000 nats) at K = 300" in same
 
 
@@ -146,7 +146,7 @@ def test_annealing_lies_beside_importance_sampling_of_the_same_data(run, capsys)
     mean, error = looseness_and_error(tighter, est, 40)
     for text in (f"({mean:.3f} ± {error:.3f}", f"{mean:.3f} ± {error:.3f} nats"):
         assert text in out or f"{-mean:.3f} ± {error:.3f}" in out
-    for text in ("at K = 40", "at K = 80", "num_temperatures", "lower bounds of log p(x) on average", "verdict"):
+    for text in ("at K = 40", "at K = 80", "num_temperatures", "lower bounds of log p(x) on average", "reliability"):
         assert text in out
     assert (run / "results" / "log_marginal.json").read_bytes() == whole
     assert (run / "results" / "annealed.nc").exists()

@@ -13,7 +13,7 @@ import torch
 from ppvae import load
 from ppvae.cli.main import main
 from ppvae.errors import CheckpointError
-from ppvae.evaluation.importance import sampler as weighing
+from ppvae.evaluation.importance import sampler
 
 ROOT = Path(__file__).parents[2]
 PAIRS = Path(__file__).parents[1] / "programs" / "factory_files"
@@ -124,19 +124,19 @@ def test_a_run_loaded_in_float64_has_the_parameters_of_the_run(run):
 
 
 def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
-    real, calls = weighing.ImportanceSampler.__call__, []
+    real, calls = sampler.ImportanceSampler.__call__, []
 
-    def stopped(self, number, cells=None):
-        calls.append(number)
+    def interrupted(self, block, compiled=None):
+        calls.append(block.number)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, number, cells)
+        return real(self, block, compiled)
 
     command = ["evaluate", str(run), *FEW, "--split", "train"]
     assert main(command) == 0
     whole = told(run, "log_marginal_train")
     (run / "results" / "log_marginal_train.json").unlink()
-    monkeypatch.setattr(weighing.ImportanceSampler, "__call__", stopped)
+    monkeypatch.setattr(sampler.ImportanceSampler, "__call__", interrupted)
     assert main(command) == 130
     assert "the same command goes on from the finished blocks" in capsys.readouterr().err
     assert not (run / "results" / "log_marginal_train.json").exists()

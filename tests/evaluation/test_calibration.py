@@ -11,7 +11,15 @@ import torch
 from pyro import poutine
 
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation.calibration import Calibration, band, bounds, calibration, escape, p_value, pointwise
+from ppvae.evaluation.calibration import (
+    Calibration,
+    band,
+    bounds,
+    calibration,
+    escape_probability,
+    p_value,
+    pointwise_p_values,
+)
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -61,13 +69,13 @@ def changed(pair, shift=0.0, stretch=1.0, dim=1):
 @pytest.mark.parametrize(("count", "bins"), [(4, 3), (5, 4), (7, 2)])
 def test_the_probability_of_leaving_the_band_is_exact(count, bins):
     """Against every outcome there is."""
-    table = pointwise(count, bins)
+    table = pointwise_p_values(count, bins)
     outcomes = torch.tensor(list(itertools.product(range(bins), repeat=count)))
     counts = torch.stack([torch.bincount(o, minlength=bins).cumsum(0)[:-1] for o in outcomes])
     smallest = torch.stack([table[torch.arange(bins - 1), c].min() for c in counts])
     for level in smallest.unique().tolist():
         expected = float((smallest <= level).double().mean())
-        assert escape(level, count, bins, table) == pytest.approx(expected, abs=1e-12)
+        assert escape_probability(level, count, bins, table) == pytest.approx(expected, abs=1e-12)
     row = outcomes[len(outcomes) // 3]
     at = float((smallest <= smallest[len(outcomes) // 3]).double().mean())
     assert p_value(row, bins, table) == pytest.approx(at, abs=1e-12)
@@ -76,13 +84,13 @@ def test_the_probability_of_leaving_the_band_is_exact(count, bins):
 def test_the_probability_is_exact_in_single_precision_too():
     """The computation must not follow torch's default type."""
     torch.set_default_dtype(torch.float32)
-    assert pointwise(20, 10).dtype == torch.float64
-    assert 0.0 < escape(1e-8, 500, 50, pointwise(500, 50)) < 1e-6
-    assert 0.0 < p_value(torch.zeros(500), 50, pointwise(500, 50)) < 1e-9
+    assert pointwise_p_values(20, 10).dtype == torch.float64
+    assert 0.0 < escape_probability(1e-8, 500, 50, pointwise_p_values(500, 50)) < 1e-6
+    assert 0.0 < p_value(torch.zeros(500), 50, pointwise_p_values(500, 50)) < 1e-9
 
 
 def test_pointwise_p_values_are_binomial():
-    table = pointwise(10, 4)
+    table = pointwise_p_values(10, 4)
     mass = torch.tensor([math.comb(10, c) * 0.5**10 for c in range(11)])
     expected = (2 * torch.minimum(mass.cumsum(0), mass.flip(0).cumsum(0).flip(0))).clamp(max=1)
     assert torch.allclose(table[1], expected)
@@ -90,7 +98,7 @@ def test_pointwise_p_values_are_binomial():
 
 def test_p_values_of_uniform_ranks_are_as_small_as_they_should_be():
     """P(p <= a) <= a, and nearly a; each line fails by chance once in 30,000."""
-    table = pointwise(300, 20)
+    table = pointwise_p_values(300, 20)
     ranks = torch.randint(20, (500, 300))
     found = torch.tensor([p_value(r, 20, table) for r in ranks])
     for a in (0.05, 0.2, 0.5):
@@ -100,7 +108,7 @@ def test_p_values_of_uniform_ranks_are_as_small_as_they_should_be():
 
 
 def test_the_band_leaves_out_what_fails():
-    table = pointwise(500, 30)
+    table = pointwise_p_values(500, 30)
     low, high = band(0.05, 500, 30, table)
     inside, outside = 0, 0
     for r in torch.randint(30, (300, 500)):

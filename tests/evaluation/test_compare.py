@@ -136,7 +136,7 @@ def test_an_estimate_is_read_back_whole(tmp_path):
     trusted = torch.arange(12) % 2 == 0
     other = dataclasses.replace(
         est, method="annealed importance sampling", settings=annealing, diagnostics={"acceptance": est.ess / 60},
-        trusted=trusted, notes=("one thing", "another"), levels=256, posterior=None,
+        reliable_override=trusted, notes=("one thing", "another"), levels=256, posterior=None,
     )  # fmt: skip
     for one, name in ((est, "plain"), (other, "annealed")):
         again = load_estimate(one.save(tmp_path, name))

@@ -15,7 +15,15 @@ from ppvae import data, likelihoods, log_marginal
 from ppvae.cli.main import main
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation import impute
-from tests.inference.test_missing import COLUMNS, PAIR, Gaussian, Observed, gappy, mixed, table
+from tests.inference.test_missing import (
+    COLUMNS,
+    PAIR,
+    Gaussian,
+    Observed,
+    mixed_table_vae,
+    table_with_gaps,
+    with_random_gaps,
+)
 
 NAN = math.nan
 
@@ -74,7 +82,7 @@ class Wide(Gaussian):
 @pytest.mark.parametrize("how", ["mask", "mask alone", "plate", "obs_mask", "distribution"])
 def test_imputations_are_draws_of_the_closed_form(how):
     pair = Wide(how)
-    x = gappy(pair.draw(120))
+    x = with_random_gaps(pair.draw(120))
     poutine.trace(pair.model).get_trace(x)
     filled = impute(pair.model, pair.guide, data.with_missing(x), num_particles=1000, draws=60)
     assert filled.values.shape == (60, *x.shape)
@@ -95,7 +103,7 @@ def test_imputations_are_draws_of_the_closed_form(how):
 def test_the_laws_see_what_is_wrong():
     """Unweighted draws, the other sign, and a spread that is too small each break a law."""
     pair = Wide("mask")
-    x = gappy(pair.draw(120))
+    x = with_random_gaps(pair.draw(120))
     filled = impute(pair.model, pair.guide, data.with_missing(x), num_particles=1000, draws=60)
     lone = impute(pair.model, pair.guide, data.with_missing(x), num_particles=1, draws=60)
     assert faults(pair, x, lone)
@@ -131,7 +139,7 @@ class Particular(Gaussian):
 @pytest.mark.parametrize("layout", ["folded", "one by one"])
 def test_however_particles_are_laid_out(layout):
     pair = Particular(layout)
-    x = gappy(pair.draw(60))
+    x = with_random_gaps(pair.draw(60))
     few = {"num_particles": 60, "draws": 12, "seed": 3}
     filled = impute(pair.model, pair.guide, data.with_missing(x), **few)
     assert filled.values.shape == (12, 60, 5)
@@ -149,7 +157,7 @@ def test_however_particles_are_laid_out(layout):
 def test_a_plate_that_draws_its_own_rows():
     """The pair gets all data and its plate the rows; a ragged last block is padded."""
     pair = Gaussian("mask")
-    x = gappy(pair.draw(70))
+    x = with_random_gaps(pair.draw(70))
 
     def model(x):
         pyro.module("gaussian", pair)
@@ -173,7 +181,7 @@ def test_a_plate_that_draws_its_own_rows():
 
 def test_the_result_does_not_depend_on_how_memory_is_cut_nor_on_other_rows():
     pair = Wide("mask")
-    x = gappy(pair.draw(60))
+    x = with_random_gaps(pair.draw(60))
     whole = impute(pair.model, pair.guide, data.with_missing(x), num_particles=250, draws=15)
     cut = impute(pair.model, pair.guide, data.with_missing(x), num_particles=250, draws=15, rows=170)
     assert torch.equal(whole.values, cut.values)
@@ -185,7 +193,7 @@ def test_the_result_does_not_depend_on_how_memory_is_cut_nor_on_other_rows():
 
 
 def test_a_mixed_table_gets_values_of_its_columns():
-    pair, x = mixed(), table()
+    pair, x = mixed_table_vae(), table_with_gaps()
     filled = impute(pair.model, pair.guide, data.with_missing(x), num_particles=100, draws=8)
     fn = likelihoods.Mixed(torch_nn.Identity(), COLUMNS)(torch.zeros(1, likelihoods.table_outputs(COLUMNS)))
     assert fn.support.check(filled.values.reshape(-1, 5)).all()
@@ -198,7 +206,7 @@ def test_a_mixed_table_gets_values_of_its_columns():
 
 def test_one_broken_datum_leaves_the_others_alone():
     pair = Wide("distribution")
-    x = gappy(pair.draw(30))
+    x = with_random_gaps(pair.draw(30))
     clean = impute(pair.model, pair.guide, data.with_missing(x), num_particles=100)
     x[4, ~x[4].isnan()] = 1e200
     broken = impute(pair.model, pair.guide, data.with_missing(x), num_particles=100)
@@ -213,13 +221,13 @@ def test_what_cannot_be_imputed_is_refused():
     with pytest.raises(UsageError, match="missing values"):
         impute(pair.model, pair.guide, data.with_missing(x))
     with pytest.raises(DataError, match="with_missing"):
-        impute(pair.model, pair.guide, gappy(x))
+        impute(pair.model, pair.guide, with_random_gaps(x))
     for words in ({"draws": 0}, {"num_particles": 0}):
         with pytest.raises(UsageError, match=f"{next(iter(words))}: expected at least 1, found 0"):
-            impute(pair.model, pair.guide, data.with_missing(gappy(x)), **words)
+            impute(pair.model, pair.guide, data.with_missing(with_random_gaps(x)), **words)
     filled = Gaussian("filled")
     with pytest.raises(ContractError, match=r"site 'x'.*fill"):
-        impute(filled.model, filled.guide, data.with_missing(gappy(x)))
+        impute(filled.model, filled.guide, data.with_missing(with_random_gaps(x)))
 
     def halves(x):
         with pyro.plate("data", len(x)):
@@ -232,7 +240,7 @@ def test_what_cannot_be_imputed_is_refused():
             pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
 
     with pytest.raises(ContractError, match=r"observed site that holds the data.*\['a', 'b'\]"):
-        impute(halves, guide, data.with_missing(gappy(x)))
+        impute(halves, guide, data.with_missing(with_random_gaps(x)))
 
     def classes(x):
         with pyro.plate("data", len(x)):
@@ -245,13 +253,13 @@ def test_what_cannot_be_imputed_is_refused():
 
     poutine.trace(nothing).get_trace(x)
     with pytest.raises(ContractError, match=r"site 'c'.*summed out"):
-        impute(classes, nothing, data.with_missing(gappy(x)))
+        impute(classes, nothing, data.with_missing(with_random_gaps(x)))
 
 
 def test_generate_writes_the_imputations_of_a_run_with_gaps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pair.py").write_text(PAIR)
-    x = table(200).numpy()
+    x = table_with_gaps(200).numpy()
     np.savez("table.npz", x=x)
     fitting = ["fit", "pair.py:pair", "--data", "table.npz", "--epochs", "1", "--name", "a", "--missing", "--no-report"]
     assert main(fitting) == 0

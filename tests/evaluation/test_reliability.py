@@ -1,4 +1,4 @@
-"""The verdict on an estimate: reasons that add up, what is advised, and that the advice holds."""
+"""The reliability of an estimate: reasons that add up, what is recommended, and that the recommendation holds."""
 
 import math
 import re
@@ -11,7 +11,6 @@ import torch
 from ppvae import log_marginal
 from ppvae.evaluation import annealed, load_estimate
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import advice, reasons, reliability_verdict
 from ppvae.models import LinearGaussian
 
 
@@ -34,33 +33,33 @@ def test_reasons_are_apart_and_add_up_to_what_is_not_reliable():
     ess = [49.9, 50.0, 10.0, 500.0, 500.0, 500.0, math.nan]
     k_hat = [0.1, 0.1, 0.9, 0.9, math.nan, 0.2, math.nan]
     est = estimate(ess, k_hat, [0, 0, 0, 0, 0, 2, 1])
-    heavy, low, broken = reasons(est).values()
+    heavy, low, broken = est.reliability.reasons.values()
     assert low.tolist() == [True, *[False] * 6]
     assert heavy.tolist() == [False, False, True, True, True, False, False]
     assert broken.tolist() == [*[False] * 5, True, True]
     assert torch.equal(heavy.int() + low.int() + broken.int(), (~est.reliable).int())
-    words = reliability_verdict(est)
-    assert words.startswith("6 of 7 data (85.7 %) are not to be trusted")
-    for text in ("k_hat not below 0.67: 3", "ess below 50: 1", "broken weights: 2"):
+    words = est.reliability.summary
+    assert words.startswith("85.7 % of the data (6 of 7) are unreliable: ")
+    for text in ("3 with a heavy tail (k_hat not below 0.67)", "1 with ess below 50", "2 with non-finite weights"):
         assert text in words
     assert words in est.summary()
-    assert est.table()["verdict"] == words
-    assert "look at the 2 with broken weights" in advice(est)
+    assert est.table()["reliability"] == words
+    assert "check the densities of the 2 with non-finite weights" in est.reliability.recommendation
 
 
 def test_the_particles_that_are_advised_are_those_that_ess_asks_for():
     est = estimate([40.0, 25.0, 100.0], [0.1, 0.1, 0.1], remedy="a remedy")
-    assert advice(est) == "about K = 2,000 particles for 2 of them"
+    assert est.reliability.recommendation == "about K = 2,000 particles for 2 of them"
     est = estimate([40.0, 0.25, 60.0], [0.1, 0.1, 0.9], remedy="a remedy")  # 200,000 are too many
-    assert advice(est) == "about K = 1,300 particles for 1 of them; for 2: a remedy"
-    assert est.table()["what to do"] == advice(est)
-    assert advice(estimate([60.0], [0.1])) == ""
+    assert est.reliability.recommendation == "about K = 1,300 particles for 1 of them; for 2: a remedy"
+    assert est.table()["what to do"] == est.reliability.recommendation
+    assert estimate([60.0], [0.1]).reliability.recommendation == ""
     assert "what to do" not in estimate([60.0], [0.1]).table()
     few = estimate([10.0], [0.1], particles=20)
-    assert advice(few) == ""
+    assert few.reliability.recommendation == ""
     assert "non-finite" not in few.summary()
     assert "1 data have non-finite weights" in estimate([10.0], [0.1], [3], particles=20).summary()
-    assert reliability_verdict(few) == "fewer than 25 particles (20): too few to judge any datum"
+    assert few.reliability.summary == "fewer than 25 particles (20): too few to judge any datum"
 
 
 def test_the_advice_holds():
@@ -77,8 +76,8 @@ def test_the_advice_holds():
 
     est = log_marginal(pair.model, wide, x, num_particles=400)
     assert int((~est.reliable).sum()) > 20
-    assert reasons(est)["ess below 50"].sum() > 15
-    (found,) = re.findall(r"about K = ([\d,]+) particles", advice(est))
+    assert est.reliability.reasons["ess below 50"].sum() > 15
+    (found,) = re.findall(r"about K = ([\d,]+) particles", est.reliability.recommendation)
     more = log_marginal(pair.model, wide, x, num_particles=int(found.replace(",", "")), seed=1)
     assert more.num_particles < 10_000
     assert more.reliable.double().mean() > 0.9
@@ -121,13 +120,13 @@ def prior_of(latent):
 def test_an_annealed_estimate_has_reasons_of_its_own():
     pair = LinearGaussian(4, 2).double()
     est = annealed(pair.model, pair.mean_field, torch.ones(4, 4).double(), num_chains=4, num_temperatures=5)
-    assert list(reasons(est))[1] == "ess below 2 of 4 chains"
+    assert list(est.reliability.reasons)[1] == "ess below 2 of 4 chains"
     one = torch.ones(3).double()
     stuck = Estimate(
         one, one, torch.tensor([1.0, 9.0, 9.0]).double(), one, one, 0 * one, 10, 0, 3, "density",
-        method="annealed importance sampling", trusted=torch.tensor([False, False, True]),
+        method="annealed importance sampling", reliable_override=torch.tensor([False, False, True]),
         diagnostics={"acceptance": torch.tensor([0.9, 0.1, 0.9])},
     )  # fmt: skip
-    assert [int(which.sum()) for which in reasons(stuck).values()] == [1, 1, 0]
-    assert "more temperatures and more chains" in advice(stuck)
-    assert "1 whose chains hardly move" in advice(stuck)
+    assert [int(which.sum()) for which in stuck.reliability.reasons.values()] == [1, 1, 0]
+    assert "more temperatures and more chains" in stuck.reliability.recommendation
+    assert "1 with a low acceptance rate" in stuck.reliability.recommendation

@@ -13,9 +13,9 @@ from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import Block, inspect_columns
+from ppvae.evaluation.blocks import Block, concatenate, inspect_columns
 from ppvae.evaluation.local.gaps import Gaps
-from ppvae.evaluation.representation import Representation, _Look, representation
+from ppvae.evaluation.representation import LatentStatistics, Representation, representation
 from ppvae.inference import terms
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.models import LinearGaussian
@@ -225,12 +225,14 @@ def test_the_aggregate_posterior_is_the_mean_of_the_guides(name):
         s, size = inspect_columns(model, guide, batch, torch.device("cpu"))
         starts = enumerate(range(0, count, size))
         blocks = [Block(batch, a, min(a + size, count), i, s, torch.device("cpu")) for i, a in starts]
-        looks = []
+        parts = []
         for block in blocks:
-            looks.append(_Look(s, block.size, 1))
-            looks[-1].add(terms(model, guide, block.batch, 1, structure=s, index=block.index))
-        latents = {n: torch.cat([look.kept[n] for look in looks], 1) for n in looks[0].kept}
-        log_q, log_p = torch.cat([torch.cat(look.kept_logs, 1) for look in looks], -1)
+            statistics = LatentStatistics(s, block.size, 1)
+            statistics.add(terms(model, guide, block.batch, 1, structure=s, index=block.index))
+            parts.append(statistics.result())
+        joined = concatenate(parts)
+        latents = {n.removeprefix("draws/"): v.transpose(0, 1) for n, v in joined.items() if n.startswith("draws/")}
+        log_q, log_p = joined["log_q"].T, joined["log_p"].T
         table = torch.zeros(count, count)  # [draw, datum]
         for block in blocks:
             rows = s.subsample_size if s.draws_subsample else block.size

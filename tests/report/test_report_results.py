@@ -8,7 +8,7 @@ import torch
 
 from ppvae import VAE, fit, likelihoods, nn, plots, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.evaluation.calibration import Calibration, p_value, pointwise
+from ppvae.evaluation.calibration import Calibration, p_value, pointwise_p_values
 from ppvae.evaluation.compare import compare
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.gaps import Gaps
@@ -45,7 +45,7 @@ def calibration_of(bad=(1,), dims=3, count=500):
     ranks = torch.randint(100, (count, dims))
     for d in bad:
         ranks[:, d] = (ranks[:, d] * 0.7).long()  # too many low ranks
-    table = pointwise(count, 100)
+    table = pointwise_p_values(count, 100)
     p = torch.tensor([p_value(r, 100, table) for r in ranks.T]).double()
     return Calibration(ranks={"z": ranks}, p_values={"z": p}, num_draws=99, alpha=0.01, seed=0, data="made by hand")
 

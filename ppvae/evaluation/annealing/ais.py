@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.data.loader import data_columns, data_digest
-from ppvae.distributed import distributed_context, progress_disabled
+from ppvae.data.loader import data_digest
 from ppvae.evaluation.annealing.chains import run_forward_chains
-from ppvae.evaluation.annealing.session import AnnealingProgress, AnnealingSession, AnnealingSettings, annealing_session
-from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
+from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_evaluation
+from ppvae.evaluation.estimate import Estimate, base_measure_of
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
-from ppvae.evaluation.importance.log_marginal import _measure
-from ppvae.evaluation.reliability import MIN_ACCEPTANCE, MIN_ESS
+from ppvae.evaluation.reliability import assess_chains
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")
 
@@ -95,56 +92,51 @@ def annealed(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows, resample,
         compile,
     )  # fmt: skip
-    with distributed_context() as shares:
-        columns = data_columns(data, seed)
-        with fork_rng(), annealing_session(model, guide, columns, settings, device) as session:
-            s = session.s
-            key = session.cache_key("annealed")
-            cache = BlockCache(directory, key)
-            parts: dict[int, dict[str, Tensor]] = {}
-            mine, hidden = shares.block_indices(session.blocks), progress_disabled(progress)
-            with AnnealingProgress(len(mine), len(settings.chain_blocks), settings, hidden, "log p(x)") as bar:
-                for number in mine:
-                    parts[number] = _anneal_block(session, number, cache, bar)
-                    bar.show(nll=f"{-torch.cat([r['log_px'] for r in parts.values()]).mean():.3f}")
-        results = shares.gather_blocks(parts, key)
-    joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
-    base, levels, notes = _measure(columns[0], s)
-    diagnostics: dict[str, Tensor] = {name: joined.pop(name) for name in DIAGNOSTICS if name in joined}
-    bounds = {int(name.removeprefix("bound_")): joined.pop(name) for name in list(joined) if name.startswith("bound_")}
-    trusted = None
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        session = AnnealingSession.start(run, settings)
+        run, s = session.run, session.run.structure
+        found = run_blocks(
+            run, lambda block, tracker: _anneal_block(session, block, tracker), settings.cache_key("annealed"),
+            desc="log p(x)", directory=directory, progress=progress, parts=True, unit="step",
+            steps=settings.progress_steps(len(settings.chain_blocks)),
+            figures={"nll": lambda statistics: -statistics["log_px"]},
+        )  # fmt: skip
+    base, levels, notes = base_measure_of(run.columns[0], s)
+    diagnostics: dict[str, Tensor] = {name: found.pop(name) for name in DIAGNOSTICS if name in found}
+    bounds = {int(name.removeprefix("bound_")): found.pop(name) for name in list(found) if name.startswith("bound_")}
+    reliable = None
     if num_temperatures > 1:
-        trusted = (joined["nonfinite"] == 0) & (joined["ess"] >= min(MIN_ESS, num_chains / 2)) & (num_chains > 1)
-        trusted = trusted & (diagnostics["acceptance"] >= MIN_ACCEPTANCE)
+        reliable = assess_chains(
+            ess=found["ess"], nonfinite=found["nonfinite"], acceptance=diagnostics["acceptance"],
+            num_chains=num_chains,
+        ).reliable  # fmt: skip
     return Estimate(
-        **joined,  # type: ignore[arg-type]
+        **found,  # type: ignore[arg-type]
         num_particles=num_chains,
         seed=seed,
-        dims=s.observed_dims * (len(columns[0]) if s.has_global_latents else 1),
+        dims=s.observed_dims * (run.num_data if s.has_global_latents else 1),
         base_measure=base,
         levels=levels,
         joint=s.has_global_latents,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
         bounds=bounds,
         notes=notes,
         method="sequential Monte Carlo" if resample else "annealed importance sampling",
         settings=settings.attributes(),
         diagnostics=diagnostics,
-        trusted=trusted,
+        reliable_override=reliable,
     )
 
 
-def _anneal_block(
-    session: AnnealingSession, number: int, cache: BlockCache, progress: AnnealingProgress
-) -> dict[str, Tensor]:
+def _anneal_block(session: AnnealingSession, block: Block, progress: BlockProgress) -> dict[str, Tensor]:
     """The estimate and the diagnostics of one block of data, by field."""
-    settings, block = session.settings, session.block(number)
+    settings, number = session.settings, block.number
     potential = session.potential(block)
-    path = session.path(potential, number, cache, progress)
+    path = session.path(potential, number, progress)
     bounds = [settings.num_chains] if settings.resample else recorded_bounds(settings.num_chains)
     weights = LogWeightAccumulator(settings.num_chains, bounds, block.eps)
-    width = 1 if session.s.has_global_latents else block.size
+    width = block.num_weights
     acceptance = resampled = torch.zeros(width, dtype=torch.float64)
     for i, count in enumerate(settings.chain_blocks):
 
@@ -152,12 +144,10 @@ def _anneal_block(
             noise = session.noise(number, i)
             start = potential.sample_start(count)
             elbo = potential.elbo(start)
-            chains = run_forward_chains(path, start, settings.resample, noise, progress.update)
+            chains = run_forward_chains(path, start, settings.resample, noise, progress.advance)
             return {"elbo": elbo, **vars(chains)}
 
-        part, cached = cache.part(f"chains-{number:05d}-{i:05d}", run)
-        if cached:
-            progress.update(settings.num_temperatures - 1)
+        part = progress.part(f"chains-{number:05d}-{i:05d}", run)
         part = {name: value.cpu()[..., :width] for name, value in part.items()}
         weights.add(part["log_weight"], part["elbo"])
         acceptance = acceptance + part["acceptance"] * count / settings.num_chains

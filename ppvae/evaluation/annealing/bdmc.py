@@ -10,19 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.data.loader import data_columns
-from ppvae.distributed import distributed_context, progress_disabled
 from ppvae.errors import site_error
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
-from ppvae.evaluation.annealing.session import AnnealingProgress, AnnealingSession, AnnealingSettings, annealing_session
+from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import Block
+from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
-from ppvae.inference.structure import Role
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
 
@@ -86,7 +83,7 @@ class Bracket(SavedResult):
             "holds for": HOLDS_FOR,
         }
         broken = int((self.nonfinite > 0).sum())
-        return rows | ({"broken weights": f"{broken} data"} if broken else {})
+        return rows | ({"non-finite weights": f"{broken} data"} if broken else {})
 
 
 def bdmc(
@@ -141,38 +138,24 @@ def bdmc(
         num_chains, num_temperatures, start, schedule, num_leapfrog, target_acceptance, seed, rows,
         compile=compile,
     )  # fmt: skip
-    with distributed_context() as shares:
-        columns = data_columns(data, seed)
-        with fork_rng(), annealing_session(model, guide, columns, settings, device) as session:
-            _check_reversible(session)
-            key = session.cache_key("bdmc")
-            cache = BlockCache(directory, key)
-            parts: dict[int, dict[str, Tensor]] = {}
-            mine, hidden = shares.block_indices(session.blocks), progress_disabled(progress)
-            with AnnealingProgress(len(mine), 2 * len(settings.chain_blocks), settings, hidden, "BDMC") as bar:
-                for number in mine:
-                    session.noise(number, "simulated")
-                    block, latents = simulate_data(session.model, session.s, session.block(number), assemble)
-
-                    def run(block: Block = block, latents: Mapping[str, Tensor] = latents) -> dict[str, Tensor]:
-                        return _bracket_block(session, block, latents, bar)
-
-                    part, cached = cache.part(f"block-{number:05d}", run)
-                    if cached:
-                        bar.update((2 * len(settings.chain_blocks) + 1) * max(settings.num_temperatures - 1, 1))
-                    parts[number] = part | {f"data_{i}": column for i, column in enumerate(block_columns(block))}
-                    gap = torch.cat([r["upper"] - r["lower"] for r in parts.values()]).mean()
-                    bar.show(gap=f"{gap:.3f}")
-        results = shares.gather_blocks(parts, key)
-    joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
-    simulated = tuple(joined.pop(f"data_{i}").cpu() for i in range(len(columns)))
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        session = AnnealingSession.start(run, settings)
+        run = session.run
+        _check_reversible(run.structure)
+        found = run_blocks(
+            run, lambda block, tracker: _bracket_simulated_data(session, block, assemble, tracker),
+            settings.cache_key("bdmc"), desc="BDMC", directory=directory, progress=progress, parts=True, unit="step",
+            steps=settings.progress_steps(2 * len(settings.chain_blocks)),
+            figures={"gap": lambda bounds: bounds["upper"] - bounds["lower"]},
+        )  # fmt: skip
+    simulated = tuple(found.pop(f"data_{i}").cpu() for i in range(len(run.columns)))
     attributes = {k: v for k, v in settings.attributes().items() if k != "resample"}
-    return Bracket(**joined, seed=seed, joint=session.s.has_global_latents, settings=attributes, data=simulated)
+    return Bracket(**found, seed=seed, joint=run.structure.has_global_latents, settings=attributes, data=simulated)
 
 
-def _check_reversible(session: AnnealingSession) -> None:
+def _check_reversible(s: Structure) -> None:
     """Refuses a guide with auxiliary or enumerated sites: a chain cannot start at given latents."""
-    for name, role in session.s.guide_roles.items():
+    for name, role in s.guide_roles.items():
         if role in (Role.AUXILIARY, Role.ENUMERATED):
             raise site_error(
                 name, "a guide that samples the latents themselves, to start a chain at given ones",
@@ -181,24 +164,38 @@ def _check_reversible(session: AnnealingSession) -> None:
             )  # fmt: skip
 
 
+def _bracket_simulated_data(
+    session: AnnealingSession, block: Block, assemble: Assemble | None, progress: BlockProgress
+) -> dict[str, Tensor]:
+    """Both bounds for one block of simulated data, by field, and the columns of its batch."""
+
+    def run() -> dict[str, Tensor]:
+        session.noise(block.number, "simulated")
+        simulated, latents = simulate_data(session.run.model, block.s, block, assemble)
+        bounds = _bracket_block(session, simulated, latents, BlockProgress(BlockCache(None, {}), progress.bar))
+        return bounds | {f"data_{i}": column for i, column in enumerate(block_columns(simulated))}
+
+    return progress.part(f"block-{block.number:05d}", run)
+
+
 def _bracket_block(
-    session: AnnealingSession, block: Block, latents: Mapping[str, Tensor], progress: AnnealingProgress
+    session: AnnealingSession, block: Block, latents: Mapping[str, Tensor], progress: BlockProgress
 ) -> dict[str, Tensor]:
     """Both bounds for one block of simulated data, by field."""
     settings, number = session.settings, block.number
     potential = session.potential(block)
-    path = session.path(potential, number, BlockCache(None, {}), progress)
-    width = 1 if session.s.has_global_latents else block.size
+    path = session.path(potential, number, progress)
+    width = block.num_weights
     weights = LogWeightAccumulator(settings.num_chains, [], block.eps)
     inverse_weights = LogWeightAccumulator(settings.num_chains, [], block.eps)
     acceptance = torch.zeros(width, dtype=torch.float64)
     for i, count in enumerate(settings.chain_blocks):
         noise = session.noise(number, i)
-        chains = run_forward_chains(path, potential.sample_start(count), 0.0, noise, progress.update)
+        chains = run_forward_chains(path, potential.sample_start(count), 0.0, noise, progress.advance)
         weights.add(chains.log_weight[:, :width], chains.log_weight[:, :width])
         acceptance = acceptance + chains.acceptance[:width].cpu() * count / settings.num_chains
         posterior_draw = potential.space.expand(latents, count)
-        reverse = run_reverse_chains(path, posterior_draw, session.noise(number, i, "reverse"), progress.update)
+        reverse = run_reverse_chains(path, posterior_draw, session.noise(number, i, "reverse"), progress.advance)
         inverse_weights.add(-reverse[:, :width], -reverse[:, :width])
     lower, upper = ({k: v.cpu() for k, v in w.result().items()} for w in (weights, inverse_weights))
     return {

@@ -1,16 +1,13 @@
-"""Settings, set-up and progress bar that annealed importance sampling and BDMC share."""
+"""Settings and set-up that annealed importance sampling, BDMC and quadrature share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.chains import AnnealingPath
@@ -18,13 +15,8 @@ from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.potential import Potential, prior_as_guide
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
-from ppvae.evaluation.block_cache import BlockCache, cache_key
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
-from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program, program_device
-from ppvae.inference.structure import Structure
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, Evaluation
 from ppvae.inference.terms import evaluate_terms
-from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
 
@@ -72,8 +64,12 @@ class AnnealingSettings:
         size = self.num_chains if self.resample else PARTICLE_BLOCK
         return [min(size, self.num_chains - first) for first in range(0, self.num_chains, size)]
 
+    def progress_steps(self, runs: int) -> int:
+        """Steps of the progress bar per block of data: transitions of the pilot and of `runs` runs of chains."""
+        return (runs + 1) * max(self.num_temperatures - 1, 1)
+
     def attributes(self) -> dict[str, Any]:
-        """The settings as strings and numbers, for results and cache keys."""
+        """The settings as strings and numbers."""
         schedule = self.schedule if isinstance(self.schedule, str) else "given"
         return {
             "num_chains": self.num_chains, "num_temperatures": self.num_temperatures, "start": self.start,
@@ -81,65 +77,64 @@ class AnnealingSettings:
             "target_acceptance": self.target_acceptance,
         }  # fmt: skip
 
+    def cache_key(self, method: str) -> dict[str, Any]:
+        """The settings that the chains depend on, as strings and numbers."""
+        return self.attributes() | {"what": method, "betas": self.betas.tolist()}
+
 
 @dataclass(frozen=True)
 class AnnealingSession:
-    """A pair in evaluation mode, its data in blocks, and the annealing settings."""
+    """A pair in evaluation mode on its data, and the annealing settings."""
 
-    model: Program
-    guide: Program
-    s: Structure
-    columns: tuple[Any, ...]
-    size: int  # data in a block
-    device: torch.device
+    run: Evaluation
     settings: AnnealingSettings
-    modules: Sequence[torch.nn.Module]
     evaluate: CompiledPotential
 
-    @property
-    def blocks(self) -> int:
-        """The number of data blocks."""
-        return -(-len(self.columns[0]) // self.size)
-
-    def block(self, number: int) -> Block:
-        """One block of the data."""
-        first = number * self.size
-        stop = min(first + self.size, len(self.columns[0]))
-        return Block(self.columns, first, stop, number, self.s, self.device)
-
-    def cache_key(self, method: str) -> dict[str, Any]:
-        """Everything that the chains depend on, as strings and numbers."""
-        more = {"what": method, "seed": self.settings.seed, "betas": self.settings.betas.tolist()}
-        return cache_key(self.columns, self.s, self.modules, self.settings.attributes() | more)
+    @classmethod
+    def start(cls, run: Evaluation, settings: AnnealingSettings) -> AnnealingSession:
+        """The session of an evaluation; under start="prior" its guide is replaced by the prior."""
+        if settings.start == "prior":
+            s = run.structure
+            if s.enumerated:
+                raise UsageError(
+                    f"start='prior': expected latents whose prior has a density of its own; sites {list(s.enumerated)} "
+                    f"are summed out of it. Use start='guide'"
+                )
+            run = run.with_guide(prior_as_guide(run.model, s.guide_roles))
+        runs = run.num_blocks * (1 + len(settings.chain_blocks))
+        gradients = runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0
+        return cls(run, settings, CompiledPotential(gradients))
 
     def potential(self, block: Block) -> Potential:
         """The start density and p(x, z) of a block, with its values checked against the supports."""
         rows, from_prior = self.settings.rows or DATA_BLOCK * PARTICLE_BLOCK, self.settings.start == "prior"
         potential = Potential(
-            self.model, self.guide, block, rows, from_prior=from_prior, cache=True, evaluate=self.evaluate
+            self.run.model, self.run.guide, block, rows, from_prior=from_prior, cache=True, evaluate=self.evaluate
         )
         if block.number == 0:
             potential.check_deterministic()
-        block._check(evaluate_terms(self.model, potential.guide, block.batch, 1, structure=self.s, index=block.index))
+        block.check_supports(
+            evaluate_terms(self.run.model, potential.guide, block.batch, 1, structure=block.s, index=block.index)
+        )
         return potential
 
     def noise(self, *key: Any) -> torch.Generator:
         """The transitions' noise stream of a key; the global generator, for draws of the pair, is seeded by it too."""
         torch.manual_seed(derive_seed(self.settings.seed, *key))
-        return torch.Generator(device=self.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
+        return torch.Generator(device=self.run.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
 
-    def path(self, potential: Potential, number: int, cache: BlockCache, progress: AnnealingProgress) -> AnnealingPath:
+    def path(self, potential: Potential, number: int, progress: BlockProgress) -> AnnealingPath:
         """Inverse temperatures, step sizes and scales from a pilot run, whose chains are then discarded."""
         settings = self.settings
 
         def run_pilot() -> dict[str, Tensor]:
             noise = self.noise(number, "pilot")
             scale = potential.start_scale()
-            betas = settings.betas.to(self.device)
+            betas = settings.betas.to(self.run.device)
             kernel = HMCKernel(potential, scale, settings.num_leapfrog)
             start = potential.sample_start(PILOT_CHAINS)
             step_sizes, spread = adapt_step_sizes(
-                kernel, start, betas, settings.target_acceptance, noise, progress.update
+                kernel, start, betas, settings.target_acceptance, noise, progress.advance
             )
             per_datum = betas[:, None].expand(-1, spread.shape[1])
             if settings.schedule == "equal_ess":
@@ -148,66 +143,12 @@ class AnnealingSession:
             return {"betas": per_datum, "steps": step_sizes, "scale": scale}
 
         if settings.num_temperatures == 1:
-            per_datum = settings.betas.to(self.device)[:, None].expand(-1, potential.size)
+            per_datum = settings.betas.to(self.run.device)[:, None].expand(-1, potential.size)
             space = potential.space
-            scale = torch.ones(potential.size, space.dims, dtype=space.dtype, device=self.device)
+            scale = torch.ones(potential.size, space.dims, dtype=space.dtype, device=self.run.device)
             kernel = HMCKernel(potential, scale, settings.num_leapfrog)
             return AnnealingPath(per_datum, torch.ones_like(per_datum), kernel)
-        part, cached = cache.part(f"plan-{number:05d}", run_pilot)
-        if cached:
-            progress.update(settings.num_temperatures - 1)
-        part = {name: value.to(self.device) for name, value in part.items()}
+        part = progress.part(f"plan-{number:05d}", run_pilot)
+        part = {name: value.to(self.run.device) for name, value in part.items()}
         kernel = HMCKernel(potential, part["scale"], settings.num_leapfrog)
         return AnnealingPath(part["betas"], part["steps"], kernel)
-
-
-@contextmanager
-def annealing_session(
-    model: Program,
-    guide: Program,
-    columns: tuple[Any, ...],
-    settings: AnnealingSettings,
-    device: torch.device | str | None,
-) -> Iterator[AnnealingSession]:
-    """Puts a pair into evaluation mode and inspects it; the caller restores the random state."""
-    model, guide = bind_program(model), bind_program(guide)
-    with evaluation_mode(model, guide):
-        device = torch.device(device) if device is not None else program_device(model, guide, columns)
-        with record_modules(model, guide) as modules:
-            s, size = inspect_columns(model, guide, columns, device)
-        if settings.start == "prior":
-            if s.enumerated:
-                raise UsageError(
-                    f"start='prior': expected latents whose prior has a density of its own; sites {list(s.enumerated)} "
-                    f"are summed out of it. Use start='guide'"
-                )
-            guide = prior_as_guide(model, s.guide_roles)
-            s, size = inspect_columns(model, guide, columns, device)
-        with pyro.validation_enabled(False):  # the contract is checked above, and supports once per block
-            runs = -(-len(columns[0]) // size) * (1 + len(settings.chain_blocks))
-            gradients = runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0
-            evaluate = CompiledPotential(gradients)
-            yield AnnealingSession(model, guide, s, columns, size, device, settings, modules, evaluate)
-
-
-class AnnealingProgress:
-    """A progress bar over transitions of whole blocks, with the running estimate."""
-
-    def __init__(self, blocks: int, runs: int, settings: AnnealingSettings, hidden: bool | None, description: str):
-        total = blocks * (runs + 1) * max(settings.num_temperatures - 1, 1)
-        self._bar = tqdm(total=total, desc=description, unit="step", disable=hidden)
-
-    def update(self, count: int = 1) -> None:
-        """Advances by `count` transitions."""
-        self._bar.update(count)
-
-    def show(self, **values: str) -> None:
-        """Shows values at the end of the line."""
-        if not self._bar.disable:
-            self._bar.set_postfix(values)
-
-    def __enter__(self) -> AnnealingProgress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()

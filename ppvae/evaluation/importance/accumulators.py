@@ -1,4 +1,4 @@
-"""Running reductions of log-weights over particles: memory does not grow with the number of particles."""
+"""Running statistics of log-weights in constant memory: log p(x), its error, ess, k-hat, ELBO and bounds L_k."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ppvae.evaluation.importance.psis import MIN_PARTICLES, pareto_k, tail_length
 
-MANY = 2000  # particles at a time: many small reductions would cost more than the networks
+BUFFER = 2000  # particles per reduction: many small reductions would cost more than the networks
 
 
-class Bound:
-    """The average over disjoint groups of k draws of log mean_k w: an unbiased estimate of L_k, per datum.
+class BoundAccumulator:
+    """Running mean of log mean_k w over disjoint groups of k draws: an unbiased estimate of L_k per datum.
 
     Source: Burda et al. 2016 (arXiv 1509.00519).
     """
@@ -25,7 +25,7 @@ class Bound:
         self._partial: Tensor | None = None
 
     def add(self, log_weight: Tensor) -> None:
-        """Takes in log-weights [particles, N]."""
+        """Adds log-weights [particles, N]."""
         start = 0
         if self._filled:
             start = min(self.k - self._filled, len(log_weight))
@@ -33,17 +33,17 @@ class Bound:
             self._partial = torch.logaddexp(self._partial, log_weight[:start].logsumexp(0))
             self._filled += start
             if self._filled == self.k:
-                self._close(self._partial[None])
+                self._add_groups(self._partial[None])
                 self._filled = 0
-        whole = (len(log_weight) - start) // self.k
-        if whole:
-            end = start + whole * self.k
-            self._close(log_weight[start:end].reshape(whole, self.k, -1).logsumexp(1))
+        groups = (len(log_weight) - start) // self.k
+        if groups:
+            end = start + groups * self.k
+            self._add_groups(log_weight[start:end].reshape(groups, self.k, -1).logsumexp(1))
             start = end
         if start < len(log_weight):
             self._partial, self._filled = log_weight[start:].logsumexp(0), len(log_weight) - start
 
-    def _close(self, log_sums: Tensor) -> None:
+    def _add_groups(self, log_sums: Tensor) -> None:
         self._total = self._total + (log_sums - math.log(self.k)).sum(0)
         self.groups += len(log_sums)
 
@@ -55,37 +55,40 @@ class Bound:
 
 
 class LogWeightAccumulator:
-    """Everything that is reported of a block of data, from log-weights taken in a few particles at a time.
+    """Statistics per datum from log-weights that are added a few particles at a time.
 
-    `num_particles` is the most that are taken in; `eps` the rounding unit in which the densities were computed.
+    Args:
+        num_particles: the largest number of particles that are added.
+        bounds: the k of the recorded L_k.
+        eps: machine epsilon of the densities.
     """
 
     def __init__(self, num_particles: int, bounds: Sequence[int], eps: float = 0.0):
         self.num_particles, self._eps = num_particles, eps
-        self.bounds = {k: Bound(k) for k in bounds}
-        self._kept = tail_length(num_particles) + 1
-        self._waiting: Tensor | None = None  # [2, particles, N], of which the first are taken
-        self._count = self._waiting_count = 0
+        self.bounds = {k: BoundAccumulator(k) for k in bounds}
+        self._tail_size = tail_length(num_particles) + 1
+        self._buffer: Tensor | None = None  # [2, particles, N], of which the first `_buffered` are filled
+        self._count = self._buffered = 0
         self._state: dict[str, Tensor] = {}
 
     def add(self, log_weight: Tensor, elbo: Tensor) -> None:
-        """Takes in [particles, N], float64."""
-        end = self._waiting_count + len(log_weight)
-        if self._waiting is None or end > self._waiting.shape[1]:  # kept: small blocks of long life part the memory
+        """Adds log-weights and ELBO terms [particles, N], float64."""
+        end = self._buffered + len(log_weight)
+        if self._buffer is None or end > self._buffer.shape[1]:  # reused: long-lived small blocks fragment memory
             self._reduce()
             end = len(log_weight)
-            self._waiting = log_weight.new_empty(2, min(self.num_particles, MANY + end), log_weight.shape[1])
-        torch.stack([log_weight, elbo], out=self._waiting[:, self._waiting_count : end])
-        self._waiting_count = end
-        if end >= MANY:
+            self._buffer = log_weight.new_empty(2, min(self.num_particles, BUFFER + end), log_weight.shape[1])
+        torch.stack([log_weight, elbo], out=self._buffer[:, self._buffered : end])
+        self._buffered = end
+        if end >= BUFFER:
             self._reduce()
 
     def _reduce(self) -> None:
-        if not self._waiting_count:
+        if not self._buffered:
             return
-        assert self._waiting is not None
-        w, elbo = self._waiting[:, : self._waiting_count]
-        self._waiting_count = 0
+        assert self._buffer is not None
+        w, elbo = self._buffer[:, : self._buffered]
+        self._buffered = 0
         self._count += len(w)
         for bound in self.bounds.values():
             bound.add(w)
@@ -97,7 +100,7 @@ class LogWeightAccumulator:
             "smallest": w.amin(0),
             "nonfinite": (w.isnan() | (w == torch.inf)).sum(0),
             "zero": (w == -torch.inf).sum(0),
-            "top": largest.T.topk(min(self._kept, len(w)), dim=1).values,
+            "top": largest.T.topk(min(self._tail_size, len(w)), dim=1).values,
         }
         if self._state:
             old = self._state
@@ -107,11 +110,11 @@ class LogWeightAccumulator:
                 new[name] = old[name] + new[name]
             new["smallest"] = torch.minimum(old["smallest"], new["smallest"])
             both = torch.cat([old["top"], new["top"]], dim=1)
-            new["top"] = both.topk(min(self._kept, both.shape[1]), dim=1).values
+            new["top"] = both.topk(min(self._tail_size, both.shape[1]), dim=1).values
         self._state = new
 
     def select(self, which: Tensor) -> LogWeightAccumulator:
-        """What was taken in of some of the data, [N] bool, to go on with them alone; without bounds."""
+        """An accumulator that continues with some of the data, [N] bool, without bounds."""
         self._reduce()
         out = LogWeightAccumulator(self.num_particles, (), self._eps)
         out._count = self._count
@@ -128,10 +131,10 @@ class LogWeightAccumulator:
         ess = log_ess.exp().clamp(max=count)
         # the delta method: se of log mean(w) is sd(w) / (sqrt(K) mean(w))
         relative = (count / ess - 1).clamp(min=0) / (count - 1) if count > 1 else torch.full_like(ess, torch.nan)
-        # Where the largest weight itself makes up the whole tail, as with discrete latents, weights are bounded by what
-        # has been seen many times: nothing is left to fit, and ess judges alone.
+        # Where all weights of the tail equal the largest, as with discrete latents, the weights are bounded and no
+        # tail is left to fit: ess alone decides.
         k_hat = pareto_k(top, count, s["smallest"])
-        # Weights that differ by the networks' rounding alone are equal.
+        # Weights that differ by rounding alone count as equal.
         largest = top.amax(1)
         rounding = largest - s["smallest"] <= 32 * self._eps * (1 + largest.abs())
         flat = ((top.amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()

@@ -1,9 +1,9 @@
-"""How many particles each datum needs for a target standard error, by a pilot whose draws are not used again."""
+"""Allocations of particles: the same number for every datum, or as many as a pilot run calls for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,71 +14,114 @@ from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import MAX_K_HAT, MIN_ESS
 from ppvae.inference.tracing import Program
 
-REACH = 4  # a pilot says what up to so many times its own particles would do
-MARGIN = 0.8  # of the target standard error that is planned for: the estimate's own is another draw
+MAX_EXTRAPOLATION = 4  # the largest factor from the particles of the pilot to those of the estimate
+MARGIN = 0.8  # the planned standard error in units of the target: that of the estimate varies about the pilot's
+
+
+@dataclass(frozen=True)
+class FixedAllocation:
+    """The same number of particles for every datum.
+
+    Raises:
+        UsageError: fewer than one particle.
+    """
+
+    max_particles: int
+    adaptive: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.max_particles < 1:
+            raise UsageError(f"num_particles: expected at least 1, found {self.max_particles}")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that an estimate reports beside its number of particles."""
+        return {}
+
+    def allocate(self, block: Block, model: Program, guide: Program, seed: int, rows: int) -> dict[str, Tensor]:
+        """{"num_particles": [N]} of a block's data."""
+        return {"num_particles": torch.full((block.num_weights,), self.max_particles)}
 
 
 @dataclass(frozen=True)
 class AdaptiveAllocation:
-    """A standard error for every datum, and the most particles that a datum's estimate may take.
+    """As many particles for each datum as a target standard error calls for, judged by a pilot run.
 
     Raises:
-        UsageError: numbers that cannot be used, by their names.
+        UsageError: settings that cannot be used, by their names.
     """
 
-    std_error: float
+    target_std_error: float
     max_particles: int
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.std_error < float("inf"):
-            raise UsageError(f"target_std_error: expected a positive number of nats, found {self.std_error}")
+        if not 0 < self.target_std_error < float("inf"):
+            raise UsageError(f"target_std_error: expected a positive number of nats, found {self.target_std_error}")
         if self.max_particles < PARTICLE_BLOCK:
             raise UsageError(f"max_particles: expected at least {PARTICLE_BLOCK}, found {self.max_particles}")
 
     def settings(self) -> dict[str, Any]:
-        """The target as numbers."""
-        return {"target_std_error": self.std_error, "max_particles": self.max_particles}
+        """The settings that an estimate reports beside its number of particles."""
+        return {
+            "particles": "by need", "target_std_error": self.target_std_error, "max_particles": self.max_particles,
+        }  # fmt: skip
 
-    def particles(self, found: dict[str, Tensor], count: int) -> Tensor:
-        """How many particles a pilot of so many calls for, [N] in float64; +inf where no number will do.
+    def required_particles(self, statistics: dict[str, Tensor], count: int) -> Tensor:
+        """The number of particles that a pilot of `count` calls for, [N] float64; +inf where no number suffices.
 
-        The standard error falls as 1 / sqrt(K), ess grows as K, and k_hat is to be below 1 - 1 / log10 K and 0.7:
+        The standard error falls as 1 / sqrt(K), ess grows as K, and k_hat must be below 1 - 1 / log10 K and 0.7:
         K > 10^(1 / (1 - k_hat)). Rounded up to 100, 200, 400, ...
         """
-        by_error = count * (found["std_error"] / (MARGIN * self.std_error)).square()
-        by_ess = count * MIN_ESS / (MARGIN * found["ess"])
-        by_tail = torch.where(found["k_hat"] < MAX_K_HAT, 10 ** (1 / (1 - found["k_hat"])), torch.inf)
-        most = torch.stack([by_error, by_ess, by_tail]).amax(0).clamp(min=PARTICLE_BLOCK)  # NaN stays
-        doublings = (most / PARTICLE_BLOCK).log2().ceil()
-        return torch.where(most.isfinite(), PARTICLE_BLOCK * 2**doublings, torch.inf)
+        by_error = count * (statistics["std_error"] / (MARGIN * self.target_std_error)).square()
+        by_ess = count * MIN_ESS / (MARGIN * statistics["ess"])
+        k_hat = statistics["k_hat"]
+        by_tail = torch.where(k_hat < MAX_K_HAT, 10 ** (1 / (1 - k_hat)), torch.inf)
+        largest = torch.stack([by_error, by_ess, by_tail]).amax(0).clamp(min=PARTICLE_BLOCK)  # NaN stays
+        doublings = (largest / PARTICLE_BLOCK).log2().ceil()
+        return torch.where(largest.isfinite(), PARTICLE_BLOCK * 2**doublings, torch.inf)
+
+    def allocate(self, block: Block, model: Program, guide: Program, seed: int, rows: int) -> dict[str, Tensor]:
+        """{"num_particles": of the estimate, "pilot_particles": of the pilot run} of a block's data, [N] each.
+
+        The pilot doubles its particles; a datum leaves it once at most 4 times those are called for, or once they are
+        a fourth of the budget, all of which its estimate then gets. A datum with a NaN or infinite weight, which no
+        number of particles cures, gets as many as its pilot. The draws of the pilot are not used again.
+        """
+        counts, pilot = torch.zeros(2, block.num_weights, dtype=torch.long)
+        active, done = torch.arange(block.num_weights), 0
+        weights = LogWeightAccumulator(self.max_particles, (), block.eps)
+        while len(active):
+            count = min(2 * done or PARTICLE_BLOCK, self.max_particles)
+            part, positions = block.select_rows(active)
+            for log_weight, elbo, _ in part.weights(model, guide, count, seed, rows, start=done, noise="pilot"):
+                index = positions.to(log_weight.device)
+                weights.add(log_weight[:, index], elbo[:, index])
+            done = count
+            statistics = {name: value.cpu() for name, value in weights.result().items()}
+            required = self.required_particles(statistics, done)
+            broken = (statistics["nonfinite"] > 0) & ~statistics["log_px"].isneginf()
+            required = torch.where(broken, float(done), required).clamp(max=self.max_particles)
+            reach = MAX_EXTRAPOLATION * done
+            finished = (required <= reach) | (reach >= self.max_particles)
+            counts[active[finished]], pilot[active[finished]] = required[finished].long(), done
+            active = active[~finished]
+            weights = weights.select(~finished)
+        return {"num_particles": counts, "pilot_particles": pilot}
 
 
-def pilot(
-    block: Block, model: Program, guide: Program, need: AdaptiveAllocation, seed: int, rows: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(particles for the estimate, particles of the pilot), [N] each, of a block's data.
+Allocation = FixedAllocation | AdaptiveAllocation
 
-    The pilot doubles its particles, and a datum drops out once no more than 4 times those are called for, or a fourth
-    of the budget is spent: all of the budget then goes into its estimate. A datum with a NaN or infinite weight, which
-    no number of particles mends, gets as many as its pilot.
+
+def make_allocation(
+    num_particles: int | Literal["auto"], target_std_error: float = 0.05, max_particles: int = 20_000
+) -> Allocation:
+    """The allocation of `log_marginal`'s arguments.
+
+    Raises:
+        UsageError: an argument that cannot be used, by its name.
     """
-    width = 1 if block.s.has_global_latents else block.size
-    counts, spent = torch.zeros(2, width, dtype=torch.long)
-    active, done = torch.arange(width), 0
-    weights = LogWeightAccumulator(need.max_particles, (), block.eps)
-    while len(active):
-        count = min(2 * done or PARTICLE_BLOCK, need.max_particles)
-        part, at = block.select_rows(active)
-        for log_weight, elbo, _ in part.weights(model, guide, count, seed, rows, start=done, noise="pilot"):
-            where = at.to(log_weight.device)
-            weights.add(log_weight[:, where], elbo[:, where])
-        done = count
-        found = {name: value.cpu() for name, value in weights.result().items()}
-        wanted = need.particles(found, done)
-        broken = (found["nonfinite"] > 0) & ~found["log_px"].isneginf()
-        wanted = torch.where(broken, float(done), wanted).clamp(max=need.max_particles)
-        over = (wanted <= REACH * done) | (REACH * done >= need.max_particles)
-        counts[active[over]], spent[active[over]] = wanted[over].long(), done
-        active = active[~over]
-        weights = weights.select(~over)
-    return counts, spent
+    if num_particles == "auto":
+        return AdaptiveAllocation(target_std_error, max_particles)
+    if not hasattr(num_particles, "__index__"):
+        raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
+    return FixedAllocation(int(num_particles))

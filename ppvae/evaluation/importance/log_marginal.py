@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppvae.compilation.precision import check_precision
-from ppvae.data.loader import data_columns, data_digest
-from ppvae.distributed import distributed_context, progress_disabled
+from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import SECONDS, BlockCache, cache_key
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, inspect_columns
-from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.allocation import AdaptiveAllocation
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
+from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
+from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
-from ppvae.evaluation.reliability import remedy
-from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
-from ppvae.inference.param_store import bind_program, program_device
-from ppvae.inference.structure import Structure
+from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
-
-MIXED = (
-    "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
-    "compare on the same columns in the same units only"
-)
 
 
 def log_marginal(
@@ -54,38 +41,38 @@ def log_marginal(
     """Importance-weighted log p(x) per datum for any model/guide pair, with a diagnosis of its trustworthiness.
 
     log p(x) is estimated by log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x): a lower bound on average
-    (Burda et al. 2016, arXiv 1509.00519; Mattei and Frellsen 2019, arXiv 1812.02633, where values are missing). Modules
-    are in evaluation mode meanwhile; no parameter is created.
+    (Burda et al. 2016, arXiv 1509.00519; with missing values Mattei and Frellsen 2019, arXiv 1812.02633). Modules run
+    in evaluation mode; no parameter is created.
 
-    With num_particles="auto" a pilot decides how many particles each datum gets, 100, 200, 400, ..., so that standard
-    error, ess and k_hat are likely to do; the estimate is made of as many fresh draws. To stop by the estimate's own
-    weights would bias it: it would stop where the heavy ones have not come up yet, and look good. The pilot doubles,
-    100, 200, ..., until it calls for at most 4 times its own particles: it costs a fourth of the estimate or little
-    more where that is large. `est.particles` says what each datum got, `est.on_target` which are reliable and within
-    the target by their fresh weights; of the others most had all of `max_particles`, and some a pilot that was too
-    hopeful. The defaults: a standard error of 0.05 makes log p(x) too low by about 0.05^2 / 2 = 0.001 nats, the last
-    digit that is usually told; 20,000 particles are four times the usual 5000, after which another method pays better.
+    With num_particles="auto" the allocation is adaptive: a pilot run plans the particles of each datum, 100, 200, 400,
+    ..., so that standard error, ess and k_hat probably suffice, and the estimate uses as many fresh draws. Stopping by
+    the estimate's own weights would bias it, since it would stop before the heavy weights occur. The pilot doubles its
+    particles until it calls for at most 4 times as many, so that it costs about a fourth of a large estimate.
+    `est.particles` are the particles of each datum; `est.on_target` the data that are reliable and within the target by
+    their fresh weights. Of the others most have all `max_particles`, and some had an optimistic pilot. The defaults: a
+    standard error of 0.05 makes log p(x) too low by about 0.05^2 / 2 = 0.001 nats, the last digit that is usually
+    reported; 20,000 particles are four times the usual 5000, and beyond them another method is more efficient.
 
-    Inside an initialised `torch.distributed` group the processes share the data: all of them make the same call, and
-    each returns the whole estimate, the same as one process would give.
+    Inside an initialised `torch.distributed` group all processes make the same call, share the data, and return the
+    whole estimate, which equals that of one process.
 
     Args:
         model, guide: a Pyro pair that keeps the contract (see `ppvae.check`), or run.model, run.guide.
         data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch). In data marked by
             `data.with_missing`, NaN is a missing value, and log p(x) that of the values observed.
-        num_particles: K; or "auto": as many as each datum needs, see below.
-        target_std_error, max_particles: for "auto", of each datum: the standard error wanted, and the most particles
-            that its estimate may take.
-        seed: of the guide's draws. The same seed gives the same result however memory is cut.
+        num_particles: K; or "auto" for an adaptive allocation.
+        target_std_error, max_particles: for "auto": the target of the standard error of each datum, and the largest
+            number of particles of its estimate.
+        seed: of the guide's draws. The result does not depend on `rows`.
         bounds: further k at which to record L_k.
-        posterior_draws: how many draws of each latent to keep per datum, resampled by weight.
-        rows: the most (datum, particle) rows that go through the model at once, 5000 by default; memory grows with it.
-        precision: of the products in linear and convolutional layers, as in `fit`: what is estimated with "bf16" is
-            log p(x) of the model whose layers multiply in bfloat16. The estimate's notes say how far that is from
-            float32 on some of the data; everything outside layers is as ever.
-        compile: compile the run of the pair where there is enough left to compute; the same up to rounding.
-        directory: where finished blocks of data are kept, so that the same call goes on from them after an
-            interruption, and gives the same result (up to rounding where runs of the pair are compiled).
+        posterior_draws: draws of each latent per datum, resampled by weight, in `est.posterior`.
+        rows: the largest number of (datum, particle) rows in one run of the pair, 5000 by default; memory grows with
+            it.
+        precision: of the products in linear and convolutional layers, as in `fit`. With "bf16" the estimate is log p(x)
+            of the model whose layers multiply in bfloat16; its notes give the difference from float32 on some data.
+        compile: compile the run of the pair where enough computation remains; results agree up to rounding.
+        directory: cache of finished blocks of data; the same call resumes from it after an interruption, with the same
+            result (up to rounding where runs of the pair are compiled).
         device: where to compute; the parameters' device by default.
         progress: show a progress bar; by default where the output is a terminal.
 
@@ -99,92 +86,47 @@ def log_marginal(
     >>> bool((est.log_px - pair.log_px(x)).abs().max() < 1e-9), bool(est.reliable.all())
     (True, True)
     """
-    if num_particles != "auto" and not hasattr(num_particles, "__index__"):
-        raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
-    particles = AdaptiveAllocation(target_std_error, max_particles) if num_particles == "auto" else int(num_particles)
-    if isinstance(particles, int) and particles < 1:
-        raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
+    allocation = make_allocation(num_particles, target_std_error, max_particles)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if rows < 1:
         raise UsageError(f"rows: expected at least 1, found {rows}")
-    model, guide = bind_program(model), bind_program(guide)
-    with distributed_context() as shares:
-        columns = data_columns(data, seed)
-        with fork_rng(), evaluation_mode(model, guide):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
-            check_precision(precision, place)
-            with record_modules(model, guide) as modules:
-                s, size = inspect_columns(model, guide, columns, place)
-            task = ImportanceSampler(
-                model, guide, s, columns, size, place, particles, bounds, posterior_draws, seed, rows, precision
-            )
-            key: dict[str, Any] = {}
-            if directory is not None or shares.size > 1:
-                more = {"what": "log_marginal", "device": place.type}
-                key = cache_key(columns, s, modules, task.settings() | more)
-            mine = shares.block_indices(task.blocks)
-            cells = task.cells(len(mine)) if compile else None
-            parts: dict[int, dict[str, Tensor]] = {}
-            bar = tqdm(total=len(mine), desc="log p(x)", unit="block", disable=progress_disabled(progress))
-            with bar, BlockCache(directory, key, SECONDS) as store:
-                for number in mine:
-                    parts[number], _ = store.part(f"block-{number:05d}", functools.partial(task, number, cells))
-                    bar.update()
-                    if not bar.disable:
-                        bar.set_postfix(nll=f"{-torch.cat([p['log_px'] for p in parts.values()]).mean():.3f}")
-            rounding = task.rounding_note()
-        results = shares.gather_blocks(parts, key)
-    missing = int(sum(r.pop("missing") for r in results))
-    names = [n for n in results[0] if all(n in r for r in results)]  # L_k for those k that every datum has
-    joined = {n: torch.cat([r[n] for r in results], dim=int(n.startswith("posterior/"))) for n in names}
-    posterior = {n.partition("/")[2]: joined.pop(n) for n in list(joined) if n.startswith("posterior/")}
-    base, levels, notes = _measure(columns[0], s)
-    notes += s.remarks + rounding
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        s, columns = run.structure, run.columns
+        check_precision(precision, run.device)
+        sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision)
+        compiled = sampler.compile_weights() if compile else None
+        found = run_blocks(
+            run, lambda block: sampler(block, compiled), sampler.cache_key(), desc="log p(x)", directory=directory,
+            progress=progress, figures={"nll": lambda statistics: -statistics["log_px"]},
+        )  # fmt: skip
+        precision_note = sampler.precision_note()
+    missing = int(found.pop("missing").sum())
+    counts: dict[str, Tensor] = {n: found.pop(n) for n in ("num_particles", "pilot_particles") if n in found}
+    posterior = {n.partition("/")[2]: found.pop(n).transpose(0, 1) for n in list(found) if n.startswith("posterior/")}
+    recorded = {int(n.removeprefix("bound_")): found.pop(n) for n in list(found) if n.startswith("bound_")}
+    base, levels, notes = base_measure_of(columns[0], s)
+    notes += s.remarks + precision_note
     dims: float = s.observed_dims
     if missing:
-        dims -= missing / len(columns[0])
-        notes += (_gaps_note(dims, s),)
+        dims -= missing / run.num_data
+        notes += (missing_values_note(dims, s),)
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
-    diagnostics: dict[str, Tensor] = {n: joined.pop(n) for n in ("num_particles", "pilot_particles") if n in joined}
-    per_datum: dict[str, Any] = {k: v for k, v in joined.items() if not k.startswith("bound_")}
     return Estimate(
-        **per_datum,
-        num_particles=particles if isinstance(particles, int) else int(diagnostics["num_particles"].max()),
+        **found,  # type: ignore[arg-type]
+        num_particles=int(counts["num_particles"].max()),
         seed=seed,
-        dims=dims * (len(columns[0]) if s.has_global_latents else 1),
+        dims=dims * (run.num_data if s.has_global_latents else 1),
         base_measure=base,
         levels=levels,
         lower_bound_only=s.lower_bound_only,
         joint=s.has_global_latents,
         data=getattr(columns[0], "description", ""),
         digest=data_digest(columns),
-        bounds={int(k.removeprefix("bound_")): v for k, v in joined.items() if k.startswith("bound_")},
+        bounds=recorded,
         posterior=posterior or None,
         notes=notes,
-        settings=({} if isinstance(particles, int) else {"particles": "by need"}) | task.chosen(),
-        diagnostics=diagnostics,
-        remedy=remedy(s),
+        settings=sampler.settings(),
+        diagnostics=counts if allocation.adaptive else {},
+        remedy=recommend_alternative(s),
     )
-
-
-def _measure(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
-    """(base measure, levels if the density is of dequantised data, remarks)."""
-    if s.base_measure == "mixed":
-        return "mixed", None, (MIXED,)
-    if not s.base_measure.startswith("density"):
-        return s.base_measure, None, ()
-    levels = getattr(column, "levels", None)
-    if getattr(column, "dequantize", False) and levels:
-        remark = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
-        return f"{levels} levels", levels, (remark,)
-    if levels:
-        remark = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
-        return "density on [0, 1]", None, (remark,)
-    known = getattr(column, "base_measure", "")
-    return (known if known == "density on [0, 1]" else s.base_measure), None, ()
-
-
-def _gaps_note(dims: float, s: Structure) -> str:
-    share = 100 * (1 - dims / s.observed_dims)
-    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"

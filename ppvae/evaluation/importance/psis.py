@@ -50,7 +50,7 @@ def pareto_k(top: Tensor, num_particles: int, smallest: Tensor) -> Tensor:
     With M = `tail_length(K)`, the weights above the (M + 1)-th largest are fitted by a generalised Pareto distribution,
     and the fitted k is drawn towards 1/2 as if by ten further observations: k-hat = (n k + 10 / 2) / (n + 10), where
     n <= M counts the weights strictly above the cutoff (ties with it are left out). Weights have finite moments up to
-    about the order 1 / k-hat; above min(0.7, 1 - 1 / log10 K) their average is not to be trusted (Vehtari et al. 2024).
+    about the order 1 / k-hat; above min(0.7, 1 - 1 / log10 K) their average is unreliable (Vehtari et al. 2024).
 
     Args:
         top: [N, M + 1 or more], the largest log-weights of each datum in any order.
@@ -82,7 +82,7 @@ def pareto_k(top: Tensor, num_particles: int, smallest: Tensor) -> Tensor:
         )
     rows = _rows_at_once(needed - 1)
     blocks = zip(top.double().split(rows), smallest.double().split(rows), strict=True)
-    return torch.cat([_judge(_fit_tail(a.topk(needed, dim=1).values).k, a.amax(1), b) for a, b in blocks])
+    return torch.cat([_mark_degenerate(_fit_tail(a.topk(needed, dim=1).values).k, a.amax(1), b) for a, b in blocks])
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def _smooth(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     tail_size = tail_length(len(log_weights))
     top, index = log_weights.topk(tail_size + 1, dim=0)
     tail = _fit_tail(top.T)
-    k_hat = _judge(tail.k, largest, log_weights.amin(0))
+    k_hat = _mark_degenerate(tail.k, largest, log_weights.amin(0))
     index = index[:tail_size].flip(0)  # ascending, as the tail is
     values = torch.where(k_hat.isfinite()[:, None], _order_statistics(tail), math.nan).T
     relative.scatter_(0, index, torch.where(values.isnan(), relative.gather(0, index), values))
@@ -127,7 +127,7 @@ def _grid_size(tail_size: int) -> int:
     return 30 + math.isqrt(tail_size)
 
 
-def _judge(k: Tensor, largest: Tensor, smallest: Tensor) -> Tensor:
+def _mark_degenerate(k: Tensor, largest: Tensor, smallest: Tensor) -> Tensor:
     """The fitted shape [N], but -inf for equal weights and NaN for unusable ones."""
     k_hat = torch.where(largest - smallest < EQUAL_SPREAD, -math.inf, k)
     return torch.where(largest.isfinite() & ~smallest.isnan(), k_hat, math.nan)

@@ -1,4 +1,4 @@
-"""Draws of the latents from the posterior, kept while the weights of many particles pass by."""
+"""Weighted reservoir sampling: posterior draws of the latents from a stream of weighted particles."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ppvae.inference.terms import Terms
 
 
 class PosteriorReservoir:
-    """Posterior draws by resampling: each slot holds a particle with probability in proportion to its weight so far.
+    """Posterior draws by resampling: each draw is a particle with probability proportional to its weight.
 
-    Particles are taken in a whole block at a time, so that the draws do not depend on how memory is cut.
+    Particles are resampled a whole block at a time, so that the draws do not depend on `rows`.
     """
 
     def __init__(self, num_draws: int, seed: int, s: Structure):
@@ -25,35 +25,35 @@ class PosteriorReservoir:
         ]
         self._generator = torch.Generator().manual_seed(seed)
         self._log_total: Tensor | None = None
-        self._waiting: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._buffer: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._values: dict[str, Tensor] = {}
 
     def add(self, log_weight: Tensor, t: Terms, rows: Tensor | None = None) -> None:
-        """Takes in log-weights [particles, N] and the latents they belong to, N rows of a batch (or all)."""
+        """Adds log-weights [particles, N] and the latents behind them, of some rows of a batch (or all)."""
         values = {}
         for name in self.names:
             value = t.guide[name].value.cpu()
             value = value.movedim(value.dim() - self.s.event_dims[name] - 1, 1)  # [particles, batch, ...]
             values[name] = value if rows is None else value[:, rows]
-        self._waiting.append((log_weight.cpu(), values))
-        if sum(len(w) for w, _ in self._waiting) >= PARTICLE_BLOCK:
+        self._buffer.append((log_weight.cpu(), values))
+        if sum(len(w) for w, _ in self._buffer) >= PARTICLE_BLOCK:
             self._resample()
 
     def _resample(self) -> None:
-        if not self._waiting:
+        if not self._buffer:
             return
-        log_weight = torch.cat([w for w, _ in self._waiting])
-        latents = {n: torch.cat([v[n] for _, v in self._waiting]) for n in self.names}
-        self._waiting = []
+        log_weight = torch.cat([w for w, _ in self._buffer])
+        latents = {n: torch.cat([v[n] for _, v in self._buffer]) for n in self.names}
+        self._buffer = []
         count = log_weight.shape[1]
         log_new = log_weight.logsumexp(0)
         safe = torch.where(log_new.isfinite(), log_weight, torch.zeros_like(log_weight))
-        chosen = torch.multinomial(safe.softmax(0).T, self.num_draws, replacement=True, generator=self._generator).T
+        index = torch.multinomial(safe.softmax(0).T, self.num_draws, replacement=True, generator=self._generator).T
         uniform = torch.rand(self.num_draws, count, generator=self._generator, dtype=torch.float64)
         self._log_total = log_new if self._log_total is None else torch.logaddexp(self._log_total, log_new)
         replaced = uniform < (log_new - self._log_total).exp()
         for name, value in latents.items():
-            new = value[chosen, torch.arange(count)]
+            new = value[index, torch.arange(count)]
             old = self._values.get(name, new)
             self._values[name] = torch.where(replaced.reshape(*replaced.shape, *(1,) * (new.dim() - 2)), new, old)
 

@@ -1,147 +1,131 @@
-"""The importance weights of one block of data after another, reduced to what is reported of each datum."""
+"""Importance sampling of one block of data: log-weights, reduced to the statistics that are reported per datum."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppvae.compilation.precision import layer_precision
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, concatenate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
-from ppvae.evaluation.importance.allocation import AdaptiveAllocation, pilot
+from ppvae.evaluation.importance.allocation import Allocation, FixedAllocation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
-from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program
+from ppvae.inference.terms import Terms
 from ppvae.rng import derive_seed
 
 
 @dataclass(frozen=True)
 class ImportanceSampler:
-    """A pair on its data, and how many particles are drawn: so many for every datum, or as each needs."""
+    """The function of one block behind `log_marginal`.
 
-    model: Program
-    guide: Program
-    s: Structure
-    columns: tuple[Any, ...]
-    size: int  # data in a block
-    device: torch.device
-    particles: int | AdaptiveAllocation
+    Attributes:
+        allocation: of particles to data.
+        bounds: further k at which L_k is recorded.
+        posterior_draws: of each latent per datum, resampled by weight.
+        rows: the largest number of (datum, particle) rows that go through the pair at once.
+        precision: of the products in layers.
+    """
+
+    run: Evaluation
+    allocation: Allocation
     bounds: Sequence[int]
     posterior_draws: int
-    seed: int
     rows: int
     precision: str = "float32"
 
-    @property
-    def blocks(self) -> int:
-        """How many blocks the data make."""
-        return -(-len(self.columns[0]) // self.size)
-
-    def settings(self) -> dict[str, Any]:
-        """What a result is a function of, beside pair and data."""
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that a block's result is a function of."""
+        num_particles = "auto" if self.allocation.adaptive else self.allocation.max_particles
         return {
-            "num_particles": self.particles if isinstance(self.particles, int) else "auto", "seed": self.seed,
-            "posterior_draws": self.posterior_draws, "bounds": sorted(self.bounds), **self.chosen(),
+            "what": "log_marginal", "num_particles": num_particles, "posterior_draws": self.posterior_draws,
+            "bounds": sorted(self.bounds), **self.settings(),
         }  # fmt: skip
 
-    def chosen(self) -> dict[str, Any]:
-        """What was asked for beside so many particles in float32."""
-        need = {} if isinstance(self.particles, int) else self.particles.settings()
-        return need | ({} if self.precision == "float32" else {"precision": self.precision})
+    def settings(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, besides the number of particles."""
+        precision = {} if self.precision == "float32" else {"precision": self.precision}
+        return self.allocation.settings() | precision
 
-    def cells(self, blocks: int) -> CompiledWeights | None:
-        """Compiled weights for so many blocks, where they can be used."""
-        k = self.particles
-        if isinstance(k, AdaptiveAllocation) or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
+    def compile_weights(self) -> CompiledWeights | None:
+        """The compiled log-weights of this rank's blocks; None where they cannot be used."""
+        run = self.run
+        if self.allocation.adaptive or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
             return None
-        total = min(blocks, len(self.columns[0]) // DATA_BLOCK) * (k // PARTICLE_BLOCK)
-        return CompiledWeights(self.model, self.guide, self.s, PARTICLE_BLOCK, total, self.precision)
+        blocks = min(len(run.context.block_indices(run.num_blocks)), run.num_data // DATA_BLOCK)
+        total = blocks * (self.allocation.max_particles // PARTICLE_BLOCK)
+        return CompiledWeights(run.model, run.guide, run.structure, PARTICLE_BLOCK, total, self.precision)
 
-    def rounding_note(self) -> tuple[str, ...]:
-        """How far log p(x) of the first data is from float32, with the same noise; nothing where it is float32."""
+    def precision_note(self) -> tuple[str, ...]:
+        """The difference in log p(x) of the first data from float32, with the same noise; empty for float32."""
         if self.precision == "float32":
             return ()
-        few = dataclasses.replace(self, particles=PARTICLE_BLOCK, bounds=(), posterior_draws=0)
-        moved = few(0)["log_px"] - dataclasses.replace(few, precision="float32")(0)["log_px"]
-        if not moved.any():
+        few = replace(self, allocation=FixedAllocation(PARTICLE_BLOCK), bounds=(), posterior_draws=0)
+        block = self.run.block(0)
+        difference = few(block)["log_px"] - replace(few, precision="float32")(block)["log_px"]
+        if not difference.any():
             return (f"products in {self.precision} change nothing here: there is no layer in float32",)
-        who = "all data" if self.s.has_global_latents else f"the first {len(moved)} data"
+        mean, largest = float(difference.mean()), float(difference.abs().max())
+        who = "all data" if self.run.structure.has_global_latents else f"the first {len(difference)} data"
         return (
             f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of {who} is "
-            f"{float(moved.mean()):+.4f} nats from float32 on average, {float(moved.abs().max()):.4f} at most",
+            f"{mean:+.4f} nats from float32 on average, {largest:.4f} at most",
         )
 
-    def __call__(self, number: int, cells: CompiledWeights | None = None) -> dict[str, Tensor]:
-        """All that is reported of a block's data, [N] by name; latents [draws, N, ...] as "posterior/name"."""
+    def __call__(self, block: Block, compiled: CompiledWeights | None = None) -> dict[str, Tensor]:
+        """All statistics of a block's data, [N] by name; latents [N, draws, ...] as "posterior/name"."""
         with layer_precision(self.precision):
-            return self._weighed(number, cells)
+            return self._statistics(block, compiled)
 
-    def _weighed(self, number: int, cells: CompiledWeights | None) -> dict[str, Tensor]:
-        first = number * self.size
-        block = Block(
-            self.columns, first, min(first + self.size, len(self.columns[0])), number, self.s, self.device
-        )  # fmt: skip
-        width = 1 if self.s.has_global_latents else block.size
-        if isinstance(self.particles, int):
-            counts, told = torch.full((width,), self.particles), {}
-        else:
-            counts, spent = pilot(block, self.model, self.guide, self.particles, self.seed, self.rows)
-            told = {"num_particles": counts, "pilot_particles": spent}
+    def _statistics(self, block: Block, compiled: CompiledWeights | None) -> dict[str, Tensor]:
+        run = self.run
+        allocated = self.allocation.allocate(block, run.model, run.guide, run.seed, self.rows)
+        counts = allocated["num_particles"]
         levels = sorted(set(counts.tolist()))
-        ks = [k for k in {*recorded_bounds(levels[0]), *self.bounds} if 1 <= k <= levels[0]]
-        tallies = {k: _Tally(self, block, k, (counts == k).nonzero()[:, 0], ks) for k in levels}
-        drawn = missing = 0
-        for level in levels:  # data that have had their particles drop out
+        ks = sorted(k for k in {*recorded_bounds(levels[0]), *self.bounds} if 1 <= k <= levels[0])
+        groups = {count: _Group(self, block, count, (counts == count).nonzero()[:, 0], ks) for count in levels}
+        start = missing = 0
+        for level in levels:  # data leave once they have all their particles
             rows = (counts >= level).nonzero()[:, 0]
-            part, at = block.select_rows(rows)
+            part, positions = block.select_rows(rows)
             for log_weight, elbo, t in part.weights(
-                self.model, self.guide, level, self.seed, self.rows, cells, start=drawn
+                run.model, run.guide, level, run.seed, self.rows, compiled, start=start
             ):
-                for k in levels[levels.index(level) :]:
-                    tallies[k].add(log_weight, elbo, t, at[counts[rows] == k])
-            missing = part.missing if not drawn else missing  # which the first draws have counted in all rows
-            drawn = level
-        found = _joined([tally.result() for tally in tallies.values()], width)
-        return found | told | {"missing": torch.tensor(missing)}
+                for count in levels[levels.index(level) :]:
+                    groups[count].add(log_weight, elbo, t, positions[counts[rows] == count])
+            missing = missing if start else part.num_missing  # the first particles are drawn for all rows
+            start = level
+        order = torch.cat([group.rows for group in groups.values()]).argsort()
+        joined = concatenate([group.result() for group in groups.values()])
+        found = {name: value.index_select(0, order) for name, value in joined.items()}
+        return found | allocated | {"missing": torch.tensor(missing)}
 
 
-class _Tally:
-    """What is kept of the data of a block that have the same number of particles."""
+class _Group:
+    """The accumulated log-weights of those data of a block that have the same number of particles."""
 
-    def __init__(self, w: ImportanceSampler, block: Block, count: int, rows: Tensor, ks: Sequence[int]):
+    def __init__(self, sampler: ImportanceSampler, block: Block, count: int, rows: Tensor, bounds: Sequence[int]):
         self.rows = rows
-        self.weights = LogWeightAccumulator(count, sorted(ks), block.eps)
-        which = (count,) if isinstance(w.particles, AdaptiveAllocation) else ()
-        noise = derive_seed(w.seed, block.number, "posterior", *which)
-        self.kept = PosteriorReservoir(w.posterior_draws, noise, w.s) if w.posterior_draws else None
+        self.weights = LogWeightAccumulator(count, bounds, block.eps)
+        key = (count,) if sampler.allocation.adaptive else ()
+        seed = derive_seed(sampler.run.seed, block.number, "posterior", *key)
+        draws = sampler.posterior_draws
+        self.reservoir = PosteriorReservoir(draws, seed, sampler.run.structure) if draws else None
 
-    def add(self, log_weight: Tensor, elbo: Tensor, t: Any, at: Tensor) -> None:
-        """Takes in log-weights and ELBO [particles, batch] of the columns `at`, and the terms that they are of."""
-        if len(at) < log_weight.shape[1]:
-            at = at.to(log_weight.device)
-            log_weight, elbo = log_weight[:, at], elbo[:, at]
+    def add(self, log_weight: Tensor, elbo: Tensor, t: Terms | None, positions: Tensor) -> None:
+        """Adds the columns `positions` of log-weights and ELBO [particles, N], and of the terms behind them."""
+        if len(positions) < log_weight.shape[1]:
+            index = positions.to(log_weight.device)
+            log_weight, elbo = log_weight[:, index], elbo[:, index]
         self.weights.add(log_weight, elbo)
-        if self.kept and t is not None:
-            self.kept.add(log_weight, t, at.cpu())
+        if self.reservoir and t is not None:
+            self.reservoir.add(log_weight, t, positions.cpu())
 
     def result(self) -> dict[str, Tensor]:
-        found = {name: value.cpu() for name, value in self.weights.result().items()}
-        draws = self.kept.values if self.kept else {}
-        return found | {"rows": self.rows} | {f"posterior/{name}": value for name, value in draws.items()}
-
-
-def _joined(parts: Sequence[dict[str, Tensor]], width: int) -> dict[str, Tensor]:
-    """Results of some data each, in the order of the data."""
-    order = torch.cat([part["rows"] for part in parts]).argsort()
-    assert len(order) == width
-    out = {}
-    for name in parts[0].keys() - {"rows"}:
-        dim = int(name.startswith("posterior/"))
-        out[name] = torch.cat([part[name] for part in parts], dim).index_select(dim, order)
-    return {name: out[name] for name in parts[0] if name in out}
+        draws = self.reservoir.values if self.reservoir else {}
+        statistics = {name: value.cpu() for name, value in self.weights.result().items()}
+        return statistics | {f"posterior/{name}": value.transpose(0, 1) for name, value in draws.items()}

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ppvae.data.loader import data_columns, data_digest
-from ppvae.distributed import distributed_context, progress_disabled
+from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import BlockCache, cache_key
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, inspect_columns
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.full_rank import FullRankFamily
 from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefit, check_refit
 from ppvae.evaluation.results import SavedResult, mean_words
-from ppvae.inference.evaluation_mode import evaluation_mode
-from ppvae.inference.param_store import bind_program, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
-from ppvae.rng import fork_rng
 
 
 @dataclass(frozen=True)
@@ -115,9 +108,7 @@ class Gaps(SavedResult):
             f"({self.log_px_from})",
         ]
         if bad:
-            lines.append(
-                f"log p(x) of {bad} of {count} data is not to be trusted: their approximation gap may be larger"
-            )
+            lines.append(f"log p(x) of {bad} of {count} data is unreliable: their approximation gap may be larger")
         return "\n".join([*lines, *self.notes])
 
 
@@ -171,38 +162,35 @@ def gaps(
     for name, value in (("num_particles", num_particles), ("steps", steps), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
-    model, guide = bind_program(model), bind_program(guide)
-    with distributed_context() as shares:
-        columns = data_columns(data, seed)
-        _check_log_px(log_px, columns)
-        with fork_rng(), evaluation_mode(model, guide):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
-            s, size = inspect_columns(model, guide, columns, place)
-            check_refit(s)
-            settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
-            refit = LocalRefit(model, guide, s, size, richer, *settings).choose_guides(columns, place)
-            numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds, "seed": seed}
-            what = {"what": "gaps", "refit": refit.description, "richer": refit.richer_name}
-            key = cache_key(columns, s, (), what | numbers)
-            finished, done = BlockCache(directory, key), {}
-            with tqdm(desc="gaps", unit="step", disable=progress_disabled(progress)) as bar:
-                for number in shares.block_indices(-(-len(columns[0]) // refit.size)):
-                    start, stop = number * refit.size, min((number + 1) * refit.size, len(columns[0]))
-                    bar.set_postfix_str(f"data {start} to {stop - 1} of {len(columns[0])}")
-                    block = Block(columns, start, stop, number, refit.s, place)
-                    made = functools.partial(refit.fit_block, block, bar.update)
-                    done[number] = finished.part(f"block_{number}", made)[0]
-        parts = shares.gather_blocks(done, key)
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "rounds"}
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        _check_log_px(log_px, run.columns)
+        s = run.structure
+        check_refit(s)
+        settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
+        refit = LocalRefit(run.model, run.guide, s, run.block_size, richer, *settings).choose_guides(
+            run.columns, run.device
+        )
+
+        def fit(block: Block, tracker: BlockProgress) -> dict[str, Tensor]:
+            tracker.bar.set_postfix_str(f"data {block.start} to {block.start + block.size - 1} of {run.num_data}")
+            return tracker.part(f"block-{block.number:05d}", lambda: refit.fit_block(block, tracker.advance))
+
+        numbers = {"num_particles": num_particles, "steps": steps, "rounds": rounds}
+        words = {"what": "gaps", "refit": refit.description, "richer": refit.richer_name}
+        found = run_blocks(
+            replace(run, structure=refit.s, block_size=refit.size), fit, words | numbers,
+            desc="gaps", directory=directory, progress=progress, parts=True, steps=None, unit="step",
+        )  # fmt: skip
     estimate = {name: found.pop(name) for name in ESTIMATE_FIELDS}
     est = _estimate(estimate, num_particles, seed, s) if log_px is None else log_px
     if isinstance(est, Tensor):
-        best, words = est.double().cpu(), "given"
+        log_px_from, best = "given", est.double().cpu()
         error, reliable = torch.full_like(best, math.nan), torch.ones_like(best, dtype=torch.bool)
     else:
         best, error, reliable = est.log_px, est.std_error, est.reliable
-        source = f"from {'the richer family' if refit.richer else 'the refit guide'}" if log_px is None else "given"
-        words = f"{est.method}, {source}, K = {est.num_particles}"
+        source = "the richer family" if refit.richer else "the refit guide"
+        log_px_from = "given" if log_px is not None else f"{est.method}, from {source}"
+        log_px_from += f", K = {est.num_particles}"
     return Gaps(
         log_px=best,
         log_px_error=error,
@@ -213,17 +201,13 @@ def gaps(
         gained=found["gained"],
         refit=refit.description,
         richer=refit.richer_name,
-        log_px_from=words
-        if log_px is None
-        else f"given, K = {est.num_particles}"
-        if isinstance(est, Estimate)
-        else "given",
+        log_px_from=log_px_from,
         num_particles=num_particles,
         steps=steps,
-        rounds=int(max(part["rounds"] for part in parts)),
+        rounds=int(found["rounds"].max()),
         seed=seed,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
         notes=(f"no richer family: {refit.why_no_richer}",) if refit.why_no_richer else (),
     )
 

@@ -185,7 +185,7 @@ def test_what_each_datum_got_is_kept(tmp_path):
     assert torch.equal(again.on_target, est.on_target)
     assert again.table() == est.table()
     assert again.summary() == est.summary()
-    assert again.trusted is None
+    assert again.reliable_override is None
     tree = est.to_arviz()
     assert tree["marginal_likelihood"]["num_particles"].values.tolist() == est.particles.tolist()
     assert f"{int(est.particles.min())} to {est.num_particles}" in est.table()["particles"]
@@ -202,7 +202,7 @@ def test_each_datum_is_judged_by_its_own_particles():
     est = Estimate(-one, 0.04 * one, ess, k_hat, -one, 0 * one, 3200, 0, 3, "density", **words)
     assert est.particles.tolist() == k.tolist()
     assert est.reliable.tolist() == est.on_target.tolist() == [False, True, True, False]
-    assert "heavy tail, k_hat not below 0.50 to 0.70: 1, ess below 50: 1" in est.summary()
+    assert "1 with a heavy tail (k_hat not below 0.50 to 0.70), 1 with ess below 50" in est.summary()
     assert (
         "2 of 4 data are reliable and within a standard error of 0.05 nats; 1 of the others had all 3200"
         in est.summary()
@@ -297,4 +297,12 @@ def test_what_a_pilot_calls_for():
         "k_hat": torch.tensor([0.1, 0.1, 0.65, 0.7, -torch.inf, 0.45]),
     }
     assert MARGIN == 0.8
-    assert AdaptiveAllocation(0.05, 10_000).particles(found, 100).tolist() == [800, 1600, 800, torch.inf, 100, 100]
+    required = AdaptiveAllocation(0.05, 10_000).required_particles(found, 100)
+    assert required.tolist() == [
+        800,
+        1600,
+        800,
+        torch.inf,
+        100,
+        100,
+    ]
