@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from experiments.cells import Cells, Workspace, group_cells, markdown, run, values
 from ppvae import data, objectives
-from ppvae.objectives.gradients import estimators as gradients
+from ppvae.objectives import gradients
 from ppvae.objectives.gradients.control_variates import NoBaseline
 from ppvae.plots.style import BLUE, FAINT, GREEN, INK, VERMILLION, figure, styled
 

@@ -328,7 +328,7 @@ def test_parts_from_a_config_file(cli, tmp_path):
 def test_help_lists_parts_and_the_chosen_ones_options(cli):
     shown = cli("fit", "ppvae.models:vae", "--prior", "VampPrior", "--help").out
     words = " ".join(shown.split())
-    for text in ("MixtureOfNormals", "DiscretizedLogistic", "FullRank", "how many pseudo-inputs, K.", "IWAE"):
+    for text in ("MixtureOfNormals", "DiscretizedLogistic", "FullRank", "the number of pseudo-inputs.", "IWAE"):
         assert text in words
     for flag in ("--prior.components", "--prior.noise", "--objective.num-particles"):
         assert flag in shown
@@ -350,7 +350,7 @@ def test_parts_that_cannot_be(fails):
     wrong("--prior.latent", 3, names=("--prior.latent", "StandardNormal takes none"))
     wrong("--prior", "MAF", "--prior.transforms", "many", names=("--prior.transforms", "many"))
     wrong("--prior", "MixtureOfNormals", "--prior.components", 0, names=("MixtureOfNormals", "components", "0"))
-    wrong("--posterior", "LowRank", names=("--posterior.rank", "number of directions"))
+    wrong("--posterior", "LowRank", names=("--posterior.rank", "number of columns of W"))
     wrong("--likelihood", "Normal", "--likelihood.scale", "wide", names=("--likelihood.scale", "learned", "'wide'"))
     wrong("--likelihood", "Mixed", names=("Mixed", "'columns'", "Python"))
     wrong("--posterior", "PerDatum", names=("PerDatum", "index"))

@@ -152,7 +152,7 @@ def test_annealing_lies_beside_importance_sampling_of_the_same_data(run, capsys)
     assert (run / "results" / "annealed.nc").exists()
     assert not (run / "results" / "annealed_blocks").exists()
     page = (run / "report.html").read_text()
-    assert "Importance sampling beside annealed importance sampling" in page
+    assert "Importance sampling compared with annealed importance sampling" in page
     assert f"{est.nll:.3f} by L_80" in page
     assert "360 data" in page  # the headline stays that of the whole test set
     assert (run / "pictures" / "annealed.png").exists()
@@ -180,7 +180,7 @@ def test_the_bracket_certifies_the_settings_on_simulated_data(run, capsys):
     found = Bracket.load(run / "results" / "bdmc.json")
     assert found.settings["num_temperatures"] == 6
     page = (run / "report.html").read_text()
-    assert "log p(x) of simulated data between two bounds" in page
+    assert "Bounds on log p(x) of simulated data" in page
     assert "says nothing of other data" in page
     assert "sequential Monte Carlo above" in page
     assert (run / "pictures" / "bdmc.png").exists()

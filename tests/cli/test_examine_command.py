@@ -30,7 +30,7 @@ def test_examine_fills_the_run_folder_and_the_report(runs, capsys):
     assert {"gaps_train.json", "gaps_test.npz", "representation.json", "calibration.npz"} <= results
     assert not any(name.endswith("_blocks") for name in results)
     page = (runs / "a" / "report.html").read_text()
-    assert "Where the nats go" in page
+    assert "Inference gaps" in page
     assert "Distribution of log p(x)" in page  # the estimate that was there stays in the report
     assert (runs / "a" / "pictures" / "log_px.png").exists()
 
