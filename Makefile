@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # one thread a process: two processes share the cores better than two threads do
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-avx2 test-all lint bench clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ lint: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
+# the tests that touch numerics, as on a processor without AVX-512 and bfloat16 products; kernels are compiled anew for it
+test-avx2: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor-avx2 \
+		$(PYTEST) -m "not slow" tests/compilation tests/distributions tests/likelihoods tests/nn tests/objectives \
+		tests/evaluation/importance/test_psis.py
+
 test-all: $(STAMP)
 	$(PYTEST)
 	$(PYTEST) -o addopts= --nbmake notebooks
@@ -35,4 +41,4 @@ bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .inductor-avx2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
