@@ -165,7 +165,8 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
     except ContractError as error:
         scale_refusal = str(error)
     try:
-        lower_bound_only = check_absolute_continuity(p, q, q_roles)
+        joint = bool(global_latents(p, p_roles, plate.name))
+        lower_bound_only = check_absolute_continuity(guide, batch, p, q, q_roles, plate.name, joint)
     except ContractError as error:
         continuity_refusal = str(error)
     check_registered(model, guide, registration.params, p, q, batch)

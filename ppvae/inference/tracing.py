@@ -113,12 +113,17 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
     return scale_and_mask(log_prob, 1.0, node["mask"])
 
 
+def support_of(fn: Any) -> Any:
+    """The support of a distribution, None where it declares none: Pyro asks for one only where it transforms a site."""
+    try:
+        return fn.support
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 def has_dependent_support(fn: Any) -> bool:
     """Whether the support depends on the distribution's parameters, as a uniform's does, and so perhaps on a latent."""
-    try:
-        support = fn.support
-    except (NotImplementedError, AttributeError):
-        return False
+    support = support_of(fn)
     support = getattr(support, "base_constraint", support)
     if hasattr(support, "cure"):  # a support of this library, set by the batch
         return False
@@ -126,10 +131,12 @@ def has_dependent_support(fn: Any) -> bool:
 
 
 def _outside(fn: Any, value: Tensor) -> Tensor | None:
-    """A mask of the elements outside the support; None where there are none or can be none."""
-    support = fn.support
+    """A mask of the elements outside the support; None where there are none, can be none, or the support is unknown."""
+    support = support_of(fn)
     base = getattr(support, "base_constraint", support)
-    if base is torch.distributions.constraints.real or support is torch.distributions.constraints.real_vector:
+    if support is None or base is torch.distributions.constraints.real:
+        return None
+    if support is torch.distributions.constraints.real_vector:
         return None
     if fn.has_enumerate_support or getattr(base, "is_discrete", False):
         return None
