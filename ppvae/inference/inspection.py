@@ -42,7 +42,7 @@ from ppvae.inference.param_store import bind_program
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import LatentHook, Terms, evaluate_terms
-from ppvae.inference.tracing import Program, as_batch, event_dim, params_of, sample_sites, trace_pair
+from ppvae.inference.tracing import Program, as_batch, event_dim, has_inverse, params_of, sample_sites, trace_pair
 from ppvae.rng import fork_rng
 
 Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
@@ -245,6 +245,7 @@ def _structure(
         base_measure=base_measure(observed.values()),
         unmasked=tuple(n for n, node in observed.items() if mask_of(node) is None),
         non_reparameterized=tuple(n for n, node in sampled.items() if not getattr(node["fn"], "has_rsample", False)),
+        no_inverse=tuple(n for n, node in sampled.items() if not has_inverse(node)),
         discrete=tuple(n for n, node in sampled.items() if q_roles[n] is Role.LATENT and is_discrete(node["fn"])),
         latent_dims=sum(map(event_size, with_density)),
         relaxed=tuple(n for n, node in p.items() if p_roles[n] is Role.LATENT and is_relaxed(node["fn"])),
