@@ -16,7 +16,15 @@ from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
 from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles
 from ppvae.inference.structure import Layout, Role, Structure
-from ppvae.inference.tracing import Program, Substitute, as_batch, check_has_inverse, sample_sites, trace_pair, trace_program
+from ppvae.inference.tracing import (
+    Program,
+    Substitute,
+    as_batch,
+    check_has_inverse,
+    sample_sites,
+    trace_pair,
+    trace_program,
+)
 
 LatentHook = Callable[[str, Tensor, ParticleLayout], Tensor]  # (site name, sampled value, layout) -> value
 

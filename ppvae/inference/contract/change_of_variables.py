@@ -2,13 +2,14 @@
 
 An auxiliary site h with density q(h) and a site z ~ Delta(g(h), log_density=c) are together a density of z exactly if g
 is one to one, reaches all of z's support, and c = -log |det dg/dh|. Autograd gives the Jacobian of a run. Values on
-thin sets, such as a simplex or Cholesky factors, are measured by the coordinates of `biject_to`, as densities there are.
+thin sets, such as a simplex or Cholesky factors, are measured by the coordinates of `biject_to`, as densities are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -83,7 +84,7 @@ class Maps:
 
 
 def _coordinates_of(node: dict[str, Any]) -> Transform:
-    """The map from free coordinates to a site's values: `biject_to` for thin sets, the identity for all other values."""
+    """The map from free coordinates to a site's values: `biject_to` for thin sets, the identity elsewhere."""
     support = support_of(node["fn"])
     base = base_support(support)
     if base is None or base.event_dim == 0:
@@ -126,7 +127,7 @@ def check_change_of_variables(
             check_rows_are_mapped_alone(maps, helpers, images)
             check_log_density(maps, helpers, images, jacobian)
             if jacobian.elementwise:
-                check_reaches_prior(model, images, maps, [run(lambda v, far=far: v + far) for far in (-FAR, FAR)])
+                check_reaches_prior(images, maps, [run(partial(torch.add, other=far)) for far in (-FAR, FAR)])
 
 
 def _run_on_leaves(
@@ -223,8 +224,12 @@ def check_rows_are_mapped_alone(maps: Maps, helpers: Sequence[str], images: Sequ
 def check_log_density(maps: Maps, helpers: Sequence[str], images: Sequence[str], jacobian: Jacobian) -> None:
     """The log_density of Deltas is that of the change of variables."""
     with torch.no_grad():
-        expected = sum(maps.log_det(n) for n in helpers) - sum(maps.log_det(n) for n in images) - jacobian.log_det
-        found = sum(maps.log_prob(n) for n in images)
+        expected = -jacobian.log_det
+        found = torch.zeros_like(expected)
+        for name in helpers:
+            expected = expected + maps.log_det(name)
+        for name in images:
+            expected, found = expected - maps.log_det(name), found + maps.log_prob(name)
         wrong = ~((found - expected).abs() <= 1e-3 * (1 + expected.abs())) & _unmasked(maps, [*helpers, *images])
         if not bool(expected[wrong].isfinite().all()):  # a singular map
             raise point_mass(images[0], maps.model)
@@ -238,12 +243,12 @@ def check_log_density(maps: Maps, helpers: Sequence[str], images: Sequence[str],
             )
 
 
-def check_reaches_prior(model: Nodes, images: Sequence[str], maps: Maps, ends: Sequence[Maps]) -> None:
+def check_reaches_prior(images: Sequence[str], maps: Maps, ends: Sequence[Maps]) -> None:
     """An elementwise map reaches wherever the prior has mass, as its auxiliary values go to both infinities."""
     for name in images:
         with torch.no_grad():
             low, high = torch.stack([run.coordinates(name) for run in ends]).aminmax(dim=0)
-            draws = [maps.transform(name).inv(model[name]["fn"].sample()) for _ in range(64)]
+            draws = [maps.transform(name).inv(maps.model[name]["fn"].sample()) for _ in range(64)]
             inside = [((d >= low) & (d <= high)) for d in (maps.as_coordinates(name, d) for d in draws)]
             reached = torch.stack(inside).all() | low.isnan().any() | high.isnan().any()
         if not bool(reached):
