@@ -37,11 +37,13 @@ def _take(value: Any, rows: Tensor, size: int, dim: int) -> Any:
     return value.index_select(dim, rows.to(value.device))
 
 
-def run_at(program: Program, batch: Sequence[Any], values: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def run_at(
+    program: Program, batch: Sequence[Any], values: Mapping[str, Tensor], s: Structure | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """The sample sites of a run at given latents, always in the same noise, without gradient and validation."""
     with fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
-        torch.manual_seed(0)
-        return dict(sample_sites(trace_program(program, batch, Structure(), values)))
+        torch.manual_seed(seed)
+        return dict(sample_sites(trace_program(program, batch, s or Structure(), values)))
 
 
 def row_log_prob(node: dict[str, Any]) -> Tensor:
