@@ -66,6 +66,7 @@ class Structure:
     relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution
     scale_refusal: str = ""  # the error of a site with a scale other than the data plate's; no bound exists then
     weights_refusal: str = ""  # the error raised where weights or log p(x) are asked for; training is possible
+    row_order: str = ""  # what binds the pair to the order of its rows, in words; set where it is trained
     description: tuple[str, ...] = field(default=(), repr=False)  # lines of text for `check`
 
     def __post_init__(self) -> None:
