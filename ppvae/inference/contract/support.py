@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import constraints
 
 from ppvae.errors import DataError
@@ -74,8 +75,8 @@ def _cure(fn: Any) -> str:
 
 
 def base_distribution(fn: Any) -> Any:
-    """The distribution without masks (`.mask`) and declared events (`.to_event`)."""
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+    """The distribution without masks (`.mask`), declared events (`.to_event`) and expansion by Pyro's default."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     return fn
 
