@@ -108,9 +108,11 @@ class DataLoader:
         return tuple(read_rows(column, None, self.device) for column in self.columns)
 
     def batches(self, batch_size: int, seed: int, epoch: int, num_ranks: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """One pass over the data in an order that is a function of seed and epoch."""
+        """One pass over the data in an order that is a function of seed and epoch; a full batch keeps the data's."""
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
-        order = list(torch.randperm(len(self), generator=generator).split(batch_size))
+        full = batch_size >= len(self)  # programs for full batches may have a parameter for each row
+        rows = torch.arange(len(self)) if full else torch.randperm(len(self), generator=generator)
+        order = list(rows.split(batch_size))
         if len(order) > 1 and len(order[-1]) < 2 * num_ranks:  # batch norm needs two data at least
             order[-2:] = [torch.cat(order[-2:])]
         if self.lazy:

@@ -21,6 +21,7 @@ from ppvae.errors import ContractError
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
+from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
@@ -171,6 +172,8 @@ def inspect_columns(
                 f"of the plate {structure.plate!r}, found {total}. Pass the whole data set"
             )
         return structure, total
+    if not lazy and total > len(first[0]) and find_row_order(model, guide, first, structure, total, perturb=False):
+        return inspect(model, guide, whole), total  # all rows, each at its place
     return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
 
 

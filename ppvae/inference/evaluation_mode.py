@@ -27,20 +27,25 @@ def fork_param_store(*functions: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+def reachable_objects(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function closes over or names as a global, by name; the object that it is a method of, as "self"."""
+    fn = unwrap(function)
+    objects = {"self": getattr(fn, "__self__", fn)}
+    plain = getattr(fn, "__func__", fn)
+    code = getattr(plain, "__code__", None)
+    if code is not None:
+        for name, cell in zip(code.co_freevars, plain.__closure__ or (), strict=False):
+            with suppress(ValueError):  # a cell may still be empty
+                objects[name] = cell.cell_contents
+        objects |= {n: plain.__globals__[n] for n in code.co_names if n in plain.__globals__}
+    return objects
+
+
 def reachable_modules(*functions: Callable[..., Any]) -> list[nn.Module]:
     """The modules that functions are methods of, close over or name as globals, with their submodules, each once."""
     modules: dict[int, nn.Module] = {}
     for function in functions:
-        fn = unwrap(function)
-        objects = [fn, getattr(fn, "__self__", None)]
-        code = getattr(getattr(fn, "__func__", fn), "__code__", None)
-        if code is not None:
-            plain = getattr(fn, "__func__", fn)
-            for cell in plain.__closure__ or ():
-                with suppress(ValueError):  # a cell may still be empty
-                    objects.append(cell.cell_contents)
-            objects += [plain.__globals__[n] for n in code.co_names if n in plain.__globals__]
-        for reached in objects:
+        for reached in reachable_objects(function).values():
             owner = getattr(reached, "__self__", reached)
             if isinstance(owner, nn.Module):
                 modules |= {id(m): m for m in owner.modules()}

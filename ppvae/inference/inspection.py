@@ -15,6 +15,7 @@ from torch import Tensor
 from ppvae.errors import ContractError, DataError, PpvaeError
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure
+from ppvae.inference.contract.independence import check_independence
 from ppvae.inference.contract.missing import check_missing, explain_missing_failure, tensors_with_missing
 from ppvae.inference.contract.plates_and_roles import (
     DataPlate,
@@ -42,7 +43,7 @@ from ppvae.inference.param_store import bind_program
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import LatentHook, Terms, evaluate_terms
-from ppvae.inference.tracing import Program, as_batch, event_dim, params_of, sample_sites, trace_pair
+from ppvae.inference.tracing import Program, as_batch, event_dim, has_inverse, params_of, sample_sites, trace_pair
 from ppvae.rng import fork_rng
 
 Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
@@ -151,23 +152,26 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
     registration = Registration(create=True)
     model_trace, guide_trace = _trace_and_explain(model, guide, batch, registration)
     p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
-    plate = find_data_plate(p, model_trace, batch)
+    plate = find_data_plate(model, p, model_trace, batch)
     q_roles = guide_roles(p, q)
     p_roles = model_roles(p, q)
     check_families(p, q)
     check_missing(p, q, batch)
     _check_sites(q, q_roles)
     _check_sites(p, p_roles)
-    lower_bound_only, scale_refusal, continuity_refusal = False, "", ""
+    lower_bound_only, joint = False, bool(global_latents(p, p_roles, plate.name))
+    scale_refusal = weights_refusal = ""
     try:
         for name, node in (*q.items(), *p.items()):
             check_scale(name, node, plate)
     except ContractError as error:
-        scale_refusal = str(error)
+        scale_refusal = weights_refusal = str(error)
     try:
-        lower_bound_only = check_absolute_continuity(p, q, q_roles)
+        lower_bound_only = check_absolute_continuity(guide, batch, p, q, q_roles, plate.name, joint)
+        if not scale_refusal and (not joint or plate.size != plate.full_size):  # a joint weight may couple all data
+            check_independence(model, batch, p, plate.name, _drawn_rows(model_trace, plate))
     except ContractError as error:
-        continuity_refusal = str(error)
+        weights_refusal = scale_refusal or str(error)
     check_registered(model, guide, registration.params, p, q, batch)
     structure = replace(
         _structure(plate, p, q, p_roles, q_roles),
@@ -175,9 +179,14 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
         guide_params=params_of(guide_trace),
         lower_bound_only=lower_bound_only,
         scale_refusal=scale_refusal,
-        weights_refusal=scale_refusal or continuity_refusal,
+        weights_refusal=weights_refusal,
     )
     return replace(structure, description=tuple(describe_structure(structure, p, q)))
+
+
+def _drawn_rows(model_trace: Any, plate: DataPlate) -> Tensor | None:
+    """The rows of the data that the plate has drawn; None where it goes over the batch."""
+    return model_trace.nodes[plate.name]["value"] if plate.draws_subsample else None
 
 
 def _trace_and_explain(
@@ -244,6 +253,7 @@ def _structure(
         base_measure=base_measure(observed.values()),
         unmasked=tuple(n for n, node in observed.items() if mask_of(node) is None),
         non_reparameterized=tuple(n for n, node in sampled.items() if not getattr(node["fn"], "has_rsample", False)),
+        no_inverse=tuple(n for n, node in sampled.items() if not has_inverse(node)),
         discrete=tuple(n for n, node in sampled.items() if q_roles[n] is Role.LATENT and is_discrete(node["fn"])),
         latent_dims=sum(map(event_size, with_density)),
         relaxed=tuple(n for n, node in p.items() if p_roles[n] is Role.LATENT and is_relaxed(node["fn"])),

@@ -14,7 +14,7 @@ from ppvae.errors import PpvaeError
 from ppvae.inference.contract.run_failure import explain_failure
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
-from ppvae.inference.tracing import Program
+from ppvae.inference.tracing import Program, RecordBaseDraws
 
 log = logging.getLogger("ppvae")
 
@@ -30,19 +30,22 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
     Raises:
         ContractError: the pair fails on a single particle.
     """
+    record = RecordBaseDraws(s.no_inverse)
     try:
-        single = evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(s, layout=Layout.ONE_BY_ONE))
+        recorded = record(guide) if s.no_inverse else guide
+        single = evaluate_terms(model, recorded, batch, NUM_PARTICLES, structure=replace(s, layout=Layout.ONE_BY_ONE))
     except PpvaeError:
         raise
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in batch if isinstance(t, Tensor))
         raise explain_failure(error, shapes) from error
-    values = _sampled_values(single, s)
+    values = _sampled_values(single, s) | {name: torch.stack(draws) for name, draws in record.draws.items()}
+    s, own = replace(s, from_base=s.no_inverse), s
     reason = ""
     for layout in _candidates(s):
         try:
             if _densities_agree(model, guide, batch, s, layout, values, single):
-                evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(s, layout=layout))  # must sample
+                evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(own, layout=layout))  # must sample
                 if layout is Layout.FOLDED:
                     log.warning("ppvae: the pair does not broadcast over particles (%s): folded into the batch", reason)
                 return layout

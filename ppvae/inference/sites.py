@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,9 +51,18 @@ def event_factors(distribution: Any) -> tuple[Any, int]:
     return distribution, reinterpreted
 
 
+def copy_distribution(fn: Any) -> Any:
+    """A copy whose expansion leaves the original as it is: Pyro's `ExpandedDistribution.expand` changes its object."""
+    new = copy.copy(fn)
+    if hasattr(fn, "base_dist"):
+        new.base_dist = copy_distribution(fn.base_dist)
+    return new
+
+
 def closed_form_kl(q: Distribution, p: Distribution) -> tuple[Tensor, int] | None:
     """(KL(q || p) [*batch, *factors], number of factor dims); None where torch and Pyro have no closed form."""
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # Pyro leaves out plates where a value is given
+    q, p = copy_distribution(q), copy_distribution(p)
     (q_base, q_dims), (p_base, p_dims) = event_factors(q.expand(shape)), event_factors(p.expand(shape))
     if isinstance(q_base, Delta):
         return None

@@ -59,11 +59,14 @@ class Structure:
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # unconstrained, by name
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     non_reparameterized: tuple[str, ...] = ()  # guide sites that are sampled without reparameterisation
+    no_inverse: tuple[str, ...] = ()  # guide sites with a density at their own draws alone: flows without an inverse
+    from_base: tuple[str, ...] = ()  # of these, the sites whose given values are draws of their base distributions
     discrete: tuple[str, ...] = ()  # discrete latents that the guide samples, not enumerates
     latent_dims: int = 0  # numbers that the guide samples per datum
     relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution
     scale_refusal: str = ""  # the error of a site with a scale other than the data plate's; no bound exists then
     weights_refusal: str = ""  # the error raised where weights or log p(x) are asked for; training is possible
+    row_order: str = ""  # what binds the pair to the order of its rows, in words; set where it is trained
     description: tuple[str, ...] = field(default=(), repr=False)  # lines of text for `check`
 
     def __post_init__(self) -> None:

@@ -14,9 +14,17 @@ from torch import Tensor
 
 from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
-from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles
+from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles, copy_distribution
 from ppvae.inference.structure import Layout, Role, Structure
-from ppvae.inference.tracing import Program, Substitute, as_batch, sample_sites, trace_pair, trace_program
+from ppvae.inference.tracing import (
+    Program,
+    Substitute,
+    as_batch,
+    check_has_inverse,
+    sample_sites,
+    trace_pair,
+    trace_program,
+)
 
 LatentHook = Callable[[str, Tensor, ParticleLayout], Tensor]  # (site name, sampled value, layout) -> value
 
@@ -208,6 +216,7 @@ def sample_guide(
     `values` evaluates the guide at given latents, `events` adds log-densities per factor of an event, as in `terms`.
     """
     s = structure
+    check_has_inverse(s, values or ())
     substituted = {**(values or {}), **({} if index is None else {s.plate: index})}
     runs = []
     layout = ParticleLayout(s, num_particles, s.batch_size(batch) if index is None else len(index))
@@ -246,7 +255,7 @@ def cache_encoder(guide: Program, batch: tuple[Any, ...], s: Structure, index: T
             for f in frames:
                 rows = trace.nodes[f.name]["value"] if f.name in trace.nodes else None
                 stack.enter_context(pyro.plate(f.name, int(f.full_size or f.size), subsample=rows, dim=f.dim))
-            return pyro.sample(name, node["fn"])
+            return pyro.sample(name, copy_distribution(node["fn"]))
 
     return cached
 

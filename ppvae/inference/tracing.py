@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.compilation.graph import is_capturing
+from ppvae.errors import site_error
 from ppvae.inference.replay import ReplayNoise, buffer_copies
 from ppvae.inference.structure import Role, Structure
 
@@ -28,16 +29,69 @@ Program = Callable[..., Any]  # a model or a guide
 
 
 class Substitute(Messenger):
-    """Substitutes given values for samples, at latent sites and at a plate's subsample."""
+    """Substitutes given values for samples, at latent sites and at a plate's subsample.
 
-    def __init__(self, values: Mapping[str, Tensor]):
+    At the sites `from_base`, the given value is a draw of the base distribution of a flow, and goes through the flow.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], from_base: Sequence[str] = ()):
         super().__init__()
-        self.values = values
+        self.values, self.from_base = values, from_base
 
     def _pyro_sample(self, msg: Any) -> None:
         value = self.values.get(msg["name"])
-        if value is not None and not msg["is_observed"]:
-            msg["value"], msg["done"] = snap_to_point_mass(msg["fn"], value), True
+        if value is None or msg["is_observed"]:
+            return
+        if msg["name"] in self.from_base:
+            for transform in flow_of(msg["fn"]):
+                value = transform(value)
+        msg["value"], msg["done"] = snap_to_point_mass(msg["fn"], value), True
+
+
+class RecordBaseDraws(Messenger):
+    """Collects, run by run, the draws of the base distributions of flows without an inverse."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.draws: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.draws and not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+            value = msg["value"]
+            for transform in reversed(flow_of(msg["fn"])):
+                value = transform.inv(value)  # from its cache
+            self.draws[msg["name"]].append(value)
+
+
+def flow_of(fn: Any) -> list[Any]:
+    """The transforms of a flow, from its base distribution on; empty for any other distribution."""
+    while isinstance(fn, Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return list(getattr(fn, "transforms", ()))
+
+
+def has_inverse(node: dict[str, Any]) -> bool:
+    """Whether the density of a site can be evaluated at any value, and not at its own draws alone."""
+    try:
+        node["fn"].log_prob(node["value"].clone())
+    except (KeyError, NotImplementedError):  # Pyro's flows look for a draw of theirs, and find none
+        return False
+    except (ValueError, RuntimeError, IndexError):
+        return True
+    return True
+
+
+def check_has_inverse(s: Structure, names: Iterable[str]) -> None:
+    """A guide site that is evaluated at given values has a density there."""
+    for name in names:
+        if name in s.no_inverse and name not in s.from_base:
+            raise site_error(
+                name,
+                "a density that can be evaluated at given values, as sticking the landing, DReG, annealing and "
+                "refinement need it",
+                "a flow without an inverse",
+                "use gradient='pathwise' and log_marginal by importance sampling, or a flow with an inverse",
+            )
 
 
 def snap_to_point_mass(fn: Any, value: Tensor) -> Tensor:
@@ -113,12 +167,17 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
     return scale_and_mask(log_prob, 1.0, node["mask"])
 
 
+def support_of(fn: Any) -> Any:
+    """The support of a distribution, None where it declares none: Pyro asks for one only where it transforms a site."""
+    try:
+        return fn.support
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 def has_dependent_support(fn: Any) -> bool:
     """Whether the support depends on the distribution's parameters, as a uniform's does, and so perhaps on a latent."""
-    try:
-        support = fn.support
-    except (NotImplementedError, AttributeError):
-        return False
+    support = support_of(fn)
     support = getattr(support, "base_constraint", support)
     if hasattr(support, "cure"):  # a support of this library, set by the batch
         return False
@@ -126,10 +185,12 @@ def has_dependent_support(fn: Any) -> bool:
 
 
 def _outside(fn: Any, value: Tensor) -> Tensor | None:
-    """A mask of the elements outside the support; None where there are none or can be none."""
-    support = fn.support
+    """A mask of the elements outside the support; None where there are none, can be none, or the support is unknown."""
+    support = support_of(fn)
     base = getattr(support, "base_constraint", support)
-    if base is torch.distributions.constraints.real or support is torch.distributions.constraints.real_vector:
+    if support is None or base is torch.distributions.constraints.real:
+        return None
+    if support is torch.distributions.constraints.real_vector:
         return None
     if fn.has_enumerate_support or getattr(base, "is_discrete", False):
         return None
@@ -173,7 +234,7 @@ def trace_program(
         tracer = stack.enter_context(poutine.trace())
         if replay_trace is not None:
             stack.enter_context(poutine.replay(trace=replay_trace))
-        stack.enter_context(Substitute(values))
+        stack.enter_context(Substitute(values, s.from_base))
         if s.enumerated:  # innermost: it must see a site before a value is substituted there
             # the model takes the guide's enumeration dims, so that a replayed value means the same on both sides
             first = None if replay_trace is not None else -1 - s.plate_nesting - (num_particles is not None)
@@ -202,7 +263,9 @@ def trace_pair(
     """
     detach = (lambda _, value: value.detach()) if "latents" in frozen else None
     guide_values, noise = values, None
-    if "guide" in frozen or latent_hook is not None:
+    twice = "guide" in frozen or latent_hook is not None
+    check_has_inverse(s, s.no_inverse if twice else values)
+    if twice:
         noise = ReplayNoise(batch)
         with buffer_copies():
             samples = trace_program(guide, batch, s, values, None, num_particles, detach, noise)

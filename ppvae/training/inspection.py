@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import nn
 
 from ppvae.data.loader import DataLoader
+from ppvae.distributed import DistributedContext
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference.contract.registration import Registration
+from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.evaluation_mode import eval_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import program_device
@@ -40,20 +43,26 @@ def inspect_for_training(
             for module in modules:
                 module.to(train.device)
         with record_modules(model, guide) as modules, Registration(create=True):
+            batch = first
             try:
                 structure = inspect(model, guide, first, weights=False)
             except ContractError as error:
                 if train.lazy or len(train) <= batch_size:
                     raise
-                try:  # a plate that draws its own subsample needs all data
-                    structure = inspect(model, guide, train.read_all(), weights=False)
+                try:  # a plate that draws its own subsample, or a parameter of one row a datum, needs all data
+                    batch = train.read_all()
+                    structure = inspect(model, guide, batch, weights=False)
                 except ContractError:
                     raise error from None
-                if not structure.draws_subsample:
+                if not structure.draws_subsample and not find_row_order(model, guide, batch, structure, len(train)):
                     raise
-        subsampled = structure.draws_subsample or (structure.has_subsample_size and len(train) > len(first[0]))
-        if subsampled and not train.lazy:
-            structure = inspect(model, guide, train.read_all(), weights=False)
+            subsampled = structure.draws_subsample or (structure.has_subsample_size and len(train) > len(first[0]))
+            if subsampled and not train.lazy:
+                batch = train.read_all()
+                structure = inspect(model, guide, batch, weights=False)
+            order = find_row_order(model, guide, batch, structure, len(train))
+            structure = replace(structure, row_order=order)
+            check_mini_batches(structure, len(train), batch_size)
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
@@ -62,8 +71,30 @@ def inspect_for_training(
     return structure, modules
 
 
-def check_amortized(modules: Sequence[nn.Module]) -> None:
-    """Raises UsageError where a module has parameters for each training datum, and so none for validation data."""
+def check_mini_batches(structure: Structure, num_data: int, batch_size: int) -> None:
+    """Raises ContractError where a pair that is bound to the order of its rows gets them in another order, or in parts.
+
+    Training on one full batch keeps the order.
+    """
+    if not structure.row_order:
+        return
+    if num_data > batch_size:
+        raise ContractError(
+            f"{structure.row_order}, and a mini-batch brings other rows. Pass the rows' numbers as a column, fit(..., "
+            f"data.indexed(x)), and take tensor[index] in model(x, index) and guide(x, index); or use "
+            f"posteriors.PerDatum; or train on a full batch, batch_size={num_data}, which keeps the order"
+        )
+    if DistributedContext().size > 1:
+        raise ContractError(f"{structure.row_order}, and several processes share a batch. Train in one process")
+
+
+def check_amortized(modules: Sequence[nn.Module], structure: Structure) -> None:
+    """Raises an error where a pair has parameters for each training datum, and so none for validation data."""
+    if structure.row_order:
+        raise ContractError(
+            f"valid: {structure.row_order}, and has none for validation data. Leave valid out, and refit for an ELBO "
+            f"of other data"
+        )
     for module in modules:
         if getattr(module, "requires_training_data", False):
             raise UsageError(

@@ -130,7 +130,8 @@ class TrainingStep:
         size, objective = self.structure.batch_size(batch), self.svi.loss
         if not size:
             return []
-        joint = self.structure.draws_subsample or self.structure.has_global_latents or self.has_batch_norm
+        s = self.structure
+        joint = s.draws_subsample or s.has_global_latents or bool(s.row_order) or self.has_batch_norm
         if joint or not (isinstance(objective, Objective) and objective.factorizes_over_data):
             return [batch]
         width = max(1, self.rows // objective.draws)

@@ -85,7 +85,7 @@ class Trainer:
                 self.model, self.guide, self.train, batch_size, objective, move_modules=device is not None
             )
             if self.valid is not None:
-                check_amortized(modules)
+                check_amortized(modules, self.structure)
             self.state = PairState(self.scope, modules)
             self.monitor = ValidationMonitor(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed

@@ -42,7 +42,8 @@ class ValidationMonitor:
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
         self._function: CompiledFunction | None = None
-        self._count = len(loader) if held_out else min(len(loader), ROWS)
+        whole = held_out or bool(structure.row_order)
+        self._count = len(loader) if whole else min(len(loader), ROWS)
         with fork_rng():
             torch.manual_seed(seed)  # noise that a split redraws is drawn once
             self._columns = data_columns(loader.columns, seed)
@@ -63,7 +64,7 @@ class ValidationMonitor:
         s = self.structure
         if not self.has_elbo:
             return {}
-        size = s.subsample_size if s.draws_subsample else ROWS
+        size = s.subsample_size if s.draws_subsample else self._count if s.row_order else ROWS
         latents = [] if s.enumerated or Role.AUXILIARY in s.guide_roles.values() else list(s.guide_roles)
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with fork_rng(), torch.no_grad(), eval_mode(model, guide):

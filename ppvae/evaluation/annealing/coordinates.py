@@ -15,7 +15,7 @@ from ppvae.inference.contract.support import base_distribution, is_discrete, mas
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
-from ppvae.inference.tracing import Program, sample_sites, trace_program
+from ppvae.inference.tracing import Program, check_has_inverse, sample_sites, support_of, trace_program
 from ppvae.rng import fork_rng
 
 
@@ -67,6 +67,7 @@ class UnconstrainedSpace:
     """
 
     def __init__(self, guide: Program, batch: tuple[Any, ...], s: Structure, index: Tensor | None):
+        check_has_inverse(s, s.no_inverse)
         with fork_rng(), torch.no_grad():
             self.sites = sample_guide(guide, batch, 2, structure=s, index=index)
             self.nodes = _continuous_nodes(guide, batch, s, index)
@@ -151,7 +152,7 @@ def _continuous_nodes(
                 "annealing follows gradients: mark the site infer={'enumerate': 'parallel'} in the model and leave "
                 "it out of the guide, or use log_marginal",
             )  # fmt: skip
-        a, b = (_support_bounds(n["fn"].support) for n in (node, second[name]))
+        a, b = (_support_bounds(support_of(n["fn"])) for n in (node, second[name]))
         if len(a) != len(b) or not all(torch.equal(i, j) for i, j in zip(a, b, strict=True)):
             raise site_error(
                 name, "a support that is the same for every draw", "one that moves with another latent",
@@ -166,7 +167,13 @@ def _continuous_nodes(
 
 
 def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, start: int) -> LatentCoordinates:
-    support = node["fn"].support
+    support = support_of(node["fn"])
+    if support is None:
+        raise site_error(
+            name, "a guide's distribution that declares its support, in whose coordinates annealing moves",
+            f"{type(base_distribution(node['fn'])).__name__}, which declares none",
+            "give it a support, as torch.distributions.constraints.real, or use log_marginal",
+        )  # fmt: skip
     try:
         transform = torch.distributions.biject_to(support)
     except NotImplementedError:

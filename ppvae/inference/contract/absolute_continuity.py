@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -11,23 +11,29 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import site_error
+from ppvae.inference.contract.change_of_variables import check_change_of_variables
 from ppvae.inference.contract.support import (
     base_distribution,
     base_support,
-    event_size,
     is_discrete,
     mask_of,
     support_name,
 )
 from ppvae.inference.structure import Role
+from ppvae.inference.tracing import Program, support_of
 
 
 def check_absolute_continuity(
-    model: Mapping[str, Any], guide: Mapping[str, Any], guide_roles: Mapping[str, Role]
-) -> bool:
+    guide_program: Program, batch: Sequence[Any], model: Mapping[str, Any], guide: Mapping[str, Any],
+    guide_roles: Mapping[str, Role], plate: str, joint: bool,
+) -> bool:  # fmt: skip
     """Refuses a guide that is not absolutely continuous with its prior; returns whether it gives a lower bound only.
 
     A guide that omits values of a discrete latent gives a lower bound of log p(x).
+
+    Args:
+        plate: name of the data plate.
+        joint: a latent is shared by all data, so that weights are joint.
     """
     lower_bound_only = False
     for name, role in guide_roles.items():
@@ -41,7 +47,10 @@ def check_absolute_continuity(
             lower_bound_only = lower_bound_only or _omits_values(p, q)
         else:
             check_support_covers_prior(name, p, q)
-    check_point_masses(model, guide, guide_roles)
+    points = _points(model, guide, guide_roles)
+    auxiliary = [name for name, role in guide_roles.items() if role is Role.AUXILIARY]
+    if points or auxiliary:
+        check_change_of_variables(guide_program, batch, model, guide, points, auxiliary, plate, joint)
     return lower_bound_only
 
 
@@ -57,8 +66,19 @@ def _omits_values(p: dict[str, Any], q: dict[str, Any]) -> bool:
     """Whether the guide of a discrete latent gives no mass to some of 64 draws of its prior."""
     if type(base_distribution(p["fn"])) is type(base_distribution(q["fn"])):
         return False
-    with torch.no_grad():
-        return not bool(q["fn"].support.check(p["fn"].sample(torch.Size((64,)))).all())
+    return _holds_draws(q["fn"], p["fn"]) is False
+
+
+def _holds_draws(outer: Any, inner: Any) -> bool | None:
+    """Whether one distribution gives mass to 64 draws of another; None where neither support nor density tells."""
+    support = support_of(outer)
+    try:
+        with torch.no_grad():
+            draws = inner.sample(torch.Size((64,)))
+            inside = outer.log_prob(draws) > -torch.inf if support is None else support.check(draws)
+            return bool(inside.all())
+    except (NotImplementedError, RuntimeError, ValueError, KeyError):
+        return None
 
 
 def check_same_mask(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
@@ -70,34 +90,16 @@ def check_same_mask(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def check_point_masses(model: Mapping[str, Any], guide: Mapping[str, Any], guide_roles: Mapping[str, Role]) -> None:
-    """Point masses on continuous latents have as many dims as the auxiliary sites that they map to latents."""
-    points = {
-        name: event_size(guide[name])
+def _points(model: Mapping[str, Any], guide: Mapping[str, Any], guide_roles: Mapping[str, Role]) -> list[str]:
+    """The continuous latents whose guide is a Delta and whose prior is none."""
+    return [
+        name
         for name, role in guide_roles.items()
         if role is not Role.AUXILIARY
         and _is_point_mass(guide[name])
         and not _has_discrete_prior(model[name])
         and not _is_point_mass(model[name])
-    }
-    helpers = {name: event_size(guide[name]) for name, role in guide_roles.items() if role is Role.AUXILIARY}
-    if sum(points.values()) == sum(helpers.values()):
-        return
-    if points:
-        name = next(iter(points))
-        raise site_error(
-            name,
-            f"a guide absolutely continuous with its prior {type(base_distribution(model[name]['fn'])).__name__}",
-            "a Delta (point mass), under which importance weights look perfect and are wrong",
-            "use a guide with a density to estimate log p(x); Delta can still be trained (MAP)",
-        )
-    name = next(iter(helpers))
-    raise site_error(
-        name,
-        "a helper that a Delta site turns into a latent, dim for dim",
-        f"{helpers[name]} dims per datum that the model has no density for",
-        "give the latent a density of its own in the guide",
-    )
+    ]
 
 
 def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
@@ -125,21 +127,18 @@ def _same_mask(a: Any, b: Any) -> bool:
 
 def check_support_covers_prior(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
     """The support of a continuous latent's guide contains the support of its prior."""
-    prior, posterior = base_support(p["fn"].support), base_support(q["fn"].support)
+    prior, posterior = base_support(support_of(p["fn"])), base_support(support_of(q["fn"]))
     thin = (constraints.simplex, dist.constraints.sphere)  # of measure zero among real vectors
     if posterior in (constraints.real, constraints.real_vector) and prior not in thin:
         return
-    if type(prior) is type(posterior) and not vars(prior):
+    if prior is not None and type(prior) is type(posterior) and not vars(prior):
         return
     inner, outer = _bounds(prior), _bounds(posterior)
     if inner is not None and outer is not None:
         if bool((outer[0] <= inner[0]).all()) and bool((inner[1] <= outer[1]).all()):
             return
-    else:  # not intervals: draws of the prior lie in the guide's support
-        with torch.no_grad():
-            draws = p["fn"].sample(torch.Size((64,)))
-            if bool(q["fn"].support.check(draws).all()):
-                return
+    elif _holds_draws(q["fn"], p["fn"]) is not False:  # not intervals, or unknown
+        return
     raise site_error(
         name,
         f"a guide whose support holds the prior's ({support_name(prior)})",

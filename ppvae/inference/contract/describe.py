@@ -15,7 +15,7 @@ from ppvae.inference.contract.support import base_distribution, base_support, ma
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Layout, Role, Structure
-from ppvae.inference.tracing import Program, trace_pair
+from ppvae.inference.tracing import Program, support_of, trace_pair
 from ppvae.rng import fork_rng
 
 _LAYOUTS = {
@@ -128,11 +128,8 @@ def _outermost_calls(model: Program, guide: Program, batch: tuple[Any, ...]) -> 
 
 def _space(fn: Any) -> str:
     """The support of a distribution, as " in ..."; empty where it has none."""
-    try:
-        support = fn.support
-    except (NotImplementedError, AttributeError):
-        return ""
-    return f" in {support_name(base_support(support)).removesuffix('()')}"
+    support = support_of(fn)
+    return "" if support is None else f" in {support_name(base_support(support)).removesuffix('()')}"
 
 
 def _registered_name(module: nn.Module, params: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution, base_support, mask_of
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
+from ppvae.inference.tracing import Program, node_log_prob, sample_sites, support_of, trace_pair
 
 LEAVE_OUT = (
     "use ppvae.likelihoods.Mixed, which leaves out what is NaN; or observe torch.nan_to_num(x) under "
@@ -118,7 +118,7 @@ def _support_admits_nan(node: Mapping[str, Any]) -> bool | None:
 
     A finite density does not decide it: an index or a comparison turns NaN into a number.
     """
-    support, value = base_support(getattr(node["fn"], "support", None)), node["value"]
+    support, value = base_support(support_of(node["fn"])), node["value"]
     if support in (None, constraints.real, constraints.real_vector):
         return None
     try:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, site_error
+from ppvae.inference.contract.independence import check_not_coupled
+from ppvae.inference.contract.rows import run_at, take_batch_rows
 from ppvae.inference.contract.support import base_distribution, check_support
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import node_log_prob
+from ppvae.inference.tracing import Program, node_log_prob
 
 Node = dict[str, Any]  # a sample site of a Pyro trace
 
@@ -39,13 +42,15 @@ def plates_of(node: Node) -> dict[str, Any]:
 # -- the data plate ---------------------------------------------------------------------------------------------------
 
 
-def find_data_plate(model: Mapping[str, Node], trace: Any, batch: tuple[Any, ...]) -> DataPlate:
+def find_data_plate(program: Program, model: Mapping[str, Node], trace: Any, batch: tuple[Any, ...]) -> DataPlate:
     """The data plate: the one plate at dim -1 around all observed sites, over the data of the batch."""
     observed = {name: node for name, node in model.items() if node["is_observed"]}
     check_something_is_observed(observed, model)
     check_batch_holds_data(batch)
     frame: Any = None
     for name, node in observed.items():
+        if not any(f.dim == -1 for f in node["cond_indep_stack"]):
+            check_not_coupled(program, batch, model, name)
         other = rightmost_plate(name, node)
         check_single_data_plate(name, frame, other)
         frame = other
@@ -54,7 +59,10 @@ def find_data_plate(model: Mapping[str, Node], trace: Any, batch: tuple[Any, ...
     has_subsample_size = getattr(plate_node["fn"], "subsample_size", None) is not None
     draws_subsample = frame.size < full_size and full_size == count and has_subsample_size
     plate = DataPlate(frame.name, frame.size, full_size, draws_subsample, has_subsample_size)
-    check_plate_size(plate, count)
+    elsewhere = [f for node in observed.values() for f in node["cond_indep_stack"] if f.dim != -1 and f.size == count]
+    check_plate_size(plate, count, elsewhere)
+    if elsewhere:
+        check_plate_follows_batch(program, batch, frame, elsewhere[0])
     return plate
 
 
@@ -78,7 +86,7 @@ def rightmost_plate(name: str, node: Node) -> Any:
         raise site_error(
             name,
             "a vectorised plate over the data, at dim -1",
-            f"plates {sorted(plates_of(node)) or 'none'}",
+            f"plates {sorted((n, f.dim) for n, f in plates_of(node).items()) or 'none'}",
             "write `with pyro.plate('data', len(x)):` around the sites of one datum",
         )
     return rightmost[0]
@@ -94,12 +102,29 @@ def check_single_data_plate(name: str, plate: Any, other: Any) -> None:
         )
 
 
-def check_plate_size(plate: DataPlate, count: int) -> None:
+def check_plate_size(plate: DataPlate, count: int, elsewhere: Sequence[Any]) -> None:
     if plate.size != count and not plate.draws_subsample:
-        raise ContractError(
-            f"plate {plate.name!r}: expected the rightmost plate to go over the {count} data of the batch, found size "
-            f"{plate.size}. Use pyro.plate('data', len(x)), and .to_event(n) or dims left of -1 for everything else"
-        )
+        raise _wrong_plate(plate.name, count, f"found size {plate.size}", elsewhere)
+
+
+def check_plate_follows_batch(program: Program, batch: tuple[Any, ...], plate: Any, other: Any) -> None:
+    """Of two plates of the batch's size, the one at dim -1 is that over the data: it shrinks with the batch."""
+    count = len(batch[0])
+    try:
+        nodes = run_at(program, take_batch_rows(batch, torch.arange(count - 1), count), {})
+    except (ValueError, RuntimeError, IndexError):
+        return
+    sizes = {f.name: f.size for node in nodes.values() for f in node["cond_indep_stack"]}
+    if (sizes.get(plate.name), sizes.get(other.name)) == (count, count - 1):
+        raise _wrong_plate(plate.name, count, f"found size {count} for any batch", [other])
+
+
+def _wrong_plate(name: str, count: int, found: str, elsewhere: Sequence[Any]) -> ContractError:
+    where = f", and plate {elsewhere[0].name!r} over them at dim {elsewhere[0].dim}" if elsewhere else ""
+    return ContractError(
+        f"plate {name!r}: expected the rightmost plate to go over the {count} data of the batch, {found}{where}. "
+        f"Use pyro.plate('data', len(x), dim=-1), and .to_event(n) or dims left of -1 for everything else"
+    )
 
 
 # -- roles ------------------------------------------------------------------------------------------------------------
@@ -232,21 +257,43 @@ def check_scale(name: str, node: Node, plate: DataPlate) -> None:
 
 def check_event(name: str, node: Node) -> None:
     """A site has one log-density per element of its plates: all other dims are declared as an event."""
-    dims = {f.dim for f in node["cond_indep_stack"] if f.dim is not None}
+    plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None}
     shape = _log_prob_shape(name, node)
     for i, size in enumerate(reversed(shape), 1):
-        if size > 1 and -i not in dims:
+        if size > 1 and -i not in plates:
             raise site_error(
                 name,
                 "one log-density per datum, its other dims declared as an event",
-                f"log-density of shape {list(shape)} with plates at dims {sorted(dims)}",
+                f"log-density of shape {list(shape)} with plates at dims {sorted(plates)}",
                 f"add .to_event(n) to its {type(base_distribution(node['fn'])).__name__}",
+            )
+    check_one_density_per_element(name, node, shape, plates)
+
+
+def check_one_density_per_element(name: str, node: Node, shape: Sequence[int], plates: Mapping[int, int]) -> None:
+    """A log-density has a number for each element of a site's plates: one number would be spread over all of them."""
+    for dim, size in plates.items():
+        found = shape[dim] if -dim <= len(shape) else 1
+        if found != size:
+            raise site_error(
+                name,
+                f"one log-density for each of the {size} elements of its plate at dim {dim}",
+                f"log-density of shape {list(shape)}",
+                f"let log_prob of its {type(base_distribution(node['fn'])).__name__} return one number per element of "
+                f"its batch_shape, with the dims of one event in its event_shape, which no .to_event then declares",
             )
 
 
 def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
     try:
         return node_log_prob(node).shape
+    except (KeyError, NotImplementedError) as error:
+        raise site_error(
+            name,
+            "a density that can be evaluated at given values",
+            f"{type(base_distribution(node['fn'])).__name__}, which has none: {error or type(error).__name__}",
+            "choose a distribution with a log_prob, such as a flow with an inverse; only a guide can do without",
+        ) from error
     except (ValueError, RuntimeError) as error:
         if node["is_observed"]:
             check_support(name, node)

@@ -7,16 +7,17 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import constraints
 
 from ppvae.errors import DataError
-from ppvae.inference.tracing import has_dependent_support
+from ppvae.inference.tracing import has_dependent_support, support_of
 
 
 def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     """Raises DataError where an observed value lies outside its distribution's support, naming value and place."""
     fn, value = node["fn"], node["value"]
-    support = base_support(getattr(fn, "support", None))
+    support = base_support(support_of(fn))
     if (
         support is None
         or value is None
@@ -56,7 +57,7 @@ def support_name(support: Any) -> str:
 
 def _cure(fn: Any) -> str:
     """The cure for values outside the support of an observed site's distribution."""
-    support = base_support(getattr(fn, "support", None))
+    support = base_support(support_of(fn))
     cure = getattr(support, "cure", None)  # a support of this library carries its cure
     if isinstance(cure, str):
         return cure
@@ -74,8 +75,8 @@ def _cure(fn: Any) -> str:
 
 
 def base_distribution(fn: Any) -> Any:
-    """The distribution without masks (`.mask`) and declared events (`.to_event`)."""
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+    """The distribution without masks (`.mask`), declared events (`.to_event`) and expansion by Pyro's default."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     return fn
 
@@ -98,11 +99,8 @@ def mask_of(node: dict[str, Any]) -> Any:
 
 
 def is_discrete(fn: Any) -> bool:
-    """Whether a distribution has a discrete support; False where it has no support attribute."""
-    try:
-        return bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):
-        return False
+    """Whether a distribution has a discrete support; False where it declares no support."""
+    return bool(getattr(support_of(fn), "is_discrete", False))
 
 
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
@@ -117,10 +115,8 @@ def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
 
 def _measures(fn: Any) -> set[str]:
     """The base measures of a distribution's elements."""
-    try:
-        return _measures_of(fn.support)
-    except (NotImplementedError, AttributeError):
-        return {"density"}
+    support = support_of(fn)
+    return {"density"} if support is None else _measures_of(support)
 
 
 def _measures_of(support: Any) -> set[str]:
