@@ -23,7 +23,7 @@ def fork_param_store(*functions: Callable[..., Any]) -> Iterator[None]:
     for function in functions:
         if isinstance(function, BoundProgram):
             function.scope.check_unchanged()
-    with ParamScope.of_current_store().activate():
+    with ParamScope.of_current_store().entered():
         yield
 
 

@@ -22,7 +22,7 @@ class ParamScope:
 
     >>> import pyro, torch
     >>> scope = ParamScope()
-    >>> with scope.activate():
+    >>> with scope.entered():
     ...     _ = pyro.param("loc", torch.zeros(2))
     >>> list(scope.params), "loc" in pyro.get_param_store()
     (['loc'], False)
@@ -45,7 +45,7 @@ class ParamScope:
         return self._tables[0]
 
     @contextmanager
-    def activate(self) -> Iterator[ParamScope]:
+    def entered(self) -> Iterator[ParamScope]:
         """Makes this scope Pyro's param store for the duration; nesting the same scope has no effect."""
         if _active_scopes and _active_scopes[-1] is self:
             yield self
@@ -91,7 +91,7 @@ class BoundProgram:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.scope.activate():
+        with self.scope.entered():
             return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:

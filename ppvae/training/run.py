@@ -170,7 +170,7 @@ def load(
     for module in reachable_modules(model, guide) if dtype else ():
         module.to(dtype)
     with (
-        scope.activate(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
+        scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
         with eval_mode(model, guide):
             trace_pair(model, guide, batch, Structure(), {})

@@ -74,7 +74,7 @@ class Trainer:
         self.config: dict[str, Any] = {}
         self.context = DistributedContext()
         self.resumed_kernels: str | None = None
-        with self.scope.activate():
+        with self.scope.entered():
             place = torch.device(device) if device is not None else program_device(self.model, self.guide, data)
             check_precision(precision, place)
             self.train = DataLoader(data, "data", place)
@@ -128,7 +128,7 @@ class Trainer:
 
     def broadcast_parameters(self) -> None:
         """Copies parameters and buffers of rank 0 to all ranks."""
-        with self.scope.activate():
+        with self.scope.entered():
             tensors = [*self.state.params().values(), *self.state.buffers().values()]
             self.context.broadcast_from_rank_zero(tensors)
 
@@ -136,7 +136,7 @@ class Trainer:
         """The state that a checkpoint holds."""
         optimizer, scheduler = self.svi.optimizer, self.scheduler
         schedule = scheduler.state_dict() if scheduler is not None else None
-        with self.scope.activate():
+        with self.scope.entered():
             return {
                 "state": self.state.snapshot(),
                 "epoch": self.epoch,
@@ -163,7 +163,7 @@ class Trainer:
                 raise CheckpointError(
                     f"{self.directory}: cannot resume with {key} = {value!r}: the run was started with {before!r}"
                 )
-        with self.scope.activate():
+        with self.scope.entered():
             self.state.restore(saved["state"])
             self.epoch, self.step.count, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
@@ -192,10 +192,10 @@ class Trainer:
         if self.epoch < epochs and not self.stopped:
             first = self.context.is_rank_zero
             bar = Progress(epochs, self.epoch, progress if first else False, self.directory if first else None)
-            with self.scope.activate(), bar:
+            with self.scope.entered(), bar:
                 self._run_epochs(run, bar, epochs, patience, checkpoint_seconds, callbacks)
         if patience is not None and self.best is not None:
-            with self.scope.activate():
+            with self.scope.entered():
                 self.state.restore(self.best["state"])
         run.model, run.guide = bind(self.model, self.guide, self.scope)
         return run
