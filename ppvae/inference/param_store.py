@@ -134,6 +134,14 @@ def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
     return function.function if isinstance(function, BoundProgram) else function
 
 
+def unconstrained(value: Tensor) -> Tensor:
+    """The unconstrained tensor of the value of a param site; a module's own parameter is its own."""
+    source: Tensor | None = getattr(value, "_pyro_unconstrained_param", None)  # a plate's value is an indexed copy
+    if source is None:
+        source = value.unconstrained() if hasattr(value, "unconstrained") else value
+    return source
+
+
 def program_device(model: Callable[..., Any], guide: Callable[..., Any], data: Any) -> torch.device:
     """The device of the pair's parameters, or else of the data, a tensor or several."""
     for function in (model, guide):

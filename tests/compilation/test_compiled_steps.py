@@ -79,8 +79,9 @@ def trained(pair, objective, kernels: str, steps: int = 6, optim: Any = ADAM) ->
     torch.manual_seed(5)
     losses, grads = [], []
     for _ in range(steps):
-        losses.append(svi.step(*batch))
+        losses.append(svi.gradients(*batch))
         grads.append([None if p.grad is None else p.grad.clone() for p in svi.params])
+        svi.update()
     modules = [m for fn in (model, guide) for m in _modules(fn)]
     buffers = [b.clone() for m in modules for b in m.buffers()]
     return losses, grads, [p.detach().clone() for p in svi.params], buffers, torch.get_rng_state(), svi

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.inference.param_store import unwrap
+from ppvae.inference.param_store import unconstrained, unwrap
 from ppvae.inference.tracing import Program, node_log_prob
 
 
@@ -73,12 +73,7 @@ class Registration(Messenger):
             )
 
     def _pyro_post_param(self, msg: Any) -> None:
-        value = msg["value"]
-        # the attribute is a weak reference; a plate returns an indexed copy without it
-        source = getattr(value, "_pyro_unconstrained_param", None)
-        if source is None:
-            source = value.unconstrained() if hasattr(value, "unconstrained") else value
-        self.params[msg["name"]] = source
+        self.params[msg["name"]] = unconstrained(msg["value"])
 
 
 def check_registered(
