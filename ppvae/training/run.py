@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ppvae.errors import CheckpointError, UsageError
+from ppvae.inference.contract.registration import Registration
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
 from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained, unwrap
 from ppvae.inference.structure import Structure
@@ -43,6 +45,13 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     stopped: str = ""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        for program in (self.model, self.guide):  # before the scope, which holds the parameters of their modules
+            copy.deepcopy(program.function, memo)
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
     @property
     def metrics(self) -> dict[str, Any]:
         """The last epoch's metrics."""
@@ -51,7 +60,8 @@ class Run:
 
 def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope) -> tuple[BoundProgram, BoundProgram]:
     """The pair bound to a scope, which the bare functions then use as well."""
-    scope.record_fingerprints()
+    scope.record_end_of_run()
+    scope.forget_weak_references()
     record_trained(model, scope)
     record_trained(guide, scope)
     return BoundProgram(model, scope), BoundProgram(guide, scope)
@@ -172,8 +182,9 @@ def load(
     with (
         scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
-        with eval_mode(model, guide):
+        with eval_mode(model, guide), Registration(create=True) as registration:
             trace_pair(model, guide, batch, Structure(), {})
+        registration.store_module_local()
         if dtype is not None:  # parameters and buffers that the pair makes with a type of their own
             for tensor in (*scope.params.values(), *(b for module in modules for b in module.buffers(recurse=False))):
                 tensor.data = cast_floating(tensor.data, dtype)

@@ -20,16 +20,16 @@ from torch import Tensor
 from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import DataLoader
 from ppvae.distributed import DistributedContext
-from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
+from ppvae.errors import CheckpointError, PpvaeError, TrainingError, UsageError
 from ppvae.inference.evaluation_mode import eval_mode
-from ppvae.inference.param_store import BoundProgram, ParamScope, program_device, unwrap
+from ppvae.inference.param_store import BoundProgram, program_device, starting_scope, unwrap
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
 from ppvae.rng import derive_seed, fork_rng, seed_all
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
-from ppvae.training.inspection import check_amortized, inspect_for_training
+from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, RunFolder, bind, versions
 from ppvae.training.step import TrainingStep
@@ -60,7 +60,7 @@ class Trainer:
         precision: str,
         rows: int,
     ):
-        self.scope = ParamScope(model.scope if isinstance(model, BoundProgram) else None)
+        self.scope = starting_scope(model, guide)
         self.model, self.guide = unwrap(model), unwrap(guide)
         self.objective, self.batch_size, self.seed, self.compile = objective, batch_size, seed, compile
         if isinstance(objective, Objective):
@@ -94,11 +94,7 @@ class Trainer:
             self.svi.precision = precision
             self.svi.add_params(self.scope.params.values())
             self.step = TrainingStep(self.svi, self.state, self.structure, clip, rows)
-        if not self.scope.params:
-            raise ContractError(
-                "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
-                "there is nothing to train"
-            )
+        check_parameters(self.scope, model, guide)
         if scheduler is not None and self.svi.optimizer is None:
             raise UsageError("scheduler: expected a torch optimizer, found a PyroOptim; use pyro.optim's schedulers")
         self.scheduler = scheduler(self.svi.optimizer) if scheduler is not None and self.svi.optimizer else None
