@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FunctionType, MethodType
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
+
+Fingerprint: TypeAlias = tuple[tuple[int, ...], str, int]
 
 _active_scopes: list[ParamScope] = []
 _STORE_TABLES = ("_params", "_constraints", "_param_to_name")  # attributes of Pyro's store that hold its state
@@ -141,22 +144,18 @@ class ParamScope:
         A parameter of a module that is not copied, as a plain function refers to it, is shared.
         """
         copied = memo[id(self)] = ParamScope()
-        copied._in_store, copied._device = dict(self._in_store), self._device
+        copied._fingerprints, copied._in_store = dict(self._fingerprints), dict(self._in_store)
+        copied._device = self._device
         for name, p in self._tables[0].items():
             q = memo.get(id(p), p) if isinstance(p, nn.Parameter) else _leaf_copy(p, memo)
             copied._set(name, q, self._tables[1][name])
-            fingerprint = self._fingerprints.get(name)
-            if fingerprint is not None:  # a parameter that had changed since the run is still a changed one
-                copied._fingerprints[name] = _fingerprint(q) if _fingerprint(p) == fingerprint else fingerprint
         return copied
 
 
-Fingerprint: TypeAlias = tuple[int, str, float]
-
-
 def _fingerprint(p: Tensor) -> Fingerprint:
-    """(version, dtype, sum); the sum, because a fused optimizer does not increment the version."""
-    return p._version, str(p.dtype), float(p.detach().cpu().double().sum())
+    """(shape, dtype, checksum of the values)."""
+    data = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tuple(p.shape), str(p.dtype), zlib.crc32(data.numpy().data)
 
 
 def _leaf_copy(p: Tensor, memo: dict[int, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.inference.contract.registration import Registration
@@ -24,6 +25,15 @@ from ppvae.rng import fork_rng
 from ppvae.storage import write_bytes, write_json
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Copies a tensor that depends on parameters, as a Pyro guide's record of its model holds them, by its value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -46,10 +56,11 @@ class Run:
     stopped: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        for program in (self.model, self.guide):  # before the scope, which holds the parameters of their modules
-            copy.deepcopy(program.function, memo)
         copied = memo[id(self)] = copy.copy(self)
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        with _DetachedCopies():
+            for program in (self.model, self.guide):  # before the scope, which holds the parameters of their modules
+                copy.deepcopy(program.function, memo)
+            copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return copied
 
     @property
