@@ -47,15 +47,14 @@ class GradientSource(Protocol):
 
 
 @contextmanager
-def keep_loss_in_tensors(loss: Any) -> Iterator[None]:
-    """Makes a loss of Pyro's sum tensors where it reads numbers, in float64 as Python's numbers are."""
+def keep_losses_in_tensors() -> Iterator[None]:
+    """Makes losses of Pyro's sum tensors where they read numbers, in float64 as Python's numbers are."""
     replacements: dict[str, Callable[[Any], Any]] = {
         "torch_item": lambda x: x.detach().double() if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *_, **__: value,
     }
-    modules = {c.__module__ for c in type(loss).__mro__ if c.__module__.startswith("pyro.infer.")}
     with ExitStack() as stack:
-        for module in (sys.modules[name] for name in modules):
+        for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:
             for name in replacements.keys() & vars(module).keys():
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, replacements[name])
@@ -140,7 +139,7 @@ class CompiledStep:
     def _traced(self, *args: Tensor) -> Outputs:
         source = self.source
         with (
-            keep_loss_in_tensors(source.objective), pyro.validation_enabled(False), torch.enable_grad(),
+            keep_losses_in_tensors(), pyro.validation_enabled(False), torch.enable_grad(),
             layer_precision(source.precision),
         ):  # fmt: skip
             return _loss_and_gradients(source, args)
@@ -198,7 +197,7 @@ def _loss_and_gradients(source: GradientSource, args: Sequence[Tensor]) -> list[
     if computes_gradients is not None and computes_gradients.__module__.startswith("pyro."):
         for p in params:
             p.grad = None
-        loss = objective.loss_and_grads(source.model, source.guide, *args)  # `keep_loss_in_tensors` holds
+        loss = objective.loss_and_grads(source.model, source.guide, *args)  # `keep_losses_in_tensors` holds
         grads = [p.grad for p in params]
     else:
         loss = _differentiable_loss(objective)(source.model, source.guide, *args)
