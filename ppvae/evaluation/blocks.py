@@ -25,7 +25,7 @@ from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_program, program_device
+from ppvae.inference.param_store import bind_pair, program_device
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
@@ -245,7 +245,7 @@ def start_evaluation(
     Raises:
         ContractError: the pair breaks the contract, by the site's name; UsageError, DataError: bad data.
     """
-    model, guide = bind_program(model), bind_program(guide)
+    model, guide = bind_pair(model, guide)
     with distributed_context() as context:
         columns = data_columns(data, seed)
         with fork_rng(), evaluation_mode(model, guide):

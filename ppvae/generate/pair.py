@@ -14,7 +14,7 @@ from ppvae.data.loader import as_single_batch
 from ppvae.errors import UsageError
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_program, program_device
+from ppvae.inference.param_store import bind_pair, program_device
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
@@ -25,7 +25,7 @@ CHUNK_SIZE = 500  # rows in one run of the pair
 @contextmanager
 def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[GenerativePair]:
     """The pair on data, in evaluation mode and under its own random state."""
-    model, guide = bind_program(model), bind_program(guide)
+    model, guide = bind_pair(model, guide)
     with fork_rng(), evaluation_mode(model, guide):
         batch = as_single_batch(x, seed, program_device(model, guide, x))
         structure = inspect(model, guide, batch, weights=False, particles=False)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, final
 
 import pyro
 import torch
+from pyro.infer import ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
@@ -35,25 +36,25 @@ class GradientSource(Protocol):
 
     model: Program
     guide: Program
-    loss: Any
+    objective: Any
+    has_own_gradients: bool
     params: list[Tensor]
     precision: str
     products: dict[str, bool]
 
-    def eager_gradients(self, *args: Any, **kwargs: Any) -> float:
-        """Leaves gradients in `.grad` of the parameters and returns the loss."""
+    def eager_gradients(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """Leaves gradients in `.grad` of the parameters; the loss, and the parameters that it met."""
 
 
 @contextmanager
-def keep_loss_in_tensors(loss: Any) -> Iterator[None]:
-    """Makes a loss of Pyro's sum tensors where it reads numbers, in float64 as Python's numbers are."""
+def keep_losses_in_tensors() -> Iterator[None]:
+    """Makes losses of Pyro's sum tensors where they read numbers, in float64 as Python's numbers are."""
     replacements: dict[str, Callable[[Any], Any]] = {
         "torch_item": lambda x: x.detach().double() if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *_, **__: value,
     }
-    modules = {c.__module__ for c in type(loss).__mro__ if c.__module__.startswith("pyro.infer.")}
     with ExitStack() as stack:
-        for module in (sys.modules[name] for name in modules):
+        for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:
             for name in replacements.keys() & vars(module).keys():
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, replacements[name])
@@ -75,6 +76,7 @@ class CompiledStep:
     def __init__(self, source: GradientSource, kernels: str, seconds: float, settled: bool):
         self.source = source
         self._warned = False
+        self._met: dict[Any, list[Tensor]] = {}  # the parameters that a kind of batch meets
         largest = math.inf if settled else seconds / SECONDS_PER_NODE
         target = Target(
             function=self._eager,
@@ -82,7 +84,7 @@ class CompiledStep:
             parameters=lambda: source.params,
             traced=self._traced,
             guards=self._guards,
-            schedule=lambda: source.loss,
+            schedule=lambda: source.objective,
             choices=lambda: source.products,
         )
         policy = Policy(
@@ -96,17 +98,22 @@ class CompiledStep:
             retries=1,
         )
         self.function = CompiledFunction(target, policy, "steps", FALLBACK, kernels)
-        if getattr(source.loss, "has_learned_baseline", False):
+        if getattr(source.objective, "has_learned_baseline", False):
             self.function.refuse("its objective has a baseline that learns")
+        if source.has_own_gradients:
+            self.function.refuse("its gradients come from a function of the caller's")
 
     @property
     def kernels(self) -> str:
         """How gradients are computed now: "eager", "graph" or "compiled"."""
         return self.function.kernels
 
-    def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
-        """Leaves the loss's gradients in `.grad` of the parameters, which have none; the loss, unread from a graph."""
-        kind = None if self.function.refusal or kwargs or _PYRO_STACK else _kind(args)
+    def gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """Leaves the loss's gradients in `.grad` of the parameters, which have none.
+
+        Returns the loss, an unread tensor if a graph gave it, and the parameters that the pair meets.
+        """
+        kind = None if self.function.refusal or kwargs or _PYRO_STACK else self._kind(args)
         if kind is None:
             if not (self.function.refusal or self._warned):
                 self._warned = True
@@ -118,24 +125,28 @@ class CompiledStep:
             return self.source.eager_gradients(*args)
         for p, gradient in zip_longest(self.source.params, out[1:]):
             p.grad = gradient
-        loss: float | Tensor = out[0]
-        return loss
+        return out[0], self._met[kind]
+
+    def _kind(self, args: tuple[Any, ...]) -> Any:
+        """What a graph is captured for: the program, and the kind of its arguments; None if it cannot be captured."""
+        kind = _kind(args)
+        return kind and (id(self.source.model), id(self.source.guide), id(self.source.objective), *kind)
 
     def _eager(self, *args: Tensor) -> Outputs:
-        loss = self.source.eager_gradients(*args)
+        loss, self._met[self._kind(args)] = self.source.eager_gradients(*args)
         return [loss, *(p.grad for p in self.source.params)]
 
     def _traced(self, *args: Tensor) -> Outputs:
         source = self.source
         with (
-            keep_loss_in_tensors(source.loss), pyro.validation_enabled(False), torch.enable_grad(),
+            keep_losses_in_tensors(), pyro.validation_enabled(False), torch.enable_grad(),
             layer_precision(source.precision),
         ):  # fmt: skip
             return _loss_and_gradients(source, args)
 
     def _guards(self) -> Guards:
         source = self.source
-        guards = Guards(model=unwrap(source.model), guide=unwrap(source.guide), loss=source.loss)
+        guards = Guards(model=unwrap(source.model), guide=unwrap(source.guide), loss=source.objective)
         ids = {id(p) for p in source.params}
         names = [n for n, p in pyro.get_param_store()._params.items() if id(p) in ids]
         guards.add("parameter", functools.partial(_stored, names), names + names)
@@ -181,20 +192,20 @@ class CompiledStep:
 def _loss_and_gradients(source: GradientSource, args: Sequence[Tensor]) -> list[Tensor | None]:
     """[loss, a gradient or None for each parameter], each gradient in memory of its own."""
     params = source.params
-    if type(source.loss).loss_and_grads.__module__.startswith("pyro."):  # `keep_loss_in_tensors` holds
+    objective = source.objective
+    computes_gradients = getattr(type(objective), "loss_and_grads", None)
+    if computes_gradients is not None and computes_gradients.__module__.startswith("pyro."):
         for p in params:
             p.grad = None
-        loss = source.loss.loss_and_grads(source.model, source.guide, *args)
+        loss = objective.loss_and_grads(source.model, source.guide, *args)  # `keep_losses_in_tensors` holds
         grads = [p.grad for p in params]
-    elif hasattr(source.loss, "differentiable_loss"):
-        loss = source.loss.differentiable_loss(source.model, source.guide, *args)
+    else:
+        loss = _differentiable_loss(objective)(source.model, source.guide, *args)
+        _check_in_tensors(objective, loss)
         trainable = [p for p in params if p.requires_grad]
         gradients = dict(zip(map(id, trainable), torch.autograd.grad(loss, trainable, allow_unused=True), strict=True))
         grads = [gradients.get(id(p)) for p in params]
-    else:
-        raise CaptureError(f"{type(source.loss).__name__} has no differentiable_loss")
-    if not isinstance(loss, Tensor):
-        raise CaptureError(f"{type(source.loss).__name__} reads its values into Python")
+    _check_in_tensors(objective, loss)
     out: list[Tensor | None] = [loss.detach()]
     storages = {t.untyped_storage()._cdata for t in (*params, *args)}
     for p, g in zip(params, grads, strict=True):
@@ -204,6 +215,20 @@ def _loss_and_gradients(source: GradientSource, args: Sequence[Tensor]) -> list[
             storages.add(g.untyped_storage()._cdata)
         out.append(g)
     return out
+
+
+def _differentiable_loss(objective: Any) -> Callable[..., Any]:
+    """The function that gives an objective's loss as a tensor: a method, or the objective itself."""
+    if hasattr(objective, "differentiable_loss"):
+        return objective.differentiable_loss
+    if callable(objective) and not isinstance(objective, ELBO):
+        return objective
+    raise CaptureError(f"{type(objective).__name__} has no differentiable_loss")
+
+
+def _check_in_tensors(objective: Any, loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise CaptureError(f"{type(objective).__name__} reads its values into Python")
 
 
 def _stored(names: Sequence[str]) -> tuple[Any, ...]:

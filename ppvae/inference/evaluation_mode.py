@@ -23,8 +23,13 @@ def fork_param_store(*functions: Callable[..., Any]) -> Iterator[None]:
     for function in functions:
         if isinstance(function, BoundProgram):
             function.scope.check_unchanged()
-    with ParamScope.of_current_store().activate():
-        yield
+    try:
+        with ParamScope.of_current_store().entered():
+            yield
+    finally:
+        for function in functions:
+            if isinstance(function, BoundProgram):
+                function.scope.forget_weak_references()
 
 
 def reachable_objects(function: Callable[..., Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from ppvae.inference.contract.support import (
 )
 from ppvae.inference.evaluation_mode import eval_mode, fork_param_store
 from ppvae.inference.layout_search import find_layout
-from ppvae.inference.param_store import bind_program
+from ppvae.inference.param_store import bind_pair
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import LatentHook, Terms, evaluate_terms
@@ -92,7 +92,7 @@ def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
     model site 'z': latent, Normal over event [2]
     ...
     """
-    model, guide = bind_program(model), bind_program(guide)
+    model, guide = bind_pair(model, guide)
     with fork_param_store(model, guide):
         s = inspect(model, guide, batch, weights=False)
         modules = tuple(describe_modules(model, guide, as_batch(batch), s.params))

@@ -1,31 +1,102 @@
-"""A drop-in for `pyro.infer.SVI` that takes any torch optimizer and one update for all parameters."""
+"""A drop-in for `pyro.infer.SVI` that takes any torch optimizer and compiles its steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
+from pyro.infer.svi import SVI as PyroSVI
+from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppvae.compilation.precision import layer_precision
 from ppvae.compilation.runtime import prepare_process
+from ppvae.errors import UsageError
 from ppvae.inference.compiled_step import CompiledStep
+from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
 
-class SVI:
+class JointOptim(PyroOptim):
+    """One torch optimizer for all parameters, as a `PyroOptim`, which has one for each.
+
+    Parameters that are not in a call, and those without a gradient, are left as they are, with their state.
+
+    Attributes:
+        optimizer: the torch optimizer; None before the first parameter.
+    """
+
+    def __init__(self, factory: Callable[[list[Tensor]], torch.optim.Optimizer]):
+        super().__init__(factory, {})
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._known: dict[int, Tensor] = {}
+
+    def add(self, params: Iterable[Tensor]) -> None:
+        """Adds those that are new."""
+        new = [p for p in {id(p): p for p in params}.values() if id(p) not in self._known]
+        self._known |= {id(p): p for p in new}
+        if self.optimizer is not None and new:
+            self.optimizer.add_param_group({"params": new})
+        elif new:
+            self.optimizer = self.pt_optim_constructor(new)
+            if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+                for group in self.optimizer.param_groups:  # one kernel for all parameters, unless set otherwise
+                    if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+                        group["fused"] = all(p.is_floating_point() for p in group["params"]) or None
+            self.optimizer.load_state_dict(self._state_waiting_to_be_consumed or self.optimizer.state_dict())
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """One step of the given parameters."""
+        params = list(params)
+        self.add(params)
+        if self.optimizer is None:
+            return
+        given = {id(p) for p in params}
+        absent = [(p, p.grad) for p in self._known.values() if p.grad is not None and id(p) not in given]
+        for p, _ in absent:
+            p.grad = None
+        self.optimizer.step(*args, **kwargs)
+        for p, grad in absent:
+            p.grad = grad
+
+    def get_state(self) -> dict[str, Any]:
+        """The torch optimizer's state."""
+        return self.optimizer.state_dict() if self.optimizer is not None else {}
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state from `get_state`."""
+        self._state_waiting_to_be_consumed = state_dict
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state_dict)
+
+
+class _ParamRecorder(Messenger):
+    """Records the unconstrained tensors of the param sites that are met, each once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params: dict[int, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        p = unconstrained(msg["value"])
+        self.params[id(p)] = p
+
+
+class SVI(PyroSVI):
     """Stochastic variational inference: steps down the gradient of a loss of a model/guide pair.
 
-    The same constructor and `step` as `pyro.infer.SVI` (Wingate and Weber 2013, arXiv 1301.1299), but `optim` may also
-    be a function of parameters that gives a torch optimizer, which then updates all of them at once.
+    A `pyro.infer.SVI` (Wingate and Weber 2013, arXiv 1301.1299), with its constructor, methods and updates: a step
+    updates the parameters that it meets, then sets their gradients to zero, so that an optimizer with momentum also
+    moves a parameter that the loss no longer depends on. Besides a PyroOptim, `optim` may be a function of parameters
+    that gives a torch optimizer, which then updates all of them at once. See docs/svi.md.
 
     With `compile=True` loss and gradients come from a graph of tensor operations that is captured from one run of the
     pair, compared with it, and compiled by inductor where that is faster. Random numbers are drawn as in an eager run.
@@ -37,6 +108,12 @@ class SVI:
     with one line in the log "ppvae" that says why, for a pair that reads the values of tensors into Python, draws from
     other random numbers than torch's, or changes its own attributes, and for a loss that reads its values.
 
+    Args:
+        loss: an ELBO, or a function of (model, guide, *args) that gives a differentiable loss, or numbers where
+            `loss_and_grads` is passed, too.
+        loss_and_grads: a function of (model, guide, *args) that gives the loss and leaves its gradients in `.grad`.
+        num_samples, num_steps: of `run`, as in Pyro, where they are deprecated.
+
     >>> import functools
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)
@@ -46,17 +123,35 @@ class SVI:
     True
     """
 
-    def __init__(self, model: Program, guide: Program, optim: Optimizer, loss: ELBO, compile: bool = False):
-        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.params: list[Tensor] = []
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: Optimizer,
+        loss: Any,
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
+        compile: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(model, guide, _as_pyro_optim(optim), loss, loss_and_grads, num_samples, num_steps, **kwargs)
+        self.objective = loss
+        self.has_own_gradients = loss_and_grads is not None and not isinstance(loss, ELBO)
+        self.params: list[Tensor] = []  # all that were met so far
         self.precision = "float32"  # of the products in layers, as in `layer_precision`; set before a step
         self.products: dict[str, bool] = {}  # choices of `choose_matmul_backends` in compiled steps
-        self._known = -1
+        self._known: set[int] = set()
+        self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
         prepare_process()
         if compile:
             self.use("compiled")
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer of all parameters; None with a PyroOptim, and before the first parameter."""
+        return self.optim.optimizer if isinstance(self.optim, JointOptim) else None
 
     @property
     def kernels(self) -> str:
@@ -81,56 +176,85 @@ class SVI:
 
     def unread_gradients(self, *args: Any, **kwargs: Any) -> float | Tensor:
         """The same; a loss that a graph has computed stays a tensor, so that nothing waits for a GPU."""
-        if self._compiled_step is not None:
-            for p in self.params:
-                p.grad = None
-            return self._compiled_step.gradients(args, kwargs)
-        return self.eager_gradients(*args, **kwargs)
+        return self._gradients(args, kwargs)[0]
 
-    def eager_gradients(self, *args: Any, **kwargs: Any) -> float:
-        """The same from a run of the pair itself."""
+    def eager_gradients(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """(loss, parameters met) of a run of the pair itself, which leaves the gradient in `.grad`."""
         for p in self.params:
             p.grad = None
-        if self._known == len(pyro.get_param_store()):
-            with layer_precision(self.precision):
-                return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        with poutine.trace(param_only=True) as tracer, layer_precision(self.precision):
-            loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        sites = tracer.get_trace().nodes.values()
-        self.add_params(node["value"].unconstrained() for node in sites if node["type"] == "param")
-        self._known = len(pyro.get_param_store())
-        return loss
+        with _ParamRecorder() as recorder, layer_precision(self.precision):
+            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        met = list(recorder.params.values())
+        self.add_params(met)
+        return loss, met
+
+    def _gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """(loss, parameters met), from a graph where there is one."""
+        if self._compiled_step is None:
+            return self.eager_gradients(*args, **kwargs)
+        for p in self.params:
+            p.grad = None
+        return self._compiled_step.gradients(args, kwargs)
 
     def add_params(self, params: Iterable[Tensor]) -> None:
         """Adds new parameters to the optimizer."""
-        have = {id(p) for p in self.params}
-        new = list({id(p): p for p in params if id(p) not in have}.values())
+        new = [p for p in {id(p): p for p in params}.values() if id(p) not in self._known]
+        self._known |= {id(p) for p in new}
         self.params += new
-        if isinstance(self.optim, PyroOptim) or not new:
-            return
-        if self.optimizer is None:
-            self.optimizer = self.optim(new)
-            if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-                for group in self.optimizer.param_groups:  # one kernel for all parameters, unless set otherwise
-                    if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
-                        group["fused"] = all(p.is_floating_point() for p in group["params"]) or None
-        else:
-            self.optimizer.add_param_group({"params": new})
+        if new and isinstance(self.optim, JointOptim):
+            self.optim.add(new)
 
     def update(self) -> None:
         """Takes one optimizer step from the gradients as they stand."""
-        if isinstance(self.optim, PyroOptim):
-            self.optim([p for p in self.params if p.grad is not None])
-        elif self.optimizer is not None:
-            self.optimizer.step()
+        self.optim([p for p in self.params if p.grad is not None])
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """One gradient step on the loss; returns the loss as Pyro's `step` does."""
-        loss = self.gradients(*args, **kwargs)
-        self.update()
-        return loss
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One gradient step on the loss; returns the loss, a number or a tuple of them, as Pyro's `step` does.
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss without a step."""
-        with torch.no_grad():
-            return self.loss.loss(self.model, self.guide, *args, **kwargs)
+        A gradient that the caller has left in `.grad` is added to the loss's, as in a backward pass of torch.
+        """
+        before = [(p, p.grad) for p in self.params or _stored_params() if p.grad is not None]
+        for p, _ in before:
+            p.grad = None
+        try:
+            loss, met = self._gradients(args, kwargs)
+        finally:
+            for p, grad in before:
+                if p.grad is None:
+                    p.grad = grad
+                elif not self._is_own_zero(p, grad):
+                    p.grad += grad
+        self.optim(met)
+        for p in met:
+            if p.grad is not None and not self._is_own_zero(p, p.grad):
+                p.grad = self._zeros_like(p, p.grad)
+        return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
+
+    def _is_own_zero(self, p: Tensor, grad: Tensor) -> bool:
+        """Whether a gradient is the zero that the last step has left, and unchanged since."""
+        return grad is self._zeros.get(id(p)) and grad._version == 0
+
+    def _zeros_like(self, p: Tensor, grad: Tensor) -> Tensor:
+        zeros = self._zeros.get(id(p))
+        if zeros is None or zeros._version or _kind(zeros) != _kind(grad):
+            zeros = self._zeros[id(p)] = torch.zeros_like(grad)
+        return zeros
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device, t.layout
+
+
+def _stored_params() -> list[Tensor]:
+    return [p for _, p in pyro.get_param_store().named_parameters()]
+
+
+def _as_pyro_optim(optim: Optimizer) -> PyroOptim:
+    if isinstance(optim, PyroOptim):
+        return optim
+    if not callable(optim):
+        raise UsageError(
+            f"optim: expected a PyroOptim, or a function of parameters that gives a torch optimizer such as "
+            f"functools.partial(torch.optim.Adam, lr=1e-3), found {type(optim).__name__}"
+        )
+    return JointOptim(optim)

@@ -20,6 +20,7 @@ from torch.distributions import Independent
 
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
+from ppvae.inference.param_store import unconstrained
 from ppvae.inference.replay import ReplayNoise, buffer_copies
 from ppvae.inference.structure import Role, Structure
 
@@ -300,13 +301,7 @@ def _trace_side(frozen: bool, fn: Program, batch: Sequence[Any], s: Structure, *
 
 def params_of(trace: Any) -> dict[str, Tensor]:
     """The unconstrained tensors of a trace's param sites, by name."""
-    params = {}
-    for name, node in trace.nodes.items():
-        if node["type"] == "param":
-            value = node["value"]
-            source = getattr(value, "_pyro_unconstrained_param", None)
-            params[name] = source if source is not None else value.unconstrained()
-    return params
+    return {name: unconstrained(node["value"]) for name, node in trace.nodes.items() if node["type"] == "param"}
 
 
 def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:

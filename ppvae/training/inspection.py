@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pyro
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
-from torch import nn
+from torch import Tensor, nn
 
 from ppvae.data.loader import DataLoader
 from ppvae.distributed import DistributedContext
@@ -16,11 +18,13 @@ from ppvae.inference.contract.registration import Registration
 from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.evaluation_mode import eval_mode, record_modules
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import program_device
+from ppvae.inference.param_store import BoundProgram, ParamScope, program_device, recorded_scope
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives import Objective
 from ppvae.rng import fork_rng
+
+log = logging.getLogger("ppvae")
 
 
 def inspect_for_training(
@@ -42,7 +46,7 @@ def inspect_for_training(
                 trace_pair(model, guide, tuple(t.to(device) for t in first), Structure(), {})
             for module in modules:
                 module.to(train.device)
-        with record_modules(model, guide) as modules, Registration(create=True):
+        with record_modules(model, guide) as modules, Registration(create=True) as registration:
             batch = first
             try:
                 structure = inspect(model, guide, first, weights=False)
@@ -63,6 +67,7 @@ def inspect_for_training(
             order = find_row_order(model, guide, batch, structure, len(train))
             structure = replace(structure, row_order=order)
             check_mini_batches(structure, len(train), batch_size)
+        registration.store_module_local()
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
@@ -101,3 +106,34 @@ def check_amortized(modules: Sequence[nn.Module], structure: Structure) -> None:
                 f"valid: {type(module).__name__} has parameters for the training data alone; leave valid out, and "
                 f"refit for an ELBO of other data"
             )
+
+
+def check_parameters(scope: ParamScope, model: Program, guide: Program) -> None:
+    """Logs which parameters of a run start anew although Pyro's store or an earlier run has others.
+
+    Raises:
+        ContractError: the run has no parameters.
+    """
+    if not scope.params:
+        raise ContractError(
+            "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
+            "there is nothing to train"
+        )
+    if any(isinstance(f, BoundProgram) for f in (model, guide)):
+        return
+    runs = [s for s in map(recorded_scope, (model, guide)) if s is not None]
+    for where, params, cure in (
+        ("in Pyro's param store", pyro.get_param_store()._params, "ppvae.inference.from_param_store(model, guide)"),
+        ("of an earlier run", {n: p for s in runs for n, p in s.params.items()}, "run.model and run.guide of that run"),
+    ):
+        names = [n for n, p in scope.params.items() if n in params and not _equal(params[n], p)]
+        if names:
+            shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            log.warning(
+                "ppvae: fit starts parameter %s anew, and not from the value %s; to go on from there, pass %s",
+                shown, where, cure,
+            )  # fmt: skip
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ppvae.errors import CheckpointError, UsageError
+from ppvae.inference.contract.registration import Registration
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
 from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained, unwrap
 from ppvae.inference.structure import Structure
@@ -22,6 +25,15 @@ from ppvae.rng import fork_rng
 from ppvae.storage import write_bytes, write_json
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Copies a tensor that depends on parameters, as a Pyro guide's record of its model holds them, by its value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -43,6 +55,14 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     stopped: str = ""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        copied = memo[id(self)] = copy.copy(self)
+        with _DetachedCopies():
+            for program in (self.model, self.guide):  # before the scope, which holds the parameters of their modules
+                copy.deepcopy(program.function, memo)
+            copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
     @property
     def metrics(self) -> dict[str, Any]:
         """The last epoch's metrics."""
@@ -51,7 +71,8 @@ class Run:
 
 def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope) -> tuple[BoundProgram, BoundProgram]:
     """The pair bound to a scope, which the bare functions then use as well."""
-    scope.record_fingerprints()
+    scope.record_end_of_run()
+    scope.forget_weak_references()
     record_trained(model, scope)
     record_trained(guide, scope)
     return BoundProgram(model, scope), BoundProgram(guide, scope)
@@ -170,10 +191,11 @@ def load(
     for module in reachable_modules(model, guide) if dtype else ():
         module.to(dtype)
     with (
-        scope.activate(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
+        scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
-        with eval_mode(model, guide):
+        with eval_mode(model, guide), Registration(create=True) as registration:
             trace_pair(model, guide, batch, Structure(), {})
+        registration.store_module_local()
         if dtype is not None:  # parameters and buffers that the pair makes with a type of their own
             for tensor in (*scope.params.values(), *(b for module in modules for b in module.buffers(recurse=False))):
                 tensor.data = cast_floating(tensor.data, dtype)

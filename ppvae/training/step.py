@@ -127,7 +127,7 @@ class TrainingStep:
 
     def micro_batches(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """The batch cut into parts of at most `rows` (datum, particle) rows; no part of an empty batch."""
-        size, objective = self.structure.batch_size(batch), self.svi.loss
+        size, objective = self.structure.batch_size(batch), self.svi.objective
         if not size:
             return []
         s = self.structure
@@ -142,7 +142,7 @@ class TrainingStep:
 
         Where the plate has a fixed size, each loss represents all data, and counts by the rows of its micro-batch.
         """
-        params, objective = self.svi.params, self.svi.loss
+        params, objective = self.svi.params, self.svi.objective
         total = represented = 0.0
         sums: dict[int, Tensor] = {}
         step = objective.steps_taken if isinstance(objective, Objective) else 0

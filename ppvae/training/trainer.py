@@ -20,16 +20,16 @@ from torch import Tensor
 from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import DataLoader
 from ppvae.distributed import DistributedContext
-from ppvae.errors import CheckpointError, ContractError, PpvaeError, TrainingError, UsageError
+from ppvae.errors import CheckpointError, PpvaeError, TrainingError, UsageError
 from ppvae.inference.evaluation_mode import eval_mode
-from ppvae.inference.param_store import BoundProgram, ParamScope, program_device, unwrap
+from ppvae.inference.param_store import BoundProgram, program_device, starting_scope, unwrap
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
 from ppvae.rng import derive_seed, fork_rng, seed_all
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
-from ppvae.training.inspection import check_amortized, inspect_for_training
+from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, RunFolder, bind, versions
 from ppvae.training.step import TrainingStep
@@ -60,7 +60,7 @@ class Trainer:
         precision: str,
         rows: int,
     ):
-        self.scope = ParamScope(model.scope if isinstance(model, BoundProgram) else None)
+        self.scope = starting_scope(model, guide)
         self.model, self.guide = unwrap(model), unwrap(guide)
         self.objective, self.batch_size, self.seed, self.compile = objective, batch_size, seed, compile
         if isinstance(objective, Objective):
@@ -74,7 +74,7 @@ class Trainer:
         self.config: dict[str, Any] = {}
         self.context = DistributedContext()
         self.resumed_kernels: str | None = None
-        with self.scope.activate():
+        with self.scope.entered():
             place = torch.device(device) if device is not None else program_device(self.model, self.guide, data)
             check_precision(precision, place)
             self.train = DataLoader(data, "data", place)
@@ -94,11 +94,7 @@ class Trainer:
             self.svi.precision = precision
             self.svi.add_params(self.scope.params.values())
             self.step = TrainingStep(self.svi, self.state, self.structure, clip, rows)
-        if not self.scope.params:
-            raise ContractError(
-                "the pair registers no parameters: expected pyro.module or pyro.param in model or guide, found none; "
-                "there is nothing to train"
-            )
+        check_parameters(self.scope, model, guide)
         if scheduler is not None and self.svi.optimizer is None:
             raise UsageError("scheduler: expected a torch optimizer, found a PyroOptim; use pyro.optim's schedulers")
         self.scheduler = scheduler(self.svi.optimizer) if scheduler is not None and self.svi.optimizer else None
@@ -128,7 +124,7 @@ class Trainer:
 
     def broadcast_parameters(self) -> None:
         """Copies parameters and buffers of rank 0 to all ranks."""
-        with self.scope.activate():
+        with self.scope.entered():
             tensors = [*self.state.params().values(), *self.state.buffers().values()]
             self.context.broadcast_from_rank_zero(tensors)
 
@@ -136,7 +132,7 @@ class Trainer:
         """The state that a checkpoint holds."""
         optimizer, scheduler = self.svi.optimizer, self.scheduler
         schedule = scheduler.state_dict() if scheduler is not None else None
-        with self.scope.activate():
+        with self.scope.entered():
             return {
                 "state": self.state.snapshot(),
                 "epoch": self.epoch,
@@ -163,7 +159,7 @@ class Trainer:
                 raise CheckpointError(
                     f"{self.directory}: cannot resume with {key} = {value!r}: the run was started with {before!r}"
                 )
-        with self.scope.activate():
+        with self.scope.entered():
             self.state.restore(saved["state"])
             self.epoch, self.step.count, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
@@ -192,10 +188,10 @@ class Trainer:
         if self.epoch < epochs and not self.stopped:
             first = self.context.is_rank_zero
             bar = Progress(epochs, self.epoch, progress if first else False, self.directory if first else None)
-            with self.scope.activate(), bar:
+            with self.scope.entered(), bar:
                 self._run_epochs(run, bar, epochs, patience, checkpoint_seconds, callbacks)
         if patience is not None and self.best is not None:
-            with self.scope.activate():
+            with self.scope.entered():
                 self.state.restore(self.best["state"])
         run.model, run.guide = bind(self.model, self.guide, self.scope)
         return run

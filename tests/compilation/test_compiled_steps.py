@@ -79,8 +79,9 @@ def trained(pair, objective, kernels: str, steps: int = 6, optim: Any = ADAM) ->
     torch.manual_seed(5)
     losses, grads = [], []
     for _ in range(steps):
-        losses.append(svi.step(*batch))
+        losses.append(svi.gradients(*batch))
         grads.append([None if p.grad is None else p.grad.clone() for p in svi.params])
+        svi.update()
     modules = [m for fn in (model, guide) for m in _modules(fn)]
     buffers = [b.clone() for m in modules for b in m.buffers()]
     return losses, grads, [p.detach().clone() for p in svi.params], buffers, torch.get_rng_state(), svi
@@ -105,9 +106,9 @@ def refusals(caplog) -> list[str]:
 
 def check_same(build, objective, caplog, may_refuse: bool = False) -> None:
     """Captured and eager, to the last bit."""
-    with ParamScope().activate():
+    with ParamScope().entered():
         eager = trained(build(), objective(), "eager")
-    with ParamScope().activate():
+    with ParamScope().entered():
         captured = trained(build(), objective(), "graph")
     assert bool(refusals(caplog)) == may_refuse, refusals(caplog)
     assert captured[-1].kernels == ("eager" if may_refuse else "graph")
@@ -367,7 +368,7 @@ SCHEDULES = {
 def test_schedules_are_followed_by_one_graph(name, caplog):
     ends = []
     for kernels in ("eager", "graph"):
-        with ParamScope().activate():
+        with ParamScope().entered():
             objective = SCHEDULES[name]()
             ends.append((*trained(PAIRS["modules"](), objective, kernels, 20), objective.scheduled_values()))
     assert all(same(a, b) for i, (a, b) in enumerate(zip(*ends, strict=True)) if i != 5)
@@ -477,7 +478,7 @@ def test_a_change_that_is_not_seen_is_found_by_looking_again(caplog):
 def test_a_loss_that_reads_its_values_is_run_eagerly_with_one_line(caplog):
     for name, loss in (("semi_supervised", TraceEnum_ELBO()), ("modules", RenyiELBO(num_particles=3))):
         caplog.clear()
-        with ParamScope().activate():
+        with ParamScope().entered():
             svi = trained(PAIRS[name](), loss, "graph", 4)[-1]
         assert len(refusals(caplog)) == (svi.kernels == "eager")
 
@@ -573,9 +574,9 @@ def test_compiled_steps_are_the_same_up_to_rounding(name, caplog):
 
 def check_compiled(build, objective, kernels: str = "compiled") -> None:
     """Loss and gradients over 20 steps on the same noise."""
-    with ParamScope().activate():
+    with ParamScope().entered():
         eager = trained(build(), objective(), "eager", 20, SGD)
-    with ParamScope().activate():
+    with ParamScope().entered():
         captured = trained(build(), objective(), "compiled", 20, SGD)
     assert captured[-1].kernels == kernels
     torch.testing.assert_close(captured[0], eager[0], rtol=1e-4, atol=1e-4)

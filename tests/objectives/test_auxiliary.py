@@ -25,7 +25,7 @@ def test_plus_adds_a_term_of_the_batch_to_loss_and_gradient(of) -> None:
     shift = torch.tensor([0.5], dtype=torch.float64)
     losses, gradients = [], []
     for objective in (of(), AuxiliaryLoss(of(), lambda x: (p.loc * shift - x).sum(-1), weight=2.0)):
-        with ParamScope().activate():
+        with ParamScope().entered():
             objective.loss(p.model, p.mean_field, x)
             torch.manual_seed(1)
             p.zero_grad()

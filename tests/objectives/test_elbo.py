@@ -46,7 +46,7 @@ def same_as_pyro(ours, pyros, model, guide, batch) -> None:
 def test_elbo_is_pyros_on_the_same_noise() -> None:
     p, x = pair()
     ours, pyros = objectives.ELBO(num_particles=3), Trace_ELBO(num_particles=3, vectorize_particles=True)
-    with ParamScope().activate():
+    with ParamScope().entered():
         losses, gradients = [], []
         for objective in (ours, pyros):
             objective.loss(p.model, p.mean_field, x)  # whatever is done once

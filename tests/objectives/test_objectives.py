@@ -82,7 +82,7 @@ def test_a_latent_that_is_not_reparameterised_is_refused_by_name() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("k", dist.Bernoulli(p))
 
-    with ParamScope().activate(), pytest.raises(ContractError, match=r"'k'.*reparameterised"):
+    with ParamScope().entered(), pytest.raises(ContractError, match=r"'k'.*reparameterised"):
         objectives.ELBO().loss(model, guide, torch.zeros(3))
 
 

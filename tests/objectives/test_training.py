@@ -129,7 +129,7 @@ def test_fit_tells_the_rate_of_each_latent():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with ParamScope().activate():
+        with ParamScope().entered():
             model, guide, batch = PAIRS["hierarchical"]()
             run = fit(model, guide, batch[0], objective=IWAE(3, "dreg"), epochs=1)
         last = run.history[-1]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from ppvae.errors import ContractError
-from ppvae.inference.param_store import unwrap
+from ppvae.inference.param_store import unconstrained, unwrap
 from ppvae.inference.tracing import Program, node_log_prob
 
 
 def _name_conflict(name: str) -> ContractError:
     return ContractError(
-        f"parameter {name!r} is registered already for another module: Pyro would silently keep the old parameters; "
-        f"give each module a name of its own, or call pyro.clear_param_store()"
+        f"parameter {name!r} is registered already for another module, or loaded from a file: Pyro would silently keep "
+        f"the old parameters; give each module a name of its own, or call pyro.clear_param_store(); to take loaded "
+        f"values, call model and guide once before, and pyro.module with update_module_params=True"
     )
 
 
@@ -34,6 +39,7 @@ class Registration(Messenger):
         super().__init__()
         self.create = create
         self.params: dict[str, Tensor] = {}
+        self._local: dict[str, tuple[Tensor, Any]] = {}
         self._unconstrained: dict[int, tuple[PyroModule, dict[str, Any]]] = {}
 
     def __enter__(self) -> Any:
@@ -60,11 +66,13 @@ class Registration(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
+        if _is_module_local(msg):
+            return
         init = msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
         store = dict(pyro.get_param_store().named_parameters())
         stored = store.get(name)
         if stored is not None:
-            if isinstance(init, nn.Parameter) and stored is not init:
+            if isinstance(init, nn.Parameter) and stored is not init and not _updates_module():
                 raise _name_conflict(name)
         elif not self.create and not isinstance(init, nn.Parameter):
             raise ContractError(
@@ -73,12 +81,29 @@ class Registration(Messenger):
             )
 
     def _pyro_post_param(self, msg: Any) -> None:
-        value = msg["value"]
-        # the attribute is a weak reference; a plate returns an indexed copy without it
-        source = getattr(value, "_pyro_unconstrained_param", None)
-        if source is None:
-            source = value.unconstrained() if hasattr(value, "unconstrained") else value
-        self.params[msg["name"]] = source
+        name = msg["name"]
+        self.params[name] = unconstrained(msg["value"])
+        if _is_module_local(msg):
+            self._local[name] = self.params[name], msg["kwargs"].get("constraint", constraints.real)
+
+    def store_module_local(self) -> None:
+        """Puts the parameters that Pyro keeps out of its store (`module_local_params`) into the current one."""
+        store = pyro.get_param_store()
+        for name, (p, constraint) in self._local.items():
+            store._params[name], store._constraints[name], store._param_to_name[p] = p, constraint, name
+
+
+def _is_module_local(msg: Any) -> bool:
+    """Whether a param site is the attribute of a PyroModule under `pyro.settings.set(module_local_params=True)`."""
+    return not isinstance(getattr(msg["fn"], "__self__", None), ParamStoreDict)
+
+
+def _updates_module() -> bool:
+    """Whether `pyro.module` is being called with update_module_params, and gives a module the store's parameters."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not pyro.module.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals["update_module_params"])
 
 
 def check_registered(

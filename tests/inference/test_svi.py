@@ -1,0 +1,272 @@
+"""`ppvae.inference.SVI` in the place of `pyro.infer.SVI`: the same losses, parameters, gradients, to the last bit."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import EnergyDistance, ReweightedWakeSleep, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.abstract_infer import EmpiricalMarginal
+from pyro.optim import ClippedAdam, ExponentialLR
+from torch import nn
+
+from ppvae.errors import UsageError
+from ppvae.inference import SVI, compiled_step
+
+X = torch.tensor([0.3, -0.2, 0.9, 1.4])
+KERNELS = ["eager", "graph"]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.setattr(compiled_step, "WAIT", 1)
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def model(x, *_):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+    return z
+
+
+class Guide:
+    """Reads "early" or "late", both, or both and uses one, by `mode`, which a step may change."""
+
+    mode = "both"
+
+    def __call__(self, x, *_):
+        weight = 0.0
+        if self.mode != "late":
+            weight = weight + pyro.param("early", torch.tensor(0.1))
+        if self.mode != "early":
+            late = pyro.param("late", torch.tensor(0.5))
+            weight = weight if self.mode == "early of both" else weight + late
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 0.4))
+
+
+def adam():
+    return pyro.optim.Adam({"lr": 0.1})
+
+
+def in_steps(*modes):
+    def run(SVI, guide):
+        svi = SVI(model, guide, adam(), Trace_ELBO())
+        return [_step(svi, guide, mode) for mode in modes]
+
+    return run
+
+
+def _step(svi, guide, mode, *args):
+    guide.mode = mode
+    return svi.step(X, *args)
+
+
+def met_later_though_stored(SVI, guide):
+    guide(X)  # both are in the store
+    return in_steps("early", "early", "late", "late", "both", "late")(SVI, guide)
+
+
+def gradients_left_by_the_caller(SVI, guide):
+    svi = SVI(model, guide, adam(), Trace_ELBO())
+    losses = [svi.loss_and_grads(model, guide, X), svi.step(X), svi.step(X)]
+    losses += [svi.loss_and_grads(svi.model, svi.guide, X), svi.loss_and_grads(svi.model, svi.guide, X), svi.step(X)]
+    for p in pyro.get_param_store()._params.values():
+        p.grad.add_(1.0)
+    return [*losses, svi.step(X), svi.step(X)]
+
+
+def left_by_another_svi(SVI, guide):
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    return [svi.step(X), SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO()).step(X), svi.evaluate_loss(X)]
+
+
+def of_loss(loss, **options):
+    def run(SVI, guide):
+        svi = SVI(model, guide, adam(), loss(), **options)
+        return [*(svi.step(X) for _ in range(4)), svi.evaluate_loss(X)]
+
+    return run
+
+
+def a_function(model, guide, *args):
+    return Trace_ELBO().differentiable_loss(model, guide, *args)
+
+
+def own_gradients(model, guide, *args):
+    loss = a_function(model, guide, *args)
+    (2 * loss).backward()
+    return loss
+
+
+def with_schedule_and_clipping(SVI, guide):
+    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}, {"clip_norm": 0.3})
+    svi, losses = SVI(model, guide, optim, Trace_ELBO()), []
+    for mode in ("both", "early of both", "both", "late"):
+        losses.append(_step(svi, guide, mode))
+        optim.step()
+    return losses
+
+
+def with_arguments_by_parameter(SVI, guide):
+    optim = ClippedAdam(lambda name: {"lr": 0.3 if name == "late" else 0.01, "weight_decay": 0.1})
+    svi = SVI(model, guide, optim, Trace_ELBO())
+    return [_step(svi, guide, mode) for mode in ("early", "both", "early of both", "early of both")]
+
+
+def with_keywords(SVI, guide):
+    svi = SVI(lambda x, unused: model(x), lambda x, unused: guide(x), adam(), Trace_ELBO())
+    return [svi.step(X, unused=3), svi.step(x=X, unused=None), svi.evaluate_loss(X, unused=1)]
+
+
+def with_baseline(SVI, guide):
+    def score_guide(x):
+        weight = pyro.param("early", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            normal = dist.Normal(weight * x, 0.4).has_rsample_(False)
+            pyro.sample("z", normal, infer={"baseline": {"nn_baseline": net, "nn_baseline_input": x}})
+
+    torch.manual_seed(3)
+    net = nn.Linear(4, 4)
+    svi = SVI(model, score_guide, adam(), TraceGraph_ELBO())
+    return [*(svi.step(X) for _ in range(4)), *net.weight.detach().flatten().tolist()]
+
+
+def in_a_run(SVI, guide):
+    svi = SVI(model, guide, adam(), Trace_ELBO(), num_samples=3, num_steps=4)
+    traces = svi.run(X).exec_traces
+    marginal = EmpiricalMarginal(svi, "z").mean
+    return [len(traces), *(t.nodes["z"]["value"].sum().item() for t in traces), marginal.sum().item()]
+
+
+PROGRAMS = {
+    "met later": in_steps("early", "both", "late", "early"),
+    "met later though stored": met_later_though_stored,
+    "without a gradient in some steps": in_steps("both", "both", "early of both", "early of both", "both"),
+    "without a gradient at first": in_steps("early of both", "early of both", "both", "early of both"),
+    "not met in some steps": in_steps("both", "both", "early", "early", "both"),
+    "gradients left by the caller": gradients_left_by_the_caller,
+    "left by another SVI": left_by_another_svi,
+    "a function": of_loss(lambda: a_function),
+    "a method": of_loss(lambda: Trace_ELBO(num_particles=2).differentiable_loss),
+    "own gradients": of_loss(lambda: a_function, loss_and_grads=own_gradients),
+    "a tuple": of_loss(lambda: ReweightedWakeSleep(num_particles=3, vectorize_particles=False)),
+    "no ELBO": of_loss(lambda: EnergyDistance(num_particles=2)),
+    "schedule and clipping": with_schedule_and_clipping,
+    "arguments by parameter": with_arguments_by_parameter,
+    "keywords": with_keywords,
+    "baseline": with_baseline,
+    "run": in_a_run,
+}
+
+
+def outcome(make, program):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Pyro's, of num_samples, num_steps and run
+        losses = program(make, Guide())
+    params = dict(pyro.get_param_store().named_parameters())
+    gradients = {name: None if p.grad is None else p.grad.tolist() for name, p in params.items()}
+    return losses, {name: p.tolist() for name, p in params.items()}, gradients
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_as_pyro(name, kernels):
+    def ours(*args, **options):
+        svi = SVI(*args, **options)
+        svi.use(kernels)
+        return svi
+
+    losses, params, gradients = outcome(pyro.infer.SVI, PROGRAMS[name])
+    found = outcome(ours, PROGRAMS[name])
+    for a, b in zip(found[0], losses, strict=True):
+        assert a == (pytest.approx(b, rel=1e-6) if kernels == "graph" else b)
+    assert found[1:] == (params, gradients)
+    assert type(found[0][0]) is type(losses[0])
+
+
+def test_a_graph_takes_these_steps():
+    """The comparison above is of graphs where it should be."""
+    guide = Guide()
+    for loss in (Trace_ELBO(), a_function, Trace_ELBO().differentiable_loss):
+        svi = SVI(model, guide, adam(), loss)
+        svi.use("graph")
+        for _ in range(3):
+            svi.step(X)
+        assert svi.kernels == "graph"
+        assert len(svi._compiled_step.function.graphs) == 1
+
+
+@pytest.mark.parametrize(("loss", "own", "why"), [
+    (ReweightedWakeSleep(num_particles=3, vectorize_particles=False), None, "values of tensors"),
+    (a_function, own_gradients, "a function of the caller's"),
+])  # fmt: skip
+def test_what_no_graph_takes_is_said(loss, own, why, caplog):
+    svi = SVI(model, Guide(), adam(), loss, own, compile=True)
+    for _ in range(3):
+        svi.step(X)
+    assert svi.kernels == "eager"
+    assert why in caplog.text
+
+
+def test_a_program_that_is_replaced():
+    def step_of_both(make):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make(model, Guide(), adam(), Trace_ELBO())
+        losses = [svi.step(X) for _ in range(3)]
+        svi.model = lambda x: model(x - 1.0)
+        return [*losses, *(svi.step(X) for _ in range(3))]
+
+    expected = step_of_both(pyro.infer.SVI)
+    assert step_of_both(lambda *args: SVI(*args, compile=True)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_is_a_pyro_svi():
+    svi = SVI(model, Guide(), adam(), Trace_ELBO())
+    assert isinstance(svi, pyro.infer.SVI)
+    for name in ("run", "step", "evaluate_loss", "loss", "loss_and_grads", "marginal", "information_criterion"):
+        assert callable(getattr(svi, name))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("factory", [
+    functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), functools.partial(torch.optim.Adam, lr=0.1),
+    functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1),
+])  # fmt: skip
+def test_one_torch_optimizer_for_all_takes_the_steps_of_one_for_each(factory, kernels):
+    """A parameter that is not met keeps its value and its momentum; one that is met moves on by its momentum."""
+    modes = ("both", "both", "early", "early of both", "late", "both", "early of both")
+
+    def joint(SVI, guide):
+        svi = SVI(model, guide, factory, Trace_ELBO())
+        svi.use(kernels)
+        return [_step(svi, guide, mode) for mode in modes]
+
+    def each(SVI, guide):
+        options = dict(factory.keywords)
+        return [
+            _step(svi, guide, mode)
+            for svi in [SVI(model, guide, pyro.optim.PyroOptim(factory.func, options), Trace_ELBO())]
+            for mode in modes
+        ]
+
+    _, params, gradients = outcome(pyro.infer.SVI, each)
+    _, found, found_gradients = outcome(SVI, joint)
+    assert found == pytest.approx(params, abs=1e-6)
+    assert found_gradients == gradients
+
+
+def test_what_is_no_optimizer():
+    params = [torch.zeros(1, requires_grad=True)]
+    with pytest.raises(UsageError, match=r"optim: expected a PyroOptim, or a function .* found Adam"):
+        SVI(model, Guide(), torch.optim.Adam(params), Trace_ELBO())
