@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,7 +173,8 @@ def inspect_columns(
             )
         return structure, total
     if not lazy and total > len(first[0]) and find_row_order(model, guide, first, structure, total, perturb=False):
-        return inspect(model, guide, whole), total  # all rows, each at its place
+        with suppress(ContractError):  # a pair that refuses a number of rows for another reason is taken in blocks
+            return inspect(model, guide, whole), total  # all rows, each at its place
     return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
 
 
