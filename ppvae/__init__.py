@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _functions = {
     "VAE": "ppvae.models",
-    "check": "ppvae.inference",
+    "check": "ppvae.training",
     "fit": "ppvae.training",
     "load": "ppvae.training",
     "log_marginal": "ppvae.evaluation",
@@ -23,10 +23,10 @@ __all__ = sorted([*_functions, *_modules])
 
 if TYPE_CHECKING:
     from ppvae.evaluation import log_marginal as log_marginal
-    from ppvae.inference import check as check
     from ppvae.inference import terms as terms
     from ppvae.models import VAE as VAE
     from ppvae.training.fit import fit as fit
+    from ppvae.training.inspection import check as check
     from ppvae.training.run import load as load
 
 

@@ -9,7 +9,7 @@ from ppvae.cli.options import Data
 from ppvae.data.loader import read_rows
 from ppvae.errors import PpvaeError
 from ppvae.factories import pairs
-from ppvae.inference import check
+from ppvae.training import check
 
 ROWS = 100  # of the data, on which the pair is checked
 

@@ -2,6 +2,14 @@
 
 `load` returns the splits, checked and with fixed noise. `loader` is the reader of columns that training, evaluation and
 generation share; this room imports nothing of the library but errors and random seeds.
+
+Wherever data are asked for, `admission` takes what has one meaning: tensors, splits and a tuple of them; NumPy arrays
+of any numeric type; pandas DataFrames and AnnData, which keep the names of their columns; SciPy and torch sparse
+matrices, made dense; lists of numbers, or of tensors that the model's arguments say are rows, or columns; a dict whose
+keys are the model's arguments; a map-style `torch.utils.data.Dataset`, read once; a `DataLoader` that visits every row,
+by its data set. All else is refused with the way to pass it: a tensor that requires a gradient, sequences of different
+lengths, a loader that chooses rows. Numbers keep their precision: float64 or integer data reach the pair as they are,
+and where its networks are float32 the error says `x.float()`; nothing is rounded silently.
 """
 
 from __future__ import annotations
@@ -15,9 +23,10 @@ import torch
 
 from ppvae.data import files, named
 from ppvae.data.checks import digest, first_rows, indexed, validated
+from ppvae.data.holders import with_missing
 from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.data.source import PARTS, Source, check_unit
-from ppvae.data.split import Noise, Split, SplitInfo, check_seed, with_missing
+from ppvae.data.split import Noise, Split, SplitInfo, check_seed
 from ppvae.errors import UsageError
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]

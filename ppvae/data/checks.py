@@ -36,11 +36,14 @@ def validated(x: Tensor, name: str) -> Tensor:
         raise DataError(f"{name}: expected dense real numbers, found {x.dtype} with layout {x.layout}.")
     if x.ndim == 0 or x.numel() == 0:
         raise DataError(f"{name}: expected [N, *event] with at least one row, found shape {list(x.shape)}.")
-    check_finite(x.detach(), name, getattr(x, "missing", False), FINITE_CURE, "data.with_missing(x)")
+    missing, columns = getattr(x, "missing", False), getattr(x, "columns", ())
+    check_finite(x.detach(), name, missing, FINITE_CURE, "data.with_missing(x)", columns=columns)
     return x
 
 
-def check_finite(x: Tensor, name: str, missing: bool, finite: str, how: str, offset: int = 0) -> None:
+def check_finite(
+    x: Tensor, name: str, missing: bool, finite: str, how: str, offset: int = 0, columns: Sequence[str] = ()
+) -> None:
     """Raise a `DataError` for numbers that are not finite; with `missing`, NaN is allowed in rows with other values.
 
     The message ends with the cure `finite`; on NaN it says `how` to mark it as missing. A vector [N], as of labels, may
@@ -52,8 +55,8 @@ def check_finite(x: Tensor, name: str, missing: bool, finite: str, how: str, off
     gaps = x.isnan()
     if not missing:
         cure = MISSING_CURE.format(finite=finite, how=how) if bool(gaps.any()) else finite
-        raise_first_invalid(x, is_finite, name, cure, offset)
-    raise_first_invalid(x, is_finite | gaps, name, finite, offset)
+        raise_first_invalid(x, is_finite, name, cure, offset, columns)
+    raise_first_invalid(x, is_finite | gaps, name, finite, offset, columns)
     if x.ndim > 1:
         empty = gaps.reshape(len(x), -1).all(1).nonzero()[:, 0]
         if len(empty):
@@ -64,8 +67,13 @@ def check_finite(x: Tensor, name: str, missing: bool, finite: str, how: str, off
             )
 
 
-def raise_first_invalid(x: Tensor, valid: Tensor, name: str, cure: str, offset: int = 0) -> None:
-    """Raise a `DataError` with row, column and value where `valid` [N, *event] is false; rows count from `offset`."""
+def raise_first_invalid(
+    x: Tensor, valid: Tensor, name: str, cure: str, offset: int = 0, names: Sequence[str] = ()
+) -> None:
+    """Raise a `DataError` with row, column and value where `valid` [N, *event] is false; rows count from `offset`.
+
+    `names` are those of the columns, where they have names.
+    """
     if bool(valid.all()):
         return
     event = x.shape[1:]
@@ -76,7 +84,8 @@ def raise_first_invalid(x: Tensor, valid: Tensor, name: str, cure: str, offset: 
     value = float(x[row].reshape(-1)[columns[0]])
     place = f"row {row + offset}"
     if event:
-        shown = ", ".join(map(str, columns[:4])) + (", ..." if len(columns) > 4 else "")
+        shown = ", ".join(f"{c} ({names[c]!r})" if names else str(c) for c in columns[:4])
+        shown += ", ..." if len(columns) > 4 else ""
         place += f", column{'s' if len(columns) > 1 else ''} {shown}"
     if len(event) > 1:
         pixel = [int(i) for i in torch.unravel_index(torch.tensor(columns[0]), event)]

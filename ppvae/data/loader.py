@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppvae.data.admission import admit
 from ppvae.data.checks import digest, first_rows, validated
 from ppvae.data.lazy import LazySplit
-from ppvae.errors import DataError, UsageError
+from ppvae.errors import DataError
 from ppvae.rng import derive_seed
 
 
-def data_columns(data: Any, seed: int | None = None, name: str = "data") -> tuple[Any, ...]:
-    """The columns of data, checked and of equal length; with a `seed`, noise that a split redraws is drawn once.
+def data_columns(
+    data: Any, seed: int | None = None, name: str = "data", program: Callable[..., Any] | None = None
+) -> tuple[Any, ...]:
+    """The columns of data, admitted, checked and of equal length; with a `seed`, noise that a split redraws is drawn
+    once. `program` is the model, whose arguments decide what lists and dicts mean (`admit`).
 
     Raises:
-        UsageError: something that is no tensor or split; DataError: other numbers of rows, or values not allowed.
+        UsageError: something that cannot be taken for data; DataError: other numbers of rows, or values not allowed.
     """
-    given = tuple(data) if isinstance(data, list | tuple) else (data,)
-    if not given:
-        raise UsageError(f"{name}: expected a tensor, a split, or a tuple of them; found an empty tuple")
+    given = admit(data, name, program)
     columns: list[Any] = []
     for i, column in enumerate(given):
         place = name if len(given) == 1 else f"{name}[{i}]"
-        if not isinstance(column, Tensor | LazySplit):
-            raise UsageError(f"{place}: expected a tensor or a split, found {type(column).__name__}")
         if seed is not None and getattr(column, "noise", None):
-            column = column.fixed(seed)  # type: ignore[union-attr]
+            column = column.fixed(seed)
         if isinstance(column, Tensor):
             column = validated(column, place)
         if len(column) != len(given[0]):

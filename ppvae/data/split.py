@@ -10,7 +10,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ppvae.data.checks import digest, validated
+from ppvae.data.checks import digest
 from ppvae.errors import UsageError
 
 Noise = Literal["binarize", "dequantize"]
@@ -31,6 +31,7 @@ class SplitInfo:
     seed: int = 0
     noise: Noise | None = None
     missing: bool = False
+    columns: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Noise | None:
@@ -56,6 +57,7 @@ class SplitProperties:
     dequantize = property(lambda self: self.info.dequantize, doc="Whether uniform noise fills the gaps of the levels.")
     seed = property(lambda self: self.info.seed, doc="The seed at which fixed noise was drawn.")
     noise = property(lambda self: self.info.noise, doc="What every read draws: None, 'binarize' or 'dequantize'.")
+    columns = property(lambda self: self.info.columns, doc="The names of the columns of a table, or none.")
     missing = property(lambda self: self.info.missing, doc="Whether NaN stands for a missing value, or is refused.")
 
     @property
@@ -200,31 +202,14 @@ class Split(SplitProperties, Tensor):
             cached = self._digest = version, value
         return cached[1]
 
+    def marked_missing(self) -> Split:
+        """The split with NaN declared to stand for missing values."""
+        return self._like(self.detach(), lambda t: t, replace(self.info, missing=True))
+
     def _like(self, values: Tensor, move: Any, info: SplitInfo | None = None) -> Split:
         labels = None if self.labels is None else move(self.labels)
         attributes = {name: move(t) for name, t in self.attributes.items()}
         return Split(values, info or self.info, move(self.index), labels, attributes)
-
-
-def with_missing(x: Tensor, name: str = "a table") -> Split:
-    """The data `x` [N, *event] as a split in which NaN stands for a missing value, for `fit` and `log_marginal`.
-
-    log p(x) is then that of the observed values (Mattei and Frellsen 2019, arXiv 1812.02633), for pairs whose model
-    leaves missing values out and whose guide accepts them, such as `likelihoods.Mixed` and `nn.Missing`. Slices and
-    copies keep the mark; a split keeps its metadata, and a plain tensor is named `name`. Raises `DataError` with the
-    row for infinity and for a row without observed values.
-
-    >>> import torch
-    >>> x = with_missing(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
-    >>> x.missing, x[:1].missing, x.description
-    (True, True, 'a table, NaN missing, values as given')
-    """
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        validated(x, name)  # raises
-    split = x if isinstance(x, Split) else Split(x, SplitInfo(name, tuple(x.shape[1:]), len(x), unit=False))
-    marked = split._like(split.detach(), lambda t: t, replace(split.info, missing=True))
-    validated(marked, marked.name)
-    return marked
 
 
 def draw_noise(values: Tensor, noise: Noise, levels: int, generator: torch.Generator | None = None) -> Tensor:

@@ -23,9 +23,10 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.contract.support import check_support
+from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_pair, program_device
+from ppvae.inference.param_store import bind_pair
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
 from ppvae.inference.tracing import Program
@@ -248,9 +249,9 @@ def start_evaluation(
     """
     model, guide = bind_pair(model, guide)
     with distributed_context() as context:
-        columns = data_columns(data, seed)
-        with fork_rng(), evaluation_mode(model, guide):
-            place = torch.device(device) if device is not None else program_device(model, guide, columns)
+        columns = data_columns(data, seed, program=model)
+        place = choose_device(device, model, guide, columns)
+        with fork_rng(), evaluation_mode(model, guide), default_device(place):
             with record_modules(model, guide) as modules:
                 structure, size = inspect_columns(model, guide, columns, place)
             yield Evaluation(model, guide, structure, columns, size, place, seed, modules, context)

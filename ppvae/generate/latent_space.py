@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.holders import as_column
 from ppvae.errors import UsageError
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
@@ -96,7 +97,7 @@ def traversals(
 
 
 def attribute_vector(
-    model: Program, guide: Program, x: Any, attribute: Tensor, *, site: str | None = None, seed: int = 0
+    model: Program, guide: Program, x: Any, attribute: Any, *, site: str | None = None, seed: int = 0
 ) -> Tensor:
     """The slope of a latent's posterior mean on an attribute of the data, [latent]: cov(E_q[z | x], a) / var(a).
 
@@ -120,7 +121,7 @@ def attribute_vector(
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         z = means[pair.vector_site(means, site)]
-    a = attribute.as_subclass(Tensor).to(z)
+    a = as_column(attribute, "attribute").as_subclass(Tensor).to(z)
     if z.shape[:-1] != a.shape or not bool(torch.isfinite(a).all()):
         raise UsageError(f"attribute: expected {len(z)} finite numbers, one a datum, found shape {list(a.shape)}")
     a = a - a.mean()

@@ -10,11 +10,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.data.loader import as_single_batch
+from ppvae.data.loader import as_single_batch, data_columns
 from ppvae.errors import UsageError
+from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
-from ppvae.inference.param_store import bind_pair, program_device
+from ppvae.inference.param_store import bind_pair
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
 from ppvae.rng import fork_rng
@@ -26,8 +27,10 @@ CHUNK_SIZE = 500  # rows in one run of the pair
 def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[GenerativePair]:
     """The pair on data, in evaluation mode and under its own random state."""
     model, guide = bind_pair(model, guide)
-    with fork_rng(), evaluation_mode(model, guide):
-        batch = as_single_batch(x, seed, program_device(model, guide, x))
+    columns = data_columns(x, seed, program=model)
+    place = choose_device(None, model, guide, columns)
+    with fork_rng(), evaluation_mode(model, guide), default_device(place):
+        batch = as_single_batch(columns, seed, place)
         structure = inspect(model, guide, batch, weights=False, particles=False)
         torch.manual_seed(seed)
         yield GenerativePair(model, guide, batch, structure)

@@ -179,6 +179,7 @@ class BoundProgram:
     def __init__(self, function: Callable[..., Any], scope: ParamScope):
         self.function, self.scope = function, scope
         self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__wrapped__ = function  # whose signature it has
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.scope.entered():

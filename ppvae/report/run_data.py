@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import generate
+from ppvae.data.admission import admit
 from ppvae.data.checks import one_line
 from ppvae.data.loader import as_single_batch, data_digest
 from ppvae.errors import ContractError, PpvaeError, UsageError
 from ppvae.evaluation.estimate import Estimate
+from ppvae.inference.device import default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import program_device, unwrap
@@ -43,7 +45,7 @@ class RunData:
     """
 
     def __init__(self, run: Run, data: Any, estimate: Estimate | None, seed: int, labels: Any = None):
-        columns = tuple(data) if isinstance(data, list | tuple) else (data,)
+        columns = admit(data, "data", run.model)
         noise = seed if estimate is None else estimate.seed
         self.columns = tuple(c.fixed(noise) if getattr(c, "noise", None) else c for c in columns)
         self.run, self.estimate, self.seed = run, estimate, seed
@@ -181,8 +183,10 @@ class RunData:
     def _inspect_batch(self, count: int) -> Structure:
         with evaluation_mode(self.run.model, self.run.guide):
             first = self.read(torch.arange(count))
-            batch = as_single_batch(first, self.seed, program_device(self.run.model, self.run.guide, first))
-            return inspect(self.run.model, self.run.guide, batch, weights=False)
+            place = program_device(self.run.model, self.run.guide, first)
+            with default_device(place):
+                batch = as_single_batch(first, self.seed, place)
+                return inspect(self.run.model, self.run.guide, batch, weights=False)
 
 
 def image_shape(event: tuple[int, ...], in_unit_interval: bool) -> tuple[tuple[int, int, int] | None, bool]:

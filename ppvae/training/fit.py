@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.compilation.precision import check_precision
+from ppvae.data.admission import admit, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
+from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_all_rngs
@@ -56,8 +59,9 @@ def fit(
     is sharded over the ranks, and parameters stay equal on all of them; rank 0 writes the run folder.
 
     Args:
-        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). In data marked by
-            `data.with_missing`, NaN is a missing value.
+        data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). Arrays, tables,
+            sparse matrices, lists, data sets and loaders are taken too, in the precision that they have
+            (`ppvae.data`). In data marked by `data.with_missing`, NaN is a missing value.
         valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch.
         objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
         optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
@@ -106,8 +110,13 @@ def fit(
         raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")
+    check_batch_size(data, batch_size)
     folder = Path(directory) if directory is not None else None
-    with fork_all_rngs():
+    with ExitStack() as stack:
+        stack.enter_context(fork_all_rngs())
+        data = admit(data, "data", model)
+        valid = None if valid is None else admit(valid, "valid", model)
+        stack.enter_context(default_device(choose_device(device, model, guide, data)))
         trainer = Trainer(
             model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip,
             compile, precision, rows,

@@ -1,21 +1,26 @@
-"""The inspection of a pair before it is trained: its structure, and the modules that it calls."""
+"""The inspection of a pair on data, as training and evaluation admit them: `check`, and what a run needs to know."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pyro
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from ppvae.data.loader import DataLoader
+from ppvae.data.admission import admit
+from ppvae.data.holders import allow_missing
+from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
 from ppvae.errors import ContractError, UsageError
+from ppvae.inference import inspection
 from ppvae.inference.contract.registration import Registration
 from ppvae.inference.contract.row_order import find_row_order
+from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import eval_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import BoundProgram, ParamScope, program_device, recorded_scope
@@ -25,6 +30,30 @@ from ppvae.objectives import Objective
 from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
+
+
+def check(model: Program, guide: Program, data: Any) -> str:
+    """Checks a pair against the contract on data, as one batch, and returns a description of it.
+
+    The text names the sites with their shapes, plates, what is enumerated and what is reparameterised; the modules that
+    the pair calls (of a VAE its parts), by class, with the first sentence of their docstrings, the space of the
+    distributions that they return, and the number of their parameters; and the particle layout. Data are those that
+    `fit` and `log_marginal` take; NaN need not be marked as missing.
+
+    Raises:
+        ContractError: naming the site, what was expected, what was found and the cure; UsageError, DataError: of data.
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair = LinearGaussian(3, 2)
+    >>> print(check(pair.model, pair.guide, torch.zeros(4, 3)))
+    data plate 'data' over the batch, full size 4
+    model site 'z': latent, Normal over event [2]
+    ...
+    """
+    columns = allow_missing(admit(data, "data", model))
+    place = choose_device(None, model, guide, columns)
+    with default_device(place):
+        return inspection.check(model, guide, as_single_batch(columns, 0, place))
 
 
 def inspect_for_training(

@@ -21,8 +21,9 @@ from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import DataLoader
 from ppvae.distributed import DistributedContext
 from ppvae.errors import CheckpointError, PpvaeError, TrainingError, UsageError
+from ppvae.inference.device import choose_device
 from ppvae.inference.evaluation_mode import eval_mode
-from ppvae.inference.param_store import BoundProgram, program_device, starting_scope, unwrap
+from ppvae.inference.param_store import BoundProgram, starting_scope, unwrap
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
@@ -75,7 +76,7 @@ class Trainer:
         self.context = DistributedContext()
         self.resumed_kernels: str | None = None
         with self.scope.entered():
-            place = torch.device(device) if device is not None else program_device(self.model, self.guide, data)
+            place = choose_device(device, self.model, self.guide, data)
             check_precision(precision, place)
             self.train = DataLoader(data, "data", place)
             self.valid = DataLoader(valid, "valid", place) if valid is not None else None
@@ -250,8 +251,7 @@ class Trainer:
         self._step_scheduler(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
         if rate is not None:
             metrics["lr"] = rate
-        metrics["seconds"] = round(time.perf_counter() - start, 4)
-        return metrics
+        return metrics | {"seconds": round(time.perf_counter() - start, 4)}
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         s, size = self.structure, self.context.size
