@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -67,7 +68,7 @@ def data_digest(columns: Sequence[Any]) -> str:
 
 
 class DataLoader:
-    """Shuffled batches of columns, in an order that is a function of seed and epoch.
+    """Shuffled batches of columns, in an `order` that is a function of seed and epoch.
 
     Columns in memory are moved to the device once, where they fit; images on disk are read ahead by torch's DataLoader.
     A split with noise redraws it at every read.
@@ -107,14 +108,21 @@ class DataLoader:
         """All rows, for a pair whose plate draws its own subsample."""
         return tuple(read_rows(column, None, self.device) for column in self.columns)
 
-    def batches(self, batch_size: int, seed: int, epoch: int, num_ranks: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """One pass over the data in an order that is a function of seed and epoch; a full batch keeps the data's."""
+    def order(self, batch_size: int, seed: int, epoch: int, num_ranks: int = 1) -> list[Tensor]:
+        """The rows of each batch of one pass over the data, in an order that is a function of seed and epoch.
+
+        A full batch keeps the order of the data.
+        """
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
         full = batch_size >= len(self)  # programs for full batches may have a parameter for each row
-        rows = torch.arange(len(self)) if full else torch.randperm(len(self), generator=generator)
-        order = list(rows.split(batch_size))
+        draw = functools.partial(torch.randperm, generator=generator)
+        order = list((torch.arange if full else draw)(len(self), device="cpu").split(batch_size))
         if len(order) > 1 and len(order[-1]) < 2 * num_ranks:  # batch norm needs two data at least
             order[-2:] = [torch.cat(order[-2:])]
+        return order
+
+    def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of these rows."""
         if self.lazy:
             yield from torch.utils.data.DataLoader(
                 _RowsDataset(self), batch_sampler=[rows.tolist() for rows in order], collate_fn=lambda batch: batch

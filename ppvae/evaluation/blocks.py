@@ -22,6 +22,7 @@ from ppvae.evaluation.block_cache import SECONDS, BlockCache, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_row_order
+from ppvae.inference.contract.run_failure import explain_failures
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
@@ -53,6 +54,16 @@ class Block:
         self.batch = tuple(read_rows(column, rows, device) for column in columns)
         self.has_missing = any(getattr(column, "missing", False) for column in columns)
         self.num_missing = 0  # of the observed numbers; counted by `check_supports`
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The rows of the data that its batch holds; None where the plate draws them."""
+        return None if self.s.draws_subsample else torch.arange(self.start, self.start + self.size, device="cpu")
+
+    @property
+    def where(self) -> str:
+        """Which rows of the data the block holds, in words."""
+        return f"rows {self.start} to {self.start + self.size - 1} of the data, a batch"
 
     @property
     def num_weights(self) -> int:
@@ -317,10 +328,11 @@ def run_blocks(
     with bar, BlockCache(directory, key, 0.0 if parts else SECONDS) as cache, pyro.validation_enabled(False):
         for number in numbers:
             block, tracker = run.block(number), BlockProgress(cache, bar)
-            if parts:
-                results[number] = compute(block, tracker)
-            else:
-                results[number] = tracker.part(f"block-{number:05d}", functools.partial(compute, block))
+            with explain_failures(run.model, run.guide, block.batch, block.where, block.rows):
+                if parts:
+                    results[number] = compute(block, tracker)
+                else:
+                    results[number] = tracker.part(f"block-{number:05d}", functools.partial(compute, block))
             if lengths is not None:
                 finished += lengths[number]
                 bar.update(finished - bar.n)

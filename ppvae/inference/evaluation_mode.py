@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -74,11 +75,17 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
         to_eval(module)
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: to_eval(module))
     try:
-        yield
+        with _compiled_networks_run_eagerly():
+            yield
     finally:
         hook.remove()
         for module in changed.values():
             module.training = True
+
+
+def _compiled_networks_run_eagerly() -> AbstractContextManager[Any]:
+    """For networks under `torch.compile`, whose compiler would follow the hooks on calls into their bookkeeping."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -193,7 +193,6 @@ def _trace_and_explain(
     model: Program, guide: Program, batch: tuple[Any, ...], registration: Registration
 ) -> tuple[Any, Any]:
     """(model trace, guide trace) of one run; an exception becomes an error that names the cause and the cure."""
-    sizes = ", ".join(str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch)
     try:
         with registration:
             return _trace_validated(model, guide, batch)
@@ -203,7 +202,7 @@ def _trace_and_explain(
         missing = explain_missing_failure(model, guide, batch)
         if missing is None and isinstance(error, PpvaeError):
             raise
-        raise missing or explain_failure(error, sizes) from error
+        raise missing or explain_failure(error, model, guide, batch) from error
 
 
 def _trace_validated(model: Program, guide: Program, batch: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -37,8 +37,7 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
     except PpvaeError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(list(t.shape)) for t in batch if isinstance(t, Tensor))
-        raise explain_failure(error, shapes) from error
+        raise explain_failure(error, model, guide, batch) from error
     values = _sampled_values(single, s) | {name: torch.stack(draws) for name, draws in record.draws.items()}
     s, own = replace(s, from_base=s.no_inverse), s
     reason = ""

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from ppvae.distributed import DistributedContext
 from ppvae.errors import PpvaeError, TrainingError
-from ppvae.inference.contract.missing import LEAVE_OUT, tensors_with_missing
-from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
-from ppvae.inference.tracing import node_log_prob, sample_sites, trace_pair
 from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+from ppvae.training.diagnosis import BOUND, FROM_THE_START, SLOWER, cure_for_step, find_nonfinite
 
 Number: TypeAlias = float | Tensor  # of one element
 
@@ -33,6 +31,7 @@ class TrainingStep:
 
     Attributes:
         count: the number of steps taken.
+        start: parameters and buffers that were finite: those of the run's start, then those of each epoch's end.
         checkpoints: the folder of the run's checkpoints, for the error message of a step that fails.
     """
 
@@ -41,6 +40,7 @@ class TrainingStep:
         self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.modules)
         self.context = DistributedContext()
         self.count = 0
+        self.start = state.snapshot()
         self.checkpoints: Path | None = None
 
     @property
@@ -48,8 +48,10 @@ class TrainingStep:
         """Whether loss and gradient are checked before each update; on a GPU, reading them would stall the queue."""
         return all(p.device.type != "cuda" for p in self.svi.params)
 
-    def __call__(self, batch: tuple[Tensor, ...], epoch: int) -> tuple[Number, Number]:
+    def __call__(self, batch: tuple[Tensor, ...], epoch: int, rows: Tensor | None = None) -> tuple[Number, Number]:
         """Takes one step in an epoch (counted from 1); returns loss and gradient norm, both per datum.
+
+        `rows` are those of the data that the batch holds on all ranks, for the error.
 
         Raises:
             TrainingError: loss or gradient is not finite; the parameters are as they were before the step.
@@ -60,18 +62,19 @@ class TrainingStep:
         except PpvaeError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
-            raise self._step_error(batch, epoch, rng_state, " ".join(str(error).split())[:160]) from error
+            words = " ".join(str(error).split())[:160]
+            raise self._step_error(batch, rows, epoch, rng_state, words, failed=True) from error
         grads = [p.grad for p in self.svi.params if p.grad is not None]
         if not self.synchronous:
             return loss, self._update_unchecked(grads, represented)
         loss = float(loss)
         if not math.isfinite(loss):
-            raise self._step_error(batch, epoch, rng_state, f"the loss is {loss}")
+            raise self._step_error(batch, rows, epoch, rng_state, f"the loss is {loss}", failed=False)
         norm = 0.0
         if grads:
             norm = float(torch.nn.utils.get_total_norm(grads)) / represented
             if not math.isfinite(norm):
-                raise self._step_error(batch, epoch, rng_state, f"the gradient is {norm}")
+                raise self._step_error(batch, rows, epoch, rng_state, f"the gradient is {norm}", failed=False)
             factor = 1 / represented
             if self.clip is not None and norm > self.clip:
                 factor *= self.clip / norm
@@ -104,9 +107,10 @@ class TrainingStep:
         for i, (loss, norm) in enumerate(pairs):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+                step = self.count - len(pairs) + i + 1
+                cure = SLOWER if step > 1 else f"{FROM_THE_START}: {BOUND}"
                 raise TrainingError(
-                    f"step {self.count - len(pairs) + i + 1} (epoch {epoch}): {what}; the parameters are put back to "
-                    f"the epoch before. Try a smaller learning rate, clip, or a bounded scale"
+                    f"step {step} (epoch {epoch}): {what}; the parameters are put back to the epoch before. {cure}"
                 )
         return pairs
 
@@ -163,33 +167,30 @@ class TrainingStep:
             p.grad = sums.get(id(p))
         return [total, represented]
 
-    def _step_error(self, batch: tuple[Tensor, ...], epoch: int, rng_state: Tensor, what: str) -> TrainingError:
+    def _step_error(
+        self, batch: tuple[Tensor, ...], rows: Tensor | None, epoch: int, rng_state: Tensor, what: str, failed: bool
+    ) -> TrainingError:
         """The error for a step that cannot be taken: the step, the site or parameter, the last checkpoint, the cure."""
+        model, guide = self.svi.model, self.svi.guide
         torch.set_rng_state(rng_state)
-        origin = self._find_nonfinite(batch)
+        rows = None if rows is None else self.context.shard_batch((rows,))[0]
+        origin = find_nonfinite(model, guide, batch, rows, self.state.params(), self.structure)
         note = "the parameters are as they were before the step"
         if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
             note += f"; last good checkpoint: {self.checkpoints}"
-        cure = "Try a smaller learning rate, clip, or a bounded scale"
-        if tensors_with_missing(batch):
-            cure += f"; as values are missing (NaN), whose gradient is NaN even under a mask, {LEAVE_OUT}"
+        now = self.state.snapshot()
+        self.state.restore(self.start)
+        torch.set_rng_state(rng_state)
+        try:
+            cure = cure_for_step(model, guide, batch, rows, lambda: self._loss_and_gradients(batch), failed)
+        finally:
+            self.state.restore(now)
         return TrainingError(f"step {self.count + 1} (epoch {epoch}): {what}{origin}; {note}. {cure}")
 
-    def _find_nonfinite(self, batch: tuple[Tensor, ...]) -> str:
-        """The first parameter, site or gradient that is not finite, in words."""
-        for name, p in self.state.params().items():
-            if not bool(torch.isfinite(p).all()):
-                return f" (parameter {name!r} is not finite)"
-        try:
-            with torch.no_grad(), eval_mode(self.svi.model, self.svi.guide):
-                model_trace, guide_trace = trace_pair(self.svi.model, self.svi.guide, batch, self.structure, {})
-                for side, trace in (("guide", guide_trace), ("model", model_trace)):
-                    for name, node in sample_sites(trace):
-                        if not bool(torch.isfinite(node_log_prob(node)).all()):
-                            return f" (site {name!r} of the {side} has a log-density that is not finite)"
-        except Exception as error:
-            return f" ({' '.join(str(error).split())[:120]})"
-        for name, p in self.state.params().items():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                return f" (in parameter {name!r})"
-        return ""
+    def _loss_and_gradients(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        """Loss and gradients of a batch from eager runs of the pair, a list for all micro-batches."""
+        found: list[Tensor] = []
+        for part in self.micro_batches(batch):
+            found.append(torch.as_tensor(self.svi.eager_gradients(*part)))
+            found += [p.grad for p in self.svi.params if p.grad is not None]
+        return found

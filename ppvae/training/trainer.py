@@ -20,7 +20,7 @@ from torch import Tensor
 from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import DataLoader
 from ppvae.distributed import DistributedContext
-from ppvae.errors import CheckpointError, PpvaeError, TrainingError, UsageError
+from ppvae.errors import CheckpointError, TrainingError, UsageError
 from ppvae.inference.device import choose_device
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import BoundProgram, starting_scope, unwrap
@@ -202,7 +202,7 @@ class Trainer:
     ) -> None:
         self._warm_up()
         self._choose_kernels(epochs)
-        self._last_finite_state = self.state.snapshot()
+        self.step.start = self.state.snapshot()
         saved_at = time.monotonic()
         while self.epoch < epochs and not self.stopped:
             metrics = self._run_epoch()
@@ -226,19 +226,18 @@ class Trainer:
         seed_all(derive_seed(self.seed, self.epoch, "noise", *self.context.noise_key))
         steps, sizes = [], []
         with pyro.validation_enabled(False):  # the contract was checked; each step checks loss and gradient
-            for batch in self._batches():
+            for rows, batch in self._batches():
                 shard = batch if self.structure.draws_subsample else self.context.shard_batch(batch)
-                steps.append(self.step(shard, self.epoch + 1))
+                steps.append(self.step(shard, self.epoch + 1, rows))
                 sizes.append(self.structure.batch_size(batch))
         try:
             losses_and_norms = self.step.check_finite(steps, self.epoch + 1)
         except TrainingError:
-            self.state.restore(self._last_finite_state)
+            self.state.restore(self.step.start)
             raise
         self.epoch += 1
         self._synchronize_ranks()
         self._record_kernels()
-        rate = self.svi.optimizer.param_groups[0]["lr"] if self.svi.optimizer is not None else None
         metrics: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step.count,
@@ -248,16 +247,18 @@ class Trainer:
         if isinstance(self.objective, Objective):
             metrics |= self.objective.scheduled_values()
         metrics |= self._validate()
+        if self.svi.optimizer is not None:
+            metrics["lr"] = self.svi.optimizer.param_groups[0]["lr"]
         self._step_scheduler(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
-        if rate is not None:
-            metrics["lr"] = rate
         return metrics | {"seconds": round(time.perf_counter() - start, 4)}
 
-    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(self) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
+        """The rows of each batch, None where a plate draws them, and the batch."""
         s, size = self.structure, self.context.size
         if s.draws_subsample:
-            return itertools.repeat(self.train.read_all(), math.ceil(s.full_size / s.subsample_size / size))
-        return self.train.batches(self.batch_size, self.seed, self.epoch, size)
+            return itertools.repeat((None, self.train.read_all()), math.ceil(s.full_size / s.subsample_size / size))
+        order = self.train.order(self.batch_size, self.seed, self.epoch, size)
+        return zip(order, self.train.batches(order), strict=True)
 
     def _synchronize_ranks(self) -> None:
         """Checks that parameters are equal on all ranks, and copies buffers and the objective's state of rank 0."""
@@ -277,17 +278,17 @@ class Trainer:
             if not what:
                 products = self.svi.products if self.svi.kernels == "compiled" else None
                 metrics = self.monitor(self.model, self.guide, products)
-        except PpvaeError:
-            raise
         except (ValueError, RuntimeError) as error:
             what = f"the ELBO of the {self.monitor.prefix} data failed: {' '.join(str(error).split())[:160]}"
+            self.state.restore(self.step.start)
+            self.monitor(self.model, self.guide)  # raises again, unless the epoch's steps are why it failed
         if what:
-            self.state.restore(self._last_finite_state)
+            self.state.restore(self.step.start)
             raise TrainingError(
                 f"step {self.step.count} (epoch {self.epoch}): {what}; the parameters are put back to the epoch "
                 f"before. Try a smaller learning rate or clip"
             )
-        self._last_finite_state = self.state.snapshot()
+        self.step.start = self.state.snapshot()
         return metrics
 
     def _step_scheduler(self, metric: float) -> None:

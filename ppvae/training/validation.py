@@ -15,6 +15,7 @@ from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.data.loader import DataLoader, data_columns
 from ppvae.evaluation.blocks import Block
+from ppvae.inference.contract.run_failure import explain_failures
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import unwrap
@@ -75,7 +76,8 @@ class ValidationMonitor:
                 if products is not None and number > 0 and stop - start == size:
                     sums = self._sums_by_graph(model, guide, block, latents, products)
                 if sums is None:
-                    ((_, _, t),) = block.weights(model, guide, 1, self.seed, ROWS)
+                    with explain_failures(model, guide, block.batch, f"{self.prefix} {block.where}", block.rows):
+                        ((_, _, t),) = block.weights(model, guide, 1, self.seed, ROWS)
                     assert t is not None  # no compiled cells
                     sums = _sums(t, latents, stop - start)
                 totals += sums.cpu()

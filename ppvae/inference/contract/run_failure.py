@@ -1,12 +1,29 @@
-"""The error for a pair that raises an exception when it runs on a batch."""
+"""The error for a pair that raises an exception when it runs on a batch, with a cure that was tried."""
 
 from __future__ import annotations
 
-from ppvae.errors import ContractError, site_error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppvae.errors import ContractError, PpvaeError, site_error
+from ppvae.inference.structure import Structure
+from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
+from ppvae.rng import fork_rng
+
+LARGE = 10.0  # data below it are of the scale that networks are made for
 
 
-def explain_failure(error: Exception, sizes: str) -> ContractError:
-    """The ContractError for an exception of Pyro, torch or the pair itself, with the usual cure."""
+def explain_failure(
+    error: Exception, model: Program, guide: Program, batch: tuple[Any, ...], where: str = "a batch",
+    rows: Tensor | None = None,
+) -> ContractError:  # fmt: skip
+    """The ContractError for an exception of Pyro, torch or the pair itself, with its cause where one is found."""
+    sizes = ", ".join(str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch)
     text = " ".join(str(error).split())[:300]
     if "must be sampled in trace" in text:
         name = text.removeprefix("site ").split(" must")[0]
@@ -18,7 +35,118 @@ def explain_failure(error: Exception, sizes: str) -> ContractError:
             f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "
             f".to_event(n), and size the plate by the batch, as in pyro.plate('data', len(x))"
         )
-    return ContractError(
-        f"the pair could not run on a batch of shape {sizes}: {type(error).__name__}: {text}. "
-        f"Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments"
+    cure = find_cure(model, guide, batch, rows) or (
+        "Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments"
     )
+    return ContractError(f"the pair could not run on {where} of shape {sizes}: {type(error).__name__}: {text}. {cure}")
+
+
+@contextmanager
+def explain_failures(
+    model: Program, guide: Program, batch: tuple[Any, ...], where: str, rows: Tensor | None = None
+) -> Iterator[None]:
+    """Turns an exception of the pair on a later batch into the error that it would be on the first.
+
+    An exception that the pair alone does not raise on this batch stays what it is.
+    """
+    try:
+        yield
+    except (PpvaeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if runs(model, guide, batch):
+            raise
+        raise explain_failure(error, model, guide, batch, where, rows) from error
+
+
+def runs(model: Program, guide: Program, batch: tuple[Any, ...], finite: bool = False) -> bool:
+    """Whether the pair runs on a batch, and with `finite` has finite log-densities there."""
+    try:
+        with fork_rng(), torch.no_grad(), pyro.validation_enabled(finite):
+            traces = trace_pair(model, guide, batch, Structure(), {})
+            nodes = [node for trace in traces for _, node in sample_sites(trace)]
+            return not finite or all(bool(torch.isfinite(node_log_prob(node)).all()) for node in nodes)
+    except Exception:
+        return False
+
+
+def find_cure(model: Program, guide: Program, batch: tuple[Any, ...], rows: Tensor | None = None) -> str:
+    """What has to be done for the pair to run on a batch, to finite densities, as a sentence; else an empty string.
+
+    Whatever it says was tried. `rows` are those of the data that the batch holds, where they are known.
+    """
+    if not all(isinstance(t, Tensor) and t.dim() for t in batch) or runs(model, guide, batch, finite=True):
+        return ""
+    if not runs(model, guide, batch) and (cure := _cast(model, guide, batch) or _lengthen(model, guide, batch)):
+        return cure
+    return _leave_out(model, guide, batch, rows) or _scale(model, guide, batch)
+
+
+def _cast(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str:
+    """Data of another type than the networks' parameters."""
+    for dtype in (torch.get_default_dtype(), torch.float32, torch.float64):
+        other = [i for i, t in enumerate(batch) if t.dtype != dtype]
+        for which in [[i] for i in other] + ([other] if len(other) > 1 else []):
+            cast = tuple(t.to(dtype) if i in which else t for i, t in enumerate(batch))
+            if runs(model, guide, cast):
+                return f"The data are {_kinds(batch, which)}, the networks {_name(dtype)}: pass {_casts(which, dtype)}"
+    return ""
+
+
+def _kinds(batch: tuple[Tensor, ...], which: list[int]) -> str:
+    return " and ".join(dict.fromkeys(_name(batch[i].dtype) for i in which))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _casts(which: list[int], dtype: torch.dtype) -> str:
+    method = {torch.float32: "float()", torch.float64: "double()"}.get(dtype, f"to({dtype})")
+    names = ["x" if i == 0 else f"data[{i}]" for i in which]
+    return ", ".join(f"{name}.{method}" for name in names) + f" (of an array, .astype('{_name(dtype)}'))"
+
+
+def _leave_out(model: Program, guide: Program, batch: tuple[Tensor, ...], rows: Tensor | None) -> str:
+    """One datum that is far from all others."""
+    x, *context = batch
+    if not x.is_floating_point() or len(x) < 3:
+        return ""
+    peaks = x.detach().reshape(len(x), -1).abs().amax(1)
+    (largest, second), (row, other) = peaks.topk(2)
+    if not largest > max(LARGE, 100 * float(second)):
+        return ""
+    without = x.clone()
+    without[row] = x[other]
+    if not runs(model, guide, (without, *context), finite=True):
+        return ""
+    name = f"Row {int(row)} of the batch" if rows is None else f"Row {int(rows[int(row)])} of the data"
+    return f"{name} reaches {float(largest):.3g}, the others {float(second):.3g}: mend that row, or leave it out"
+
+
+def _scale(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str:
+    """Data so large that an exponential of the networks is zero or infinite."""
+    x, *context = batch
+    if not x.is_floating_point():
+        return ""
+    peak = float(x.abs().max())
+    if not peak > LARGE or not runs(model, guide, (x / peak, *context), finite=True):
+        return ""
+    return f"The data reach {peak:.3g}, where the pair's numbers are no longer finite: scale them, as by x / {peak:.3g}"
+
+
+def _lengthen(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str:
+    """Networks that cut a batch to its longest sequence."""
+    x, steps = batch[0], batch[0].shape[1] if batch[0].dim() > 1 else 0
+    for i, t in enumerate(batch[1:], 1):
+        whole = t.dim() == 1 and len(t) == len(x) and not t.is_floating_point() and t.dtype != torch.bool
+        if not whole or not 0 < (longest := int(t.max())) < steps:
+            continue
+        longer = t.clone()
+        longer[t.argmax()] = steps
+        if runs(model, guide, (*batch[:i], longer, *batch[i + 1 :])):
+            return (
+                f"The longest sequence here has {longest} of {steps} steps, and the pair cuts the batch to it: keep "
+                "all steps, as by pad_packed_sequence(..., total_length=x.shape[1])"
+            )
+    return ""
