@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ppvae.cli.common import load_splits, num_labels, parse_pair, with_labels
+from ppvae.cli.common import load_splits, num_labels, parse_pair, with_columns
 from ppvae.cli.options import Data
 from ppvae.data.loader import read_rows
 from ppvae.errors import PpvaeError
@@ -19,7 +19,7 @@ def run(args: list[str]) -> int:
     _, factory, settings, arguments = parse_pair("check", args, Data)
     splits = load_splits(settings)
     torch.manual_seed(0)
-    columns = with_labels(splits[0], settings.labels)
+    columns = with_columns(splits[0], settings)
     model, guide = pairs.build(factory, arguments, splits[0], num_labels(splits[0], settings.labels))
     cpu = torch.device("cpu")
     first = torch.arange(min(ROWS, len(columns[0])))

@@ -74,13 +74,16 @@ def load_splits(settings: Any) -> Any:
     )  # fmt: skip
 
 
-def with_labels(split: Any, labels: bool) -> tuple[Any, ...]:
-    """The columns of a batch: the split, and its labels where they are asked for."""
-    if not labels:
-        return (split,)
-    if split.labels is None:
+def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
+    """The columns of a batch: the split, and its labels and further arrays where they are asked for."""
+    if settings.labels and split.labels is None:
         raise UsageError(f"--labels: {split.description} has no labels")
-    return (split, split.labels)
+    for name in settings.context:
+        if name not in split.attributes:
+            known = ", ".join(split.attributes) or "none"
+            raise UsageError(f"--context: {split.description} has no column {name!r}; it has {known}")
+    labels = (split.labels,) if settings.labels else ()
+    return (split, *labels, *(split.attributes[name] for name in settings.context))
 
 
 def num_labels(split: Any, labels: bool) -> int | None:
@@ -99,7 +102,7 @@ def run_data(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
     if "data" not in run.config:
         raise UsageError(f"{run.directory}: the run was not started from the command line; evaluate it in Python")
     chosen = Data(**run.config["data"] | ({} if settings.root is None else {"root": settings.root}))
-    splits = {name: with_labels(s, chosen.labels) for name, s in zip(SPLITS, load_splits(chosen), strict=True)}
+    splits = {name: with_columns(s, chosen) for name, s in zip(SPLITS, load_splits(chosen), strict=True)}
     fit = run.config["fit"]
     for name, digest in zip(SPLITS, (fit.get("digest"), fit.get("valid"), run.config.get("test")), strict=True):
         if digest is not None and name in {"train", split} and (now := joined_digest(splits[name])) != digest:

@@ -8,6 +8,8 @@ from ppvae.cli.common import description, load_splits
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data, DataSet
 
+SHOWN = 6  # columns beside the data
+
 
 def run(args: list[str]) -> int:
     """Prints a line for each split; returns the exit status."""
@@ -16,6 +18,8 @@ def run(args: list[str]) -> int:
     settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))
     for split in load_splits(Data(data=args[0], **dataclasses.asdict(settings))):
         labels = "" if split.labels is None else f", {len(split.labels.unique())} labels"
+        shown = [f", {name} {list(column.shape)}" for name, column in split.attributes.items()]
+        columns = "".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
         shapes = f"{list(split.shape)}, event {list(split.event_shape)}"
-        print(f"{split.description}: {shapes}{labels}, sha256 {split.digest[:16]}")
+        print(f"{split.description}: {shapes}{labels}{columns}, sha256 {split.digest[:16]}")
     return 0

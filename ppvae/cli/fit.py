@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 
-from ppvae.cli.common import joined_digest, load_splits, num_labels, parse_pair, with_labels, write_report
+from ppvae.cli.common import joined_digest, load_splits, num_labels, parse_pair, with_columns, write_report
 from ppvae.cli.options import Data, Fit, Optimizer
 from ppvae.distributed import DistributedContext, leave_process_group
 from ppvae.errors import UsageError
@@ -31,7 +31,7 @@ def run(args: list[str]) -> int:
     objective = arguments.pop("objective")
     splits = load_splits(settings)
     torch.manual_seed(settings.seed)
-    train, valid, test = (with_labels(s, settings.labels) for s in splits)
+    train, valid, test = (with_columns(s, settings) for s in splits)
     labels = num_labels(splits[0], settings.labels)
     model, guide = pairs.build(factory, arguments, splits[0], labels)
     directory = _run_folder(settings, name)

@@ -16,6 +16,7 @@ class Data:
     dequantize: bool = False  # add uniform noise within a grey level
     flat: bool = True  # vectors; --no-flat gives images [C, H, W]
     labels: bool = False  # pass the labels as the batch's second tensor
+    context: tuple[str, ...] = ()  # further arrays of the file to pass after them, in this order, such as lengths
     missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
     data_seed: int = 0  # of binarisation and dequantisation
 

@@ -52,9 +52,11 @@ def load(
     environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place, and nothing is written, except that
     MNIST and Fashion-MNIST are downloaded where they are missing and the root is writable.
 
-    Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are; an
-    array [N, H, W] gets a channel, [N, H, W, C] becomes [N, C, H, W]. Labels, attributes and `index` (positions in the
-    source, its parts end to end) are attributes of the split. The source's own partition is used where it has one, else
+    Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are. Of
+    arrays named `images`, and of uint8, [N, H, W] gets a channel and [N, H, W, C] becomes [N, C, H, W]; any other keep
+    their shape, such as sequences [N, T, D]. Labels, attributes (a file's other arrays of N rows, such as lengths) and
+    `index` (positions in the source, its parts end to end) are attributes of the split; arrays that are no column are
+    named in the log. The source's own partition is used where it has one, else
     one fixed permutation: 70, 10 and 20 percent; no row is in two splits. `seed` is that of the noise alone.
 
     `binarize="fixed"` draws Bernoulli(pixel) once; `"dynamic"` draws train afresh at every read. `dequantize=True`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ppvae.data.checks import one_line, wrong_format_clause
+from ppvae.data.holders import check_dense_size
 from ppvae.data.lazy import CHANNELS, ImageFiles, open_image
 from ppvae.data.source import (
     PARTS,
@@ -28,10 +30,15 @@ from ppvae.errors import DataError
 SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DATA_KEYS = ("images", "image", "x", "data", "arr_0", "")
+IMAGE_KEYS = ("images", "image")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 PART_NAMES = {"training": "train", "validation": "valid", "val": "valid"}
 _ROLE = r"(x|images?|data|y|labels?|targets?)"
-_PART = re.compile(rf"(?:{_ROLE}_)?(train|training|valid|validation|val|test)(?:_{_ROLE})?", re.IGNORECASE)
+_NAMES_OF_PARTS = "(train|training|valid|validation|val|test)"
+_PART = re.compile(rf"(?:{_ROLE}_)?{_NAMES_OF_PARTS}(?:_{_ROLE})?", re.IGNORECASE)
+_PART_OF_COLUMN = re.compile(rf"(?:(\w+)_)?{_NAMES_OF_PARTS}(?:_(\w+))?", re.IGNORECASE)
+
+log = logging.getLogger("ppvae")
 
 
 def read_path(path: Path, missing: bool = False) -> Source:
@@ -72,7 +79,17 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
         return {"": held}
     with held:
         arrays = {key: held[key] for key in held.files}
+    if {"format", "shape", "data"} <= arrays.keys():
+        return {"": _read_sparse(path, arrays["shape"])}
     return {key: x for key, x in arrays.items() if isinstance(x, np.ndarray)}
+
+
+def _read_sparse(path: Path, shape: np.ndarray) -> np.ndarray:
+    """The dense array of a file that scipy.sparse.save_npz wrote."""
+    import scipy.sparse
+
+    check_dense_size(shape.tolist(), 8, str(path))
+    return scipy.sparse.load_npz(path).toarray()
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -101,10 +118,12 @@ def _as_array(x: torch.Tensor, path: Path, key: str) -> np.ndarray:
 def _presplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source | None:
     """The source of a file with keys such as train, test or x_train, y_train; None for a file without them."""
     found: dict[str, dict[str, str]] = {"data": {}, "labels": {}}
+    images = False
     for key in arrays:
         if match := _PART.fullmatch(key):
             part = PART_NAMES.get(match[2].lower(), match[2].lower())
             kind = "labels" if (match[1] or match[3] or "x").lower()[0] in "ylt" else "data"
+            images |= (match[1] or match[3] or "").lower() in IMAGE_KEYS
             other = found[kind].setdefault(part, key)
             if other != key:
                 raise DataError(f"{path}: keys {other!r} and {key!r} both look like the {kind} of {part}. Keep one.")
@@ -125,11 +144,53 @@ def _presplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -
     y = [as_labels(arrays[labels[part]], sizes[part], f"{path}{_key_clause(labels[part])}") for part in parts if labels]
     levels, unit = scale(whole)
     labelled = np.concatenate(y) if y else None
-    return Source(path.name, as_images(whole), rows, levels, unit, labelled, missing=missing)
+    columns = _columns_in_parts(arrays, sizes)
+    used = {*data.values(), *labels.values(), *(key for keys, _ in columns.values() for key in keys)}
+    _name_unused(path, arrays, used)
+    extra = {name: joined for name, (_, joined) in columns.items()}
+    return Source(path.name, _shaped(whole, images), rows, levels, unit, labelled, extra, missing=missing)
+
+
+def _columns_in_parts(
+    arrays: dict[str, np.ndarray], sizes: Mapping[str, int]
+) -> dict[str, tuple[list[str], np.ndarray]]:
+    """{name: (keys, the column)} of further arrays that every part has, such as lengths_train and lengths_test."""
+    found: dict[str, dict[str, str]] = {}
+    for key in arrays:
+        match = _PART_OF_COLUMN.fullmatch(key)
+        name = match and (match[1] or "") + (match[3] or "")
+        if match and name and not (match[1] and match[3]) and not _PART.fullmatch(key):
+            part = match[2].lower()
+            found.setdefault(name, {})[PART_NAMES.get(part, part)] = key
+    columns = {}
+    for name, keys in found.items():
+        if set(keys) != set(sizes):
+            continue
+        parts = [arrays[keys[part]] for part in sizes]
+        fits = all(_has_rows(x, n) for x, n in zip(parts, sizes.values(), strict=True))
+        if fits and len({x.shape[1:] for x in parts}) == 1:
+            columns[name] = list(keys.values()), np.concatenate(parts)
+    return columns
+
+
+def _has_rows(x: np.ndarray, n: int) -> bool:
+    return x.ndim > 0 and len(x) == n and x.dtype.kind in "biuf"
+
+
+def _shaped(data: np.ndarray, images: bool) -> np.ndarray:
+    """Images with a channel, channels first, where a key asks for them or values are grey levels; else as they are."""
+    return as_images(data) if images or data.dtype == np.uint8 else data
+
+
+def _name_unused(path: Path, arrays: Mapping[str, np.ndarray], used: set[str]) -> None:
+    """One line in the log for the arrays of a file that no part of a split holds."""
+    unused = [f"{key!r} {x.dtype} {list(x.shape)}" for key, x in arrays.items() if key not in used]
+    if unused:
+        log.warning("ppvae: %s: not used: %s; a column has a number or more for each row", path, ", ".join(unused))
 
 
 def _unsplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source:
-    """The source of a file with one array of data, optional labels, and further columns [N]."""
+    """The source of a file with one array of data, optional labels, and further columns [N, ...]."""
     lower = {key.lower(): key for key in arrays}
     key = next((lower[k] for k in DATA_KEYS if k in lower), None)
     if key is None:
@@ -144,11 +205,11 @@ def _unsplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) ->
         raise DataError(f"{path}{_key_clause(key)}: expected at least 3 rows, for three splits; found {n}.")
     label_key = next((lower[k] for k in LABEL_KEYS if k in lower and lower[k] != key), None)
     labels = None if label_key is None else as_labels(arrays[label_key], n, f"{path}{_key_clause(label_key)}")
-    extra = {
-        k: x for k, x in arrays.items() if k not in (key, label_key) and x.shape == (n,) and x.dtype.kind in "biuf"
-    }
+    extra = {k: x for k, x in arrays.items() if k not in (key, label_key) and _has_rows(x, n)}
+    _name_unused(path, arrays, {key, *extra, *([label_key] if label_key is not None else [])})
     levels, unit = scale(data)
-    return Source(path.name, as_images(data), permutation_split(n), levels, unit, labels, extra, missing=missing)
+    values = _shaped(data, key.lower() in IMAGE_KEYS)
+    return Source(path.name, values, permutation_split(n), levels, unit, labels, extra, missing=missing)
 
 
 def _check_same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:

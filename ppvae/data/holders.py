@@ -41,7 +41,7 @@ def as_column(value: Any, place: str) -> Any:
     if is_of(value, "anndata") and hasattr(value, "var_names"):
         return _named(as_column(value.X, f"{place}.X"), value.var_names)
     if is_of(value, "scipy") and hasattr(value, "toarray"):
-        _check_dense_size(value.shape, value.dtype.itemsize, place)
+        check_dense_size(value.shape, value.dtype.itemsize, place)
         return from_array(value.toarray(), place)
     if isinstance(value, list):
         return _from_list(value, place)
@@ -72,7 +72,7 @@ def _from_tensor(x: Tensor, place: str) -> Tensor:
     if isinstance(x, Split):
         return x
     if x.layout is not torch.strided:
-        _check_dense_size(x.shape, x.element_size(), place)
+        check_dense_size(x.shape, x.element_size(), place)
         x = x.to_dense()
     if x.is_inference() and not torch.is_inference_mode_enabled():
         x = x.clone()
@@ -101,7 +101,7 @@ def _check_holds_numbers(x: Tensor, place: str) -> None:
         raise DataError(f"{place}: expected dense real numbers, found {x.dtype}: pass torch.view_as_real(x)")
 
 
-def _check_dense_size(shape: Sequence[int], itemsize: int, place: str) -> None:
+def check_dense_size(shape: Sequence[int], itemsize: int, place: str) -> None:
     size = itemsize
     for n in shape:
         size *= int(n)

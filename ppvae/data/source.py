@@ -23,7 +23,7 @@ class Source:
     """All rows of a data set, and the row numbers of train, valid and test.
 
     `images` [N, *event] is an array, or image files. `levels` L means whole numbers 0..L-1, to be divided by L - 1;
-    None means numbers that are used as they are. `labels` is [N]; `attributes` name -> [N]. Where `missing`, NaN
+    None means numbers that are used as they are. `labels` is [N]; `attributes` name -> [N, ...]. Where `missing`, NaN
     stands for a missing value.
     """
 
@@ -33,7 +33,7 @@ class Source:
     levels: int | None = 256
     unit: bool = True
     labels: np.ndarray | None = None
-    attributes: dict[str, np.ndarray] = field(default_factory=dict)
+    attributes: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [N, ...]
     classes: tuple[str, ...] = ()
     missing: bool = False
 
@@ -117,7 +117,7 @@ def scale(array: np.ndarray) -> tuple[int | None, bool]:
 
 
 def as_images(array: np.ndarray) -> np.ndarray:
-    """[N, H, W] gets a channel, and [N, H, W, C] with C of 1, 3 or 4 becomes [N, C, H, W]; other shapes stay."""
+    """Images [N, H, W] get a channel, and [N, H, W, C] with C of 1, 3 or 4 becomes [N, C, H, W]; other shapes stay."""
     if array.ndim == 3:
         return array[:, None]
     channels = (1, 3, 4)

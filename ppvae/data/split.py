@@ -95,8 +95,8 @@ class Split(SplitProperties, Tensor):
     gives a `Split`, and anything else a plain tensor. Where `noise` is set, the tensor holds the values under the noise
     (grey levels, say), and indexing ALWAYS gives a plain tensor of values drawn afresh from torch's global generator;
     torch operations see the values under the noise, so read batches by `read` or by indexing, and evaluate on
-    `fixed(seed)`. Labels [N], `attributes` (name -> [N]) and `index` [N] (positions in the source) follow the rows.
-    Out-of-range rows raise IndexError. Where `missing` is set, NaN stands for a missing value (`with_missing`).
+    `fixed(seed)`. Labels [N], `attributes` (name -> [N, ...]) and `index` [N] (positions in the source) follow
+    the rows. Out-of-range rows raise IndexError. Where `missing` is set, NaN stands for a missing value (`with_missing`).
 
     >>> from ppvae import data
     >>> train, valid, test = data.load("digits", binarize="dynamic")

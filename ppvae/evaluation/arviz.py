@@ -5,7 +5,8 @@ sets, so that names, dimensions and files agree. ArviZ takes seconds to import, 
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from ppvae.errors import UsageError
 from ppvae.storage import replace_file
 
+DIMENSIONS = ("chain", "draw", "datum")
+SITE = "site"  # the attribute of a variable that has another name than its site
 GROUP = "marginal_likelihood"  # not one of ArviZ's own: its sample_stats would need a chain and a draw for every value
 
 
@@ -28,7 +31,8 @@ def to_arviz(
     Args:
         per_datum: name -> [N], such as log_px in nats; group `marginal_likelihood`, dimension `datum`.
         posterior: latent's name -> [draws, N, *event]; group `posterior`, dimensions `chain` (1), `draw`, `datum`, and
-            `<name>_dim_<i>` for the event, as ArviZ names them.
+            `<name>_dim_<i>` for the event, as ArviZ names them. A site whose name NetCDF does not take, as "a/z", or
+            that is the name of a dimension, has another, and its own as the attribute `site`.
         observed: [N, *event]; variable `x` of group `observed_data`.
         attrs: strings and numbers about the whole. A bool becomes 0 or 1, since NetCDF has no such attribute; anything
             else becomes its `str`.
@@ -40,13 +44,20 @@ def to_arviz(
     >>> tree["posterior"]["z"].dims, tree["marginal_likelihood"]["log_px"].dims, tree.attrs["num_particles"]
     (('chain', 'draw', 'datum', 'z_dim_0'), ('datum',), 5000)
     """
+    variables = variable_names(posterior or {})
     arrays = {
         GROUP: {name: _array(name, values, ("datum",), event=False) for name, values in per_datum.items()},
-        "posterior": {name: _array(name, draws, ("draw", "datum")) for name, draws in (posterior or {}).items()},
+        "posterior": {
+            variables[site]: _array(variables[site], draws, ("draw", "datum"))
+            for site, draws in (posterior or {}).items()
+        },
         "observed_data": {} if observed is None else {"x": _array("x", observed, ("datum",))},
     }
     _same_sizes(arrays)
-    groups = {group: _dataset(group, variables) for group, variables in arrays.items() if variables}
+    groups = {group: _dataset(group, held) for group, held in arrays.items() if held}
+    for site, variable in variables.items():
+        if variable != site:
+            groups["posterior"][variable].attrs[SITE] = site
     return _tree(groups, {name: _attribute(value) for name, value in (attrs or {}).items()})
 
 
@@ -65,9 +76,9 @@ def arrays_to_arviz(group: str, arrays: Mapping[str, Any], attrs: Mapping[str, A
     """
     import xarray
 
-    count, variables = None, {}
+    count, variables, plain_names = None, {}, variable_names(arrays)
     for name, values in arrays.items():
-        values, plain = np.asarray(values), name.replace("/", "_")
+        values, plain = np.asarray(values), plain_names[name]
         dims = [f"{plain}_dim_{i}" for i in range(values.ndim)]
         if "/" not in name and values.ndim and count in (None, len(values)):
             count, dims[0] = len(values), "datum"
@@ -90,6 +101,23 @@ def write_netcdf(tree: Any, path: str | os.PathLike[str]) -> Path:
     # ppvae installs no other engine, and ArviZ 1.x would look for netCDF4
     replace_file(path, lambda partial: tree.to_netcdf(str(partial), engine="h5netcdf"))
     return path
+
+
+def variable_names(sites: Iterable[str]) -> dict[str, str]:
+    """A variable's name for each site, as NetCDF takes them: without "/", and none of them twice or a dimension's.
+
+    >>> variable_names(["z", "a/z", "a_z", "datum"])
+    {'z': 'z', 'a/z': 'a_z', 'a_z': 'a_z_', 'datum': 'datum_'}
+    """
+    names: dict[str, str] = {}
+    taken = set(DIMENSIONS)
+    for site in sites:
+        name = re.sub(r"_dim_(?=\d+$)", "_dim__", site.replace("/", "_"))
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names[site] = name
+    return names
 
 
 _Array = tuple[tuple[str, ...], np.ndarray]  # dimensions and values, as xarray takes them

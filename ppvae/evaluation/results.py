@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import CheckpointError
-from ppvae.evaluation.arviz import GROUP
+from ppvae.evaluation.arviz import GROUP, SITE
 from ppvae.evaluation.estimate import Estimate
 from ppvae.storage import write_bytes
 
@@ -192,5 +192,5 @@ def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
             name: torch.from_numpy(values[()]) for name, values in file[GROUP].items() if name.startswith("bound_")
         }
         draws = file.get("posterior", {})
-        latents = {n: torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 2}
+        latents = {v.attrs.get(SITE, n): torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 2}
     return {int(name.removeprefix("bound_")): values for name, values in bounds.items()}, latents

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 from ppvae import data
@@ -816,3 +817,74 @@ def test_cifar10_is_what_torchvision_reads(tmp_path, monkeypatch):
     assert (train.read()[0, :, 1, 2] * 255).round().tolist() == [10, 20, 30]
     assert (test.read()[0, :, 1, 2] * 255).round().tolist() == [40, 50, 60]
     assert (train.labels[0], valid.labels[0], test.labels[0]) == (1, 0, 1)
+
+
+# Arrays of a file that are no images, and those beside the data
+
+
+def floats(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(20, 12, 3), (20, 7, 5, 3), (20, 7, 5, 3, 2)])
+@pytest.mark.parametrize("key", ["x", "data", "", "anything"])
+def test_sequences_keep_their_shape(tmp_path, shape, key):
+    x = floats(*shape)
+    np.savez(tmp_path / "a.npz", **{key or "arr_0": x})
+    for split in data.load(tmp_path / "a.npz", flat=False):
+        assert split.event_shape == tuple(split.shape[1:]) == shape[1:]
+        assert torch.equal(split, torch.from_numpy(x[split.index]))
+    assert data.load(tmp_path / "a.npz")[0].shape[1:] == (int(np.prod(shape[1:])),)
+
+
+def test_images_are_asked_for_by_name_or_by_grey_levels(tmp_path):
+    x = np.random.default_rng(0).random((20, 6, 5)).astype(np.float32)
+    assert data.load(save(tmp_path / "a.npz", images=x), flat=False)[0].event_shape == (1, 6, 5)
+    assert data.load(save(tmp_path / "b.npz", x=(x * 255).astype(np.uint8)), flat=False)[0].event_shape == (1, 6, 5)
+    assert data.load(save(tmp_path / "c.npz", images_train=x, images_test=x), flat=False)[0].event_shape == (1, 6, 5)
+    assert data.load(save(tmp_path / "d.npz", x_train=x, x_test=x), flat=False)[0].event_shape == (6, 5)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+def test_other_arrays_of_as_many_rows_follow_them(tmp_path, suffix, caplog):
+    x, lengths, mask = floats(20, 12, 3), np.arange(20) % 12 + 1, np.arange(720).reshape(20, 36) % 2 == 0
+    path = save(tmp_path / f"a{suffix}", x=x, lengths=lengths, mask=mask, table=floats(4, 4))
+    for split in data.load(path, flat=False):
+        assert set(split.attributes) == {"lengths", "mask"}
+        assert split.attributes["lengths"].tolist() == lengths[split.index].tolist()
+        assert split[:2].attributes["mask"].tolist() == mask[split.index[:2]].tolist()
+    assert "not used: 'table' float32 [4, 4]" in caplog.text
+    assert "mask" not in caplog.text
+
+
+def test_columns_of_a_file_with_parts(tmp_path, caplog):
+    x = floats(20, 12, 3)
+    path = save(
+        tmp_path / "a.npz", x_train=x[:12], x_valid=x[12:15], x_test=x[15:], lengths_train=np.arange(12),
+        lengths_valid=np.arange(12, 15), lengths_test=np.arange(15, 20), mask_train=np.ones(12), names=np.array(["a"]),
+    )  # fmt: skip
+    for split in data.load(path):
+        assert list(split.attributes) == ["lengths"]
+        assert torch.equal(split.attributes["lengths"], split.index)
+    assert "'mask_train' float64 [12]" in caplog.text
+    assert "'names'" in caplog.text
+
+
+def test_a_file_without_further_arrays_says_nothing(tmp_path, caplog):
+    data.load(save(tmp_path / "a.npz", images=floats(20, 4), label=np.arange(20)))
+    data.load(save(tmp_path / "b.npz", train=floats(20, 4), test=floats(20, 4)))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "coo"])
+def test_a_sparse_matrix_in_a_file(tmp_path, layout):
+    m = sp.random(30, 20, 0.1, format=layout, dtype="float32", rng=0)
+    sp.save_npz(tmp_path / "counts.npz", m)
+    for split in data.load(tmp_path / "counts.npz"):
+        assert torch.equal(split, torch.from_numpy(m.toarray()[split.index]))
+
+
+def test_a_sparse_matrix_that_claims_to_be_huge(tmp_path):
+    sp.save_npz(tmp_path / "counts.npz", sp.csr_matrix((10**6, 10**6), dtype=np.float32))
+    with pytest.raises(DataError, match="GiB"):
+        data.load(tmp_path / "counts.npz")

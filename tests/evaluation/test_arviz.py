@@ -3,11 +3,13 @@
 import warnings
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from ppvae.errors import UsageError
-from ppvae.evaluation import calibration, gaps, representation
+from ppvae.evaluation import calibration, gaps, load_estimate, log_marginal, representation
 from ppvae.evaluation.arviz import GROUP, to_arviz, write_netcdf
 from ppvae.models import LinearGaussian
 
@@ -154,3 +156,29 @@ def test_every_saved_result_is_there_for_arviz(tmp_path):
     elbo = az.from_netcdf(tmp_path / "gaps.nc")["gaps"]["elbo"]
     assert elbo.dims == ("datum",)
     assert np.array_equal(elbo.values, made["gaps"].elbo.numpy())
+
+
+# Names of sites
+
+
+NAMES = ["z", "a/z", "a_z", "datum", "draw", "chain", "z_dim_0", "log_px", "x/", "site"]
+
+
+@pytest.mark.parametrize("names", [[name] for name in NAMES] + [NAMES], ids=lambda names: " ".join(names))
+def test_every_name_of_a_site_is_saved_and_read_back(names, tmp_path):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            latents = [pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1)) for name in names]
+            pyro.sample("x", dist.Normal(sum(latents).sum(-1), 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in names:
+                pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    est = log_marginal(model, guide, torch.randn(6), num_particles=50, posterior_draws=4)
+    again = load_estimate(est.save(tmp_path))
+    assert set(again.posterior) == set(names)
+    for name in names:
+        assert torch.equal(again.posterior[name], est.posterior[name])
+    assert again.table() == est.table()
