@@ -96,7 +96,7 @@ class Split(SplitProperties, Tensor):
     (grey levels, say), and indexing ALWAYS gives a plain tensor of values drawn afresh from torch's global generator;
     torch operations see the values under the noise, so read batches by `read` or by indexing, and evaluate on
     `fixed(seed)`. Labels [N], `attributes` (name -> [N, ...]) and `index` [N] (positions in the source) follow
-    the rows. Out-of-range rows raise IndexError. Where `missing` is set, NaN stands for a missing value (`with_missing`).
+    the rows. Out-of-range rows raise IndexError. Where `missing` is set, NaN stands for a missing value.
 
     >>> from ppvae import data
     >>> train, valid, test = data.load("digits", binarize="dynamic")

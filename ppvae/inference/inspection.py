@@ -43,7 +43,16 @@ from ppvae.inference.param_store import bind_pair
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import LatentHook, Terms, evaluate_terms
-from ppvae.inference.tracing import Program, as_batch, event_dim, has_inverse, params_of, sample_sites, trace_pair
+from ppvae.inference.tracing import (
+    Program,
+    as_batch,
+    event_dim,
+    find_subsample,
+    has_inverse,
+    params_of,
+    sample_sites,
+    trace_pair,
+)
 from ppvae.rng import fork_rng
 
 Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
@@ -186,7 +195,7 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
 
 def _drawn_rows(model_trace: Any, plate: DataPlate) -> Tensor | None:
     """The rows of the data that the plate has drawn; None where it goes over the batch."""
-    return model_trace.nodes[plate.name]["value"] if plate.draws_subsample else None
+    return find_subsample(model_trace, plate.name)["value"] if plate.draws_subsample else None
 
 
 def _trace_and_explain(

@@ -21,6 +21,7 @@ from ppvae.inference.tracing import (
     Substitute,
     as_batch,
     check_has_inverse,
+    find_subsample,
     sample_sites,
     trace_pair,
     trace_program,
@@ -253,7 +254,8 @@ def cache_encoder(guide: Program, batch: tuple[Any, ...], s: Structure, index: T
     def cached(*_: Any) -> Tensor:
         with ExitStack() as stack:
             for f in frames:
-                rows = trace.nodes[f.name]["value"] if f.name in trace.nodes else None
+                drawn = find_subsample(trace, f.name)
+                rows = None if drawn is None else drawn["value"]
                 stack.enter_context(pyro.plate(f.name, int(f.full_size or f.size), subsample=rows, dim=f.dim))
             return pyro.sample(name, copy_distribution(node["fn"]))
 

@@ -40,7 +40,10 @@ class Substitute(Messenger):
         self.values, self.from_base = values, from_base
 
     def _pyro_sample(self, msg: Any) -> None:
-        value = self.values.get(msg["name"])
+        name = msg["name"]
+        if isinstance(msg["fn"], _Subsample):
+            name = next((plate for plate in self.values if is_plate(name, plate)), name)
+        value = self.values.get(name)
         if value is None or msg["is_observed"]:
             return
         if msg["name"] in self.from_base:
@@ -93,6 +96,17 @@ def check_has_inverse(s: Structure, names: Iterable[str]) -> None:
                 "a flow without an inverse",
                 "use gradient='pathwise' and log_marginal by importance sampling, or a flow with an inverse",
             )
+
+
+def is_plate(site: str, plate: str) -> bool:
+    """Whether the site of a subsample is that of a plate; a scope renames the site, and not the plate."""
+    return site == plate or site.endswith(f"/{plate}")
+
+
+def find_subsample(trace: Any, plate: str) -> Any:
+    """The site of a plate's subsample in a trace; None where the plate draws none."""
+    nodes = (node for node in trace.nodes.values() if isinstance(node.get("fn"), _Subsample))
+    return next((node for node in nodes if is_plate(node["name"], plate)), None)
 
 
 def snap_to_point_mass(fn: Any, value: Tensor) -> Tensor:
@@ -273,7 +287,7 @@ def trace_pair(
         guide_values = {**values, **_latent_values(samples, s, latent_hook)}
         noise.rewind()
     guide_trace = _trace_side("guide" in frozen, guide, batch, s, guide_values, None, num_particles, detach, noise)
-    model_values = {name: value for name, value in values.items() if name not in guide_trace}
+    model_values = {name: value for name, value in values.items() if name not in guide_trace or name == s.plate}
     model_trace = _trace_side("model" in frozen, model, batch, s, model_values, guide_trace, num_particles)
     return model_trace, guide_trace
 
@@ -285,7 +299,7 @@ def _latent_values(
     values = {n: node["value"] for n, node in sample_sites(guide_trace) if s.guide_roles.get(n) is not Role.ENUMERATED}
     # a view, never the value itself: a flow that caches its inverse would be differentiated by its live parameters
     values = {n: v.view_as(v) if latent_hook is None else latent_hook(n, v) for n, v in values.items()}
-    return values | ({s.plate: guide_trace.nodes[s.plate]["value"]} if s.draws_subsample else {})
+    return values | ({s.plate: find_subsample(guide_trace, s.plate)["value"]} if s.draws_subsample else {})
 
 
 def _trace_side(frozen: bool, fn: Program, batch: Sequence[Any], s: Structure, *arguments: Any) -> Any:

@@ -11,10 +11,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.autoname import scope
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import nn
 
 from ppvae import check, log_marginal
+from ppvae.evaluation import annealed
 from ppvae.inference import Layout, inspect, simulate, terms
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import DATASET_SIZE, PAIRS, SIZE, hierarchy
@@ -662,3 +664,33 @@ def test_a_masked_enumerated_site_is_not_there(side, own, float64):
     bound = torch.where(known, exact, joint.mean(-1) + math.log(3)) if side == "guide" else exact
     torch.testing.assert_close(t.log_weight, exact.expand(2, 4))
     torch.testing.assert_close(t.elbo, bound.expand(2, 4))
+
+
+# Scopes
+
+
+@pytest.mark.parametrize("prefix", ["enc", "a/b"])
+@pytest.mark.parametrize("plate", ["data", "rows/all"])
+def test_a_scope_changes_names_alone(prefix, plate):
+    """The site of a plate's subsample is renamed by the scope, and the plate is not."""
+
+    def model(x):
+        with pyro.plate(plate, len(x), subsample_size=8) as i:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[i])
+
+    def guide(x):
+        with pyro.plate(plate, len(x), subsample_size=8) as i:
+            pyro.sample("z", dist.Normal(0.8 * x[i], 0.2**0.5))
+
+    x = torch.randn(43, generator=torch.Generator().manual_seed(0))
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(x)
+    pair = scope(model, prefix=prefix), scope(guide, prefix=prefix)
+    est = log_marginal(*pair, x, num_particles=300)
+    assert (est.log_px - exact).abs().max() < 1e-5
+    assert torch.equal(est.log_px, log_marginal(model, guide, x, num_particles=300).log_px)
+    if (prefix, plate) == ("enc", "data"):
+        found = annealed(*pair, x[:16], num_chains=2, num_temperatures=3, compile=False).log_px
+        assert torch.equal(
+            found, annealed(model, guide, x[:16], num_chains=2, num_temperatures=3, compile=False).log_px
+        )

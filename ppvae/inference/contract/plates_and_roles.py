@@ -14,7 +14,7 @@ from ppvae.inference.contract.independence import check_not_coupled
 from ppvae.inference.contract.rows import run_at, take_batch_rows
 from ppvae.inference.contract.support import base_distribution, check_support
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import Program, node_log_prob
+from ppvae.inference.tracing import Program, find_subsample, node_log_prob
 
 Node = dict[str, Any]  # a sample site of a Pyro trace
 
@@ -55,8 +55,8 @@ def find_data_plate(program: Program, model: Mapping[str, Node], trace: Any, bat
         check_single_data_plate(name, frame, other)
         frame = other
     count, full_size = len(batch[0]), int(frame.full_size or frame.size)
-    plate_node = trace.nodes.get(frame.name, {"fn": None})
-    has_subsample_size = getattr(plate_node["fn"], "subsample_size", None) is not None
+    subsample = find_subsample(trace, frame.name)
+    has_subsample_size = subsample is not None and subsample["fn"].subsample_size is not None
     draws_subsample = frame.size < full_size and full_size == count and has_subsample_size
     plate = DataPlate(frame.name, frame.size, full_size, draws_subsample, has_subsample_size)
     elsewhere = [f for node in observed.values() for f in node["cond_indep_stack"] if f.dim != -1 and f.size == count]
