@@ -921,3 +921,43 @@ def test_a_read_only_run(fails, run_copy):
         for folder in folders:
             folder.chmod(0o700)
     assert {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()} == before
+
+
+# Arrays of a file beside the data
+
+SEQUENCES = """
+import pyro, torch, pyro.distributions as dist
+
+def pair():
+    shift = torch.nn.Parameter(torch.zeros(()))
+
+    def keep(x, lengths):
+        return (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
+
+    def model(x, lengths):
+        assert x.shape[1:] == (12, 3) and lengths.shape == (len(x),)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("shift", shift), 1.0))
+            loc = z[..., None, None].expand(*z.shape, 12, 3)
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(keep(x, lengths)).to_event(2), obs=x)
+
+    def guide(x, lengths):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean((1, 2)), 1.0))
+
+    return model, guide
+"""
+
+
+def test_sequences_and_their_lengths_from_one_file(cli, fails, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pair.py").write_text(SEQUENCES)
+    x = rng.standard_normal((40, 12, 3)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=x, lengths=rng.integers(1, 13, 40))
+    options = ("--data", "a.npz", "--no-flat", "--binarize", "none", "--context", "lengths")
+    assert "event [12, 3], lengths [28]" in cli("data", "a.npz").out
+    assert cli("check", "pair.py:pair", *options).status == 0
+    assert cli("fit", "pair.py:pair", *options, "--epochs", 1, "--no-report", "--name", "run").status == 0
+    assert cli("evaluate", "run", "--num-particles", 5, "--no-report").status == 0
+    wrong = (*options[:-1], "length")
+    fails("fit", "pair.py:pair", *wrong, names=("--context", "'length'", "lengths"), status=2)
