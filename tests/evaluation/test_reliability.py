@@ -40,7 +40,11 @@ def test_reasons_are_apart_and_add_up_to_what_is_not_reliable():
     assert torch.equal(heavy.int() + low.int() + broken.int(), (~est.reliable).int())
     words = est.reliability.summary
     assert words.startswith("85.7 % of the data (6 of 7) are unreliable: ")
-    for text in ("3 with a heavy tail (k_hat not below 0.67)", "1 with ess below 50", "2 with non-finite weights"):
+    for text in (
+        "3 with a heavy tail (95 % limit of k_hat not below 0.60)",
+        "1 with ess below 50",
+        "2 with non-finite weights",
+    ):
         assert text in words
     assert words in est.summary()
     assert est.table()["reliability"] == words

@@ -69,7 +69,7 @@ class AdaptiveAllocation:
     def required_particles(self, statistics: dict[str, Tensor], count: int) -> Tensor:
         """The number of particles that a pilot of `count` calls for, [N] float64; +inf where no number suffices.
 
-        The standard error falls as 1 / sqrt(K), ess grows as K, and k_hat must be below 1 - 1 / log10 K and 0.7:
+        The standard error falls as 1 / sqrt(K), ess grows as K, and k_hat must be below 1 - 1 / log10 K and 0.6:
         K > 10^(1 / (1 - k_hat)). Rounded up to 100, 200, 400, ...
         """
         by_error = count * (statistics["std_error"] / (MARGIN * self.target_std_error)).square()
