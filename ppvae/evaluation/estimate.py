@@ -147,8 +147,8 @@ class Estimate:
         >>> print(Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").summary())
         NLL 1.000 ± 0.000 nats per datum over 2 data (K = 100), 0.481 bits per dim (density)
         ELBO -1.000; Monte-Carlo standard error 1.0000 (median)
-        100.0 % of the data (2 of 2) are unreliable: 2 with a heavy tail (95 % limit of k_hat not below 0.50); their log p(x) may be \
-far too low
+        100.0 % of the data (2 of 2) are unreliable: 2 with a heavy tail (95 % limit of k_hat not below 0.50); \
+their log p(x) may be far too low
         what to do: for 2: a better guide
         """
         sampler = f"K = {format_particles(self.particles)}"

@@ -42,7 +42,8 @@ def k_hat_limit(num_particles: int) -> float:
     """The limit that `k_hat_upper` of a reliable estimate stays below, min(0.6, 1 - 1 / log10 K); -inf for K < 25.
 
     1 - 1 / log10 K is that of Vehtari et al. 2024 (arXiv 1507.02646), whose 0.7 is for k_hat itself; on posteriors
-    whose log p(x) is known, 0.6 for the upper limit keeps those off by over 5 standard errors under 1 % of the reliable.
+    whose log p(x) is known, 0.6 for the upper limit keeps the share of reliable data that are off by over 5 standard
+    errors under 1 %.
 
     >>> k_hat_limit(5000), k_hat_limit(100), k_hat_limit(20)
     (0.6, 0.5, -inf)
