@@ -29,7 +29,8 @@ class Estimate:
         std_error: Monte-Carlo standard error of log_px; NaN at K = 1.
         ess: effective sample size of the weights, (sum w)^2 / sum w^2.
         k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
-        reliable: no non-finite weight, ess >= 50 and k_hat < min(0.7, 1 - 1 / log10 K).
+        reliable: no non-finite weight, ess >= 50, and the 95 % limit of k_hat, from all data of the estimate, below
+            min(0.6, 1 - 1 / log10 K); see `ppvae.evaluation.reliability.k_hat_upper`.
         elbo: the evidence lower bound from the same draws.
         dims: observed numbers per datum, averaged where values are missing; of the whole data set where weights are
             joint.
@@ -71,7 +72,7 @@ class Estimate:
 
     @property
     def k_hat_limit(self) -> float:
-        """The largest k_hat of a reliable estimate, min(0.7, 1 - 1 / log10 K); -inf for K < 25, too few to judge."""
+        """The limit of `k_hat_upper` for a reliable estimate, min(0.6, 1 - 1 / log10 K); -inf for K < 25."""
         return k_hat_limit(self.num_particles)
 
     @functools.cached_property
@@ -146,8 +147,8 @@ class Estimate:
         >>> print(Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").summary())
         NLL 1.000 ± 0.000 nats per datum over 2 data (K = 100), 0.481 bits per dim (density)
         ELBO -1.000; Monte-Carlo standard error 1.0000 (median)
-        100.0 % of the data (2 of 2) are unreliable: 2 with a heavy tail (k_hat not below 0.50); their log p(x) may be \
-far too low
+        100.0 % of the data (2 of 2) are unreliable: 2 with a heavy tail (95 % limit of k_hat not below 0.50); \
+their log p(x) may be far too low
         what to do: for 2: a better guide
         """
         sampler = f"K = {format_particles(self.particles)}"

@@ -142,7 +142,7 @@ def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int,
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
         assert t is not None
         weights.add(log_weight, elbo)
-        reservoir.add(log_weight, t)
+        reservoir.add(log_weight, {name: site.value for name, site in t.guide.items()})
         if not name:
             name, place = _observed_site(t.model, s, x)
         means = torch.cat([_in_shape_of(m, place, x) for m in _means(t.model[name], s, t.num_particles)])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, site_error
-from ppvae.evaluation.annealing.potential import SCALE_DRAWS, Potential
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
+from ppvae.evaluation.unconstrained.potential import SCALE_DRAWS, Potential
 from ppvae.inference.tracing import Program
 
 T_MAX = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales from the center

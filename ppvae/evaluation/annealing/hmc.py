@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.annealing.chain_state import ChainState
-from ppvae.evaluation.annealing.potential import Potential
+from ppvae.evaluation.unconstrained.chain_state import ChainState
+from ppvae.evaluation.unconstrained.potential import Potential
 
 PILOT_CHAINS = 4
 WARM_UP_TRANSITIONS = 30  # at the first inverse temperature, with a larger gain

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.chains import AnnealingPath
-from ppvae.evaluation.annealing.compiled_potential import CompiledPotential
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
-from ppvae.evaluation.annealing.potential import Potential, prior_as_guide
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, Evaluation
+from ppvae.evaluation.unconstrained.compiled_potential import CompiledPotential
+from ppvae.evaluation.unconstrained.potential import Potential, prior_as_guide
 from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed
 

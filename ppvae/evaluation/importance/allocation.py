@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block
+from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.proposals.sources import Proposal
 from ppvae.evaluation.reliability import MAX_K_HAT, MIN_ESS
-from ppvae.inference.tracing import Program
 
 MAX_EXTRAPOLATION = 4  # the largest factor from the particles of the pilot to those of the estimate
 MARGIN = 0.8  # the planned standard error in units of the target: that of the estimate varies about the pilot's
@@ -37,9 +37,9 @@ class FixedAllocation:
         """The settings that an estimate reports beside its number of particles."""
         return {}
 
-    def allocate(self, block: Block, model: Program, guide: Program, seed: int, rows: int) -> dict[str, Tensor]:
+    def allocate(self, proposal: Proposal) -> dict[str, Tensor]:
         """{"num_particles": [N]} of a block's data."""
-        return {"num_particles": torch.full((block.num_weights,), self.max_particles)}
+        return {"num_particles": torch.full((proposal.block.num_weights,), self.max_particles)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class AdaptiveAllocation:
     def required_particles(self, statistics: dict[str, Tensor], count: int) -> Tensor:
         """The number of particles that a pilot of `count` calls for, [N] float64; +inf where no number suffices.
 
-        The standard error falls as 1 / sqrt(K), ess grows as K, and k_hat must be below 1 - 1 / log10 K and 0.7:
+        The standard error falls as 1 / sqrt(K), ess grows as K, and k_hat must be below 1 - 1 / log10 K and 0.6:
         K > 10^(1 / (1 - k_hat)). Rounded up to 100, 200, 400, ...
         """
         by_error = count * (statistics["std_error"] / (MARGIN * self.target_std_error)).square()
@@ -80,20 +80,21 @@ class AdaptiveAllocation:
         doublings = (largest / PARTICLE_BLOCK).log2().ceil()
         return torch.where(largest.isfinite(), PARTICLE_BLOCK * 2**doublings, torch.inf)
 
-    def allocate(self, block: Block, model: Program, guide: Program, seed: int, rows: int) -> dict[str, Tensor]:
+    def allocate(self, proposal: Proposal) -> dict[str, Tensor]:
         """{"num_particles": of the estimate, "pilot_particles": of the pilot run} of a block's data, [N] each.
 
         The pilot doubles its particles; a datum leaves it once at most 4 times those are called for, or once they are
         a fourth of the budget, all of which its estimate then gets. A datum with a NaN or infinite weight, which no
         number of particles cures, gets as many as its pilot. The draws of the pilot are not used again.
         """
+        block = proposal.block
         counts, pilot = torch.zeros(2, block.num_weights, dtype=torch.long)
         active, done = torch.arange(block.num_weights), 0
         weights = LogWeightAccumulator(self.max_particles, (), block.eps)
         while len(active):
             count = min(2 * done or PARTICLE_BLOCK, self.max_particles)
-            part, positions = block.select_rows(active)
-            for log_weight, elbo, _ in part.weights(model, guide, count, seed, rows, start=done, noise="pilot"):
+            part, positions = proposal.select(active)
+            for log_weight, elbo, _ in part.log_weights(count, start=done, noise="pilot"):
                 index = positions.to(log_weight.device)
                 weights.add(log_weight[:, index], elbo[:, index])
             done = count

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.inference.structure import Role, Structure
-from ppvae.inference.terms import Terms
 
 
 class PosteriorReservoir:
@@ -28,11 +29,11 @@ class PosteriorReservoir:
         self._buffer: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._values: dict[str, Tensor] = {}
 
-    def add(self, log_weight: Tensor, t: Terms, rows: Tensor | None = None) -> None:
+    def add(self, log_weight: Tensor, latents: Mapping[str, Tensor], rows: Tensor | None = None) -> None:
         """Adds log-weights [particles, N] and the latents behind them, of some rows of a batch (or all)."""
         values = {}
         for name in self.names:
-            value = t.guide[name].value.cpu()
+            value = latents[name].cpu()
             value = value.movedim(value.dim() - self.s.event_dims[name] - 1, 1)  # [particles, batch, ...]
             values[name] = value if rows is None else value[:, rows]
         self._buffer.append((log_weight.cpu(), values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.allocation import Allocation, FixedAllocation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
+from ppvae.evaluation.importance.guide_proposal import GuideProposal
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
-from ppvae.inference.terms import Terms
+from ppvae.evaluation.proposals.sources import Proposal, RefinedProposal
 from ppvae.rng import derive_seed
 
 
@@ -29,6 +30,7 @@ class ImportanceSampler:
         posterior_draws: of each latent per datum, resampled by weight.
         rows: the largest number of (datum, particle) rows that go through the pair at once.
         precision: of the products in layers.
+        refined: draw from a proposal that is fitted to each datum, instead of the guide.
     """
 
     run: Evaluation
@@ -37,6 +39,7 @@ class ImportanceSampler:
     posterior_draws: int
     rows: int
     precision: str = "float32"
+    refined: bool = False
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that a block's result is a function of."""
@@ -49,12 +52,12 @@ class ImportanceSampler:
     def settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, besides the number of particles."""
         precision = {} if self.precision == "float32" else {"precision": self.precision}
-        return self.allocation.settings() | precision
+        return self.allocation.settings() | precision | ({"proposal": "refined"} if self.refined else {})
 
     def compile_weights(self) -> CompiledWeights | None:
         """The compiled log-weights of this rank's blocks; None where they cannot be used."""
         run = self.run
-        if self.allocation.adaptive or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
+        if self.refined or self.allocation.adaptive or self.posterior_draws or self.rows < PARTICLE_BLOCK * DATA_BLOCK:
             return None
         blocks = min(len(run.context.block_indices(run.num_blocks)), run.num_data // DATA_BLOCK)
         total = blocks * (self.allocation.max_particles // PARTICLE_BLOCK)
@@ -82,8 +85,13 @@ class ImportanceSampler:
             return self._statistics(block, compiled)
 
     def _statistics(self, block: Block, compiled: CompiledWeights | None) -> dict[str, Tensor]:
-        run = self.run
-        allocated = self.allocation.allocate(block, run.model, run.guide, run.seed, self.rows)
+        proposal: Proposal
+        if self.refined:
+            proposal = RefinedProposal(self.run, block, self.rows)
+            diagnostics = {"family": proposal.fitted.family.cpu()}
+        else:
+            proposal, diagnostics = GuideProposal(self.run, block, self.rows, compiled), {}
+        allocated = self.allocation.allocate(proposal)
         counts = allocated["num_particles"]
         levels = sorted(set(counts.tolist()))
         ks = sorted(k for k in {*recorded_bounds(levels[0]), *self.bounds} if 1 <= k <= levels[0])
@@ -91,18 +99,16 @@ class ImportanceSampler:
         start = missing = 0
         for level in levels:  # data leave once they have all their particles
             rows = (counts >= level).nonzero()[:, 0]
-            part, positions = block.select_rows(rows)
-            for log_weight, elbo, t in part.weights(
-                run.model, run.guide, level, run.seed, self.rows, compiled, start=start
-            ):
+            part, positions = proposal.select(rows)
+            for log_weight, elbo, latents in part.log_weights(level, start=start):
                 for count in levels[levels.index(level) :]:
-                    groups[count].add(log_weight, elbo, t, positions[counts[rows] == count])
-            missing = missing if start else part.num_missing  # the first particles are drawn for all rows
+                    groups[count].add(log_weight, elbo, latents, positions[counts[rows] == count])
+            missing = missing if start else part.block.num_missing  # the first particles are drawn for all rows
             start = level
         order = torch.cat([group.rows for group in groups.values()]).argsort()
         joined = concatenate([group.result() for group in groups.values()])
         found = {name: value.index_select(0, order) for name, value in joined.items()}
-        return found | allocated | {"missing": torch.tensor(missing)}
+        return found | allocated | diagnostics | {"missing": torch.tensor(missing)}
 
 
 class _Group:
@@ -116,14 +122,14 @@ class _Group:
         draws = sampler.posterior_draws
         self.reservoir = PosteriorReservoir(draws, seed, sampler.run.structure) if draws else None
 
-    def add(self, log_weight: Tensor, elbo: Tensor, t: Terms | None, positions: Tensor) -> None:
-        """Adds the columns `positions` of log-weights and ELBO [particles, N], and of the terms behind them."""
+    def add(self, log_weight: Tensor, elbo: Tensor, latents: Mapping[str, Tensor] | None, positions: Tensor) -> None:
+        """Adds the columns `positions` of log-weights and ELBO [particles, N], and of the latents behind them."""
         if len(positions) < log_weight.shape[1]:
             index = positions.to(log_weight.device)
             log_weight, elbo = log_weight[:, index], elbo[:, index]
         self.weights.add(log_weight, elbo)
-        if self.reservoir and t is not None:
-            self.reservoir.add(log_weight, t, positions.cpu())
+        if self.reservoir and latents is not None:
+            self.reservoir.add(log_weight, latents, positions.cpu())
 
     def result(self) -> dict[str, Tensor]:
         draws = self.reservoir.values if self.reservoir else {}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError
-from ppvae.evaluation.annealing.potential import Potential
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.local.guides import AmortizedGuide
 from ppvae.evaluation.local.optimization import ADAM_EPS, LEARNING_RATE
 from ppvae.evaluation.local.parameters import WhitenedNormal
+from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import frozen_params
 from ppvae.rng import derive_seed

@@ -14,9 +14,10 @@ from pyro import poutine
 from ppvae import log_marginal
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.evaluation import Bracket, annealed, bdmc, quadrature
-from ppvae.evaluation.annealing import ais, compiled_potential, hmc, potential
+from ppvae.evaluation.annealing import ais, hmc
 from ppvae.evaluation.annealing import bdmc as bidirectional
 from ppvae.evaluation.annealing.schedules import equal_ess, named_schedule
+from ppvae.evaluation.unconstrained import compiled_potential, potential
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 

@@ -149,8 +149,8 @@ def _continuous_nodes(
         if is_delta or is_discrete(fn) or getattr(fn, "has_enumerate_support", False):
             raise site_error(
                 name, "a continuous latent, or one that is summed out", f"a discrete one ({type(fn).__name__})",
-                "annealing follows gradients: mark the site infer={'enumerate': 'parallel'} in the model and leave "
-                "it out of the guide, or use log_marginal",
+                "gradients are followed: mark the site infer={'enumerate': 'parallel'} in the model and leave "
+                "it out of the guide, or use log_marginal with proposal='guide'",
             )  # fmt: skip
         a, b = (_support_bounds(support_of(n["fn"])) for n in (node, second[name]))
         if len(a) != len(b) or not all(torch.equal(i, j) for i, j in zip(a, b, strict=True)):

@@ -14,9 +14,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ppvae.errors import ContractError
-from ppvae.evaluation.annealing.chain_state import ChainState, concatenate_states
-from ppvae.evaluation.annealing.coordinates import UnconstrainedSpace
 from ppvae.evaluation.blocks import Block
+from ppvae.evaluation.unconstrained.chain_state import ChainState, concatenate_states
+from ppvae.evaluation.unconstrained.coordinates import UnconstrainedSpace
 from ppvae.inference.particle_layout import sum_inner_plates
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide

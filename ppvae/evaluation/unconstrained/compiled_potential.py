@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ppvae.compilation.function import Comparison, CompiledFunction, Outputs, Policy, Target
 from ppvae.compilation.graph import CaptureError, all_close
-from ppvae.evaluation.annealing.chain_state import ChainState
-from ppvae.evaluation.annealing.potential import Potential
+from ppvae.evaluation.unconstrained.chain_state import ChainState
+from ppvae.evaluation.unconstrained.potential import Potential
 
 MIN_GRADIENTS = 30_000  # of a run that pay for compiling: a number, not a time, so that results are reproducible
 

@@ -1,0 +1,32 @@
+"""The guide as the proposal: log-weights of its own draws, compiled where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from torch import Tensor
+
+from ppvae.evaluation.blocks import Block, Evaluation
+from ppvae.evaluation.importance.compiled_weights import CompiledWeights
+from ppvae.evaluation.proposals.sources import LogWeights
+
+
+@final
+class GuideProposal:
+    """The guide as it is."""
+
+    def __init__(self, run: Evaluation, block: Block, rows: int, compiled: CompiledWeights | None = None):
+        self.run, self.block, self.rows, self.compiled = run, block, rows, compiled
+
+    def select(self, rows: Tensor) -> tuple[GuideProposal, Tensor]:
+        part, positions = self.block.select_rows(rows)
+        return GuideProposal(self.run, part, self.rows, self.compiled), positions
+
+    def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:
+        run = self.run
+        for log_weight, elbo, t in self.block.weights(
+            run.model, run.guide, num_particles, run.seed, self.rows, self.compiled, start=start, noise=noise
+        ):
+            latents = None if t is None else {name: site.value for name, site in t.guide.items()}
+            yield log_weight, elbo, latents

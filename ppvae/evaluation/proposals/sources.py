@@ -1,0 +1,128 @@
+"""Log-weights of fresh draws from a proposal, block by block and independent of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol, final
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppvae.errors import site_error
+from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, Evaluation
+from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal
+from ppvae.evaluation.unconstrained.chain_state import ChainState
+from ppvae.evaluation.unconstrained.potential import Potential
+from ppvae.inference.structure import Role
+from ppvae.inference.terms import evaluate_terms
+from ppvae.rng import derive_seed
+
+FIT_ROWS = 1000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
+
+LogWeights = tuple[Tensor, Tensor, Mapping[str, Tensor] | None]
+
+
+class Proposal(Protocol):
+    """Where the particles of a block of data come from."""
+
+    block: Block
+
+    def select(self, rows: Tensor) -> tuple[Proposal, Tensor]:
+        """(the proposal of these rows, their positions in it); the proposal itself where the pair takes no fewer."""
+
+    def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:
+        """(log-weights, ELBO samples, latents) of particles `start` to `num_particles`, a few at a time.
+
+        Log-weights and ELBO samples are [particles, N]; latents are by name, as the guide has them, or None where a
+        compiled function gave the weights. `start` is a multiple of 100; `noise` names the stream.
+        """
+
+
+@final
+class RefinedProposal:
+    """A density fitted to each datum of a block, in unconstrained coordinates; see `fit_proposal`.
+
+    The fit uses noise of its own, so that the weights of the draws that follow are unbiased for p(x) whatever was
+    fitted. A masked latent has no density: its coordinates are standard normal on both sides.
+
+    Raises:
+        ContractError: a latent that is discrete, or that the model draws anew at each run, by the site's name.
+    """
+
+    def __init__(self, run: Evaluation, block: Block, rows: int, fitted: FittedProposal | None = None):
+        self.run, self.block, self.rows = run, block, rows
+        with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
+            self._potential = Potential(run.model, run.guide, block, FIT_ROWS, cache=True)
+            if fitted is None:
+                _check_deterministic(block)
+                terms = evaluate_terms(run.model, run.guide, block.batch, 1, structure=block.s, index=block.index)
+                block.check_supports(terms)
+                torch.manual_seed(derive_seed(run.seed, block.number, "proposal"))
+                fitted = fit_proposal(self)
+        self.fitted = fitted
+
+    def select(self, rows: Tensor) -> tuple[RefinedProposal, Tensor]:
+        part, positions = self.block.select_rows(rows)
+        if part is self.block:
+            return self, positions
+        return RefinedProposal(self.run, part, self.rows, self.fitted.select(rows)), positions
+
+    def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:
+        step, width = max(1, self.rows // self.block.size), self.block.num_weights
+        with pyro.validation_enabled(False), torch.no_grad():
+            for first in range(start, num_particles, PARTICLE_BLOCK):
+                number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
+                torch.manual_seed(derive_seed(self.run.seed, self.block.number, noise or "refined", number))
+                for u in self._draw(count).split(step):
+                    log_guide, log_joint = self._potential.log_densities(u)
+                    extra = self._masked_log_density(u)
+                    log_weight = log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
+                    yield log_weight[:, :width], log_weight[:, :width], self._potential.space.constrain(u)[0]
+
+    def _draw(self, count: int) -> Tensor:
+        """Draws [particles, batch, dims], of which the guide's share of each datum is fixed and at random places.
+
+        A fixed share has less variance than a random one, and any k of the draws are exchangeable, so that L_k is a
+        bound for every k.
+        """
+        of_guide, of_density = self.sample_start(count), self.fitted.density.sample(count)
+        share = self.fitted.guide_share
+        places = torch.rand(of_guide.shape[:2], device=share.device).argsort(0).argsort(0)
+        whole = (count * share).floor()
+        whole = whole + (torch.rand(share.shape, device=share.device) < count * share - whole)  # right on average
+        return torch.where((places < whole)[..., None], of_guide, of_density)
+
+    def sample_start(self, num_chains: int) -> Tensor:
+        """Draws of the guide, [particles, batch, dims]."""
+        u, active = self._potential.sample_start(num_chains), self._potential.space.active
+        return u if active is None else torch.where(active, u, torch.randn_like(u))
+
+    def __call__(self, u: Tensor) -> ChainState:
+        """log q(u | x) and log p(x, u) with their gradients."""
+        state, active = self._potential(u), self._potential.space.active
+        if active is None:
+            return state
+        extra = self._masked_log_density(u)
+        return ChainState(
+            u, state.log_start + extra, state.log_joint + extra,
+            torch.where(active, state.grad_start, -u), torch.where(active, state.grad_joint, -u),
+        )  # fmt: skip
+
+    def _masked_log_density(self, u: Tensor) -> Tensor | float:
+        """The standard normal log-density of the coordinates of masked latents, [particles, batch]."""
+        active = self._potential.space.active
+        if active is None:
+            return 0.0
+        log_normal = -0.5 * (u.double().square() + math.log(2 * math.pi))
+        return torch.where(active, torch.zeros_like(log_normal), log_normal).sum(-1)
+
+
+def _check_deterministic(block: Block) -> None:
+    for name, role in block.s.model_roles.items():
+        if role is Role.CANCELLED:
+            raise site_error(
+                name, "a latent of the guide, so that the model's density is the same at every run",
+                "a site that the model draws anew at each run (obs_mask)", "use proposal='guide'",
+            )  # fmt: skip
