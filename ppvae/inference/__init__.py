@@ -12,7 +12,8 @@ second to the third, and knows Pyro only.
   estimates of log p(x) are functions of `Terms`; log-densities are added up nowhere else.
 - `tracing` runs programs, `enumeration` sums sites out, `particle_layout` lays out particles, `terms` evaluates a pair
   of known structure, and `inspection` finds the structure and composes above all of these. `param_store` gives every
-  run a parameter scope of its own. `SVI` is a drop-in for `pyro.infer.SVI`.
+  run a parameter scope of its own; `from_param_store` binds a pair to Pyro's store. `SVI` is a drop-in for
+  `pyro.infer.SVI`.
 """
 
 from ppvae.inference.inspection import check, inspect, terms

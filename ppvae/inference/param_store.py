@@ -213,8 +213,10 @@ def bind_pair(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Cal
     """The pair, each side bound to the latest run that trained it, or else to that of the other side.
 
     A side that wraps a trained function (functools.partial, a handler of Pyro, a lambda) counts as that function.
-    Where no run trained either, both are returned as they are.
+    Where no run trained either, and within a scope, as in a callback of `fit`, both are returned as they are.
     """
+    if _active_scopes:
+        return model, guide
     scopes = [f.scope if isinstance(f, BoundProgram) else _present_scope(f) for f in (model, guide)]
     bound = [s or scopes[1 - i] for i, s in enumerate(scopes)]
     model, guide = (

@@ -41,7 +41,7 @@ class JointOptim(PyroOptim):
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Adds those that are new."""
-        new = [p for p in {id(p): p for p in params}.values() if id(p) not in self._known]
+        new = list({id(p): p for p in params if id(p) not in self._known}.values())
         self._known |= {id(p): p for p in new}
         if self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": new})
@@ -51,16 +51,19 @@ class JointOptim(PyroOptim):
                 for group in self.optimizer.param_groups:  # one kernel for all parameters, unless set otherwise
                     if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
                         group["fused"] = all(p.is_floating_point() for p in group["params"]) or None
-            self.optimizer.load_state_dict(self._state_waiting_to_be_consumed or self.optimizer.state_dict())
+            if self._state_waiting_to_be_consumed:
+                self.optimizer.load_state_dict(self._state_waiting_to_be_consumed)
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """One step of the given parameters."""
+        """One step of the given parameters, each given once."""
         params = list(params)
         self.add(params)
         if self.optimizer is None:
             return
-        given = {id(p) for p in params}
-        absent = [(p, p.grad) for p in self._known.values() if p.grad is not None and id(p) not in given]
+        absent: list[tuple[Tensor, Tensor]] = []
+        if len(params) < len(self._known):
+            given = {id(p) for p in params}
+            absent = [(p, p.grad) for i, p in self._known.items() if p.grad is not None and i not in given]
         for p, _ in absent:
             p.grad = None
         self.optimizer.step(*args, **kwargs)
@@ -198,15 +201,19 @@ class SVI(PyroSVI):
 
     def add_params(self, params: Iterable[Tensor]) -> None:
         """Adds new parameters to the optimizer."""
-        new = [p for p in {id(p): p for p in params}.values() if id(p) not in self._known]
-        self._known |= {id(p) for p in new}
-        self.params += new
-        if new and isinstance(self.optim, JointOptim):
-            self.optim.add(new)
+        new = list({id(p): p for p in params if id(p) not in self._known}.values())
+        if new:
+            self._known |= {id(p) for p in new}
+            self.params += new
+            if isinstance(self.optim, JointOptim):
+                self.optim.add(new)
 
     def update(self) -> None:
         """Takes one optimizer step from the gradients as they stand."""
-        self.optim([p for p in self.params if p.grad is not None])
+        if self.optimizer is not None:
+            self.optimizer.step()
+        else:
+            self.optim([p for p in self.params if p.grad is not None])
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step on the loss; returns the loss, a number or a tuple of them, as Pyro's `step` does.

@@ -140,7 +140,7 @@ def assert_is(estimate, exact):
 
 def values(scope):
     with scope.entered():
-        return tuple(p.detach() for p in params())
+        return tuple(p.detach().clone() for p in params())
 
 
 def train_by_pyro(model, guide, steps=20):
@@ -198,7 +198,7 @@ def test_a_fit_says_that_it_starts_anew_and_its_cure_goes_on(caplog, programs):
     trained(model, guide, **still)
     assert not caplog.records  # the store holds what the run starts from
     train_by_pyro(model, guide)
-    stored = tuple(p.detach() for p in params())
+    stored = tuple(p.detach().clone() for p in params())
     trained(model, guide, **still)
     assert "'loc', 'scale' anew" in caplog.text
     assert "from_param_store" in caplog.text
@@ -222,6 +222,34 @@ def test_going_on_leaves_the_run_as_it_was(programs):
     assert_is(found(second.model, second.guide), log_px(*values(second.model.scope)))
     with pytest.raises(ContractError, match="two runs that both have it"):
         trained(run.model, second.guide)
+
+
+def test_training_on_from_a_run_by_pyro(programs):
+    run = trained(*programs)
+    before = values(run.model.scope)
+    train_by_pyro(run.model, run.guide)
+    after = values(run.model.scope)
+    assert not torch.equal(before[0], after[0])
+    with pytest.raises(ContractError, match=r"changed after its run.*passed to fit"):
+        found(run.model, run.guide)
+    assert_is(found(*programs), log_px(*after))
+    assert not list(pyro.get_param_store())
+
+
+def test_bare_programs_in_a_callback_have_the_parameters_of_the_run_that_calls(programs):
+    estimates = []
+
+    def callback(run, metrics):
+        estimates.append((found(*programs), log_px(*params())))
+
+    for _ in range(2):  # an earlier run's parameters are not taken
+        trained(*programs, callbacks=[callback])
+    for estimate, exact in estimates:
+        assert_is(estimate, exact)
+    run = trained(*programs)
+    trained(*programs, epochs=3)
+    with run.model.scope.entered():
+        assert_is(found(*programs), log_px(*params()))
 
 
 @pytest.mark.parametrize("build", [Pair, closures])
