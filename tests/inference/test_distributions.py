@@ -200,6 +200,42 @@ def test_what_needs_an_inverse_says_so_in_a_sentence():
     fit(model, guide, x, epochs=1, objective=IWAE(3, gradient="pathwise"))
 
 
+class WrongJacobian(dist.transforms.Planar):
+    """A planar flow whose log-determinant is off by a little."""
+
+    def log_abs_det_jacobian(self, x, y):
+        return super().log_abs_det_jacobian(x, y) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("flow", "words"),
+    [
+        (lambda: WrongJacobian(2), "its log_abs_det_jacobian is wrong.*WrongJacobian"),
+        (lambda: dist.transforms.sylvester(2, 2), "its log_abs_det_jacobian is wrong.*Sylvester"),
+        (lambda: dist.transforms.block_autoregressive(2), "stays within .* of zero.*residual"),
+    ],
+    ids=["jacobian", "Pyro's Sylvester", "bounded"],
+)
+def test_a_flow_without_an_inverse_that_is_no_density_on_the_prior_s_space(flow, words):
+    """Evaluated at its own draws alone, either would go into every weight."""
+    torch.manual_seed(0)
+    made = flow()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 20.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("flow", made)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(x, 1.0).to_event(1), [made]))
+
+    with pytest.raises(ContractError, match=f"'z'.*{words}"):
+        log_marginal(model, guide, torch.randn(N, 2))
+    assert inspect(model, guide, torch.randn(N, 2), weights=False).weights_refusal
+
+
 def test_a_prior_without_an_inverse_has_no_density_at_the_guide_s_draws():
     flow = dist.transforms.planar(2)
 

@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from ppvae.errors import site_error
 from ppvae.inference.contract.change_of_variables import check_change_of_variables
+from ppvae.inference.contract.flows import check_flow
 from ppvae.inference.contract.support import (
     base_distribution,
     base_support,
@@ -20,7 +21,7 @@ from ppvae.inference.contract.support import (
     support_name,
 )
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import Program, support_of
+from ppvae.inference.tracing import Program, has_inverse, support_of
 
 
 def check_absolute_continuity(
@@ -47,6 +48,8 @@ def check_absolute_continuity(
             lower_bound_only = lower_bound_only or _omits_values(p, q)
         else:
             check_support_covers_prior(name, p, q)
+            if not has_inverse(q):
+                check_flow(name, p, q)
     points = _points(model, guide, guide_roles)
     auxiliary = [name for name, role in guide_roles.items() if role is Role.AUXILIARY]
     if points or auxiliary:
