@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ppvae.errors import ContractError
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
-from ppvae.inference.contract.row_order import find_row_order
+from ppvae.inference.contract.row_order import find_unequal_rows
 from ppvae.inference.contract.run_failure import explain_failures
 from ppvae.inference.contract.support import check_support
 from ppvae.inference.device import choose_device, default_device
@@ -184,9 +184,8 @@ def inspect_columns(
                 f"of the plate {structure.plate!r}, found {total}. Pass the whole data set"
             )
         return structure, total
-    if not lazy and total > len(first[0]) and find_row_order(model, guide, first, structure, total, perturb=False):
-        with suppress(ContractError):  # a pair that refuses a number of rows for another reason is taken in blocks
-            return inspect(model, guide, whole), total  # all rows, each at its place
+    if not lazy and total > len(first[0]) and find_unequal_rows(model, guide, first, structure, total):
+        return inspect(model, guide, whole), total  # all rows, each at its place
     return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
 
 

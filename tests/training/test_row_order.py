@@ -214,3 +214,15 @@ def test_an_evaluation_keeps_rows_at_their_places(rows):
 
     est = log_marginal(model, guide, x, num_particles=30)
     torch.testing.assert_close(est.log_px, log_px(x), rtol=0, atol=1e-9)
+
+
+def test_other_data_than_those_that_the_rows_belong_to_are_refused():
+    """Fifty rows fill the first block exactly; of 120 data, the second block would get the first block's rows."""
+    posterior = torch.randn(50)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(posterior, 0.2**0.5))
+
+    with pytest.raises(ContractError):
+        log_marginal(model, guide, torch.randn(120), num_particles=30)

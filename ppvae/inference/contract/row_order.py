@@ -30,27 +30,32 @@ from ppvae.inference.tracing import Program, RecordBaseDraws, sample_sites, trac
 from ppvae.rng import fork_rng
 
 
-def find_row_order(
-    model: Program, guide: Program, batch: Sequence[Any], s: Structure, full_size: int, perturb: bool = True
-) -> str:
+def find_row_order(model: Program, guide: Program, batch: Sequence[Any], s: Structure, full_size: int) -> str:
     """What binds a pair to the order of its rows, in words; empty where nothing does.
 
     Args:
         batch: some rows of the data.
         full_size: the number of all data.
-        perturb: add noise to parameters while the pair is looked at, so that rows which are still equal are told apart.
     """
     size = len(batch[0])
     if s.draws_subsample or size < 2:
         return ""
     with fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
         torch.manual_seed(0)
-        params = [p for p in s.params.values() if perturb and _dim_of_rows(p, size, full_size) is not None]
+        params = [p for p in s.params.values() if _dim_of_rows(p, size, full_size) is not None]
         with ExitStack() as stack:
             for p in params:
                 stack.enter_context(changed(p, p + 0.1 * torch.randn_like(p)))
             found = _differs_when_permuted(model, guide, batch, s, full_size)
         return found or _fails_on_fewer_rows(model, guide, batch, s)
+
+
+def find_unequal_rows(model: Program, guide: Program, batch: Sequence[Any], s: Structure, full_size: int) -> str:
+    """What binds a pair to the order of its rows as its tensors are now; rows that are equal bind nothing."""
+    if s.draws_subsample or len(batch[0]) < 2:
+        return ""
+    with fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
+        return _differs_when_permuted(model, guide, batch, s, full_size)
 
 
 def _differs_when_permuted(model: Program, guide: Program, batch: Sequence[Any], s: Structure, full_size: int) -> str:
