@@ -197,6 +197,11 @@ def check_visits_every_row(loader: DataLoader, name: str) -> None:
     standard = type(loader.batch_sampler) in (type(None), torch.utils.data.BatchSampler)
     if isinstance(loader.dataset, IterableDataset):
         check_is_map_style(loader.dataset, name)
+    if loader.batch_size is None:
+        raise UsageError(
+            f"{name}: a DataLoader with batch_size=None, whose samples can be batches or single data: pass "
+            "loader.dataset where they are single data"
+        )
     if not (every and standard):
         odd = sampler if standard else loader.batch_sampler
         raise UsageError(

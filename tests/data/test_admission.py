@@ -233,6 +233,11 @@ REFUSED = {
         lambda x: x.dataset,
     ),
     "rows left out": (DataLoader(TensorDataset(X), 19, drop_last=True), lambda x: x.dataset),
+    "no batches": (DataLoader(TensorDataset(X), None), lambda x: x.dataset),
+    "a sampler of batches": (
+        DataLoader(TensorDataset(X), batch_sampler=[[0, 1], [2]]),
+        lambda x: x.dataset,
+    ),
     "too many columns": (TensorDataset(X, LABEL), lambda x: torch.stack([sample[0] for sample in x])),
     "a stream": (Stream(), lambda x: torch.stack(list(x))),
     "an iterator": (iter(X), None),
@@ -266,7 +271,7 @@ def test_refused_in_one_sentence_and_taken_when_it_is_followed(name):
     held, follow = REFUSED[name]
     model, guide = make_pair()
     calls = [lambda x: fit(*make_pair(), x, epochs=1)]
-    if name != "another batch size":
+    if name != "another batch size":  # which matters to training alone
         calls += [
             lambda x: log_marginal(model, guide, x, num_particles=10), lambda x: check(model, guide, x),
             lambda x: generate.reconstructions(model, guide, x),

@@ -23,7 +23,8 @@ def explain_failure(
     rows: Tensor | None = None,
 ) -> ContractError:  # fmt: skip
     """The ContractError for an exception of Pyro, torch or the pair itself, with its cause where one is found."""
-    sizes = ", ".join(str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch)
+    sizes = ", ".join(str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch[:4])
+    sizes += f" and {len(batch) - 4} more" if len(batch) > 4 else ""
     text = " ".join(str(error).split())[:300]
     if "must be sampled in trace" in text:
         name = text.removeprefix("site ").split(" must")[0]
