@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.infer.svi import SVI as PyroSVI
@@ -220,7 +219,7 @@ class SVI(PyroSVI):
 
         A gradient that the caller has left in `.grad` is added to the loss's, as in a backward pass of torch.
         """
-        before = [(p, p.grad) for p in self.params or _stored_params() if p.grad is not None]
+        before = [(p, p.grad) for p in self.params if p.grad is not None]
         for p, _ in before:
             p.grad = None
         try:
@@ -250,10 +249,6 @@ class SVI(PyroSVI):
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.dtype, t.device, t.layout
-
-
-def _stored_params() -> list[Tensor]:
-    return [p for _, p in pyro.get_param_store().named_parameters()]
 
 
 def _as_pyro_optim(optim: Optimizer) -> PyroOptim:

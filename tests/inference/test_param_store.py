@@ -179,14 +179,18 @@ def test_two_sets_of_parameters_are_refused_and_each_cure_gives_its_set(change, 
     assert_is(found(model, guide), log_px(*of_run))
 
 
-def test_what_the_store_held_before_the_run_is_older_than_the_run(tmp_path, programs):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_the_store_held_before_the_run_is_older_than_the_run(in_place, programs):
     model, guide = programs
     params()
     pyro.get_param_store()["loc"] = torch.tensor(2.0)
     assert_is(found(model, guide), log_px(torch.tensor(2.0), torch.tensor(1.0)))
     run = trained(model, guide)
     assert_is(found(model, guide), log_px(*values(run.model.scope)))
-    pyro.get_param_store()["loc"] = torch.tensor(3.0)
+    if in_place:
+        train_by_pyro(model, guide)
+    else:
+        pyro.get_param_store()["loc"] = torch.tensor(3.0)
     with pytest.raises(ContractError, match="two values"):
         found(model, guide)
 
