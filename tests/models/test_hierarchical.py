@@ -85,7 +85,7 @@ def test_log_px_is_what_quadrature_gives(make):
             p.mul_(0.3)
         est = log_marginal(vae.model, vae.guide, x, num_particles=6000, seed=1, progress=False)
         exact = log_px(vae, x)
-    assert bool(est.reliable.all())
+    assert bool((est.ess >= 50).all())
     assert bool((est.std_error < 0.02).all())
     assert bool(((est.log_px - exact).abs() < 4.5 * est.std_error).all())  # fails once in 30000
 

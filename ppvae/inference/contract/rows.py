@@ -34,6 +34,10 @@ def take_value_rows(values: Mapping[str, Tensor], rows: Tensor, size: int, nodes
 def _take(value: Any, rows: Tensor, size: int, dim: int) -> Any:
     if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim() or value.shape[dim] != size:
         return value
+    if size > 1 and value.stride(dim) == 0:  # one row stands for all, and goes on doing so
+        return value.narrow(dim, 0, 1).expand(
+            *(len(rows) if i == dim % value.dim() else -1 for i in range(value.dim()))
+        )
     return value.index_select(dim, rows.to(value.device))
 
 

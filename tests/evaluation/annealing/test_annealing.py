@@ -613,7 +613,7 @@ def test_a_support_without_a_transform_is_refused():
 
         arg_constraints: ClassVar[dict] = {}
         support = dist.constraints.sphere
-        event_shape, batch_shape, has_rsample = torch.Size((2,)), torch.Size(), True
+        has_rsample = True
 
         def __init__(self, shape=()):
             super().__init__(torch.Size(shape), torch.Size((2,)), validate_args=False)
