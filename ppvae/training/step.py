@@ -191,6 +191,7 @@ class TrainingStep:
         """Loss and gradients of a batch from eager runs of the pair, a list for all micro-batches."""
         found: list[Tensor] = []
         for part in self.micro_batches(batch):
-            found.append(torch.as_tensor(self.svi.eager_gradients(*part)))
+            loss, _ = self.svi.eager_gradients(*part)
+            found.append(torch.as_tensor(loss))
             found += [p.grad for p in self.svi.params if p.grad is not None]
         return found
