@@ -1,4 +1,4 @@
-"""A second run of a model or guide within one step: the same noise, and no second update of buffers."""
+"""Further runs of a model or guide: with the same noise, with constant noise, and without updates of buffers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @final
@@ -47,6 +48,28 @@ class ReplayNoise(Messenger):
         torch.set_rng_state(states[0])
         for state, device in zip(states[1:], self._devices, strict=True):
             torch.cuda.set_rng_state(state, device)
+
+
+_DRAWS = {
+    *("rand", "rand_like", "uniform_", "randn", "randn_like", "normal", "normal_", "exponential_", "cauchy_"),
+    *("log_normal_", "geometric_", "randint", "randint_like", "random_", "randperm", "bernoulli", "bernoulli_"),
+    *("multinomial", "poisson"),
+}  # functions of torch that draw random numbers
+
+
+@final
+class ConstantNoise(TorchFunctionMode):
+    """Replaces random numbers by constants, so that densities are functions of the values of sites alone.
+
+    Every draw of real numbers is 1/2, of integers 0; Bernoulli draws are 1.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _DRAWS and isinstance(out, Tensor):
+            out.fill_(1 if "bernoulli" in name else 0.5 if out.is_floating_point() else 0)
+        return out
 
 
 @contextmanager
