@@ -120,7 +120,10 @@ class CompiledStep:
                 what = "a handler of Pyro's" if _PYRO_STACK else "arguments that are not plain tensors"
                 log.warning("ppvae: %s: %s cannot be captured", FALLBACK, what)
             return self.source.eager_gradients(*args, **kwargs)
-        out = self.function(kind, args)
+        try:
+            out = self.function(kind, args)
+        except (RuntimeError, IndexError):  # of a kernel, by data that it cannot take: a run of the pair names them
+            out = None
         if out is None:
             return self.source.eager_gradients(*args)
         for p, gradient in zip_longest(self.source.params, out[1:]):
