@@ -9,6 +9,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -123,3 +124,19 @@ def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Mo
         total.update(f"{re.sub(r'#[0-9]+', '#', name)} {list(value.shape)} {value.dtype}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class BlockProgress:
+    """The cache of a block's parts, and the progress bar."""
+
+    cache: BlockCache
+    bar: Any
+
+    def part(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """A part from the cache, or computed and cached."""
+        return self.cache.part(name, compute)
+
+    def advance(self, steps: int = 1) -> None:
+        """Moves the bar by some steps."""
+        self.bar.update(steps)

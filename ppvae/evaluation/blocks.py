@@ -18,7 +18,7 @@ from ppvae import data as datasets
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
-from ppvae.evaluation.block_cache import SECONDS, BlockCache, digest_of_params
+from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockProgress, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_unequal_rows
@@ -29,7 +29,14 @@ from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
 from ppvae.inference.structure import Layout, Role, Structure
-from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide, slice_particles
+from ppvae.inference.terms import (
+    Terms,
+    cache_encoder,
+    evaluate_terms,
+    sample_guide,
+    slice_particles,
+    with_sampled_sites,
+)
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
 
@@ -116,16 +123,17 @@ class Block:
                     yield *pair, None
                     continue
                 # the guide's noise must depend neither on the model's own draws nor on `rows`
-                split = count > step or s.layout is Layout.ONE_BY_ONE
+                split = (count > step or s.layout is Layout.ONE_BY_ONE) and not (s.enumerated and s.draws_noise)
                 latents = sample_guide(guide, batch, count, structure=s, index=index) if split else {}
-                for low in range(0, count, step):
-                    size = min(step, count - low)
+                for low in range(0, count, step if split else count):
+                    size = min(step, count - low) if split else count
                     given: dict[str, Any] = {}
                     if split:
                         sites = slice_particles(latents, s, low, size)
                         values = {n: v.value for n, v in sites.items()}
                         given = {"values": values} if s.enumerated else {"guide_sites": sites}
-                    t = evaluate_terms(model, guide, batch, size, structure=s, index=index, **given)
+                        given["structure"] = with_sampled_sites(s, latents)
+                    t = evaluate_terms(model, guide, batch, size, index=index, **{"structure": s, **given})
                     if first == low == 0:
                         if self.has_missing and bool(t.log_weight.isnan().any()):
                             inspect(model, guide, batch)  # raises the error that names missing values as the cause
@@ -144,7 +152,7 @@ class Block:
         Raises:
             ContractError: a value outside of the support, by the site's name and the row.
         """
-        for name in self.s.unmasked:
+        for name in (n for n in t.structure.unmasked if n in t.model):
             site = t.model[name]
             node = {"fn": site.distribution, "value": site.value, "mask": None}
             check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
@@ -152,7 +160,8 @@ class Block:
         for name, site in t.model.items() if self.has_missing else ():
             if site.role is not Role.OBSERVED:
                 continue
-            axis = site.value.dim() - self.s.event_dims[name] - 1  # of the data; longer where particles are folded in
+            # the axis of the data is longer where particles are folded in
+            axis = site.value.dim() - t.structure.event_dims[name] - 1
             self.num_missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
 
 
@@ -174,19 +183,28 @@ def inspect_columns(
             structure = inspect(model, guide, whole)
         except ContractError:
             raise error from None
-        return structure, structure.subsample_size if structure.draws_subsample else total
+        return _with_block_size(structure, total, total) if structure.draws_subsample else (structure, total)
     if not lazy and (structure.draws_subsample or (structure.has_subsample_size and total > len(first[0]))):
         structure = inspect(model, guide, whole)
-    if structure.has_global_latents:
-        if structure.full_size not in (total, len(first[0])):
-            raise ContractError(
-                f"a latent is shared by all data, so that weights are joint: expected all {structure.full_size} data "
-                f"of the plate {structure.plate!r}, found {total}. Pass the whole data set"
-            )
-        return structure, total
-    if not lazy and total > len(first[0]) and find_unequal_rows(model, guide, first, structure, total):
+    per_datum = not (lazy or structure.has_global_latents) and total > len(first[0])
+    if per_datum and find_unequal_rows(model, guide, first, structure, total):
         return inspect(model, guide, whole), total  # all rows, each at its place
-    return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
+    return _with_block_size(structure, total, len(first[0]))
+
+
+def _with_block_size(s: Structure, total: int, inspected: int) -> tuple[Structure, int]:
+    """(structure, number of data in a block); under a joint weight one block holds all data.
+
+    A plate that draws a subsample is then given all rows at once, as many as its weight counts.
+    """
+    if s.has_global_latents and s.draws_subsample:
+        return replace(s, subsample_size=s.full_size), total
+    if s.has_global_latents and s.full_size not in (total, inspected):
+        raise ContractError(
+            f"a latent is shared by all data, so that weights are joint: expected all {s.full_size} data of the plate "
+            f"{s.plate!r}, found {total}. Pass the whole data set"
+        )
+    return s, total if s.has_global_latents else s.subsample_size if s.draws_subsample else DATA_BLOCK
 
 
 @dataclass(frozen=True)
@@ -265,22 +283,6 @@ def start_evaluation(
             with record_modules(model, guide) as modules:
                 structure, size = inspect_columns(model, guide, columns, place)
             yield Evaluation(model, guide, structure, columns, size, place, seed, modules, context)
-
-
-@dataclass(frozen=True)
-class BlockProgress:
-    """The cache of a block's parts, and the progress bar."""
-
-    cache: BlockCache
-    bar: Any
-
-    def part(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """A part from the cache, or computed and cached."""
-        return self.cache.part(name, compute)
-
-    def advance(self, steps: int = 1) -> None:
-        """Moves the bar by some steps."""
-        self.bar.update(steps)
 
 
 def run_blocks(

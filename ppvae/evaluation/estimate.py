@@ -137,7 +137,12 @@ class Estimate:
 
     @property
     def bits_per_dim(self) -> float:
-        """nll / (dims log 2), plus log2(levels) for dequantised data; `base_measure` names what it is relative to."""
+        """nll / (dims log 2), plus log2(levels) for dequantised data; `base_measure` names what it is relative to.
+
+        NaN where no number is observed, and the model is made of factors alone.
+        """
+        if not self.dims:
+            return math.nan
         return self.nll / (self.dims * math.log(2)) + (math.log2(self.levels) if self.levels else 0.0)
 
     def summary(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.errors import site_error
 from ppvae.evaluation.blocks import Block
+from ppvae.inference.contract.scales_and_factors import check_normalized
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, Substitute, sample_sites
 
@@ -28,8 +29,10 @@ def simulate_data(
     gives the batch of a pair without such a column.
 
     Raises:
-        ContractError: the batch cannot take the simulated values, by the site's name.
+        ContractError: the batch cannot take the simulated values, or the model has terms that are no density, by the
+            site's name.
     """
+    check_normalized(s, "simulated data")
     index = {} if block.index is None else {s.plate: block.index}
     with poutine.uncondition():
         simulated = _site_values(model, block, index)

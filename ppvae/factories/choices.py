@@ -64,11 +64,13 @@ class ClassChoice:
         modules: the modules that are searched for a name, in order.
         kind: the base class of all choices.
         given: arguments that the function itself passes, which are therefore no flags.
+        leave_out: classes that are no choice.
     """
 
     modules: tuple[str, ...]
     kind: type
     given: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
 
     @property
     def classes(self) -> dict[str, type]:
@@ -77,7 +79,8 @@ class ClassChoice:
         for module in map(importlib.import_module, self.modules):
             for name in getattr(module, "__all__", None) or sorted(vars(module)):
                 value = getattr(module, name)
-                if name[0] != "_" and isinstance(value, type) and issubclass(value, self.kind):
+                is_choice = name[0] != "_" and name not in self.leave_out
+                if is_choice and isinstance(value, type) and issubclass(value, self.kind):
                     classes.setdefault(name, value)
         return {n: c for n, c in classes.items() if c is not self.kind and not inspect.isabstract(c)}
 

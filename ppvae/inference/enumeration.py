@@ -6,7 +6,6 @@ dim, as in an einsum.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -16,10 +15,10 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
-from ppvae.inference.contract.support import mask_of
+from ppvae.inference.contract.support import mask_of, without_masks
 from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.structure import Layout, Role, Structure
-from ppvae.inference.tracing import PARTICLES, node_log_prob, sample_sites
+from ppvae.inference.tracing import PARTICLES, event_dim, node_log_prob, sample_sites
 
 
 def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayout) -> tuple[Tensor, Tensor]:
@@ -27,15 +26,16 @@ def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayou
 
     log w_k = log sum_y p(x, y, z_ky) / q(z_ky | x, y), and for sites enumerated in the guide
     elbo_k = sum_y q(y | x) [log p(x, y, z_ky) - log q(y | x) - log q(z_ky | x, y)]; NaN where the guide enumerates
-    inside an inner plate and the model has further enumerated sites of its own. Where a mask removes an enumerated
-    site, its values are equally likely on both sides, so that a sum over them is one, and so is the density ratio.
+    inside an inner plate and the model has further enumerated sites of its own. Masks are those of `TraceEnum_ELBO`:
+    where a mask removes an enumerated site, its values keep their probabilities, those of its own prior, or of the
+    guide that enumerates it, under which its density ratio is one.
     """
     s = layout.s
-    for trace, roles in ((guide_trace, s.guide_roles), (model_trace, s.model_roles)):
-        _attach_log_probs(trace, roles, s)
+    _attach_log_probs(guide_trace, s)
+    _attach_log_probs(model_trace, s, guide_trace)
     guide_trace.pack_tensors()
     model_trace.pack_tensors(guide_trace.plate_to_symbol)
-    factors = _packed(model_trace, s.model_roles, (Role.LATENT, Role.OBSERVED, Role.ENUMERATED))
+    factors = _packed(model_trace, s.model_roles, (Role.LATENT, Role.OBSERVED, Role.ENUMERATED, Role.FACTOR))
     factors += [_negative(t) for t in _packed(guide_trace, s.guide_roles, (Role.LATENT, Role.AUXILIARY))]
     log_q = _packed(guide_trace, s.guide_roles, (Role.ENUMERATED,))
     symbols = model_trace.plate_to_symbol
@@ -56,29 +56,41 @@ def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayou
     return log_weight, _per_datum(_joint_expectation(ratios, log_q, enumerated, output, plates), layout)
 
 
-def _attach_log_probs(trace: Any, roles: Mapping[str, Role], s: Structure) -> None:
+def _attach_log_probs(trace: Any, s: Structure, guide_trace: Any = None) -> None:
     """Sets the log-densities that Pyro packs: float64, in the shape of all plates of a site."""
     for name, node in sample_sites(trace):
-        log_prob = node_log_prob(node)
-        if Role.ENUMERATED in (roles.get(name), s.guide_roles.get(name)):
-            log_prob = log_prob - _log_masked_values(node)
+        log_prob = _log_probability(name, node, guide_trace) if name in s.enumerated else node_log_prob(node)
         node["log_prob"] = node["unscaled_log_prob"] = _expand_plates(log_prob.double(), node)
 
 
-def _log_masked_values(node: dict[str, Any]) -> Tensor | float:
-    """The log of an enumerated site's number of values where a mask removes it; 0 elsewhere."""
+def _log_probability(name: str, node: dict[str, Any], guide_trace: Any) -> Tensor:
+    """The log-probabilities of an enumerated site's values; in the model those of the guide where a mask removes it."""
     mask = mask_of(node)
-    if mask is None or mask is True:
-        return 0.0
-    count = math.log(len(node["fn"].enumerate_support(expand=False)))
-    return torch.where(mask, 0.0, count) if isinstance(mask, Tensor) else count
+    if mask is None:
+        return node_log_prob(node)
+    log_prob = _without_mask(node)
+    if guide_trace is None or name not in guide_trace:
+        return log_prob
+    return torch.where(_over_plates(mask, node), log_prob, _without_mask(guide_trace.nodes[name]))
+
+
+def _without_mask(node: dict[str, Any]) -> Tensor:
+    return node_log_prob({**node, "fn": without_masks(node["fn"]), "mask": None})
+
+
+def _over_plates(mask: Any, node: dict[str, Any]) -> Tensor:
+    """A mask without event dims: an enumerated site is masked as a whole."""
+    mask = torch.as_tensor(mask, device=node["value"].device)
+    for _ in range(min(event_dim(node), mask.dim())):
+        mask = mask.all(-1)
+    return mask
 
 
 def _expand_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
     """A log-density with every plate of its site in its shape: the contraction reads plates off the dims."""
     shape = list(log_prob.shape)
     for frame in node["cond_indep_stack"]:
-        if frame.dim is not None:
+        if frame.dim is not None and frame.size > 0:
             shape = [1] * (-frame.dim - len(shape)) + shape
             shape[frame.dim] = frame.size
     return log_prob.expand(shape)

@@ -14,31 +14,32 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
-from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure
+from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
 from ppvae.inference.contract.independence import check_independence
 from ppvae.inference.contract.missing import check_missing, explain_missing_failure, tensors_with_missing
 from ppvae.inference.contract.plates_and_roles import (
     DataPlate,
     check_event,
-    check_scale,
     find_data_plate,
     global_latents,
     guide_roles,
     model_roles,
 )
 from ppvae.inference.contract.registration import Registration, check_registered
-from ppvae.inference.contract.run_failure import explain_failure
+from ppvae.inference.contract.run_failure import explain_failure, explain_shared_weight
+from ppvae.inference.contract.scales_and_factors import check_factor, find_common_scale
 from ppvae.inference.contract.support import (
     base_distribution,
     base_measure,
     check_support,
     event_size,
     is_discrete,
+    is_improper,
     is_relaxed,
     mask_of,
 )
 from ppvae.inference.evaluation_mode import eval_mode, fork_param_store
-from ppvae.inference.layout_search import find_layout
+from ppvae.inference.layout_search import find_layout, guide_draws_noise
 from ppvae.inference.param_store import bind_pair
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
@@ -80,7 +81,8 @@ def inspect(
         if not particles:
             return structure
         with torch.no_grad(), pyro.validation_enabled(False):  # densities are compared, which is the stricter check
-            return replace(structure, layout=find_layout(model, guide, batch, structure))
+            noise = bool(structure.enumerated) and guide_draws_noise(model, guide, batch, structure)
+            return replace(structure, layout=find_layout(model, guide, batch, structure), draws_noise=noise)
 
 
 def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
@@ -161,36 +163,50 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
     registration = Registration(create=True)
     model_trace, guide_trace = _trace_and_explain(model, guide, batch, registration)
     p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
-    plate = find_data_plate(model, p, model_trace, batch)
+    plate = find_data_plate(model, p, (model_trace, guide_trace), batch)
     q_roles = guide_roles(p, q)
     p_roles = model_roles(p, q)
-    check_families(p, q)
+    latents = {n: node for n, node in q.items() if q_roles[n] is not Role.FACTOR}
+    check_families(p, latents)
     check_missing(p, q, batch)
     _check_sites(q, q_roles)
     _check_sites(p, p_roles)
-    lower_bound_only, joint = False, bool(global_latents(p, p_roles, plate.name))
-    scale_refusal = weights_refusal = ""
-    try:
-        for name, node in (*q.items(), *p.items()):
-            check_scale(name, node, plate)
-    except ContractError as error:
-        scale_refusal = weights_refusal = str(error)
-    try:
-        lower_bound_only = check_absolute_continuity(guide, batch, p, q, q_roles, plate.name, joint)
-        if not scale_refusal and (not joint or plate.size != plate.full_size):  # a joint weight may couple all data
-            check_independence(model, batch, p, plate.name, _drawn_rows(model_trace, plate))
-    except ContractError as error:
-        weights_refusal = scale_refusal or str(error)
     check_registered(model, guide, registration.params, p, q, batch)
     structure = replace(
         _structure(plate, p, q, p_roles, q_roles),
         model_params=params_of(model_trace),
         guide_params=params_of(guide_trace),
-        lower_bound_only=lower_bound_only,
-        scale_refusal=scale_refusal,
-        weights_refusal=weights_refusal,
     )
+    rows = _drawn_rows(model_trace, plate)
+    structure = replace(structure, **_find_weights(structure, plate, model, guide, batch, p, latents, rows))
     return replace(structure, description=tuple(describe_structure(structure, p, q)))
+
+
+def _find_weights(
+    s: Structure, plate: DataPlate, model: Program, guide: Program, batch: tuple[Any, ...], p: Nodes, latents: Nodes,
+    rows: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the densities of a pair add up to, as fields of its structure: its common scale, or why it has no weights.
+
+    `latents` are the guide's sites that have a density there, `rows` those that the plate has drawn.
+    """
+    found: dict[str, Any] = {"bound_refusal": "", "weights_refusal": ""}
+    joint, roles = s.has_global_latents, {n: s.guide_roles[n] for n in latents}
+    try:
+        found["common_scale"] = find_common_scale((*latents.items(), *p.items()), plate)
+        for name in (n for n, role in s.model_roles.items() if role is Role.FACTOR):
+            check_factor(name, p[name], plate, joint)
+    except ContractError as error:
+        found["bound_refusal"] = found["weights_refusal"] = str(error)
+    try:
+        found["lower_bound_only"] = check_absolute_continuity(guide, batch, p, latents, roles, plate.name, joint)
+        coupled = joint and plate.size == plate.full_size  # a joint weight may couple all data
+        if not found["bound_refusal"] and not coupled:
+            check_independence(model, batch, p, plate.name, rows)
+    except ContractError as error:
+        found["weights_refusal"] = found["bound_refusal"] or str(error)
+    found["training_caveats"] = tuple(mask_caveats(p, latents))
+    return found
 
 
 def _drawn_rows(model_trace: Any, plate: DataPlate) -> Tensor | None:
@@ -211,7 +227,8 @@ def _trace_and_explain(
         missing = explain_missing_failure(model, guide, batch)
         if missing is None and isinstance(error, PpvaeError):
             raise
-        raise missing or explain_failure(error, model, guide, batch) from error
+        weight = missing or explain_shared_weight(model, guide, batch)
+        raise weight or explain_failure(error, model, guide, batch) from error
 
 
 def _trace_validated(model: Program, guide: Program, batch: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -240,7 +257,7 @@ def _structure(
     """The structure as far as the sites of model and guide show it."""
     frames = [f for node in (*p.values(), *q.values()) for f in node["cond_indep_stack"]]
     observed = {n: node for n, node in p.items() if p_roles[n] is Role.OBSERVED}
-    sampled = {n: node for n, node in q.items() if q_roles[n] is not Role.ENUMERATED}
+    sampled = {n: node for n, node in q.items() if q_roles[n] not in (Role.ENUMERATED, Role.FACTOR)}
     with_density = [n for n in sampled.values() if not isinstance(base_distribution(n["fn"]), dist.Delta)]
     enumerated = [n for n in {**q_roles, **p_roles} if Role.ENUMERATED in (q_roles.get(n), p_roles.get(n))]
     return Structure(
@@ -265,4 +282,5 @@ def _structure(
         discrete=tuple(n for n, node in sampled.items() if q_roles[n] is Role.LATENT and is_discrete(node["fn"])),
         latent_dims=sum(map(event_size, with_density)),
         relaxed=tuple(n for n, node in p.items() if p_roles[n] is Role.LATENT and is_relaxed(node["fn"])),
+        unnormalized=tuple(n for n, node in p.items() if p_roles[n] is Role.FACTOR or is_improper(node)),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.errors import PpvaeError
 from ppvae.inference.contract.run_failure import explain_failure
+from ppvae.inference.replay import ConstantNoise
 from ppvae.inference.structure import Layout, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program, RecordBaseDraws
@@ -25,7 +26,8 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
     """Vectorized if the pair broadcasts over a particle plate, else folded into the batch, else one by one.
 
     A layout is accepted if its densities equal those of single-particle runs: a network may run on a tensor with a
-    particle dim and take that dim for something else.
+    particle dim and take that dim for something else. A guide that draws random numbers outside of its sites, as one
+    that adds noise to the data does, is compared with constants in their place; the particles of one run share them.
 
     Raises:
         ContractError: the pair fails on a single particle.
@@ -43,7 +45,11 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
     reason = ""
     for layout in _candidates(s):
         try:
-            if _densities_agree(model, guide, batch, s, layout, values, single):
+            agree = _densities_agree(model, guide, batch, s, layout, values, single)
+            if not agree and _noisy_sides(model, guide, batch, s, values) == {"guide"}:
+                with ConstantNoise():
+                    agree = _densities_agree(model, guide, batch, s, layout, values, None)
+            if agree:
                 evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(own, layout=layout))  # must sample
                 if layout is Layout.FOLDED:
                     log.warning("ppvae: the pair does not broadcast over particles (%s): folded into the batch", reason)
@@ -53,6 +59,12 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     log.warning("ppvae: the pair does not broadcast over particles (%s): taken one by one", reason)
     return Layout.ONE_BY_ONE
+
+
+def guide_draws_noise(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> bool:
+    """Whether the guide's densities depend on random numbers that are drawn outside of its sites."""
+    single = evaluate_terms(model, guide, batch, 1, structure=replace(s, layout=Layout.ONE_BY_ONE))
+    return "guide" in _noisy_sides(model, guide, batch, s, _sampled_values(single, s), 1)
 
 
 def _candidates(s: Structure) -> tuple[Layout, ...]:
@@ -77,14 +89,38 @@ def _densities_agree(
     s: Structure,
     layout: Layout,
     values: dict[str, Tensor],
-    single: Terms,
+    single: Terms | None,
 ) -> bool:
-    """Whether a layout gives the densities of single-particle runs at the same values."""
+    """Whether a layout gives the densities of single-particle runs at the same values, which run here by default."""
     other = evaluate_terms(model, guide, batch, NUM_PARTICLES, values=values, structure=replace(s, layout=layout))
-    if s.draws_subsample:  # `single` was evaluated at rows of its own
-        one_by_one = replace(s, layout=Layout.ONE_BY_ONE)
-        single = evaluate_terms(model, guide, batch, NUM_PARTICLES, values=values, structure=one_by_one)
+    if single is None or s.draws_subsample:  # `single` was evaluated at rows of its own
+        single = _single_runs(model, guide, batch, s, values, NUM_PARTICLES)
     return all(_close(a, b, single) for a, b in _log_prob_pairs(single, other))
+
+
+def _single_runs(
+    model: Program, guide: Program, batch: tuple[Any, ...], s: Structure, values: dict[str, Tensor], count: int
+) -> Terms:
+    one_by_one = replace(s, layout=Layout.ONE_BY_ONE)
+    return evaluate_terms(model, guide, batch, count, values=values, structure=one_by_one)
+
+
+def _noisy_sides(
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    s: Structure,
+    values: dict[str, Tensor],
+    count: int = NUM_PARTICLES,
+) -> set[str]:
+    """The sides whose densities differ from run to run at the same values."""
+    one, two = (_single_runs(model, guide, batch, s, values, count) for _ in range(2))
+    sides = {"model": (one.model, two.model), "guide": (one.guide, two.guide)}
+    return {
+        side
+        for side, (a, b) in sides.items()
+        if not all(_close(site.log_prob, b[name].log_prob, one) for name, site in a.items())
+    }
 
 
 def _close(a: Tensor, b: Tensor, single: Terms) -> bool:

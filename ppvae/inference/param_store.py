@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
@@ -294,8 +296,9 @@ def _levels(functions: list[Any], inner: Callable[[Any], Iterable[Any]]) -> Iter
 
 def _wrapped(function: Any) -> list[Any]:
     """The functions that a partial, a handler of Pyro or a decorator wraps."""
-    if isinstance(function, functools.partial):  # a handler is a partial of (handler, function)
-        return [function.func, *function.args]
+    if isinstance(function, functools.partial):  # a handler is a partial of (handler, function), by a function of Pyro
+        parts = [function.func, *function.args]
+        return [f for f in parts if not str(getattr(f, "__module__", "")).startswith("pyro.poutine")]
     return [getattr(function, name) for name in ("__wrapped__", "fn") if hasattr(function, name)]
 
 
@@ -316,6 +319,12 @@ def _reached(function: Any) -> list[Any]:
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
     """The user's function inside a `BoundProgram`; any other function as it is."""
     return function.function if isinstance(function, BoundProgram) else function
+
+
+def is_effect_guide(function: Callable[..., Any]) -> bool:
+    """Whether a guide is a messenger that runs the model, perhaps within handlers or bound to a run."""
+    inner = poutine.unwrap(unwrap(function))
+    return isinstance(inner, GuideMessenger) if inner is function else is_effect_guide(inner)
 
 
 def unconstrained(value: Tensor) -> Tensor:

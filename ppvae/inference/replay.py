@@ -1,14 +1,16 @@
-"""A second run of a model or guide within one step: the same noise, and no second update of buffers."""
+"""Further runs of a model or guide: in the same or constant noise, on other rows, without updates of buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @final
@@ -47,6 +49,55 @@ class ReplayNoise(Messenger):
         torch.set_rng_state(states[0])
         for state, device in zip(states[1:], self._devices, strict=True):
             torch.cuda.set_rng_state(state, device)
+
+
+_DRAWS = {
+    *("rand", "rand_like", "uniform_", "randn", "randn_like", "normal", "normal_", "exponential_", "cauchy_"),
+    *("log_normal_", "geometric_", "randint", "randint_like", "random_", "randperm", "bernoulli", "bernoulli_"),
+    *("multinomial", "poisson"),
+}  # functions of torch that draw random numbers
+
+
+@final
+class ConstantNoise(TorchFunctionMode):
+    """Replaces random numbers by constants, so that densities are functions of the values of sites alone.
+
+    Every draw of real numbers is 1/2, of integers 0; Bernoulli draws are 1.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _DRAWS and isinstance(out, Tensor):
+            out.fill_(1 if "bernoulli" in name else 0.5 if out.is_floating_point() else 0)
+        return out
+
+
+class _AnySize(int):
+    """A subsample_size that any number of given rows agrees with."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __eq__, __hash__ = int.__eq__, int.__hash__
+
+
+@contextmanager
+def any_number_of_rows(chosen: Callable[[str], bool]) -> Iterator[None]:
+    """Lets plates, chosen by name, take as many rows as they are given, whatever their subsample_size."""
+    subsample = SubsampleMessenger._subsample
+
+    def resized(name: str, size: Any = None, subsample_size: Any = None, *args: Any) -> Any:
+        if subsample_size is None or not chosen(name):
+            return subsample(name, size, subsample_size, *args)
+        full_size, _, rows = subsample(name, size, _AnySize(subsample_size), *args)
+        return full_size, len(rows), rows
+
+    SubsampleMessenger._subsample = staticmethod(resized)
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(subsample)
 
 
 @contextmanager

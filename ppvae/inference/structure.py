@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from torch import Tensor
+
+from ppvae.errors import site_error
 
 
 class Role(StrEnum):
@@ -18,6 +20,7 @@ class Role(StrEnum):
     ENUMERATED = "enumerated"  # summed out exactly, over its whole support
     AUXILIARY = "auxiliary"  # sampled by the guide alone; a Delta site maps it to a latent
     CANCELLED = "cancelled"  # sampled from its prior, the unobserved half of `obs_mask`: its density ratio is one
+    FACTOR = "factor"  # `pyro.factor`, counted in the model; what the guide observes is a term of the loss alone
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -34,6 +37,26 @@ class Layout(StrEnum):
         return repr(self.value)
 
 
+def lone_role(node: Mapping[str, Any]) -> Role:
+    """The role of a guide's site, as far as the guide alone shows it."""
+    infer = node["infer"] or {}
+    if node["is_observed"]:
+        return Role.FACTOR
+    if infer.get("enumerate") in ("parallel", "sequential"):
+        return Role.ENUMERATED
+    return Role.AUXILIARY if infer.get("is_auxiliary") else Role.LATENT
+
+
+class SiteTable(dict[str, Any]):
+    """A property of sites by name; a site of another batch than the inspected one is refused by its name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise site_error(
+            name, "a site of the batch that was inspected, the first of the data", "one that only a later batch has",
+            "order the data so that the batch with most sites, as with the longest sequence, comes first",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Structure:
     """The result of inspecting a pair: data plate, site roles, parameters, particle layout, and what is refused."""
@@ -41,6 +64,7 @@ class Structure:
     plate: str = ""  # name of the data plate
     plate_nesting: int = 1  # number of plate dims, the data plate's included
     scale: float = 1.0  # the data plate's full size over its size in the batch
+    common_scale: float = 1.0  # the factor of one poutine.scale around model and guide, divided out of every weight
     full_size: int = 0  # the data plate's full size
     draws_subsample: bool = False  # the plate draws its own subsample; the pair is called with the whole data set
     subsample_size: int = 0  # rows of that subsample; 0 where the plate draws none
@@ -64,13 +88,35 @@ class Structure:
     discrete: tuple[str, ...] = ()  # discrete latents that the guide samples, not enumerates
     latent_dims: int = 0  # numbers that the guide samples per datum
     relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution
-    scale_refusal: str = ""  # the error of a site with a scale other than the data plate's; no bound exists then
+    unnormalized: tuple[str, ...] = ()  # model sites that are no normalised density: factors, improper priors
+    draws_noise: bool = False  # sites are enumerated, and the guide depends on random numbers drawn outside of sites
+    bound_refusal: str = ""  # the error of a pair whose sites do not add up to a bound, as under scales that differ
     weights_refusal: str = ""  # the error raised where weights or log p(x) are asked for; training is possible
     row_order: str = ""  # what binds the pair to the order of its rows, in words; set where it is trained
+    training_caveats: tuple[str, ...] = ()  # what `fit` says once of a pair that it trains
     description: tuple[str, ...] = field(default=(), repr=False)  # lines of text for `check`
+
+    further: dict[Any, Structure] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout(self.layout))  # a plain string is accepted
+        for name in ("model_roles", "guide_roles", "event_dims"):
+            object.__setattr__(self, name, SiteTable(getattr(self, name)))
+
+    def with_guide_sites(self, sites: Mapping[str, tuple[Role, int]]) -> Structure:
+        """The structure of a batch with further sites in the guide, given (role, event dims) of its sites by name."""
+        new = {name: site for name, site in sites.items() if name not in self.guide_roles}
+        if not new:
+            return self
+        key = "guide", *new
+        if key not in self.further:
+            self.further[key] = replace(
+                self,
+                guide_roles={**self.guide_roles, **{name: role for name, (role, _) in new.items()}},
+                event_dims={**self.event_dims, **{name: dims for name, (_, dims) in new.items()}},
+                enumerated=(*self.enumerated, *(n for n, (role, _) in new.items() if role is Role.ENUMERATED)),
+            )
+        return self.further[key]
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -80,17 +126,23 @@ class Structure:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Caveats that every reported log p(x) of this pair carries."""
-        if not self.relaxed:
-            return ()
-        return (
-            f"site {self.relaxed[0]!r} is a relaxed discrete latent: log p(x) is that of the relaxed model, another "
-            f"one than the discrete; of a VAE, evaluate vae.discrete",
-        )
+        remarks = []
+        if self.relaxed:
+            remarks.append(
+                f"site {self.relaxed[0]!r} is a relaxed discrete latent: log p(x) is that of the relaxed model, "
+                f"another one than the discrete; of a VAE, evaluate vae.discrete"
+            )
+        if self.unnormalized:
+            remarks.append(
+                f"the model is not normalised: site {self.unnormalized[0]!r} is no density, so that log p(x) includes "
+                f"a constant which differs between models; it compares with no other model"
+            )
+        return tuple(remarks)
 
     def batch_size(self, batch: Sequence[Any]) -> int:
         """The number of data that one call of the pair evaluates."""
         return self.subsample_size if self.draws_subsample else len(batch[0])
 
-    def represented_size(self, rows: int) -> int:
-        """The number of data that the scaled loss of a batch of `rows` data stands for."""
-        return self.full_size if self.has_fixed_full_size else rows
+    def represented_size(self, rows: int) -> float:
+        """The number of data that the scaled loss of a batch of `rows` data stands for, times the common scale."""
+        return (self.full_size if self.has_fixed_full_size else rows) * self.common_scale

@@ -117,6 +117,7 @@ class SVI(PyroSVI):
         num_samples, num_steps: of `run`, as in Pyro, where they are deprecated.
 
     >>> import functools
+    >>> import pyro, torch
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)
     >>> adam = functools.partial(torch.optim.Adam, lr=1e-3)

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae.inference.contract.further_sites import with_further_sites
 from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
 from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles, copy_distribution
@@ -22,6 +23,7 @@ from ppvae.inference.tracing import (
     as_batch,
     check_has_inverse,
     find_subsample,
+    lone_guide_sites,
     sample_sites,
     trace_pair,
     trace_program,
@@ -48,13 +50,14 @@ class Terms:
     has_global_latents: bool
     contraction: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # (log_weight, elbo) if enumerated
     kl: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # closed-form KL(q || p), [*factors, K, batch]
+    structure: Structure = field(default_factory=Structure, repr=False)  # of this batch, which may have further sites
 
-    def _sum(self, sites: Mapping[str, Site], role: Role) -> Tensor:
-        """The sum of the log-densities of all sites of one role, [particles, batch]."""
+    def _sum(self, sites: Mapping[str, Site], *roles: Role) -> Tensor:
+        """The sum of the log-densities of all sites of some roles, [particles, batch]."""
         width = 1 if self.has_global_latents else self.batch_size
         total: Tensor | None = None
         for site in sites.values():
-            if site.role is role:
+            if site.role in roles:
                 term = site.log_prob.double()
                 if self.has_global_latents:
                     term = term.sum(-1, keepdim=True)
@@ -66,8 +69,8 @@ class Terms:
 
     @property
     def log_lik(self) -> Tensor:
-        """log p(x | z), [particles, batch]."""
-        return self._sum(self.model, Role.OBSERVED)
+        """log p(x | z), [particles, batch], the model's factors counted in."""
+        return self._sum(self.model, Role.OBSERVED, Role.FACTOR)
 
     @property
     def log_prior(self) -> Tensor:
@@ -82,6 +85,13 @@ class Terms:
             + self._sum(self.guide, Role.AUXILIARY)
             + self._sum(self.guide, Role.ENUMERATED)
         )
+
+    @property
+    def guide_factors(self) -> Tensor | None:
+        """What the guide adds to the loss beside its density (`pyro.factor`), [particles, batch]; None for nothing."""
+        if not any(site.role is Role.FACTOR for site in self.guide.values()):
+            return None
+        return self._sum(self.guide, Role.FACTOR)
 
     @property
     def log_weight(self) -> Tensor:
@@ -133,6 +143,8 @@ def evaluate_terms(
     batch, s = as_batch(batch), structure
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, found {num_particles}")
+    if guide_sites is not None:
+        s = with_sampled_sites(s, guide_sites)
     substituted = dict(values or {}) if guide_sites is None else {n: site.value for n, site in guide_sites.items()}
     if index is not None:
         substituted[s.plate] = index
@@ -140,29 +152,31 @@ def evaluate_terms(
     def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None, layout: ParticleLayout) -> Terms:
         if guide_sites is not None:
             return _terms_of(trace_program(model, rows, s, at, num_particles=particles), None, layout, events, kl)
-        hook = None if latent_hook is None else lambda name, value: latent_hook(name, value, layout)
+        hook = None
+        if latent_hook is not None:
+            hook = lambda name, value, at: latent_hook(name, value, replace(layout, s=at))  # noqa: E731
         return _terms_of(*trace_pair(model, guide, rows, s, at, frozen, particles, hook), layout, events, kl)
 
     layout = ParticleLayout(s, num_particles, s.batch_size(batch) if index is None else len(index))
     runs = [run(*arguments) for arguments in layout.runs(batch, substituted)]
-    t = _concatenate_terms(runs, s) if s.layout is Layout.ONE_BY_ONE else runs[0]
+    t = _concatenate_terms(runs, runs[0].structure) if s.layout is Layout.ONE_BY_ONE else runs[0]
     return t if guide_sites is None else replace(t, guide=dict(guide_sites))
 
 
 def _terms_of(model_trace: Any, guide_trace: Any, layout: ParticleLayout, events: bool, kl: bool) -> Terms:
     """The terms of one run; the guide's trace is None where its sites are known."""
-    s = layout.s
-    model_sites = {n: layout.site(n, node, s.model_roles[n], events) for n, node in sample_sites(model_trace)}
-    guide_sites = {}
-    if guide_trace is not None:
-        guide_sites = {n: layout.site(n, node, s.guide_roles[n], events) for n, node in sample_sites(guide_trace)}
+    p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)) if guide_trace is not None else None
+    s = with_further_sites(layout.s, p, q)
+    layout = replace(layout, s=s)
+    model_sites = {n: layout.site(n, node, s.model_roles[n], events) for n, node in p.items()}
+    guide_sites = {n: layout.site(n, node, s.guide_roles[n], events) for n, node in (q or {}).items()}
     divergences = _closed_form_kls(model_trace, guide_trace, layout) if kl and guide_trace is not None else {}
     contraction = None
     if s.enumerated:
         contraction = sum_out_enumerated(model_trace, guide_trace, layout)
     return Terms(
         model_sites, guide_sites, layout.num_particles, layout.size, s.scale, s.has_global_latents, contraction,
-        divergences,
+        divergences, s,
     )  # fmt: skip
 
 
@@ -223,14 +237,23 @@ def sample_guide(
     layout = ParticleLayout(s, num_particles, s.batch_size(batch) if index is None else len(index))
     for rows, at, particles, piece in layout.runs(batch, substituted):
         trace = trace_program(guide, rows, s, at, num_particles=particles)
-        nodes = [(n, node) for n, node in sample_sites(trace) if n not in s.enumerated]
+        s = s.with_guide_sites(lone_guide_sites(trace))
+        piece = replace(piece, s=s)
+        nodes = [(n, node) for n, node in sample_sites(trace) if n not in s.enumerated and not node["is_observed"]]
         runs.append({n: piece.site(n, node, s.guide_roles[n], events) for n, node in nodes})
     return _concatenate_sites(runs, s) if s.layout is Layout.ONE_BY_ONE else runs[0]
 
 
+def with_sampled_sites(s: Structure, sites: Mapping[str, Site]) -> Structure:
+    """The structure of the batch that a guide's sites were sampled for, which may have further ones."""
+    if sites.keys() <= s.guide_roles.keys():
+        return s
+    return s.with_guide_sites({n: (site.role, len(site.distribution.event_shape)) for n, site in sites.items()})
+
+
 def slice_particles(sites: Mapping[str, Site], s: Structure, start: int, count: int) -> dict[str, Site]:
     """`count` particles of a guide's sites, from `start` on."""
-    out = {}
+    out, s = {}, with_sampled_sites(s, sites)
     for name, site in sites.items():
         value = site.value.narrow(particle_dim(site.value, s, name), start, count)
         out[name] = replace(site, value=value, traced_value=value, log_prob=site.log_prob.narrow(-2, start, count))
@@ -254,9 +277,9 @@ def cache_encoder(guide: Program, batch: tuple[Any, ...], s: Structure, index: T
     def cached(*_: Any) -> Tensor:
         with ExitStack() as stack:
             for f in frames:
-                drawn = find_subsample(trace, f.name)
+                drawn, size = find_subsample(trace, f.name), int(f.full_size or f.size)
                 rows = None if drawn is None else drawn["value"]
-                stack.enter_context(pyro.plate(f.name, int(f.full_size or f.size), subsample=rows, dim=f.dim))
+                stack.enter_context(pyro.plate(f.name, size if size > 0 else None, subsample=rows, dim=f.dim))
             return pyro.sample(name, copy_distribution(node["fn"]))
 
     return cached

@@ -20,9 +20,9 @@ from torch.distributions import Independent
 
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
-from ppvae.inference.param_store import unconstrained
-from ppvae.inference.replay import ReplayNoise, buffer_copies
-from ppvae.inference.structure import Role, Structure
+from ppvae.inference.param_store import is_effect_guide, unconstrained
+from ppvae.inference.replay import ReplayNoise, any_number_of_rows, buffer_copies
+from ppvae.inference.structure import Role, Structure, lone_role
 
 PARTICLES = "_ppvae_particles"  # name of the particle plate
 
@@ -30,7 +30,7 @@ Program = Callable[..., Any]  # a model or a guide
 
 
 class Substitute(Messenger):
-    """Substitutes given values for samples, at latent sites and at a plate's subsample.
+    """Substitutes given values for samples, at latent sites and at a plate's subsample, whatever its subsample_size.
 
     At the sites `from_base`, the given value is a draw of the base distribution of a flow, and goes through the flow.
     """
@@ -38,6 +38,15 @@ class Substitute(Messenger):
     def __init__(self, values: Mapping[str, Tensor], from_base: Sequence[str] = ()):
         super().__init__()
         self.values, self.from_base = values, from_base
+
+    def __enter__(self) -> Substitute:
+        self._rows = any_number_of_rows(lambda name: any(is_plate(name, plate) for plate in self.values))
+        self._rows.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> Any:
+        self._rows.__exit__(*exception)
+        return super().__exit__(*exception)
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -153,6 +162,11 @@ def sample_sites(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, node
 
 
+def lone_guide_sites(trace: Any) -> dict[str, tuple[Role, int]]:
+    """(role, event dims) of a guide's sites by name, as far as the guide alone shows them."""
+    return {name: (lone_role(node), event_dim(node)) for name, node in sample_sites(trace)}
+
+
 def event_dim(node: dict[str, Any]) -> int:
     """The number of event dims of a site, rightmost in its value."""
     return len(getattr(node["fn"], "event_shape", ()))
@@ -255,6 +269,8 @@ def trace_program(
             first = None if replay_trace is not None else -1 - s.plate_nesting - (num_particles is not None)
             stack.enter_context(poutine.enum(first_available_dim=first))
             stack.enter_context(_ParallelEnumeration())
+        if is_effect_guide(fn):  # it runs the model, whose observed sites are none of the guide's
+            stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]))
         fn(*batch)
         trace = tracer.get_trace()
     return trace
@@ -268,13 +284,13 @@ def trace_pair(
     values: Mapping[str, Tensor],
     frozen: Sequence[str] = (),
     num_particles: int | None = None,
-    latent_hook: Callable[[str, Tensor], Tensor] | None = None,
+    latent_hook: Callable[[str, Tensor, Structure], Tensor] | None = None,
 ) -> tuple[Any, Any]:
     """(model trace, guide trace) of one run of the pair; the model is replayed on the guide's latents.
 
     `num_particles` is the size of the particle plate, None for a run without one. With a frozen guide or a
-    `latent_hook` the guide runs twice: the hook maps the values of the first run to those that every density, the
-    guide's included, is evaluated at.
+    `latent_hook` the guide runs twice: the hook, a function of (site name, value, structure of this batch), maps the
+    values of the first run to those that every density, the guide's included, is evaluated at.
     """
     detach = (lambda _, value: value.detach()) if "latents" in frozen else None
     guide_values, noise = values, None
@@ -284,6 +300,7 @@ def trace_pair(
         noise = ReplayNoise(batch)
         with buffer_copies():
             samples = trace_program(guide, batch, s, values, None, num_particles, detach, noise)
+        s = s.with_guide_sites(lone_guide_sites(samples))
         guide_values = {**values, **_latent_values(samples, s, latent_hook)}
         noise.rewind()
     guide_trace = _trace_side("guide" in frozen, guide, batch, s, guide_values, None, num_particles, detach, noise)
@@ -293,12 +310,13 @@ def trace_pair(
 
 
 def _latent_values(
-    guide_trace: Any, s: Structure, latent_hook: Callable[[str, Tensor], Tensor] | None
+    guide_trace: Any, s: Structure, latent_hook: Callable[[str, Tensor, Structure], Tensor] | None
 ) -> dict[str, Tensor]:
     """The values of a guide's run, through the hook; with the subsample where the data plate draws one."""
-    values = {n: node["value"] for n, node in sample_sites(guide_trace) if s.guide_roles.get(n) is not Role.ENUMERATED}
+    left = (Role.ENUMERATED, Role.FACTOR)
+    values = {n: node["value"] for n, node in sample_sites(guide_trace) if s.guide_roles.get(n) not in left}
     # a view, never the value itself: a flow that caches its inverse would be differentiated by its live parameters
-    values = {n: v.view_as(v) if latent_hook is None else latent_hook(n, v) for n, v in values.items()}
+    values = {n: v.view_as(v) if latent_hook is None else latent_hook(n, v, s) for n, v in values.items()}
     return values | ({s.plate: find_subsample(guide_trace, s.plate)["value"]} if s.draws_subsample else {})
 
 

@@ -15,8 +15,8 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives.call import Call
-from ppvae.objectives.gradients import GradientEstimator, resolve_gradient
-from ppvae.objectives.requirements import warn_enumerated_guide
+from ppvae.objectives.gradients import GradientEstimator, Pathwise, resolve_gradient
+from ppvae.objectives.requirements import require_no_guide_factor, warn_enumerated_guide
 from ppvae.objectives.schedules import ScheduledScalar
 
 
@@ -110,6 +110,12 @@ class Objective(PyroELBO):
         return False
 
     @property
+    def takes_guide_factors(self) -> bool:
+        """Whether the loss counts the guide's factors: where it is `total`, and its gradient the pathwise one."""
+        plain = type(self).value is Objective.value and type(self).surrogate is Objective.surrogate
+        return plain and isinstance(self.gradient, Pathwise)
+
+    @property
     def draws(self) -> int:
         """K, draws per datum in all."""
         return self.num_particles
@@ -129,10 +135,17 @@ class Objective(PyroELBO):
     def check_gradient(self, s: Structure) -> None:
         """Raises ContractError, naming the site, where the gradient estimator is not defined for a pair."""
         self.gradient.check_structure(self, s)
+        if not self.takes_guide_factors or any(name in s.guide_roles for name in s.enumerated):
+            require_no_guide_factor(s, type(self).__name__)
 
     def value(self, call: Call) -> Tensor:
         """The bound summed over the batch, a scalar."""
-        return self.bound(call.terms()).sum()
+        return self.total(call.terms())
+
+    def total(self, t: Terms) -> Tensor:
+        """The bound summed over the batch, less the guide's factors (`pyro.factor`) as Pyro's ELBO counts them."""
+        total, factors = self.bound(t).sum(), t.guide_factors
+        return total if factors is None else total - factors.mean(0).sum()
 
     def surrogate(self, call: Call) -> Tensor:
         """A scalar: the bound summed over the batch, with the estimator's gradient."""
@@ -146,8 +159,8 @@ class Objective(PyroELBO):
         if self._inspected is None or self._inspected[:2] != (model, guide):
             s = inspect(model, guide, batch, weights=False)
             self.check_structure(s)
-            if s.scale_refusal:
-                raise ContractError(s.scale_refusal)
+            if s.bound_refusal:
+                raise ContractError(s.bound_refusal)
             if s.has_global_latents and s.full_size != s.batch_size(batch):
                 raise ContractError(
                     "a latent is shared by all data: expected all of them in the batch, found "

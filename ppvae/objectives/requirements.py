@@ -52,6 +52,16 @@ def require_rate_per_latent(s: Structure, consumer: str) -> None:
         raise ContractError(f"{consumer}: expected a rate per datum, found a latent that is shared by all data")
 
 
+def require_no_guide_factor(s: Structure, consumer: str) -> None:
+    """The guide adds nothing to the loss beside its density."""
+    for name, role in s.guide_roles.items():
+        if role is Role.FACTOR:
+            raise site_error(
+                name, f"a guide without a term of the loss alone, for {consumer}", "a factor, or an observed site",
+                "take an ELBO of Pyro's, or ELBO or IWAE with gradient='pathwise'",
+            )  # fmt: skip
+
+
 def warn_enumerated_guide(s: Structure) -> None:
     """Warns that a bound on the summed-out weights gives the guide's probabilities of enumerated sites no gradient."""
     enumerated = [name for name in s.enumerated if name in s.guide_roles]

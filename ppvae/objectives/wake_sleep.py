@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.inference.contract.scales_and_factors import check_normalized
 from ppvae.inference.replay import buffer_copies
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
@@ -17,7 +18,7 @@ from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.reductions import log_mean_exp
-from ppvae.objectives.requirements import require_sampled_latents
+from ppvae.objectives.requirements import require_no_guide_factor, require_sampled_latents
 
 
 @final
@@ -56,6 +57,9 @@ class ReweightedWakeSleep(Objective):
     def check_structure(self, s: Structure) -> None:
         require_sampled_latents(s, "reweighted wake-sleep", "take ELBO or CIWAE")
         super().check_structure(s)
+        require_no_guide_factor(s, "wake-sleep")
+        if self.sleep:
+            check_normalized(s, "sleep")
         for name, role in s.guide_roles.items():
             if role is Role.AUXILIARY and self.sleep:
                 raise site_error(

@@ -18,6 +18,7 @@ from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference import inspection
+from ppvae.inference.contract.describe import global_latent_caveat
 from ppvae.inference.contract.registration import Registration
 from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.device import choose_device, default_device
@@ -97,6 +98,9 @@ def inspect_for_training(
             structure = replace(structure, row_order=order)
             check_mini_batches(structure, len(train), batch_size)
         registration.store_module_local()
+    caveats = (*structure.training_caveats, global_latent_caveat(structure, len(train), len(first[0])))
+    for caveat in filter(None, caveats):
+        log.warning("ppvae: %s", caveat)
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "

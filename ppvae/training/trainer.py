@@ -27,6 +27,7 @@ from ppvae.inference.param_store import BoundProgram, starting_scope, unwrap
 from ppvae.inference.svi import SVI, Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
+from ppvae.objectives.pyro_losses import single_loss
 from ppvae.rng import derive_seed, fork_rng, seed_all
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
@@ -70,8 +71,7 @@ class Trainer:
         self.folder: RunFolder | None = None  # on rank 0 of a run that writes files
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
-        self.epoch = 0
-        self.finished = self.stopped = False
+        self.epoch, self.finished, self.stopped = 0, False, False
         self.config: dict[str, Any] = {}
         self.context = DistributedContext()
         self.resumed_kernels: str | None = None
@@ -91,7 +91,7 @@ class Trainer:
             self.monitor = ValidationMonitor(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
             )
-            self.svi = SVI(self.model, self.guide, optimizer, objective)
+            self.svi = SVI(self.model, self.guide, optimizer, single_loss(objective))
             self.svi.precision = precision
             self.svi.add_params(self.scope.params.values())
             self.step = TrainingStep(self.svi, self.state, self.structure, clip, rows)
@@ -312,7 +312,7 @@ class Trainer:
     def _warm_up(self) -> None:
         """Evaluates the objective once, so that its own inspection of the pair draws no noise of an epoch."""
         with fork_rng(), eval_mode(self.model, self.guide), torch.no_grad(), pyro.validation_enabled(False):
-            self.objective.loss(self.model, self.guide, *self._first_micro_batches()[0])
+            self.svi.objective.loss(self.model, self.guide, *self._first_micro_batches()[0])
 
     def _first_micro_batches(self) -> list[tuple[Tensor, ...]]:
         rows = torch.arange(min(self.batch_size, len(self.train)), device=self.train.device)

@@ -66,7 +66,9 @@ class ValidationMonitor:
         if not self.has_elbo:
             return {}
         size = s.subsample_size if s.draws_subsample else self._count if s.row_order else ROWS
-        latents = [] if s.enumerated or Role.AUXILIARY in s.guide_roles.values() else list(s.guide_roles)
+        latents = [name for name, role in s.guide_roles.items() if role is Role.LATENT]
+        if s.enumerated or Role.AUXILIARY in s.guide_roles.values():
+            latents = []  # their rates are no terms of their own
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
         with fork_rng(), torch.no_grad(), eval_mode(model, guide):
             for number, start in enumerate(range(0, self._count, size)):
@@ -125,5 +127,6 @@ class ValidationMonitor:
 def _sums(t: Terms, latents: Sequence[str], rows: int) -> Tensor:
     """[elbo, log_lik, rate, a rate for each latent], summed over the first rows."""
     rates = t.rates() if latents else {}
-    parts = [t.elbo, t.log_lik, t.log_guide - t.log_prior, *(rates[name] for name in latents)]
+    absent = torch.zeros_like(t.elbo)  # of a latent that other batches have
+    parts = [t.elbo, t.log_lik, t.log_guide - t.log_prior, *(rates.get(name, absent) for name in latents)]
     return torch.stack([p[..., :rows].sum() for p in parts])

@@ -12,7 +12,8 @@ from torch import Tensor
 from ppvae.data.loader import data_digest
 from ppvae.evaluation.annealing.chains import run_forward_chains
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
-from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_evaluation
+from ppvae.evaluation.block_cache import BlockProgress
+from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.reliability import assess_chains

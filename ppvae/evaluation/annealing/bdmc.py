@@ -13,8 +13,8 @@ from torch import Tensor
 from ppvae.errors import site_error
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
-from ppvae.evaluation.block_cache import BlockCache
-from ppvae.evaluation.blocks import Block, BlockProgress, run_blocks, start_evaluation
+from ppvae.evaluation.block_cache import BlockCache, BlockProgress
+from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data

@@ -13,7 +13,8 @@ from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.chains import AnnealingPath
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, Evaluation
+from ppvae.evaluation.block_cache import BlockProgress
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.unconstrained.compiled_potential import CompiledPotential
 from ppvae.evaluation.unconstrained.potential import Potential, prior_as_guide
 from ppvae.inference.terms import evaluate_terms

@@ -32,7 +32,7 @@ class PosteriorReservoir:
     def add(self, log_weight: Tensor, latents: Mapping[str, Tensor], rows: Tensor | None = None) -> None:
         """Adds log-weights [particles, N] and the latents behind them, of some rows of a batch (or all)."""
         values = {}
-        for name in self.names:
+        for name in (n for n in self.names if n in latents):
             value = latents[name].cpu()
             value = value.movedim(value.dim() - self.s.event_dims[name] - 1, 1)  # [particles, batch, ...]
             values[name] = value if rows is None else value[:, rows]
@@ -44,7 +44,7 @@ class PosteriorReservoir:
         if not self._buffer:
             return
         log_weight = torch.cat([w for w, _ in self._buffer])
-        latents = {n: torch.cat([v[n] for _, v in self._buffer]) for n in self.names}
+        latents = {n: torch.cat([v[n] for _, v in self._buffer]) for n in self._buffer[0][1]}
         self._buffer = []
         count = log_weight.shape[1]
         log_new = log_weight.logsumexp(0)

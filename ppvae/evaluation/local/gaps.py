@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, BlockProgress, run_blocks, start_evaluation
+from ppvae.evaluation.block_cache import BlockProgress
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.full_rank import FullRankFamily
 from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefit, check_refit

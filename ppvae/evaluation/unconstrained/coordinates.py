@@ -14,7 +14,7 @@ from ppvae.errors import UsageError, site_error
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
-from ppvae.inference.terms import sample_guide
+from ppvae.inference.terms import sample_guide, with_sampled_sites
 from ppvae.inference.tracing import Program, check_has_inverse, sample_sites, support_of, trace_program
 from ppvae.rng import fork_rng
 
@@ -56,6 +56,7 @@ class UnconstrainedSpace:
     coordinate. A latent that the guide draws once for each value of an enumerated site has coordinates for each value.
 
     Attributes:
+        s: the structure of the pair on this block, which may have sites that the inspected batch had not.
         latents: one `LatentCoordinates` per latent.
         nodes: the guide's trace nodes of these latents, for one particle.
         sites: the guide's sites for two particles, which give the latents' shapes.
@@ -70,6 +71,7 @@ class UnconstrainedSpace:
         check_has_inverse(s, s.no_inverse)
         with fork_rng(), torch.no_grad():
             self.sites = sample_guide(guide, batch, 2, structure=s, index=index)
+            self.s = s = with_sampled_sites(s, self.sites)
             self.nodes = _continuous_nodes(guide, batch, s, index)
             self.latents: list[LatentCoordinates] = []
             self.dims = 0
@@ -89,11 +91,13 @@ class UnconstrainedSpace:
             mask = torch.ones((), dtype=torch.bool, device=self.device)
         mask = torch.as_tensor(mask, device=self.device)
         over_batch = torch.ones(node["fn"].batch_shape, dtype=torch.bool, device=self.device)
-        if mask.dim() > over_batch.dim():
+        plates = max(mask.dim() - len(node["fn"].event_shape), 0)
+        if mask.shape[plates:].numel() > 1:
             raise site_error(
                 latent.name, "a mask over whole events", f"one of shape {list(mask.shape)} inside an event",
                 "put the masked parts into sites or an inner plate of their own",
             )  # fmt: skip
+        mask = mask.reshape(mask.shape[:plates])
         per_event = (mask & over_batch).expand(shape) if mask.dim() else mask.expand(shape)
         event_ndim = len(latent.shape) - (latent.batch_ndim - len({latent.chain_dim, latent.data_dim}))
         per_column = per_event.reshape(*shape, *(1,) * event_ndim)
@@ -140,7 +144,7 @@ def _continuous_nodes(
     first, second = (dict(sample_sites(trace_program(guide, batch, s, given))) for _ in range(2))
     nodes = {}
     for name, node in first.items():
-        if s.guide_roles[name] is Role.ENUMERATED:
+        if s.guide_roles[name] in (Role.ENUMERATED, Role.FACTOR):
             continue
         fn = base_distribution(node["fn"])
         is_delta = isinstance(fn, dist.Delta)

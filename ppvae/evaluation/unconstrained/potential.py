@@ -70,10 +70,11 @@ class Potential:
         evaluate: Callable[[Potential, Tensor], ChainState] | None = None,
     ):
         s = block.s
-        self.model, self.batch, self.s, self.index = model, block.batch, s, block.index
+        self.model, self.batch, self.index = model, block.batch, block.index
         self.guide = cache_encoder(guide, self.batch, s, self.index) if cache else guide
-        self.rows, self._from_prior, self._uncached_guide, self._evaluate = rows, from_prior, guide, evaluate
         self.space = UnconstrainedSpace(self.guide, self.batch, s, self.index)
+        self.s = s = self.space.s
+        self.rows, self._from_prior, self._uncached_guide, self._evaluate = rows, from_prior, guide, evaluate
         self._num_rows = s.batch_size(self.batch) if self.index is None else len(self.index)
         self.size = 1 if s.has_global_latents else self._num_rows
         nodes = self.space.nodes

@@ -18,6 +18,7 @@ from ppvae.inference.contract.support import (
     base_support,
     is_discrete,
     mask_of,
+    same_mask,
     support_name,
 )
 from ppvae.inference.structure import Role
@@ -36,6 +37,16 @@ def check_absolute_continuity(
         plate: name of the data plate.
         joint: a latent is shared by all data, so that weights are joint.
     """
+    lower_bound_only = check_each_latent(model, guide, guide_roles)
+    points = _points(model, guide, guide_roles)
+    auxiliary = [name for name, role in guide_roles.items() if role is Role.AUXILIARY]
+    if points or auxiliary:
+        check_change_of_variables(guide_program, batch, model, guide, points, auxiliary, plate, joint)
+    return lower_bound_only
+
+
+def check_each_latent(model: Mapping[str, Any], guide: Mapping[str, Any], guide_roles: Mapping[str, Role]) -> bool:
+    """Masks and supports of each latent alone; whether the guide omits values of a discrete one."""
     lower_bound_only = False
     for name, role in guide_roles.items():
         if role is Role.AUXILIARY:
@@ -50,10 +61,6 @@ def check_absolute_continuity(
             check_support_covers_prior(name, p, q)
             if not has_inverse(q):
                 check_flow(name, p, q)
-    points = _points(model, guide, guide_roles)
-    auxiliary = [name for name, role in guide_roles.items() if role is Role.AUXILIARY]
-    if points or auxiliary:
-        check_change_of_variables(guide_program, batch, model, guide, points, auxiliary, plate, joint)
     return lower_bound_only
 
 
@@ -86,7 +93,7 @@ def _holds_draws(outer: Any, inner: Any) -> bool | None:
 
 def check_same_mask(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
     """A latent has one mask, in the model and in the guide."""
-    if not _same_mask(mask_of(p), mask_of(q)):
+    if not same_mask(mask_of(p), mask_of(q)):
         raise site_error(
             name, "the same mask in model and guide", "a mask that differs between the two",
             "mask both sides of a latent alike",
@@ -119,13 +126,6 @@ def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
                 type(posterior).__name__,
                 "choose a guide that is absolutely continuous with the prior",
             )
-
-
-def _same_mask(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        a, b = torch.broadcast_tensors(a, b)
-        return bool((a == b).all())
-    return (a is None or a is True) == (b is None or b is True) and isinstance(a, Tensor) == isinstance(b, Tensor)
 
 
 def check_support_covers_prior(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The description of a pair that `check` returns: its sites in words, and the modules that it calls."""
+"""A pair in words: what `check` returns of its sites and the modules that it calls, and the caveats that `fit` logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.inference.contract.plates_and_roles import global_latents
-from ppvae.inference.contract.support import base_distribution, base_support, mask_of, support_name
+from ppvae.inference.contract.support import base_distribution, base_support, mask_of, same_mask, support_name
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import Layout, Role, Structure
@@ -32,6 +32,8 @@ def describe_structure(s: Structure, model: Mapping[str, Any], guide: Mapping[st
     """Lines on the data plate, each site, the parameters, and what is refused or only bounded."""
     rows = f"its own subsample of {s.subsample_size} rows" if s.draws_subsample else "the batch"
     scale = f", scale {s.scale:g} (divided out of every weight)" if s.scale != 1 else ""
+    if s.common_scale != 1:
+        scale += f"; every site under one scale of {s.common_scale:g} (divided out of weights and of reported losses)"
     yield f"data plate {s.plate!r} over {rows}, full size {s.full_size}{scale}"
     shared = global_latents(model, s.model_roles, s.plate)
     for side, nodes, roles in (("model", model, s.model_roles), ("guide", guide, s.guide_roles)):
@@ -52,6 +54,9 @@ def describe_structure(s: Structure, model: Mapping[str, Any], guide: Mapping[st
 
 def _site_facts(node: dict[str, Any], role: Role, data_plate: str, guide: bool) -> Iterator[str]:
     fn = node["fn"]
+    if role is Role.FACTOR:
+        yield "a term of the loss alone, left out of weights" if guide else "no density: counted, not normalised"
+        return
     yield f"{type(base_distribution(fn)).__name__} over event {list(fn.event_shape)}"
     if plates := [f.name for f in node["cond_indep_stack"] if f.name != data_plate]:
         yield f"inner plates {plates}"
@@ -66,6 +71,30 @@ def _site_facts(node: dict[str, Any], role: Role, data_plate: str, guide: bool) 
 def describe_layout(s: Structure) -> str:
     """A line on how the pair takes several particles."""
     return f"particles are {_LAYOUTS[s.layout]}"
+
+
+# -- caveats ----------------------------------------------------------------------------------------------------------
+
+
+def mask_caveats(model: Mapping[str, Any], latents: Mapping[str, Any]) -> Iterator[str]:
+    """Latents that one side masks alone: the other side's density counts in the loss, which is then no bound."""
+    for name, q in latents.items():
+        if name in model and not same_mask(mask_of(model[name]), mask_of(q)):
+            cure = "mask both sides of a latent alike"
+            if name.endswith("_unobserved"):
+                cure = "obs_mask masks it in the model where it is observed: put it under poutine.mask(mask=~obs_mask)"
+            yield f"site {name!r}: model and guide mask it differently: the loss is no bound on log p(x); {cure}"
+
+
+def global_latent_caveat(s: Structure, num_data: int, batch_size: int) -> str:
+    """A latent that all data share, beside a plate of another size than the data, as the batch's; empty for none."""
+    if not s.has_global_latents or s.draws_subsample or num_data <= batch_size or s.full_size == num_data:
+        return ""
+    return (
+        f"a latent is shared by all data, and the plate {s.plate!r} has size {s.full_size} where there are {num_data} "
+        f"data: in each batch the latent's KL counts as if there were {s.full_size}, and its posterior is as wide. "
+        f"Write pyro.plate({s.plate!r}, {num_data}, subsample=x) in model and guide, or set batch_size={num_data}"
+    )
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------

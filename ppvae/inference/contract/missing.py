@@ -133,7 +133,7 @@ def _in_density(node: Mapping[str, Any]) -> Tensor:
     mask, value = mask_of(dict(node)), node["value"]
     if mask is None or isinstance(mask, bool):
         return torch.full_like(value, mask is not False, dtype=torch.bool)
-    return mask.bool().reshape(*mask.shape, *(1,) * max(value.dim() - mask.dim(), 0)).expand(value.shape)
+    return mask.expand(value.shape)
 
 
 def _isnan(value: Tensor) -> Tensor:

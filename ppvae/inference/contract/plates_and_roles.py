@@ -12,7 +12,7 @@ from torch import Tensor
 from ppvae.errors import ContractError, DataError, site_error
 from ppvae.inference.contract.independence import check_not_coupled
 from ppvae.inference.contract.rows import run_at, take_batch_rows
-from ppvae.inference.contract.support import base_distribution, check_support
+from ppvae.inference.contract.support import base_distribution, check_support, is_factor
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program, find_subsample, node_log_prob
 
@@ -42,10 +42,16 @@ def plates_of(node: Node) -> dict[str, Any]:
 # -- the data plate ---------------------------------------------------------------------------------------------------
 
 
-def find_data_plate(program: Program, model: Mapping[str, Node], trace: Any, batch: tuple[Any, ...]) -> DataPlate:
-    """The data plate: the one plate at dim -1 around all observed sites, over the data of the batch."""
+def find_data_plate(
+    program: Program, model: Mapping[str, Node], traces: Sequence[Any], batch: tuple[Any, ...]
+) -> DataPlate:
+    """The data plate: the one plate at dim -1 around all observed sites, over the data of the batch.
+
+    Either side may give it a subsample_size: Pyro replays the guide's subsample in the model.
+    """
     observed = {name: node for name, node in model.items() if node["is_observed"]}
     check_something_is_observed(observed, model)
+    observed = {name: node for name, node in observed.items() if not is_factor(node)} or observed
     check_batch_holds_data(batch)
     frame: Any = None
     for name, node in observed.items():
@@ -55,12 +61,15 @@ def find_data_plate(program: Program, model: Mapping[str, Node], trace: Any, bat
         check_single_data_plate(name, frame, other)
         frame = other
     count, full_size = len(batch[0]), int(frame.full_size or frame.size)
-    subsample = find_subsample(trace, frame.name)
-    has_subsample_size = subsample is not None and subsample["fn"].subsample_size is not None
-    draws_subsample = frame.size < full_size and full_size == count and has_subsample_size
-    plate = DataPlate(frame.name, frame.size, full_size, draws_subsample, has_subsample_size)
+    size = frame.size
+    if size < 0:  # a plate without a size goes over whatever it is given
+        size = full_size = count
+    subsamples = [site["fn"] for trace in traces if (site := find_subsample(trace, frame.name)) is not None]
+    has_subsample_size = any(fn.subsample_size is not None for fn in subsamples)
+    draws_subsample = size < full_size and full_size == count and has_subsample_size
+    plate = DataPlate(frame.name, size, full_size, draws_subsample, has_subsample_size)
     elsewhere = [f for node in observed.values() for f in node["cond_indep_stack"] if f.dim != -1 and f.size == count]
-    check_plate_size(plate, count, elsewhere)
+    check_plate_size(plate, batch[0].shape, elsewhere)
     if elsewhere:
         check_plate_follows_batch(program, batch, frame, elsewhere[0])
     return plate
@@ -102,9 +111,15 @@ def check_single_data_plate(name: str, plate: Any, other: Any) -> None:
         )
 
 
-def check_plate_size(plate: DataPlate, count: int, elsewhere: Sequence[Any]) -> None:
-    if plate.size != count and not plate.draws_subsample:
-        raise _wrong_plate(plate.name, count, f"found size {plate.size}", elsewhere)
+def check_plate_size(plate: DataPlate, shape: Sequence[int], elsewhere: Sequence[Any]) -> None:
+    """The plate goes over the batch's first dim."""
+    if plate.size == shape[0] or plate.draws_subsample:
+        return
+    transposed = ""
+    if plate.full_size in shape[1:]:
+        dim = list(shape).index(plate.full_size, 1)
+        transposed = f"; or, if dim {dim} of the batch's first tensor holds the data, pass it as x.movedim({dim}, 0)"
+    raise _wrong_plate(plate.name, shape[0], f"found size {plate.full_size}", elsewhere, transposed)
 
 
 def check_plate_follows_batch(program: Program, batch: tuple[Any, ...], plate: Any, other: Any) -> None:
@@ -119,11 +134,11 @@ def check_plate_follows_batch(program: Program, batch: tuple[Any, ...], plate: A
         raise _wrong_plate(plate.name, count, f"found size {count} for any batch", [other])
 
 
-def _wrong_plate(name: str, count: int, found: str, elsewhere: Sequence[Any]) -> ContractError:
+def _wrong_plate(name: str, count: int, found: str, elsewhere: Sequence[Any], transposed: str = "") -> ContractError:
     where = f", and plate {elsewhere[0].name!r} over them at dim {elsewhere[0].dim}" if elsewhere else ""
     return ContractError(
         f"plate {name!r}: expected the rightmost plate to go over the {count} data of the batch, {found}{where}. "
-        f"Use pyro.plate('data', len(x), dim=-1), and .to_event(n) or dims left of -1 for everything else"
+        f"Use pyro.plate('data', len(x), dim=-1), and .to_event(n) or dims left of -1 for everything else{transposed}"
     )
 
 
@@ -147,7 +162,9 @@ def global_latents(model: Mapping[str, Node], roles: Mapping[str, Role], plate: 
 
 
 def _guide_role(name: str, node: Node, model: Mapping[str, Node]) -> Role:
-    check_guide_does_not_observe(name, node)
+    if node["is_observed"]:
+        check_guide_does_not_observe(name, node)
+        return Role.FACTOR
     if name not in model:
         check_is_auxiliary(name, node, model)
         return Role.AUXILIARY
@@ -160,7 +177,7 @@ def _guide_role(name: str, node: Node, model: Mapping[str, Node]) -> Role:
 
 def _model_role(name: str, node: Node, model: Mapping[str, Node], guide: Mapping[str, Node]) -> Role:
     if node["is_observed"]:
-        return Role.OBSERVED
+        return Role.FACTOR if is_factor(node) else Role.OBSERVED
     if name in guide:
         return Role.LATENT
     if _is_enumerated(node):
@@ -179,9 +196,12 @@ def _is_enumerated(node: Node) -> bool:
 
 
 def check_guide_does_not_observe(name: str, node: Node) -> None:
-    if node["is_observed"] and not _infer(node).get("is_auxiliary"):
+    if not _infer(node).get("is_auxiliary"):
         raise site_error(
-            name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
+            name,
+            "a guide that samples latents only",
+            "a site with obs=",
+            "move the observation to the model, or mark a term of the loss alone with infer={'is_auxiliary': True}",
         )
 
 
@@ -205,6 +225,14 @@ def check_model_does_not_observe(name: str, p: Node) -> None:
 def check_same_plates(name: str, p: Node, q: Node) -> None:
     """A latent of the guide stands in the plates that it has in the model."""
     model, guide = ({f.name for f in node["cond_indep_stack"] if f.dim is not None} for node in (p, q))
+    if guide < model:
+        raise site_error(
+            name,
+            f"the model's plates {sorted(model)} in the guide too",
+            f"{sorted(guide) or 'none'}: in the model it is sampled for each datum or element of these plates",
+            "if all data share it, read it before the plate in the model, a PyroSample attribute by its name; else "
+            "open the same plates, by the same names, around it in the guide",
+        )
     if model != guide:
         raise site_error(
             name,
@@ -238,21 +266,7 @@ def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], g
     )
 
 
-# -- scales and shapes ------------------------------------------------------------------------------------------------
-
-
-def check_scale(name: str, node: Node, plate: DataPlate) -> None:
-    """A site in the data plate has the plate's scale, any other site scale 1."""
-    expected = plate.scale if plate.name in plates_of(node) else 1.0
-    found = float(node["scale"])
-    if abs(found - expected) > 1e-6 * expected:
-        raise site_error(
-            name,
-            f"scale {expected:g}, the data plate's full size over its batch" if expected != 1 else "scale 1",
-            f"scale {found:g}",
-            "keep the model a normalised density: leave poutine.scale to the objective (beta), and do not subsample "
-            "an inner plate",
-        )
+# -- shapes -----------------------------------------------------------------------------------------------------------
 
 
 def check_event(name: str, node: Node) -> None:
@@ -265,8 +279,13 @@ def check_event(name: str, node: Node) -> None:
                 name,
                 "one log-density per datum, its other dims declared as an event",
                 f"log-density of shape {list(shape)} with plates at dims {sorted(plates)}",
-                f"add .to_event(n) to its {type(base_distribution(node['fn'])).__name__}",
+                "sum it to one number per datum"
+                if is_factor(node)
+                else f"add .to_event(n) to its {type(base_distribution(node['fn'])).__name__}",
             )
+    value, event = node["value"], len(getattr(node["fn"], "event_shape", ()))
+    for dim in (dim for dim, size in plates.items() if size < 0):  # a plate without a size goes over what it is given
+        plates[dim] = value.shape[dim - event] if event - dim <= value.dim() else 1
     check_one_density_per_element(name, node, shape, plates)
 
 

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from ppvae.errors import ContractError, PpvaeError, site_error
+from ppvae.inference.evaluation_mode import reachable_modules
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
 from ppvae.rng import fork_rng
 
 LARGE = 10.0  # data below it are of the scale that networks are made for
+
+
+def explain_shared_weight(model: Program, guide: Program, batch: Sequence[Any]) -> ContractError | None:
+    """The error for a random weight of a network that is first read in the data plate, so that each datum has one."""
+    modules = [m for m in reachable_modules(model, guide) if isinstance(m, PyroModule)]
+    weights = {m._pyro_get_fullname(name) for m in modules for name in m._pyro_samples}
+    with poutine.trace() as tracer, suppress(Exception):
+        model(*batch)
+    for name, node in sample_sites(tracer.trace):
+        plates = [f.name for f in node["cond_indep_stack"] if f.dim == -1]
+        if name in weights and plates:
+            return site_error(
+                name,
+                "a weight that all data share",
+                f"a PyroSample that is sampled for each datum, since it is first read inside the plate {plates[0]!r}",
+                "read it before the plate, by its name",
+            )
+    return None
 
 
 def explain_failure(

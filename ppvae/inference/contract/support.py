@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import DataError
@@ -29,9 +30,11 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
         inside = support.check(value)
     except (NotImplementedError, RuntimeError, ValueError):
         return
-    if node["mask"] is not None and not isinstance(node["mask"], bool):
-        mask = node["mask"]
-        inside = inside | ~mask.reshape(*mask.shape, *(1,) * max(inside.dim() - mask.dim(), 0)).bool()
+    mask = mask_of(node)
+    if isinstance(mask, Tensor):
+        for _ in range(min(value.dim() - inside.dim(), mask.dim())):  # a support of vectors is checked once a vector
+            mask = mask.any(-1)
+        inside = inside | ~mask
     if not bool(inside.all()):
         at = (~inside).nonzero()[0].tolist()
         where = f"row {at[0] + first_row}" + (f", position {at[1:]}" if len(at) > 1 else "")
@@ -89,13 +92,54 @@ def is_relaxed(fn: Any) -> bool:
 
 
 def mask_of(node: dict[str, Any]) -> Any:
-    """The mask of a traced site, its distribution's own included; None where there is none."""
-    fn, mask = node["fn"], node["mask"]
+    """The mask of a traced site, its distribution's own included, broadcastable to its value; None where there is none.
+
+    A mask over whole events has dims of size one for them, so that it equals the same mask inside of the event.
+    """
+    fn = node["fn"]
+    mask = _with_event_dims(node["mask"], fn)
     while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
+            own = _with_event_dims(fn._mask, fn)
+            mask = own if mask is None else mask & own
         fn = fn.base_dist
     return mask
+
+
+def same_mask(a: Any, b: Any) -> bool:
+    """Whether two masks, as `mask_of` gives them, are the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        a, b = torch.broadcast_tensors(a, b)
+        return bool((a == b).all())
+    return (a is None or a is True) == (b is None or b is True) and isinstance(a, Tensor) == isinstance(b, Tensor)
+
+
+def _with_event_dims(mask: Any, fn: Any) -> Any:
+    if not isinstance(mask, Tensor):
+        return mask
+    return mask.bool().reshape(*mask.shape, *(1,) * len(getattr(fn, "event_shape", ())))
+
+
+def without_masks(fn: Any) -> Any:
+    """The distribution without its own masks (`.mask`), its declared events kept."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return without_masks(fn.base_dist)
+    if isinstance(fn, torch.distributions.Independent):
+        return without_masks(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def is_factor(node: dict[str, Any]) -> bool:
+    """Whether an observed site is a factor and no density: `pyro.factor`, or a Delta with a log-density of its own."""
+    fn = base_distribution(node["fn"])
+    if isinstance(fn, dist.Delta):
+        return bool(node["is_observed"] and (torch.as_tensor(fn.log_density) != 0).any())
+    return isinstance(fn, dist.Unit)
+
+
+def is_improper(node: dict[str, Any]) -> bool:
+    """Whether a site's density integrates to infinity."""
+    return isinstance(base_distribution(node["fn"]), dist.ImproperUniform)
 
 
 def is_discrete(fn: Any) -> bool:
@@ -105,8 +149,10 @@ def is_discrete(fn: Any) -> bool:
 
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     """The base measure of the observed sites' log-densities: "binary", "256 levels" (or another number), "discrete" for
-    other masses, "density on [0, 1]", "density", or "mixed" where some are masses and some are densities."""
+    other masses, "density on [0, 1]", "density", "mixed" where some are masses and some are densities, or "none"."""
     measures = {measure for node in nodes for measure in _measures(base_distribution(node["fn"]))}
+    if not measures:
+        return "none"
     if len(measures) == 1:
         return measures.pop()
     densities = {measure for measure in measures if measure.startswith("density")}
@@ -135,7 +181,12 @@ def _measures_of(support: Any) -> set[str]:
 
 def event_size(node: dict[str, Any]) -> int:
     """The number of elements of a site per datum, over its event and inner plates."""
-    plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None and f.dim != -1}
+    shape = getattr(node["fn"], "batch_shape", torch.Size())
+    plates = {
+        f.dim: f.size if f.size > 0 else shape[f.dim]  # a plate may have no size of its own
+        for f in node["cond_indep_stack"]
+        if f.dim is not None and f.dim != -1
+    }
     inner = 1
     for size in plates.values():
         inner *= size

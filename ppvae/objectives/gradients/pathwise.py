@@ -25,7 +25,7 @@ class Pathwise(GradientEstimator):
         require_reparameterized_latents(s, "pathwise")
 
     def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
-        return objective.bound(call.terms()).sum()
+        return objective.total(call.terms())
 
 
 @final

@@ -19,7 +19,7 @@ from ppvae.objectives.requirements import require_sampled_latents
 
 def non_reparameterized_log_prob(s: Structure, t: Terms) -> Tensor | None:
     """log q of the latents without a reparameterised sample, [particles, batch]; None where there is none."""
-    log_probs = [t.guide[name].log_prob.double() for name in s.non_reparameterized]
+    log_probs = [t.guide[name].log_prob.double() for name in t.structure.non_reparameterized if name in t.guide]
     if not log_probs:
         return None
     total: Any = sum(log_probs)
