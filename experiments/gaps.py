@@ -17,7 +17,7 @@ import torch
 from experiments.cells import Cells, Workspace, estimate_summary, group_cells, markdown, mean, run
 from experiments.cells import train as train_pair
 from ppvae import VAE, data, likelihoods, log_marginal, nn, plots, posteriors, priors
-from ppvae.evaluation.local.full_rank import FullRankFamily
+from ppvae.evaluation.local.full_rank import JointNormalFamily
 from ppvae.evaluation.local.gaps import Gaps, gaps
 
 # Cremer et al. 2018 (arXiv 1801.03558), MNIST, factorised Gaussian guide, quoted from memory, not verified
@@ -82,7 +82,7 @@ def compute(s: Settings, workspace: Workspace, guide: str, split: str, seed: int
     )
     images = {"train": train, "test": test}[split].head(s.networks if guide == "IAF" else s.refits)
     pair = trained.model, trained.guide
-    richer = None if guide == "IAF" else FullRankFamily  # a full-rank normal is not more flexible than a flow
+    richer = None if guide == "IAF" else JointNormalFamily  # a full-rank normal is not more flexible than a flow
     found = gaps(
         *pair, images, num_particles=s.particles, steps=s.steps, rounds=s.rounds, richer=richer, seed=seed,
         directory=workspace.folder / "blocks",

@@ -14,7 +14,7 @@ from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
 from ppvae.errors import CheckpointError, DataError, UsageError
 from ppvae.factories import pairs
-from ppvae.factories.choices import Argument
+from ppvae.factories.constructor_flags import Argument
 from ppvae.training.run import Run
 
 SPLITS = ("train", "valid", "test")

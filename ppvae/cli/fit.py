@@ -17,7 +17,7 @@ from ppvae.cli.options import Data, Fit, Optimizer
 from ppvae.distributed import DistributedContext, leave_process_group
 from ppvae.errors import UsageError
 from ppvae.factories import pairs
-from ppvae.factories.choices import Argument, ClassChoice
+from ppvae.factories.constructor_flags import Argument, ClassChoice
 from ppvae.training import fit
 from ppvae.training.run import Run
 

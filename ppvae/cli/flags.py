@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from ppvae.errors import UsageError
-from ppvae.factories.choices import Argument, ClassChoice, class_choice
+from ppvae.factories.constructor_flags import Argument, ClassChoice, class_choice
 
 Settings = TypeVar("Settings")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.compilation.graph import CaptureError, Graph, capture, compile_module, one_line_reason
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
-from ppvae.compilation.side_effects import SideEffects, schedule_of
+from ppvae.compilation.side_effects import RunState, schedule_of
 
 log = logging.getLogger("ppvae")
 SECONDS_PER_NODE = 0.8  # of eager calls that pay for compiling one node of a graph, which takes about 0.1 s
@@ -99,7 +99,7 @@ class EagerRun:
 
     def __init__(self, target: Target, args: Sequence[Tensor]):
         self._target, self._args = target, args
-        self._effects = SideEffects(args[0].device, target.schedule())
+        self._effects = RunState(args[0].device, target.schedule())
         self.refusal = ""
         try:
             with self._effects.observe():
@@ -135,7 +135,7 @@ class EagerRun:
 
 
 @final
-class SplitGraph:
+class BlockInvariantGraph:
     """A graph in two parts: what is the same for all calls of a block, computed once, and the compiled remainder."""
 
     def __init__(self, graph: Graph, args: Sequence[Tensor], varying: tuple[int, ...], choices: Choices):
@@ -169,7 +169,7 @@ class CapturedGraph:
     """
 
     graph: Graph
-    run: Graph | SplitGraph
+    run: Graph | BlockInvariantGraph
     guards: Guards | None
     calls: int = 0
     doubted: bool = False
@@ -244,7 +244,7 @@ class CompiledFunction:
         waited = self._calls[kind] >= self.policy.wait << min(self._changes, MAX_DOUBLINGS)
         return (self._first or waited) and len(self.graphs) < self.policy.most
 
-    def _run(self, graph: Graph | SplitGraph, args: Sequence[Tensor]) -> Outputs:
+    def _run(self, graph: Graph | BlockInvariantGraph, args: Sequence[Tensor]) -> Outputs:
         return graph(*args) if isinstance(graph, Graph) else graph(self.block, args)
 
     def _advance(self, outputs: Outputs) -> Outputs:
@@ -291,7 +291,7 @@ class CompiledFunction:
         if policy.keeps_uncompiled:
             eager.restore_before()
             eager.compare(graph(*args))
-        run: Graph | SplitGraph = graph
+        run: Graph | BlockInvariantGraph = graph
         if self.kernels == "compiled" and policy.is_worth_compiling(graph, first):
             run = self._compiled(graph, args, eager)
         elif not policy.keeps_uncompiled:
@@ -301,15 +301,17 @@ class CompiledFunction:
             self.kernels = "graph"
         return CapturedGraph(graph, run, guards)
 
-    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerRun) -> Graph | SplitGraph:
+    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerRun) -> Graph | BlockInvariantGraph:
         """The compiled form of a graph if it agrees and is faster; otherwise the graph, or the error."""
         varying, choices = self.target.varying, self.target.choices()
-        run: Graph | SplitGraph
+        run: Graph | BlockInvariantGraph
         try:
-            run = graph.compile(args, choices) if varying is None else SplitGraph(graph, args, varying, choices)
+            run = (
+                graph.compile(args, choices) if varying is None else BlockInvariantGraph(graph, args, varying, choices)
+            )
             eager.restore_before()
             eager.compare(self._run(run, args))
-            if isinstance(run, SplitGraph) or self.policy.is_faster(run, graph, args):
+            if isinstance(run, BlockInvariantGraph) or self.policy.is_faster(run, graph, args):
                 return run
         except Exception as error:
             if not self.policy.keeps_uncompiled:

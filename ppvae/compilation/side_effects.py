@@ -20,7 +20,7 @@ def schedule_of(loss: Any) -> Any:
 
 
 @final
-class SideEffects:
+class RunState:
     """The random states, module buffers and schedule step that a run changes."""
 
     def __init__(self, device: torch.device, loss: Any = None):

@@ -25,8 +25,8 @@ from ppvae.data import files, named
 from ppvae.data.checks import digest, first_rows, indexed, validated
 from ppvae.data.holders import with_missing
 from ppvae.data.lazy import ImageFiles, LazySplit
-from ppvae.data.source import PARTS, Source, check_unit
 from ppvae.data.split import Noise, Split, SplitInfo, check_seed
+from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
@@ -101,7 +101,7 @@ def load(
 
 def _source(
     name: str | os.PathLike[str], root: str | os.PathLike[str] | None, size: int | None, missing: bool
-) -> Source:
+) -> UnsplitData:
     plain = {_normalized(known): known for known in named.NAMES}
     known = plain.get(_normalized(name)) if isinstance(name, str) else None
     if size is not None and known != "celeba":
@@ -135,7 +135,7 @@ def _root(root: str | os.PathLike[str] | None) -> Path:
     return Path(given).expanduser() if given else named.CACHE.expanduser()
 
 
-def _split(source: Source, part: int, kind: Noise | None, flat: bool, seed: int, lazy: bool) -> Split | LazySplit:
+def _split(source: UnsplitData, part: int, kind: Noise | None, flat: bool, seed: int, lazy: bool) -> Split | LazySplit:
     """One part of the source, with noise at every read where there is any."""
     rows, images = source.rows[part], source.images
     index = torch.from_numpy(rows.astype(np.int64))

@@ -15,9 +15,9 @@ import torch
 from ppvae.data.checks import one_line, wrong_format_clause
 from ppvae.data.holders import check_dense_size
 from ppvae.data.lazy import CHANNELS, ImageFiles, open_image
-from ppvae.data.source import (
+from ppvae.data.unsplit import (
     PARTS,
-    Source,
+    UnsplitData,
     as_images,
     as_labels,
     check_numbers,
@@ -41,7 +41,7 @@ _PART_OF_COLUMN = re.compile(rf"(?:(\w+)_)?{_NAMES_OF_PARTS}(?:_(\w+))?", re.IGN
 log = logging.getLogger("ppvae")
 
 
-def read_path(path: Path, missing: bool = False) -> Source:
+def read_path(path: Path, missing: bool = False) -> UnsplitData:
     """The rows of a file or folder, checked; raises `DataError` for what is no data.
 
     With `missing`, NaN in a file stands for a missing value.
@@ -115,7 +115,7 @@ def _as_array(x: torch.Tensor, path: Path, key: str) -> np.ndarray:
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def _presplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source | None:
+def _presplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> UnsplitData | None:
     """The source of a file with keys such as train, test or x_train, y_train; None for a file without them."""
     found: dict[str, dict[str, str]] = {"data": {}, "labels": {}}
     images = False
@@ -148,7 +148,7 @@ def _presplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -
     used = {*data.values(), *labels.values(), *(key for keys, _ in columns.values() for key in keys)}
     _name_unused(path, arrays, used)
     extra = {name: joined for name, (_, joined) in columns.items()}
-    return Source(path.name, _shaped(whole, images), rows, levels, unit, labelled, extra, missing=missing)
+    return UnsplitData(path.name, _shaped(whole, images), rows, levels, unit, labelled, extra, missing=missing)
 
 
 def _columns_in_parts(
@@ -189,7 +189,7 @@ def _name_unused(path: Path, arrays: Mapping[str, np.ndarray], used: set[str]) -
         log.warning("ppvae: %s: not used: %s; a column has a number or more for each row", path, ", ".join(unused))
 
 
-def _unsplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> Source:
+def _unsplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) -> UnsplitData:
     """The source of a file with one array of data, optional labels, and further columns [N, ...]."""
     lower = {key.lower(): key for key in arrays}
     key = next((lower[k] for k in DATA_KEYS if k in lower), None)
@@ -209,7 +209,7 @@ def _unsplit_source(path: Path, arrays: dict[str, np.ndarray], missing: bool) ->
     _name_unused(path, arrays, {key, *extra, *([label_key] if label_key is not None else [])})
     levels, unit = scale(data)
     values = _shaped(data, key.lower() in IMAGE_KEYS)
-    return Source(path.name, values, permutation_split(n), levels, unit, labels, extra, missing=missing)
+    return UnsplitData(path.name, values, permutation_split(n), levels, unit, labels, extra, missing=missing)
 
 
 def _check_same_rows(path: Path, arrays: dict[str, np.ndarray], first: str, other: str) -> None:
@@ -225,7 +225,7 @@ def _key_clause(key: str) -> str:
     return f", key {key!r}" if key else ""
 
 
-def read_folder(folder: Path) -> Source:
+def read_folder(folder: Path) -> UnsplitData:
     """The images below a folder, sorted by path, all of one mode and size.
 
     Where every image lies in a subfolder, the subfolders are the labels; where the first level is train/valid/test
@@ -262,6 +262,6 @@ def read_folder(folder: Path) -> Source:
     classes = tuple(sorted({level[0] for level in levels})) if all(levels) else ()
     labels = np.array([classes.index(level[0]) for level in levels]) if classes else None
     pictures = ImageFiles(folder, tuple(paths), mode, size)
-    return Source(
+    return UnsplitData(
         f"folder {folder.resolve().name}", pictures, rows, 2 if mode == "1" else 256, True, labels, classes=classes
     )

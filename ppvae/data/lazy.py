@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.checks import one_line, wrong_format_clause
-from ppvae.data.split import SplitInfo, SplitProperties, check_head, draw_noise, noise_seed
+from ppvae.data.split import HasSplitInfo, SplitInfo, check_head, draw_noise, noise_seed
 from ppvae.errors import DataError
 
 CHANNELS = {"1": 1, "L": 1, "RGB": 3}
@@ -85,7 +85,7 @@ def open_image(path: Path, mode: str | None = None, size: tuple[int, int] | None
 
 
 @final
-class LazySplit(SplitProperties, torch.utils.data.Dataset):
+class LazySplit(HasSplitInfo, torch.utils.data.Dataset):
     """A split whose images stay on disk; `read` and indexing return plain float32 tensors [n, *event] in [0, 1].
 
     It has the metadata of a `Split` and is a torch `Dataset`. Fixed noise is a function of seed, name and row, so that

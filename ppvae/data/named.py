@@ -16,32 +16,32 @@ from ppvae.data.checks import one_line
 from ppvae.data.files import read_arrays
 from ppvae.data.idx import read_idx
 from ppvae.data.lazy import ImageFiles
-from ppvae.data.source import Source, not_found, permutation_split
+from ppvae.data.unsplit import UnsplitData, not_found, permutation_split
 from ppvae.errors import DataError
 
 CACHE = Path("~/.cache/ppvae")  # the root where neither an argument nor PPVAE_DATA gives one
 
 
-def digits(root: Path, size: int) -> Source:
+def digits(root: Path, size: int) -> UnsplitData:
     """scikit-learn's 1,797 handwritten digits, 8x8, 17 levels."""
     from sklearn.datasets import load_digits
 
     held: Any = load_digits()
     images = held.images.astype(np.uint8)[:, None]
-    return Source("digits", images, permutation_split(len(images)), 17, labels=held.target.astype(np.int64))
+    return UnsplitData("digits", images, permutation_split(len(images)), 17, labels=held.target.astype(np.int64))
 
 
-def mnist(root: Path, size: int) -> Source:
+def mnist(root: Path, size: int) -> UnsplitData:
     """MNIST, 28x28: 50,000 + 10,000 (the last of the training file) + 10,000."""
     return _mnist("mnist", root / "MNIST" / "raw")
 
 
-def fashion_mnist(root: Path, size: int) -> Source:
+def fashion_mnist(root: Path, size: int) -> UnsplitData:
     """Fashion-MNIST, in MNIST's layout and sizes."""
     return _mnist("fashion-mnist", root / "FashionMNIST" / "raw")
 
 
-def _mnist(name: str, folder: Path) -> Source:
+def _mnist(name: str, folder: Path) -> UnsplitData:
     counts = {"train": 60_000, "t10k": 10_000}
     stems = [f"{part}-{what}" for part in counts for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     missing = [stem for stem in stems if _find_file(folder, stem) is None]
@@ -56,7 +56,9 @@ def _mnist(name: str, folder: Path) -> Source:
                 raise not_found(name, folder / f"{part}-{stem}-ubyte[.gz]")
             (labels if classes else images).append(read_idx(path, shape, classes))
     rows = np.split(np.arange(70_000), [50_000, 60_000])
-    return Source(name, np.concatenate(images)[:, None], tuple(rows), labels=np.concatenate(labels).astype(np.int64))
+    return UnsplitData(
+        name, np.concatenate(images)[:, None], tuple(rows), labels=np.concatenate(labels).astype(np.int64)
+    )
 
 
 def _find_file(folder: Path, stem: str) -> Path | None:
@@ -89,7 +91,7 @@ def _download(name: str, folder: Path, missing: str) -> None:
         socket.setdefaulttimeout(timeout)
 
 
-def omniglot(root: Path, size: int) -> Source:
+def omniglot(root: Path, size: int) -> UnsplitData:
     """OMNIGLOT at 28x28, ink 1: background (split by permutation) for train and valid, evaluation for test."""
     path = root / "omniglot28.npz"
     columns = ("alphabet", "character", "drawer")
@@ -106,7 +108,7 @@ def omniglot(root: Path, size: int) -> Source:
     train, valid, _ = permutation_split(len(background), test=False)
     order = permutation_split(len(test), valid=False, test=False)[0]  # the file is sorted by alphabet
     rows = (background[train], background[valid], test[order])
-    return Source("omniglot", images[:, None], rows, labels=attributes["character"], attributes=attributes)
+    return UnsplitData("omniglot", images[:, None], rows, labels=attributes["character"], attributes=attributes)
 
 
 def _omniglot_py(root: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -141,18 +143,18 @@ def _ink(paper: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray((~paper).astype(np.uint8) * 255).resize((28, 28), Image.Resampling.BOX))
 
 
-def freyfaces(root: Path, size: int) -> Source:
+def freyfaces(root: Path, size: int) -> UnsplitData:
     """Frey faces, 28x20: frames of one video in random order, so that a test frame has near copies in train."""
     arrays = _read_npz(root / "freyfaces.npz", {"images": (1965, 28, 20)})
-    return Source("freyfaces", arrays["images"][:, None], permutation_split(1965))
+    return UnsplitData("freyfaces", arrays["images"][:, None], permutation_split(1965))
 
 
-def smiles(root: Path, size: int) -> Source:
+def smiles(root: Path, size: int) -> UnsplitData:
     """Faces at 32x32 with label 1 for smiling."""
     n = 13_165
     arrays = _read_npz(root / "smiles32.npz", {"images": (n, 32, 32), "label": (n,)})
     labels, classes = arrays["label"].astype(np.int64), ("not smiling", "smiling")
-    return Source("smiles", arrays["images"][:, None], permutation_split(n), labels=labels, classes=classes)
+    return UnsplitData("smiles", arrays["images"][:, None], permutation_split(n), labels=labels, classes=classes)
 
 
 def _read_npz(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -171,7 +173,7 @@ def _read_npz(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.nd
     return arrays
 
 
-def celeba(root: Path, size: int) -> Source:
+def celeba(root: Path, size: int) -> UnsplitData:
     """CelebA with its own partition: the central 148x148 pixels, scaled to `size`, and 40 boolean attributes."""
     from torchvision.datasets import CelebA
 
@@ -192,10 +194,10 @@ def celeba(root: Path, size: int) -> Source:
     attributes = {name: held.attr[:, i].numpy().astype(bool) for i, name in enumerate(names)}
     pictures = ImageFiles(folder / "img_align_celeba", tuple(held.filename), "RGB", (178, 218), 148, size)
     rows = tuple(np.flatnonzero(parts == part) for part in range(3))
-    return Source("celeba", pictures, rows, attributes=attributes)
+    return UnsplitData("celeba", pictures, rows, attributes=attributes)
 
 
-def cifar10(root: Path, size: int) -> Source:
+def cifar10(root: Path, size: int) -> UnsplitData:
     """CIFAR-10 in colour at 32x32, by torchvision, which checks the hash of every file before it reads it."""
     from torchvision.datasets import CIFAR10
 
@@ -211,7 +213,7 @@ def cifar10(root: Path, size: int) -> Source:
     images = np.ascontiguousarray(np.concatenate([part.data for part in held]).transpose(0, 3, 1, 2))
     labels = np.concatenate([np.asarray(part.targets, dtype=np.int64) for part in held])
     rows = np.split(np.arange(60_000), [45_000, 50_000])
-    return Source("cifar10", images, tuple(rows), labels=labels, classes=tuple(held[0].classes))
+    return UnsplitData("cifar10", images, tuple(rows), labels=labels, classes=tuple(held[0].classes))
 
 
 NAMES = {

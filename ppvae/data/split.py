@@ -44,7 +44,7 @@ class SplitInfo:
         return replace(self, binarize=binarize, seed=check_seed(seed), noise=None)
 
 
-class SplitProperties:
+class HasSplitInfo:
     """The properties that `Split` and `LazySplit` share, read from `info`."""
 
     info: SplitInfo
@@ -88,7 +88,7 @@ class SplitProperties:
 
 
 @final
-class Split(SplitProperties, Tensor):
+class Split(HasSplitInfo, Tensor):
     """A data tensor [N, *event] with labels, noise and provenance; every torch operation on it gives a plain tensor.
 
     Where `noise` is None, the tensor holds the values themselves; a slice, list, index tensor or mask over the rows

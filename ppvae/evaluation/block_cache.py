@@ -127,7 +127,7 @@ def digest_of_params(params: Mapping[str, Tensor], modules: Sequence[torch.nn.Mo
 
 
 @dataclass(frozen=True)
-class BlockProgress:
+class BlockContext:
     """The cache of a block's parts, and the progress bar."""
 
     cache: BlockCache

@@ -18,7 +18,7 @@ from ppvae import data as datasets
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
-from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockProgress, digest_of_params
+from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockContext, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_unequal_rows
@@ -28,7 +28,7 @@ from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import (
     Terms,
     cache_encoder,
@@ -123,7 +123,8 @@ class Block:
                     yield *pair, None
                     continue
                 # the guide's noise must depend neither on the model's own draws nor on `rows`
-                split = (count > step or s.layout is Layout.ONE_BY_ONE) and not (s.enumerated and s.draws_noise)
+                one_by_one = s.layout is ParticlePlacement.ONE_BY_ONE
+                split = (count > step or one_by_one) and not (s.enumerated and s.draws_noise)
                 latents = sample_guide(guide, batch, count, structure=s, index=index) if split else {}
                 for low in range(0, count, step if split else count):
                     size = min(step, count - low) if split else count
@@ -308,7 +309,7 @@ def run_blocks(
         desc: the label of the progress bar.
         directory: the folder of finished blocks, from which an interrupted evaluation resumes; None for no cache.
         progress: show a progress bar; by default where the output is a terminal.
-        parts: `compute` takes a `BlockProgress` too, caches parts of a block by itself and advances the bar.
+        parts: `compute` takes a `BlockContext` too, caches parts of a block by itself and advances the bar.
         steps, unit: of the progress bar, for each block; None where they are not known.
         figures: shown in the bar: {name: function of a block's result, whose mean over the finished data is shown}.
         num_blocks: another number of blocks than cover the data once.
@@ -328,7 +329,7 @@ def run_blocks(
     finished = 0
     with bar, BlockCache(directory, key, 0.0 if parts else SECONDS) as cache, pyro.validation_enabled(False):
         for number in numbers:
-            block, tracker = run.block(number), BlockProgress(cache, bar)
+            block, tracker = run.block(number), BlockContext(cache, bar)
             with explain_failures(run.model, run.guide, block.batch, block.where, block.rows):
                 if parts:
                     results[number] = compute(block, tracker)

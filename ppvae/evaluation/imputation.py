@@ -18,7 +18,7 @@ from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.missing import align_missing
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
@@ -231,7 +231,7 @@ def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tu
     for part in site.particle_sites or (site,):
         fn = part.distribution
         lead = part.traced_value.shape[: part.traced_value.dim() - s.event_dims[site.name]]
-        if s.layout is Layout.VECTORIZED:
+        if s.layout is ParticlePlacement.VECTORIZED:
             lead = torch.Size((count, *(1,) * (s.plate_nesting - len(lead)), *lead))
         shape = torch.broadcast_shapes(fn.batch_shape, lead)
         yield part, fn if fn.batch_shape == shape else fn.expand(shape)
@@ -239,9 +239,9 @@ def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tu
 
 def _particles_first(value: Tensor, part: Site, s: Structure, count: int) -> Tensor:
     """The value of a site in a run, [*plates, *event], with the particles first."""
-    if s.layout is Layout.ONE_BY_ONE:
+    if s.layout is ParticlePlacement.ONE_BY_ONE:
         return value[None]
-    if s.layout is Layout.VECTORIZED:
+    if s.layout is ParticlePlacement.VECTORIZED:
         return value
     data = value.dim() - s.event_dims[part.name] - 1
     split = value.reshape(*value.shape[:data], count, -1, *value.shape[data + 1 :])

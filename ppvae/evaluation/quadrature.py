@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, site_error
-from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
+from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
 from ppvae.evaluation.unconstrained.potential import SCALE_DRAWS, Potential

@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
@@ -217,7 +217,11 @@ def _block_statistics(run: Evaluation, block: Block, num_particles: int, surgery
 
 def _draws(run: Evaluation, block: Block, num_particles: int) -> Iterator[Terms]:
     """Terms of a few particles at a time; of single ones under the layout "one by one"."""
-    step = 1 if block.s.layout is Layout.ONE_BY_ONE else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
+    step = (
+        1
+        if block.s.layout is ParticlePlacement.ONE_BY_ONE
+        else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
+    )
     for number, first in enumerate(range(0, num_particles, step)):
         torch.manual_seed(derive_seed(run.seed, block.number, number))
         count = min(step, num_particles - first)
@@ -282,9 +286,9 @@ class LatentStatistics:
             return None
         shape = torch.broadcast_shapes(q.traced_value.shape, *(b.shape for b in both))
         ratio = (both[0].double() - both[1].double()).expand(shape)
-        if self.s.layout is Layout.FOLDED:
+        if self.s.layout is ParticlePlacement.FOLDED:
             ratio = unfold_value(ratio, self.s, q.name, count, q.log_prob.shape[-1])
-        elif self.s.layout is Layout.ONE_BY_ONE:
+        elif self.s.layout is ParticlePlacement.ONE_BY_ONE:
             ratio = ratio.unsqueeze(0)
         if ratio.shape != q.value.shape:
             return None

@@ -14,7 +14,7 @@ from ppvae.errors import site_error
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.contract.scales_and_factors import check_normalized
 from ppvae.inference.structure import Role, Structure
-from ppvae.inference.tracing import Program, Substitute, sample_sites
+from ppvae.inference.tracing import Program, SubstituteValues, sample_sites
 
 Assemble = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], Any]
 
@@ -59,7 +59,7 @@ def block_columns(block: Block) -> tuple[Tensor, ...]:
 
 def _site_values(model: Program, block: Block, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of the model's sample sites in one run on a block."""
-    with poutine.trace() as tracer, Substitute(given):
+    with poutine.trace() as tracer, SubstituteValues(given):
         model(*block.batch)
     return {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.factories.choices import Argument, as_kind, class_choice, constructor_arguments
+from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels

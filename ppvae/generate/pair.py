@@ -17,7 +17,7 @@ from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
 from ppvae.inference.structure import Role, Structure
-from ppvae.inference.tracing import Program, Substitute, sample_sites, trace_program
+from ppvae.inference.tracing import Program, SubstituteValues, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
 CHUNK_SIZE = 500  # rows in one run of the pair
@@ -68,7 +68,7 @@ class GenerativePair:
         """Latents of the batch by site: means, or draws from the guide."""
         chunks: list[dict[str, tuple[int, Tensor]]] = []
         for rows, batch, index in self._chunks(self.batch):
-            with SampleMeans() if mean else nullcontext():
+            with SubstituteMeans() if mean else nullcontext():
                 trace = trace_program(self.guide, batch, Structure(), index)
             latents = {}
             for name, node in sample_sites(trace):
@@ -98,7 +98,7 @@ class GenerativePair:
                     padding = part.narrow(axis, 0, 1).repeat_interleave(self.s.subsample_size - width, axis)
                     part = torch.cat([part, padding], axis)
                 given[name] = part
-            with poutine.trace() as tracer, poutine.uncondition(), Substitute(given):
+            with poutine.trace() as tracer, poutine.uncondition(), SubstituteValues(given):
                 self.model(*chunk)
             nodes = [n for _, n in sample_sites(tracer.get_trace()) if n["infer"].get("was_observed")]
             node = next((n for n in nodes if n["infer"].get("obs") is chunk[0]), nodes[0])
@@ -124,7 +124,7 @@ class GenerativePair:
                 yield rows, tuple(t[rows] for t in batch), {}
 
 
-class SampleMeans(poutine.messenger.Messenger):
+class SubstituteMeans(poutine.messenger.Messenger):
     """Replaces the value of every latent site by its distribution's mean, where it has one."""
 
     def _pyro_post_sample(self, msg: Any) -> None:

@@ -19,10 +19,11 @@ second to the third, and knows Pyro only.
 from ppvae.inference.inspection import check, inspect, terms
 from ppvae.inference.param_store import from_param_store
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.svi import SVI
 from ppvae.inference.terms import Terms, simulate
 
 __all__ = [
-    "SVI", "Layout", "Role", "Site", "Structure", "Terms", "check", "from_param_store", "inspect", "simulate", "terms",
+    "SVI", "ParticlePlacement", "Role", "Site", "Structure", "Terms", "check", "from_param_store", "inspect",
+    "simulate", "terms",
 ]  # fmt: skip

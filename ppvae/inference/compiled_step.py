@@ -31,7 +31,7 @@ CHECK_EVERY = 1024  # steps after which a graph is compared with the pair again;
 FALLBACK = "steps are taken without a captured graph"
 
 
-class GradientSource(Protocol):
+class GradientFunction(Protocol):
     """Loss and gradients of a model/guide pair by eager runs, as `ppvae.inference.SVI` computes them."""
 
     model: Program
@@ -63,7 +63,7 @@ def keep_losses_in_tensors() -> Iterator[None]:
 
 @final
 class CompiledStep:
-    """Loss and gradients of a `GradientSource` from graphs.
+    """Loss and gradients of a `GradientFunction` from graphs.
 
     `kernels` is "graph" for the pair's own operations, which give what an eager run gives to the last bit, or
     "compiled" for the first graph as inductor compiles it where that is faster, with the same values up to rounding.
@@ -73,7 +73,7 @@ class CompiledStep:
         settled: compiles in any case, and uses what is compiled without measuring it.
     """
 
-    def __init__(self, source: GradientSource, kernels: str, seconds: float, settled: bool):
+    def __init__(self, source: GradientFunction, kernels: str, seconds: float, settled: bool):
         self.source = source
         self._warned = False
         self._met: dict[Any, list[Tensor]] = {}  # the parameters that a kind of batch meets
@@ -192,7 +192,7 @@ class CompiledStep:
         return [None if p.grad is None else p.grad.double() for p in source.params]
 
 
-def _loss_and_gradients(source: GradientSource, args: Sequence[Tensor]) -> list[Tensor | None]:
+def _loss_and_gradients(source: GradientFunction, args: Sequence[Tensor]) -> list[Tensor | None]:
     """[loss, a gradient or None for each parameter], each gradient in memory of its own."""
     params = source.params
     objective = source.objective

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppvae.inference.contract.support import mask_of, without_masks
 from ppvae.inference.particle_layout import ParticleLayout
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import PARTICLES, event_dim, node_log_prob, sample_sites
 
 
@@ -167,6 +167,6 @@ def _joint_expectation(
 def _per_datum(tensor: Tensor, layout: ParticleLayout) -> Tensor:
     """[particles, batch] from the dims of the output plates."""
     s = layout.s
-    vectorized = s.layout is Layout.VECTORIZED
+    vectorized = s.layout is ParticlePlacement.VECTORIZED
     tensor = tensor.reshape(tensor.shape[0], -1) if vectorized else layout.unfold(tensor.reshape(-1))
     return tensor.expand(layout.num_particles, 1 if s.has_global_latents else layout.size)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ppvae.compilation.runtime import prepare_process
-from ppvae.inference.contract.registration import Registration
+from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
 
 
@@ -113,6 +113,6 @@ def evaluation_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> Ite
     with ExitStack() as stack:
         stack.enter_context(fork_param_store(model, guide))
         stack.enter_context(eval_mode(model, guide))
-        stack.enter_context(Registration(create=False))
+        stack.enter_context(CheckRegistration(create=False))
         stack.enter_context(torch.no_grad())
         yield

@@ -25,7 +25,7 @@ from ppvae.inference.contract.plates_and_roles import (
     guide_roles,
     model_roles,
 )
-from ppvae.inference.contract.registration import Registration, check_registered
+from ppvae.inference.contract.registration import CheckRegistration, check_registered
 from ppvae.inference.contract.run_failure import explain_failure, explain_shared_weight
 from ppvae.inference.contract.scales_and_factors import check_factor, find_common_scale
 from ppvae.inference.contract.support import (
@@ -39,8 +39,8 @@ from ppvae.inference.contract.support import (
     mask_of,
 )
 from ppvae.inference.evaluation_mode import eval_mode, fork_param_store
-from ppvae.inference.layout_search import find_layout, guide_draws_noise
 from ppvae.inference.param_store import bind_pair
+from ppvae.inference.placement_search import find_particle_placement, guide_draws_noise
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import LatentHook, Terms, evaluate_terms
@@ -82,7 +82,7 @@ def inspect(
             return structure
         with torch.no_grad(), pyro.validation_enabled(False):  # densities are compared, which is the stricter check
             noise = bool(structure.enumerated) and guide_draws_noise(model, guide, batch, structure)
-            return replace(structure, layout=find_layout(model, guide, batch, structure), draws_noise=noise)
+            return replace(structure, layout=find_particle_placement(model, guide, batch, structure), draws_noise=noise)
 
 
 def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
@@ -160,7 +160,7 @@ def terms(
 
 def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, ...]) -> Structure:
     """The structure of a pair from one run without a particle plate, all checks made, without a layout."""
-    registration = Registration(create=True)
+    registration = CheckRegistration(create=True)
     model_trace, guide_trace = _trace_and_explain(model, guide, batch, registration)
     p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     plate = find_data_plate(model, p, (model_trace, guide_trace), batch)
@@ -215,7 +215,7 @@ def _drawn_rows(model_trace: Any, plate: DataPlate) -> Tensor | None:
 
 
 def _trace_and_explain(
-    model: Program, guide: Program, batch: tuple[Any, ...], registration: Registration
+    model: Program, guide: Program, batch: tuple[Any, ...], registration: CheckRegistration
 ) -> tuple[Any, Any]:
     """(model trace, guide trace) of one run; an exception becomes an error that names the cause and the cure."""
     try:

@@ -10,7 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ppvae.inference.sites import Site, event_factors
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import node_log_prob
 
 
@@ -88,9 +88,9 @@ class ParticleLayout:
     ) -> Iterator[tuple[Sequence[Any], dict[str, Tensor], int | None, ParticleLayout]]:
         """Yields (batch, values to substitute, size of the particle plate or None, layout) of each run to make."""
         s, count = self.s, self.num_particles
-        if s.layout is Layout.VECTORIZED:
+        if s.layout is ParticlePlacement.VECTORIZED:
             yield batch, {n: insert_plate_dims(v, s, n) for n, v in values.items()}, count, self
-        elif s.layout is Layout.FOLDED:
+        elif s.layout is ParticlePlacement.FOLDED:
             rows = [fold_batch(t, count, self.size) for t in batch]
             yield rows, {n: fold_value(v, s, n) for n, v in values.items()}, None, self
         else:
@@ -100,18 +100,18 @@ class ParticleLayout:
 
     def unfold(self, log_prob: Tensor) -> Tensor:
         """[..., batch of the run] -> [..., particles, batch]."""
-        if self.s.layout is Layout.VECTORIZED:
+        if self.s.layout is ParticlePlacement.VECTORIZED:
             return log_prob.unsqueeze(0) if log_prob.dim() == 1 else log_prob
-        if self.s.layout is Layout.FOLDED:
+        if self.s.layout is ParticlePlacement.FOLDED:
             return unfold_log_prob(log_prob, self.num_particles, self.size)
         return log_prob.unsqueeze(-2)
 
     def broadcast_weights(self, weights: Tensor, name: str) -> Tensor:
         """Weights of all particles, [particles, batch], in a shape that broadcasts with a latent's value in the run."""
         s, event = self.s, (1,) * self.s.event_dims[name]
-        if s.layout is Layout.VECTORIZED:
+        if s.layout is ParticlePlacement.VECTORIZED:
             return weights.reshape(weights.shape[0], *(1,) * (s.plate_nesting - 1), weights.shape[1], *event)
-        if s.layout is Layout.FOLDED:
+        if s.layout is ParticlePlacement.FOLDED:
             return weights.reshape(-1, *event)
         return weights[self.particle].reshape(-1, *event)
 
@@ -132,7 +132,7 @@ class ParticleLayout:
         if isinstance(mask, Tensor):
             mask = mask.reshape(*mask.shape, *(1,) * dims)
         tensor = scale_and_mask(tensor, 1.0, mask)
-        plates = self.s.plate_nesting + (self.s.layout is Layout.VECTORIZED)
+        plates = self.s.plate_nesting + (self.s.layout is ParticlePlacement.VECTORIZED)
         tensor = tensor.reshape(*(1,) * (plates + dims - tensor.dim()), *tensor.shape)
         return self.per_datum(tensor.movedim(tuple(range(-dims, 0)), tuple(range(dims))))
 
@@ -148,7 +148,7 @@ class ParticleLayout:
     def _unfold_value(self, name: str, value: Tensor, role: Role) -> Tensor:
         """The value of a site with particles in a dim of their own; observed values without the copies of folding."""
         s, rows = self.s, self.num_particles * self.size
-        if s.layout is not Layout.FOLDED:
+        if s.layout is not ParticlePlacement.FOLDED:
             return value
         if role is Role.OBSERVED:
             return value[: self.size] if value.shape[:1] == (rows,) else value

@@ -26,8 +26,8 @@ class Role(StrEnum):
         return repr(self.value)
 
 
-class Layout(StrEnum):
-    """Where particles stand in the tensors of a run; a string, so that `Layout.FOLDED == "folded"`."""
+class ParticlePlacement(StrEnum):
+    """Where particles stand in the tensors of a run; a string, so that `ParticlePlacement.FOLDED == "folded"`."""
 
     VECTORIZED = "vectorized"  # in a dim of their own, under a plate left of all others
     FOLDED = "folded"  # in the batch dim: [particles * batch, ...]
@@ -70,7 +70,7 @@ class Structure:
     subsample_size: int = 0  # rows of that subsample; 0 where the plate draws none
     has_subsample_size: bool = False  # the plate is given a subsample_size, which may equal this batch's size
     has_fixed_full_size: bool = False  # the plate's full size is a constant and not the batch's size
-    layout: Layout = Layout.ONE_BY_ONE
+    layout: ParticlePlacement = ParticlePlacement.ONE_BY_ONE
     has_global_latents: bool = False  # a latent stands outside the data plate and is shared by all data
     lower_bound_only: bool = False  # the guide omits values of a discrete latent: estimates are lower bounds
     enumerated: tuple[str, ...] = ()  # sites of either side that are summed out
@@ -99,7 +99,7 @@ class Structure:
     further: dict[Any, Structure] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layout", Layout(self.layout))  # a plain string is accepted
+        object.__setattr__(self, "layout", ParticlePlacement(self.layout))  # a plain string is accepted
         for name in ("model_roles", "guide_roles", "event_dims"):
             object.__setattr__(self, name, SiteTable(getattr(self, name)))
 

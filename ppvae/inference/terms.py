@@ -16,10 +16,10 @@ from ppvae.inference.contract.further_sites import with_further_sites
 from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
 from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles, copy_distribution
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import (
     Program,
-    Substitute,
+    SubstituteValues,
     as_batch,
     check_has_inverse,
     find_subsample,
@@ -159,7 +159,7 @@ def evaluate_terms(
 
     layout = ParticleLayout(s, num_particles, s.batch_size(batch) if index is None else len(index))
     runs = [run(*arguments) for arguments in layout.runs(batch, substituted)]
-    t = _concatenate_terms(runs, runs[0].structure) if s.layout is Layout.ONE_BY_ONE else runs[0]
+    t = _concatenate_terms(runs, runs[0].structure) if s.layout is ParticlePlacement.ONE_BY_ONE else runs[0]
     return t if guide_sites is None else replace(t, guide=dict(guide_sites))
 
 
@@ -241,7 +241,7 @@ def sample_guide(
         piece = replace(piece, s=s)
         nodes = [(n, node) for n, node in sample_sites(trace) if n not in s.enumerated and not node["is_observed"]]
         runs.append({n: piece.site(n, node, s.guide_roles[n], events) for n, node in nodes})
-    return _concatenate_sites(runs, s) if s.layout is Layout.ONE_BY_ONE else runs[0]
+    return _concatenate_sites(runs, s) if s.layout is ParticlePlacement.ONE_BY_ONE else runs[0]
 
 
 def with_sampled_sites(s: Structure, sites: Mapping[str, Site]) -> Structure:
@@ -266,7 +266,7 @@ def cache_encoder(guide: Program, batch: tuple[Any, ...], s: Structure, index: T
     Only a guide with a single unmasked latent is cached; a network of a hierarchical guide depends on earlier latents,
     and such a guide is returned as it is.
     """
-    if s.layout is not Layout.VECTORIZED or s.enumerated or s.has_global_latents or len(s.guide_roles) != 1:
+    if s.layout is not ParticlePlacement.VECTORIZED or s.enumerated or s.has_global_latents or len(s.guide_roles) != 1:
         return guide
     trace = trace_program(guide, batch, s, {} if index is None else {s.plate: index})
     name, node = next(sample_sites(trace))
@@ -298,6 +298,6 @@ def simulate(
     >>> sorted(simulate(LinearGaussian(3, 2).model, torch.zeros(4, 3)).items())[0][1].shape
     torch.Size([4, 3])
     """
-    with poutine.trace() as tracer, poutine.uncondition(), Substitute(values or {}):
+    with poutine.trace() as tracer, poutine.uncondition(), SubstituteValues(values or {}):
         model(*as_batch(batch))
     return {name: node["value"] for name, node in sample_sites(tracer.get_trace())}

@@ -21,7 +21,7 @@ from torch.distributions import Independent
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
 from ppvae.inference.param_store import is_effect_guide, unconstrained
-from ppvae.inference.replay import ReplayNoise, any_number_of_rows, buffer_copies
+from ppvae.inference.second_run import RestoreRandomStates, any_number_of_rows, buffer_copies
 from ppvae.inference.structure import Role, Structure, lone_role
 
 PARTICLES = "_ppvae_particles"  # name of the particle plate
@@ -29,7 +29,7 @@ PARTICLES = "_ppvae_particles"  # name of the particle plate
 Program = Callable[..., Any]  # a model or a guide
 
 
-class Substitute(Messenger):
+class SubstituteValues(Messenger):
     """Substitutes given values for samples, at latent sites and at a plate's subsample, whatever its subsample_size.
 
     At the sites `from_base`, the given value is a draw of the base distribution of a flow, and goes through the flow.
@@ -39,7 +39,7 @@ class Substitute(Messenger):
         super().__init__()
         self.values, self.from_base = values, from_base
 
-    def __enter__(self) -> Substitute:
+    def __enter__(self) -> SubstituteValues:
         self._rows = any_number_of_rows(lambda name: any(is_plate(name, plate) for plate in self.values))
         self._rows.__enter__()
         return super().__enter__()
@@ -250,7 +250,7 @@ def trace_program(
     replay_trace: Any = None,
     num_particles: int | None = None,
     transform: Callable[[str, Tensor], Tensor] | None = None,
-    noise: ReplayNoise | None = None,
+    noise: RestoreRandomStates | None = None,
 ) -> Any:
     """The trace of one run of a model or guide, with a particle plate of size `num_particles` unless that is None."""
     with ExitStack() as stack:
@@ -263,7 +263,7 @@ def trace_program(
         tracer = stack.enter_context(poutine.trace())
         if replay_trace is not None:
             stack.enter_context(poutine.replay(trace=replay_trace))
-        stack.enter_context(Substitute(values, s.from_base))
+        stack.enter_context(SubstituteValues(values, s.from_base))
         if s.enumerated:  # innermost: it must see a site before a value is substituted there
             # the model takes the guide's enumeration dims, so that a replayed value means the same on both sides
             first = None if replay_trace is not None else -1 - s.plate_nesting - (num_particles is not None)
@@ -297,7 +297,7 @@ def trace_pair(
     twice = "guide" in frozen or latent_hook is not None
     check_has_inverse(s, s.no_inverse if twice else values)
     if twice:
-        noise = ReplayNoise(batch)
+        noise = RestoreRandomStates(batch)
         with buffer_copies():
             samples = trace_program(guide, batch, s, values, None, num_particles, detach, noise)
         s = s.with_guide_sites(lone_guide_sites(samples))

@@ -16,7 +16,7 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.factories.choices import ClassChoice, accepted_arguments
+from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE

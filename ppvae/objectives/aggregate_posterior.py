@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, site_error
-from ppvae.inference.replay import buffer_copies
+from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, sample_guide, simulate
-from ppvae.objectives.call import Call
 from ppvae.objectives.elbo import RateDistortionObjective, kl_estimate
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.requirements import require_rate_per_latent, require_separable_rate
 
 
@@ -29,13 +29,13 @@ class AggregatePosteriorObjective(RateDistortionObjective):
         require_rate_per_latent(s, type(self).__name__)
 
     @abstractmethod
-    def batch_bound(self, call: Call, t: Terms) -> Tensor:
+    def batch_bound(self, call: PairCall, t: Terms) -> Tensor:
         """The objective per datum, [batch] nats."""
 
-    def value(self, call: Call) -> Tensor:
+    def value(self, call: PairCall) -> Tensor:
         return self.batch_bound(call, call.terms()).sum()
 
-    def surrogate(self, call: Call) -> Tensor:
+    def surrogate(self, call: PairCall) -> Tensor:
         return self.value(call)
 
 
@@ -93,7 +93,7 @@ class TCVAE(AggregatePosteriorObjective):
                 f"TCVAE: expected the data set's size, found plate {s.plate!r} as large as the batch; give num_data"
             )
 
-    def batch_bound(self, call: Call, t: Terms) -> Tensor:
+    def batch_bound(self, call: PairCall, t: Terms) -> Tensor:
         (name,) = t.guide
         z, count, size = t.guide[name].value, t.num_particles, t.batch_size
         # each draw becomes a particle, evaluated under the guide of every datum
@@ -144,7 +144,7 @@ class InfoVAE(AggregatePosteriorObjective):
         self.alpha, self.weight, self.width = alpha, weight, width
         super().__init__(num_particles)
 
-    def batch_bound(self, call: Call, t: Terms) -> Tensor:
+    def batch_bound(self, call: PairCall, t: Terms) -> Tensor:
         guide_draws, prior_draws = [], []
         with buffer_copies():
             prior = [simulate(call.model, call.batch) for _ in range(t.num_particles)]

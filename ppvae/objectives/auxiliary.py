@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
-from ppvae.objectives.call import Call
 from ppvae.objectives.objective import Objective
+from ppvae.objectives.pair_call import PairCall
 
 
 @final
@@ -47,16 +47,16 @@ class AuxiliaryLoss(Objective):
         super().__init__(bound.num_particles)
         self.gradient = bound.gradient
 
-    def _auxiliary_term(self, call: Call) -> Tensor:
+    def _auxiliary_term(self, call: PairCall) -> Tensor:
         values = self.term(*call.batch)
         if values.shape != (len(call.batch[0]),):
             raise UsageError(f"term: expected one number per datum [{len(call.batch[0])}], found {list(values.shape)}")
         return self.weight * values.sum()
 
-    def value(self, call: Call) -> Tensor:
+    def value(self, call: PairCall) -> Tensor:
         return self.objective.value(call) + self._auxiliary_term(call)
 
-    def surrogate(self, call: Call) -> Tensor:
+    def surrogate(self, call: PairCall) -> Tensor:
         return self.objective.surrogate(call) + self._auxiliary_term(call)
 
     def reduce(self, log_weight: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients import DReG, GradientEstimator, Pathwise
 from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
 from ppvae.objectives.objective import Objective
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.reductions import leave_one_out_log_mean_exp, leave_one_out_mean, log_mean_exp
 from ppvae.objectives.requirements import require_sampled_latents
 
@@ -101,7 +101,7 @@ class Renyi(Objective):
         return self.alpha + (1 - self.alpha) * ((1 - self.alpha) * log_weight).softmax(0)
 
 
-class MultipleBounds(Objective):
+class GroupedBounds(Objective):
     """An objective of M K draws per datum, in M groups of K consecutive draws."""
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
@@ -119,7 +119,7 @@ class MultipleBounds(Objective):
 
 
 @final
-class MIWAE(MultipleBounds):
+class MIWAE(GroupedBounds):
     """The mean of M importance-weighted bounds of K draws each: between the ELBO (K = 1) and IWAE (M = 1).
 
     Args:
@@ -209,7 +209,7 @@ class CIWAE(Objective):
 
 
 @final
-class PIWAE(MultipleBounds):
+class PIWAE(GroupedBounds):
     """IWAE with M K draws for the model's parameters, MIWAE with M bounds of K for the guide's; the value is IWAE's.
 
     Args:
@@ -241,7 +241,7 @@ class PIWAE(MultipleBounds):
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
 
-    def surrogate(self, call: Call) -> Tensor:
+    def surrogate(self, call: PairCall) -> Tensor:
         leaves = LatentLeaves()
         t = call.terms(latent_hook=leaves)
         log_weight, log_q = t.log_weight, t.log_guide

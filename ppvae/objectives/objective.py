@@ -14,8 +14,8 @@ from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.inference.tracing import Program, trace_pair
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients import GradientEstimator, Pathwise, resolve_gradient
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.requirements import require_no_guide_factor, warn_enumerated_guide
 from ppvae.objectives.schedules import ScheduledScalar
 
@@ -138,7 +138,7 @@ class Objective(PyroELBO):
         if not self.takes_guide_factors or any(name in s.guide_roles for name in s.enumerated):
             require_no_guide_factor(s, type(self).__name__)
 
-    def value(self, call: Call) -> Tensor:
+    def value(self, call: PairCall) -> Tensor:
         """The bound summed over the batch, a scalar."""
         return self.total(call.terms())
 
@@ -147,7 +147,7 @@ class Objective(PyroELBO):
         total, factors = self.bound(t).sum(), t.guide_factors
         return total if factors is None else total - factors.mean(0).sum()
 
-    def surrogate(self, call: Call) -> Tensor:
+    def surrogate(self, call: PairCall) -> Tensor:
         """A scalar: the bound summed over the batch, with the estimator's gradient."""
         return self.gradient.surrogate(self, call)
 
@@ -170,12 +170,12 @@ class Objective(PyroELBO):
             self._inspected = (model, guide, s)
         return self._inspected[2]
 
-    def _call(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _call(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairCall:
         if kwargs:
             raise UsageError(f"a pair is called as model(*batch): expected no keywords, found {sorted(kwargs)}")
-        return Call(model, guide, args, self._structure(model, guide, args), self.draws, self.terms_options)
+        return PairCall(model, guide, args, self._structure(model, guide, args), self.draws, self.terms_options)
 
-    def _scaled_loss(self, total: Tensor, call: Call) -> Tensor:
+    def _scaled_loss(self, total: Tensor, call: PairCall) -> Tensor:
         rows = call.structure.batch_size(call.batch)
         return -total * (call.structure.represented_size(rows) / rows)
 

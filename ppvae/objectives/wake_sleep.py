@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference.contract.scales_and_factors import check_normalized
-from ppvae.inference.replay import buffer_copies
+from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.objective import Objective
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.reductions import log_mean_exp
 from ppvae.objectives.requirements import require_no_guide_factor, require_sampled_latents
 
@@ -75,7 +75,7 @@ class ReweightedWakeSleep(Objective):
     def reduce(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
 
-    def surrogate(self, call: Call) -> Tensor:
+    def surrogate(self, call: PairCall) -> Tensor:
         t = call.terms(frozen=("latents",))
         log_weight, log_q = t.log_weight, t.log_guide
         detached = log_weight.detach()
@@ -87,7 +87,7 @@ class ReweightedWakeSleep(Objective):
         return self.reduce(detached).sum() + gradient_only(total)
 
 
-def sleep_log_prob(call: Call) -> Tensor:
+def sleep_log_prob(call: PairCall) -> Tensor:
     """log q(z | x) at one (x, z) simulated from the model per datum of the batch, summed: a scalar."""
     s, batch = call.structure, list(call.batch)
     with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():

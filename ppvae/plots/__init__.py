@@ -11,13 +11,13 @@ from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
 from ppvae.plots.gaps import gap_bars
 from ppvae.plots.images import image_grid
 from ppvae.plots.latents import latent_map
-from ppvae.plots.profiles import profiles
+from ppvae.plots.parallel_coordinates import parallel_coordinates
 from ppvae.plots.representation import kl_per_dim, rate_distortion
 from ppvae.plots.style import DPI, to_png
 from ppvae.plots.training import curves
 
 __all__ = [
     "DPI", "bound_curve", "bracket", "calibration_ranks", "curves", "density_maps", "diagnosis", "differences",
-    "gap_bars", "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve", "plane", "profiles",
-    "rate_distortion", "to_png",
+    "gap_bars", "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve",
+    "parallel_coordinates", "plane", "rate_distortion", "to_png",
 ]  # fmt: skip

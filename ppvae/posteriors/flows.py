@@ -14,11 +14,11 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.flows import Flow, start_at_identity, zuko
+from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
 
 
 @final
-class TransformedDistribution(dist.TransformedDistribution):
+class GradientSafeTransformed(dist.TransformedDistribution):
     """Pyro's TransformedDistribution, which uses the cached inverse only where gradients through it are right.
 
     The density of a value without a path (a draw made without gradients) depends on the parameters through the inverse;
@@ -98,7 +98,7 @@ class IAF(Amortized):
         loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         maps: list[Any] = [InverseAutoregressive(functools.partial(network, context=h)) for network in self.maps]
         base = dist.Normal(loc, log_scale.exp()).to_event(1)
-        return TransformedDistribution(base, maps)
+        return GradientSafeTransformed(base, maps)
 
 
 @final
@@ -149,7 +149,7 @@ class SplineCoupling(Amortized):
         """The distribution with outputs [..., 2 * latent + features]."""
         loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         place = transforms.AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
-        return TransformedDistribution(Flow(self.flow(h)), [place])
+        return GradientSafeTransformed(ZukoDistribution(self.flow(h)), [place])
 
 
 def _split_outputs(outputs: Tensor, latent: int, features: int) -> tuple[Tensor, ...]:

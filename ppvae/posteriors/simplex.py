@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppvae.posteriors.amortized import Amortized
-from ppvae.priors.simplex import DirichletVector, LogisticNormalVector
+from ppvae.priors.simplex import DirichletDistribution, LogisticNormalDistribution
 
 
 @final
@@ -45,7 +45,7 @@ class Dirichlet(Amortized):
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution with outputs [..., latent]."""
-        return DirichletVector(self.floor + F.softplus(outputs))
+        return DirichletDistribution(self.floor + F.softplus(outputs))
 
 
 @final
@@ -71,4 +71,4 @@ class LogisticNormal(Amortized):
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
         """The distribution with outputs [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
-        return LogisticNormalVector(loc, log_scale.exp())
+        return LogisticNormalDistribution(loc, log_scale.exp())

@@ -19,7 +19,7 @@ from ppvae.priors.sphere import SphericalUniform, normalize
 
 
 @final
-class PowerSphericalVector(dist.TorchDistribution):
+class PowerSphericalDistribution(dist.TorchDistribution):
     """Unit vectors around `loc`, p(z) = (1 + loc . z)^kappa / C, kappa >= 0 the concentration; zero is uniform.
 
     log C = (a + b) log 2 + b log pi + lgamma(a) - lgamma(a + b), b = (D - 1) / 2, a = b + kappa, for D elements, with
@@ -27,7 +27,7 @@ class PowerSphericalVector(dist.TorchDistribution):
     computed from s = (1 + loc . z) / 2 with the power of two cancelled, normaliser and entropy in float64: accurate in
     float32 at a concentration of 1e8.
 
-    >>> p = PowerSphericalVector(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.0))
+    >>> p = PowerSphericalDistribution(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(0.0))
     >>> p.log_prob(torch.tensor([0.0, 0.6, 0.8])).exp() * 4 * math.pi
     tensor(1.0000)
     """
@@ -41,7 +41,7 @@ class PowerSphericalVector(dist.TorchDistribution):
         self.loc, self.concentration = loc.expand(batch_shape + loc.shape[-1:]), concentration.expand(batch_shape)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSphericalVector:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSphericalDistribution:
         return expand_parameters(self, batch_shape, loc=1, concentration=0)
 
     def _shapes(self) -> tuple[Tensor, float]:
@@ -84,8 +84,8 @@ class PowerSphericalVector(dist.TorchDistribution):
         return (self._log_normaliser() - self.concentration.double() * mean_log).to(self.loc.dtype)
 
 
-@register_kl(PowerSphericalVector, SphericalUniform)
-def _kl_to_uniform(p: PowerSphericalVector, q: SphericalUniform) -> Tensor:
+@register_kl(PowerSphericalDistribution, SphericalUniform)
+def _kl_to_uniform(p: PowerSphericalDistribution, q: SphericalUniform) -> Tensor:
     return -p.entropy() - q.log_prob(p.loc)
 
 
@@ -122,4 +122,4 @@ class PowerSpherical(Amortized):
         where = outputs[..., :-1]
         is_zero = (where == 0).all(-1, keepdim=True)  # as a network without biases says of a datum of zeros
         axis = F.pad(torch.ones_like(where[..., :1]), (0, where.shape[-1] - 1))
-        return PowerSphericalVector(normalize(torch.where(is_zero, axis, where)), F.softplus(outputs[..., -1]))
+        return PowerSphericalDistribution(normalize(torch.where(is_zero, axis, where)), F.softplus(outputs[..., -1]))

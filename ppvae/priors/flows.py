@@ -27,13 +27,13 @@ with _restore_validation():
 
 
 @final
-class Flow(dist.TorchDistribution):
+class ZukoDistribution(dist.TorchDistribution):
     """A zuko flow as a Pyro distribution over a real vector: log p(z) = log p_0(f(z)) + log |det df/dz|.
 
     pyro.contrib.zuko.ZukoToPyro lacks `sample`, `support` and shapes, which plates and `terms` need. As there, the
     density of a draw is cached with the draw; here it is used only where its gradient equals that of `log_prob`.
 
-    >>> Flow(zuko.flows.MAF(3)()).expand([5]).rsample().shape
+    >>> ZukoDistribution(zuko.flows.MAF(3)()).expand([5]).rsample().shape
     torch.Size([5, 3])
     """
 
@@ -46,7 +46,7 @@ class Flow(dist.TorchDistribution):
         self._cache: tuple[Tensor, Tensor] | None = None
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Flow:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ZukoDistribution:
         new = expand_parameters(self, batch_shape)
         new.flow, new._cache = self.flow.expand(torch.Size(batch_shape)), None
         return new
@@ -98,7 +98,7 @@ class RealNVP(nn.Module):
         self.flow = start_at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
-        return Flow(self.flow())
+        return ZukoDistribution(self.flow())
 
 
 @final
@@ -126,7 +126,7 @@ class MAF(nn.Module):
         self.flow = start_at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
-        return Flow(self.flow())
+        return ZukoDistribution(self.flow())
 
 
 @final
@@ -154,4 +154,4 @@ class NeuralSpline(nn.Module):
         self.flow = start_at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
 
     def forward(self) -> dist.TorchDistribution:
-        return Flow(self.flow())
+        return ZukoDistribution(self.flow())

@@ -51,7 +51,7 @@ def _biject_to_simplex(support: SimplexBlocksConstraint) -> transforms.Transform
 
 
 @final
-class DirichletVector(dist.Dirichlet):
+class DirichletDistribution(dist.Dirichlet):
     """Pyro's Dirichlet with a support that tolerates rounding, and draws without zeros."""
 
     support = simplex
@@ -62,7 +62,7 @@ class DirichletVector(dist.Dirichlet):
 
 
 @final
-class LogisticNormalVector(dist.TorchDistribution):
+class LogisticNormalDistribution(dist.TorchDistribution):
     """z = softmax(y), y ~ N(loc, diag(scale)^2), a density on the simplex of as many elements as y has.
 
     With w = 1 / scale^2, W = sum w, a = log z - loc and m = sum w a / W (softmax is invariant to a shift of y, over
@@ -71,7 +71,7 @@ class LogisticNormalVector(dist.TorchDistribution):
     with respect to all elements but one. Aitchison and Shen 1980, Logistic-normal distributions.
     Elements of a draw are at least the smallest normal number of the dtype.
 
-    >>> LogisticNormalVector(torch.zeros(3), torch.ones(3)).rsample().sum() - 1 < 1e-6
+    >>> LogisticNormalDistribution(torch.zeros(3), torch.ones(3)).rsample().sum() - 1 < 1e-6
     tensor(True)
     """
 
@@ -86,7 +86,7 @@ class LogisticNormalVector(dist.TorchDistribution):
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticNormalVector:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticNormalDistribution:
         return expand_parameters(self, batch_shape, loc=1, scale=1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -137,15 +137,15 @@ class Dirichlet(nn.Module):
             self.register_buffer("log_concentration", start, persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
-        return DirichletVector(self.log_concentration.exp())
+        return DirichletDistribution(self.log_concentration.exp())
 
 
 @final
 class LogisticNormal(nn.Module):
     """A logistic-normal prior over proportions, z = softmax(y), y ~ N(loc, diag(exp(log_scale))^2).
 
-    The density on the simplex is that of `LogisticNormalVector`. Location and log-scale are learned and start at zero;
-    `LogisticNormal.like_dirichlet` approximates a symmetric Dirichlet, fixed by default.
+    The density on the simplex is that of `LogisticNormalDistribution`. Location and log-scale are learned and start at
+    zero; `LogisticNormal.like_dirichlet` approximates a symmetric Dirichlet, fixed by default.
 
     Args:
         latent: the number of proportions (topics).
@@ -183,4 +183,4 @@ class LogisticNormal(nn.Module):
         return prior
 
     def forward(self) -> dist.TorchDistribution:
-        return LogisticNormalVector(self.loc, self.log_scale.exp())
+        return LogisticNormalDistribution(self.loc, self.log_scale.exp())

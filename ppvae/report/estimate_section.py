@@ -77,7 +77,7 @@ def least_reliable_data(run_data: RunData, count: int = 16) -> CaptionedFigure:
     if run_data.event is not None:
         return CaptionedFigure(image_grid(run_data, values, cols=8, titles=titles), caption)
     panels = {t.replace("\n", ", ", 1): {"": v} for t, v in zip(titles, values, strict=True)}
-    return CaptionedFigure(plots.profiles(panels), caption)
+    return CaptionedFigure(plots.parallel_coordinates(panels), caption)
 
 
 def least_reliable(est: Estimate, count: int) -> list[int]:

@@ -35,7 +35,7 @@ def samples(run_data: RunData, count: int = 64) -> CaptionedFigure:
     data = run_data.values(torch.arange(min(MAX_LINES, len(run_data))))
     panels = {f"data (first {len(data)})": {"": data}, f"samples ({len(generated)})": {"": generated}}
     return CaptionedFigure(
-        plots.profiles(panels, cols=2),
+        plots.parallel_coordinates(panels, cols=2),
         f"Data and samples of the model, each a line over the dims of x{condition}. Look for differences in spread and "
         "shape.",
         generated,
@@ -53,7 +53,7 @@ def reconstructions(run_data: RunData, count: int = 24) -> CaptionedFigure:
         pairs = enumerate(zip(data, generated, strict=True))
         panels = {f"#{i}": {"data": x, "reconstruction": r} for i, (x, r) in pairs}
         return CaptionedFigure(
-            plots.profiles(panels),
+            plots.parallel_coordinates(panels),
             "Data and their reconstructions, the mean of p(x | z) for one z sampled from q(z | x). Look for dims "
             "that are not reconstructed.",
             generated,
@@ -95,7 +95,7 @@ def interpolations(run_data: RunData, steps: int = 10) -> CaptionedFigure:
             f"#{i} to #{j}": {f"{t:.1f}": x for t, x in zip(fractions, row, strict=True)}
             for i, j, row in zip(starts.tolist(), ends.tolist(), generated, strict=True)
         }
-        return CaptionedFigure(plots.profiles(panels), f"{caption}.", generated)
+        return CaptionedFigure(plots.parallel_coordinates(panels), f"{caption}.", generated)
     shape = (len(generated), 1, *generated.shape[2:])
     start_images, end_images = (run_data.values(rows).reshape(shape).to(generated) for rows in (starts, ends))
     titles = ["datum", *(f"{t:.2g}" for t in fractions), "datum"]
@@ -147,7 +147,7 @@ def traversals(run_data: RunData, site: str) -> CaptionedFigure:
         figure = image_grid(run_data, generated, row_titles=titles, col_titles=steps)
     else:
         rows = zip(titles, generated, strict=True)
-        figure = plots.profiles({title: dict(zip(steps, row, strict=True)) for title, row in rows})
+        figure = plots.parallel_coordinates({title: dict(zip(steps, row, strict=True)) for title, row in rows})
     return CaptionedFigure(figure, caption, generated)
 
 

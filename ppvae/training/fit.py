@@ -20,8 +20,8 @@ from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_all_rngs
-from ppvae.training.description import describe_setting
 from ppvae.training.run import Run
+from ppvae.training.setting_text import setting_text
 from ppvae.training.trainer import Callback, Trainer
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
@@ -122,9 +122,9 @@ def fit(
             compile, precision, rows,
         )  # fmt: skip
         settings = {
-            "objective": describe_setting(trainer.objective),
-            "optimizer": describe_setting(optimizer),
-            "scheduler": describe_setting(scheduler) if scheduler else None,
+            "objective": setting_text(trainer.objective),
+            "optimizer": setting_text(optimizer),
+            "scheduler": setting_text(scheduler) if scheduler else None,
             "batch_size": batch_size,
             "seed": seed,
             "clip": clip,

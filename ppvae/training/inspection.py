@@ -19,7 +19,7 @@ from ppvae.distributed import DistributedContext
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference import inspection
 from ppvae.inference.contract.describe import global_latent_caveat
-from ppvae.inference.contract.registration import Registration
+from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import eval_mode, record_modules
@@ -76,7 +76,7 @@ def inspect_for_training(
                 trace_pair(model, guide, tuple(t.to(device) for t in first), Structure(), {})
             for module in modules:
                 module.to(train.device)
-        with record_modules(model, guide) as modules, Registration(create=True) as registration:
+        with record_modules(model, guide) as modules, CheckRegistration(create=True) as registration:
             batch = first
             try:
                 structure = inspect(model, guide, first, weights=False)

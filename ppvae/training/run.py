@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ppvae.errors import CheckpointError, UsageError
-from ppvae.inference.contract.registration import Registration
+from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
 from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained, unwrap
 from ppvae.inference.structure import Structure
@@ -193,7 +193,7 @@ def load(
     with (
         scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
-        with eval_mode(model, guide), Registration(create=True) as registration:
+        with eval_mode(model, guide), CheckRegistration(create=True) as registration:
             trace_pair(model, guide, batch, Structure(), {})
         registration.store_module_local()
         if dtype is not None:  # parameters and buffers that the pair makes with a type of their own

@@ -34,8 +34,9 @@ from ppvae.training.checkpoint import PairState
 from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
 from ppvae.training.progress import Progress
 from ppvae.training.run import Run, RunFolder, bind, versions
+from ppvae.training.setting_text import renamed_since_0_1
 from ppvae.training.step import TrainingStep
-from ppvae.training.validation import ValidationMonitor
+from ppvae.training.validation import ValidationMetrics
 
 Callback = Callable[[Run, dict[str, Any]], Any]
 WORTH_CAPTURING = 20.0  # seconds of eager steps
@@ -88,7 +89,7 @@ class Trainer:
             if self.valid is not None:
                 check_amortized(modules, self.structure)
             self.state = PairState(self.scope, modules)
-            self.monitor = ValidationMonitor(
+            self.monitor = ValidationMetrics(
                 self.model, self.guide, self.structure, self.valid or self.train, self.valid is not None, seed
             )
             self.svi = SVI(self.model, self.guide, optimizer, single_loss(objective))
@@ -155,7 +156,7 @@ class Trainer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores the state of a checkpoint; raises CheckpointError where its settings differ."""
         for key, value in self.config["fit"].items():
-            before = saved["settings"].get(key)
+            before = renamed_since_0_1(saved["settings"].get(key))
             if before != value:
                 raise CheckpointError(
                     f"{self.directory}: cannot resume with {key} = {value!r}: the run was started with {before!r}"

@@ -19,7 +19,7 @@ from ppvae.inference.contract.run_failure import explain_failures
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_rng
@@ -28,7 +28,7 @@ ROWS = 1000
 
 
 @final
-class ValidationMonitor:
+class ValidationMetrics:
     """Reports ELBO = -(rate + distortion), nats per datum, from one draw per datum with the same noise every epoch.
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
@@ -95,7 +95,7 @@ class ValidationMonitor:
         self, model: Program, guide: Program, block: Block, latents: Sequence[str], products: Choices
     ) -> Tensor | None:
         """The sums of a block of the usual size after the first; None where no graph gives them."""
-        if self.structure.layout is Layout.ONE_BY_ONE or self.structure.draws_subsample:
+        if self.structure.layout is ParticlePlacement.ONE_BY_ONE or self.structure.draws_subsample:
             return None
         if self._function is None:
 

@@ -789,9 +789,9 @@ def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog)
     monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("compile_with_inductor" in repr(graph._forward)))
     monkeypatch.setattr(validation, "ROWS", 16)
     sums: list[bool] = []
-    real = validation.ValidationMonitor._sums_by_graph
+    real = validation.ValidationMetrics._sums_by_graph
     monkeypatch.setattr(
-        validation.ValidationMonitor,
+        validation.ValidationMetrics,
         "_sums_by_graph",
         lambda *args: (out := real(*args), sums.append(out is not None))[0],
     )

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ppvae import data
-from ppvae.data.source import permutation_split
 from ppvae.data.split import SplitInfo, draw_noise
+from ppvae.data.unsplit import permutation_split
 from ppvae.errors import DataError, UsageError
 
 SETS = {  # name: (sizes, event shape, labels)

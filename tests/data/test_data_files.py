@@ -414,7 +414,7 @@ def test_arrays_that_are_not_data_are_refused(tmp_path, case):
 
 
 def test_nan_is_found_beyond_the_first_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("ppvae.data.source.BLOCK", 8)
+    monkeypatch.setattr("ppvae.data.unsplit.BLOCK", 8)
     x = np.zeros((20, 4), np.float32)
     x[13, 2] = np.inf
     assert "row 13, column 2 is inf" in refused(save(tmp_path / "x.npy", x=x))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppvae import check, likelihoods, nn, posteriors, priors, terms
 from ppvae.errors import ContractError, UsageError
-from ppvae.factories.choices import ClassChoice, class_choice, constructor_arguments, is_command_line_type
+from ppvae.factories.constructor_flags import ClassChoice, class_choice, constructor_arguments, is_command_line_type
 from ppvae.factories.pairs import build, parameters
 from ppvae.models import conv_vae, vae
 from ppvae.models.factories import Part

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoHierarchicalNormalMessenger, AutoNormalMess
 from ppvae import check, fit, log_marginal, objectives
 from ppvae.errors import ContractError
 from ppvae.evaluation import annealed, quadrature
-from ppvae.inference import Layout, inspect, terms
+from ppvae.inference import ParticlePlacement, inspect, terms
 
 # -- as many sites as the longest sequence of the batch ----------------------------------------------------------------
 
@@ -174,7 +174,7 @@ def test_a_guide_that_draws_noise_outside_of_sites_is_vectorized(noise, caplog):
             pyro.sample("z", dist.Normal(0.8 * noise(x), 0.6))
 
     with caplog.at_level(logging.WARNING, "ppvae"):
-        assert inspect(normal_model, guide, X).layout is Layout.VECTORIZED
+        assert inspect(normal_model, guide, X).layout is ParticlePlacement.VECTORIZED
     assert not caplog.records
     est = log_marginal(normal_model, guide, X, num_particles=4000)
     assert ((est.log_px - EXACT).abs() < 5 * est.std_error).all()

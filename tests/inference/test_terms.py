@@ -17,7 +17,7 @@ from torch import nn
 
 from ppvae import check, log_marginal
 from ppvae.evaluation import annealed
-from ppvae.inference import Layout, inspect, simulate, terms
+from ppvae.inference import ParticlePlacement, inspect, simulate, terms
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import DATASET_SIZE, PAIRS, SIZE, hierarchy
 
@@ -37,7 +37,7 @@ def prepare_pair(name):
     model, guide, batch = PAIRS[name]()
     structure = inspect(model, guide, batch)
     with poutine.trace(param_only=True):
-        terms(model, guide, batch, structure=replace(structure, layout=Layout.ONE_BY_ONE))
+        terms(model, guide, batch, structure=replace(structure, layout=ParticlePlacement.ONE_BY_ONE))
     for fn in (model, guide):
         for cell in getattr(fn, "__closure__", None) or ():
             if isinstance(cell.cell_contents, nn.Module):
@@ -47,7 +47,15 @@ def prepare_pair(name):
 
 
 def one_by_one_terms(model, guide, batch, structure, index, **options):
-    return terms(model, guide, batch, K, structure=replace(structure, layout=Layout.ONE_BY_ONE), index=index, **options)
+    return terms(
+        model,
+        guide,
+        batch,
+        K,
+        structure=replace(structure, layout=ParticlePlacement.ONE_BY_ONE),
+        index=index,
+        **options,
+    )
 
 
 def sampled_values(t):

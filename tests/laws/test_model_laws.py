@@ -213,11 +213,11 @@ MODELS = {
     "deep Markov model": Case(deep_markov, sequences, "guide site 'z': latent, MarkovChain over event [3, 2]"),
     "topics, logistic-normal": Case(
         lambda: topics(priors.LogisticNormal(3), posteriors.LogisticNormal(nn.mlp(4, 6, hidden=(5,)))),
-        counted, "model site 'theta': latent, LogisticNormalVector over event [3]",
+        counted, "model site 'theta': latent, LogisticNormalDistribution over event [3]",
     ),
     "topics, Dirichlet": Case(
         lambda: topics(priors.Dirichlet(3, learned=True), posteriors.Dirichlet(nn.mlp(4, 3, hidden=(5,)), floor=0.1)),
-        counted, "model site 'theta': latent, DirichletVector over event [3]",
+        counted, "model site 'theta': latent, DirichletDistribution over event [3]",
     ),
     "counts of a library size": Case(
         lambda: counts(False), lambda: (*in_batches(), torch.linspace(10.0, 20.0, 6).double()),

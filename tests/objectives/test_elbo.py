@@ -131,7 +131,7 @@ def test_capacity_charges_the_distance_from_the_rate(float64):
 @pytest.mark.parametrize("layout", ["vectorized", "folded", "one by one"])
 def test_free_bits_are_granted_to_each_dim(layout, float64, monkeypatch):
     """KL is 0.02 in one dim and 0.5 in the other: at 0.1 the first is charged 0.1 and has no gradient from its rate."""
-    monkeypatch.setattr("ppvae.inference.inspection.find_layout", lambda *_: layout)
+    monkeypatch.setattr("ppvae.inference.inspection.find_particle_placement", lambda *_: layout)
     model, guide, x, loc = dims_pair()
     options = {"num_particles": 3, "analytic_kl": True}
     plain = value(ELBO(**options), model, guide, x)

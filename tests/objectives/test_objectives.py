@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ppvae import objectives
 from ppvae.errors import ContractError, UsageError
-from ppvae.factories.choices import ClassChoice
+from ppvae.factories.constructor_flags import ClassChoice
 from ppvae.inference.param_store import ParamScope
 from ppvae.objectives import (
     CIWAE,
@@ -167,7 +167,7 @@ def test_a_shared_latent_wants_all_data_in_the_batch(float64):
 
 
 def test_particles_of_a_plate_that_draws_its_subsample_look_at_the_same_data(float64, monkeypatch):
-    monkeypatch.setattr("ppvae.inference.inspection.find_layout", lambda *_: "one by one")
+    monkeypatch.setattr("ppvae.inference.inspection.find_particle_placement", lambda *_: "one by one")
     x = torch.tensor([0.0, 100.0, 200.0, 300.0])
 
     def model(x):

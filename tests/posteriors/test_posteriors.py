@@ -23,7 +23,7 @@ from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.inference import check, inspect
 from ppvae.models import LinearGaussian
 from ppvae.parameter_names import unique_name
-from ppvae.posteriors.sphere import PowerSphericalVector
+from ppvae.posteriors.sphere import PowerSphericalDistribution
 from tests.laws.latents import FAILURE, Part, fit_of, integral, perturbed, values_of
 from tests.laws.law import Laws
 from tests.laws.parts import FEATURES, POINT, POSTERIORS, flow, net, semi
@@ -458,12 +458,12 @@ def test_power_spherical_is_right_at_any_concentration(concentration: float, ele
         z = (z / z.norm()).float()
         cosine = mpmath.mpf(z[-1].item()) / mpmath.sqrt(sum(mpmath.mpf(v) ** 2 for v in z.tolist()))
         expected = float(kappa * mpmath.log(1 + cosine) - log_normaliser)
-        fn = PowerSphericalVector(loc.float(), torch.tensor(concentration))
+        fn = PowerSphericalDistribution(loc.float(), torch.tensor(concentration))
         # a rounding of z moves the density by concentration * distance * eps
         tolerance = 1e-5 + 1e-6 * concentration * min(spread, 1.0)
         assert fn.log_prob(z).item() == pytest.approx(expected, rel=1e-5, abs=tolerance)
     for dtype in (torch.float32, torch.float64):
-        fn = PowerSphericalVector(loc.to(dtype), torch.tensor(concentration, dtype=dtype))
+        fn = PowerSphericalDistribution(loc.to(dtype), torch.tensor(concentration, dtype=dtype))
         draws = fn.sample((1000,))
         assert bool(fn.support.check(draws).all())
         assert bool(fn.log_prob(draws).isfinite().all())
@@ -480,7 +480,7 @@ def test_power_spherical_points_where_it_says(place: int, sign: float) -> None:
     loc = torch.full((3,), 1e-6).double()
     loc[place] = sign
     loc = (loc / loc.norm()).requires_grad_()
-    z = PowerSphericalVector(loc, torch.tensor(50.0).double()).rsample((2000,))
+    z = PowerSphericalDistribution(loc, torch.tensor(50.0).double()).rsample((2000,))
     direction = z.mean(0) / z.mean(0).norm()
     assert float((direction @ loc).detach()) > 0.999
     (slope,) = torch.autograd.grad(z.sum(), loc)

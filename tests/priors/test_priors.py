@@ -20,7 +20,7 @@ from ppvae.compilation import graph as graphs
 from ppvae.inference import inspect
 from ppvae.priors import gaussian_process, mixture
 from ppvae.priors.concrete import BinaryConcrete, Concrete
-from ppvae.priors.flows import Flow, zuko
+from ppvae.priors.flows import ZukoDistribution, zuko
 from tests.laws.latents import FAILURE, Part, fit_of, integral, perturbed, values_of
 from tests.laws.law import Laws
 from tests.laws.parts import FEATURES, PRIORS, vamp
@@ -670,5 +670,5 @@ def test_every_prior_is_under_the_laws() -> None:
 
 
 def test_flow_is_known_by_its_name_and_shape() -> None:
-    fn = Flow(zuko.flows.MAF(3)())
+    fn = ZukoDistribution(zuko.flows.MAF(3)())
     assert (type(fn).__name__, fn.shape(), fn.support.event_dim) == ("Flow", torch.Size([3]), 1)

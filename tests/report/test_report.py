@@ -524,9 +524,10 @@ def test_image_grid_in_colour_and_with_words():
 
 
 @pytest.mark.parametrize("dims", [1, 2, 5, 40])
-def test_profiles(dims):
+def test_parallel_coordinates(dims):
     torch.manual_seed(0)
-    figure = plots.profiles({f"#{i}": {"data": torch.randn(dims), "samples": torch.randn(20, dims)} for i in range(5)})
+    panels = {f"#{i}": {"data": torch.randn(dims), "samples": torch.randn(20, dims)} for i in range(5)}
+    figure = plots.parallel_coordinates(panels)
     assert draws(figure)
     assert [ax.get_title(loc="left") for ax in figure.axes if ax.axison] == [f"#{i}" for i in range(5)]
     assert all(len(ax.lines) == 21 for ax in figure.axes if ax.axison)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,13 @@ import torch
 
 import ppvae
 from ppvae.cli.main import main
+from ppvae.errors import CheckpointError
 from ppvae.evaluation import load_estimate
+from ppvae.models import LinearGaussian
+from ppvae.objectives import ELBO
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 from ppvae.training import checkpoint
+from ppvae.training.setting_text import setting_text
 
 FOLDER = Path(__file__).parents[1] / "data_of_0_1" / "run_0_1"
 CONFIG = json.loads((FOLDER / "config.json").read_text())
@@ -76,3 +82,29 @@ def test_resuming_it_is_training_without_a_pause(copy, tmp_path):
     resumed, whole = (ppvae.load(tmp_path / name) for name in (copy.name, "whole"))
     for p, q in zip(resumed.model.scope.params.values(), whole.model.scope.params.values(), strict=True):
         assert torch.allclose(p, q, atol=1e-5)
+
+
+def test_a_run_with_an_auxiliary_loss_resumes_under_its_new_name(tmp_path, monkeypatch):
+    pair, x = LinearGaussian(3, 2), torch.randn(40, 3)
+    objective = AuxiliaryLoss(ELBO(2), _first_column, weight=3.0)
+    text = (  # as 0.1 wrote it
+        "Plus(gradient=Pathwise(), ignore_jit_warnings=False, jit_options=None, num_particles=2, "
+        "of=ELBO(num_particles=2), retain_graph=None, separate=True, strict_enumeration_warning=True, "
+        "tail_adaptive_beta=-1.0, term=_first_column, vectorize_particles=True, weight=3.0)"
+    )
+    options = {"directory": tmp_path / "run", "objective": objective, "batch_size": 20, "progress": False}
+    with monkeypatch.context() as m:
+        m.setattr(
+            importlib.import_module("ppvae.training.fit"),
+            "setting_text",
+            lambda s: text if s is objective else setting_text(s),
+        )
+        ppvae.fit(pair.model, pair.guide, x, epochs=1, **options)
+    assert ppvae.fit(pair.model, pair.guide, x, epochs=2, resume=True, **options).history[-1]["epoch"] == 2
+    options["objective"] = AuxiliaryLoss(ELBO(2), _first_column, weight=2.0)
+    with pytest.raises(CheckpointError, match=r"objective"):
+        ppvae.fit(pair.model, pair.guide, x, epochs=3, resume=True, **options)
+
+
+def _first_column(x: torch.Tensor) -> torch.Tensor:
+    return x[:, 0]

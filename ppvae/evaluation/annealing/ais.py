@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.evaluation.annealing.chains import run_forward_chains
-from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
-from ppvae.evaluation.block_cache import BlockProgress
+from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
+from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate, base_measure_of
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
@@ -130,7 +130,7 @@ def annealed(
     )
 
 
-def _anneal_block(session: AnnealingSession, block: Block, progress: BlockProgress) -> dict[str, Tensor]:
+def _anneal_block(session: AnnealingSession, block: Block, progress: BlockContext) -> dict[str, Tensor]:
     """The estimate and the diagnostics of one block of data, by field."""
     settings, number = session.settings, block.number
     potential = session.potential(block)

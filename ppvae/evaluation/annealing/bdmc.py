@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ppvae.errors import site_error
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
-from ppvae.evaluation.annealing.session import AnnealingSession, AnnealingSettings
-from ppvae.evaluation.block_cache import BlockCache, BlockProgress
+from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
+from ppvae.evaluation.block_cache import BlockCache, BlockContext
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.results import SavedResult, mean_words
@@ -165,21 +165,21 @@ def _check_reversible(s: Structure) -> None:
 
 
 def _bracket_simulated_data(
-    session: AnnealingSession, block: Block, assemble: Assemble | None, progress: BlockProgress
+    session: AnnealingSession, block: Block, assemble: Assemble | None, progress: BlockContext
 ) -> dict[str, Tensor]:
     """Both bounds for one block of simulated data, by field, and the columns of its batch."""
 
     def run() -> dict[str, Tensor]:
         session.noise(block.number, "simulated")
         simulated, latents = simulate_data(session.run.model, block.s, block, assemble)
-        bounds = _bracket_block(session, simulated, latents, BlockProgress(BlockCache(None, {}), progress.bar))
+        bounds = _bracket_block(session, simulated, latents, BlockContext(BlockCache(None, {}), progress.bar))
         return bounds | {f"data_{i}": column for i, column in enumerate(block_columns(simulated))}
 
     return progress.part(f"block-{block.number:05d}", run)
 
 
 def _bracket_block(
-    session: AnnealingSession, block: Block, latents: Mapping[str, Tensor], progress: BlockProgress
+    session: AnnealingSession, block: Block, latents: Mapping[str, Tensor], progress: BlockContext
 ) -> dict[str, Tensor]:
     """Both bounds for one block of simulated data, by field."""
     settings, number = session.settings, block.number

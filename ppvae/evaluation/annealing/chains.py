@@ -12,7 +12,7 @@ from ppvae.evaluation.annealing.hmc import HMCKernel
 
 
 @dataclass(frozen=True)
-class AnnealingPath:
+class AnnealingPlan:
     """Inverse temperatures and step sizes, both [T + 1, batch], and the HMC kernel, all fixed before the chains run."""
 
     betas: Tensor
@@ -21,7 +21,7 @@ class AnnealingPath:
 
 
 @dataclass(frozen=True)
-class AnnealedChains:
+class ChainsResult:
     """Log-weights [chains, batch] whose mean weight estimates p(x), and diagnostics.
 
     After resampling, a log-weight belongs to a first draw and sums the weights of all its descendants, so that
@@ -34,8 +34,8 @@ class AnnealedChains:
 
 
 def run_forward_chains(
-    path: AnnealingPath, start: Tensor, resample: float, noise: torch.Generator, on_transition: Callable[[], None]
-) -> AnnealedChains:
+    path: AnnealingPlan, start: Tensor, resample: float, noise: torch.Generator, on_transition: Callable[[], None]
+) -> ChainsResult:
     """Annealed importance sampling: log w = sum_t (beta_t - beta_{t-1}) (log p(x, z_{t-1}) - log q(z_{t-1} | x)).
 
     z_0 is drawn from q, and z_t moves under (1 - beta_t) log q + beta_t log p. Where a datum's effective sample size
@@ -68,11 +68,11 @@ def run_forward_chains(
     transitions = max(1, len(path.betas) - 2)
     if resample:
         log_weight = _sum_by_ancestor(log_weight, ancestor) + log_past
-    return AnnealedChains(log_weight, acceptance / transitions, resampled)
+    return ChainsResult(log_weight, acceptance / transitions, resampled)
 
 
 def run_reverse_chains(
-    path: AnnealingPath, start: Tensor, noise: torch.Generator, on_transition: Callable[[], None]
+    path: AnnealingPlan, start: Tensor, noise: torch.Generator, on_transition: Callable[[], None]
 ) -> Tensor:
     """The forward chains in reverse from a draw of p(z | x): log-weights [chains, batch] with E[1 / w] = 1 / p(x).
 

@@ -12,7 +12,7 @@ from ppvae.compilation.function import SECONDS_PER_NODE, Comparison, CompiledFun
 from ppvae.compilation.graph import CaptureError, all_close, all_double
 from ppvae.compilation.guards import Guards
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
@@ -41,7 +41,7 @@ class CompiledWeights:
         self._last_call = 0.0
         self._function: CompiledFunction | None = None
         self._decided = (
-            s.layout is Layout.ONE_BY_ONE
+            s.layout is ParticlePlacement.ONE_BY_ONE
             or s.has_global_latents
             or s.draws_subsample
             or Role.CANCELLED in s.model_roles.values()

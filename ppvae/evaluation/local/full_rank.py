@@ -23,7 +23,7 @@ MOMENT_DRAWS = 1000  # per datum, for the moments at which a family starts
 DIAGONAL_JITTER = 1e-6  # added to a covariance before its Cholesky factor, relative to its diagonal
 
 
-class FullRankFamily:
+class JointNormalFamily:
     """Normals with full covariance, [N, D], that start at given moments; D counts all coordinates of a datum's latents.
 
     A richer family of `gaps` is such an object: constructed from locations [N, D] and lower-triangular scales
@@ -44,7 +44,7 @@ class FullRankFamily:
 
 @final
 class FullRankGuide:
-    """A `LocalGuide` from a family over all of a datum's latents in unconstrained coordinates.
+    """A `OptimizableGuide` from a family over all of a datum's latents in unconstrained coordinates.
 
     Optimisation starts at the moments of draws from another guide.
 
@@ -54,7 +54,9 @@ class FullRankGuide:
 
     learning_rate, adam_eps = LEARNING_RATE, ADAM_EPS
 
-    def __init__(self, start: AmortizedGuide, family: Callable[[Tensor, Tensor], FullRankFamily], seed: int, rows: int):
+    def __init__(
+        self, start: AmortizedGuide, family: Callable[[Tensor, Tensor], JointNormalFamily], seed: int, rows: int
+    ):
         block = start.block
         if Role.ENUMERATED in block.s.guide_roles.values():
             raise ContractError("the guide enumerates a latent, so that others are drawn once for each of its values")

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.evaluation.block_cache import BlockProgress
+from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.local.full_rank import FullRankFamily
-from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefit, check_refit
+from ppvae.evaluation.local.full_rank import JointNormalFamily
+from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefitter, check_refit
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
@@ -122,7 +122,7 @@ def gaps(
     num_particles: int = 1000,
     steps: int = 300,
     rounds: int = 8,
-    richer: Callable[[Tensor, Tensor], FullRankFamily] | None = FullRankFamily,
+    richer: Callable[[Tensor, Tensor], JointNormalFamily] | None = JointNormalFamily,
     seed: int = 0,
     rows: int | None = None,
     directory: str | os.PathLike[str] | None = None,
@@ -168,11 +168,11 @@ def gaps(
         s = run.structure
         check_refit(s)
         settings = (num_particles, steps, rounds, seed, rows or DATA_BLOCK * PARTICLE_BLOCK)
-        refit = LocalRefit(run.model, run.guide, s, run.block_size, richer, *settings).choose_guides(
+        refit = LocalRefitter(run.model, run.guide, s, run.block_size, richer, *settings).choose_guides(
             run.columns, run.device
         )
 
-        def fit(block: Block, tracker: BlockProgress) -> dict[str, Tensor]:
+        def fit(block: Block, tracker: BlockContext) -> dict[str, Tensor]:
             tracker.bar.set_postfix_str(f"data {block.start} to {block.start + block.size - 1} of {run.num_data}")
             return tracker.part(f"block-{block.number:05d}", lambda: refit.fit_block(block, tracker.advance))
 

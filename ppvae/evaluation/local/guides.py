@@ -22,7 +22,7 @@ NETWORK_LEARNING_RATE, NETWORK_ADAM_EPS = 1e-3, 1e-8  # network weights have no 
 
 
 class AmortizedGuide:
-    """The guide on a block as it is: a `LocalGuide` without parameters."""
+    """The guide on a block as it is: a `OptimizableGuide` without parameters."""
 
     params: Sequence[Tensor] = ()
     data_dims: Sequence[int | None] = ()
@@ -59,7 +59,7 @@ class AmortizedGuide:
                 yield log_weight[:, : self.block.size], elbo[:, : self.block.size]
 
 
-class ReplaceDistributions(Messenger):
+class SubstituteDistributions(Messenger):
     """Replaces the distributions of latent sites, by name."""
 
     def __init__(self, distributions: Mapping[str, Any]):
@@ -86,7 +86,7 @@ class PerDatumGuide(AmortizedGuide):
 
         def local_guide(*batch: Any) -> Any:
             copies = len(batch[0]) // len(block.batch[0])  # more than one where particles are folded into the batch
-            with ReplaceDistributions({name: site(copies) for name, site in sites.items()}):
+            with SubstituteDistributions({name: site(copies) for name, site in sites.items()}):
                 return guide(*batch)
 
         super().__init__(model, local_guide, block)

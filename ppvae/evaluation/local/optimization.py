@@ -20,7 +20,7 @@ LEARNING_RATE = ADAM_EPS = (
 )
 
 
-class LocalGuide(Protocol):
+class OptimizableGuide(Protocol):
     """A guide for one block of data, with parameters of its own for each datum."""
 
     params: Sequence[Tensor]
@@ -43,7 +43,7 @@ class LocalGuide(Protocol):
 
 
 def optimize_local_elbo(
-    guide: LocalGuide, *, steps: int, rounds: int, seed: int, on_step: Callable[[], Any] = lambda: None
+    guide: OptimizableGuide, *, steps: int, rounds: int, seed: int, on_step: Callable[[], Any] = lambda: None
 ) -> tuple[Tensor, int]:
     """Maximises every datum's ELBO over the guide's parameters: (gain of the last round [N] nats, number of rounds).
 
@@ -74,7 +74,7 @@ def optimize_local_elbo(
         return gain, done
 
 
-def _run_adam(guide: LocalGuide, steps: int, on_step: Callable[[], Any]) -> None:
+def _run_adam(guide: OptimizableGuide, steps: int, on_step: Callable[[], Any]) -> None:
     adam = torch.optim.Adam(guide.params, lr=guide.learning_rate, eps=guide.adam_eps)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):
@@ -88,7 +88,7 @@ def _run_adam(guide: LocalGuide, steps: int, on_step: Callable[[], Any]) -> None
         on_step()
 
 
-def _selection_elbo(guide: LocalGuide, seed: int) -> Tensor:
+def _selection_elbo(guide: OptimizableGuide, seed: int) -> Tensor:
     """The ELBO from common random numbers, [N]."""
     torch.manual_seed(derive_seed(seed, "selection"))
     runs = SELECTION_PARTICLES // PARTICLE_BLOCK

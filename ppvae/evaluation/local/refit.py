@@ -12,9 +12,9 @@ from torch import Tensor
 from ppvae.errors import ContractError, PpvaeError, site_error
 from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
-from ppvae.evaluation.local.full_rank import FullRankFamily, FullRankGuide
+from ppvae.evaluation.local.full_rank import FullRankGuide, JointNormalFamily
 from ppvae.evaluation.local.guides import AmortizedGuide, NetworkCopyGuide, PerDatumGuide
-from ppvae.evaluation.local.optimization import LocalGuide, optimize_local_elbo
+from ppvae.evaluation.local.optimization import OptimizableGuide, optimize_local_elbo
 from ppvae.evaluation.local.parameters import UnsupportedDistribution
 from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
@@ -25,7 +25,7 @@ ESTIMATE_FIELDS = ("log_px", "std_error", "ess", "k_hat", "nonfinite")  # of the
 
 
 @dataclass(frozen=True)
-class LocalRefit:
+class LocalRefitter:
     """The guides that are fitted to each datum, and the settings of the fit.
 
     Attributes:
@@ -40,7 +40,7 @@ class LocalRefit:
     guide: Program
     s: Structure
     size: int
-    richer: Callable[[Tensor, Tensor], FullRankFamily] | None
+    richer: Callable[[Tensor, Tensor], JointNormalFamily] | None
     num_particles: int
     steps: int
     rounds: int
@@ -61,7 +61,7 @@ class LocalRefit:
         """The name of the richer family; empty without one."""
         return getattr(self.richer, "name", type(self.richer).__name__) if self.richer else ""
 
-    def choose_guides(self, columns: tuple[Any, ...], device: torch.device) -> LocalRefit:
+    def choose_guides(self, columns: tuple[Any, ...], device: torch.device) -> LocalRefitter:
         """The refit with the local guides that the pair allows, tried on the first block of data."""
         refit, block = self, Block(columns, 0, min(self.size, len(columns[0])), 0, self.s, device)
         try:
@@ -84,7 +84,7 @@ class LocalRefit:
         local_guide = NetworkCopyGuide if self.why_network else PerDatumGuide
         best = local_guide(self.model, self.guide, block)
         gained, rounds = optimize_local_elbo(best, **fit)
-        guides: dict[str, LocalGuide] = {
+        guides: dict[str, OptimizableGuide] = {
             "elbo": AmortizedGuide(self.model, self.guide, block),
             "best_elbo": best,
         }

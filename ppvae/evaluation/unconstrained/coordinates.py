@@ -20,7 +20,7 @@ from ppvae.rng import fork_rng
 
 
 @dataclass(frozen=True)
-class LatentCoordinates:
+class LatentColumns:
     """The columns of a state that belong to one latent, and the transform from real numbers to its support."""
 
     name: str
@@ -57,7 +57,7 @@ class UnconstrainedSpace:
 
     Attributes:
         s: the structure of the pair on this block, which may have sites that the inspected batch had not.
-        latents: one `LatentCoordinates` per latent.
+        latents: one `LatentColumns` per latent.
         nodes: the guide's trace nodes of these latents, for one particle.
         sites: the guide's sites for two particles, which give the latents' shapes.
         active: [batch, dims], False for the coordinates of masked latents; None where no latent is masked.
@@ -73,7 +73,7 @@ class UnconstrainedSpace:
             self.sites = sample_guide(guide, batch, 2, structure=s, index=index)
             self.s = s = with_sampled_sites(s, self.sites)
             self.nodes = _continuous_nodes(guide, batch, s, index)
-            self.latents: list[LatentCoordinates] = []
+            self.latents: list[LatentColumns] = []
             self.dims = 0
             for name, node in self.nodes.items():
                 self.latents.append(_coordinates(name, node, self.sites[name].value, s, self.dims))
@@ -83,7 +83,7 @@ class UnconstrainedSpace:
         active = torch.cat([self._active(latent) for latent in self.latents], -1)
         self.active = None if bool(active.all()) else active
 
-    def _active(self, latent: LatentCoordinates) -> Tensor:
+    def _active(self, latent: LatentColumns) -> Tensor:
         """Which columns of a latent are not masked, [batch, columns]."""
         node, shape = self.nodes[latent.name], self.sites[latent.name].value.shape[: latent.batch_ndim]
         mask = mask_of(node)
@@ -170,7 +170,7 @@ def _continuous_nodes(
     return nodes
 
 
-def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, start: int) -> LatentCoordinates:
+def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, start: int) -> LatentColumns:
     support = support_of(node["fn"])
     if support is None:
         raise site_error(
@@ -192,7 +192,7 @@ def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, s
     inner = tuple(n for i, n in enumerate(value.shape[:batch_ndim]) if i not in (chain_dim, data_dim))
     shape = inner + tuple(transform.inverse_shape(value.shape)[batch_ndim:])
     stop = start + torch.Size(shape).numel()
-    return LatentCoordinates(name, transform, start, stop, shape, batch_ndim, chain_dim, data_dim)
+    return LatentColumns(name, transform, start, stop, shape, batch_ndim, chain_dim, data_dim)
 
 
 def _support_bounds(support: Any) -> list[Tensor]:

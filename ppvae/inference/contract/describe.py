@@ -14,14 +14,14 @@ from ppvae.inference.contract.plates_and_roles import global_latents
 from ppvae.inference.contract.support import base_distribution, base_support, mask_of, same_mask, support_name
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import Program, support_of, trace_pair
 from ppvae.rng import fork_rng
 
 _LAYOUTS = {
-    Layout.VECTORIZED: "vectorised under a plate",
-    Layout.FOLDED: "folded into the batch (the networks do not broadcast)",
-    Layout.ONE_BY_ONE: "taken one by one (the networks do not broadcast)",
+    ParticlePlacement.VECTORIZED: "vectorised under a plate",
+    ParticlePlacement.FOLDED: "folded into the batch (the networks do not broadcast)",
+    ParticlePlacement.ONE_BY_ONE: "taken one by one (the networks do not broadcast)",
 }
 
 

@@ -27,7 +27,7 @@ def _name_conflict(name: str) -> ContractError:
     )
 
 
-class Registration(Messenger):
+class CheckRegistration(Messenger):
     """Checks param sites: refuses one name for two tensors and, where `create` is false, names that do not exist.
 
     `pyro.module` called again under a used name silently keeps the old parameters, so that the new module would never

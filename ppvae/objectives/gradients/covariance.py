@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.requirements import require_sampled_latents
 
@@ -42,7 +42,7 @@ class Covariance(GradientEstimator):
     def check_structure(self, objective: LogWeightBound, s: Structure) -> None:
         require_sampled_latents(s, "covariance")
 
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         assert isinstance(objective, ThermodynamicBound)
         t = call.terms(frozen=("latents",))
         log_weight, log_q = t.log_weight, t.log_guide

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.structure import Structure
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import GradientEstimator
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
@@ -55,7 +55,7 @@ class DReG(GradientEstimator):
         require_reparameterized_latents(s, "dreg")
         require_sampled_latents(s, "dreg")
 
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         hook = LatentGradientHook()
         t = call.terms(frozen=("guide",), latent_hook=hook)
         hook.weights = objective.dreg_weights(objective.log_weights(t).detach())

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ppvae.inference.structure import Structure
-from ppvae.objectives.call import Call
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.protocol import LogWeightBound
 
 
@@ -28,7 +28,7 @@ class GradientEstimator(ABC):
         return False
 
     @abstractmethod
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         """A scalar: its value is the bound summed over the batch, its gradient the estimate."""
 
     @abstractmethod

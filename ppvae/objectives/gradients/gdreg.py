@@ -11,9 +11,9 @@ from torch import Tensor
 from ppvae.errors import site_error
 from ppvae.inference.sites import event_factors
 from ppvae.inference.structure import Role, Structure
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
@@ -67,7 +67,7 @@ class GDReG(GradientEstimator):
                 s.enumerated[0], "a latent whose prior is a density of it alone", "one summed out", "take 'dreg'"
             )
 
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         leaves = LatentLeaves()
         t = call.terms(latent_hook=leaves)
         log_weight = objective.log_weights(t)

@@ -8,8 +8,8 @@ from typing import final
 from torch import Tensor
 
 from ppvae.inference.structure import Structure
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.estimator import GradientEstimator
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
@@ -24,7 +24,7 @@ class Pathwise(GradientEstimator):
     def check_structure(self, objective: LogWeightBound, s: Structure) -> None:
         require_reparameterized_latents(s, "pathwise")
 
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         return objective.total(call.terms())
 
 
@@ -49,5 +49,5 @@ class STL(GradientEstimator):
         require_reparameterized_latents(s, "stl")
         require_sampled_latents(s, "stl")
 
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         return objective.bound(call.terms(frozen=("guide",))).sum()

@@ -10,9 +10,9 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
-from ppvae.objectives.call import Call
 from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
+from ppvae.objectives.pair_call import PairCall
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.requirements import require_sampled_latents
 
@@ -57,7 +57,7 @@ class ScoreFunction(GradientEstimator):
         if s.non_reparameterized:
             require_sampled_latents(s, "the score function of another site")
 
-    def surrogate(self, objective: LogWeightBound, call: Call) -> Tensor:
+    def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         t = call.terms()
         total = objective.bound(t).sum()
         log_q = non_reparameterized_log_prob(call.structure, t)

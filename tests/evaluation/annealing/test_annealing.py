@@ -571,7 +571,7 @@ def test_chains_that_do_not_move_are_not_trusted(monkeypatch):
         steps, spread = real(*args)
         return torch.full_like(steps, 50.0), spread
 
-    monkeypatch.setattr("ppvae.evaluation.annealing.session.adapt_step_sizes", useless)
+    monkeypatch.setattr("ppvae.evaluation.annealing.setup.adapt_step_sizes", useless)
     assert not annealed(pair.model, pair.mean_field, x, **SHORT).reliable.any()
 
 

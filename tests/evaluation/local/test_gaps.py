@@ -13,7 +13,7 @@ from torch import nn
 from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
-from ppvae.evaluation.local.full_rank import FullRankFamily
+from ppvae.evaluation.local.full_rank import JointNormalFamily
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.local.guides import NetworkCopyGuide
 from ppvae.evaluation.local.parameters import PerDatumDistribution, UnsupportedDistribution
@@ -281,7 +281,7 @@ def test_blocks_and_an_interruption_do_not_change_the_result(tmp_path):
 
 def test_results_are_written_and_read(tmp_path):
     pair, x = oracle(count=4)
-    for richer in (None, FullRankFamily):
+    for richer in (None, JointNormalFamily):
         found = gaps(pair.model, pair.mean_field, x, steps=2, rounds=1, num_particles=30, richer=richer)
         again = Gaps.load(found.save(tmp_path))
         for field in dataclasses.fields(Gaps):

@@ -249,7 +249,7 @@ def test_sleep_has_the_gradient_of_the_guide_at_the_models_own_data():
 @pytest.mark.parametrize("layout", ["folded", "one by one"])
 @pytest.mark.parametrize("gradient", ["dreg", "gdreg", "piwae"])
 def test_hierarchical_gradients_are_right_in_every_layout(layout, gradient, monkeypatch):
-    monkeypatch.setattr("ppvae.inference.inspection.find_layout", lambda *_: layout)
+    monkeypatch.setattr("ppvae.inference.inspection.find_particle_placement", lambda *_: layout)
     if layout == "folded":  # a parameter per datum does not fold: the data are not the same in every particle
         found = folded_samples(TWO, PIWAE(1, 2) if gradient == "piwae" else IWAE(2, gradient))
     else:

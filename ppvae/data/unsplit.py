@@ -1,4 +1,4 @@
-"""`Source`: the rows of a data set before they become splits, and the fixed permutation that splits them."""
+"""`UnsplitData`: the rows of a data set before they become splits, and the fixed permutation that splits them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK = 1 << 24  # the size of the blocks in which a large array is checked
 
 
 @dataclass(frozen=True)
-class Source:
+class UnsplitData:
     """All rows of a data set, and the row numbers of train, valid and test.
 
     `images` [N, *event] is an array, or image files. `levels` L means whole numbers 0..L-1, to be divided by L - 1;

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @styled
-def profiles(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figure:
+def parallel_coordinates(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figure:
     """Panels of lines over the dims of x, {title: {label: [*event] or [n, *event]}}, with common axes.
 
     Two labels differ in colour and marker; more labels are a sequence, from dark to bright.

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @final
-class ReplayNoise(Messenger):
+class RestoreRandomStates(Messenger):
     """Records the random states of a run before it and after each sample site, and restores them in a second run.
 
     The second run substitutes the values of its sites and so draws nothing there; networks that draw noise between
@@ -28,7 +28,7 @@ class ReplayNoise(Messenger):
         self._replaying = False
         self._initial_states = self._get_states()
 
-    def rewind(self) -> ReplayNoise:
+    def rewind(self) -> RestoreRandomStates:
         """Restores the initial random states, for a second run under this messenger."""
         self._replaying = True
         self._set_states(self._initial_states)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ppvae.errors import PpvaeError
 from ppvae.inference.contract.run_failure import explain_failure
-from ppvae.inference.replay import ConstantNoise
-from ppvae.inference.structure import Layout, Role, Structure
+from ppvae.inference.second_run import ConstantNoise
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program, RecordBaseDraws
 
@@ -22,7 +22,7 @@ log = logging.getLogger("ppvae")
 NUM_PARTICLES = 3  # of each run that is compared
 
 
-def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> Layout:
+def find_particle_placement(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> ParticlePlacement:
     """Vectorized if the pair broadcasts over a particle plate, else folded into the batch, else one by one.
 
     A layout is accepted if its densities equal those of single-particle runs: a network may run on a tensor with a
@@ -35,7 +35,9 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
     record = RecordBaseDraws(s.no_inverse)
     try:
         recorded = record(guide) if s.no_inverse else guide
-        single = evaluate_terms(model, recorded, batch, NUM_PARTICLES, structure=replace(s, layout=Layout.ONE_BY_ONE))
+        single = evaluate_terms(
+            model, recorded, batch, NUM_PARTICLES, structure=replace(s, layout=ParticlePlacement.ONE_BY_ONE)
+        )
     except PpvaeError:
         raise
     except Exception as error:
@@ -51,27 +53,27 @@ def find_layout(model: Program, guide: Program, batch: tuple[Any, ...], s: Struc
                     agree = _densities_agree(model, guide, batch, s, layout, values, None)
             if agree:
                 evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(own, layout=layout))  # must sample
-                if layout is Layout.FOLDED:
+                if layout is ParticlePlacement.FOLDED:
                     log.warning("ppvae: the pair does not broadcast over particles (%s): folded into the batch", reason)
                 return layout
             reason = "it gives other densities with a particle dim"
         except Exception as error:
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     log.warning("ppvae: the pair does not broadcast over particles (%s): taken one by one", reason)
-    return Layout.ONE_BY_ONE
+    return ParticlePlacement.ONE_BY_ONE
 
 
 def guide_draws_noise(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> bool:
     """Whether the guide's densities depend on random numbers that are drawn outside of its sites."""
-    single = evaluate_terms(model, guide, batch, 1, structure=replace(s, layout=Layout.ONE_BY_ONE))
+    single = evaluate_terms(model, guide, batch, 1, structure=replace(s, layout=ParticlePlacement.ONE_BY_ONE))
     return "guide" in _noisy_sides(model, guide, batch, s, _sampled_values(single, s), 1)
 
 
-def _candidates(s: Structure) -> tuple[Layout, ...]:
+def _candidates(s: Structure) -> tuple[ParticlePlacement, ...]:
     """The layouts to try; folding repeats the data, which global latents and a drawn subsample do not admit."""
     if s.has_global_latents or s.draws_subsample:
-        return (Layout.VECTORIZED,)
-    return (Layout.VECTORIZED, Layout.FOLDED)
+        return (ParticlePlacement.VECTORIZED,)
+    return (ParticlePlacement.VECTORIZED, ParticlePlacement.FOLDED)
 
 
 def _sampled_values(t: Terms, s: Structure) -> dict[str, Tensor]:
@@ -87,7 +89,7 @@ def _densities_agree(
     guide: Program,
     batch: tuple[Any, ...],
     s: Structure,
-    layout: Layout,
+    layout: ParticlePlacement,
     values: dict[str, Tensor],
     single: Terms | None,
 ) -> bool:
@@ -101,7 +103,7 @@ def _densities_agree(
 def _single_runs(
     model: Program, guide: Program, batch: tuple[Any, ...], s: Structure, values: dict[str, Tensor], count: int
 ) -> Terms:
-    one_by_one = replace(s, layout=Layout.ONE_BY_ONE)
+    one_by_one = replace(s, layout=ParticlePlacement.ONE_BY_ONE)
     return evaluate_terms(model, guide, batch, count, values=values, structure=one_by_one)
 
 

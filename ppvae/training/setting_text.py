@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,20 +11,20 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
 
-def describe_setting(setting: Any) -> str:
+def setting_text(setting: Any) -> str:
     """An optimizer, scheduler or objective as text, without addresses in memory.
 
     >>> import torch
-    >>> describe_setting(functools.partial(torch.optim.Adam, lr=0.001))
+    >>> setting_text(functools.partial(torch.optim.Adam, lr=0.001))
     'Adam(lr=0.001)'
     """
     if isinstance(setting, functools.partial):
-        arguments = ", ".join([*map(describe_setting, setting.args), *_keywords(setting.keywords)])
-        return f"{describe_setting(setting.func)}({arguments})"
+        arguments = ", ".join([*map(setting_text, setting.args), *_keywords(setting.keywords)])
+        return f"{setting_text(setting.func)}({arguments})"
     if isinstance(setting, PyroOptim):
         options = setting.pt_optim_args
-        arguments = describe_setting(options) if callable(options) else ", ".join(_keywords(options))
-        return f"{type(setting).__name__}({describe_setting(setting.pt_optim_constructor)}, {arguments})"
+        arguments = setting_text(options) if callable(options) else ", ".join(_keywords(options))
+        return f"{type(setting).__name__}({setting_text(setting.pt_optim_constructor)}, {arguments})"
     if isinstance(setting, ELBO):
         try:
             defaults = vars(type(setting)())
@@ -40,5 +41,16 @@ def describe_setting(setting: Any) -> str:
     return getattr(setting, "__qualname__", None) or repr(setting)
 
 
+def renamed_since_0_1(text: Any) -> Any:
+    """A setting that 0.1 wrote, in today's names: `Plus` is `AuxiliaryLoss`, its `of` is `objective`.
+
+    >>> renamed_since_0_1("Plus(gradient=Pathwise(), of=ELBO(), separate=True, term=f)")
+    'AuxiliaryLoss(factorizes_over_data=True, gradient=Pathwise(), objective=ELBO(), term=f)'
+    """
+    pattern = r"^Plus\((.*?)\bof=(.*)\bseparate=(True|False), "
+    new = r"AuxiliaryLoss(factorizes_over_data=\3, \1objective=\2"
+    return re.sub(pattern, new, text) if isinstance(text, str) else text
+
+
 def _keywords(options: Mapping[str, Any]) -> list[str]:
-    return [f"{k}={describe_setting(v) if callable(v) else repr(v)}" for k, v in sorted(options.items())]
+    return [f"{k}={setting_text(v) if callable(v) else repr(v)}" for k, v in sorted(options.items())]

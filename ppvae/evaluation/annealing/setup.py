@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.annealing.chains import AnnealingPath
+from ppvae.evaluation.annealing.chains import AnnealingPlan
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
-from ppvae.evaluation.block_cache import BlockProgress
+from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.unconstrained.compiled_potential import CompiledPotential
 from ppvae.evaluation.unconstrained.potential import Potential, prior_as_guide
@@ -124,7 +124,7 @@ class AnnealingSession:
         torch.manual_seed(derive_seed(self.settings.seed, *key))
         return torch.Generator(device=self.run.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
 
-    def path(self, potential: Potential, number: int, progress: BlockProgress) -> AnnealingPath:
+    def path(self, potential: Potential, number: int, progress: BlockContext) -> AnnealingPlan:
         """Inverse temperatures, step sizes and scales from a pilot run, whose chains are then discarded."""
         settings = self.settings
 
@@ -148,8 +148,8 @@ class AnnealingSession:
             space = potential.space
             scale = torch.ones(potential.size, space.dims, dtype=space.dtype, device=self.run.device)
             kernel = HMCKernel(potential, scale, settings.num_leapfrog)
-            return AnnealingPath(per_datum, torch.ones_like(per_datum), kernel)
+            return AnnealingPlan(per_datum, torch.ones_like(per_datum), kernel)
         part = progress.part(f"plan-{number:05d}", run_pilot)
         part = {name: value.to(self.run.device) for name, value in part.items()}
         kernel = HMCKernel(potential, part["scale"], settings.num_leapfrog)
-        return AnnealingPath(part["betas"], part["steps"], kernel)
+        return AnnealingPlan(part["betas"], part["steps"], kernel)

@@ -13,7 +13,7 @@ from ppvae.inference.tracing import Program
 
 
 @dataclass(frozen=True)
-class Call:
+class PairCall:
     """One evaluation of an objective: the pair, its batch, its structure and the draws per datum."""
 
     model: Program
