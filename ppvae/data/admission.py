@@ -175,6 +175,20 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
     )
 
 
+def check_argument_order(data: Any, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+    """Raises UsageError where data with names would reach model and guide in different orders."""
+    if not isinstance(data, Mapping) or len(data) == 1:
+        return
+    of_model, of_guide = ([p.name for p in _positional(side) or ()] for side in (model, guide))
+    moved = [n for n in of_guide if n in of_model and of_guide.index(n) != of_model.index(n)]
+    if moved:
+        raise UsageError(
+            f"data: a dict, whose entries reach model and guide by position: argument {moved[0]!r} is number "
+            f"{of_model.index(moved[0]) + 1} of the model ({', '.join(of_model)}) and number "
+            f"{of_guide.index(moved[0]) + 1} of the guide ({', '.join(of_guide)}). Give both one order"
+        )
+
+
 # -- data sets --------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppvae import data as datasets
+from ppvae.data.admission import check_argument_order
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
@@ -23,7 +24,7 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_unequal_rows
 from ppvae.inference.contract.run_failure import explain_failures
-from ppvae.inference.contract.support import check_support
+from ppvae.inference.contract.support import check_run
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
@@ -148,15 +149,12 @@ class Block:
         return torch.finfo(dtypes[0] if dtypes else torch.float32).eps
 
     def check_supports(self, t: Terms) -> None:
-        """Checks the observed values against the supports of their sites, and counts missing values.
+        """Checks observed values against supports, checks distributions' parameters, and counts missing values.
 
         Raises:
-            ContractError: a value outside of the support, by the site's name and the row.
+            DataError, ContractError: a value or parameter that its distribution does not take, by site and row.
         """
-        for name in (n for n in t.structure.unmasked if n in t.model):
-            site = t.model[name]
-            node = {"fn": site.distribution, "value": site.value, "mask": None}
-            check_support(name, node, self.start if site.value.shape[:1] == (self.size,) else 0)
+        check_run(t, self.rows)
         self.num_missing = 0
         for name, site in t.model.items() if self.has_missing else ():
             if site.role is not Role.OBSERVED:
@@ -278,6 +276,7 @@ def start_evaluation(
     """
     model, guide = bind_pair(model, guide)
     with distributed_context() as context:
+        check_argument_order(data, model, guide)
         columns = data_columns(data, seed, program=model)
         place = choose_device(device, model, guide, columns)
         with fork_rng(), evaluation_mode(model, guide), default_device(place):

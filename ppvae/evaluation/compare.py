@@ -15,6 +15,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
+from ppvae.inference.structure import NOT_NORMALIZED
 
 MAX_UNRELIABLE_DIFFERENCE = 0.01  # of the shares of unreliable data of two models, without a warning
 MIN_RUNS = 3  # of a method, for a difference between methods rather than between runs
@@ -221,6 +222,11 @@ def _warnings(order: Sequence[str], scores: Mapping[str, list[Estimate]]) -> lis
             f"unequal tightness: {100 * shares[worst]:.1f} % of the data of {worst} are unreliable, and "
             f"{100 * min(shares.values()):.1f} % of the best model in this respect: its log p(x) may be too low by more"
         )
+    improper = [
+        name for name in order if any(note.startswith(NOT_NORMALIZED) for o in scores[name] for note in o.notes)
+    ]
+    if improper:
+        out.append(f"not comparable: {', '.join(improper)} are no normalised densities: log p(x) includes a constant")
     bounds = [name for name in order if any(one.lower_bound_only for one in scores[name])]
     if bounds and len(bounds) < len(order):
         out.append(f"lower bounds only: {', '.join(bounds)}")

@@ -22,6 +22,7 @@ from ppvae.compilation.function import SECONDS_PER_NODE, Comparison, CompiledFun
 from ppvae.compilation.graph import CaptureError, Graph, all_close
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.precision import layer_precision
+from ppvae.inference.contract.support import RecordValidity
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 
@@ -143,9 +144,10 @@ class CompiledStep:
         source = self.source
         with (
             keep_losses_in_tensors(), pyro.validation_enabled(False), torch.enable_grad(),
-            layer_precision(source.precision),
+            layer_precision(source.precision), RecordValidity() as validity,
         ):  # fmt: skip
-            return _loss_and_gradients(source, args)
+            loss, *gradients = _loss_and_gradients(source, args)
+            return [validity.nan_unless_valid(loss), *gradients]
 
     def _guards(self) -> Guards:
         source = self.source

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ppvae.errors import site_error
 
+NOT_NORMALIZED = "the model is not normalised"  # how the remark on such a model begins
+
 
 class Role(StrEnum):
     """What a site contributes to the log-weight; a string, so that `Role.LATENT == "latent"`."""
@@ -134,7 +136,7 @@ class Structure:
             )
         if self.unnormalized:
             remarks.append(
-                f"the model is not normalised: site {self.unnormalized[0]!r} is no density, so that log p(x) includes "
+                f"{NOT_NORMALIZED}: site {self.unnormalized[0]!r} is no density, so that log p(x) includes "
                 f"a constant which differs between models; it compares with no other model"
             )
         return tuple(remarks)

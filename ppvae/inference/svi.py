@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
+from pyro.distributions import is_validation_enabled
 from pyro.infer import ELBO
 from pyro.infer.svi import SVI as PyroSVI
 from pyro.infer.util import torch_item
@@ -18,6 +20,7 @@ from ppvae.compilation.precision import layer_precision
 from ppvae.compilation.runtime import prepare_process
 from ppvae.errors import UsageError
 from ppvae.inference.compiled_step import CompiledStep
+from ppvae.inference.contract.support import RecordValidity
 from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
 
@@ -185,8 +188,12 @@ class SVI(PyroSVI):
         """(loss, parameters met) of a run of the pair itself, which leaves the gradient in `.grad`."""
         for p in self.params:
             p.grad = None
-        with _ParamRecorder() as recorder, layer_precision(self.precision):
+        # Pyro's validation raises an exception; `fit`, which turns it off, stops at a loss that is not finite
+        validity = nullcontext() if is_validation_enabled() else RecordValidity()
+        with _ParamRecorder() as recorder, layer_precision(self.precision), validity:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        if isinstance(validity, RecordValidity) and not isinstance(loss, tuple):
+            loss = validity.nan_unless_valid(loss)
         met = list(recorder.params.values())
         self.add_params(met)
         return loss, met

@@ -13,7 +13,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.compilation.precision import check_precision
-from ppvae.data.admission import admit, check_batch_size
+from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
 from ppvae.inference.device import choose_device, default_device
@@ -114,6 +114,7 @@ def fit(
     folder = Path(directory) if directory is not None else None
     with ExitStack() as stack:
         stack.enter_context(fork_all_rngs())
+        check_argument_order(data, model, guide)
         data = admit(data, "data", model)
         valid = None if valid is None else admit(valid, "valid", model)
         stack.enter_context(default_device(choose_device(device, model, guide, data)))

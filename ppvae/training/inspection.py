@@ -9,14 +9,14 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from ppvae.data.admission import admit
+from ppvae.data.admission import admit, check_argument_order
 from ppvae.data.holders import allow_missing
 from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference import inspection
 from ppvae.inference.contract.describe import global_latent_caveat
 from ppvae.inference.contract.registration import CheckRegistration
@@ -51,6 +51,7 @@ def check(model: Program, guide: Program, data: Any) -> str:
     model site 'z': latent, Normal over event [2]
     ...
     """
+    check_argument_order(data, model, guide)
     columns = allow_missing(admit(data, "data", model))
     place = choose_device(None, model, guide, columns)
     with default_device(place):
@@ -101,6 +102,11 @@ def inspect_for_training(
     caveats = (*structure.training_caveats, global_latent_caveat(structure, len(train), len(first[0])))
     for caveat in filter(None, caveats):
         log.warning("ppvae: %s", caveat)
+    if structure.non_reparameterized and isinstance(objective, TraceMeanField_ELBO):
+        raise site_error(
+            structure.non_reparameterized[0], f"a reparameterised latent for {type(objective).__name__}, which has "
+            "pathwise gradients alone", "one without", "pass objective=pyro.infer.Trace_ELBO()"
+        )  # fmt: skip
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.distributed import DistributedContext
 from ppvae.errors import PpvaeError, TrainingError
+from ppvae.inference.contract.run_failure import find_invalid
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
 from ppvae.objectives import Objective
@@ -174,7 +175,8 @@ class TrainingStep:
         model, guide = self.svi.model, self.svi.guide
         torch.set_rng_state(rng_state)
         rows = None if rows is None else self.context.shard_batch((rows,))[0]
-        origin = find_nonfinite(model, guide, batch, rows, self.state.params(), self.structure)
+        invalid = find_invalid(model, guide, batch, rows)
+        origin = "" if invalid else find_nonfinite(model, guide, batch, rows, self.state.params(), self.structure)
         note = "the parameters are as they were before the step"
         if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
             note += f"; last good checkpoint: {self.checkpoints}"
@@ -182,7 +184,7 @@ class TrainingStep:
         self.state.restore(self.start)
         torch.set_rng_state(rng_state)
         try:
-            cure = cure_for_step(model, guide, batch, rows, lambda: self._loss_and_gradients(batch), failed)
+            cure = invalid or cure_for_step(model, guide, batch, rows, lambda: self._loss_and_gradients(batch), failed)
         finally:
             self.state.restore(now)
         return TrainingError(f"step {self.count + 1} (epoch {epoch}): {what}{origin}; {note}. {cure}")

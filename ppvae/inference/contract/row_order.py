@@ -8,7 +8,7 @@ by running it on one row fewer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -47,6 +47,12 @@ def find_row_order(model: Program, guide: Program, batch: Sequence[Any], s: Stru
             for p in params:
                 stack.enter_context(changed(p, p + 0.1 * torch.randn_like(p)))
             found = _differs_when_permuted(model, guide, batch, s, full_size)
+        if not found:  # what acts through a coefficient that starts at zero
+            with ExitStack() as stack, suppress(ValueError, RuntimeError):
+                for p in s.params.values():
+                    scale = float(p.detach().abs().mean()) if p.numel() and p.is_floating_point() else 0.0
+                    stack.enter_context(changed(p, p + 0.1 * (scale or 1.0) * torch.randn_like(p)))
+                found = _differs_when_permuted(model, guide, batch, s, full_size)
         return found or _fails_on_fewer_rows(model, guide, batch, s)
 
 

@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ppvae.errors import ContractError, PpvaeError, site_error
+from ppvae.inference.contract.support import check_parameters, check_support
 from ppvae.inference.evaluation_mode import reachable_modules
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
@@ -76,9 +77,30 @@ def explain_failures(
     except (PpvaeError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if (invalid := find_invalid(model, guide, batch, rows)) is not None:
+            raise invalid from error
         if runs(model, guide, batch):
             raise
         raise explain_failure(error, model, guide, batch, where, rows) from error
+
+
+def find_invalid(
+    model: Program, guide: Program, batch: tuple[Any, ...], rows: Tensor | None = None
+) -> PpvaeError | None:
+    """The error for a parameter or observed value that its distribution does not take; None where each takes all."""
+    try:
+        with fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+            model_trace, guide_trace = trace_pair(model, guide, batch, Structure(), {})
+    except Exception:
+        return None
+    try:
+        for name, node in (*sample_sites(guide_trace), *sample_sites(model_trace)):
+            check_parameters(name, node["fn"], rows)
+            if node["is_observed"]:
+                check_support(name, node, rows)
+    except PpvaeError as error:
+        return error
+    return None
 
 
 def runs(model: Program, guide: Program, batch: tuple[Any, ...], finite: bool = False) -> bool:
