@@ -225,9 +225,20 @@ def test_as_pyro(name, kernels):
     assert type(found[0][0]) is type(losses[0])
 
 
+class OfAType:
+    """A model that holds a type with arguments, whose `__dict__` is no dict."""
+
+    def __init__(self):
+        self.kind = list[int]
+
+    def __call__(self, x):
+        return model(x)
+
+
 @pytest.mark.parametrize(("model", "args", "loss"), [
     (model, (X,), Trace_ELBO()), (model, (X,), a_function), (model, (X,), Trace_ELBO().differentiable_loss),
     (lambda: subsampled(X), (), Trace_ELBO()), (model_of_prior(), (X,), Trace_ELBO()),
+    (OfAType(), (X,), Trace_ELBO()),
 ])  # fmt: skip
 def test_a_graph_takes_these_steps(model, args, loss):
     """The comparison above is of graphs where it should be."""
