@@ -99,7 +99,8 @@ class EagerRun:
 
     def __init__(self, target: Target, args: Sequence[Tensor]):
         self._target, self._args = target, args
-        self._effects = RunState(args[0].device, target.schedule())
+        device = next(t.device for t in (*args, *target.parameters()))
+        self._effects = RunState(device, target.schedule())
         self.refusal = ""
         try:
             with self._effects.observe():

@@ -133,7 +133,6 @@ def capture(run: Callable[[], Sequence[Tensor | None]], parameters: Sequence[Ten
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inputs = list({id(t): t for t in parameters}.values())
-    count = len(inputs)
     constants = _ConstantTracker()
 
     def traced(*_: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,18 +149,16 @@ def capture(run: Callable[[], Sequence[Tensor | None]], parameters: Sequence[Ten
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    first = places[count] if len(places) > count else places[-1].next
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         value = getattr(module, str(node.target))
         if not isinstance(value, Tensor):
             raise CaptureError(f"it runs {type(value).__name__} that is not a tensor operation")
         known = next((i for i, t in enumerate(inputs) if t is value), None)
         if known is None:
+            known = len(inputs)
             inputs.append(value)
-            with graph.inserting_before(first):
-                place = graph.placeholder(f"held_{len(inputs)}")
-            places.insert(len(inputs) - 1, place)
-            known = len(inputs) - 1
+            with graph.inserting_before(places[known]) if places[known:] else graph.inserting_after(places[-1]):
+                places.insert(known, graph.placeholder(f"held_{len(inputs)}"))
         node.replace_all_uses_with(places[known])
         graph.erase_node(node)
     _eliminate_dead_code(graph)
@@ -293,6 +290,8 @@ class _HiddenValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_METHODS:
             raise CaptureError(f"it reads values into Python ({func.__name__})")
+        if func is torch._is_all_true:  # asked by distributions that validate their arguments, which a graph does not
+            return True
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -115,8 +115,8 @@ class CompiledStep:
         Returns the loss, an unread tensor if a graph gave it, and the parameters that the pair meets.
         """
         kind = None if self.function.refusal or kwargs or _PYRO_STACK else self._kind(args)
-        if kind is None:
-            if not (self.function.refusal or self._warned):
+        if kind is None or not (args or self.source.params):  # nothing yet that tells the device
+            if kind is None and not (self.function.refusal or self._warned):
                 self._warned = True
                 what = "a handler of Pyro's" if _PYRO_STACK else "arguments that are not plain tensors"
                 log.warning("ppvae: %s: %s cannot be captured", FALLBACK, what)
@@ -243,7 +243,7 @@ def _stored(names: Sequence[str]) -> tuple[Any, ...]:
 
 def _kind(args: tuple[Any, ...]) -> Any:
     """Shapes, types and settings of torch that a graph is captured for; None for arguments that are not captured."""
-    if not args or not all(isinstance(t, Tensor) and not t.requires_grad for t in args):
+    if not all(isinstance(t, Tensor) and not t.requires_grad for t in args):
         return None
     around = (
         torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"),

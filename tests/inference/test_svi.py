@@ -126,6 +126,35 @@ def with_keywords(SVI, guide):
     return [svi.step(X, unused=3), svi.step(x=X, unused=None), svi.evaluate_loss(X, unused=1)]
 
 
+def without_arguments(SVI, guide):
+    svi = SVI(lambda: subsampled(X), lambda: guide(X), adam(), Trace_ELBO())
+    return [*(svi.step() for _ in range(6)), svi.evaluate_loss()]
+
+
+def subsampled(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("some", len(x), subsample_size=2) as rows:
+        pyro.sample("x", dist.Normal(z[rows], 0.5), obs=x[rows])
+
+
+def with_a_distribution_made_once(SVI, guide):
+    svi = SVI(model_of_prior(), guide, adam(), Trace_ELBO())
+    return [*(svi.step(X) for _ in range(4)), svi.evaluate_loss(X)]
+
+
+def model_of_prior():
+    """Its prior keeps the validation of arguments that was on when it was made."""
+    prior = dist.Normal(0.0, 1.0, validate_args=True).expand([len(X)])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 0.5, validate_args=True), obs=x)
+
+    return model
+
+
 def with_baseline(SVI, guide):
     def score_guide(x):
         weight = pyro.param("early", torch.tensor(0.1))
@@ -162,6 +191,8 @@ PROGRAMS = {
     "schedule and clipping": with_schedule_and_clipping,
     "arguments by parameter": with_arguments_by_parameter,
     "keywords": with_keywords,
+    "no arguments": without_arguments,
+    "a distribution made once": with_a_distribution_made_once,
     "baseline": with_baseline,
     "run": in_a_run,
 }
@@ -194,16 +225,30 @@ def test_as_pyro(name, kernels):
     assert type(found[0][0]) is type(losses[0])
 
 
-def test_a_graph_takes_these_steps():
+class OfAType:
+    """A model that holds a type with arguments, whose `__dict__` is no dict."""
+
+    def __init__(self):
+        self.kind = list[int]
+
+    def __call__(self, x):
+        return model(x)
+
+
+@pytest.mark.parametrize(("model", "args", "loss"), [
+    (model, (X,), Trace_ELBO()), (model, (X,), a_function), (model, (X,), Trace_ELBO().differentiable_loss),
+    (lambda: subsampled(X), (), Trace_ELBO()), (model_of_prior(), (X,), Trace_ELBO()),
+    (OfAType(), (X,), Trace_ELBO()),
+])  # fmt: skip
+def test_a_graph_takes_these_steps(model, args, loss):
     """The comparison above is of graphs where it should be."""
     guide = Guide()
-    for loss in (Trace_ELBO(), a_function, Trace_ELBO().differentiable_loss):
-        svi = SVI(model, guide, adam(), loss)
-        svi.use("graph")
-        for _ in range(3):
-            svi.step(X)
-        assert svi.kernels == "graph"
-        assert len(svi._compiled_step.function.graphs) == 1
+    svi = SVI(model, lambda *_: guide(X), adam(), loss)
+    svi.use("graph")
+    for _ in range(3):
+        svi.step(*args)
+    assert svi.kernels == "graph"
+    assert len(svi._compiled_step.function.graphs) == 1
 
 
 @pytest.mark.parametrize(("loss", "own", "why"), [
