@@ -31,6 +31,8 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     except (NotImplementedError, RuntimeError, ValueError):
         return
     mask = mask_of(node)
+    if mask is False:
+        return
     if isinstance(mask, Tensor):
         for _ in range(min(value.dim() - inside.dim(), mask.dim())):  # a support of vectors is checked once a vector
             mask = mask.any(-1)
@@ -92,7 +94,7 @@ def is_relaxed(fn: Any) -> bool:
 
 
 def mask_of(node: dict[str, Any]) -> Any:
-    """The mask of a traced site, its distribution's own included, broadcastable to its value; None where there is none.
+    """The mask of a traced site, its distribution's own included, broadcastable to its value; None for none, or True.
 
     A mask over whole events has dims of size one for them, so that it equals the same mask inside of the event.
     """
@@ -103,21 +105,19 @@ def mask_of(node: dict[str, Any]) -> Any:
             own = _with_event_dims(fn._mask, fn)
             mask = own if mask is None else mask & own
         fn = fn.base_dist
-    return mask
+    return None if mask is True else mask
 
 
 def same_mask(a: Any, b: Any) -> bool:
-    """Whether two masks, as `mask_of` gives them, are the same."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        a, b = torch.broadcast_tensors(a, b)
-        return bool((a == b).all())
-    return (a is None or a is True) == (b is None or b is True) and isinstance(a, Tensor) == isinstance(b, Tensor)
+    """Whether two masks, as `mask_of` gives them, are the same; none is one of ones."""
+    a, b = (torch.as_tensor(True if mask is None else mask) for mask in (a, b))
+    return bool((a == b).all())
 
 
 def _with_event_dims(mask: Any, fn: Any) -> Any:
     if not isinstance(mask, Tensor):
         return mask
-    return mask.bool().reshape(*mask.shape, *(1,) * len(getattr(fn, "event_shape", ())))
+    return mask.bool().reshape(mask.shape + (1,) * len(getattr(fn, "event_shape", ())))
 
 
 def without_masks(fn: Any) -> Any:
