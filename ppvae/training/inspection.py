@@ -28,6 +28,7 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives import Objective
+from ppvae.objectives.pyro_losses import check_guide_of_loss
 from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
@@ -101,6 +102,7 @@ def inspect_for_training(
     caveats = (*structure.training_caveats, global_latent_caveat(structure, len(train), len(first[0])))
     for caveat in filter(None, caveats):
         log.warning("ppvae: %s", caveat)
+    check_guide_of_loss(objective, guide, batch, structure)
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
