@@ -190,7 +190,7 @@ def _counts(replications: int, size: int, rows: int) -> list[int]:
 def _block_ranks(
     run: Evaluation, block: Block, count: int, num_draws: int, assemble: Assemble | None
 ) -> dict[str, Tensor]:
-    """{site: ranks [count, dims], "masked site": whether a mask hides some of it} of a block's rows, with simulated data."""
+    """{site: ranks [count, dims], "masked site": whether some are masked} of a block's rows, with simulated data."""
     s = block.s
     torch.manual_seed(derive_seed(run.seed, block.number, "simulated"))
     block, latents = simulate_data(run.model, s, block, assemble)

@@ -282,7 +282,8 @@ def test_a_mask_of_no_dims_that_hides_a_site_takes_it_out():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
 
-    for off in (torch.tensor(False), False):
+    for mask in (torch.tensor(False), False):
+        off = mask
         assert log_marginal(model, guide, x, num_particles=3).log_px.abs().max() < 1e-12
         assert quadrature(model, guide, x).log_px.abs().max() < 1e-6
 
