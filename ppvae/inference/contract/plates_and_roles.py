@@ -211,7 +211,7 @@ def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None
             name,
             f"a latent of the model (one of {sorted(n for n in model if not model[n]['is_observed'])})",
             "a guide site that the model does not have",
-            "rename it, or mark a helper with infer={'is_auxiliary': True}",
+            "rename or remove it, or mark a helper, which a Delta makes a latent, with infer={'is_auxiliary': True}",
         )
 
 
