@@ -19,7 +19,7 @@ from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,9 @@ def _block_ranks(
 ) -> dict[str, Tensor]:
     """{site: ranks [count, dims], "masked site": whether some are masked} of a block's rows, with simulated data."""
     s = block.s
-    torch.manual_seed(derive_seed(run.seed, block.number, "simulated"))
+    seed_all(derive_seed(run.seed, block.number, "simulated"))
     block, latents = simulate_data(run.model, s, block, assemble)
-    torch.manual_seed(derive_seed(run.seed, block.number, "draws"))
+    seed_all(derive_seed(run.seed, block.number, "draws"))
     sites = sample_guide(run.guide, block.batch, num_draws, structure=s, index=block.index)
     given = {} if block.index is None else {s.plate: block.index}
     nodes = dict(sample_sites(trace_program(run.guide, block.batch, s, given)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import site_error
+from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.rows import (
     Nodes,
     close,
@@ -43,7 +43,8 @@ def check_independence(
     inside = {n: node for n, node in nodes.items() if any(f.name == plate for f in node["cond_indep_stack"])}
     size = next(f.size for node in inside.values() for f in node["cond_indep_stack"] if f.name == plate)
     values = sampled_values(nodes)
-    before = run_at(model, batch, values if index is None else values | {plate: index})
+    given = values if index is None else values | {plate: index}
+    before = run_at(model, batch, given)
     for rows in replacements(size):
         moved = take_value_rows(values, rows, size, inside)
         if index is not None:
@@ -58,7 +59,11 @@ def check_independence(
             old = row_log_prob(before[name])
             # a longest sequence that is gone takes sites with it, which are masked in all rows that stay
             new = row_log_prob(after[name]) if name in after else torch.zeros_like(old)
-            check_density_kept(name, old, new, kept)
+            try:
+                check_density_kept(name, old, new, kept)
+            except ContractError:
+                check_same_noise(name, old, row_log_prob(run_at(model, batch, given)[name]))
+                raise
 
 
 def replacements(size: int) -> Iterator[Tensor]:
@@ -74,8 +79,7 @@ def replacements(size: int) -> Iterator[Tensor]:
 
 
 def check_density_kept(name: str, before: Tensor, after: Tensor, kept: Tensor) -> None:
-    kept = kept.to(before.device)
-    changed = kept & ~close(before, after)
+    changed = kept.to(before.device) & ~close(before, after)
     if bool(changed.any()):
         row = int(changed.nonzero()[0])
         raise site_error(
@@ -83,6 +87,20 @@ def check_density_kept(name: str, before: Tensor, after: Tensor, kept: Tensor) -
             "a density of each datum that depends on its own row alone, given its latents",
             f"log p of row {row} moving from {before[row]:.4g} to {after[row]:.4g} as other rows change",
             CURE,
+        )
+
+
+def check_same_noise(name: str, first: Tensor, second: Tensor) -> None:
+    """Two runs of the same rows at one seed have the same densities."""
+    changed = ~close(first, second)
+    if bool(changed.any()):
+        row = int(changed.nonzero()[0])
+        raise site_error(
+            name,
+            "random numbers that the seed of torch, NumPy or Python's random gives",
+            f"log p of row {row} of {first[row]:.4g} and of {second[row]:.4g} in two runs of the same rows at one seed",
+            "draw them without a generator of their own (torch.Generator, numpy.random.default_rng), as by "
+            "torch.randn, or make them a latent",
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, event_dim, node_log_prob, sample_sites, trace_program
-from ppvae.rng import fork_rng
+from ppvae.rng import fork_all_rngs, seed_all
 
 Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 
@@ -45,8 +45,8 @@ def run_at(
     program: Program, batch: Sequence[Any], values: Mapping[str, Tensor], s: Structure | None = None, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """The sample sites of a run at given latents, always in the same noise, without gradient and validation."""
-    with fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
-        torch.manual_seed(seed)
+    with fork_all_rngs(), torch.no_grad(), pyro.validation_enabled(False):
+        seed_all(seed)
         return dict(sample_sites(trace_program(program, batch, s or Structure(), values)))
 
 
