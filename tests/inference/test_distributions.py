@@ -255,3 +255,50 @@ def test_a_prior_without_an_inverse_has_no_density_at_the_guide_s_draws():
 
     with pytest.raises(ContractError, match=r"'z'.*evaluated at given values.*TransformedDistribution"):
         log_marginal(model, guide, torch.randn(N, 2))
+
+
+class Shapeless(dist.Distribution):
+    """The least that Pyro's losses ask of a distribution."""
+
+    def __init__(self, loc):
+        self.loc = loc
+
+    def sample(self, *args, **kwargs):
+        return self.loc + torch.randn(self.loc.shape)
+
+    def log_prob(self, value, *args, **kwargs):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+class WithShapes(Shapeless, dist.TorchDistribution):
+    def __init__(self, loc):
+        Shapeless.__init__(self, loc)
+        dist.TorchDistribution.__init__(self, loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return WithShapes(self.loc.expand(batch_shape))
+
+
+@pytest.mark.parametrize("place", ["prior", "likelihood", "guide"])
+def test_a_distribution_without_shapes_is_refused_and_the_cure_gives_exact_weights(place):
+    def pair_with(kind):
+        own = {"prior": dist.Normal, "likelihood": dist.Normal, "guide": dist.Normal, place: lambda loc, _: kind(loc)}
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", own["prior"](torch.zeros(len(x)), 1.0))
+                pyro.sample("x", own["likelihood"](z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", own["guide"](x / 2, 0.5**0.5 if place != "guide" else 1.0))
+
+        return model, guide
+
+    x = torch.randn(N)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    for ask in (check, log_marginal):
+        with pytest.raises(ContractError, match=r"site '[xz]'.*Shapeless, which has none. Derive it from pyro.dist"):
+            ask(*pair_with(Shapeless), x)
+    est = log_marginal(*pair_with(WithShapes), x, num_particles=2000, progress=False).log_px
+    assert (est - exact).abs().max() < (0.1 if place == "guide" else 1e-9)

@@ -271,6 +271,7 @@ def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], g
 
 def check_event(name: str, node: Node) -> None:
     """A site has one log-density per element of its plates: all other dims are declared as an event."""
+    check_has_shapes(name, node)
     plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None}
     shape = _log_prob_shape(name, node)
     for i, size in enumerate(reversed(shape), 1):
@@ -287,6 +288,17 @@ def check_event(name: str, node: Node) -> None:
     for dim in (dim for dim, size in plates.items() if size < 0):  # a plate without a size goes over what it is given
         plates[dim] = value.shape[dim - event] if event - dim <= value.dim() else 1
     check_one_density_per_element(name, node, shape, plates)
+
+
+def check_has_shapes(name: str, node: Node) -> None:
+    fn = node["fn"]
+    if not (hasattr(fn, "batch_shape") and hasattr(fn, "event_shape")):
+        raise site_error(
+            name,
+            "a distribution with a batch_shape and an event_shape",
+            f"{type(fn).__name__}, which has none",
+            "derive it from pyro.distributions.TorchDistribution, and pass both to super().__init__",
+        )
 
 
 def check_one_density_per_element(name: str, node: Node, shape: Sequence[int], plates: Mapping[int, int]) -> None:
