@@ -12,7 +12,7 @@ from torch import nn
 
 from ppvae import check, fit, log_marginal
 from ppvae.errors import ContractError
-from ppvae.evaluation import annealed
+from ppvae.evaluation import annealed, bdmc, quadrature
 from ppvae.inference import inspect, terms
 from ppvae.objectives import ELBO, IWAE
 
@@ -302,3 +302,45 @@ def test_a_distribution_without_shapes_is_refused_and_the_cure_gives_exact_weigh
             ask(*pair_with(Shapeless), x)
     est = log_marginal(*pair_with(WithShapes), x, num_particles=2000, progress=False).log_px
     assert (est - exact).abs().max() < (0.1 if place == "guide" else 1e-9)
+
+
+LIKELIHOODS = {
+    "Bernoulli": (lambda z: dist.Bernoulli(logits=z), (torch.bool, torch.int64, torch.uint8)),
+    "Geometric": (lambda z: dist.Geometric(logits=z), (torch.bool, torch.uint8)),  # whose density negates the value
+    "Normal": (lambda z: dist.Normal(z, 1.0), (torch.bool,)),
+    "Categorical": (lambda z: dist.Categorical(logits=torch.stack([z, -z], -1)), ()),
+    "Poisson": (lambda z: dist.Poisson(z.exp()), ()),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_bools_and_integers_are_taken_as_numbers_or_refused_with_a_cure_that_works(name):
+    likelihood, refused = LIKELIHOODS[name]
+    bits = torch.arange(N) % 3 == 0
+
+    def model_of(obs):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("x", likelihood(z), obs=obs(x))
+
+        return model
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    z = torch.linspace(-12, 12, 20_001)[:, None].expand(-1, N)
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + likelihood(z).log_prob(bits.double())
+    exact = log_p.logsumexp(0) + math.log(24 / 20_000)
+    plain, cured = model_of(lambda x: x), model_of(lambda x: x.double())
+    for dtype in (torch.bool, torch.int64, torch.uint8):
+        x = bits.to(dtype)
+        if dtype in refused:
+            for ask in (check, log_marginal):
+                with pytest.raises(ContractError, match=f"'x'.*{name} computes with; found {str(dtype)[6:]}.*float"):
+                    ask(plain, guide, x)
+        for model, values in ((cured, x), (plain, x.double()), *([] if dtype in refused else [(plain, x)])):
+            assert (quadrature(model, guide, values).log_px - exact).abs().max() < 1e-6
+        if name in ("Bernoulli", "Categorical"):  # whose draws a column of this type holds
+            assert bdmc(cured, guide, x[:3], num_temperatures=3, progress=False).lower.isfinite().all()

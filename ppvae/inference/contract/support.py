@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro.distributions as dist
@@ -11,8 +12,8 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import DataError
-from ppvae.inference.tracing import has_dependent_support, support_of
+from ppvae.errors import DataError, site_error
+from ppvae.inference.tracing import has_dependent_support, node_log_prob, support_of
 
 
 def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
@@ -44,6 +45,30 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
             f"site {name!r}: {type(base_distribution(fn)).__name__} takes values in {support_name(support)}; found "
             f"{value[tuple(at)].flatten()[0].item():g} at {where}. {_cure(fn)}"
         )
+
+
+def check_type_of_values(name: str, node: dict[str, Any]) -> None:
+    """Observed bools and integers have the density of the same numbers in floating point.
+
+    Some distributions compute with the type that they are given: a difference of bools raises, one of uint8 wraps.
+    """
+    value = node["value"]
+    if not node["is_observed"] or not isinstance(value, Tensor) or value.is_floating_point():
+        return
+    try:
+        expected = node_log_prob({**node, "value": value.to(torch.get_default_dtype())})
+    except (ValueError, RuntimeError, IndexError):
+        return
+    with suppress(NotImplementedError, ValueError, RuntimeError):
+        found = node_log_prob(node)
+        if torch.allclose(found, expected.to(found), rtol=1e-4, equal_nan=True):
+            return
+    raise site_error(
+        name,
+        f"values of a type that {type(base_distribution(node['fn'])).__name__} computes with",
+        str(value.dtype).removeprefix("torch."),
+        "observe them as floating-point numbers: obs=value.float() in the model, or x.float() as data",
+    )
 
 
 def base_support(support: Any) -> Any:
