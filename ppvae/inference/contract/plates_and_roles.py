@@ -328,6 +328,7 @@ def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
         ) from error
     except (ValueError, RuntimeError) as error:
         if node["is_observed"]:
+            check_subsample_observed(name, node)
             check_support(name, node)
         fn = node["fn"]
         raise site_error(
@@ -336,3 +337,14 @@ def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
             f"{list(node['value'].shape)}: {' '.join(str(error).split())[:160]}",
             "check that the data fit the network",
         ) from error
+
+
+def check_subsample_observed(name: str, node: Node) -> None:
+    """An observed site has the rows that its plate draws, where Pyro replays a subsample of the guide's, too."""
+    for f in node["cond_indep_stack"]:
+        if f.dim == -1 and f.size < int(f.full_size or f.size) and f.full_size in node["value"].shape[:1]:
+            raise site_error(
+                name, f"the {f.size} rows that plate {f.name!r} draws by the subsample_size of model or guide",
+                f"all {f.full_size}", f"write `with pyro.plate({f.name!r}, {f.full_size}, subsample_size={f.size}) as "
+                f"rows:` in both and observe x[rows], or leave subsample_size out",
+            )  # fmt: skip
