@@ -143,15 +143,20 @@ def argument_counts(program: Callable[..., Any] | None) -> tuple[int, float]:
     return sum(p.default is p.empty for p in positional), len(positional)
 
 
+def _parameters(program: Callable[..., Any] | None) -> list[inspect.Parameter] | None:
+    """The arguments of a model; None where they are not known."""
+    try:
+        return None if program is None else list(inspect.signature(program).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
 def _positional(program: Callable[..., Any] | None) -> list[inspect.Parameter] | None:
     """The arguments that a model takes by position; None where they are not known or any number."""
     if isinstance(program, torch.nn.Module):
         program = program.forward
-    try:
-        parameters = inspect.signature(program).parameters.values() if program is not None else ()
-    except (TypeError, ValueError):
-        return None
-    if program is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    parameters = _parameters(program)
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
@@ -168,6 +173,12 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
     used = names[: len(data)]
     if names and set(used) == set(data) and required <= len(data) <= most:
         return tuple(as_column(data[key], f"{name}[{key!r}]") for key in used)
+    by_name = [p.name for p in _parameters(program) or () if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if by_name:
+        raise UsageError(
+            f"{name}: the model takes {', '.join(by_name)} by name alone, and is called as model(*batch): leave out "
+            "the * before them in model and guide"
+        )
     wanted = f"; the model's arguments are {', '.join(names)}" if names else ""
     raise UsageError(
         f"{name}: a dict with {', '.join(map(repr, data)) or 'nothing'}{wanted}: pass a tuple of its columns in the "
@@ -229,7 +240,8 @@ def check_visits_every_row(loader: DataLoader, name: str) -> None:
 def check_is_map_style(dataset: Any, name: str) -> None:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise UsageError(
-            f"{name}: {type(dataset).__name__} has no rows by number: read it, and pass torch.stack(list(dataset))"
+            f"{name}: {type(dataset).__name__} has no rows by number: read it, and pass "
+            "torch.utils.data.default_collate(list(dataset)), in tuple(...) where a sample has several columns"
         )
 
 
@@ -274,9 +286,11 @@ def _collated(samples: list[Any], collate: Callable[[list[Any]], Any], name: str
 
 def _check_stays(first: Any, again: Any, name: str) -> None:
     if not _same(first, again):
+        read = "torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))])"
+        read = f"tuple({read})" if isinstance(first, list | tuple) else read
         raise UsageError(
-            f"{name}: its samples change each time they are read, and log p(x) is one of fixed data: pass "
-            "torch.stack([sample for sample in dataset]), read once, or leave the random transform out"
+            f"{name}: its samples change each time they are read, and log p(x) is one of fixed data: pass {read}, read "
+            "once, or leave the random transform out"
         )
 
 
@@ -295,5 +309,5 @@ def check_count_of_columns(columns: Sequence[Any], name: str, program: Callable[
         expected = f"{required}" if required == most else f"{required} to {most}"
         raise UsageError(
             f"{name}: samples of {len(columns)} columns, and the model takes {expected}: pass those that it takes, as "
-            "torch.stack([sample[0] for sample in dataset]) for the first"
+            "torch.stack([dataset[i][0] for i in range(len(dataset))]) for the first"
         )

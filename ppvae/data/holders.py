@@ -195,8 +195,8 @@ def _numbers_of_series(series: Any, place: str) -> np.ndarray:
     kind = getattr(series.dtype, "kind", "O")
     if kind not in "biuf":
         raise DataError(
-            f"{place}: column {str(series.name)!r} holds {series.dtype}, not numbers: leave it out, or give each value "
-            "a number, as by .astype('category').cat.codes"
+            f"{place}: {'its values are' if series.name is None else f'column {str(series.name)!r} holds'} "
+            f"{series.dtype}, not numbers: leave them out, or give each value a number, as by pandas.factorize(x)[0]"
         )
     if isinstance(series.dtype, np.dtype):
         return series.to_numpy()

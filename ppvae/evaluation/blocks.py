@@ -24,7 +24,7 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_unequal_rows
 from ppvae.inference.contract.run_failure import explain_failures
-from ppvae.inference.contract.support import check_run
+from ppvae.inference.contract.validity import check_run
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
@@ -39,7 +39,7 @@ from ppvae.inference.terms import (
     with_sampled_sites,
 )
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed, fork_all_rngs, seed_all
 
 # Noise is a function of (seed, data block, particle block), so that a result depends neither on `rows` nor on the
 # number of processes. Other block sizes change every estimate, within its standard error.
@@ -118,7 +118,7 @@ class Block:
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
-                torch.manual_seed(derive_seed(seed, self.number, *([noise] if noise else []), number))
+                seed_all(derive_seed(seed, self.number, *([noise] if noise else []), number))
                 whole = compiled is not None and number and count == PARTICLE_BLOCK
                 if whole and compiled is not None and (pair := compiled()) is not None:
                     yield *pair, None
@@ -279,7 +279,7 @@ def start_evaluation(
         check_argument_order(data, model, guide)
         columns = data_columns(data, seed, program=model)
         place = choose_device(device, model, guide, columns)
-        with fork_rng(), evaluation_mode(model, guide), default_device(place):
+        with fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
             with record_modules(model, guide) as modules:
                 structure, size = inspect_columns(model, guide, columns, place)
             yield Evaluation(model, guide, structure, columns, size, place, seed, modules, context)

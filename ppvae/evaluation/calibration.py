@@ -14,12 +14,12 @@ from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
-from ppvae.inference.contract.support import mask_of
+from ppvae.inference.contract.support import mask_of, same_mask
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,11 @@ def _counts(replications: int, size: int, rows: int) -> list[int]:
 def _block_ranks(
     run: Evaluation, block: Block, count: int, num_draws: int, assemble: Assemble | None
 ) -> dict[str, Tensor]:
-    """{site: ranks [count, dims], "masked site": whether it has a mask} of a block's rows, with simulated data."""
+    """{site: ranks [count, dims], "masked site": whether some are masked} of a block's rows, with simulated data."""
     s = block.s
-    torch.manual_seed(derive_seed(run.seed, block.number, "simulated"))
+    seed_all(derive_seed(run.seed, block.number, "simulated"))
     block, latents = simulate_data(run.model, s, block, assemble)
-    torch.manual_seed(derive_seed(run.seed, block.number, "draws"))
+    seed_all(derive_seed(run.seed, block.number, "draws"))
     sites = sample_guide(run.guide, block.batch, num_draws, structure=s, index=block.index)
     given = {} if block.index is None else {s.plate: block.index}
     nodes = dict(sample_sites(trace_program(run.guide, block.batch, s, given)))
@@ -202,7 +202,7 @@ def _block_ranks(
     for name in sites:
         if s.guide_roles[name] is Role.AUXILIARY:
             continue
-        found[f"masked {name}"] = torch.tensor(mask_of(nodes[name]) is not None)
+        found[f"masked {name}"] = torch.tensor(not same_mask(mask_of(nodes[name]), None))
         draws = _flat(sites[name].value, s, name, particle_dim(sites[name].value, s, name))
         truth = _flat(latents[name].unsqueeze(0), s, name, 0)
         below, ties = (draws < truth).sum(0), (draws == truth).sum(0)

@@ -21,7 +21,7 @@ from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 DRAWS = 10  # imputations sampled at once
 
@@ -153,7 +153,7 @@ def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int,
         count = min(DRAWS, draws - first)
         at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
         at = {n: v.to(x.device) for n, v in at.items()}
-        torch.manual_seed(derive_seed(seed, block.number, "imputed", number))
+        seed_all(derive_seed(seed, block.number, "imputed", number))
         t = evaluate_terms(model, guide, block.batch, count, values=at, structure=s, index=index)
         values += [_in_shape_of(v, place, x) for v in _samples(t.model[name], s, count)]
     x = x[:size]

@@ -128,8 +128,11 @@ class QuadratureGrid:
         per_dim = torch.arange(num_nodes, device=center.device)
         self.nodes = torch.cartesian_prod(*[per_dim] * self.dims).reshape(-1, self.dims)
 
-    def _log_masses(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Some nodes at a time: (node indices, sinh(t), log of integrand times cell volume [nodes, N])."""
+    def _log_masses(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Some nodes at a time: (node indices, sinh(t), log of integrand times cell volume, is it an edge [nodes, N]).
+
+        No integrand is infinite: where floating-point numbers overflow, the grid ends.
+        """
         log_scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.dims * math.log(self.spacing)
         with torch.no_grad():
             for node in self.nodes.split(max(1, self.potential.rows // self.potential.size)):
@@ -137,8 +140,13 @@ class QuadratureGrid:
                 offset = t.sinh()
                 u = self.center + torch.einsum("nij,kj->kni", self.factor, offset)
                 log_joint = self.potential.log_densities(u.to(self.potential.space.dtype))[1]
-                log_joint = log_joint.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-                yield node, offset, log_joint + t.cosh().log().sum(-1, keepdim=True) + log_scale
+                lost = log_joint.isnan() | log_joint.isposinf()
+                beside = lost.clone()
+                beside[1:] |= lost[:-1]
+                beside[:-1] |= lost[1:]
+                faces = ((node == 0) | (node == self.num_nodes - 1)).sum(-1)
+                log_mass = torch.where(lost, -torch.inf, log_joint) + t.cosh().log().sum(-1, keepdim=True) + log_scale
+                yield node, offset, log_mass, faces[:, None] + beside
 
     def posterior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and Cholesky factor of the posterior covariance, which the spacing of the nodes bounds from below."""
@@ -161,12 +169,11 @@ class QuadratureGrid:
     def log_integral(self) -> tuple[Tensor, Tensor]:
         """(log of the integral, its error in nats), [N]."""
         fine = coarse = edge = torch.full_like(self.center[:, 0], -torch.inf)
-        for node, _, log_mass in self._log_masses():
-            faces = ((node == 0) | (node == self.num_nodes - 1)).sum(-1)
+        for node, _, log_mass, faces in self._log_masses():
             every_other = (node % 2 == 0).all(-1)
             fine = torch.logaddexp(fine, log_mass.logsumexp(0))
             coarse = torch.logaddexp(coarse, log_mass[every_other].logsumexp(0))
-            edge = torch.logaddexp(edge, (log_mass + faces[:, None].log()).logsumexp(0))
+            edge = torch.logaddexp(edge, (log_mass + faces.log()).logsumexp(0))
         coarse = coarse + self.dims * math.log(2)
         # the mass beyond the grid is estimated by that of the outermost nodes over one unit of t
         return fine, (fine - coarse).abs() + (edge - fine).exp() / self.spacing

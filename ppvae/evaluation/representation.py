@@ -21,7 +21,7 @@ from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 ACTIVE = 0.01  # Burda et al. 2016
 
@@ -223,7 +223,7 @@ def _draws(run: Evaluation, block: Block, num_particles: int) -> Iterator[Terms]
         else PARTICLE_BLOCK * DATA_BLOCK // max(block.size, DATA_BLOCK) or 1
     )
     for number, first in enumerate(range(0, num_particles, step)):
-        torch.manual_seed(derive_seed(run.seed, block.number, number))
+        seed_all(derive_seed(run.seed, block.number, number))
         count = min(step, num_particles - first)
         yield evaluate_terms(run.model, run.guide, block.batch, count, structure=block.s, index=block.index)
 

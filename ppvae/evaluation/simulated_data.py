@@ -71,7 +71,7 @@ def _replace_columns(block: Block, before: Mapping[str, Tensor], simulated: Mapp
     for name, value in before.items():
         if name not in simulated:
             continue
-        columns = [i for i, c in enumerate(rows) if c.shape == value.shape and torch.equal(c, value)]
+        columns = [i for i, c in enumerate(rows) if c.shape == value.shape and torch.equal(c.to(value), value)]
         if not columns:
             raise site_error(
                 name, "observed values that are a column of the batch, to put simulated ones in their place",

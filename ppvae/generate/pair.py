@@ -18,7 +18,7 @@ from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, SubstituteValues, sample_sites, trace_program
-from ppvae.rng import fork_rng
+from ppvae.rng import fork_all_rngs, seed_all
 
 CHUNK_SIZE = 500  # rows in one run of the pair
 
@@ -29,10 +29,10 @@ def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[Gen
     model, guide = bind_pair(model, guide)
     columns = data_columns(x, seed, program=model)
     place = choose_device(None, model, guide, columns)
-    with fork_rng(), evaluation_mode(model, guide), default_device(place):
+    with fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
         batch = as_single_batch(columns, seed, place)
         structure = inspect(model, guide, batch, weights=False, particles=False)
-        torch.manual_seed(seed)
+        seed_all(seed)
         yield GenerativePair(model, guide, batch, structure)
 
 

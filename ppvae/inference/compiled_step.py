@@ -22,7 +22,7 @@ from ppvae.compilation.function import SECONDS_PER_NODE, Comparison, CompiledFun
 from ppvae.compilation.graph import CaptureError, Graph, all_close
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.precision import layer_precision
-from ppvae.inference.contract.support import RecordValidity
+from ppvae.inference.contract.validity import RecordValidity
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 

@@ -9,6 +9,7 @@ from typing import Any
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from ppvae.inference.contract.support import mask_of
 from ppvae.inference.sites import Site, event_factors
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import node_log_prob
@@ -130,7 +131,7 @@ class ParticleLayout:
         `dims` is the number of factor dims.
         """
         if isinstance(mask, Tensor):
-            mask = mask.reshape(*mask.shape, *(1,) * dims)
+            mask = mask.reshape(mask.shape + (1,) * dims)
         tensor = scale_and_mask(tensor, 1.0, mask)
         plates = self.s.plate_nesting + (self.s.layout is ParticlePlacement.VECTORIZED)
         tensor = tensor.reshape(*(1,) * (plates + dims - tensor.dim()), *tensor.shape)
@@ -142,8 +143,8 @@ class ParticleLayout:
         if events and role is Role.LATENT:
             base, dims = event_factors(node["fn"])
             event_log_prob = self.per_factor(base.log_prob(node["value"]), dims, node["mask"]) if dims else None
-        value, masked = self._unfold_value(name, node["value"], role), isinstance(node["mask"], Tensor)
-        return Site(name, role, value, node["fn"], log_prob, node["value"], event_log_prob, masked=masked)
+        value = self._unfold_value(name, node["value"], role)
+        return Site(name, role, value, node["fn"], log_prob, node["value"], event_log_prob, mask=mask_of(node))
 
     def _unfold_value(self, name: str, value: Tensor, role: Role) -> Tensor:
         """The value of a site with particles in a dim of their own; observed values without the copies of folding."""

@@ -32,7 +32,7 @@ class Site:
     traced_value: Tensor = field(repr=False)  # the value in the shape of the run, as `distribution.log_prob` takes it
     event_log_prob: Tensor | None = field(default=None, repr=False)  # [*event, particles, batch], where requested
     particle_sites: tuple[Site, ...] = field(default=(), repr=False)  # one per particle, where each has its own run
-    masked: bool = False
+    mask: Any = field(default=None, repr=False)  # as `mask_of` gives it
 
     def per_event(self) -> Tensor:
         """Log-densities before the sum over the event, [..., *event], of a distribution that factorises over it."""

@@ -20,7 +20,7 @@ from ppvae.compilation.precision import layer_precision
 from ppvae.compilation.runtime import prepare_process
 from ppvae.errors import UsageError
 from ppvae.inference.compiled_step import CompiledStep
-from ppvae.inference.contract.support import RecordValidity
+from ppvae.inference.contract.validity import RecordValidity
 from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
 

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae.inference.contract.absolute_continuity import check_same_mask
 from ppvae.inference.contract.further_sites import with_further_sites
 from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
@@ -151,11 +152,15 @@ def evaluate_terms(
 
     def run(rows: Sequence[Any], at: Mapping[str, Tensor], particles: int | None, layout: ParticleLayout) -> Terms:
         if guide_sites is not None:
-            return _terms_of(trace_program(model, rows, s, at, num_particles=particles), None, layout, events, kl)
+            t = _terms_of(trace_program(model, rows, s, at, num_particles=particles), None, layout, events, kl)
+            _check_same_masks(t.model, guide_sites, s)
+            return t
         hook = None
         if latent_hook is not None:
             hook = lambda name, value, at: latent_hook(name, value, replace(layout, s=at))  # noqa: E731
-        return _terms_of(*trace_pair(model, guide, rows, s, at, frozen, particles, hook), layout, events, kl)
+        t = _terms_of(*trace_pair(model, guide, rows, s, at, frozen, particles, hook), layout, events, kl)
+        _check_same_masks(t.model, t.guide, s)
+        return t
 
     layout = ParticleLayout(s, num_particles, s.batch_size(batch) if index is None else len(index))
     runs = [run(*arguments) for arguments in layout.runs(batch, substituted)]
@@ -178,6 +183,13 @@ def _terms_of(model_trace: Any, guide_trace: Any, layout: ParticleLayout, events
         model_sites, guide_sites, layout.num_particles, layout.size, s.scale, s.has_global_latents, contraction,
         divergences, s,
     )  # fmt: skip
+
+
+def _check_same_masks(model: Mapping[str, Site], guide: Mapping[str, Site], s: Structure) -> None:
+    """A latent has one mask on both sides in every batch: one that the inspected batch leaves unmasked, too."""
+    for name, q in guide.items() if not s.weights_refusal else ():
+        if name in model and (model[name].mask is None) != (q.mask is None):
+            check_same_mask(name, model[name].mask, q.mask)
 
 
 def _closed_form_kls(model_trace: Any, guide_trace: Any, layout: ParticleLayout) -> dict[str, Tensor]:

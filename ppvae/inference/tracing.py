@@ -158,8 +158,15 @@ def sample_sites(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
             continue
-        if not (node["infer"] or {}).get("_deterministic"):
+        if not ((node["infer"] or {}).get("_deterministic") or _is_function_of_others(node)):
             yield name, node
+
+
+def _is_function_of_others(node: dict[str, Any]) -> bool:
+    """Whether a site is what `poutine.reparam` leaves of a latent: an observed Delta under a mask that hides it."""
+    fn, observed = node["fn"], node["is_observed"] or (node["infer"] or {}).get("was_observed")
+    hidden = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return bool(observed and hidden and isinstance(fn.base_dist, dist.Delta))
 
 
 def lone_guide_sites(trace: Any) -> dict[str, tuple[Role, int]]:

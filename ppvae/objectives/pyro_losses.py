@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 from pyro.infer import (
@@ -12,14 +14,49 @@ from pyro.infer import (
     JitTraceGraph_ELBO,
     JitTraceMeanField_ELBO,
     ReweightedWakeSleep,
+    TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, site_error
+from ppvae.inference.structure import Role, Structure
+from ppvae.inference.tracing import Program, sample_sites, trace_program
 
 TRACED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 WITHOUT_LOSS = (TraceTailAdaptive_ELBO,)
+
+
+def not_an_elbo(objective: Any) -> UsageError:
+    """The error for an objective of `fit` that is no `pyro.infer.ELBO`."""
+    if isinstance(objective, type) and issubclass(objective, ELBO):
+        found = f"the class {objective.__name__}. Pass an object of it, as {objective.__name__}()"
+    elif isinstance(objective, Callable) and not isinstance(objective, type):  # type: ignore[arg-type]
+        kind = "a function" if hasattr(objective, "__name__") else type(objective).__name__
+        found = f"{kind}. Train on it with ppvae.inference.SVI(model, guide, optimizer, loss), which takes any loss"
+    else:
+        found = f"{objective!r}"
+    return UsageError(f"objective: expected an object of a pyro.infer.ELBO, as Trace_ELBO(); found {found}")
+
+
+def check_guide_of_loss(objective: ELBO, guide: Program, batch: Sequence[Any], s: Structure) -> None:
+    """Raises ContractError for a guide's latent, factor or helper that has no gradient under `TraceMeanField_ELBO`."""
+    if not isinstance(objective, TraceMeanField_ELBO):
+        return
+    if s.non_reparameterized:
+        raise site_error(
+            s.non_reparameterized[0], f"a reparameterised latent for {type(objective).__name__}, which has pathwise "
+            "gradients alone", "one without", "pass objective=pyro.infer.Trace_ELBO()"
+        )  # fmt: skip
+    extra = (Role.FACTOR, Role.AUXILIARY)
+    if not set(extra) & set(s.guide_roles.values()):
+        return
+    for name, node in sample_sites(trace_program(guide, batch, Structure(), {})):
+        if s.guide_roles.get(name) in extra and not node["fn"].has_rsample:
+            raise site_error(
+                name, f"a guide whose helpers and factors are reparameterised, for {type(objective).__name__}",
+                "one with has_rsample=False", "take pyro.infer.Trace_ELBO()",
+            )  # fmt: skip
 
 
 def single_loss(objective: ELBO) -> ELBO:
@@ -52,11 +89,13 @@ class PyroLoss(ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The sum of the objective's losses."""
-        return _total(self._of(args).loss(model, guide, *args, **kwargs))
+        with _explain_observations():
+            return _total(self._of(args).loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The sum of the objective's losses; the gradient of each is added to `.grad` of its parameters."""
-        return _total(self._of(args).loss_and_grads(model, guide, *args, **kwargs))
+        with _explain_observations():
+            return _total(self._of(args).loss_and_grads(model, guide, *args, **kwargs))
 
     def _of(self, batch: tuple[Any, ...]) -> ELBO:
         """The objective for batches of these shapes."""
@@ -67,6 +106,21 @@ class PyroLoss(ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return self.objective._get_trace(model, guide, args, kwargs)
+
+
+@contextmanager
+def _explain_observations() -> Iterator[None]:
+    """Turns the TypeError of a pair without the argument `observations` of the sleep phase into a UsageError."""
+    try:
+        yield
+    except TypeError as error:
+        if "observations" not in str(error):
+            raise
+        raise UsageError(
+            "objective: ReweightedWakeSleep with insomnia < 1 calls model and guide with observations={site: simulated "
+            "value}, and one of them has no such argument. Give it to both, observations=None by default, and let the "
+            "guide read the values where they are given; or pass insomnia=1"
+        ) from error
 
 
 def _total(loss: Any) -> float:

@@ -19,6 +19,7 @@ from ppvae.errors import UsageError
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
+from ppvae.objectives.pyro_losses import not_an_elbo
 from ppvae.rng import fork_all_rngs
 from ppvae.training.run import Run
 from ppvae.training.setting_text import setting_text
@@ -100,7 +101,7 @@ def fit(
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
     if not isinstance(objective, ELBO | None):
-        raise UsageError(f"objective: expected an object as Trace_ELBO(), found {objective!r}")
+        raise not_an_elbo(objective)
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
             f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"

@@ -9,14 +9,14 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from ppvae.data.admission import admit, check_argument_order
 from ppvae.data.holders import allow_missing
 from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
-from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.errors import ContractError, UsageError
 from ppvae.inference import inspection
 from ppvae.inference.contract.describe import global_latent_caveat
 from ppvae.inference.contract.registration import CheckRegistration
@@ -28,6 +28,7 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives import Objective
+from ppvae.objectives.pyro_losses import check_guide_of_loss
 from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
@@ -102,11 +103,7 @@ def inspect_for_training(
     caveats = (*structure.training_caveats, global_latent_caveat(structure, len(train), len(first[0])))
     for caveat in filter(None, caveats):
         log.warning("ppvae: %s", caveat)
-    if structure.non_reparameterized and isinstance(objective, TraceMeanField_ELBO):
-        raise site_error(
-            structure.non_reparameterized[0], f"a reparameterised latent for {type(objective).__name__}, which has "
-            "pathwise gradients alone", "one without", "pass objective=pyro.infer.Trace_ELBO()"
-        )  # fmt: skip
+    check_guide_of_loss(objective, guide, batch, structure)
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "

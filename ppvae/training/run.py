@@ -6,7 +6,7 @@ import copy
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,13 @@ from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
 from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained, unwrap
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, trace_pair
+from ppvae.inference.tracing import Program, params_of, trace_pair
 from ppvae.rng import fork_rng
 from ppvae.storage import write_bytes, write_json
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+
+Params = Mapping[str, torch.Tensor]  # of one side, by name
 
 
 class _DetachedCopies(TorchFunctionMode):
@@ -69,12 +71,15 @@ class Run:
         return self.history[-1] if self.history else {}
 
 
-def bind(model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope) -> tuple[BoundProgram, BoundProgram]:
-    """The pair bound to a scope, which the bare functions then use as well."""
+def bind(
+    model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope, of_model: Params, of_guide: Params
+) -> tuple[BoundProgram, BoundProgram]:
+    """The pair bound to a scope, which the bare functions that have parameters of it then use as well."""
     scope.record_end_of_run()
     scope.forget_weak_references()
-    record_trained(model, scope)
-    record_trained(guide, scope)
+    for side, own, others in ((model, of_model, of_guide), (guide, of_guide, of_model)):
+        if own or scope.params.keys() - others.keys():
+            record_trained(side, scope)
     return BoundProgram(model, scope), BoundProgram(guide, scope)
 
 
@@ -194,7 +199,7 @@ def load(
         scope.entered(), fork_rng(), default_dtype(dtype), torch.no_grad(), record_modules(model, guide) as modules
     ):  # fmt: skip
         with eval_mode(model, guide), CheckRegistration(create=True) as registration:
-            trace_pair(model, guide, batch, Structure(), {})
+            of_model, of_guide = map(params_of, trace_pair(model, guide, batch, Structure(), {}))
         registration.store_module_local()
         if dtype is not None:  # parameters and buffers that the pair makes with a type of their own
             for tensor in (*scope.params.values(), *(b for module in modules for b in module.buffers(recurse=False))):
@@ -203,7 +208,7 @@ def load(
         if best and saved["best"] is None:
             raise CheckpointError(f"{folder}: the run had no validation data, so that no parameters are best")
         state.restore(saved["best"]["state"] if best else saved["state"])
-    bound_model, bound_guide = bind(model, guide, scope)
+    bound_model, bound_guide = bind(model, guide, scope, of_model, of_guide)
     finished = saved["stopped"] or saved["epoch"] >= config.get("epochs", 0)
     stopped = "" if finished else f"the run stopped at epoch {saved['epoch']} of {config['epochs']}"
     return Run(bound_model, bound_guide, saved["history"], folder, config, stopped)

@@ -195,7 +195,8 @@ class Trainer:
         if patience is not None and self.best is not None:
             with self.scope.entered():
                 self.state.restore(self.best["state"])
-        run.model, run.guide = bind(self.model, self.guide, self.scope)
+        s = self.structure
+        run.model, run.guide = bind(self.model, self.guide, self.scope, s.model_params, s.guide_params)
         return run
 
     def _run_epochs(

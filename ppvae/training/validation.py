@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import final
 
@@ -26,6 +27,8 @@ from ppvae.rng import derive_seed, fork_rng
 
 ROWS = 1000
 
+log = logging.getLogger("ppvae")
+
 
 @final
 class ValidationMetrics:
@@ -43,6 +46,7 @@ class ValidationMetrics:
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
         self._function: CompiledFunction | None = None
+        self._warned = False
         whole = held_out or bool(structure.row_order)
         self._count = len(loader) if whole else min(len(loader), ROWS)
         with fork_rng():
@@ -77,11 +81,12 @@ class ValidationMetrics:
                 sums = None
                 if products is not None and number > 0 and stop - start == size:
                     sums = self._sums_by_graph(model, guide, block, latents, products)
-                if sums is None:
+                if sums is None or not bool(sums.isfinite().all()):
                     with explain_failures(model, guide, block.batch, f"{self.prefix} {block.where}", block.rows):
                         ((_, _, t),) = block.weights(model, guide, 1, self.seed, ROWS)
                     assert t is not None  # no compiled cells
                     sums = _sums(t, latents, stop - start)
+                    self._warn_of_nonfinite(t.elbo[..., : stop - start], start)
                 totals += sums.cpu()
         elbo, log_lik, rate, *each = (totals / self._count).tolist()
         metrics = {self.key: elbo}
@@ -90,6 +95,16 @@ class ValidationMetrics:
             if len(latents) > 1:
                 metrics |= {f"{self.prefix}_kl_{name}": kl for name, kl in zip(latents, each, strict=True)}
         return metrics
+
+    def _warn_of_nonfinite(self, elbo: Tensor, start: int) -> None:
+        """Says once which row has no finite ELBO."""
+        lost = (~elbo.isfinite()).any(0).nonzero()
+        if len(lost) and not self._warned:
+            self._warned = True
+            log.warning(
+                "ppvae: %s is not finite, as the ELBO of row %d of these data: mend that row, or leave it out",
+                self.key, start + int(lost[0]),
+            )  # fmt: skip
 
     def _sums_by_graph(
         self, model: Program, guide: Program, block: Block, latents: Sequence[str], products: Choices

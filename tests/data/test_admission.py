@@ -338,3 +338,28 @@ def test_a_default_device_does_not_matter():
 def test_errors_are_of_the_library():
     with pytest.raises(PpvaeError):
         admit(object())
+
+
+class Drawn(Dataset):
+    """Samples of two columns that are drawn anew at each read."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return torch.randn(2), torch.randn(2)
+
+
+def test_the_cures_of_samples_names_and_dates_work():
+    dataset, two = Drawn(), lambda a, c: None
+    with pytest.raises(UsageError, match=r"pass tuple\(torch.utils.data.default_collate\(\[dataset\[i\] for i"):
+        admit(dataset, "data", two)
+    read = tuple(torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))]))
+    assert [c.shape for c in admit(read, "data", two)] == [(6, 2), (6, 2)]
+    with pytest.raises(UsageError, match=r"takes a, c by name alone.*leave out the [*]"):
+        admit({"a": read[0], "c": read[1]}, "data", lambda *, a, c: None)
+    assert torch.equal(admit({"c": read[1], "a": read[0]}, "data", two)[0], read[0])
+    for values in (pd.date_range("2020-01-01", periods=3), pd.Index(["a", "b", "a"]), pd.Series(["a", "b", "a"])):
+        with pytest.raises(DataError, match=r"its values are .*pandas.factorize\(x\)\[0\]"):
+            admit(values)
+        assert len(admit(pd.factorize(values)[0])[0]) == 3

@@ -9,8 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 
 from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation import bdmc
 from ppvae.evaluation.calibration import (
     Calibration,
     band,
@@ -20,6 +22,7 @@ from ppvae.evaluation.calibration import (
     p_value,
     pointwise_p_values,
 )
+from ppvae.inference import inspect
 from ppvae.models import LinearGaussian
 from tests.programs.strangers import PAIRS
 
@@ -256,6 +259,26 @@ def test_sites_that_observe_a_part_of_the_batch_need_to_be_assembled():
     )  # fmt: skip
     assert found.passed
     assert sorted(found.ranks) == ["z0", "z1", "z2"]
+
+
+def test_a_reparameterised_latent_is_no_observation():
+    """`poutine.reparam` leaves an observed site in its place, a function of the latents, which no data stand for."""
+    x = 1.5 * torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.full((1,), 0.5), 2.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):  # exact: z = 0.5 + 2 z_decentered
+        with pyro.plate("data", len(x)):
+            pyro.sample("z_decentered", dist.Normal(0.4 * (x - 0.5), 0.2**0.5).to_event(1))
+
+    model = poutine.reparam(model, {"z": LocScaleReparam(0.0)})
+    assert inspect(model, guide, x).observed_dims == 1
+    assert float(calibration(model, guide, x, replications=300, progress=False).p_values["z_decentered"]) > 0.01
+    found = bdmc(model, guide, x[:4], num_temperatures=5, progress=False)
+    assert (found.upper - found.lower).abs().max() < 1e-5
 
 
 def test_results_are_written_and_read(tmp_path):

@@ -91,3 +91,41 @@ def test_more_than_three_dims_are_refused():
     for nodes in (7, 64):
         with pytest.raises(UsageError, match="num_nodes"):
             quadrature(pair.model, pair.guide, torch.randn(3, 6), num_nodes=nodes)
+
+
+HALF_LINE = {
+    "InverseGamma": lambda one: dist.InverseGamma(3 * one, 2 * one),
+    "Gamma": lambda one: dist.Gamma(0.5 * one, one),
+    "Weibull": lambda one: dist.Weibull(one, 0.7 * one),
+    "HalfCauchy": lambda one: dist.HalfCauchy(one),
+    "LogNormal": lambda one: dist.LogNormal(0 * one, 2 * one),
+    "Pareto": lambda one: dist.Pareto(0.5 * one, 3 * one),
+    "Beta": lambda one: dist.Beta(0.5 * one, 0.5 * one),
+}
+
+
+@pytest.mark.parametrize("name", HALF_LINE)
+def test_single_precision_on_half_lines(name):
+    """Densities that overflow near an end of their support, against a fine sum over u in float64."""
+    prior, x = HALF_LINE[name], torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float32)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(torch.ones((), dtype=x.dtype)))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", prior(torch.ones((), dtype=x.dtype)))
+
+    p = prior(torch.ones(()))
+    to = torch.distributions.biject_to(p.support)
+    u = torch.linspace(-60, 12 if name != "Beta" else 60, 400_001)[:, None]
+    z = to(u)
+    with pyro.validation_enabled(False):
+        log_p = p.log_prob(z) + to.log_abs_det_jacobian(u, z)
+    log_p = torch.where(log_p.isfinite(), log_p, -torch.inf) + dist.Normal(z, 0.7).log_prob(x.double())
+    exact = log_p.logsumexp(0) + (u[1] - u[0]).log()
+    found = quadrature(model, guide, x, rows=60)
+    assert (found.log_px - exact).abs().max() < 1e-3
+    assert found.error.max() < 0.01

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoHierarchicalNormalMessenger, AutoNormalMess
 
 from ppvae import check, fit, log_marginal, objectives
 from ppvae.errors import ContractError
-from ppvae.evaluation import annealed, quadrature
+from ppvae.evaluation import annealed, calibration, quadrature
 from ppvae.inference import ParticlePlacement, inspect, terms
 
 # -- as many sites as the longest sequence of the batch ----------------------------------------------------------------
@@ -236,6 +236,82 @@ def test_a_mask_inside_an_event_is_the_same_as_one_of_rows(size):
     exact = torch.where(keep, dist.Normal(0.0, 1.25**0.5).log_prob(x.double()).sum(1), 0.0)
     assert (log_marginal(model, guide, (x, keep), num_particles=10).log_px - exact).abs().max() < 1e-5
     assert (annealed(model, guide, (x, keep), num_temperatures=5).log_px - exact).abs().max() < 1e-4
+
+
+ALL_OF_IT = {
+    "poutine.mask": lambda fn, mask: (fn, poutine.mask(mask=mask)),
+    "fn.mask": lambda fn, mask: (fn.mask(mask), poutine.mask(mask=True)),
+}
+
+
+@pytest.mark.parametrize("masking", ALL_OF_IT.values(), ids=ALL_OF_IT)
+@pytest.mark.parametrize("mask", [torch.tensor(True), torch.ones(5).bool(), True], ids=["no dims", "ones", "True"])
+def test_a_mask_that_hides_nothing_is_none(mask, masking):
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0)).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            fn, context = masking(dist.Normal(torch.zeros_like(x), 1.0), mask)
+            with context:
+                z = pyro.sample("z", fn)
+            fn, context = masking(dist.Normal(z, 0.5), mask)
+            with context:
+                pyro.sample("x", fn, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * x, 0.2**0.5))
+
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(x)
+    assert (log_marginal(model, guide, x, num_particles=10).log_px - exact).abs().max() < 1e-6
+    assert (quadrature(model, guide, x).log_px - exact).abs().max() < 1e-6
+    assert terms(model, guide, x, 3, events=True, kl=True).rates()["z"].shape[-1] == 5
+    assert not calibration(model, guide, x, replications=20, assemble=lambda s, b: (s["x"],), progress=False).notes
+
+
+def test_a_mask_of_no_dims_that_hides_a_site_takes_it_out():
+    x = torch.full((5,), -1.0).double()  # outside of a gamma's support
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            with poutine.mask(mask=off):
+                pyro.sample("x", dist.Normal(z, 1.0) if off is not False else dist.Gamma(z.exp(), 1.0).mask(off), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+
+    for mask in (torch.tensor(False), False):
+        off = mask
+        assert log_marginal(model, guide, x, num_particles=3).log_px.abs().max() < 1e-12
+        assert quadrature(model, guide, x).log_px.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("side", ["model", "guide"])
+def test_a_mask_of_one_side_that_hides_the_latents_of_a_later_batch_is_refused(side):
+    x = torch.cat([torch.ones(400), -torch.ones(400)])
+
+    def sides(masked):
+        return poutine.mask(mask=x_of[0] > 0) if masked else poutine.mask(mask=True)
+
+    x_of = [x]
+
+    def model(x):
+        x_of[0] = x
+        with pyro.plate("data", len(x)):
+            with sides(side == "model"):
+                z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        x_of[0] = x
+        with pyro.plate("data", len(x)), sides(side == "guide"):
+            pyro.sample("z", dist.Normal(0.8 * x, 0.2**0.5))
+
+    assert "z" in check(model, guide, x[:400])
+    with pytest.raises(ContractError, match=r"'z'.*same mask"):
+        log_marginal(model, guide, x, num_particles=3)
 
 
 def test_masks_of_other_elements_are_refused():

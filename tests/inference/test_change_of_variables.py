@@ -192,6 +192,49 @@ def test_a_delta_that_is_no_change_of_variables_is_refused(model, make, words):
     assert inspect(model, guide_through(make), torch.randn(N), weights=False).weights_refusal
 
 
+@pytest.mark.parametrize("guide", [AutoDiagonalNormal, AutoMultivariateNormal])
+def test_one_helper_of_all_data_is_told_as_that_and_the_cure_works(guide):
+    x = torch.randn(N)
+    auto = guide(real)
+    auto(x)
+    with pytest.raises(ContractError, match=f"{N} dims in all.*as AutoNormal does"):
+        terms(real, auto, x)
+    auto = AutoNormal(real, init_scale=0.7)
+    auto(x)
+    assert log_marginal(real, auto, x, num_particles=10, progress=False).log_px.isfinite().all()
+
+
+@pytest.mark.parametrize("drawn_from", ["the latent", "the data, and the latent from it"])
+def test_the_cures_of_a_helper_without_a_delta_give_exact_weights(drawn_from):
+    x = torch.randn(N)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+
+    def guide_with(infer):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                if drawn_from == "the latent":
+                    z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+                    pyro.sample("h", dist.Normal(z, 1.0), infer=infer)
+                else:
+                    h = pyro.sample("h", dist.Normal(x / 2, 1.0), infer=infer)
+                    pyro.sample("z", dist.Normal((x + h) / 3, (1 / 3) ** 0.5))
+
+        return guide
+
+    def with_helper(x):  # the guide's density of the helper given the latent
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("h", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ContractError, match=r"'h'.*remove it, or mark a helper, which a Delta makes a latent"):
+        terms(real, guide_with({}), x)
+    with pytest.raises(ContractError, match=r"'h'.*Remove it where no latent is drawn from it; else sample it in the"):
+        terms(real, guide_with({"is_auxiliary": True}), x)
+    est = log_marginal(with_helper, guide_with({}), x, num_particles=4000, progress=False)
+    assert (est.log_px - exact).abs().max() < (1e-9 if drawn_from == "the latent" else 0.1)
+
+
 def test_a_delta_beside_a_helper_that_another_delta_uses():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -454,6 +454,25 @@ def test_enumeration_by_a_few_draws_is_no_enumeration():
     assert_refused(model, lambda x: None, data(), "'y'")
 
 
+def test_a_subsample_that_the_guide_alone_draws_and_its_cure():
+    def pair_with(model_size, obs):
+        def model(x):
+            with pyro.plate("data", len(x), subsample_size=model_size) as rows:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=obs(x, rows))
+
+        def guide(x):
+            with pyro.plate("data", len(x), subsample_size=2) as rows:
+                pyro.sample("z", dist.Normal(x[rows] / 2, 0.5**0.5))
+
+        return model, guide
+
+    assert_refused(*pair_with(None, lambda x, rows: x), data(), "'x'", "the 2 rows that plate 'data' draws", "all 5")
+    x = data()
+    est = log_marginal(*pair_with(2, lambda x, rows: x[rows]), x, num_particles=3)
+    torch.testing.assert_close(est.log_px, dist.Normal(0.0, 2**0.5).log_prob(x), rtol=0, atol=1e-6)
+
+
 def test_guide_and_model_disagree_on_the_size_of_the_data():
     def guide(x):
         with pyro.plate("data", 100, subsample=x):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ppvae import check, fit, log_marginal
 from ppvae.errors import ContractError
-from ppvae.evaluation import annealed
+from ppvae.evaluation import annealed, bdmc, quadrature
 from ppvae.inference import inspect, terms
 from ppvae.objectives import ELBO, IWAE
 
@@ -255,3 +255,92 @@ def test_a_prior_without_an_inverse_has_no_density_at_the_guide_s_draws():
 
     with pytest.raises(ContractError, match=r"'z'.*evaluated at given values.*TransformedDistribution"):
         log_marginal(model, guide, torch.randn(N, 2))
+
+
+class Shapeless(dist.Distribution):
+    """The least that Pyro's losses ask of a distribution."""
+
+    def __init__(self, loc):
+        self.loc = loc
+
+    def sample(self, *args, **kwargs):
+        return self.loc + torch.randn(self.loc.shape)
+
+    def log_prob(self, value, *args, **kwargs):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+class WithShapes(Shapeless, dist.TorchDistribution):
+    def __init__(self, loc):
+        Shapeless.__init__(self, loc)
+        dist.TorchDistribution.__init__(self, loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return WithShapes(self.loc.expand(batch_shape))
+
+
+@pytest.mark.parametrize("place", ["prior", "likelihood", "guide"])
+def test_a_distribution_without_shapes_is_refused_and_the_cure_gives_exact_weights(place):
+    def pair_with(kind):
+        own = {"prior": dist.Normal, "likelihood": dist.Normal, "guide": dist.Normal, place: lambda loc, _: kind(loc)}
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", own["prior"](torch.zeros(len(x)), 1.0))
+                pyro.sample("x", own["likelihood"](z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", own["guide"](x / 2, 0.5**0.5 if place != "guide" else 1.0))
+
+        return model, guide
+
+    x = torch.randn(N)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    for ask in (check, log_marginal):
+        with pytest.raises(ContractError, match=r"site '[xz]'.*Shapeless, which has none. Derive it from pyro.dist"):
+            ask(*pair_with(Shapeless), x)
+    est = log_marginal(*pair_with(WithShapes), x, num_particles=2000, progress=False).log_px
+    assert (est - exact).abs().max() < (0.1 if place == "guide" else 1e-9)
+
+
+LIKELIHOODS = {
+    "Bernoulli": (lambda z: dist.Bernoulli(logits=z), (torch.bool, torch.int64, torch.uint8)),
+    "Geometric": (lambda z: dist.Geometric(logits=z), (torch.bool, torch.uint8)),  # whose density negates the value
+    "Normal": (lambda z: dist.Normal(z, 1.0), (torch.bool,)),
+    "Categorical": (lambda z: dist.Categorical(logits=torch.stack([z, -z], -1)), ()),
+    "Poisson": (lambda z: dist.Poisson(z.exp()), ()),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_bools_and_integers_are_taken_as_numbers_or_refused_with_a_cure_that_works(name):
+    likelihood, refused = LIKELIHOODS[name]
+    bits = torch.arange(N) % 3 == 0
+
+    def model_of(obs):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("x", likelihood(z), obs=obs(x))
+
+        return model
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    z = torch.linspace(-12, 12, 20_001)[:, None].expand(-1, N)
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + likelihood(z).log_prob(bits.double())
+    exact = log_p.logsumexp(0) + math.log(24 / 20_000)
+    plain, cured = model_of(lambda x: x), model_of(lambda x: x.double())
+    for dtype in (torch.bool, torch.int64, torch.uint8):
+        x = bits.to(dtype)
+        if dtype in refused:
+            for ask in (check, log_marginal):
+                with pytest.raises(ContractError, match=f"'x'.*{name} computes with; found {str(dtype)[6:]}.*float"):
+                    ask(plain, guide, x)
+        for model, values in ((cured, x), (plain, x.double()), *([] if dtype in refused else [(plain, x)])):
+            assert (quadrature(model, guide, values).log_px - exact).abs().max() < 1e-6
+        if name in ("Bernoulli", "Categorical"):  # whose draws a column of this type holds
+            assert bdmc(cured, guide, x[:3], num_temperatures=3, progress=False).lower.isfinite().all()

@@ -1,7 +1,9 @@
 """One log-density per datum: data that depend on each other given their latents, and densities of too few dims."""
 
 import math
+import random
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -68,6 +70,38 @@ def test_batch_norm_with_running_statistics_is_taken():
     exact = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
     est = log_marginal(model_with(batch_norm(track=True)), guide, x, num_particles=400)
     torch.testing.assert_close(est.log_px, exact, rtol=0, atol=1e-3)  # the eps of batch norm
+
+
+GLOBAL_NOISE = {
+    "numpy": lambda shape: torch.as_tensor(np.random.randn(*shape)),  # noqa: NPY002
+    "random": lambda shape: torch.tensor([random.gauss(0, 1) for _ in range(shape[0])])[:, None],
+    "torch": torch.randn,
+}
+NUMPY, TORCH = np.random.default_rng(0), torch.Generator()
+OWN_NOISE = {
+    "numpy": lambda shape: torch.as_tensor(NUMPY.standard_normal(shape)),
+    "torch": lambda shape: torch.randn(shape, generator=TORCH),
+}
+
+
+@pytest.mark.parametrize("name", GLOBAL_NOISE)
+def test_noise_in_the_model_is_averaged_over_whatever_it_is_drawn_by(name):
+    x = torch.randn(N, 1)
+    exact = dist.Normal(0.0, 2.25**0.5).log_prob(x[:, 0])
+    model = model_with(lambda z, x: z + 0.5 * GLOBAL_NOISE[name](x.shape))
+    before = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = (log_marginal(model, guide, x, num_particles=1000, progress=False).log_px for _ in range(2))
+    assert (first - exact).abs().max() < 0.2
+    assert torch.equal(first, second)
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", OWN_NOISE)
+def test_noise_of_a_generator_of_its_own_is_refused_for_what_it_is(name):
+    model, x = model_with(lambda z, x: z + 0.5 * OWN_NOISE[name](x.shape)), torch.randn(N, 1)
+    with pytest.raises(ContractError, match=r"'x'.*two runs of the same rows at one seed.*as by torch.randn"):
+        log_marginal(model, guide, x, num_particles=3)
 
 
 def test_a_guide_may_look_at_other_rows():

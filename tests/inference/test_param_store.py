@@ -477,6 +477,36 @@ def test_another_model_beside_a_trained_guide(programs):
     assert_is(found(other, run.guide), log_px(*values(run.model.scope)))
 
 
+def test_a_model_trained_by_pyro_beside_a_guide_without_parameters(caplog):
+    """A guide that has no parameters has none of the run that trained another model beside it."""
+
+    def model_of(scale):
+        def model(x):
+            loc = pyro.param("loc", torch.tensor(0.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(loc, scale))
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+        return model
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior(x, torch.tensor(1.0), torch.tensor(1.0)))
+
+    first, second = model_of(1.0), model_of(1.0)
+    run = trained(first, guide)
+    train_by_pyro(second, guide)
+    own = pyro.param("loc").detach().clone()
+    est = log_marginal(second, guide, X, num_particles=2000, progress=False).log_px
+    assert (est - log_px(own, torch.tensor(1.0))).mean().abs() < 0.02
+    assert (own - run.model.scope.params["loc"]).abs() > 0.01
+    pyro.clear_param_store()
+    trained(model_of(1.0), guide)
+    assert not caplog.records
+    est = log_marginal(first, guide, X, num_particles=2000, progress=False).log_px
+    assert (est - log_px(run.model.scope.params["loc"].detach(), torch.tensor(1.0))).mean().abs() < 0.02
+
+
 def test_a_wrapper_of_two_trained_programs_is_neither(programs):
     model, guide = programs
 

@@ -15,7 +15,7 @@ from ppvae import evaluation, fit, log_marginal
 from ppvae.errors import ContractError, DataError, TrainingError, UsageError
 from ppvae.inference import SVI
 from ppvae.inference.compiled_step import WAIT
-from ppvae.inference.contract.support import RecordValidity, check_parameters
+from ppvae.inference.contract.validity import RecordValidity, check_parameters
 
 N, ROW = 120, 93  # a row of neither the first block nor the first batch
 FIT = functools.partial(fit, batch_size=40, progress=False)

@@ -8,16 +8,19 @@ import pytest
 import torch
 from pyro.contrib.gp.kernels import RBF
 from pyro.infer import (
+    EnergyDistance,
     JitTrace_ELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
     Trace_MMD,
+    TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
 
 from ppvae import fit
 from ppvae.cli.fit import OBJECTIVES
-from ppvae.errors import UsageError
+from ppvae.errors import ContractError, UsageError
+from ppvae.inference import SVI
 from ppvae.objectives.pyro_losses import single_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,3 +100,52 @@ def test_several_losses_are_summed_and_have_pyros_gradients():
     model, guide, *_ = make_pair()
     rws = ReweightedWakeSleep(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     assert torch.tensor(fit(model, guide, X, objective=rws, epochs=2, batch_size=20).metrics["loss"]).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("objective", "found"),
+    [
+        (Trace_ELBO, r"the class Trace_ELBO. Pass an object of it, as Trace_ELBO\(\)"),
+        (Trace_ELBO().differentiable_loss, "a function. Train on it with ppvae.inference.SVI"),
+        (EnergyDistance(num_particles=2), "EnergyDistance. Train on it with ppvae.inference.SVI"),
+    ],
+    ids=["class", "function", "EnergyDistance"],
+)
+def test_a_loss_that_is_no_elbo_is_refused_with_what_takes_it(objective, found):
+    pyro.clear_param_store()
+    model, guide, net, _ = make_pair()
+    with pytest.raises(UsageError, match=f"pyro.infer.ELBO.*found {found}"):
+        fit(model, guide, X, objective=objective, epochs=1)
+    if not isinstance(objective, type):
+        before = net.weight.detach().clone()
+        SVI(model, guide, lambda p: torch.optim.Adam(p, lr=0.1), objective).step(X)
+        assert not torch.equal(before, net.weight)
+
+
+def test_a_guide_factor_without_a_gradient_is_refused_under_the_mean_field_loss_alone():
+    model, guide, *_ = make_pair()
+
+    def guide_with(has_rsample):
+        def with_factor(x):
+            guide(x)
+            pyro.factor("f", torch.tensor(-3.0), has_rsample=has_rsample)
+
+        return with_factor
+
+    options = {"epochs": 1, "progress": False, "compile": False}
+    with pytest.raises(ContractError, match=r"site 'f'.*TraceMeanField_ELBO.*has_rsample=False.*Trace_ELBO\(\)"):
+        fit(model, guide_with(False), X, objective=TraceMeanField_ELBO(), **options)
+    for objective, has_rsample in ((Trace_ELBO(), False), (TraceMeanField_ELBO(), True)):
+        assert fit(model, guide_with(has_rsample), X, objective=objective, **options).metrics["loss"] > 0
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_the_sleep_phase_asks_for_a_guide_that_takes_observations(vectorize):
+    model, guide, _, enc = make_pair()
+    rws = ReweightedWakeSleep(num_particles=4, insomnia=0.5, vectorize_particles=vectorize, max_plate_nesting=1)
+    with pytest.raises(UsageError, match=r"insomnia < 1.*observations=None.*insomnia=1"):
+        fit(model, guide, X, objective=rws, epochs=1, progress=False)
+    before = enc.weight.detach().clone()
+    guide_of_both = lambda x, observations=None: guide(observations["x"] if observations else x)  # noqa: E731
+    fit(lambda x, observations=None: model(x), guide_of_both, X, objective=rws, epochs=1, progress=False)
+    assert not torch.equal(before, enc.weight)

@@ -1146,3 +1146,14 @@ def test_a_loss_that_is_read_late_puts_the_parameters_back_to_the_epoch_before(m
         fit(pair.model, pair.guide, x, epochs=4, batch_size=4, callbacks=[note])
     for a, b in zip(kept[1], pair.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_validation_data_without_a_finite_elbo_are_named_once(caplog):
+    pair, x = LinearGaussian(3, 2), torch.randn(50, 3)
+    valid = x.clone()
+    valid[7] = 1e25
+    run = fit(pair.model, pair.mean_field, x, valid=valid, epochs=3, progress=False)
+    assert not math.isfinite(run.metrics["valid_elbo"])
+    assert [r.message for r in caplog.records if "row 7 of these data" in r.message] == [
+        "ppvae: valid_elbo is not finite, as the ELBO of row 7 of these data: mend that row, or leave it out"
+    ]

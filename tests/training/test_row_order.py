@@ -226,3 +226,28 @@ def test_other_data_than_those_that_the_rows_belong_to_are_refused():
 
     with pytest.raises(ContractError):
         log_marginal(model, guide, torch.randn(120), num_particles=30)
+
+
+@pytest.mark.parametrize("uses", ["alone", "beside the data"])
+def test_a_row_for_each_datum_on_another_number_of_data_is_told_as_that(uses):
+    x = torch.randn(120, 2, generator=torch.Generator().manual_seed(0))
+
+    def model(x, index=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.7).to_event(1), obs=x)
+
+    def guide(x, index=None):
+        loc = pyro.param("loc", lambda: torch.zeros(120, 2))
+        loc = loc if index is None else loc[index]
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc if uses == "alone" else loc + x, 0.57).to_event(1))
+
+    run = fit(model, guide, x, epochs=1, batch_size=120, progress=False)
+    for rows in (50, 7):
+        with pytest.raises(ContractError, match=rf"'loc' of shape \[120, 2\] has one row.*found a batch of {rows}\."):
+            log_marginal(run.model, run.guide, x[:rows], num_particles=3, progress=False)
+    assert len(log_marginal(run.model, run.guide, x, num_particles=3, progress=False).log_px) == 120
+    _, index = data.indexed(x)
+    by_index = log_marginal(run.model, run.guide, (x[:50], index[:50]), num_particles=3, progress=False)
+    assert by_index.log_px.isfinite().all()

@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.unconstrained.compiled_potential import CompiledPotential
 from ppvae.evaluation.unconstrained.potential import Potential, prior_as_guide
 from ppvae.inference.terms import evaluate_terms
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class AnnealingSession:
 
     def noise(self, *key: Any) -> torch.Generator:
         """The transitions' noise stream of a key; the global generator, for draws of the pair, is seeded by it too."""
-        torch.manual_seed(derive_seed(self.settings.seed, *key))
+        seed_all(derive_seed(self.settings.seed, *key))
         return torch.Generator(device=self.run.device).manual_seed(derive_seed(self.settings.seed, *key, "moves"))
 
     def path(self, potential: Potential, number: int, progress: BlockContext) -> AnnealingPlan:

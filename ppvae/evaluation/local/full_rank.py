@@ -17,7 +17,7 @@ from ppvae.evaluation.local.parameters import WhitenedNormal
 from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import frozen_params
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 MOMENT_DRAWS = 1000  # per datum, for the moments at which a family starts
 DIAGONAL_JITTER = 1e-6  # added to a covariance before its Cholesky factor, relative to its diagonal
@@ -61,7 +61,7 @@ class FullRankGuide:
         if Role.ENUMERATED in block.s.guide_roles.values():
             raise ContractError("the guide enumerates a latent, so that others are drawn once for each of its values")
         self._size, self._number = block.size, block.number
-        torch.manual_seed(derive_seed(seed, block.number, "moments"))
+        seed_all(derive_seed(seed, block.number, "moments"))
         with start.installed():
             self._potential = Potential(start.model, start.guide, block, rows)
             u = self._potential.sample_start(MOMENT_DRAWS)
@@ -88,7 +88,7 @@ class FullRankGuide:
 
     def log_weights(self, num_particles: int, seed: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number, first in enumerate(range(0, num_particles, PARTICLE_BLOCK)):
-            torch.manual_seed(derive_seed(seed, self._number, number))
+            seed_all(derive_seed(seed, self._number, number))
             log_weight = self.elbo(min(PARTICLE_BLOCK, num_particles - first))
             yield log_weight, log_weight
 

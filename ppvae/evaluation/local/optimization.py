@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 GRADIENT_PARTICLES = 10  # per datum and step
 SELECTION_PARTICLES = 1000  # per datum, for the ELBO that selects the better of two parameters
@@ -59,7 +59,7 @@ def optimize_local_elbo(
             return gain, 0
         best_params = [param.detach().clone() for param in guide.params]
         for done in range(1, rounds + 1):
-            torch.manual_seed(derive_seed(seed, "climb", done))
+            seed_all(derive_seed(seed, "climb", done))
             _run_adam(guide, steps, on_step)
             new = _selection_elbo(guide, seed)
             better = new > best
@@ -90,7 +90,7 @@ def _run_adam(guide: OptimizableGuide, steps: int, on_step: Callable[[], Any]) -
 
 def _selection_elbo(guide: OptimizableGuide, seed: int) -> Tensor:
     """The ELBO from common random numbers, [N]."""
-    torch.manual_seed(derive_seed(seed, "selection"))
+    seed_all(derive_seed(seed, "selection"))
     runs = SELECTION_PARTICLES // PARTICLE_BLOCK
     return torch.stack([guide.elbo(PARTICLE_BLOCK).mean(0) for _ in range(runs)]).mean(0)
 

@@ -17,7 +17,7 @@ from ppvae.evaluation.unconstrained.chain_state import ChainState
 from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 FIT_ROWS = 1000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
 
@@ -59,7 +59,7 @@ class RefinedProposal:
                 _check_deterministic(block)
                 terms = evaluate_terms(run.model, run.guide, block.batch, 1, structure=block.s, index=block.index)
                 block.check_supports(terms)
-                torch.manual_seed(derive_seed(run.seed, block.number, "proposal"))
+                seed_all(derive_seed(run.seed, block.number, "proposal"))
                 fitted = fit_proposal(self)
         self.fitted = fitted
 
@@ -74,7 +74,7 @@ class RefinedProposal:
         with pyro.validation_enabled(False), torch.no_grad():
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
-                torch.manual_seed(derive_seed(self.run.seed, self.block.number, noise or "refined", number))
+                seed_all(derive_seed(self.run.seed, self.block.number, noise or "refined", number))
                 for u in self._draw(count).split(step):
                     log_guide, log_joint = self._potential.log_densities(u)
                     extra = self._masked_log_density(u)

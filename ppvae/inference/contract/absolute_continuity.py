@@ -52,7 +52,7 @@ def check_each_latent(model: Mapping[str, Any], guide: Mapping[str, Any], guide_
         if role is Role.AUXILIARY:
             continue
         p, q = model[name], guide[name]
-        check_same_mask(name, p, q)
+        check_same_mask(name, mask_of(p), mask_of(q))
         if _is_point_mass(q):
             lower_bound_only = lower_bound_only or _has_discrete_prior(p)
         elif _has_discrete_prior(p):
@@ -91,9 +91,9 @@ def _holds_draws(outer: Any, inner: Any) -> bool | None:
         return None
 
 
-def check_same_mask(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
+def check_same_mask(name: str, p: Any, q: Any) -> None:
     """A latent has one mask, in the model and in the guide."""
-    if not same_mask(mask_of(p), mask_of(q)):
+    if not same_mask(p, q):
         raise site_error(
             name, "the same mask in model and guide", "a mask that differs between the two",
             "mask both sides of a latent alike",

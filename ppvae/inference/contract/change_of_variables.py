@@ -121,7 +121,7 @@ def check_change_of_variables(
         maps = replace(maps, plate=None)
         systems = [(auxiliary, list(points))]
     for helpers, images in systems:
-        check_each_is_mapped(maps, helpers, images)
+        check_each_is_mapped(maps, helpers, images, points)
         if images:
             jacobian = Jacobian(maps, helpers, images)
             check_rows_are_mapped_alone(maps, helpers, images)
@@ -192,8 +192,11 @@ def point_mass(name: str, model: Nodes) -> ContractError:
     )
 
 
-def check_each_is_mapped(maps: Maps, helpers: Sequence[str], images: Sequence[str]) -> None:
-    """Each Delta depends on auxiliary values of as many dims as all Deltas have, and each auxiliary value is used."""
+def check_each_is_mapped(maps: Maps, helpers: Sequence[str], images: Sequence[str], points: Sequence[str]) -> None:
+    """Each Delta depends on auxiliary values of as many dims as all Deltas have, and each auxiliary value is used.
+
+    `points` are the Deltas at any place, `images` those beside these helpers.
+    """
     for name in images:
         u = maps.coordinates(name)
         if not bool(_gradients(maps, helpers, (u * torch.randn_like(u)).sum()).any()):
@@ -205,8 +208,10 @@ def check_each_is_mapped(maps: Maps, helpers: Sequence[str], images: Sequence[st
         raise site_error(
             helpers[0],
             "a helper that a Delta site turns into a latent, dim for dim",
-            f"{given - found} dims per datum that the model has no density for",
-            "give the latent a density of its own in the guide",
+            f"{given - found} dims {'a datum' if maps.by_row(helpers[0]) else 'in all'} without a density in the model",
+            "give the latent a density of its own in the guide, as AutoNormal does"
+            if points
+            else "remove it where no latent is drawn from it; else sample it in the model, too, by a density given it",
         )
 
 

@@ -6,25 +6,19 @@ densities of rows that stay must stay, too. The guide may look at any row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
-from ppvae.errors import site_error
-from ppvae.inference.contract.rows import (
-    Nodes,
-    close,
-    row_log_prob,
-    run_at,
-    sampled_values,
-    take_batch_rows,
-    take_value_rows,
-)
+from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution
-from ppvae.inference.tracing import Program
+from ppvae.inference.structure import Structure
+from ppvae.inference.tracing import Program, event_dim, node_log_prob, sample_sites, trace_program
 
+Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 CURE = (
     "no datum has a log p(x) of its own then: let its density read its row alone, as batch norm with "
     "track_running_stats=True does; rows that belong together, as the nodes of a graph, are one datum x[None]"
@@ -43,7 +37,8 @@ def check_independence(
     inside = {n: node for n, node in nodes.items() if any(f.name == plate for f in node["cond_indep_stack"])}
     size = next(f.size for node in inside.values() for f in node["cond_indep_stack"] if f.name == plate)
     values = sampled_values(nodes)
-    before = run_at(model, batch, values if index is None else values | {plate: index})
+    given = values if index is None else values | {plate: index}
+    before = run_at(model, batch, given)
     for rows in replacements(size):
         moved = take_value_rows(values, rows, size, inside)
         if index is not None:
@@ -58,7 +53,11 @@ def check_independence(
             old = row_log_prob(before[name])
             # a longest sequence that is gone takes sites with it, which are masked in all rows that stay
             new = row_log_prob(after[name]) if name in after else torch.zeros_like(old)
-            check_density_kept(name, old, new, kept)
+            try:
+                check_density_kept(name, old, new, kept)
+            except ContractError:
+                check_same_noise(name, old, row_log_prob(run_at(model, batch, given)[name]))
+                raise
 
 
 def replacements(size: int) -> Iterator[Tensor]:
@@ -74,8 +73,7 @@ def replacements(size: int) -> Iterator[Tensor]:
 
 
 def check_density_kept(name: str, before: Tensor, after: Tensor, kept: Tensor) -> None:
-    kept = kept.to(before.device)
-    changed = kept & ~close(before, after)
+    changed = kept.to(before.device) & ~close(before, after)
     if bool(changed.any()):
         row = int(changed.nonzero()[0])
         raise site_error(
@@ -83,6 +81,20 @@ def check_density_kept(name: str, before: Tensor, after: Tensor, kept: Tensor) -
             "a density of each datum that depends on its own row alone, given its latents",
             f"log p of row {row} moving from {before[row]:.4g} to {after[row]:.4g} as other rows change",
             CURE,
+        )
+
+
+def check_same_noise(name: str, first: Tensor, second: Tensor) -> None:
+    """Two runs of the same rows at one seed have the same densities."""
+    changed = ~close(first, second)
+    if bool(changed.any()):
+        row = int(changed.nonzero()[0])
+        raise site_error(
+            name,
+            "random numbers that the seed of torch, NumPy or Python's random gives",
+            f"log p of row {row} of {first[row]:.4g} and of {second[row]:.4g} in two runs of the same rows at one seed",
+            "draw them without a generator of their own (torch.Generator, numpy.random.default_rng), as by "
+            "torch.randn, or make them a latent",
         )
 
 
@@ -118,3 +130,52 @@ def check_not_coupled(model: Program, batch: Sequence[Any], nodes: Nodes, name: 
             f"one that couples all {len(batch[0])} rows of the batch",
             CURE,
         )
+
+
+# -- runs on other rows: a batch and its latents with rows taken anew --------------------------------------------------
+
+
+def sampled_values(nodes: Nodes) -> dict[str, Tensor]:
+    """The values of the sites that are not observed."""
+    return {name: node["value"] for name, node in nodes.items() if not node["is_observed"]}
+
+
+def take_batch_rows(batch: Sequence[Any], rows: Tensor, size: int) -> tuple[Any, ...]:
+    """The rows of every argument of the pair that goes over the batch."""
+    return tuple(_take(column, rows, size, 0) for column in batch)
+
+
+def take_value_rows(values: Mapping[str, Tensor], rows: Tensor, size: int, nodes: Nodes) -> dict[str, Tensor]:
+    """The rows of the values of sites `nodes`, those in the data plate; other values as they are."""
+    return {n: _take(v, rows, size, -1 - event_dim(nodes[n])) if n in nodes else v for n, v in values.items()}
+
+
+def _take(value: Any, rows: Tensor, size: int, dim: int) -> Any:
+    if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim() or value.shape[dim] != size:
+        return value
+    if size > 1 and value.stride(dim) == 0:  # one row stands for all, and goes on doing so
+        return value.narrow(dim, 0, 1).expand(
+            *(len(rows) if i == dim % value.dim() else -1 for i in range(value.dim()))
+        )
+    return value.index_select(dim, rows.to(value.device))
+
+
+def run_at(
+    program: Program, batch: Sequence[Any], values: Mapping[str, Tensor], s: Structure | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """The sample sites of a run at given latents, always in the same noise, without gradient and validation."""
+    with fork_all_rngs(), torch.no_grad(), pyro.validation_enabled(False):
+        seed_all(seed)
+        return dict(sample_sites(trace_program(program, batch, s or Structure(), values)))
+
+
+def row_log_prob(node: dict[str, Any]) -> Tensor:
+    """The log-density of each row of a site in the data plate, [rows]."""
+    log_prob = node_log_prob(node)
+    return log_prob.reshape(-1, log_prob.shape[-1]).sum(0)
+
+
+def close(a: Tensor, b: Tensor) -> Tensor:
+    """Which log-densities are equal up to the rounding of a run on other rows."""
+    near = (a - b).abs() <= (1e-8 if a.dtype is torch.float64 else 1e-4) * (1 + a.abs())
+    return near | (a == b) | (a.isnan() & b.isnan())

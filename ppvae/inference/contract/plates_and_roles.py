@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, site_error
-from ppvae.inference.contract.independence import check_not_coupled
-from ppvae.inference.contract.rows import run_at, take_batch_rows
-from ppvae.inference.contract.support import base_distribution, check_support, is_factor
+from ppvae.inference.contract.independence import check_not_coupled, run_at, take_batch_rows
+from ppvae.inference.contract.support import base_distribution, check_support, check_type_of_values, is_factor
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program, find_subsample, node_log_prob
 
@@ -211,7 +210,7 @@ def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None
             name,
             f"a latent of the model (one of {sorted(n for n in model if not model[n]['is_observed'])})",
             "a guide site that the model does not have",
-            "rename it, or mark a helper with infer={'is_auxiliary': True}",
+            "rename or remove it, or mark a helper, which a Delta makes a latent, with infer={'is_auxiliary': True}",
         )
 
 
@@ -271,6 +270,8 @@ def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], g
 
 def check_event(name: str, node: Node) -> None:
     """A site has one log-density per element of its plates: all other dims are declared as an event."""
+    check_has_shapes(name, node)
+    check_type_of_values(name, node)
     plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None}
     shape = _log_prob_shape(name, node)
     for i, size in enumerate(reversed(shape), 1):
@@ -287,6 +288,17 @@ def check_event(name: str, node: Node) -> None:
     for dim in (dim for dim, size in plates.items() if size < 0):  # a plate without a size goes over what it is given
         plates[dim] = value.shape[dim - event] if event - dim <= value.dim() else 1
     check_one_density_per_element(name, node, shape, plates)
+
+
+def check_has_shapes(name: str, node: Node) -> None:
+    fn = node["fn"]
+    if not (hasattr(fn, "batch_shape") and hasattr(fn, "event_shape")):
+        raise site_error(
+            name,
+            "a distribution with a batch_shape and an event_shape",
+            f"{type(fn).__name__}, which has none",
+            "derive it from pyro.distributions.TorchDistribution, and pass both to super().__init__",
+        )
 
 
 def check_one_density_per_element(name: str, node: Node, shape: Sequence[int], plates: Mapping[int, int]) -> None:
@@ -315,6 +327,7 @@ def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
         ) from error
     except (ValueError, RuntimeError) as error:
         if node["is_observed"]:
+            check_subsample_observed(name, node)
             check_support(name, node)
         fn = node["fn"]
         raise site_error(
@@ -323,3 +336,14 @@ def _log_prob_shape(name: str, node: Node) -> tuple[int, ...]:
             f"{list(node['value'].shape)}: {' '.join(str(error).split())[:160]}",
             "check that the data fit the network",
         ) from error
+
+
+def check_subsample_observed(name: str, node: Node) -> None:
+    """An observed site has the rows that its plate draws, where Pyro replays a subsample of the guide's, too."""
+    for f in node["cond_indep_stack"]:
+        if f.dim == -1 and f.size < int(f.full_size or f.size) and f.full_size in node["value"].shape[:1]:
+            raise site_error(
+                name, f"the {f.size} rows that plate {f.name!r} draws by the subsample_size of model or guide",
+                f"all {f.full_size}", f"write `with pyro.plate({f.name!r}, {f.full_size}, subsample_size={f.size}) as "
+                f"rows:` in both and observe x[rows], or leave subsample_size out",
+            )  # fmt: skip

@@ -16,7 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae.inference.contract.rows import (
+from ppvae.inference.contract.independence import (
     close,
     row_log_prob,
     run_at,

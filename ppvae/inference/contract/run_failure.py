@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,8 +15,12 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ppvae.errors import ContractError, PpvaeError, site_error
-from ppvae.inference.contract.support import check_parameters, check_support
+from ppvae.inference.contract.independence import take_batch_rows
+from ppvae.inference.contract.row_order import named_tensors
+from ppvae.inference.contract.support import check_support
+from ppvae.inference.contract.validity import check_parameters
 from ppvae.inference.evaluation_mode import reachable_modules
+from ppvae.inference.param_store import BoundProgram
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
 from ppvae.rng import fork_rng
@@ -53,6 +59,8 @@ def explain_failure(
         return site_error(
             name, "a guide that samples latents only", "a site with obs=", "move the observation to the model"
         )
+    if rows_of := _other_number_of_rows(text, model, guide, batch):
+        return ContractError(rows_of)
     if "plate" in text and ("hape mismatch" in text or "invalid shape" in text):
         return ContractError(
             f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "
@@ -62,6 +70,24 @@ def explain_failure(
         "Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments"
     )
     return ContractError(f"the pair could not run on {where} of shape {sizes}: {type(error).__name__}: {text}. {cure}")
+
+
+def _other_number_of_rows(text: str, model: Program, guide: Program, batch: tuple[Any, ...]) -> str:
+    """The sentence for a tensor with one row a datum on another number of data, with which it was seen to run."""
+    if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim():
+        return ""
+    size, numbers = len(batch[0]), set(map(int, re.findall(r"\d+", text)))
+    scopes = [f.scope.params for f in (model, guide) if isinstance(f, BoundProgram)]
+    store = Structure(guide_params=dict(ChainMap(*scopes, pyro.get_param_store()._params)))
+    for name, tensor in named_tensors(model, guide, store).items() if size in numbers else ():
+        count = len(tensor) if tensor.dim() else 0
+        if count in numbers - {size} and runs(model, guide, take_batch_rows(batch, torch.arange(count) % size, size)):
+            return (
+                f"{name} of shape {list(tensor.shape)} has one row for each of {count} data; found a batch of {size}. "
+                f"Pass all {count}, in their order; or pass the rows' numbers as a column, data.indexed(x), and take "
+                f"tensor[index] in model(x, index) and guide(x, index)"
+            )
+    return ""
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class GDReG(GradientEstimator):
         for name, site in t.model.items():
             if site.role is not Role.LATENT or not leaves.has_parameters(site):
                 continue
-            if site.masked:
+            if site.mask is not None:
                 raise site_error(name, "a learnable prior without a mask", "a mask", "take gradient='dreg'")
             if Role.AUXILIARY in call.structure.guide_roles.values():  # then q is no density of z itself
                 raise site_error(
