@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.errors import DataError, PpvaeError
 from ppvae.inference.contract.missing import LEAVE_OUT, tensors_with_missing
 from ppvae.inference.contract.run_failure import find_cure
 from ppvae.inference.evaluation_mode import eval_mode
@@ -22,7 +23,7 @@ BOUND = "scale the data, or bound the scale of the distribution, as by softplus(
 
 def cure_for_step(
     model: Program, guide: Program, batch: tuple[Any, ...], rows: Tensor | None,
-    gradients: Callable[[], list[Tensor]], failed: bool,
+    gradients: Callable[[], list[Tensor]], failed: bool, invalid: PpvaeError | None = None,
 ) -> str:  # fmt: skip
     """What helps where a batch has no finite loss and gradient, as a sentence.
 
@@ -31,15 +32,19 @@ def cure_for_step(
     Args:
         gradients: gives loss and gradients of the batch under those parameters, in the pair's present state.
         failed: the pair raised an exception.
+        invalid: the error for a parameter or observed value that its distribution does not take.
     """
+    if isinstance(invalid, DataError):
+        return str(invalid)
+    what = f"{invalid} " if invalid else ""
     if tensors_with_missing(batch):
         return f"{SLOWER}; as values are missing (NaN), whose gradient is NaN even under a mask, {LEAVE_OUT}"
     if _is_finite(gradients):
-        return SLOWER
+        return what + SLOWER
     cure = find_cure(model, guide, batch, rows)
-    if cure or failed:
-        return cure or "Check that the networks fit the data"
-    return f"{FROM_THE_START}: {BOUND}"
+    if cure or what:
+        return (what + cure).rstrip()
+    return "Check that the networks fit the data" if failed else f"{FROM_THE_START}: {BOUND}"
 
 
 def _is_finite(gradients: Callable[[], list[Tensor]]) -> bool:

@@ -184,7 +184,7 @@ class TrainingStep:
         self.state.restore(self.start)
         torch.set_rng_state(rng_state)
         try:
-            cure = invalid or cure_for_step(model, guide, batch, rows, lambda: self._loss_and_gradients(batch), failed)
+            cure = cure_for_step(model, guide, batch, rows, lambda: self._loss_and_gradients(batch), failed, invalid)
         finally:
             self.state.restore(now)
         return TrainingError(f"step {self.count + 1} (epoch {epoch}): {what}{origin}; {note}. {cure}")

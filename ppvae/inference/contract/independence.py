@@ -17,6 +17,7 @@ from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, event_dim, node_log_prob, sample_sites, trace_program
+from ppvae.rng import fork_all_rngs, seed_all
 
 Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 CURE = (
