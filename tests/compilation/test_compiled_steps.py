@@ -801,8 +801,8 @@ def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog)
         torch.manual_seed(0)
         pair = VAE(
             priors.StandardNormal(2),
-            likelihoods.Bernoulli(networks.mlp(2, 6, hidden=(5,))),
-            posteriors.DiagonalNormal(networks.mlp(6, 4, hidden=(5,))),
+            likelihoods.Bernoulli(nn.Linear(2, 6)),  # each layer more takes seconds to compile
+            posteriors.DiagonalNormal(nn.Linear(6, 4)),
         )
         run = fit(pair.model, pair.guide, x, valid=x, epochs=3, batch_size=20, compile=compile)
         found.append(([m["valid_elbo"] for m in run.history], [m["valid_rate"] for m in run.history]))

@@ -102,10 +102,13 @@ def test_what_is_no_layer_stays_in_float32():
     ("products", "conv", "objective"),
     [
         *((p, conv, objectives.ELBO()) for p in ("native", "float32") for conv in (False, True)),
-        *(("native", conv, objectives.IWAE(4, "dreg")) for conv in (False, True)),
+        ("native", False, objectives.IWAE(4, "dreg")),
+        pytest.param("native", True, objectives.IWAE(4, "dreg"), marks=pytest.mark.slow),
     ],
 )
 def test_compiled_steps_in_bfloat16_are_the_eager_ones_up_to_its_steps(products, conv, objective, monkeypatch, caplog):
+    if products == "native" and isinstance(objective, objectives.ELBO) and not precision.has_bfloat16_products():
+        pytest.skip("this processor has only one of both paths")
     if products == "float32":
         monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
     x = images(40)
