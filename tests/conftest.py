@@ -25,6 +25,13 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short pilot run of annealing: what it finds moves the spread of an estimate, never its mean."""
+    monkeypatch.setattr("ppvae.evaluation.annealing.hmc.WARM_UP_TRANSITIONS", 8)
+    monkeypatch.setattr("ppvae.evaluation.annealing.hmc.MIN_PILOT_TRANSITIONS", 1)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Puts together what tests that passed have recorded, in whichever process they ran."""
     covered: dict[str, set[str]] = {}

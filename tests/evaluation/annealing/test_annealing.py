@@ -56,13 +56,6 @@ def registered(name):
 SHORT = {"num_temperatures": 5, "num_leapfrog": 2, "num_chains": 4}
 
 
-@pytest.fixture
-def hasty(monkeypatch):
-    """A short pilot run: what it finds moves the spread of an estimate, never its mean."""
-    monkeypatch.setattr(hmc, "WARM_UP_TRANSITIONS", 8)
-    monkeypatch.setattr(hmc, "MIN_PILOT_TRANSITIONS", 1)
-
-
 # -- the linear-Gaussian oracle ---------------------------------------------------------------------------------------
 
 
