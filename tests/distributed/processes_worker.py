@@ -1,4 +1,4 @@
-"""One of several processes that train together, `python processes_worker.py FOLDER CASE ...`: prints what comes of it."""
+"""One of several processes that train: `python processes_worker.py FOLDER CASE ...`: prints what comes of it."""
 
 from __future__ import annotations
 
