@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pyro
 import pytest
@@ -29,7 +30,8 @@ def vae(conv: bool = False) -> VAE:
     torch.manual_seed(0)
     encoder, decoder = nn.mlp(64, 6, hidden=(20,)), nn.mlp(3, 64, hidden=(20,))
     if conv:
-        encoder, decoder = nn.conv_encoder((1, 8, 8), 6), nn.conv_decoder(3, (1, 8, 8))
+        small: dict[str, Any] = {"channels": (8,), "hidden": 16}  # each layer more takes seconds to compile
+        encoder, decoder = nn.conv_encoder((1, 8, 8), 6, **small), nn.conv_decoder(3, (1, 8, 8), **small)
     return VAE(priors.StandardNormal(3), likelihoods.Bernoulli(decoder), posteriors.DiagonalNormal(encoder))
 
 
