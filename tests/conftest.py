@@ -9,6 +9,9 @@ import pyro
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # where it does nothing but keep the stack of its caller, for a device to come
+    torch.cuda.manual_seed_all = lambda seed: None
+
 
 @pytest.fixture
 def float64() -> Iterator[None]:
@@ -20,6 +23,13 @@ def float64() -> Iterator[None]:
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short pilot run of annealing: what it finds moves the spread of an estimate, never its mean."""
+    monkeypatch.setattr("ppvae.evaluation.annealing.hmc.WARM_UP_TRANSITIONS", 8)
+    monkeypatch.setattr("ppvae.evaluation.annealing.hmc.MIN_PILOT_TRANSITIONS", 1)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

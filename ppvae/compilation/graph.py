@@ -223,10 +223,17 @@ class _ConstantTracker(TorchDispatchMode):
 
     Constants are computed from numbers alone, or from tensors that exist before the run and are none of its inputs.
     They may be read into Python; `read` then holds those tensors with their versions, so that a change is noticed.
+
+    One fake mode records the shapes of what all operations give: `make_fx` would make one for each operation, which
+    takes longer than all else that it does. Only operations see it, the captured run does not.
     """
 
     def __init__(self) -> None:
+        from torch._guards import TracingContext
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
         super().__init__()
+        self._shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # as in make_fx
         self.read: list[tuple[Tensor, int]] = []
         self._constants: dict[int, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # with the tensors of their origin
 
@@ -252,7 +259,8 @@ class _ConstantTracker(TorchDispatchMode):
             if not kinds or torch.bool in kinds or torch.uint8 in kinds:
                 raise CaptureError(f"the shape of what {func.name()} gives depends on values")
         outside = func._schema.is_mutable and any(id(t) not in self._constants for t in inputs)
-        out = func(*args, **(kwargs or {}))
+        with torch._guards.tracing(self._shapes):
+            out = func(*args, **(kwargs or {}))
         if fixed and not outside:
             outputs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
             self._constants.update((id(t), (t, came_from)) for t in outputs)

@@ -111,24 +111,44 @@ def of_bits(kind, logits, bits, dims):
     return -torch.nn.functional.softplus((1 - 2 * bits) * logits, threshold=40).flatten(-dims).sum(-1)
 
 
-@pytest.mark.parametrize("event", [(64,), (1, 8, 8), (7 * 112,), (3, 32, 32), (65,), (48,), (16,)], ids=str)
-@pytest.mark.parametrize("kind", ["ppvae", "Pyro", "by hand"])
-def test_log_likelihoods_of_bits_take_one_logarithm_for_many(kind, event):
+EVENTS = [(64,), (1, 8, 8), (7 * 112,), (3, 32, 32), (65,), (48,), (16,)]
+KINDS = ["ppvae", "Pyro", "by hand"]
+
+
+def logits_and_bits(event):
+    """Logits [5, 4, *event], bits [4, *event], and log p(bits) [5, 4] in float64."""
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(5, 4, *event, generator=generator)
     bits = torch.bernoulli(torch.full((4, *event), 0.4), generator=generator)
     exact = -torch.nn.functional.softplus(((1 - 2 * bits) * logits).double(), threshold=1000).flatten(2).sum(-1)
+    return logits, bits, exact
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_likelihoods_of_bits_take_one_logarithm_for_many(kind, event):
+    logits, bits, exact = logits_and_bits(event)
     graph = graphs.capture(lambda: [of_bits(kind, logits, bits, len(event))], [], (logits, bits))
     count = logits[0, 0].numel()
-    for function in (graph, graph.compile((logits, bits), {})):
-        (found,) = function(logits, bits)
-        assert found.shape == exact.shape
-        assert float((found - exact).abs().max()) < 1e-6 * count
+    (found,) = graph(logits, bits)
+    assert found.shape == exact.shape
+    assert float((found - exact).abs().max()) < 1e-6 * count
     lowering._fuse_logarithms(graph.module)
     rewritten = [n for n in graph.module.graph.nodes if n.target is lowering.sum_of_softplus]
     assert len(rewritten) == (count % 16 == 0 and count > 48)
     (found,) = graph(logits, bits)
     assert float((found - exact).abs().max()) < 1e-6 * count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_log_likelihoods_of_bits_are_exact(kind):
+    """Of every event, by one compilation."""
+    cases = [(event, *logits_and_bits(event)) for event in EVENTS]
+    inputs = [t for _, logits, bits, _ in cases for t in (logits, bits)]
+    graph = graphs.capture(lambda: [of_bits(kind, *pair, len(event)) for event, *pair, _ in cases], [], inputs)
+    for found, (event, logits, _, exact) in zip(graph.compile(inputs, {})(*inputs), cases, strict=True):
+        assert found.shape == exact.shape, event
+        assert float((found - exact).abs().max()) < 1e-6 * logits[0, 0].numel(), event
 
 
 @pytest.mark.parametrize("kind", ["ppvae", "Pyro"])
@@ -249,18 +269,6 @@ def faults():
 print(faults(), keep_freed_memory(), faults())
 """
 
-
-@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
-@pytest.mark.parametrize("own", [False, True])
-def test_freed_memory_is_kept_unless_the_user_says_otherwise(own):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    env |= {"MALLOC_MMAP_THRESHOLD_": "1000000"} if own else {}
-    out = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True, env=env).stdout
-    before, kept, after = out.split()
-    assert kept == str(not own)
-    assert int(after) > int(before) / 2 if own else int(after) < int(before) / 5
-
-
 WARM = """
 import pyro, torch, torch.nn.functional as F
 from ppvae.inference.svi import SVI
@@ -275,7 +283,14 @@ print(warm.prepare_process.cache_info().currsize, torch.equal(before, found()))
 """
 
 
-def test_a_process_that_is_warmed_up_computes_the_same_numbers():
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_unless_the_user_says_otherwise_and_a_warmed_up_process_computes_the_same(own):
     """Or else a run would not go on from a checkpoint as it began."""
-    out = subprocess.run([sys.executable, "-c", WARM], check=True, capture_output=True, text=True).stdout
-    assert out.split() == ["1", "True"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    env |= {"MALLOC_MMAP_THRESHOLD_": "1000000"} if own else {}
+    done = subprocess.run([sys.executable, "-c", FAULTS + WARM], check=True, capture_output=True, text=True, env=env)
+    before, kept, after, warmed, same = done.stdout.split()
+    assert kept == str(not own)
+    assert int(after) > int(before) / 2 if own else int(after) < int(before) / 5
+    assert (warmed, same) == ("1", "True")

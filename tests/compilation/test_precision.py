@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pyro
 import pytest
@@ -29,7 +30,8 @@ def vae(conv: bool = False) -> VAE:
     torch.manual_seed(0)
     encoder, decoder = nn.mlp(64, 6, hidden=(20,)), nn.mlp(3, 64, hidden=(20,))
     if conv:
-        encoder, decoder = nn.conv_encoder((1, 8, 8), 6), nn.conv_decoder(3, (1, 8, 8))
+        small: dict[str, Any] = {"channels": (8,), "hidden": 16}  # each layer more takes seconds to compile
+        encoder, decoder = nn.conv_encoder((1, 8, 8), 6, **small), nn.conv_decoder(3, (1, 8, 8), **small)
     return VAE(priors.StandardNormal(3), likelihoods.Bernoulli(decoder), posteriors.DiagonalNormal(encoder))
 
 
@@ -102,10 +104,13 @@ def test_what_is_no_layer_stays_in_float32():
     ("products", "conv", "objective"),
     [
         *((p, conv, objectives.ELBO()) for p in ("native", "float32") for conv in (False, True)),
-        *(("native", conv, objectives.IWAE(4, "dreg")) for conv in (False, True)),
+        ("native", False, objectives.IWAE(4, "dreg")),
+        pytest.param("native", True, objectives.IWAE(4, "dreg"), marks=pytest.mark.slow),
     ],
 )
 def test_compiled_steps_in_bfloat16_are_the_eager_ones_up_to_its_steps(products, conv, objective, monkeypatch, caplog):
+    if products == "native" and isinstance(objective, objectives.ELBO) and not precision.has_bfloat16_products():
+        pytest.skip("this processor has only one of both paths")
     if products == "float32":
         monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
     x = images(40)

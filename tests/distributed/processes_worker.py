@@ -1,8 +1,9 @@
-"""One of several processes that train together: `python processes_worker.py CASE FOLDER`; prints what came of it."""
+"""One of several processes that train: `python processes_worker.py FOLDER CASE ...`: prints what comes of it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from datetime import timedelta
@@ -17,6 +18,7 @@ from ppvae.errors import PpvaeError
 from ppvae.models import LinearGaussian
 
 FULL = 21
+rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def linear(full):
@@ -74,6 +76,7 @@ def failing():
 def run(case, folder):
     x = torch.randn(FULL, 3, generator=torch.Generator().manual_seed(1))
     common = {"batch_size": 5, "progress": False, "checkpoint_seconds": 0}
+    pyro.clear_param_store()
     if case in ("plain", "fixed size"):
         pair = linear(FULL if case == "fixed size" else None)
         return fit(*pair, x.double(), epochs=4, objective=Trace_ELBO(), **common)
@@ -95,20 +98,27 @@ def run(case, folder):
     raise ValueError(case)
 
 
-if __name__ == "__main__":
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+def report(case, folder):
+    """What came of a case, by name."""
     try:
-        done = run(*sys.argv[1:])
+        done = run(case, f"{folder}/run")
     except PpvaeError as error:
-        print("error:", error)
-    else:
-        params = [p.detach().double().flatten() for p in done.model.scope.params.values()]
-        flat = torch.cat(params)
-        print("digest:", hashlib.sha256(flat.numpy().tobytes()).hexdigest())
-        print("params:", *flat.tolist())
-        print("elbo:", [m.get("valid_elbo") for m in done.history])
-    finally:
+        return {"error": str(error)}
+    params = torch.cat([p.detach().double().flatten() for p in done.model.scope.params.values()])
+    digest = hashlib.sha256(params.numpy().tobytes()).hexdigest()
+    return {"digest": digest, "params": params.tolist(), "elbo": [m.get("valid_elbo") for m in done.history]}
+
+
+if __name__ == "__main__":
+    folder, *cases = sys.argv[1:]
+    found = {}
+    for case in cases:
         if size > 1:
-            torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
+            store, patience = f"file://{folder}/store of {case}", timedelta(seconds=60)
+            torch.distributed.init_process_group("gloo", store, timeout=patience, rank=rank, world_size=size)
+        try:
+            found[case] = report(case, folder)
+        finally:
+            if size > 1:
+                torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
+    print(json.dumps(found))

@@ -2,81 +2,89 @@
 
 from __future__ import annotations
 
+import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-WORKER = Path(__file__).parent / "processes_worker.py"
+from tests.distributed import processes_worker
+
+WORKER = Path(processes_worker.__file__)
+CASES = ("plain", "fixed size", "batch norm", "unlike", "failing")
 
 
-def together(case: str, folder: Path, size: int = 2) -> list[dict[str, str]]:
-    """What each of several processes prints, by the words before the colon."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = str(WORKER.parents[2])
-    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    if size > 1:
-        common |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def together(folder: Path, *cases: str, size: int = 2) -> list[dict[str, dict[str, Any]]]:
+    """What each of several processes reports of each case in turn."""
+    folder.mkdir(exist_ok=True)
+    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "WORLD_SIZE": str(size)}
     started = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), case, str(folder)], env=common | {"RANK": str(rank)}, text=True,
+            [sys.executable, str(WORKER), str(folder), *cases], env=common | {"RANK": str(rank)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(size)
     ]  # fmt: skip
     out = [process.communicate() for process in started]
     assert all(process.returncode == 0 for process in started), out
-    return [dict(line.split(": ", 1) for line in text.splitlines() if ": " in line) for text, _ in out]
+    return [json.loads(text.splitlines()[-1]) for text, _ in out]
 
 
-def params(found: dict[str, str]) -> torch.Tensor:
-    return torch.tensor([float(v) for v in found["params"].split()], dtype=torch.float64)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+    """The folder of two processes, and what they report of all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, together(folder, *CASES)
+
+
+def alone(case: str, folder: Path) -> dict[str, Any]:
+    """What this process, a single one, reports of a case."""
+    return processes_worker.report(case, folder)
+
+
+def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """The largest difference of two reports' parameters."""
+    return max(abs(x - y) for x, y in zip(a["params"], b["params"], strict=True))
 
 
 @pytest.mark.parametrize("case", ["plain", "fixed size"])
-def test_two_processes_take_the_steps_of_one(case, tmp_path):
-    (alone,) = together(case, tmp_path, size=1)
-    first, second = together(case, tmp_path)
+def test_two_processes_take_the_steps_of_one(case, two, tmp_path):
+    first, second = (found[case] for found in two[1])
     assert first["digest"] == second["digest"]
-    assert float((params(first) - params(alone)).abs().max()) < 1e-9
+    assert distance(first, alone(case, tmp_path)) < 1e-9
 
 
-def test_parameters_start_and_stay_the_same_with_buffers_too(tmp_path):
-    first, second = together("batch norm", tmp_path / "run")
+def test_parameters_start_and_stay_the_same_with_buffers_too(two):
+    first, second = (found["batch norm"] for found in two[1])
     assert first["digest"] == second["digest"]
     assert first["elbo"] == second["elbo"]
-    assert (tmp_path / "run" / "config.json").exists()
+    assert (two[0] / "run" / "config.json").exists()
 
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path):
-    whole, _ = together("whole", tmp_path / "whole")
-    together("cut", tmp_path / "cut")
-    first, second = together("resumed", tmp_path / "cut")
-    assert first["digest"] == second["digest"] == whole["digest"]
+    whole, _ = together(tmp_path / "whole", "whole")
+    together(tmp_path / "cut", "cut")
+    first, second = together(tmp_path / "cut", "resumed")
+    assert first["resumed"]["digest"] == second["resumed"]["digest"] == whole["whole"]["digest"]
 
 
 @pytest.mark.slow
 def test_three_processes_with_parts_of_different_sizes(tmp_path):
-    (alone,) = together("plain", tmp_path, size=1)
-    found = together("plain", tmp_path, size=3)
+    found = [one["plain"] for one in together(tmp_path, "plain", size=3)]
     assert len({one["digest"] for one in found}) == 1
-    assert float((params(found[0]) - params(alone)).abs().max()) < 1e-9
+    assert distance(found[0], alone("plain", tmp_path)) < 1e-9
 
 
-def test_an_error_of_one_process_ends_all(tmp_path):
-    first, second = together("failing", tmp_path)
+def test_an_error_of_one_process_ends_all(two):
+    first, second = (found["failing"] for found in two[1])
     assert "another of the 2 processes failed" in first["error"]
     assert "stumbles" in second["error"]
 
 
-def test_processes_that_were_called_unlike_are_refused(tmp_path):
-    first, second = together("unlike", tmp_path)
-    for found in (first, second):
-        assert "process 1 of 2 was called with other data or settings" in found["error"]
+def test_processes_that_were_called_unlike_are_refused(two):
+    for found in two[1]:
+        assert "process 1 of 2 was called with other data or settings" in found["unlike"]["error"]

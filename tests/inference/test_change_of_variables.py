@@ -86,8 +86,8 @@ def test_automatic_guides_are_densities_on_every_support(name, guide):
     model, x, log_px = SHARED[name]
     auto = guide(model, init_scale=0.5)
     auto(x)
-    svi = pyro.infer.SVI(model, auto, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO(5))
-    for _ in range(200):
+    svi = pyro.infer.SVI(model, auto, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO(2))
+    for _ in range(150):
         svi.step(x)
     est = log_marginal(model, auto, x, num_particles=10_000, seed=1)
     error = abs(float(est.log_px.sum() - log_px(x)))

@@ -133,7 +133,7 @@ def test_zuko_s_flows_by_pyro_s_wrapper():
             pyro.sample("z", ZukoToPyro(posterior(x)))
 
     x = torch.randn(N, D)
-    run = fit(model, guide, x, epochs=300, optimizer=lambda p: torch.optim.Adam(p, lr=0.02))
+    run = fit(model, guide, x, epochs=100, optimizer=lambda p: torch.optim.Adam(p, lr=0.03))
     exact = log_px_on_a_grid(prior().log_prob, decoder, x)
     est = log_marginal(run.model, run.guide, x, num_particles=3000)
     assert bool(((est.log_px - exact).abs() < 5 * est.std_error + 0.01).all())

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ppvae.objectives import Objective
-from tests.laws.objectives import EstimatorCase, ObjectiveCase
+from ppvae.objectives.gradients import ScoreFunction
+from tests.laws.objectives import EstimatorCase, ObjectiveCase, inspected_once
 from tests.programs.toys import AFTER, BITS, ENUMERATED, MIXED, ONE, SHARED, TWO, Toy
 
 FAILURE, COORDINATES = 1e-6, 2000
@@ -28,16 +29,27 @@ REPARAMETERIZED, DISCRETE = ("one", "shared", "two"), ("bits", "mixed", "after")
 Gradients = dict[str, Tensor]
 
 
-def samples(toy: Toy, objective: Objective, size: int = SIZE, seed: int = 0) -> Gradients:
-    """Independent estimates of the bound's gradient, [size] by parameter."""
+def samples(toy: Toy, objective: Objective, size: int = SIZE, seed: int = 0, shared: bool = True) -> Gradients:
+    """Independent estimates of the bound's gradient, [size] by parameter; `shared`: of a pair inspected once."""
     pyro.clear_param_store()
-    model, guide, x, params = toy.pair(size)
+    model, guide, x, params = _pair(toy, size) if shared else toy.pair(size)
     torch.manual_seed(seed)
-    for _ in range(2):  # in the first, a moving average is empty
-        for p in params.values():
-            p.grad = None
-        objective.loss_and_grads(model, guide, x)
+    with inspected_once():
+        for _ in range(2 if isinstance(objective.gradient, ScoreFunction) else 1):  # in the first, an average is empty
+            for p in params.values():
+                p.grad = None
+            objective.loss_and_grads(model, guide, x)
     return {n: torch.zeros(size) if p.grad is None else -p.grad for n, p in params.items()}
+
+
+def _pair(toy: Toy, size: int) -> Any:
+    """The pair of a toy, made once."""
+    if (id(toy), size) not in _pairs:
+        _pairs[id(toy), size] = (toy, toy.pair(size))
+    return _pairs[id(toy), size][1]
+
+
+_pairs: dict[tuple[int, int], tuple[Toy, Any]] = {}
 
 
 def errors(found: Gradients, exact: dict[str, float]) -> dict[str, float]:

@@ -56,13 +56,6 @@ def registered(name):
 SHORT = {"num_temperatures": 5, "num_leapfrog": 2, "num_chains": 4}
 
 
-@pytest.fixture
-def hasty(monkeypatch):
-    """A short pilot run: what it finds moves the spread of an estimate, never its mean."""
-    monkeypatch.setattr(hmc, "WARM_UP_TRANSITIONS", 8)
-    monkeypatch.setattr(hmc, "MIN_PILOT_TRANSITIONS", 1)
-
-
 # -- the linear-Gaussian oracle ---------------------------------------------------------------------------------------
 
 
@@ -199,8 +192,8 @@ STRANGERS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
 def test_strangers_pairs_are_annealed_rightly(name):
     """Each of at most 10 data within 5 standard errors and 0.1 nats more: p < 1e-5 a pair."""
     model, guide, batch = registered(name)
-    temperatures = 90 if name in ("inner_plate", "shared_latent") else 30  # more dims
-    est = annealed(model, guide, batch, num_chains=32, num_temperatures=temperatures, num_leapfrog=4)
+    temperatures = 60 if name in ("inner_plate", "shared_latent") else 25  # more dims
+    est = annealed(model, guide, batch, num_chains=32, num_temperatures=temperatures, num_leapfrog=3)
     if REACHED[name] == "quadrature":
         exact = quadrature(model, guide, batch, num_nodes=65)
         assert exact.error.max() < 0.02
@@ -324,7 +317,7 @@ def test_constrained_latents_are_right(name):
     """Each datum within 5 standard errors, or 0.02 nats: p < 1e-5."""
     model, guide, x, log_px = conjugate(name)
     exact = log_px(x)
-    est = annealed(model, guide, x, num_chains=100, num_temperatures=60, num_leapfrog=4)
+    est = annealed(model, guide, x, num_chains=100, num_temperatures=40, num_leapfrog=3)
     assert ((est.log_px - exact).abs() < 5 * est.std_error).all()
     assert est.std_error.max() < 0.1
     assert (quadrature(model, guide, x).log_px - exact).abs().max() < 1e-5
@@ -335,7 +328,7 @@ def test_constrained_latents_are_right(name):
 def test_simulated_constrained_data_are_bracketed(name):
     """Mean gap under 0.1, and neither bound beyond the other by 4 standard errors (p < 1e-4 each)."""
     model, guide, x, log_px = conjugate(name)
-    bracket = bdmc(model, guide, x[:1].expand(100, *x.shape[1:]), num_chains=8, num_temperatures=80, num_leapfrog=4)
+    bracket = bdmc(model, guide, x[:1].expand(100, *x.shape[1:]), num_chains=8, num_temperatures=50, num_leapfrog=3)
     exact = log_px(bracket.data[0])
     for slack in (exact - bracket.lower, bracket.upper - exact):
         assert slack.mean() > -4 * slack.std() / 10
@@ -361,9 +354,9 @@ def bracket_faults(bracket, exact):
 
 @pytest.mark.usefixtures("hasty")
 def test_simulated_data_are_bracketed():
-    """400 data: either bound on the wrong side by 4 standard errors has p < 4e-5; measured: gap 0.02, 98 % held."""
+    """400 data: either bound on the wrong side by 4 standard errors has p < 4e-5."""
     pair, x = oracle(20, 4, 0.7, 400)
-    bracket = bdmc(pair.model, pair.mean_field, x, num_chains=16, num_temperatures=30, num_leapfrog=4)
+    bracket = bdmc(pair.model, pair.mean_field, x, num_chains=16, num_temperatures=25, num_leapfrog=3)
     exact = pair.log_px(bracket.data[0])
     assert not torch.equal(bracket.data[0], x)
     assert bracket_faults(bracket, exact) == []
@@ -393,7 +386,7 @@ def test_reverse_chains_start_from_the_simulated_latents():
 def test_strangers_simulated_data_are_bracketed(name):
     """Their few data within 5 standard errors of the other side."""
     model, guide, batch = registered(name)
-    bracket = bdmc(model, guide, batch, num_chains=32, num_temperatures=60, num_leapfrog=4)
+    bracket = bdmc(model, guide, batch, num_chains=32, num_temperatures=30, num_leapfrog=3)
     error = (bracket.lower_std_error**2 + bracket.upper_std_error**2).sqrt()
     assert (bracket.gap > -5 * error).all()
     assert bracket.gap.mean() < 0.2 + 3 * error.mean()
