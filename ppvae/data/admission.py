@@ -79,9 +79,6 @@ def _from_tuple(columns: Sequence[Any], name: str) -> tuple[Any, ...]:
     return tuple(as_column(column, f"{name}[{i}]") for i, column in enumerate(columns))
 
 
-# -- lists ------------------------------------------------------------------------------------------------------------
-
-
 def _from_list(values: list[Any], name: str, program: Callable[..., Any] | None) -> tuple[Any, ...]:
     if values and not any(_is_column(v) for v in values):
         _check_not_one_nested_list(values, name)
@@ -156,9 +153,6 @@ def _positional(program: Callable[..., Any] | None) -> list[inspect.Parameter] |
     return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
 def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any] | None) -> tuple[Any, ...]:
     """The columns of a dict: its one entry, or those that the model's arguments name, in their order."""
     if len(data) == 1:
@@ -173,9 +167,6 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
         f"{name}: a dict with {', '.join(map(repr, data)) or 'nothing'}{wanted}: pass a tuple of its columns in the "
         "order of those arguments"
     )
-
-
-# -- data sets --------------------------------------------------------------------------------------------------------
 
 
 def _from_loader(loader: DataLoader, name: str, program: Callable[..., Any] | None) -> tuple[Any, ...]:
@@ -237,18 +228,8 @@ def _from_samples(
     samples = [dataset[i] for i in range(len(dataset))]
     if not samples:
         raise DataError(f"{name}: expected at least one row, found an empty {type(dataset).__name__}")
-    batch = _collated(samples, collate, name)
-    _check_stays(collate([samples[0]]), collate([dataset[0]]), name)
-    if isinstance(batch, Mapping):
-        return _from_mapping(batch, name, program)
-    columns = _from_tuple(tuple(batch), name) if isinstance(batch, list | tuple) else (as_column(batch, name),)
-    check_count_of_columns(columns, name, program)
-    return columns
-
-
-def _collated(samples: list[Any], collate: Callable[[list[Any]], Any], name: str) -> Any:
     try:
-        return collate(samples)
+        batch = collate(samples)
     except TypeError:
         raise DataError(
             f"{name}: samples that are no numbers ({type(samples[0]).__name__}): give the data set a transform, such "
@@ -256,6 +237,12 @@ def _collated(samples: list[Any], collate: Callable[[list[Any]], Any], name: str
         ) from None
     except (RuntimeError, ValueError):
         raise DataError(f"{name}: samples of different shapes: {PAD}, or give the DataLoader a collate_fn") from None
+    _check_stays(collate([samples[0]]), collate([dataset[0]]), name)
+    if isinstance(batch, Mapping):
+        return _from_mapping(batch, name, program)
+    columns = _from_tuple(tuple(batch), name) if isinstance(batch, list | tuple) else (as_column(batch, name),)
+    check_count_of_columns(columns, name, program)
+    return columns
 
 
 def _check_stays(first: Any, again: Any, name: str) -> None:
