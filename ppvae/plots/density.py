@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.plots.style import GREEN, INK, array, figure, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
