@@ -69,11 +69,9 @@ class SemiAmortized(nn.Module):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with parameters [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
