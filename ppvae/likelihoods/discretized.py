@@ -118,7 +118,6 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         return m * (1 + 2 * c + c * (c - 1) // 2)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, self.outputs, self.channels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
