@@ -113,7 +113,6 @@ class EagerRun:
         self._effects.restore()
 
     def restore_after(self) -> None:
-        """Puts back those from after the call."""
         self._effects.restore(self._after)
 
     def compare(self, outputs: Outputs) -> None:
@@ -306,9 +305,10 @@ class CompiledFunction:
         varying, choices = self.target.varying, self.target.choices()
         run: Graph | BlockInvariantGraph
         try:
-            run = (
-                graph.compile(args, choices) if varying is None else BlockInvariantGraph(graph, args, varying, choices)
-            )
+            if varying is None:
+                run = graph.compile(args, choices)
+            else:
+                run = BlockInvariantGraph(graph, args, varying, choices)
             eager.restore_before()
             eager.compare(self._run(run, args))
             if isinstance(run, BlockInvariantGraph) or self.policy.is_faster(run, graph, args):

@@ -9,10 +9,7 @@ import os
 import torch
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # their numbers in malloc.h
-MMAP_BYTES, TRIM_BYTES = (
-    (128 * 2**20, 32 * 2**20),
-    512 * 2**20,
-)  # from which memory is returned
+MMAP_BYTES, TRIM_BYTES = (128 * 2**20, 32 * 2**20), 512 * 2**20  # from which memory is returned
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
