@@ -131,7 +131,7 @@ class CompiledStep:
         return out[0], self._met[kind]
 
     def _kind(self, args: tuple[Any, ...]) -> Any:
-        """What a graph is captured for: the program, and the kind of its arguments; None if it cannot be captured."""
+        """The program, and the kind of its arguments; None for arguments that are not captured."""
         kind = _kind(args)
         return kind and (id(self.source.model), id(self.source.guide), id(self.source.objective), *kind)
 

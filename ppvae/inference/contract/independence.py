@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ppvae.errors import site_error
 from ppvae.inference.contract.rows import (
-    Nodes,
     close,
     row_log_prob,
     run_at,
@@ -23,7 +22,7 @@ from ppvae.inference.contract.rows import (
     take_value_rows,
 )
 from ppvae.inference.contract.support import base_distribution
-from ppvae.inference.tracing import Program
+from ppvae.inference.tracing import Nodes, Program
 
 CURE = (
     "no datum has a log p(x) of its own then: let its density read its row alone, as batch norm with "

@@ -14,9 +14,7 @@ from ppvae.inference.contract.independence import check_not_coupled
 from ppvae.inference.contract.rows import run_at, take_batch_rows
 from ppvae.inference.contract.support import base_distribution, check_support, is_factor
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import Program, find_subsample, node_log_prob
-
-Node = dict[str, Any]  # a sample site of a Pyro trace
+from ppvae.inference.tracing import Node, Program, find_subsample, node_log_prob
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,7 @@ class DataPlate:
 
 
 def plates_of(node: Node) -> dict[str, Any]:
-    """The plates around a site by name, loops included."""
     return {f.name: f for f in node["cond_indep_stack"]}
-
-
-# -- the data plate ---------------------------------------------------------------------------------------------------
 
 
 def find_data_plate(
@@ -142,16 +136,11 @@ def _wrong_plate(name: str, count: int, found: str, elsewhere: Sequence[Any], tr
     )
 
 
-# -- roles ------------------------------------------------------------------------------------------------------------
-
-
 def guide_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
-    """The role of each site of the guide."""
     return {name: _guide_role(name, node, model) for name, node in guide.items()}
 
 
 def model_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
-    """The role of each site of the model."""
     return {name: _model_role(name, node, model, guide) for name, node in model.items()}
 
 
@@ -264,9 +253,6 @@ def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], g
         "sample it in the guide"
         + (", or mark it infer={'enumerate': 'parallel'} in the model to sum it out" if enumerable else ""),
     )
-
-
-# -- shapes -----------------------------------------------------------------------------------------------------------
 
 
 def check_event(name: str, node: Node) -> None:

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, event_dim, node_log_prob, sample_sites, trace_program
+from ppvae.inference.tracing import Nodes, Program, event_dim, node_log_prob, sample_sites, trace_program
 from ppvae.rng import fork_rng
-
-Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 
 
 def sampled_values(nodes: Nodes) -> dict[str, Tensor]:
-    """The values of the sites that are not observed."""
     return {name: node["value"] for name, node in nodes.items() if not node["is_observed"]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,12 +20,7 @@ def check_support(name: str, node: dict[str, Any], first_row: int = 0) -> None:
     """Raises DataError where an observed value lies outside its distribution's support, naming value and place."""
     fn, value = node["fn"], node["value"]
     support = base_support(support_of(fn))
-    if (
-        support is None
-        or value is None
-        or support in (constraints.real, constraints.real_vector)
-        or has_dependent_support(fn)
-    ):
+    if value is None or support in (None, constraints.real, constraints.real_vector) or has_dependent_support(fn):
         return
     try:
         inside = support.check(value)
@@ -52,7 +48,6 @@ def base_support(support: Any) -> Any:
 
 
 def support_name(support: Any) -> str:
-    """The name of a support in error messages."""
     if support is constraints.boolean:
         return "{0, 1}"
     return str(support).removeprefix("<").removesuffix(">").lower()
@@ -150,7 +145,7 @@ def is_discrete(fn: Any) -> bool:
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     """The base measure of the observed sites' log-densities: "binary", "256 levels" (or another number), "discrete" for
     other masses, "density on [0, 1]", "density", "mixed" where some are masses and some are densities, or "none"."""
-    measures = {measure for node in nodes for measure in _measures(base_distribution(node["fn"]))}
+    measures = {measure for node in nodes for measure in _measures_of(support_of(base_distribution(node["fn"])))}
     if not measures:
         return "none"
     if len(measures) == 1:
@@ -159,13 +154,9 @@ def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     return "mixed" if densities and measures - densities else "density" if densities else "discrete"
 
 
-def _measures(fn: Any) -> set[str]:
-    """The base measures of a distribution's elements."""
-    support = support_of(fn)
-    return {"density"} if support is None else _measures_of(support)
-
-
 def _measures_of(support: Any) -> set[str]:
+    if support is None:
+        return {"density"}
     support = base_support(support)
     if isinstance(parts := getattr(support, "cseq", None), Sequence):  # one support per column
         return {measure for part in parts for measure in _measures_of(part)}
@@ -187,7 +178,4 @@ def event_size(node: dict[str, Any]) -> int:
         for f in node["cond_indep_stack"]
         if f.dim is not None and f.dim != -1
     }
-    inner = 1
-    for size in plates.values():
-        inner *= size
-    return getattr(node["fn"], "event_shape", torch.Size()).numel() * inner
+    return getattr(node["fn"], "event_shape", torch.Size()).numel() * math.prod(plates.values())
