@@ -14,7 +14,7 @@ from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, sample_guide, simulate
 from ppvae.objectives.elbo import RateDistortionObjective, kl_estimate
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.requirements import require_rate_per_latent, require_separable_rate
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.objectives.objective import Objective
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 
 
 @final

@@ -51,7 +51,6 @@ class PyroLoss(ELBO):
         self._traced: dict[Any, ELBO] = {}
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The sum of the objective's losses."""
         return _total(self._of(args).loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:

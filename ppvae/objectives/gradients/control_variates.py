@@ -86,11 +86,9 @@ class MovingAverage(Baseline):
 class _ExponentialMovingAverage(nn.Module):
     """A moving average in a buffer, which a captured step updates in place; NaN before the first update."""
 
-    value: Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("value", torch.full((), torch.nan, dtype=torch.float64))
+        self.value = nn.Buffer(torch.full((), torch.nan, dtype=torch.float64))
 
     def forward(self, update: Tensor, decay: float) -> Tensor:
         """The average before this update; 0 before the first."""
@@ -114,11 +112,7 @@ class Learned(Baseline):
     Source: Mnih and Gregor 2014 (arXiv 1402.0030).
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: Callable[[Any], torch.optim.Optimizer] = _adam,
-    ):
+    def __init__(self, net: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer] = _adam):
         self.net = net
         self._optimizer_factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None

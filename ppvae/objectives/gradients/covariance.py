@@ -9,8 +9,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_sampled_latents
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ppvae.inference.structure import Structure
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 
 
 class GradientEstimator(ABC):

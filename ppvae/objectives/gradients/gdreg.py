@@ -13,8 +13,7 @@ from ppvae.inference.sites import event_factors
 from ppvae.inference.structure import Role, Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
 

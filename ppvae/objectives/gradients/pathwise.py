@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
 
