@@ -50,7 +50,6 @@ def check_loadable(state: dict[str, Any]) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether the folder holds a complete checkpoint."""
     return (folder / POINTER).exists()
 
 
