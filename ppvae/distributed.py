@@ -1,7 +1,5 @@
 """Ranks of a `torch.distributed` process group: shards of data, exchange between ranks, launch of a command on all."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Seeds derived from keys, and blocks that restore the random state of their caller."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import warnings

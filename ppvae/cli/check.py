@@ -1,7 +1,5 @@
 """`ppvae check PAIR`: checks a pair against the contract and describes it."""
 
-from __future__ import annotations
-
 import torch
 
 from ppvae.cli.common import load_splits, num_labels, parse_pair, with_columns

@@ -1,7 +1,5 @@
 """Steps that several commands share: a pair from its name, a run and its data, tables and reports."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Mapping

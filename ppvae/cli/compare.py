@@ -1,7 +1,5 @@
 """`ppvae compare RUN RUN ...`: paired differences of log p(x) between runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ppvae.cli.common import description, find_run, print_table

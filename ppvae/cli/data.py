@@ -1,7 +1,5 @@
 """`ppvae data NAME`: loads a data set and describes its splits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from ppvae.cli.common import description, load_splits

@@ -1,7 +1,5 @@
 """`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 from collections.abc import Callable

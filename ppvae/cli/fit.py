@@ -1,7 +1,5 @@
 """`ppvae fit PAIR`: trains a pair and writes its run folder and report."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Flags from typed dataclasses and signatures, read from TOML files and the command line, which goes first."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """`ppvae generate RUN`: samples, reconstructions, interpolations and traversals, as pictures and arrays."""
 
-from __future__ import annotations
-
 from ppvae import report
 from ppvae.cli.common import parse_run, run_data
 from ppvae.cli.options import Generate

@@ -1,7 +1,5 @@
 """The command line: `ppvae fit | evaluate | examine | compare | generate | check | data`."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

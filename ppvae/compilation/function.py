@@ -1,7 +1,5 @@
 """A function of tensors from a graph that is captured, compiled, compared with the function, and dropped when stale."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Guards on the Python state that a captured function reads: whether it has changed since the capture."""
 
-from __future__ import annotations
-
 import enum
 import functools
 import sys

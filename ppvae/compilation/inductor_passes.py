@@ -1,7 +1,5 @@
 """Graph passes and decompositions before inductor: faster code on the CPU, and roundings that it keeps."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Settings of the process: malloc keeps freed memory, as page faults can cost a step a third of its time."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

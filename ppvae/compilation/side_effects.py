@@ -1,7 +1,5 @@
 """Side effects of a run: random states, buffers and schedule steps, saved and restored."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -12,8 +12,6 @@ lengths, a loader that chooses rows. Numbers keep their precision: float64 or in
 and where its networks are float32 the error says `x.float()`; nothing is rounded silently.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import os

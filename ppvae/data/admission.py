@@ -4,8 +4,6 @@
 has two, or none, is refused with the way to say which.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Checks of tensors and files before they are used as data, row numbers, and digests."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Packages that are no dependency (pandas, SciPy, AnnData) are recognised by the module of a type, and never imported.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

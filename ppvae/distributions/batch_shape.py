@@ -1,7 +1,5 @@
 """Batch shapes of distributions: expanding parameters to them, and undoing that for a cheaper computation."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar

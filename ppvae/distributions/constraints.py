@@ -1,7 +1,5 @@
 """Supports that torch lacks, each with a `cure` for values outside it, for error texts; and arguments in a range."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 

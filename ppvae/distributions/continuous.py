@@ -1,7 +1,5 @@
 """Student's t distribution, accurate at many degrees of freedom."""
 
-from __future__ import annotations
-
 import math
 
 import pyro.distributions as dist

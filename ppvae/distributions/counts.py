@@ -1,7 +1,5 @@
 """Distributions over counts: Poisson, negative binomial, their zero-inflated forms, multinomial."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

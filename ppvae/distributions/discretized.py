@@ -1,7 +1,5 @@
 """Distributions over equally spaced levels: categorical, discretised logistic, mixtures of discretised logistics."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Markov chains of vectors, of different lengths in one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, final
 

@@ -1,7 +1,5 @@
 """Reparameterised mixtures of normals with constant weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, final
 

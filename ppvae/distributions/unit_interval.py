@@ -1,7 +1,5 @@
 """Distributions on {0, 1} and on [0, 1]: Bernoulli, continuous Bernoulli, beta."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar

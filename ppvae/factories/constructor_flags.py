@@ -1,7 +1,5 @@
 """Arguments of constructors, read from signature and docstring, and choices of a class by its name in a module."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Pairs from the names of their factories: resolve a name, build the pair, rebuild that of a run."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """Loss and gradients of a model/guide pair from a compiled graph."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

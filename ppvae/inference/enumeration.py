@@ -4,8 +4,6 @@ Source: arXiv 1902.03210, as in Pyro's `TraceEnum_ELBO`. Packed tensors carry a 
 dim, as in an einsum.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation mode of a pair: modules in eval mode, a forked param store, no gradient; and the modules of a pair."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress

@@ -1,7 +1,5 @@
 """Inspection of a pair, and the public functions that inspect the pair they are given: `inspect`, `check`, `terms`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace

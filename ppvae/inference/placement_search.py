@@ -1,7 +1,5 @@
 """The search for the fastest particle layout that gives the densities of single-particle runs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

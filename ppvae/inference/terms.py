@@ -1,7 +1,5 @@
 """Terms of a pair whose structure is known: the one place where log-densities are added up, [particles, batch]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace

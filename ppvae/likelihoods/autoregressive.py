@@ -1,7 +1,5 @@
 """Autoregressive likelihoods, whose elements depend on one another given the latent."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pyro.distributions as dist

@@ -1,7 +1,5 @@
 """Likelihoods of real numbers: normal, Laplace, Student's t, with fixed, learned or predicted scales."""
 
-from __future__ import annotations
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Likelihoods of counts, optionally scaled by a library size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pyro.distributions as dist

@@ -1,7 +1,5 @@
 """Likelihoods over equally spaced levels in [0, 1], such as pixels with 256 grey values v / 255."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pyro.distributions as dist

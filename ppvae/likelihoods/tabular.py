@@ -1,7 +1,5 @@
 """A likelihood of rows of a table: real, count, binary and categorical columns, some values missing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Likelihoods of binary data, and with a density on [0, 1] for grey values."""
 
-from __future__ import annotations
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Factories of pairs for the command line, whose flags are derived from their signatures."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

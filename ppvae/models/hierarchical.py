@@ -1,7 +1,5 @@
 """VAEs with several stochastic layers: bottom-up inference, and top-down inference (ladder VAE)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, final
 

@@ -1,7 +1,5 @@
 """Contexts, such as labels or features: which modules take one, and how one is concatenated to an input."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Masked networks for autoregressive likelihoods: outputs for an element depend on earlier elements and on z only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 

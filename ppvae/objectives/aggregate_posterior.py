@@ -1,7 +1,5 @@
 """Objectives that regularise the aggregate posterior q(z), the mean of q(z | x) over the data."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from typing import final

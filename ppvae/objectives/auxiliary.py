@@ -1,7 +1,5 @@
 """A bound plus an auxiliary loss of the batch, such as the classification loss of a semi-supervised VAE."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, final
 

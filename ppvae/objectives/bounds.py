@@ -1,7 +1,5 @@
 """Importance-weighted bounds on log p(x): IWAE and its relatives."""
 
-from __future__ import annotations
-
 from typing import final
 
 import torch

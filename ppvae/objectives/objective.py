@@ -1,7 +1,5 @@
 """The base class of objectives: a bound per datum as a loss in Pyro's convention."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 

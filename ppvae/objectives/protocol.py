@@ -1,7 +1,5 @@
 """What a gradient estimator reads: an objective as a bound, and a model/guide pair on one batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 

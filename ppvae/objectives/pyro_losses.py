@@ -1,7 +1,5 @@
 """Objectives of Pyro's as `fit` takes them: a loss that is one number, on batches of any size."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, final
 

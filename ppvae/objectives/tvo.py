@@ -1,7 +1,5 @@
 """The thermodynamic variational objective."""
 
-from __future__ import annotations
-
 import itertools
 from typing import final
 

@@ -1,7 +1,5 @@
 """Reweighted wake-sleep."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import final
 

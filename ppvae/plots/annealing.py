@@ -1,7 +1,5 @@
 """Annealed estimates of log p(x): the looseness of importance sampling against them, and the BDMC bracket."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Ranks of simulation-based calibration."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Differences of models in log p(x) on the same data."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

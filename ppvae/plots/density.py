@@ -1,7 +1,5 @@
 """Maps of densities over the plane, beside data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

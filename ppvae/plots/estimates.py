@@ -1,7 +1,5 @@
 """An estimate of log p(x): its distribution over the data, its bounds, and its diagnostics."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

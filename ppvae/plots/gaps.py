@@ -1,7 +1,5 @@
 """The inference gap and its parts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Grids of images, in which each image pixel covers a whole number of figure pixels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

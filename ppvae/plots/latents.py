@@ -1,7 +1,5 @@
 """Maps of posterior means."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

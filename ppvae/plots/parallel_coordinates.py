@@ -1,7 +1,5 @@
 """Parallel coordinates: each datum a line over its dims, for data that are not images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

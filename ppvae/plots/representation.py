@@ -1,7 +1,5 @@
 """The rate of each latent dim, and rate against distortion."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The common style of all figures: a colour-blind safe palette, fonts, sizes, and number formats."""
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -1,7 +1,5 @@
 """The base class of amortised posteriors, and the point mass."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro.distributions as dist

@@ -1,7 +1,5 @@
 """Posteriors over discrete latents, enumerated or sampled, and their relaxed counterparts."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro.distributions as dist

@@ -1,7 +1,5 @@
 """Normalizing-flow posteriors conditioned on the data, with cheap draws and cached densities of draws."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Normal posteriors with diagonal, full-rank and low-rank covariance."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, final
 

@@ -1,7 +1,5 @@
 """Non-amortised inference: variational parameters for each datum, looked up by its index."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import final
 

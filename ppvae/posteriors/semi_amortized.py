@@ -1,7 +1,5 @@
 """Semi-amortised inference: gradient steps on the ELBO of each datum from an amortised initialisation."""
 
-from __future__ import annotations
-
 import functools
 from typing import final
 

@@ -1,7 +1,5 @@
 """Posteriors over proportions, for topic models."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro.distributions as dist

@@ -1,7 +1,5 @@
 """The power spherical posterior on the unit sphere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, final

@@ -1,7 +1,5 @@
 """Autoregressive priors, p(z) = prod_d p(z_d | z_<d), by a masked network: a density takes one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, final
 

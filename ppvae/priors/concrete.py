@@ -1,7 +1,5 @@
 """Concrete (Gumbel-softmax) distributions on the unit interval and on simplices, accurate at any logit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, final

@@ -1,7 +1,5 @@
 """Distributions over vectors of discrete variables, whose joint values can be enumerated for exact summation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 

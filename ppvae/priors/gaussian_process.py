@@ -1,7 +1,5 @@
 """Gaussian-process priors over the latents of a sequence, and their kernels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, final

@@ -1,7 +1,5 @@
 """The uniform prior on the unit sphere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import final

@@ -1,7 +1,5 @@
 """The sections of the report, in their order."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Sections on an estimate of log p(x): its distribution, its bounds, and the data for which it is unreliable."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The top of the report: headline numbers, remarks, and a table of facts."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

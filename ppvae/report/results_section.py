@@ -1,7 +1,5 @@
 """Sections on results in the run's folder: inference gaps, the representation, calibration."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path

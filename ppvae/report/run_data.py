@@ -1,7 +1,5 @@
 """The subject of a report: a run, its test data, and an estimate of log p(x) if there is one."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Sections on what a trained pair generates, and on where its guide places the data in latent space."""
 
-from __future__ import annotations
-
 import math
 
 import torch

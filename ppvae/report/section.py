@@ -1,7 +1,5 @@
 """A section of the report: a figure with a caption, or the reason why it is not available."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Checkpoints: files named by their SHA-256 with a pointer to the last one, and the state of a pair in them."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from pathlib import Path

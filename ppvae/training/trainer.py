@@ -1,7 +1,5 @@
 """The training loop: epochs of steps, validation, checkpoints, early stopping, resumption."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

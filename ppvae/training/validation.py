@@ -1,7 +1,5 @@
 """The ELBO of held-out data with beta = 1 and fixed noise, its rate and its distortion."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import final
 

@@ -5,8 +5,6 @@ is one to one, reaches all of z's support, and c = -log |det dg/dh|. Autograd gi
 thin sets, such as a simplex or Cholesky factors, are measured by the coordinates of `biject_to`, as densities are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """A pair in words: what `check` returns of its sites and the modules that it calls, and the caveats that `fit` logs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The structure of a batch that has other sites than the inspected one, as one with a longer sequence has."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

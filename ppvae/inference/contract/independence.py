@@ -4,8 +4,6 @@ The model runs on batches in which some rows stay, with their latents, while all
 densities of rows that stay must stay, too. The guide may look at any row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

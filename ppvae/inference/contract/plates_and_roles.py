@@ -1,7 +1,5 @@
 """The data plate, the roles, shapes and scales of a pair's sites; each check raises one error that names the site."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

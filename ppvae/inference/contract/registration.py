@@ -1,7 +1,5 @@
 """Parameter registration: one name for two tensors, a name that does not exist, a module that is never registered."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType

@@ -1,7 +1,5 @@
 """Runs of a pair on other rows: a batch and its latents with rows taken anew, and the log-densities there."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

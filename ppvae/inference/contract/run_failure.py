@@ -1,7 +1,5 @@
 """The error for a pair that raises an exception when it runs on a batch, with a cure that was tried."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """What the sites of a pair add up to: scales, and terms that are no density, as factors and improper priors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

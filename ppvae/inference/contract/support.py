@@ -1,7 +1,5 @@
 """Supports, masks, sizes and base measures of distributions, and the check that observed values lie in a support."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Control variates for the score-function estimator."""
 
-from __future__ import annotations
-
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable

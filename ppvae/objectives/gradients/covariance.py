@@ -1,7 +1,5 @@
 """The covariance gradient of the thermodynamic variational objective."""
 
-from __future__ import annotations
-
 from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The doubly reparameterised gradient of the guide's parameters."""
 
-from __future__ import annotations
-
 from typing import final
 
 import torch

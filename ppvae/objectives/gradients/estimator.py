@@ -4,8 +4,6 @@ A bound per datum R(log w_1, ..., log w_K) has the pathwise gradient sum_k r_k d
 estimators replace what reaches the guide's parameters by a term of the same expectation, unless they state a bias.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 

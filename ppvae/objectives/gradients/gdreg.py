@@ -1,7 +1,5 @@
 """The generalised doubly reparameterised gradient: DReG for the prior's parameters, too."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import pyro.distributions as dist

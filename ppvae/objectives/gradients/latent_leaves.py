@@ -1,7 +1,5 @@
 """Gradients of log-densities with respect to the latents, separate from how the latents depend on parameters."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Reparameterisation gradients: pathwise, and sticking the landing."""
 
-from __future__ import annotations
-
 import warnings
 from typing import final
 

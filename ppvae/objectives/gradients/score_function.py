@@ -1,7 +1,5 @@
 """Score-function gradients (REINFORCE), and VIMCO."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import torch
