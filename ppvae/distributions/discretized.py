@@ -61,9 +61,8 @@ class Levels(ParametricDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            index = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
-                torch.Size(sample_shape)
-            )
+            categorical = torch.distributions.Categorical(logits=self.logits, validate_args=False)
+            index = categorical.sample(torch.Size(sample_shape))
             return index.to(self.logits.dtype) * (self.top / (self.logits.shape[-1] - 1))
 
 

@@ -83,8 +83,8 @@ class ContinuousBernoulli(ParametricDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            u = torch.rand(self._extended_shape(torch.Size(sample_shape)), dtype=self.logits.dtype,
-                           device=self.logits.device)  # fmt: skip
+            shape = self._extended_shape(torch.Size(sample_shape))
+            u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
             a = self.logits.abs()
             flat = a < 1e-30
             draws = -torch.log1p(u * torch.expm1(-a)) / torch.where(flat, 1.0, a)  # for a negative logit

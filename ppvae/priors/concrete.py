@@ -36,11 +36,8 @@ class BinaryConcrete(ParametricDistribution):
         super().__init__(logits.shape, torch.Size(), validate_args=validate_args)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        noise = _clamp_to_open_unit_interval(
-            torch.rand(
-                self._extended_shape(torch.Size(sample_shape)), dtype=self.logits.dtype, device=self.logits.device
-            )
-        )
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = _clamp_to_open_unit_interval(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
         logistic = noise.log() - torch.log1p(-noise)
         return _clamp_to_open_unit_interval(torch.sigmoid((self.logits + logistic) / self.temperature))
 

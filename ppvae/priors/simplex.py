@@ -89,9 +89,8 @@ class LogisticNormalDistribution(ParametricDistribution):
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        noise = torch.randn(
-            self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device
-        )
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         value = (self.loc + self.scale * noise).softmax(-1)
         return value.clamp(min=torch.finfo(value.dtype).tiny)
 

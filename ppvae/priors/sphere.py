@@ -30,9 +30,8 @@ class SphericalUniform(ParametricDistribution):
         super().__init__(torch.Size(), like.shape, validate_args=validate_args)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return normalize(
-            torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self.like.dtype, device=self.like.device)
-        )
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return normalize(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))
 
     def _log_prob(self, value: Tensor) -> Tensor:
         half = len(self.like) / 2
