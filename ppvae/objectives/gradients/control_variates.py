@@ -9,28 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
+from ppvae.objectives.gradients.estimator import Stateful
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.reductions import leave_one_out_sum
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
-class Baseline(ABC):
+class Baseline(Stateful, ABC):
     """A control variate b_k, subtracted from the learning signal of draw k; it must not depend on draw k."""
 
     @abstractmethod
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """The factor of each draw's score, learning signal minus baseline, [particles, batch] nats."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint stores."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  most have no state
-        """Restores the state of a checkpoint; an empty dict restores the initial state."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
 
 @final
