@@ -1,7 +1,5 @@
 """Deep latent-variable models as probabilistic programs: define a pair, train it with SVI, estimate log p(x)."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

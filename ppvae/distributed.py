@@ -1,7 +1,5 @@
 """Ranks of a `torch.distributed` process group: shards of data, exchange between ranks, launch of a command on all."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -162,7 +160,6 @@ class DistributedContext:
         return sums[: len(numbers)]
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
         return self.all_reduce_gradients([float(flag)], [], failed=False)[0] > 0
 
     def check_same_parameters(self, tensors: Sequence[Tensor]) -> None:
@@ -194,7 +191,6 @@ class DistributedContext:
         return [rank for rank, other in enumerate(received) if not torch.equal(other, received[0])]
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
         if self.size > 1:
             with _collective():
                 dist.barrier()

@@ -1,5 +1,8 @@
 """Exceptions of ppvae; a message names the object, what was expected, what was found, and the usual cure."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class PpvaeError(Exception):
     """Base class of all exceptions that the library raises on purpose."""
@@ -23,6 +26,12 @@ class TrainingError(PpvaeError):
 
 class UsageError(PpvaeError, ValueError):
     """An argument or option does not exist or is not valid."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of the known words as a hint for the end of a message, "; did you mean ...?"; empty without one."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def site_error(site: str, expected: str, found: str, cure: str) -> ContractError:

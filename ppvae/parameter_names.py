@@ -1,7 +1,5 @@
 """Names under which objects register their parameters, unique within a process, and their canonical form in files."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable

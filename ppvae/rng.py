@@ -1,12 +1,10 @@
 """Seeds derived from keys, and blocks that restore the random state of their caller."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,11 +20,9 @@ def derive_seed(*key: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-@contextmanager
-def fork_rng() -> Iterator[None]:
+def fork_rng() -> AbstractContextManager[None]:
     """Restores torch's random state, on the CPU and on every GPU, when the block ends."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 @contextmanager

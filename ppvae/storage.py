@@ -1,7 +1,5 @@
 """Atomic writes of files, and SHA-256 digests."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

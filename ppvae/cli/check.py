@@ -1,7 +1,5 @@
 """`ppvae check PAIR`: checks a pair against the contract and describes it."""
 
-from __future__ import annotations
-
 import torch
 
 from ppvae.cli.common import load_splits, num_labels, parse_pair, with_columns
@@ -15,7 +13,6 @@ ROWS = 100  # of the data, on which the pair is checked
 
 
 def run(args: list[str]) -> int:
-    """Prints the description of a pair; returns the exit status."""
     _, factory, settings, arguments = parse_pair("check", args, Data)
     splits = load_splits(settings)
     torch.manual_seed(0)

@@ -1,7 +1,5 @@
 """`ppvae compare RUN RUN ...`: paired differences of log p(x) between runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ppvae.cli.common import description, find_run, print_table
@@ -13,7 +11,6 @@ from ppvae.storage import write_bytes
 
 
 def run(args: list[str]) -> int:
-    """Prints the comparison, and writes it where a folder is given; returns the exit status."""
     names = []
     while args and not args[0].startswith("-"):
         names.append(args[0])

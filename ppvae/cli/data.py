@@ -1,7 +1,5 @@
 """`ppvae data NAME`: loads a data set and describes its splits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from ppvae.cli.common import description, load_splits
@@ -12,7 +10,6 @@ SHOWN = 6  # columns beside the data
 
 
 def run(args: list[str]) -> int:
-    """Prints a line for each split; returns the exit status."""
     if not args or args[0].startswith("-"):
         args = ["digits", *args]
     settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))

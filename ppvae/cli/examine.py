@@ -1,7 +1,5 @@
 """`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 from collections.abc import Callable
@@ -17,7 +15,6 @@ from ppvae.training import load
 
 
 def run(args: list[str]) -> int:
-    """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
     trained = load(directory, best=settings.best or None)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}

@@ -1,9 +1,6 @@
 """`ppvae fit PAIR`: trains a pair and writes its run folder and report."""
 
-from __future__ import annotations
-
 import dataclasses
-import difflib
 import functools
 import inspect
 from pathlib import Path
@@ -15,7 +12,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from ppvae.cli.common import joined_digest, load_splits, num_labels, parse_pair, with_columns, write_report
 from ppvae.cli.options import Data, Fit, Optimizer
 from ppvae.distributed import DistributedContext, leave_process_group
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, did_you_mean
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument, ClassChoice
 from ppvae.training import fit
@@ -27,7 +24,6 @@ OBJECTIVE: Argument = (Annotated[ELBO, OBJECTIVES], Trace_ELBO, "the objective t
 
 
 def run(args: list[str]) -> int:
-    """Trains a pair as the command line says; returns the exit status."""
     name, factory, settings, arguments = parse_pair("fit", args, Fit, {"objective": OBJECTIVE})
     objective = arguments.pop("objective")
     splits = load_splits(settings)
@@ -120,8 +116,7 @@ def _build_optimizer(settings: Optimizer) -> functools.partial[torch.optim.Optim
     """
     known = [n for n, v in vars(torch.optim).items() if isinstance(v, type) and n != "Optimizer"]
     if settings.name not in known:
-        near = difflib.get_close_matches(settings.name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(settings.name, known)
         raise UsageError(f"--optimizer.name: expected a class of torch.optim, found {settings.name!r}{hint}")
     cls = getattr(torch.optim, settings.name)
     options = {k: getattr(settings, k) for k in ("lr", "eps", "weight_decay") if getattr(settings, k) is not None}

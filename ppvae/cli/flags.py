@@ -1,7 +1,5 @@
 """Flags from typed dataclasses and signatures, read from TOML files and the command line, which goes first."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -17,7 +15,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, did_you_mean
 from ppvae.factories.constructor_flags import Argument, ClassChoice, class_choice
 
 Settings = TypeVar("Settings")
@@ -52,8 +50,7 @@ def parse(
     known = _flags(cls) | _flags(extra_cls)
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), 1)
-            raise UsageError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, sorted(known))}")
     _check_flags(args, sorted(known), prog, {name: class_name for name, (class_name, _) in chosen.items()})
     flat = tyro.conf.arg(name="")
     options_cls = dataclasses.make_dataclass(

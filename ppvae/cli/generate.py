@@ -1,7 +1,5 @@
 """`ppvae generate RUN`: samples, reconstructions, interpolations and traversals, as pictures and arrays."""
 
-from __future__ import annotations
-
 from ppvae import report
 from ppvae.cli.common import parse_run, run_data
 from ppvae.cli.options import Generate
@@ -9,7 +7,6 @@ from ppvae.training import load
 
 
 def run(args: list[str]) -> int:
-    """Writes the files into the run folder, and prints their paths; returns the exit status."""
     settings, directory = parse_run("generate", args, Generate)
     trained = load(directory, best=settings.best or None)
     columns = run_data(trained, settings, "test")

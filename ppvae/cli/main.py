@@ -1,7 +1,5 @@
 """The command line: `ppvae fit | evaluate | examine | compare | generate | check | data`."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -55,11 +53,9 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         print(f"ppvae {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        import difflib
+        from ppvae.errors import did_you_mean
 
-        near = difflib.get_close_matches(args[0], COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return _fail(f"no command {args[0]!r}{hint} (one of {', '.join(COMMANDS)})", 2)
+        return _fail(f"no command {args[0]!r}{did_you_mean(args[0], COMMANDS)} (one of {', '.join(COMMANDS)})", 2)
     size = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and size.isdigit() and int(size) > 1:  # started by torchrun
         from ppvae.distributed import run_on_all_ranks

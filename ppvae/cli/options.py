@@ -1,7 +1,5 @@
 """The options of each command; the comments are their help texts."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

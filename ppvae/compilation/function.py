@@ -1,7 +1,5 @@
 """A function of tensors from a graph that is captured, compiled, compared with the function, and dropped when stale."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -114,7 +112,6 @@ class EagerRun:
         self._effects.restore()
 
     def restore_after(self) -> None:
-        """Puts back those from after the call."""
         self._effects.restore(self._after)
 
     def compare(self, outputs: Outputs) -> None:
@@ -307,9 +304,10 @@ class CompiledFunction:
         varying, choices = self.target.varying, self.target.choices()
         run: Graph | BlockInvariantGraph
         try:
-            run = (
-                graph.compile(args, choices) if varying is None else BlockInvariantGraph(graph, args, varying, choices)
-            )
+            if varying is None:
+                run = graph.compile(args, choices)
+            else:
+                run = BlockInvariantGraph(graph, args, varying, choices)
             eager.restore_before()
             eager.compare(self._run(run, args))
             if isinstance(run, BlockInvariantGraph) or self.policy.is_faster(run, graph, args):

@@ -1,7 +1,5 @@
 """Guards on the Python state that a captured function reads: whether it has changed since the capture."""
 
-from __future__ import annotations
-
 import enum
 import functools
 import sys
@@ -63,7 +61,6 @@ class Guards:
         self._sizes = [len(d) for d in self._watched]
 
     def add(self, name: str, read: Callable[[], tuple[Any, ...]], labels: list[str]) -> None:
-        """Adds further values, by a function that reads them."""
         self._readings.append(_Reading(name, read, labels))
 
     def _now(self) -> tuple[Any, ...]:
@@ -167,7 +164,6 @@ class _Reading:
         self.seen = read()
 
     def place(self, i: int) -> str:
-        """The name of one of the values."""
         return f"{self.name}.{self.labels[i]}" if self.labels and i < len(self.labels) else self.name
 
 

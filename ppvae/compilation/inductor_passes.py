@@ -1,7 +1,5 @@
 """Graph passes and decompositions before inductor: faster code on the CPU, and roundings that it keeps."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -220,15 +218,16 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         aten.log_sigmoid_forward.default: log_sigmoid,
     }
     theirs = select_decomp_table()
-    return {**theirs, **{op: _with_fallback(fast, theirs.get(op)) for op, fast in ours.items()}}
+    return {**theirs, **{op: _on_cpu(fast, theirs.get(op)) for op, fast in ours.items()}}
 
 
-def _with_fallback(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A decomposition with inductor's own as fallback: inductor fails on an operation that it left undecomposed."""
+def _on_cpu(fast: Callable[..., Any], usual: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A decomposition on the CPU, elsewhere inductor's own: inductor fails on what it had left undecomposed itself."""
 
-    def decomposed(*args: Any, **kwargs: Any) -> Any:
-        out = fast(*args, **kwargs)
-        return usual(*args, **kwargs) if out is NotImplemented and usual is not None else out
+    def decomposed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type == "cpu" and x.is_floating_point():
+            return fast(x, *args, **kwargs)
+        return NotImplemented if usual is None else usual(x, *args, **kwargs)
 
     return decomposed
 
@@ -241,8 +240,6 @@ def log1p_by_log(x: Tensor) -> Tensor:
     >>> log1p_by_log(torch.tensor([-1.0, 0.0, 1e-12, 1.0, torch.inf])).tolist()
     [-inf, 0.0, 9.999999960041972e-13, 0.6931471824645996, inf]
     """
-    if x.device.type != "cpu" or not x.is_floating_point():
-        return NotImplemented
     rounded = 1 + x
     off = rounded - 1
     return torch.where(off == 0, x, rounded.log() * torch.where(off == torch.inf, 1.0, x / off))
@@ -250,24 +247,17 @@ def log1p_by_log(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """log(1 + exp(beta x)) / beta, x itself where beta x is above the threshold; in one pass over memory."""
-    if x.device.type != "cpu" or not x.is_floating_point():
-        return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, x, log1p_by_log(_exp(scaled.clamp(max=threshold))) / beta)
 
 
 def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
-    """The gradient of `softplus`."""
-    if x.device.type != "cpu" or not x.is_floating_point():
-        return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, gradient, gradient * scaled.sigmoid())
 
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """(log sigmoid(x), exp(-|x|) for the gradient)."""
-    if x.device.type != "cpu" or not x.is_floating_point():
-        return NotImplemented
     return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
 
 

@@ -1,7 +1,5 @@
 """Matrix products by the faster library, torch's default BLAS or oneDNN, measured for each shape."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Reduced precision for the matrix products of network layers; log-densities and all else stay in float32."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

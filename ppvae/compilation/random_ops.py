@@ -1,7 +1,5 @@
 """Discrete draws of a graph as deterministic functions of noise without parameters, so that inductor compiles them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Settings of the process: malloc keeps freed memory, as page faults can cost a step a third of its time."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os
@@ -9,10 +7,7 @@ import os
 import torch
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # their numbers in malloc.h
-MMAP_BYTES, TRIM_BYTES = (
-    (128 * 2**20, 32 * 2**20),
-    512 * 2**20,
-)  # from which memory is returned
+MMAP_BYTES, TRIM_BYTES = (128 * 2**20, 32 * 2**20), 512 * 2**20  # from which memory is returned
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 

@@ -1,7 +1,5 @@
 """Side effects of a run: random states, buffers and schedule steps, saved and restored."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +38,9 @@ class RunState:
 
         Raises CaptureError at the end for a run that draws from other random numbers than torch's.
         """
-        hook = nn.modules.module.register_module_forward_pre_hook(self._save_buffers)
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        try:
+        with nn.modules.module.register_module_forward_pre_hook(self._save_buffers):
             yield
-        finally:
-            hook.remove()
         same = all(np.array_equal(a, b) for a, b in zip(numpy, np.random.get_state(), strict=True))  # noqa: NPY002
         if random.getstate() != python or not same:
             raise CaptureError("it draws from Python's or numpy's random numbers")

@@ -12,9 +12,8 @@ lengths, a loader that chooses rows. Numbers keep their precision: float64 or in
 and where its networks are float32 the error says `x.float()`; nothing is rounded silently.
 """
 
-from __future__ import annotations
-
 import difflib
+import math
 import os
 from pathlib import Path
 
@@ -89,14 +88,11 @@ def load(
     if dequantize and source.levels is None:
         raise UsageError(f"{name}: dequantize needs whole grey levels; save them as uint8 0..255, not as floats.")
     kind: Noise | None = "binarize" if binarize else "dequantize" if dequantize else None
-    if isinstance(source.images, ImageFiles):
-        lazy = 4 * len(source.images) * int(np.prod(source.images.event_shape)) > MEMORY_LIMIT
-    else:
-        lazy = False
+    images = source.images
+    lazy = isinstance(images, ImageFiles) and 4 * len(images) * math.prod(images.event_shape) > MEMORY_LIMIT
     train, valid, test = (_split(source, part, kind, flat, seed, lazy) for part in range(3))
-    if binarize == "dynamic" or dequantize:
-        return train, valid.fixed(seed), test.fixed(seed)
-    return train.fixed(seed), valid.fixed(seed), test.fixed(seed)
+    redrawn = binarize == "dynamic" or dequantize
+    return train if redrawn else train.fixed(seed), valid.fixed(seed), test.fixed(seed)
 
 
 def _source(
@@ -130,7 +126,6 @@ def _normalized(name: str) -> str:
 
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
-    """The argument, else PPVAE_DATA, else ~/.cache/ppvae."""
     given = root or os.environ.get("PPVAE_DATA")
     return Path(given).expanduser() if given else named.CACHE.expanduser()
 

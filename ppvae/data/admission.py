@@ -4,8 +4,6 @@
 has two, or none, is refused with the way to say which.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -77,9 +75,6 @@ def _from_tuple(columns: Sequence[Any], name: str) -> tuple[Any, ...]:
     if len(columns) == 1:
         return (as_column(columns[0], name),)
     return tuple(as_column(column, f"{name}[{i}]") for i, column in enumerate(columns))
-
-
-# -- lists ------------------------------------------------------------------------------------------------------------
 
 
 def _from_list(values: list[Any], name: str, program: Callable[..., Any] | None) -> tuple[Any, ...]:
@@ -159,9 +154,6 @@ def _positional(program: Callable[..., Any] | None) -> list[inspect.Parameter] |
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-# -- names ------------------------------------------------------------------------------------------------------------
 
 
 def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any] | None) -> tuple[Any, ...]:
@@ -263,18 +255,8 @@ def _from_samples(
     samples = [dataset[i] for i in range(len(dataset))]
     if not samples:
         raise DataError(f"{name}: expected at least one row, found an empty {type(dataset).__name__}")
-    batch = _collated(samples, collate, name)
-    _check_stays(collate([samples[0]]), collate([dataset[0]]), name)
-    if isinstance(batch, Mapping):
-        return _from_mapping(batch, name, program)
-    columns = _from_tuple(tuple(batch), name) if isinstance(batch, list | tuple) else (as_column(batch, name),)
-    check_count_of_columns(columns, name, program)
-    return columns
-
-
-def _collated(samples: list[Any], collate: Callable[[list[Any]], Any], name: str) -> Any:
     try:
-        return collate(samples)
+        batch = collate(samples)
     except TypeError:
         raise DataError(
             f"{name}: samples that are no numbers ({type(samples[0]).__name__}): give the data set a transform, such "
@@ -282,6 +264,12 @@ def _collated(samples: list[Any], collate: Callable[[list[Any]], Any], name: str
         ) from None
     except (RuntimeError, ValueError):
         raise DataError(f"{name}: samples of different shapes: {PAD}, or give the DataLoader a collate_fn") from None
+    _check_stays(collate([samples[0]]), collate([dataset[0]]), name)
+    if isinstance(batch, Mapping):
+        return _from_mapping(batch, name, program)
+    columns = _from_tuple(tuple(batch), name) if isinstance(batch, list | tuple) else (as_column(batch, name),)
+    check_count_of_columns(columns, name, program)
+    return columns
 
 
 def _check_stays(first: Any, again: Any, name: str) -> None:

@@ -1,7 +1,5 @@
 """Checks of tensors and files before they are used as data, row numbers, and digests."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ from torch import Tensor
 from ppvae.errors import DataError
 
 FINITE_CURE = "Every value must be finite: remove the row or fill the gap."
-MISSING_CURE = "{finite} If NaN stands for a missing value, say so: {how}."
 
 
 def validated(x: Tensor, name: str) -> Tensor:
@@ -23,7 +20,6 @@ def validated(x: Tensor, name: str) -> Tensor:
     value; a row without observed values is refused. Raises `DataError` for anything but a dense real tensor, for an
     empty one, and for NaN or infinity, with row and column.
 
-    >>> import torch
     >>> validated(torch.zeros(3, 2), "x").shape
     torch.Size([3, 2])
     >>> validated(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), "x")
@@ -54,7 +50,7 @@ def check_finite(
         return
     gaps = x.isnan()
     if not missing:
-        cure = MISSING_CURE.format(finite=finite, how=how) if bool(gaps.any()) else finite
+        cure = f"{finite} If NaN stands for a missing value, say so: {how}." if bool(gaps.any()) else finite
         raise_first_invalid(x, is_finite, name, cure, offset, columns)
     raise_first_invalid(x, is_finite | gaps, name, finite, offset, columns)
     if x.ndim > 1:
@@ -97,7 +93,6 @@ def raise_first_invalid(
 def first_rows(columns: Sequence[Any], count: int) -> Tensor:
     """The rows [count] on which a pair is inspected: one for every column with missing values, then the first ones.
 
-    >>> import torch
     >>> from ppvae import data
     >>> x = data.with_missing(torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, torch.nan]]))
     >>> first_rows([x], 2), first_rows([x[:2]], 2)
@@ -130,7 +125,6 @@ def indexed(x: Tensor) -> tuple[Tensor, Tensor]:
 def digest(x: Tensor) -> str:
     """The SHA-256 in hex of a tensor's dtype, shape and bytes, the same on every device and for every NaN.
 
-    >>> import torch
     >>> digest(torch.zeros(2, 3)) == digest(torch.zeros(2, 3)), digest(torch.zeros(2, 3)) == digest(torch.zeros(3, 2))
     (True, False)
     """

@@ -1,7 +1,5 @@
 """A user's own data: .npz, .npy and .pt files, and folders of images."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

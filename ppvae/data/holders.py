@@ -3,8 +3,7 @@
 Packages that are no dependency (pandas, SciPy, AnnData) are recognised by the module of a type, and never imported.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,9 +62,6 @@ def _cure(value: Any) -> str:
     return "Pass torch.as_tensor(x), [N, *event]"
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
-
-
 def _from_tensor(x: Tensor, place: str) -> Tensor:
     check_no_gradient(x, place)
     _check_holds_numbers(x, place)
@@ -102,17 +98,12 @@ def _check_holds_numbers(x: Tensor, place: str) -> None:
 
 
 def check_dense_size(shape: Sequence[int], itemsize: int, place: str) -> None:
-    size = itemsize
-    for n in shape:
-        size *= int(n)
+    size = itemsize * math.prod(map(int, shape))
     if size > DENSE_LIMIT:
         raise DataError(
             f"{place}: a sparse matrix of shape {list(shape)} takes {size / 2**30:.1f} GiB once it is dense, more than "
             f"{DENSE_LIMIT >> 30}. Pass fewer columns or rows"
         )
-
-
-# -- arrays and lists -------------------------------------------------------------------------------------------------
 
 
 def from_array(a: np.ndarray, place: str) -> Tensor:
@@ -124,17 +115,13 @@ def from_array(a: np.ndarray, place: str) -> Tensor:
     a = np.asarray(a)
     if a.dtype.kind not in "biuf":
         raise DataError(f"{place}: expected real numbers, found {_kind_of(a)}")
-    wider = {"u": np.int64, "f": np.float64}.get(a.dtype.kind) if a.dtype.itemsize > 8 or _is_wide_unsigned(a) else None
+    wide_unsigned = a.dtype.kind == "u" and a.dtype.itemsize > 1  # torch has the type, and no arithmetic for it
+    wider = {"u": np.int64, "f": np.float64}.get(a.dtype.kind) if a.dtype.itemsize > 8 or wide_unsigned else None
     dtype = np.dtype(wider) if wider else a.dtype.newbyteorder("=")
     if a.dtype == np.uint64 and a.size and int(a.max()) > np.iinfo(np.int64).max:
         raise DataError(f"{place}: a number beyond 2^63 - 1, which no tensor holds: pass a.astype(float)")
     borrow = dtype == a.dtype and a.flags.writeable and all(stride >= 0 for stride in a.strides)
     return torch.from_numpy(a if borrow else np.array(a, dtype=dtype, order="C"))
-
-
-def _is_wide_unsigned(a: np.ndarray) -> bool:
-    """Whether torch has the type, and no arithmetic for it."""
-    return a.dtype.kind == "u" and a.dtype.itemsize > 1
 
 
 def _kind_of(a: np.ndarray) -> str:
@@ -179,11 +166,7 @@ def _first_other(values: Any) -> str:
     return ""
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
 def _from_frame(frame: Any, place: str) -> Split:
-    """A DataFrame as a split with the names of its columns."""
     columns = [_numbers_of_series(frame.iloc[:, i], place) for i in range(frame.shape[1])]
     if not columns:
         raise DataError(f"{place}: expected a table with columns, found shape {list(frame.shape)}")
@@ -206,10 +189,8 @@ def _numbers_of_series(series: Any, place: str) -> np.ndarray:
 
 
 def _named(values: Any, names: Any) -> Split:
-    """The values as a split whose columns have names."""
-    event = tuple(values.shape[1:])
-    info = SplitInfo("a table", event, len(values), unit=False, columns=tuple(map(str, names)))
-    return Split(values, info)
+    columns = tuple(map(str, names))
+    return Split(values, SplitInfo("a table", tuple(values.shape[1:]), len(values), unit=False, columns=columns))
 
 
 def allow_missing(columns: Sequence[Any]) -> tuple[Any, ...]:
@@ -226,7 +207,6 @@ def with_missing(x: Any, name: str = "a table") -> Split:
     copies keep the mark; a split keeps its metadata, a DataFrame the names of its columns, and plain numbers are named
     `name`. Raises `DataError` with the row for infinity and for a row without observed values.
 
-    >>> import torch
     >>> x = with_missing(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
     >>> x.missing, x[:1].missing, x.description
     (True, True, 'a table, NaN missing, values as given')

@@ -1,7 +1,5 @@
 """IDX files, MNIST's format: two zero bytes, a type, the number of dimensions, the dimensions, the numbers."""
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from pathlib import Path

@@ -52,12 +52,10 @@ def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
 
 
 def as_single_batch(data: Any, seed: int, device: torch.device) -> tuple[Tensor, ...]:
-    """All rows of checked data as one batch on a device."""
     return tuple(read_rows(column, None, device) for column in data_columns(data, seed))
 
 
 def column_digests(columns: Sequence[Any]) -> list[str]:
-    """The SHA-256 of each column."""
     return [c.digest if hasattr(c, "digest") else digest(c) for c in columns]
 
 
@@ -96,7 +94,6 @@ class DataLoader:
         return any(isinstance(column, LazySplit) for column in self.columns)
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The rows of every column, on the device."""
         first, *context = self.columns
         return read_rows(first, rows, self.device), *(self._read_context(c, rows) for c in context)
 
@@ -105,7 +102,6 @@ class DataLoader:
         return self.read(first_rows(self.columns, count))
 
     def read_all(self) -> tuple[Tensor, ...]:
-        """All rows, for a pair whose plate draws its own subsample."""
         return tuple(read_rows(column, None, self.device) for column in self.columns)
 
     def order(self, batch_size: int, seed: int, epoch: int, num_ranks: int = 1) -> list[Tensor]:
@@ -122,7 +118,6 @@ class DataLoader:
         return order
 
     def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of these rows."""
         if self.lazy:
             yield from torch.utils.data.DataLoader(
                 _RowsDataset(self), batch_sampler=[rows.tolist() for rows in order], collate_fn=lambda batch: batch
@@ -149,10 +144,7 @@ def _is_expanded(column: Tensor) -> bool:
 
 def _fits(values: Tensor, device: torch.device) -> bool:
     """Whether the data take less than half of the device's free memory."""
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return values.numel() * values.element_size() < free / 2
+    return device.type != "cuda" or values.numel() * values.element_size() < torch.cuda.mem_get_info(device)[0] / 2
 
 
 class _RowsDataset(torch.utils.data.Dataset):

@@ -1,7 +1,5 @@
 """The data sets that `load` knows by name, read in place below a root folder."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

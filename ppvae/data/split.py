@@ -177,17 +177,14 @@ class Split(HasSplitInfo, Tensor):
         return self._like(values, lambda t: t.to(values.device))
 
     def cpu(self, *args: Any, **kwargs: Any) -> Split:
-        """`to("cpu")`."""
         return self.to("cpu")
 
     def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> Split:
-        """`to("cuda")`."""
         return self.to(
             "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
         )
 
     def double(self, *args: Any, **kwargs: Any) -> Split:
-        """`to(torch.float64)`."""
         return self.to(torch.float64)
 
     @property

@@ -1,7 +1,5 @@
 """`UnsplitData`: the rows of a data set before they become splits, and the fixed permutation that splits them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

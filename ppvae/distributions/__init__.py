@@ -13,17 +13,6 @@ from ppvae.distributions.tabular import Columns
 from ppvae.distributions.unit_interval import Bernoulli, Beta, ContinuousBernoulli
 
 __all__ = [
-    "Autoregressive",
-    "Bernoulli",
-    "Beta",
-    "Columns",
-    "ContinuousBernoulli",
-    "DiscretizedLogistic",
-    "Levels",
-    "MixtureOfDiscretizedLogistics",
-    "Multinomial",
-    "NegativeBinomial",
-    "Poisson",
-    "StudentT",
-    "ZeroInflated",
-]
+    "Autoregressive", "Bernoulli", "Beta", "Columns", "ContinuousBernoulli", "DiscretizedLogistic", "Levels",
+    "MixtureOfDiscretizedLogistics", "Multinomial", "NegativeBinomial", "Poisson", "StudentT", "ZeroInflated",
+]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution, expand_parameters
 
 Conditionals = Callable[[Tensor], TorchDistribution]
 
 
-class Autoregressive(TorchDistribution):
+class Autoregressive(ParametricDistribution):
     """An autoregressive distribution, p(x) = prod_i p(x_i | x_<i), whose conditionals come from one call.
 
     `log_prob` calls `conditionals` once; `sample` is ancestral and calls it once for each element, in order.
@@ -39,9 +39,6 @@ class Autoregressive(TorchDistribution):
     True
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = False
-
     def __init__(
         self,
         conditionals: Conditionals,
@@ -56,7 +53,6 @@ class Autoregressive(TorchDistribution):
 
     @constraints.dependent_property
     def support(self) -> Any:
-        """The support of the factors."""
         return self._support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Autoregressive:

@@ -1,10 +1,8 @@
 """Batch shapes of distributions: expanding parameters to them, and undoing that for a cheaper computation."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -13,12 +11,34 @@ from torch import Tensor
 Distribution = TypeVar("Distribution", bound=TorchDistribution)
 
 
+class ParametricDistribution(TorchDistribution):
+    """A distribution whose `expand` expands `parameter_dims`, {name: the event dims of a tensor; 0 of a distribution}.
+
+    A subclass defines `_log_prob`, of a value that has been validated where validation is on.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    parameter_dims: ClassVar[dict[str, int]] = {}
+
+    def expand(self: Distribution, batch_shape: Sequence[int], _instance: Any = None) -> Distribution:
+        return expand_parameters(self, batch_shape, **self.parameter_dims)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._log_prob(value)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 def expand_parameters(fn: Distribution, batch_shape: Sequence[int], **event_dims: int) -> Distribution:
     """A shallow copy of a distribution with parameters expanded to a batch shape, given as name=its event dims."""
     new, shape = copy.copy(fn), torch.Size(batch_shape)
     for name, event_dim in event_dims.items():
-        value: Tensor = getattr(fn, name)
-        setattr(new, name, value.expand(shape + value.shape[value.dim() - event_dim :]))
+        value: Any = getattr(fn, name)
+        event = value.shape[value.dim() - event_dim :] if isinstance(value, Tensor) else torch.Size()
+        setattr(new, name, value.expand(shape + event))
     new._batch_shape = shape
     return new
 

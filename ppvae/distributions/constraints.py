@@ -1,9 +1,14 @@
-"""Supports that torch lacks. Each has a `cure`: what to do with values outside it, for error texts."""
-
-from __future__ import annotations
+"""Supports that torch lacks, each with a `cure` for values outside it, for error texts; and arguments in a range."""
 
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+
+
+def positive(name: str, value: float) -> float:
+    """The value of an argument; ValueError, by its name, unless it is positive."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, found {value}")
+    return float(value)
 
 
 class EquallySpacedLevels(Constraint):
@@ -17,7 +22,6 @@ class EquallySpacedLevels(Constraint):
 
     @property
     def cure(self) -> str:
-        """What to do with values that are not among the levels."""
         if self.top != 1:
             return f"Number the {self.levels} values of the column from 0, and leave NaN where one is missing"
         top = self.levels - 1

@@ -1,7 +1,5 @@
 """Student's t distribution, accurate at many degrees of freedom."""
 
-from __future__ import annotations
-
 import math
 
 import pyro.distributions as dist
@@ -28,7 +26,5 @@ class StudentT(dist.StudentT):
             self._validate_sample(value)
         df, scale = collapse_expanded_dims(self.df), collapse_expanded_dims(self.scale)
         y = (value - self.loc) / scale
-        norm = (
-            log_rising_factorial_ratio(0.5 * df, torch.full_like(df, 0.5)) - scale.log() - 0.5 * math.log(2 * math.pi)
-        )
-        return norm - 0.5 * (df + 1) * torch.log1p(y.square() / df)
+        ratio = log_rising_factorial_ratio(0.5 * df, torch.full_like(df, 0.5))
+        return ratio - scale.log() - 0.5 * math.log(2 * math.pi) - 0.5 * (df + 1) * torch.log1p(y.square() / df)

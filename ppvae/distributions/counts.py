@@ -1,7 +1,5 @@
 """Distributions over counts: Poisson, negative binomial, their zero-inflated forms, multinomial."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,14 +9,14 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.batch_shape import collapse_expanded_dims, expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution, collapse_expanded_dims
 from ppvae.distributions.constraints import CountsWithTotal
 from ppvae.distributions.special import log_rising_factorial_ratio
 
 _MAX_DRAWS = 2**22  # categorical draws of a multinomial in memory at a time
 
 
-class Poisson(TorchDistribution):
+class Poisson(ParametricDistribution):
     """The Poisson distribution over 0, 1, 2, ..., log p(x) = x log_rate - exp(log_rate) - log x!.
 
     Parametrised by the log-rate, so that a rate that underflows still has a log-mass and a gradient (Pyro's gives
@@ -30,23 +28,17 @@ class Poisson(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {"log_rate": constraints.real}
     support = constraints.nonnegative_integer
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"log_rate": 0}
 
     def __init__(self, log_rate: Tensor, validate_args: bool | None = None):
         self.log_rate = log_rate
         super().__init__(log_rate.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Poisson:
-        return expand_parameters(self, batch_shape, log_rate=0)
-
     @property
     def mean(self) -> Tensor:
-        """exp(log_rate)."""
         return self.log_rate.exp()
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         power = torch.where(value == 0, 0.0, value * self.log_rate)
         return power - self.log_rate.exp() - torch.lgamma(value + 1)
 
@@ -55,7 +47,7 @@ class Poisson(TorchDistribution):
             return torch.poisson(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))
 
 
-class NegativeBinomial(TorchDistribution):
+class NegativeBinomial(ParametricDistribution):
     """The negative binomial over 0, 1, 2, ... with mean m and concentration c: a Poisson with a gamma rate.
 
     log p(x) = log [Gamma(x + c) / (Gamma(c) c^x x!)] + x log m - (x + c) log(1 + m / c), variance m + m^2 / c.
@@ -74,23 +66,17 @@ class NegativeBinomial(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {"log_mean": constraints.real, "log_concentration": constraints.real}
     support = constraints.nonnegative_integer
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"log_mean": 0, "log_concentration": 0}
 
     def __init__(self, log_mean: Tensor, log_concentration: Tensor, validate_args: bool | None = None):
         self.log_mean, self.log_concentration = torch.broadcast_tensors(log_mean, log_concentration)
         super().__init__(self.log_mean.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NegativeBinomial:
-        return expand_parameters(self, batch_shape, log_mean=0, log_concentration=0)
-
     @property
     def mean(self) -> Tensor:
-        """exp(log_mean)."""
         return self.log_mean.exp()
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         log_c = collapse_expanded_dims(self.log_concentration)
         c = log_c.exp()
         power = torch.where(value == 0, 0.0, value * self.log_mean)
@@ -104,7 +90,7 @@ class NegativeBinomial(TorchDistribution):
             return torch.poisson(torch._standard_gamma(c) * (self.log_mean - self.log_concentration).exp())
 
 
-class ZeroInflated(TorchDistribution):
+class ZeroInflated(ParametricDistribution):
     """Zero-inflated counts, p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid.
 
     As Pyro's, but exact at any gate: gate_logits = -inf gives the base, where Pyro's gives NaN. Raises ValueError
@@ -121,7 +107,7 @@ class ZeroInflated(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"gate_logits": constraints.real}
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"gate_logits": 0, "base": 0}
 
     def __init__(self, base: TorchDistribution, gate_logits: Tensor, validate_args: bool | None = None):
         if base.event_shape:
@@ -132,22 +118,13 @@ class ZeroInflated(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        """The support of the base."""
         return self.base.support
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ZeroInflated:
-        new = expand_parameters(self, batch_shape, gate_logits=0)
-        new.base = self.base.expand(torch.Size(batch_shape))
-        return new
 
     @property
     def mean(self) -> Tensor:
-        """s(-g) times the mean of the base."""
         return torch.sigmoid(-self.gate_logits) * self.base.mean
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         counted = self.base.log_prob(value) - F.softplus(self.gate_logits, threshold=40)
         extra = -F.softplus(-self.gate_logits, threshold=40)
         return torch.where(value == 0, torch.logaddexp(extra, counted), counted)
@@ -159,7 +136,7 @@ class ZeroInflated(TorchDistribution):
             return torch.where(inflated, torch.zeros_like(counts), counts)
 
 
-class Multinomial(TorchDistribution):
+class Multinomial(ParametricDistribution):
     """Counts [D] of N draws from D kinds, log p(x | N) = log N! - sum_d log x_d! + sum_d x_d log softmax(logits)_d.
 
     With the multinomial coefficient, so that it sums to one over all counts of total N; other counts have log-mass
@@ -179,7 +156,7 @@ class Multinomial(TorchDistribution):
         "total": constraints.nonnegative_integer,
         "logits": constraints.real_vector,
     }
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"total": 0, "logits": 1}
 
     def __init__(self, total: Tensor, logits: Tensor, validate_args: bool | None = None):
         shape = torch.broadcast_shapes(total.shape, logits.shape[:-1])
@@ -188,20 +165,13 @@ class Multinomial(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
-        """Counts that sum to the total."""
         return constraints.independent(CountsWithTotal(self.total), 1)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Multinomial:
-        return expand_parameters(self, batch_shape, total=0, logits=1)
 
     @property
     def mean(self) -> Tensor:
-        """N softmax(logits)."""
         return self.total.unsqueeze(-1) * self.logits.softmax(-1)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         log_probs = self.logits.log_softmax(-1)
         powers = torch.where(value == 0, 0.0, value * log_probs).sum(-1)
         log_prob = torch.lgamma(self.total + 1) - torch.lgamma(value + 1).sum(-1) + powers

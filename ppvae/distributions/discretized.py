@@ -1,18 +1,15 @@
 """Distributions over equally spaced levels: categorical, discretised logistic, mixtures of discretised logistics."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import EquallySpacedLevels
 
 
@@ -23,7 +20,7 @@ def check_levels(levels: int) -> int:
     return levels
 
 
-class Levels(TorchDistribution):
+class Levels(ParametricDistribution):
     """A categorical distribution over L levels 0, top / (L - 1), ..., top, p(k top / (L - 1)) = softmax(logits)_k.
 
     Raises ValueError for a value that is not a level, where validation is on.
@@ -37,7 +34,7 @@ class Levels(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real_vector}
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"logits": 1}
 
     def __init__(self, logits: Tensor, top: float = 1.0, validate_args: bool | None = None):
         if logits.shape[-1] < 2:
@@ -47,22 +44,15 @@ class Levels(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        """The levels."""
         return EquallySpacedLevels(self.logits.shape[-1], self.top)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Levels:
-        return expand_parameters(self, batch_shape, logits=1)
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the levels."""
         count = self.logits.shape[-1]
         levels = torch.linspace(0, self.top, count, dtype=self.logits.dtype, device=self.logits.device)
         return self.logits.softmax(-1) @ levels
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         count = self.logits.shape[-1]
         index = (value * ((count - 1) / self.top)).round().long()
         shape = torch.broadcast_shapes(self.batch_shape, index.shape)
@@ -71,9 +61,8 @@ class Levels(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            index = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
-                torch.Size(sample_shape)
-            )
+            categorical = torch.distributions.Categorical(logits=self.logits, validate_args=False)
+            index = categorical.sample(torch.Size(sample_shape))
             return index.to(self.logits.dtype) * (self.top / (self.logits.shape[-1] - 1))
 
 
@@ -110,7 +99,7 @@ def _sample_discretized_logistic(loc: Tensor, log_scale: Tensor, levels: int) ->
     return (x * (levels - 1)).round().clamp(0, levels - 1) / (levels - 1)
 
 
-class DiscretizedLogistic(TorchDistribution):
+class DiscretizedLogistic(ParametricDistribution):
     """A logistic distribution in L bins around the levels 0, 1 / (L - 1), ..., 1.
 
     p(x) = sigma((x + h - loc) / s) - sigma((x - h - loc) / s), h = 1 / (2 (L - 1)), s = exp(log_scale); the two end
@@ -125,7 +114,7 @@ class DiscretizedLogistic(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"loc": constraints.real, "log_scale": constraints.real}
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"loc": 0, "log_scale": 0}
 
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int = 256, validate_args: bool | None = None):
         self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
@@ -134,20 +123,13 @@ class DiscretizedLogistic(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        """The levels."""
         return EquallySpacedLevels(self.levels)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiscretizedLogistic:
-        return expand_parameters(self, batch_shape, loc=0, log_scale=0)
 
     @property
     def mean(self) -> Tensor:
-        """The mean, a sum over the levels."""
         return _discretized_logistic_mean(self.loc, self.log_scale, self.levels)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         return discretized_logistic_log_prob(value, self.loc, self.log_scale, self.levels)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -156,7 +138,7 @@ class DiscretizedLogistic(TorchDistribution):
             return _sample_discretized_logistic(self.loc.expand(shape), self.log_scale.expand(shape), self.levels)
 
 
-class MixtureOfDiscretizedLogistics(TorchDistribution):
+class MixtureOfDiscretizedLogistics(ParametricDistribution):
     """Pixels of C coupled channels, each a mixture of M discretised logistics: an event [C, P] of P pixels.
 
     p(x) = prod_p sum_m softmax(logits)_mp prod_c DL(x_cp; loc_mcp + sum_{j<c} coupling_mcjp x_jp, log_scale_mcp).
@@ -184,7 +166,7 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
         "log_scale": constraints.independent(constraints.real, 3),
         "coupling": constraints.independent(constraints.real, 3),
     }
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"logits": 2, "loc": 3, "log_scale": 3, "coupling": 3}
 
     def __init__(
         self,
@@ -206,11 +188,7 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> Any:
-        """The levels."""
         return constraints.independent(EquallySpacedLevels(self.levels), self.event_dim)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixtureOfDiscretizedLogistics:
-        return expand_parameters(self, batch_shape, logits=2, loc=3, log_scale=3, coupling=3)
 
     @property
     def mean(self) -> Tensor:
@@ -228,9 +206,7 @@ class MixtureOfDiscretizedLogistics(TorchDistribution):
             moved = moved + coupling[..., first + j, :] * x[..., j, :]
         return moved
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         channels, pixels = self.loc.shape[-2:]
         x = value.reshape(*value.shape[: value.dim() - self.event_dim], 1, channels, pixels)
         log_prob = self.logits.log_softmax(-2)

@@ -1,22 +1,19 @@
 """Markov chains of vectors, of different lengths in one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, final
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 
 Transition = Callable[[Tensor, Any], Any]  # (z before [..., latent], which times) -> the distribution of z then
 
 
 @final
-class MarkovChain(dist.TorchDistribution):
+class MarkovChain(ParametricDistribution):
     """A Markov chain z_1 .. z_T of vectors, log p(z) = sum over known t of log p(z_t | z_(t-1)), z_0 = start.
 
     Steps that are not known are padding at the end: 0 in a draw and ignored by the density, so that a chain of length n
@@ -30,22 +27,19 @@ class MarkovChain(dist.TorchDistribution):
 
     Batch shape [*batch], event shape [T, latent]. Reparameterised where the steps are.
 
+    >>> import pyro.distributions as dist
     >>> known = torch.tensor([[True, True, False]])
     >>> walk = MarkovChain(lambda z, at: dist.Normal(z, 1.0).to_event(1), torch.zeros(2), known)
     >>> walk.shape(), walk.rsample()[0, 2].tolist()
     (torch.Size([1, 3, 2]), [0.0, 0.0])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
     def __init__(self, step: Transition, start: Tensor, known: Tensor, validate_args: bool | None = None):
         self.step, self.start, self.known = step, start, known
         super().__init__(known.shape[:-1], known.shape[-1:] + start.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MarkovChain:
-        return expand_parameters(self, batch_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         z = self.start.expand(torch.Size(sample_shape) + self.batch_shape + self.start.shape)
@@ -54,9 +48,7 @@ class MarkovChain(dist.TorchDistribution):
             steps.append(z := self.step(z, t).rsample())
         return torch.where(self.known.unsqueeze(-1), torch.stack(steps, -2), 0.0)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         first = self.start.expand(*value.shape[:-2], 1, value.shape[-1])
         before = torch.cat([first, value[..., :-1, :]], -2)
         log_prob = torch.where(self.known, self.step(before, slice(None)).log_prob(value), 0.0).sum(-1)

@@ -1,20 +1,18 @@
 """Reparameterised mixtures of normals with constant weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 
 
 @final
-class NormalMixture(dist.TorchDistribution):
+class NormalMixture(ParametricDistribution):
     """A mixture of normals with independent dims and given weights, q(z) = sum_m w_m N(z; loc_m, diag(scale_m)^2).
 
     Reparameterised, although a draw chooses its component at random: with the weights constant, dz = sum_m r_m(z)
@@ -35,9 +33,9 @@ class NormalMixture(dist.TorchDistribution):
     tensor(-1.4189)
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = True
+    parameter_dims: ClassVar[dict[str, int]] = {"loc": 2, "scale": 2, "log_weight": 1}
 
     def __init__(self, loc: Tensor, scale: Tensor, log_weight: Tensor, validate_args: bool | None = None):
         if log_weight.requires_grad:
@@ -47,21 +45,15 @@ class NormalMixture(dist.TorchDistribution):
         self.log_weight = log_weight.log_softmax(-1).expand(batch + log_weight.shape[-1:])
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NormalMixture:
-        return expand_parameters(self, batch_shape, loc=2, scale=2, log_weight=1)
-
     @property
     def mean(self) -> Tensor:
-        """sum_m w_m loc_m, [..., latent]."""
         return (self.log_weight.exp().unsqueeze(-1) * self.loc).sum(-2)
 
     def _component_log_probs(self, value: Tensor) -> Tensor:
         """log w_m + log N_m(z), [..., components]."""
         return self.log_weight + dist.Normal(self.loc, self.scale).log_prob(value.unsqueeze(-2)).sum(-1)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         return self._component_log_probs(value).logsumexp(-1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -1,7 +1,5 @@
 """Differences of log-gamma functions without cancellation, accurate in float32 over their whole range."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution, expand_parameters
 from ppvae.distributions.discretized import Levels
 
-ColumnGroup = tuple[
-    Tensor, TorchDistribution
-]  # positions [n] of columns, and their distribution of batch shape [*batch, n]
+ColumnGroup = tuple[Tensor, TorchDistribution]  # positions [n] of columns, their distribution of batch [*batch, n]
 
 
-class Columns(TorchDistribution):
+class Columns(ParametricDistribution):
     """Independent columns of different kinds, log p(x) = sum of log p_d(x_d) over the columns d that are not NaN.
 
     NaN marks a missing value. As columns are independent, omitting its term marginalises it exactly. Samples are
@@ -36,9 +34,6 @@ class Columns(TorchDistribution):
     tensor([-3.2242, -0.9189])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = False
-
     def __init__(self, groups: Sequence[ColumnGroup], validate_args: bool | None = None):
         self.groups = list(groups)
         shape = torch.broadcast_shapes(*(fn.batch_shape[:-1] for _, fn in self.groups))
@@ -46,7 +41,6 @@ class Columns(TorchDistribution):
 
     @constraints.dependent_property(event_dim=1)
     def support(self) -> Any:
-        """The support of each column, with NaN."""
         return constraints.independent(_ColumnSupports(self.groups), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Columns:
@@ -62,9 +56,7 @@ class Columns(TorchDistribution):
             nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.mean for _, fn in self.groups
         ])  # fmt: skip
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         missing = value.isnan()
         filled = torch.where(missing, 0.0, value)  # 0 is in the support of every kind of column
         total: Tensor | None = None

@@ -1,7 +1,5 @@
 """Distributions on {0, 1} and on [0, 1]: Bernoulli, continuous Bernoulli, beta."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -9,11 +7,10 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import open_unit_interval
 from ppvae.distributions.special import stirling_error
 
@@ -24,7 +21,6 @@ class Bernoulli(dist.Bernoulli):
     The same density as Pyro's with half the memory traffic; exact up to rounding at any logit.
     Raises ValueError for a value that is neither 0 nor 1, where validation is on.
 
-    >>> import torch
     >>> Bernoulli(logits=torch.tensor([0.0, 50.0])).log_prob(torch.tensor([1.0, 0.0]))
     tensor([ -0.6931, -50.0000])
     """
@@ -43,7 +39,7 @@ class Bernoulli(dist.Bernoulli):
 _LOG_SINHC = (1 / 6, -1 / 180, 1 / 2835, -1 / 37800, 1 / 467775, -691 / 3831077250)
 
 
-class ContinuousBernoulli(TorchDistribution):
+class ContinuousBernoulli(ParametricDistribution):
     """The continuous Bernoulli distribution on [0, 1], log p(x) = l x - log((e^l - 1) / l), l = logits.
 
     A density in nats, exact up to rounding at any logit: a Taylor series near 0 and -|l| |x - [l > 0]| + log |l|
@@ -58,18 +54,13 @@ class ContinuousBernoulli(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real}
     support = constraints.unit_interval
-    has_rsample = False
+    parameter_dims: ClassVar[dict[str, int]] = {"logits": 0}
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ContinuousBernoulli:
-        return expand_parameters(self, batch_shape, logits=0)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         logits = self.logits
         near = logits.abs() < 0.5
         a, small = torch.where(near, 1.0, logits.abs()), torch.where(near, logits, 0.0)
@@ -92,8 +83,8 @@ class ContinuousBernoulli(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            u = torch.rand(self._extended_shape(torch.Size(sample_shape)), dtype=self.logits.dtype,
-                           device=self.logits.device)  # fmt: skip
+            shape = self._extended_shape(torch.Size(sample_shape))
+            u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
             a = self.logits.abs()
             flat = a < 1e-30
             draws = -torch.log1p(u * torch.expm1(-a)) / torch.where(flat, 1.0, a)  # for a negative logit

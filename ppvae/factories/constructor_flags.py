@@ -1,7 +1,5 @@
 """Arguments of constructors, read from signature and docstring, and choices of a class by its name in a module."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib
@@ -74,7 +72,6 @@ class ClassChoice:
 
     @property
     def classes(self) -> dict[str, type]:
-        """Every class that can be chosen, by name."""
         classes: dict[str, type] = {}
         for module in map(importlib.import_module, self.modules):
             for name in getattr(module, "__all__", None) or sorted(vars(module)):
@@ -118,7 +115,6 @@ class ClassChoice:
         ]
 
     def flags(self, constructor: Callable[..., Any]) -> dict[str, Argument]:
-        """The arguments of the constructor that a command line can give."""
         flags = {
             n: (command_line_type(kind), default, text)
             for n, (kind, default, text) in constructor_arguments(constructor, self.given).items()
@@ -133,7 +129,6 @@ class ClassChoice:
 
 
 def class_choice(kind: Any) -> ClassChoice | None:
-    """The choice of an annotation, if it has one."""
     return next((m for m in getattr(kind, "__metadata__", ()) if isinstance(m, ClassChoice)), None)
 
 

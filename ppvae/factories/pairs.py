@@ -1,8 +1,5 @@
 """Pairs from the names of their factories: resolve a name, build the pair, rebuild that of a run."""
 
-from __future__ import annotations
-
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, did_you_mean
 from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
@@ -32,8 +29,7 @@ def resolve(text: str) -> Any:
     if not name:
         return _only_factory(module, place)
     if not hasattr(module, name):
-        near = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, (n for n in vars(module) if not n.startswith("_")))
         raise UsageError(f"{text}: {place} has no {name!r}{hint}")
     return getattr(module, name)
 
@@ -159,9 +155,7 @@ def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None)
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     choice = class_choice(kind)
-    if choice is not None and isinstance(value, Mapping):
-        return choice.build(value, name)
-    return as_kind(value, kind)
+    return choice.build(value, name) if choice is not None and isinstance(value, Mapping) else as_kind(value, kind)
 
 
 def _one_line(error: BaseException) -> str:

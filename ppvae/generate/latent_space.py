@@ -1,7 +1,5 @@
 """Posterior means, and the means of p(x | z) along paths through the latent space."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

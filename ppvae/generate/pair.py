@@ -25,7 +25,6 @@ CHUNK_SIZE = 500  # rows in one run of the pair
 
 @contextmanager
 def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[GenerativePair]:
-    """The pair on data, in evaluation mode and under its own random state."""
     model, guide = bind_pair(model, guide)
     columns = data_columns(x, seed, program=model)
     place = choose_device(None, model, guide, columns)
@@ -65,7 +64,6 @@ class GenerativePair:
         return value if axis < 0 else value.narrow(axis, 0, 1).repeat_interleave(count, axis)
 
     def encode(self, mean: bool) -> dict[str, Tensor]:
-        """Latents of the batch by site: means, or draws from the guide."""
         chunks: list[dict[str, tuple[int, Tensor]]] = []
         for rows, batch, index in self._chunks(self.batch):
             with SubstituteMeans() if mean else nullcontext():

@@ -1,7 +1,5 @@
 """Samples from the model, and reconstructions of data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

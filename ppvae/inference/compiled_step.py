@@ -1,7 +1,5 @@
 """Loss and gradients of a model/guide pair from a compiled graph."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -132,7 +130,7 @@ class CompiledStep:
         return out[0], self._met[kind]
 
     def _kind(self, args: tuple[Any, ...]) -> Any:
-        """What a graph is captured for: the program, and the kind of its arguments; None if it cannot be captured."""
+        """The program, and the kind of its arguments; None for arguments that are not captured."""
         kind = _kind(args)
         return kind and (id(self.source.model), id(self.source.guide), id(self.source.objective), *kind)
 

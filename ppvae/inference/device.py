@@ -1,7 +1,5 @@
 """The device of a computation: chosen by name or by the pair's parameters, and torch's default meanwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -4,13 +4,12 @@ Source: arXiv 1902.03210, as in Pyro's `TraceEnum_ELBO`. Packed tensors carry a 
 dim, as in an einsum.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from torch import Tensor
@@ -36,7 +35,7 @@ def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayou
     guide_trace.pack_tensors()
     model_trace.pack_tensors(guide_trace.plate_to_symbol)
     factors = _packed(model_trace, s.model_roles, (Role.LATENT, Role.OBSERVED, Role.ENUMERATED, Role.FACTOR))
-    factors += [_negative(t) for t in _packed(guide_trace, s.guide_roles, (Role.LATENT, Role.AUXILIARY))]
+    factors += [packed.neg(t) for t in _packed(guide_trace, s.guide_roles, (Role.LATENT, Role.AUXILIARY))]
     log_q = _packed(guide_trace, s.guide_roles, (Role.ENUMERATED,))
     symbols = model_trace.plate_to_symbol
     output_plates = (PARTICLES,) if s.has_global_latents else (PARTICLES, s.plate)
@@ -45,7 +44,7 @@ def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayou
     log_weight = _per_datum(_arrange(_log_sum_product(factors, output, plates), output), layout)
     if not log_q:
         return log_weight, log_weight
-    ratios = [*factors, *map(_negative, log_q)]
+    ratios = [*factors, *map(packed.neg, log_q)]
     if not any(role is Role.ENUMERATED and name not in s.guide_roles for name, role in s.model_roles.items()):
         elbo: Any = sum(_expectation(factor, log_q, output, plates) for factor in ratios)
         return log_weight, _per_datum(elbo, layout)
@@ -107,10 +106,6 @@ def _dims(tensor: Any) -> str:
 def _with_dims(tensor: Any, dims: str) -> Tensor:
     tensor._pyro_dims = dims
     return tensor
-
-
-def _negative(tensor: Tensor) -> Tensor:
-    return _with_dims(-tensor, _dims(tensor))
 
 
 def _log_sum_product(tensors: Sequence[Tensor], output: str, plates: frozenset[str]) -> Tensor:

@@ -1,10 +1,8 @@
 """Evaluation mode of a pair: modules in eval mode, a forked param store, no gradient; and the modules of a pair."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -73,19 +71,14 @@ def eval_mode(*functions: Callable[..., Any]) -> Iterator[None]:
 
     for module in reachable_modules(*functions):
         to_eval(module)
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: to_eval(module))
+    # the compiler of networks under `torch.compile` would follow the hooks on calls into their bookkeeping
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with _compiled_networks_run_eagerly():
+        with nn.modules.module.register_module_forward_pre_hook(lambda module, _: to_eval(module)), eager:
             yield
     finally:
-        hook.remove()
         for module in changed.values():
             module.training = True
-
-
-def _compiled_networks_run_eagerly() -> AbstractContextManager[Any]:
-    """For networks under `torch.compile`, whose compiler would follow the hooks on calls into their bookkeeping."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -99,20 +92,13 @@ def record_modules(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
             known.add(id(module))
             modules.append(module)
 
-    hook = nn.modules.module.register_module_forward_pre_hook(record)
-    try:
+    with nn.modules.module.register_module_forward_pre_hook(record):
         yield modules
-    finally:
-        hook.remove()
 
 
 @contextmanager
 def evaluation_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
     """Evaluates a pair: modules in eval mode, no gradient, a forked param store in which no parameter is created."""
     prepare_process()
-    with ExitStack() as stack:
-        stack.enter_context(fork_param_store(model, guide))
-        stack.enter_context(eval_mode(model, guide))
-        stack.enter_context(CheckRegistration(create=False))
-        stack.enter_context(torch.no_grad())
+    with fork_param_store(model, guide), eval_mode(model, guide), CheckRegistration(create=False), torch.no_grad():
         yield

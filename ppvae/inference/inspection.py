@@ -1,7 +1,5 @@
 """Inspection of a pair, and the public functions that inspect the pair they are given: `inspect`, `check`, `terms`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -45,6 +43,7 @@ from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import LatentHook, Terms, evaluate_terms
 from ppvae.inference.tracing import (
+    Nodes,
     Program,
     as_batch,
     event_dim,
@@ -55,8 +54,6 @@ from ppvae.inference.tracing import (
     trace_pair,
 )
 from ppvae.rng import fork_rng
-
-Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 
 
 def inspect(
@@ -86,16 +83,11 @@ def inspect(
 
 
 def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
-    """Checks a pair against the contract on one batch and returns a description of it.
-
-    The text names the sites with their shapes, plates, what is enumerated and what is reparameterised; the modules that
-    the pair calls (of a VAE its parts), by class, with the first sentence of their docstrings, the space of the
-    distributions that they return, and the number of their parameters; and the particle layout.
+    """`ppvae.check` of the tensors of one batch: the pair against the contract, and a description of it.
 
     Raises:
         ContractError, DataError: naming the site, what was expected, what was found and the cure.
 
-    >>> import torch
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)
     >>> print(check(pair.model, pair.guide, torch.zeros(4, 3)))
@@ -145,7 +137,6 @@ def terms(
     Raises:
         ContractError: the pair breaks the contract; the message names the site.
 
-    >>> import torch
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)
     >>> t = terms(pair.model, pair.guide, torch.zeros(4, 3), num_particles=5)
@@ -177,7 +168,7 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
         model_params=params_of(model_trace),
         guide_params=params_of(guide_trace),
     )
-    rows = _drawn_rows(model_trace, plate)
+    rows = find_subsample(model_trace, plate.name)["value"] if plate.draws_subsample else None
     structure = replace(structure, **_find_weights(structure, plate, model, guide, batch, p, latents, rows))
     return replace(structure, description=tuple(describe_structure(structure, p, q)))
 
@@ -207,11 +198,6 @@ def _find_weights(
         found["weights_refusal"] = found["bound_refusal"] or str(error)
     found["training_caveats"] = tuple(mask_caveats(p, latents))
     return found
-
-
-def _drawn_rows(model_trace: Any, plate: DataPlate) -> Tensor | None:
-    """The rows of the data that the plate has drawn; None where it goes over the batch."""
-    return find_subsample(model_trace, plate.name)["value"] if plate.draws_subsample else None
 
 
 def _trace_and_explain(

@@ -110,7 +110,11 @@ class ParamScope:
         for name, p in self.params.items():
             if self._is_newer_in_store(name):
                 if not isinstance(p, nn.Parameter):
-                    raise _two_sets(name)
+                    raise ContractError(
+                        f"parameter {name!r} has two values: that of the run which trained this pair, and another that "
+                        f"Pyro's param store has got since; evaluate run.model and run.guide for the run's, and for "
+                        f"the store's the pair that ppvae.inference.from_param_store(model, guide) returns"
+                    )
                 scope._set(name, store._params[name], store._constraints[name])
             elif isinstance(p, nn.Parameter):
                 scope._remove(name)
@@ -165,14 +169,6 @@ def _leaf_copy(p: Tensor, memo: dict[int, Any]) -> Tensor:
         memo[id(p)] = p.detach().clone().requires_grad_(p.requires_grad)
     copied: Tensor = memo[id(p)]
     return copied
-
-
-def _two_sets(name: str) -> ContractError:
-    return ContractError(
-        f"parameter {name!r} has two values: that of the run which trained this pair, and another that Pyro's param "
-        f"store has got since; evaluate run.model and run.guide for the run's, and for the store's the pair that "
-        f"ppvae.inference.from_param_store(model, guide) returns"
-    )
 
 
 class BoundProgram:

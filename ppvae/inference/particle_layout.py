@@ -56,13 +56,6 @@ def insert_plate_dims(value: Tensor, s: Structure, name: str) -> Tensor:
     return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:]) if missing > 0 else value
 
 
-def unfold_log_prob(log_prob: Tensor, num_particles: int, size: int) -> Tensor:
-    """[..., particles * batch] -> [..., particles, batch]; the last dim of a global site has size one."""
-    if log_prob.shape[-1] == num_particles * size:
-        return log_prob.reshape(*log_prob.shape[:-1], num_particles, size)
-    return log_prob.unsqueeze(-2)
-
-
 def sum_inner_plates(log_prob: Tensor, plate_nesting: int) -> Tensor:
     """Sums over inner plates, dims -plate_nesting .. -2; keeps the data dim and everything left of the plates."""
     while log_prob.dim() < plate_nesting:
@@ -103,8 +96,9 @@ class ParticleLayout:
         """[..., batch of the run] -> [..., particles, batch]."""
         if self.s.layout is ParticlePlacement.VECTORIZED:
             return log_prob.unsqueeze(0) if log_prob.dim() == 1 else log_prob
-        if self.s.layout is ParticlePlacement.FOLDED:
-            return unfold_log_prob(log_prob, self.num_particles, self.size)
+        rows = self.num_particles * self.size
+        if self.s.layout is ParticlePlacement.FOLDED and log_prob.shape[-1] == rows:  # one for a global site
+            return log_prob.reshape(*log_prob.shape[:-1], self.num_particles, self.size)
         return log_prob.unsqueeze(-2)
 
     def broadcast_weights(self, weights: Tensor, name: str) -> Tensor:
@@ -116,14 +110,10 @@ class ParticleLayout:
             return weights.reshape(-1, *event)
         return weights[self.particle].reshape(-1, *event)
 
-    def expand_particles(self, log_prob: Tensor) -> Tensor:
-        """[..., 1 or particles, batch] -> [..., particles, batch]."""
-        count = self.num_particles
-        return log_prob if log_prob.shape[-2] == count else log_prob.expand(*log_prob.shape[:-2], count, -1)
-
     def per_datum(self, log_prob: Tensor) -> Tensor:
         """[*batch of the run] -> [particles, batch], summed over inner plates."""
-        return self.expand_particles(self.unfold(sum_inner_plates(log_prob, self.s.plate_nesting)))
+        log_prob, count = self.unfold(sum_inner_plates(log_prob, self.s.plate_nesting)), self.num_particles
+        return log_prob if log_prob.shape[-2] == count else log_prob.expand(*log_prob.shape[:-2], count, -1)
 
     def per_factor(self, tensor: Tensor, dims: int, mask: Any) -> Tensor:
         """[*batch of the run, *factors] -> [*factors, particles, batch], masked and summed over inner plates.

@@ -1,10 +1,8 @@
 """The search for the fastest particle layout that gives the densities of single-particle runs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,24 +33,25 @@ def find_particle_placement(model: Program, guide: Program, batch: tuple[Any, ..
     record = RecordBaseDraws(s.no_inverse)
     try:
         recorded = record(guide) if s.no_inverse else guide
-        single = evaluate_terms(
-            model, recorded, batch, NUM_PARTICLES, structure=replace(s, layout=ParticlePlacement.ONE_BY_ONE)
-        )
+        single = _Runs(model, recorded, batch, s)(ParticlePlacement.ONE_BY_ONE)
     except PpvaeError:
         raise
     except Exception as error:
         raise explain_failure(error, model, guide, batch) from error
     values = _sampled_values(single, s) | {name: torch.stack(draws) for name, draws in record.draws.items()}
-    s, own = replace(s, from_base=s.no_inverse), s
+    at_values = _Runs(model, guide, batch, replace(s, from_base=s.no_inverse), values)
+    layouts = [ParticlePlacement.VECTORIZED]
+    if not (s.has_global_latents or s.draws_subsample):  # folding repeats the data
+        layouts.append(ParticlePlacement.FOLDED)
     reason = ""
-    for layout in _candidates(s):
+    for layout in layouts:
         try:
-            agree = _densities_agree(model, guide, batch, s, layout, values, single)
-            if not agree and _noisy_sides(model, guide, batch, s, values) == {"guide"}:
+            agree = at_values.agree(layout, single)
+            if not agree and at_values.noisy_sides() == {"guide"}:
                 with ConstantNoise():
-                    agree = _densities_agree(model, guide, batch, s, layout, values, None)
+                    agree = at_values.agree(layout, None)
             if agree:
-                evaluate_terms(model, guide, batch, NUM_PARTICLES, structure=replace(own, layout=layout))  # must sample
+                _Runs(model, guide, batch, s)(layout)  # must sample
                 if layout is ParticlePlacement.FOLDED:
                     log.warning("ppvae: the pair does not broadcast over particles (%s): folded into the batch", reason)
                 return layout
@@ -65,15 +64,8 @@ def find_particle_placement(model: Program, guide: Program, batch: tuple[Any, ..
 
 def guide_draws_noise(model: Program, guide: Program, batch: tuple[Any, ...], s: Structure) -> bool:
     """Whether the guide's densities depend on random numbers that are drawn outside of its sites."""
-    single = evaluate_terms(model, guide, batch, 1, structure=replace(s, layout=ParticlePlacement.ONE_BY_ONE))
-    return "guide" in _noisy_sides(model, guide, batch, s, _sampled_values(single, s), 1)
-
-
-def _candidates(s: Structure) -> tuple[ParticlePlacement, ...]:
-    """The layouts to try; folding repeats the data, which global latents and a drawn subsample do not admit."""
-    if s.has_global_latents or s.draws_subsample:
-        return (ParticlePlacement.VECTORIZED,)
-    return (ParticlePlacement.VECTORIZED, ParticlePlacement.FOLDED)
+    single = _Runs(model, guide, batch, s, count=1)(ParticlePlacement.ONE_BY_ONE)
+    return "guide" in _Runs(model, guide, batch, s, _sampled_values(single, s), 1).noisy_sides()
 
 
 def _sampled_values(t: Terms, s: Structure) -> dict[str, Tensor]:
@@ -84,45 +76,37 @@ def _sampled_values(t: Terms, s: Structure) -> dict[str, Tensor]:
     return values | ({s.plate: torch.arange(t.batch_size)} if s.draws_subsample else {})
 
 
-def _densities_agree(
-    model: Program,
-    guide: Program,
-    batch: tuple[Any, ...],
-    s: Structure,
-    layout: ParticlePlacement,
-    values: dict[str, Tensor],
-    single: Terms | None,
-) -> bool:
-    """Whether a layout gives the densities of single-particle runs at the same values, which run here by default."""
-    other = evaluate_terms(model, guide, batch, NUM_PARTICLES, values=values, structure=replace(s, layout=layout))
-    if single is None or s.draws_subsample:  # `single` was evaluated at rows of its own
-        single = _single_runs(model, guide, batch, s, values, NUM_PARTICLES)
-    return all(_close(a, b, single) for a, b in _log_prob_pairs(single, other))
+@dataclass(frozen=True)
+class _Runs:
+    """The terms of a pair, at given values or its own draws, by particle layout."""
 
+    model: Program
+    guide: Program
+    batch: tuple[Any, ...]
+    s: Structure
+    values: dict[str, Tensor] | None = None
+    count: int = NUM_PARTICLES
 
-def _single_runs(
-    model: Program, guide: Program, batch: tuple[Any, ...], s: Structure, values: dict[str, Tensor], count: int
-) -> Terms:
-    one_by_one = replace(s, layout=ParticlePlacement.ONE_BY_ONE)
-    return evaluate_terms(model, guide, batch, count, values=values, structure=one_by_one)
+    def __call__(self, layout: ParticlePlacement) -> Terms:
+        s = replace(self.s, layout=layout)
+        return evaluate_terms(self.model, self.guide, self.batch, self.count, values=self.values, structure=s)
 
+    def agree(self, layout: ParticlePlacement, single: Terms | None) -> bool:
+        """Whether a layout gives the densities of single-particle runs at the same values, which run here for None."""
+        other = self(layout)
+        if single is None or self.s.draws_subsample:  # `single` was evaluated at rows of its own
+            single = self(ParticlePlacement.ONE_BY_ONE)
+        return all(_close(a, b, single) for a, b in _log_prob_pairs(single, other))
 
-def _noisy_sides(
-    model: Program,
-    guide: Program,
-    batch: tuple[Any, ...],
-    s: Structure,
-    values: dict[str, Tensor],
-    count: int = NUM_PARTICLES,
-) -> set[str]:
-    """The sides whose densities differ from run to run at the same values."""
-    one, two = (_single_runs(model, guide, batch, s, values, count) for _ in range(2))
-    sides = {"model": (one.model, two.model), "guide": (one.guide, two.guide)}
-    return {
-        side
-        for side, (a, b) in sides.items()
-        if not all(_close(site.log_prob, b[name].log_prob, one) for name, site in a.items())
-    }
+    def noisy_sides(self) -> set[str]:
+        """The sides whose densities differ from run to run at the same values."""
+        one, two = self(ParticlePlacement.ONE_BY_ONE), self(ParticlePlacement.ONE_BY_ONE)
+        sides = {"model": (one.model, two.model), "guide": (one.guide, two.guide)}
+        return {
+            side
+            for side, (a, b) in sides.items()
+            if not all(_close(site.log_prob, b[name].log_prob, one) for name, site in a.items())
+        }
 
 
 def _close(a: Tensor, b: Tensor, single: Terms) -> bool:

@@ -29,7 +29,6 @@ class RestoreRandomStates(Messenger):
         self._initial_states = self._get_states()
 
     def rewind(self) -> RestoreRandomStates:
-        """Restores the initial random states, for a second run under this messenger."""
         self._replaying = True
         self._set_states(self._initial_states)
         return self
@@ -116,11 +115,10 @@ def buffer_copies() -> Iterator[None]:
                     if buffer is not None:
                         part._buffers[name] = buffer.detach().clone()
 
-    hook = nn.modules.module.register_module_forward_pre_hook(copy_buffers)
     try:
-        yield
+        with nn.modules.module.register_module_forward_pre_hook(copy_buffers):
+            yield
     finally:
-        hook.remove()
         for part, buffers in originals.values():
             for name, buffer in buffers.items():
                 part._buffers[name] = buffer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,20 @@ def event_factors(distribution: Any) -> tuple[Any, int]:
         reinterpreted += distribution.reinterpreted_batch_ndims
         distribution = distribution.base_dist
     return distribution, reinterpreted
+
+
+def graph_leaves(*outputs: Tensor) -> Iterator[Tensor]:
+    """The leaves of the autograd graph of tensors: what they depend on that takes a gradient."""
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
 
 
 def copy_distribution(fn: Any) -> Any:

@@ -1,7 +1,5 @@
 """Terms of a pair whose structure is known: the one place where log-densities are added up, [particles, batch]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -81,11 +79,8 @@ class Terms:
     @property
     def log_guide(self) -> Tensor:
         """log q(z | x), [particles, batch]."""
-        return (
-            self._sum(self.guide, Role.LATENT)
-            + self._sum(self.guide, Role.AUXILIARY)
-            + self._sum(self.guide, Role.ENUMERATED)
-        )
+        latent, auxiliary = self._sum(self.guide, Role.LATENT), self._sum(self.guide, Role.AUXILIARY)
+        return latent + auxiliary + self._sum(self.guide, Role.ENUMERATED)
 
     @property
     def guide_factors(self) -> Tensor | None:
@@ -305,7 +300,6 @@ def simulate(
     The batch gives the shapes and the model's conditioning inputs; its observed values are not used. `values` holds
     latents to condition on.
 
-    >>> import torch
     >>> from ppvae.models import LinearGaussian
     >>> sorted(simulate(LinearGaussian(3, 2).model, torch.zeros(4, 3)).items())[0][1].shape
     torch.Size([4, 3])

@@ -16,7 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, constraints
 
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
@@ -27,6 +27,8 @@ from ppvae.inference.structure import Role, Structure, lone_role
 PARTICLES = "_ppvae_particles"  # name of the particle plate
 
 Program = Callable[..., Any]  # a model or a guide
+Node = dict[str, Any]  # a sample site of a Pyro trace
+Nodes = Mapping[str, Node]  # sample sites by name
 
 
 class SubstituteValues(Messenger):
@@ -185,12 +187,8 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
         return node["ppvae_log_prob"]
     fn, value = node["fn"], node["value"]
     outside = None
-    if (
-        isinstance(fn, TorchDistributionMixin)
-        and not isinstance(fn, dist.Delta)
-        and (not node["is_observed"] or has_dependent_support(fn))
-    ):
-        outside = _outside(fn, value)
+    if isinstance(fn, TorchDistributionMixin) and not isinstance(fn, dist.Delta):
+        outside = _outside(fn, value) if not node["is_observed"] or has_dependent_support(fn) else None
     if outside is None:
         log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
     else:  # a value that the other side drew outside this support is legal and has weight zero
@@ -224,9 +222,7 @@ def _outside(fn: Any, value: Tensor) -> Tensor | None:
     """A mask of the elements outside the support; None where there are none, can be none, or the support is unknown."""
     support = support_of(fn)
     base = getattr(support, "base_constraint", support)
-    if support is None or base is torch.distributions.constraints.real:
-        return None
-    if support is torch.distributions.constraints.real_vector:
+    if base in (None, constraints.real, constraints.real_vector):
         return None
     if fn.has_enumerate_support or getattr(base, "is_discrete", False):
         return None

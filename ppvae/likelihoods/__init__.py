@@ -18,7 +18,6 @@ how many blocks it reads. It joins the laws of `tests/likelihoods` by its name i
 """
 
 from ppvae.likelihoods.autoregressive import Autoregressive
-from ppvae.likelihoods.binary import Bernoulli
 from ppvae.likelihoods.continuous import Laplace, Normal, StudentT, set_optimal_scale
 from ppvae.likelihoods.counts import (
     Multinomial,
@@ -29,27 +28,11 @@ from ppvae.likelihoods.counts import (
 )
 from ppvae.likelihoods.discretized import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
 from ppvae.likelihoods.tabular import Column, Mixed, marginals, table_outputs
-from ppvae.likelihoods.unit_interval import Beta, ContinuousBernoulli
+from ppvae.likelihoods.unit_interval import Bernoulli, Beta, ContinuousBernoulli
 
 __all__ = [
-    "Autoregressive",
-    "Bernoulli",
-    "Beta",
-    "Categorical",
-    "Column",
-    "ContinuousBernoulli",
-    "DiscretizedLogistic",
-    "Laplace",
-    "Mixed",
-    "MixtureOfDiscretizedLogistics",
-    "Multinomial",
-    "NegativeBinomial",
-    "Normal",
-    "Poisson",
-    "StudentT",
-    "ZeroInflatedNegativeBinomial",
-    "ZeroInflatedPoisson",
-    "marginals",
-    "set_optimal_scale",
+    "Autoregressive", "Bernoulli", "Beta", "Categorical", "Column", "ContinuousBernoulli", "DiscretizedLogistic",
+    "Laplace", "Mixed", "MixtureOfDiscretizedLogistics", "Multinomial", "NegativeBinomial", "Normal", "Poisson",
+    "StudentT", "ZeroInflatedNegativeBinomial", "ZeroInflatedPoisson", "marginals", "set_optimal_scale",
     "table_outputs",
-]
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """Autoregressive likelihoods, whose elements depend on one another given the latent."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pyro.distributions as dist
@@ -44,7 +42,6 @@ class Autoregressive(nn.Module):
         self.net, self.levels = masked, check_levels(levels)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, 1 if self.levels == 2 else self.levels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

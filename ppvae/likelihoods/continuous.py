@@ -1,7 +1,5 @@
 """Likelihoods of real numbers: normal, Laplace, Student's t, with fixed, learned or predicted scales."""
 
-from __future__ import annotations
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -60,7 +58,6 @@ class Normal(_LocationScale):
     Raises ValueError for any other scale, or an output that does not divide.
     Source: Kingma and Welling 2014 (arXiv 1312.6114), appendix C.2; Rybkin et al. 2021 (arXiv 2006.13202) on the scale.
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> Normal(mlp(8, 64), scale=0.1)(torch.zeros(5, 8)).shape()
     torch.Size([5, 64])
@@ -86,7 +83,6 @@ class Laplace(_LocationScale):
     Source: Zhao et al. 2017, Loss functions for image restoration with neural networks (arXiv 1511.08861), on the
     absolute error.
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> Laplace(mlp(8, 2 * 64), scale="network")(torch.zeros(5, 8)).shape()
     torch.Size([5, 64])
@@ -110,7 +106,6 @@ class StudentT(_LocationScale):
     Returns batch shape [...], event shape [*event]; a density in nats. Raises ValueError for any other df or scale.
     Source: Takahashi et al. 2018, "Student-t variational autoencoder for robust density estimation".
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> StudentT(mlp(8, 64), df="learned", scale="learned")(torch.zeros(5, 8)).shape()
     torch.Size([5, 64])
@@ -146,7 +141,6 @@ def set_optimal_scale(likelihood: Normal | Laplace, x: Tensor, z: Tensor) -> Ten
         x: data [..., *event].
         z: latents [..., latent], drawn from the posterior; leading dims broadcast with those of x.
 
-    >>> import torch
     >>> part = Normal(torch.nn.Identity(), scale="learned")
     >>> set_optimal_scale(part, torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
     tensor(3.5355)

@@ -1,7 +1,5 @@
 """Likelihoods of counts, optionally scaled by a library size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -45,10 +43,9 @@ class _CountLikelihood(NetworkLikelihood):
         share, *extra = split_blocks(self.net(z), z, self.parameters_per_element, ", ".join(self._parameter_names))
         dims = event_dim(share, z)
         log_library = context_per_datum(context, z, "library sizes", share.dtype).log()
-        log_rate = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)
-        return self._distribution(log_rate + log_library.reshape(*log_library.shape, *(1,) * dims), *extra).to_event(
-            dims
-        )
+        log_share = share.flatten(z.dim() - 1).log_softmax(-1).reshape(share.shape)
+        log_rate = log_share + log_library.reshape(*log_library.shape, *(1,) * dims)
+        return self._distribution(log_rate, *extra).to_event(dims)
 
     def _distribution(self, log_rate: Tensor, *extra: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError

@@ -1,7 +1,5 @@
 """Likelihoods over equally spaced levels in [0, 1], such as pixels with 256 grey values v / 255."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pyro.distributions as dist
@@ -118,7 +116,6 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         return m * (1 + 2 * c + c * (c - 1) // 2)
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
         return block_output_shape(event, self.outputs, self.channels)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

@@ -1,7 +1,5 @@
 """How likelihoods read the output of their network: event dims, blocks of parameters, and learned scalars."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

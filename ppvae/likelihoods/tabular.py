@@ -1,7 +1,5 @@
 """A likelihood of rows of a table: real, count, binary and categorical columns, some values missing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,7 +36,6 @@ class Column:
 
     @property
     def outputs(self) -> int:
-        """The number of network outputs for this column."""
         return self.levels if self.kind == "categorical" else 1
 
 
@@ -110,7 +107,6 @@ class Mixed(nn.Module):
     an unknown column, or an output of the wrong size.
     Source: Nazabal et al. 2020 (arXiv 1807.03653).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> columns = ["real", "count", "binary", ("categorical", 5)]
     >>> fn = Mixed(mlp(8, table_outputs(columns)), columns)(torch.zeros(3, 8))
@@ -141,7 +137,6 @@ class Mixed(nn.Module):
         return self.log_scale.exp() <= 1.01 * self.floor
 
     def output_shape(self, event: Sequence[int]) -> tuple[int, ...]:
-        """The event shape of the network output for data of an event shape."""
         return (self.outputs,)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:

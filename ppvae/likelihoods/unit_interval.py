@@ -1,12 +1,31 @@
-"""Likelihoods with a density on [0, 1], for grey values."""
-
-from __future__ import annotations
+"""Likelihoods of binary data, and with a density on [0, 1] for grey values."""
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from ppvae import distributions
 from ppvae.likelihoods.network_outputs import NetworkLikelihood, event_dim, split_blocks
+
+
+class Bernoulli(NetworkLikelihood):
+    """Independent Bernoulli pixels, log p(x | z) = sum_d x_d l_d - softplus(l_d), l = net(z).
+
+    `net` maps [..., latent] to logits [..., *event]; data are 0 or 1. Returns batch shape [...], event shape [*event].
+    Source: Kingma and Welling 2014 (arXiv 1312.6114), appendix C.1.
+
+    >>> from ppvae.nn import mlp
+    >>> Bernoulli(mlp(8, 64))(torch.zeros(5, 8)).shape()
+    torch.Size([5, 64])
+    """
+
+    def output_for_mean(self, mean: Tensor) -> Tensor:
+        """The output at which pixels have a mean [*event], clamped to [0.001, 0.999]: to initialise the output bias."""
+        return torch.logit(mean.double().clamp(0.001, 0.999)).to(mean.dtype)
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        logits = self.net(z)
+        return distributions.Bernoulli(logits=logits).to_event(event_dim(logits, z))
 
 
 class ContinuousBernoulli(NetworkLikelihood):
@@ -16,7 +35,6 @@ class ContinuousBernoulli(NetworkLikelihood):
     returns batch shape [...], event shape [*event].
     Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845): a Bernoulli is not normalised over grey values.
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> ContinuousBernoulli(mlp(8, 64))(torch.zeros(5, 8)).shape()
     torch.Size([5, 64])
@@ -35,7 +53,6 @@ class Beta(NetworkLikelihood):
     nats; returns batch shape [...], event shape [first, *rest]. Raises ValueError for an output of odd size.
     Source: Loaiza-Ganem and Cunningham 2019 (arXiv 1907.06845), who compare it with the continuous Bernoulli.
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> Beta(mlp(8, 2 * 64))(torch.zeros(5, 8)).shape()
     torch.Size([5, 64])

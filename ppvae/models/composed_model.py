@@ -1,7 +1,5 @@
 """The base class of models composed of parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Models of counts: single cells with batches and library sizes, and documents as bags of words."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro

@@ -1,7 +1,5 @@
 """Deep Markov models of sequences of different lengths."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import pyro

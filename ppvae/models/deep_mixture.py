@@ -1,7 +1,5 @@
 """Deep mixtures with a class and a continuous latent, and semi-supervised VAEs, with labels for some of the data."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro

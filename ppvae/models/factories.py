@@ -1,7 +1,5 @@
 """Factories of pairs for the command line, whose flags are derived from their signatures."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -189,16 +187,16 @@ def _build_vae(
     available["likelihood"] = _build_part("likelihood", likelihood, available)
     shape = available["likelihood"].output_shape(tuple(train.shape[1:]))
     classes = _number_of_classes(z.support)
-    if not accepted_arguments(likelihood, {"masked": None}):
-        available["likelihood"].net = (
-            _embedded_decoder(classes, size, shape, decoder) if classes else decoder(size, shape)
-        )
-    elif classes:
+    takes_masked = bool(accepted_arguments(likelihood, {"masked": None}))
+    if classes and takes_masked:
         raise UsageError(
             f"likelihood {_part_name(likelihood)}: expected z in floating point, found classes; try prior OneHot"
         )
+    if classes:  # learned embeddings of size `classes`
+        net: Module = Sequential(Embedding(classes, classes), Flatten(-2), decoder(size * classes, shape))
     else:
-        available["likelihood"].net = masked(size, shape)
+        net = masked(size, shape) if takes_masked else decoder(size, shape)
+    available["likelihood"].net = net
     if "posterior" not in available:
         available["posterior"] = encoded(size)
     return VAE(available["prior"], available["likelihood"], available["posterior"])
@@ -229,11 +227,6 @@ def _number_of_classes(support: Any) -> int:
     return int(support.upper_bound) + 1 if isinstance(support, constraints.integer_interval) else 0
 
 
-def _embedded_decoder(classes: int, size: int, shape: tuple[int, ...], decoder: Decoder) -> Module:
-    """A decoder of a vector of classes by learned embeddings of size `classes`."""
-    return Sequential(Embedding(classes, classes), Flatten(-2), decoder(size * classes, shape))
-
-
 def _part_name(part: Part) -> str:
     function = part.func if isinstance(part, partial) else part
     return getattr(function, "__qualname__", type(function).__name__)
@@ -251,10 +244,7 @@ def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> Linea
         latent: the size of z.
         scale: the starting noise scale.
     """
-    pair = LinearGaussian(_number_of_features("linear_gaussian", train), latent, scale)
-    with torch.no_grad():
-        pair.loc.copy_(train.mean(0))
-    return pair
+    return _linear_gaussian("linear_gaussian", train, latent, scale)
 
 
 def factor_analysis(train: Tensor, latent: int = 2) -> LinearGaussian:
@@ -264,7 +254,12 @@ def factor_analysis(train: Tensor, latent: int = 2) -> LinearGaussian:
         train: the training data.
         latent: the size of z.
     """
-    pair = LinearGaussian(_number_of_features("factor_analysis", train), latent, train.std(0).clamp(min=1e-3))
+    return _linear_gaussian("factor_analysis", train, latent)
+
+
+def _linear_gaussian(name: str, train: Tensor, latent: int, scale: float | None = None) -> LinearGaussian:
+    features = _number_of_features(name, train)
+    pair = LinearGaussian(features, latent, train.std(0).clamp(min=1e-3) if scale is None else scale)
     with torch.no_grad():
         pair.loc.copy_(train.mean(0))
     return pair

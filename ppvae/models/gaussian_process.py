@@ -1,7 +1,5 @@
 """Gaussian-process VAEs of sequences, with missing times."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import final
 

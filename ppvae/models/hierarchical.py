@@ -1,7 +1,5 @@
 """VAEs with several stochastic layers: bottom-up inference, and top-down inference (ladder VAE)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -55,7 +53,6 @@ class HierarchicalVAE(_StochasticLayers):
     Raises ValueError for other numbers of parts; ContractError at the first data, by the part, where one does not fit.
     Source: Burda et al. 2016 (arXiv 1509.00519), section 5; Rezende et al. 2014 (arXiv 1401.4082).
 
-    >>> import torch
     >>> from ppvae import likelihoods, nn, posteriors, priors
     >>> vae = HierarchicalVAE(
     ...     prior=priors.StandardNormal(4),
@@ -103,7 +100,6 @@ class LadderVAE(_StochasticLayers):
     that is not normal with independent dims.
     Source: Sonderby et al. 2016 (arXiv 1602.02282).
 
-    >>> import torch
     >>> from ppvae import likelihoods, nn, posteriors, priors
     >>> vae = LadderVAE(
     ...     prior=priors.StandardNormal(4),

@@ -1,7 +1,5 @@
 """VAEs of several modalities, such as image and caption, with missing modalities."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, final
 

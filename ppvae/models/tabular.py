@@ -78,14 +78,11 @@ class TableVAE(VAE):
 class StandardizedInput(nn.Module):
     """A network of standardised inputs, net((x - centre) / spread)."""
 
-    centre: Tensor
-    spread: Tensor
-
     def __init__(self, columns: int, net: nn.Module):
         super().__init__()
         self.net = net
-        self.register_buffer("centre", torch.zeros(columns))
-        self.register_buffer("spread", torch.ones(columns))
+        self.centre = nn.Buffer(torch.zeros(columns))
+        self.spread = nn.Buffer(torch.ones(columns))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x - self.centre) / self.spread)

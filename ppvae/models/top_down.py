@@ -1,7 +1,5 @@
 """Top-down hierarchical VAEs with a residual stream of features, and the very deep VAE (VDVAE)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import final

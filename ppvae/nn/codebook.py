@@ -1,7 +1,5 @@
 """Vector quantisation: a codebook of learned vectors, and logits of codes by distance."""
 
-from __future__ import annotations
-
 import math
 
 import torch

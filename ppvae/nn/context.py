@@ -1,7 +1,5 @@
 """Contexts, such as labels or features: which modules take one, and how one is concatenated to an input."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -58,11 +56,9 @@ class Labels(nn.Module):
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
 
-    table: Tensor
-
     def __init__(self, classes: int):
         super().__init__()
-        self.register_buffer("table", torch.eye(classes), persistent=False)
+        self.table = nn.Buffer(torch.eye(classes), persistent=False)
 
     def forward(self, labels: Tensor) -> Tensor:
         return rows_of(self.table, labels, "labels: expected classes 0 to {last}").to(self.table)

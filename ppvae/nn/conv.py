@@ -1,7 +1,5 @@
 """Convolutional encoders and decoders of images, plain and residual, over any leading dims."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn

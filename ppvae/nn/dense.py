@@ -1,7 +1,5 @@
 """Multilayer perceptrons over the last dim, initialisation, and layers for counts and missing values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Masked networks for autoregressive likelihoods: outputs for an element depend on earlier elements and on z only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -23,11 +21,9 @@ class MaskedLinear(nn.Linear):
     torch.Size([5, 1])
     """
 
-    mask: Tensor
-
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+        self.mask = nn.Buffer(mask.to(self.weight.dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.mask, self.bias)
@@ -47,8 +43,6 @@ class MADE(nn.Module):
     torch.Size([3, 5, 6])
     """
 
-    order: Tensor
-
     def __init__(
         self,
         features: int,
@@ -63,7 +57,7 @@ class MADE(nn.Module):
         if sorted(order.tolist()) != list(range(features)):
             raise ValueError(f"order: expected the positions 0..{features - 1}, each once, found {order.tolist()[:8]}")
         self.event_shape = (features,)
-        self.register_buffer("order", order, persistent=False)
+        self.order = nn.Buffer(order, persistent=False)
         rank = order.argsort()  # the position of each element in the order
         # a hidden unit of degree k depends on the first k elements, and feeds the outputs of all later ones
         degrees = [rank + 1, *(torch.arange(width) * features // width for width in hidden), rank.repeat(outputs)]
@@ -91,8 +85,6 @@ class MaskedConv2d(nn.Conv2d):
     torch.Size([2, 4, 8, 8])
     """
 
-    mask: Tensor
-
     def __init__(self, inputs: int, outputs: int, size: int, colours: int, itself: bool):
         if size % 2 == 0:
             raise ValueError(f"size: expected an odd number, found {size}")
@@ -104,7 +96,7 @@ class MaskedConv2d(nn.Conv2d):
         colour_in, colour_out = torch.arange(inputs) % colours, torch.arange(outputs) % colours
         before = colour_in[None, :] <= colour_out[:, None] if itself else colour_in[None, :] < colour_out[:, None]
         mask[:, :, middle, middle] = before.to(mask.dtype)
-        self.register_buffer("mask", mask, persistent=False)
+        self.mask = nn.Buffer(mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
@@ -132,8 +124,6 @@ class PixelCNN(nn.Module):
     torch.Size([3, 5, 1, 8, 8])
     """
 
-    order: Tensor
-
     def __init__(
         self,
         shape: Sequence[int],
@@ -150,7 +140,7 @@ class PixelCNN(nn.Module):
         colours, height, width = self.shape = tuple(shape)
         self.event_shape = (colours * height * width,) if flat else self.shape
         positions = torch.arange(colours * height * width).reshape(colours, -1)
-        self.register_buffer("order", positions.T.flatten(), persistent=False)
+        self.order = nn.Buffer(positions.T.flatten(), persistent=False)
         inner = channels * colours
         self.first = MaskedConv2d(colours, inner, size, colours, itself=False)
         self.given = nn.Conv2d(features, inner, 1)

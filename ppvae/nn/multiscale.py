@@ -1,7 +1,5 @@
 """Multi-scale image networks for hierarchical VAEs; features are vectors, [channels * side^2]."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Networks of padded sequences, which ignore the padding."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

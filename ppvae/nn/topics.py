@@ -1,7 +1,5 @@
 """The decoder of topic models: from topic proportions to word probabilities."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Objectives that regularise the aggregate posterior q(z), the mean of q(z | x) over the data."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from typing import final
@@ -14,7 +12,7 @@ from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, sample_guide, simulate
 from ppvae.objectives.elbo import RateDistortionObjective, kl_estimate
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.requirements import require_rate_per_latent, require_separable_rate
 
 

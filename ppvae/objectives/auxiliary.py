@@ -1,7 +1,5 @@
 """A bound plus an auxiliary loss of the batch, such as the classification loss of a semi-supervised VAE."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, final
 
@@ -10,7 +8,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.objectives.objective import Objective
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 
 
 @final

@@ -1,7 +1,5 @@
 """Importance-weighted bounds on log p(x): IWAE and its relatives."""
 
-from __future__ import annotations
-
 from typing import final
 
 import torch
@@ -14,7 +12,7 @@ from ppvae.objectives.gradients import DReG, GradientEstimator, Pathwise
 from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
 from ppvae.objectives.objective import Objective
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.reductions import leave_one_out_log_mean_exp, leave_one_out_mean, log_mean_exp
 from ppvae.objectives.requirements import require_sampled_latents
 

@@ -1,7 +1,5 @@
 """The evidence lower bound with a weight, free bits or a target capacity on the rate KL(q(z | x) || p(z))."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import torch

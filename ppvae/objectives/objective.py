@@ -1,7 +1,5 @@
 """The base class of objectives: a bound per datum as a loss in Pyro's convention."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 
@@ -15,7 +13,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives.gradients import GradientEstimator, Pathwise, resolve_gradient
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.requirements import require_no_guide_factor, warn_enumerated_guide
 from ppvae.objectives.schedules import ScheduledScalar
 
@@ -27,17 +25,20 @@ class Objective(PyroELBO):
     the number of draws per datum, log-weights are [K, batch] in float64 nats.
 
     Read by every gradient estimator:
-        reduce(log_weight) -> [batch] nats: the bound as a function of the log-weights. No default.
+        reduce(log_weight) -> [batch] nats: the bound as a function of the log-weights; further dims on the right are
+            kept, and a constant added to all log-weights of a datum is added to its bound. No default.
         log_weights(t) -> [K, batch] nats: what `reduce` takes. Default: `t.log_weight`.
         bound(t) -> [batch] nats: the bound. Default: `reduce(log_weights(t))`.
         draws -> int: K. Default: `num_particles`.
         terms_options -> dict: keyword arguments of `ppvae.inference.terms`. Default: none.
     Read by some:
-        learning_signal(log_weight) -> [K, batch] nats: for "score"; the factor of each draw's score. Default: the
-            whole bound.
+        learning_signal(log_weight) -> [K, batch] nats: for "score"; the factor of each draw's score, the part of the
+            bound that depends on this draw: any other adds variance alone. Default: the whole bound.
         leave_one_out_bound(log_weight, replacement) -> [K, batch] nats: for "vimco"; entry k is the bound with
-            log-weight k replaced. Default: K evaluations of `reduce`, O(K^2).
-        dreg_weights(log_weight) -> [K, batch], no unit: for "dreg" and "gdreg". Default: UsageError.
+            log-weight k replaced. Default: K evaluations of `reduce`, O(K^2); `ppvae.objectives.reductions` has O(K).
+        dreg_weights(log_weight) -> [K, batch], no unit: for "dreg" and "gdreg"; the ratio of the doubly reparameterised
+            to the pathwise weight of each draw, 1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k). Default:
+            UsageError.
         stl_unbiased -> bool: for "stl", which warns where it is False and K > 1. Default: False.
         partition() -> [(b_j, b_{j+1} - b_j)]: for "covariance", which only an objective with it takes, as `TVO`.
     Read by `loss` and `fit`:
@@ -69,44 +70,26 @@ class Objective(PyroELBO):
 
     @abstractmethod
     def reduce(self, log_weight: Tensor) -> Tensor:
-        """The bound per datum, [batch] nats, of log-weights [K, batch]; further dims on the right are kept.
-
-        A constant added to all log-weights of a datum must be added to its bound.
-        """
+        """The bound per datum, [batch] nats, of log-weights [K, batch]."""
 
     def log_weights(self, t: Terms) -> Tensor:
-        """The log-weights that `reduce` takes, [K, batch]."""
         return t.log_weight
 
     def bound(self, t: Terms) -> Tensor:
-        """The bound per datum, [batch] nats."""
         return self.reduce(self.log_weights(t))
 
     def learning_signal(self, log_weight: Tensor) -> Tensor:
-        """The factor of each draw's score, [K, batch] nats: the part of the bound that depends on this draw.
-
-        The parts that do not depend on it only add variance to the score-function estimator.
-        """
         return self.reduce(log_weight).expand_as(log_weight)
 
     def leave_one_out_bound(self, log_weight: Tensor, replacement: Tensor) -> Tensor:
-        """Entry k is the bound with log-weight k replaced by replacement k; all are [K, batch].
-
-        O(K^2); a bound on a sum of weights has it in O(K), see `ppvae.objectives.reductions`.
-        """
         diagonal = torch.eye(len(log_weight), dtype=torch.bool, device=log_weight.device)[..., None]
         return self.reduce(torch.where(diagonal, replacement, log_weight[:, None]))
 
     def dreg_weights(self, log_weight: Tensor) -> Tensor:
-        """The ratio of the doubly reparameterised to the pathwise weight of each draw, [K, batch].
-
-        1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k).
-        """
         raise UsageError(f"{type(self).__name__}: expected a gradient other than {type(self.gradient).__name__}")
 
     @property
     def stl_unbiased(self) -> bool:
-        """Whether the gradient without the guide's score (STL) is unbiased."""
         return False
 
     @property
@@ -117,12 +100,10 @@ class Objective(PyroELBO):
 
     @property
     def draws(self) -> int:
-        """K, draws per datum in all."""
         return self.num_particles
 
     @property
     def terms_options(self) -> dict[str, Any]:
-        """Keyword arguments of `ppvae.inference.terms`: which further terms the bound reads."""
         return {}
 
     def check_structure(self, s: Structure) -> None:
@@ -133,13 +114,11 @@ class Objective(PyroELBO):
         warn_enumerated_guide(s)
 
     def check_gradient(self, s: Structure) -> None:
-        """Raises ContractError, naming the site, where the gradient estimator is not defined for a pair."""
         self.gradient.check_structure(self, s)
         if not self.takes_guide_factors or any(name in s.guide_roles for name in s.enumerated):
             require_no_guide_factor(s, type(self).__name__)
 
     def value(self, call: PairCall) -> Tensor:
-        """The bound summed over the batch, a scalar."""
         return self.total(call.terms())
 
     def total(self, t: Terms) -> Tensor:
@@ -148,7 +127,6 @@ class Objective(PyroELBO):
         return total if factors is None else total - factors.mean(0).sum()
 
     def surrogate(self, call: PairCall) -> Tensor:
-        """A scalar: the bound summed over the batch, with the estimator's gradient."""
         return self.gradient.surrogate(self, call)
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:

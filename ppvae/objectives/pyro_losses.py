@@ -1,7 +1,5 @@
 """Objectives of Pyro's as `fit` takes them: a loss that is one number, on batches of any size."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,7 +86,6 @@ class PyroLoss(ELBO):
         self._traced: dict[Any, ELBO] = {}
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The sum of the objective's losses."""
         with _explain_observations():
             return _total(self._of(args).loss(model, guide, *args, **kwargs))
 

@@ -5,8 +5,6 @@ log-weight k replaced by replacement k, in O(K) for K particles. Cumulative sums
 subtracting log-weight k from the full sum would cancel all digits where it dominates.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Each `require_*` function raises ContractError with the site, what was expected, what was found and the cure.
 """
 
-from __future__ import annotations
-
 import logging
 
 from ppvae.errors import ContractError, site_error

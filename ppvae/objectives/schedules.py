@@ -1,7 +1,5 @@
 """Hyperparameters as functions of the training step: warm-up and cyclical annealing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias, final

@@ -1,7 +1,5 @@
 """The thermodynamic variational objective."""
 
-from __future__ import annotations
-
 import itertools
 from typing import final
 
@@ -65,7 +63,6 @@ class TVO(Objective):
         super().check_structure(s)
 
     def partition(self) -> list[tuple[float, float]]:
-        """(b_j, b_{j+1} - b_j) of each term."""
         count = self.num_partitions
         ends = [0.0, *(self.first ** (1 - j / (count - 1)) for j in range(count - 1)), 1.0]
         return [(b, after - b) for b, after in itertools.pairwise(ends)]

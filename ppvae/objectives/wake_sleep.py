@@ -1,7 +1,5 @@
 """Reweighted wake-sleep."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import final
 
@@ -16,7 +14,7 @@ from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import node_log_prob, sample_sites, trace_program
 from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.objective import Objective
-from ppvae.objectives.pair_call import PairCall
+from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.reductions import log_mean_exp
 from ppvae.objectives.requirements import require_no_guide_factor, require_sampled_latents
 

@@ -1,11 +1,10 @@
 """Annealed estimates of log p(x): the looseness of importance sampling against them, and the BDMC bracket."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.bdmc import Bracket
@@ -14,9 +13,6 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.estimates import reliability_histogram
 from ppvae.plots.style import BLUE, INK, ORANGE, array, decimal_log_ticks, figure, note, number, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled

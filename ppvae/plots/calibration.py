@@ -1,17 +1,13 @@
 """Ranks of simulation-based calibration."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.calibration import Calibration, band, bounds, pointwise_p_values
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MAX_LABELS = 4  # dims in the legend
 MAX_BARS = 20

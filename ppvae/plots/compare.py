@@ -1,15 +1,12 @@
 """Differences of models in log p(x) on the same data."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from ppvae.evaluation.compare import Comparison
 from ppvae.plots.style import BLUE, FAINT, figure, note, number, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled

@@ -1,19 +1,15 @@
 """Maps of densities over the plane, beside data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.plots.style import GREEN, INK, array, figure, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:

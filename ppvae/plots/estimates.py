@@ -1,19 +1,16 @@
 """An estimate of log p(x): its distribution over the data, its bounds, and its diagnostics."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.reliability import MIN_ESS, format_particles
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, decimal_log_ticks, figure, note, number, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled
@@ -117,7 +114,8 @@ def diagnosis(estimate: Estimate) -> Figure:
     decimal_log_ticks(axes[0].yaxis)
     if math.isfinite(limit):
         _shade_reliable(axes[0], limit)
-    fig.legend(*_legend(axes), loc="outside upper right", ncols=2)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles, loc="outside upper right", ncols=2)
     return fig
 
 
@@ -150,18 +148,11 @@ def _infinity_ticks(ax: Any, k_hat: np.ndarray, left: float, right: float) -> No
 
 
 def _shade_reliable(ax: Any, limit: float) -> None:
-    from matplotlib.patches import Rectangle
-
     (left, _), (_, high) = ax.get_xlim(), ax.get_ylim()
     ax.add_patch(
         Rectangle((left, MIN_ESS), limit - left, high - MIN_ESS, color=BLUE, alpha=0.06, linewidth=0, zorder=0)
     )
     ax.set_title(rf"shaded: reliable, $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", fontsize=8, color=FAINT)
-
-
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    return list(handles.values()), list(handles)
 
 
 def _not_shown(count: int, what: str) -> str:

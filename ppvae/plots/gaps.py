@@ -1,18 +1,15 @@
 """The inference gap and its parts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.style import BLUE, INK, ORANGE, SKY, figure, number, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled

@@ -1,18 +1,14 @@
 """Grids of images, in which each image pixel covers a whole number of figure pixels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.plots.style import DPI, INK, VERMILLION, array, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WIDTH = 1936  # pixels of a full-width figure
 GAP = 4  # pixels between images
@@ -100,8 +96,6 @@ def _to_rgb(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
 
 def _pixel_exact_figure(canvas: np.ndarray) -> tuple[Figure, Any]:
     """(a figure whose pixels are those of the canvas, axes in pixel coordinates)."""
-    from matplotlib.figure import Figure
-
     height, width = canvas.shape[:2]
     fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     ax = fig.add_axes((0, 0, 1, 1))

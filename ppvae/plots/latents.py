@@ -1,17 +1,14 @@
 """Maps of posterior means."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.patheffects as effects
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.plots.style import CLASSES, INK, ORDERED, array, figure, note, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_CLASSES = 20
 
@@ -74,8 +71,6 @@ def _project(points: np.ndarray, site: str) -> tuple[np.ndarray, tuple[str, str]
 def _scatter_classes(
     ax: Any, points: np.ndarray, labels: np.ndarray, classes: np.ndarray, names: Sequence[str], size: float
 ) -> None:
-    import matplotlib.patheffects as effects
-
     halo = [effects.withStroke(linewidth=2.5, foreground="white")]
     for i, c in enumerate(classes):
         members = points[labels == c]

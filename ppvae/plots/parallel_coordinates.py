@@ -1,18 +1,15 @@
 """Parallel coordinates: each datum a line over its dims, for data that are not images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.plots.style import BLUE, INK, ORDERED, array, figure, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled
@@ -45,8 +42,6 @@ def parallel_coordinates(panels: Mapping[str, Mapping[str, Any]], *, cols: int =
 
 
 def _draw_lines(ax: Any, lines: Mapping[str, Any]) -> None:
-    import matplotlib
-
     count = len(lines)
     for i, (label, values) in enumerate(lines.items()):
         values = np.atleast_1d(array(values))

@@ -1,20 +1,16 @@
 """The rate of each latent dim, and rate against distortion."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.representation import ACTIVE, Representation
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.style import BLUE, FAINT, INK, ORANGE, SKY, VERMILLION, array, figure, note, number, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_DIMS = 100
 

@@ -1,18 +1,16 @@
 """The common style of all figures: a colour-blind safe palette, fonts, sizes, and number formats."""
 
-from __future__ import annotations
-
 import functools
 import io
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
+import matplotlib
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 P = ParamSpec("P")
 
@@ -63,8 +61,6 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        import matplotlib
-
         with matplotlib.rc_context(_RC):
             fig = draw(*args, **kwargs)
         vars(fig)["_repr_png_"] = functools.partial(to_png, fig)  # notebooks display figures only with pyplot loaded
@@ -75,15 +71,11 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches, with constrained layout."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def to_png(fig: Figure) -> bytes:
     """The figure as PNG bytes, without metadata that varies."""
-    import matplotlib
-
     buffer = io.BytesIO()
     with matplotlib.rc_context(_RC):
         fig.savefig(buffer, format="png", dpi=fig.dpi, metadata={"Software": None})
@@ -113,8 +105,6 @@ def number(value: float, digits: int = 2) -> str:
 
 def decimal_log_ticks(axis: Any) -> None:
     """Decimal tick labels on a logarithmic axis: 1, 10, 100, and multiples of 2 and 5 over a short range."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 2000 * low else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -122,7 +112,6 @@ def decimal_log_ticks(axis: Any) -> None:
 
 
 def note(ax: Any, text: str) -> None:
-    """Text above the upper right corner of the axes."""
     if text:
         ax.annotate(
             text, (1, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",

@@ -1,18 +1,14 @@
 """Training curves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.plots.style import BLUE, GREEN, INK, ORANGE, figure, note, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled

@@ -19,7 +19,7 @@ A new amortised posterior says how many outputs it reads and which distribution 
     POSTERIORS["Laplace"] = Part(lambda latent: Laplace(net(Laplace.outputs(latent))), kind="real", size=1)
 """
 
-from ppvae.posteriors.delta import Delta
+from ppvae.posteriors.amortized import Delta
 from ppvae.posteriors.discrete import Bernoulli, Categorical, OneHot, RelaxedBernoulli, RelaxedOneHot
 from ppvae.posteriors.flows import IAF, SplineCoupling
 from ppvae.posteriors.normal import DiagonalNormal, FullRank, LowRank
@@ -29,20 +29,6 @@ from ppvae.posteriors.simplex import Dirichlet, LogisticNormal
 from ppvae.posteriors.sphere import PowerSpherical
 
 __all__ = [
-    "IAF",
-    "Bernoulli",
-    "Categorical",
-    "Delta",
-    "DiagonalNormal",
-    "Dirichlet",
-    "FullRank",
-    "LogisticNormal",
-    "LowRank",
-    "OneHot",
-    "PerDatum",
-    "PowerSpherical",
-    "RelaxedBernoulli",
-    "RelaxedOneHot",
-    "SemiAmortized",
-    "SplineCoupling",
-]
+    "IAF", "Bernoulli", "Categorical", "Delta", "DiagonalNormal", "Dirichlet", "FullRank", "LogisticNormal", "LowRank",
+    "OneHot", "PerDatum", "PowerSpherical", "RelaxedBernoulli", "RelaxedOneHot", "SemiAmortized", "SplineCoupling",
+]  # fmt: skip

@@ -1,16 +1,15 @@
 """Posteriors over discrete latents, enumerated or sampled, and their relaxed counterparts."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.distributions.constraints import positive
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.concrete import BinaryConcrete, Concrete
-from ppvae.priors.discrete import temperature_tensor
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 
 
@@ -23,7 +22,6 @@ class Bernoulli(Amortized):
     `net` maps data [..., *event] to logits [..., latent]. Returns batch shape [...], event shape [latent].
     Source: Mnih and Gregor 2014 (arXiv 1402.0030).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> Bernoulli(mlp(64, 8))(torch.zeros(5, 64)).enumerate_support().shape
     torch.Size([256, 5, 8])
@@ -31,11 +29,9 @@ class Bernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with logits [..., latent]."""
         return DiscreteVector(distributions.Bernoulli(logits=outputs), 1)
 
 
@@ -52,7 +48,6 @@ class Categorical(Amortized):
     Returns batch shape [...], event shape [variables]. Raises ValueError for outputs that are no multiple of classes.
     Source: Jang et al. 2017 (arXiv 1611.01144).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> Categorical(mlp(64, 2 * 3), classes=3)(torch.zeros(5, 64)).enumerate_support().shape
     torch.Size([9, 5, 2])
@@ -63,11 +58,9 @@ class Categorical(Amortized):
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
-        """The number of network outputs."""
         return latent * self.classes
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with logits [..., variables * classes]."""
         return DiscreteVector(dist.Categorical(logits=_split_variables(outputs, self.classes)), 1)
 
 
@@ -82,7 +75,6 @@ class OneHot(Amortized):
     Returns batch shape [...], event shape [variables * classes]. Raises ValueError as `Categorical` does.
     Source: Jang et al. 2017 (arXiv 1611.01144).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> OneHot(mlp(64, 2 * 3), classes=3)(torch.zeros(5, 64)).shape()
     torch.Size([5, 6])
@@ -93,13 +85,11 @@ class OneHot(Amortized):
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
-        """The number of network outputs. ValueError for a latent that is no multiple of classes."""
         if latent % self.classes:
             raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with logits [..., variables * classes]."""
         base = DiscreteVector(dist.Categorical(logits=_split_variables(outputs, self.classes)), 1)
         return OneHotVector(base, self.classes, outputs.dtype)
 
@@ -126,18 +116,15 @@ class RelaxedBernoulli(Amortized):
     Returns batch shape [...], event shape [latent]. Raises ValueError for a temperature that is not positive.
     Source: Maddison et al. 2017 (arXiv 1611.00712); Jang et al. 2017 (arXiv 1611.01144).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> posterior = RelaxedBernoulli(mlp(64, 8))
     >>> posterior(torch.zeros(5, 64)).shape(), posterior.discrete.net is posterior.net
     (torch.Size([5, 8]), True)
     """
 
-    temperature: Tensor
-
     def __init__(self, net: nn.Module, temperature: float = 2 / 3):
         super().__init__(net)
-        self.register_buffer("temperature", temperature_tensor(temperature))
+        self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
 
     @property
     def discrete(self) -> Bernoulli:
@@ -146,11 +133,9 @@ class RelaxedBernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with logits [..., latent]."""
         return BinaryConcrete(self.temperature, outputs).to_event(1)
 
 
@@ -171,18 +156,15 @@ class RelaxedOneHot(Amortized):
     Raises ValueError for a temperature that is not positive, or outputs that are no multiple of classes.
     Source: Maddison et al. 2017 (arXiv 1611.00712); Jang et al. 2017 (arXiv 1611.01144).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> RelaxedOneHot(mlp(64, 2 * 3), classes=3)(torch.zeros(5, 64)).shape()
     torch.Size([5, 6])
     """
 
-    temperature: Tensor
-
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
         super().__init__(net)
         self.classes = classes
-        self.register_buffer("temperature", temperature_tensor(temperature))
+        self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
 
     @property
     def discrete(self) -> OneHot:
@@ -190,13 +172,9 @@ class RelaxedOneHot(Amortized):
         return OneHot(self.net, self.classes)
 
     def outputs(self, latent: int) -> int:
-        """The number of network outputs. ValueError for a latent that is no multiple of classes."""
-        if latent % self.classes:
-            raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
-        return latent
+        return self.discrete.outputs(latent)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with logits [..., variables * classes]."""
         return Concrete(self.temperature, _split_variables(outputs, self.classes))
 
 

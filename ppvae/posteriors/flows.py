@@ -1,7 +1,5 @@
 """Normalizing-flow posteriors conditioned on the data, with cheap draws and cached densities of draws."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Sequence
@@ -90,11 +88,9 @@ class IAF(Amortized):
                 nn.init.zeros_(p)
 
     def outputs(self, latent: int) -> int:
-        """The number of network outputs."""
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., 2 * latent + features]."""
         loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         maps: list[Any] = [InverseAutoregressive(functools.partial(network, context=h)) for network in self.maps]
         base = dist.Normal(loc, log_scale.exp()).to_event(1)
@@ -142,11 +138,9 @@ class SplineCoupling(Amortized):
         )
 
     def outputs(self, latent: int) -> int:
-        """The number of network outputs."""
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., 2 * latent + features]."""
         loc, log_scale, h = _split_outputs(outputs, self.latent, self.features)
         place = transforms.AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
         return GradientSafeTransformed(ZukoDistribution(self.flow(h)), [place])

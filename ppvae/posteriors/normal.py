@@ -1,7 +1,5 @@
 """Normal posteriors with diagonal, full-rank and low-rank covariance."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, final
 
@@ -21,7 +19,6 @@ class DiagonalNormal(Amortized):
     Returns a distribution of batch shape [...] and event shape [latent].
     Source: Kingma and Welling 2014 (arXiv 1312.6114).
 
-    >>> import torch
     >>> from ppvae.nn import mlp
     >>> DiagonalNormal(mlp(64, 2 * 8))(torch.zeros(5, 64)).shape()
     torch.Size([5, 8])
@@ -29,11 +26,9 @@ class DiagonalNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
@@ -55,11 +50,9 @@ class FullRank(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return latent * (latent + 3) // 2
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., latent * (latent + 3) / 2]."""
         size = outputs.shape[-1]
         latent = (math.isqrt(9 + 8 * size) - 3) // 2
         if self.outputs(latent) != size or latent < 1:
@@ -101,11 +94,9 @@ class LowRank(Amortized):
         self.rank = rank
 
     def outputs(self, latent: int) -> int:
-        """The number of network outputs."""
         return latent * (2 + self.rank)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., latent * (2 + rank)]."""
         latent, remainder = divmod(outputs.shape[-1], 2 + self.rank)
         if remainder:
             raise ValueError(

@@ -1,7 +1,5 @@
 """Non-amortised inference: variational parameters for each datum, looked up by its index."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import final
 
@@ -42,7 +40,6 @@ class PerDatum(nn.Module):
     """
 
     requires_training_data = True  # `fit` reads it before it accepts validation data
-    seen: Tensor
 
     def __init__(self, size: int, outputs: int, family: Callable[[nn.Module], nn.Module] = DiagonalNormal):
         super().__init__()
@@ -50,7 +47,7 @@ class PerDatum(nn.Module):
         nn.init.normal_(table.weight, std=0.01)
         self.posterior = family(table)
         self.size = size
-        self.register_buffer("seen", torch.zeros(size, dtype=torch.long))  # float64 bits, which casts leave alone
+        self.seen = nn.Buffer(torch.zeros(size, dtype=torch.long))  # float64 bits, which casts leave alone
 
     def forward(self, x: Tensor, *, context: Tensor) -> dist.TorchDistribution:
         if context.is_floating_point() or context.is_complex():

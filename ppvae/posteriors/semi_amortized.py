@@ -1,7 +1,5 @@
 """Semi-amortised inference: gradient steps on the ELBO of each datum from an amortised initialisation."""
 
-from __future__ import annotations
-
 import functools
 from typing import final
 
@@ -69,11 +67,9 @@ class SemiAmortized(nn.Module):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with parameters [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 

@@ -1,13 +1,12 @@
 """Posteriors over proportions, for topic models."""
 
-from __future__ import annotations
-
 from typing import final
 
 import pyro.distributions as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppvae.distributions.constraints import positive
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.simplex import DirichletDistribution, LogisticNormalDistribution
 
@@ -34,17 +33,13 @@ class Dirichlet(Amortized):
 
     def __init__(self, net: nn.Module, floor: float = 1e-2):
         super().__init__(net)
-        if not floor > 0:
-            raise ValueError(f"floor: expected a positive number, found {floor}")
-        self.floor = floor
+        self.floor = positive("floor", floor)
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., latent]."""
         return DirichletDistribution(self.floor + F.softplus(outputs))
 
 
@@ -65,10 +60,8 @@ class LogisticNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., 2 * latent]."""
         loc, log_scale = outputs.chunk(2, dim=-1)
         return LogisticNormalDistribution(loc, log_scale.exp())

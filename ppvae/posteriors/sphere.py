@@ -1,7 +1,5 @@
 """The power spherical posterior on the unit sphere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
@@ -13,13 +11,13 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.sphere import SphericalUniform, normalize
 
 
 @final
-class PowerSphericalDistribution(dist.TorchDistribution):
+class PowerSphericalDistribution(ParametricDistribution):
     """Unit vectors around `loc`, p(z) = (1 + loc . z)^kappa / C, kappa >= 0 the concentration; zero is uniform.
 
     log C = (a + b) log 2 + b log pi + lgamma(a) - lgamma(a + b), b = (D - 1) / 2, a = b + kappa, for D elements, with
@@ -35,14 +33,12 @@ class PowerSphericalDistribution(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {"concentration": constraints.nonnegative}
     support = constraints.sphere
     has_rsample = True
+    parameter_dims: ClassVar[dict[str, int]] = {"loc": 1, "concentration": 0}
 
     def __init__(self, loc: Tensor, concentration: Tensor, validate_args: bool | None = None):
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
         self.loc, self.concentration = loc.expand(batch_shape + loc.shape[-1:]), concentration.expand(batch_shape)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSphericalDistribution:
-        return expand_parameters(self, batch_shape, loc=1, concentration=0)
 
     def _shapes(self) -> tuple[Tensor, float]:
         """a and b of the Beta distribution that (1 + loc . z) / 2 has, in float64."""
@@ -54,9 +50,7 @@ class PowerSphericalDistribution(dist.TorchDistribution):
         a, b = self._shapes()
         return b * math.log(4 * math.pi) + torch.lgamma(a) - torch.lgamma(a + b)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         # for unit vectors s = |loc + z|^2 / 4 = 1 - |loc - z|^2 / 4: accurate far from loc and near it, respectively
         s = (((self.loc + value) ** 2).sum(-1) / 4).clamp(min=torch.finfo(value.dtype).tiny)
         complement = (((self.loc - value) ** 2).sum(-1) / 4).clamp(max=0.75)
@@ -112,11 +106,9 @@ class PowerSpherical(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
-        """The number of network outputs."""
         return latent + 1
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
-        """The distribution with outputs [..., latent + 1]."""
         if outputs.shape[-1] < 3:
             raise ValueError(f"net: expected latent + 1 outputs with latent at least 2, found {outputs.shape[-1]}")
         where = outputs[..., :-1]

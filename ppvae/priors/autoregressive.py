@@ -1,7 +1,5 @@
 """Autoregressive priors, p(z) = prod_d p(z_d | z_<d), by a masked network: a density takes one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -38,14 +36,9 @@ class AutoregressiveClasses(distributions.Autoregressive):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether there are at most 65536 joint values."""
         return self.classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        if not self.has_enumerate_support:
-            raise NotImplementedError(
-                f"more than {MAX_JOINT_VALUES} joint values of {self.event_shape.numel()} variables"
-            )
         values = torch.arange(self.classes, device=self.start.device)
         return enumerated_values(joint_values(values, self.event_shape.numel()), self.batch_shape, expand)
 
@@ -86,15 +79,13 @@ class Autoregressive(nn.Module):
     torch.Size([5])
     """
 
-    like: Tensor
-
     def __init__(self, latent: int, components: int = 5, hidden: Sequence[int] = (64, 64)):
         super().__init__()
         if components < 1:
             raise ValueError(f"components: expected at least 1, found {components}")
         self.net = _AutoregressiveMLP(latent, 1, 3 * components, hidden)
         self.loc = nn.Parameter(torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1))
-        self.register_buffer("like", torch.zeros(latent), persistent=False)
+        self.like = nn.Buffer(torch.zeros(latent), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         def conditional(z: Tensor) -> Any:
@@ -125,12 +116,10 @@ class AutoregressiveCategorical(nn.Module):
     tensor(0.1111, grad_fn=<ExpBackward0>)
     """
 
-    like: Tensor
-
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
         super().__init__()
         self.classes, self.net = classes, _AutoregressiveMLP(variables, classes, classes, hidden)
-        self.register_buffer("like", torch.zeros(variables), persistent=False)
+        self.like = nn.Buffer(torch.zeros(variables), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         def conditional(z: Tensor) -> Any:

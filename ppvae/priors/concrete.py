@@ -1,23 +1,20 @@
 """Concrete (Gumbel-softmax) distributions on the unit interval and on simplices, accurate at any logit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
-import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.priors.simplex import SimplexBlocksConstraint
 
 
 @final
-class BinaryConcrete(dist.TorchDistribution):
+class BinaryConcrete(ParametricDistribution):
     """A relaxed Bernoulli variable on (0, 1): z = sigmoid((logits + Logistic(0, 1)) / temperature).
 
     log p(z) = log t - softplus(d) - softplus(-d) - log z - log(1 - z), d = logits - t logit(z), t the temperature.
@@ -29,30 +26,22 @@ class BinaryConcrete(dist.TorchDistribution):
     tensor(True)
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.unit_interval
     has_rsample = True
     relaxes = True  # a stand-in for a discrete distribution
+    parameter_dims: ClassVar[dict[str, int]] = {"logits": 0}
 
     def __init__(self, temperature: Tensor, logits: Tensor, validate_args: bool | None = None):
         self.temperature, self.logits = temperature, logits
         super().__init__(logits.shape, torch.Size(), validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> BinaryConcrete:
-        return expand_parameters(self, batch_shape, logits=0)
-
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        noise = _clamp_to_open_unit_interval(
-            torch.rand(
-                self._extended_shape(torch.Size(sample_shape)), dtype=self.logits.dtype, device=self.logits.device
-            )
-        )
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = _clamp_to_open_unit_interval(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
         logistic = noise.log() - torch.log1p(-noise)
         return _clamp_to_open_unit_interval(torch.sigmoid((self.logits + logistic) / self.temperature))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         value = _clamp_to_open_unit_interval(value)
         log_z, log_rest = value.log(), torch.log1p(-value)
         d = self.logits - self.temperature * (log_z - log_rest)
@@ -60,7 +49,7 @@ class BinaryConcrete(dist.TorchDistribution):
 
 
 @final
-class Concrete(dist.TorchDistribution):
+class Concrete(ParametricDistribution):
     """Relaxed one-hot vectors, concatenated: each block z = softmax((logits + Gumbel) / temperature) on its simplex.
 
     Per block of C classes, log p(z) = log (C - 1)! + (C - 1) log t + sum_c (s_c - log z_c) - C logsumexp_c s_c,
@@ -73,9 +62,9 @@ class Concrete(dist.TorchDistribution):
     tensor(True)
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = True
     relaxes = True  # a stand-in for a discrete distribution
+    parameter_dims: ClassVar[dict[str, int]] = {"logits": 2}
 
     def __init__(self, temperature: Tensor, logits: Tensor, validate_args: bool | None = None):
         self.temperature, self.logits = temperature, logits.log_softmax(-1)
@@ -83,11 +72,7 @@ class Concrete(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> Any:
-        """Concatenated simplices."""
         return SimplexBlocksConstraint(self.logits.shape[-1])
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Concrete:
-        return expand_parameters(self, batch_shape, logits=2)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.logits.shape
@@ -95,9 +80,7 @@ class Concrete(dist.TorchDistribution):
         gumbel = -(-noise.log()).log()
         return _clamp_to_positive(((self.logits + gumbel) / self.temperature).softmax(-1)).flatten(-2)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         classes = self.logits.shape[-1]
         log_z = _clamp_to_positive(value.unflatten(-1, (-1, classes))).log()
         s = self.logits - self.temperature * log_z

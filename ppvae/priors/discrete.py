@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.distributions.constraints import positive
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
+from ppvae.priors.simplex import register_value
 
 
 @final
@@ -32,7 +34,7 @@ class Bernoulli(nn.Module):
 
     def __init__(self, latent: int, learned: bool = False):
         super().__init__()
-        _register_logits(self, torch.zeros(latent), learned)
+        register_value(self, "logits", torch.zeros(latent), learned)
 
     def forward(self) -> dist.TorchDistribution:
         return DiscreteVector(distributions.Bernoulli(logits=self.logits), 1)
@@ -66,7 +68,7 @@ class Categorical(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
         super().__init__()
-        _register_logits(self, torch.zeros(variables, classes), learned)
+        register_value(self, "logits", torch.zeros(variables, classes), learned)
 
     def forward(self) -> dist.TorchDistribution:
         return DiscreteVector(dist.Categorical(logits=self.logits), 1)
@@ -92,7 +94,7 @@ class OneHot(nn.Module):
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
         super().__init__()
-        _register_logits(self, torch.zeros(variables, classes), learned)
+        register_value(self, "logits", torch.zeros(variables, classes), learned)
 
     def forward(self) -> dist.TorchDistribution:
         base = DiscreteVector(dist.Categorical(logits=self.logits), 1)
@@ -123,11 +125,9 @@ class RelaxedBernoulli(nn.Module):
     (torch.Size([3]), 'Bernoulli')
     """
 
-    temperature: Tensor
-
     def __init__(self, latent: int, temperature: float = 0.5, learned: bool = False):
         super().__init__()
-        self.register_buffer("temperature", temperature_tensor(temperature))
+        self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
         self.discrete = Bernoulli(latent, learned)
 
     def forward(self) -> dist.TorchDistribution:
@@ -153,26 +153,10 @@ class RelaxedOneHot(nn.Module):
     (torch.Size([8]), 'OneHot')
     """
 
-    temperature: Tensor
-
     def __init__(self, classes: int, variables: int = 1, temperature: float = 0.5, learned: bool = False):
         super().__init__()
-        self.register_buffer("temperature", temperature_tensor(temperature))
+        self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
         self.discrete = OneHot(classes, variables, learned)
 
     def forward(self) -> dist.TorchDistribution:
         return Concrete(self.temperature, self.discrete.logits)
-
-
-def temperature_tensor(temperature: float) -> Tensor:
-    """The temperature as a tensor; ValueError unless it is positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, found {temperature}")
-    return torch.tensor(float(temperature))
-
-
-def _register_logits(module: nn.Module, logits: Tensor, learned: bool) -> None:
-    if learned:
-        module.logits = nn.Parameter(logits)
-    else:
-        module.register_buffer("logits", logits, persistent=False)

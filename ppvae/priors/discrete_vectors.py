@@ -1,7 +1,5 @@
 """Distributions over vectors of discrete variables, whose joint values can be enumerated for exact summation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
@@ -12,13 +10,18 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 
 MAX_JOINT_VALUES = 1 << 16  # a vector with more joint values is not enumerated
 
 
 def joint_values(values: Tensor, variables: int) -> Tensor:
-    """All vectors of `variables` elements with the given values [classes]: [classes^variables, variables]."""
+    """All vectors of `variables` elements with the given values [classes]: [classes^variables, variables].
+
+    Raises NotImplementedError for more than 65536 of them.
+    """
+    if len(values) ** variables > MAX_JOINT_VALUES:
+        raise NotImplementedError(f"more than {MAX_JOINT_VALUES} joint values of {variables} variables")
     return torch.cartesian_prod(*[values] * variables).reshape(-1, variables)
 
 
@@ -44,15 +47,10 @@ class DiscreteVector(dist.Independent):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether there are at most 65536 joint values."""
         classes = self.base_dist.enumerate_support(expand=False).numel()
         return classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        if not self.has_enumerate_support:
-            raise NotImplementedError(
-                f"more than {MAX_JOINT_VALUES} joint values of {self.event_shape.numel()} variables"
-            )
         values = self.base_dist.enumerate_support(expand=False).flatten()
         return enumerated_values(joint_values(values, self.event_shape.numel()), self.batch_shape, expand)
 
@@ -76,7 +74,7 @@ class OneHotBlocksConstraint(constraints.Constraint):
 
 
 @final
-class OneHotVector(dist.TorchDistribution):
+class OneHotVector(ParametricDistribution):
     """A distribution over vectors of classes [variables], with classes as concatenated one-hot vectors.
 
     log p(z) = log p_base(classes of z). Event shape [variables * classes], in floating point: a network takes it.
@@ -86,7 +84,7 @@ class OneHotVector(dist.TorchDistribution):
     tensor(0.1111)
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    parameter_dims: ClassVar[dict[str, int]] = {"base": 0}
 
     def __init__(self, base: Any, classes: int, dtype: torch.dtype, validate_args: bool | None = None):
         self.base, self.classes, self.dtype = base, classes, dtype
@@ -95,25 +93,16 @@ class OneHotVector(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
-        """Concatenated one-hot vectors."""
         return OneHotBlocksConstraint(self.classes)
 
     @property
     def has_enumerate_support(self) -> bool:
-        """That of the base."""
         return self.base.has_enumerate_support
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> OneHotVector:
-        new = expand_parameters(self, batch_shape)
-        new.base = self.base.expand(torch.Size(batch_shape))
-        return new
 
     def _to_one_hot(self, index: Tensor) -> Tensor:
         return F.one_hot(index, self.classes).to(self.dtype).flatten(-2)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         return self.base.log_prob(value.unflatten(-1, (-1, self.classes)).argmax(-1))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution, expand_parameters
 
 
 @contextmanager
@@ -27,7 +27,7 @@ with _restore_validation():
 
 
 @final
-class ZukoDistribution(dist.TorchDistribution):
+class ZukoDistribution(ParametricDistribution):
     """A zuko flow as a Pyro distribution over a real vector: log p(z) = log p_0(f(z)) + log |det df/dz|.
 
     pyro.contrib.zuko.ZukoToPyro lacks `sample`, `support` and shapes, which plates and `terms` need. As there, the
@@ -37,7 +37,6 @@ class ZukoDistribution(dist.TorchDistribution):
     torch.Size([5, 3])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = True
 
@@ -56,9 +55,7 @@ class ZukoDistribution(dist.TorchDistribution):
         self._cache = value, log_prob
         return value
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         # under gradients, a value without a path is a constant, and its density is computed anew
         if self._cache and self._cache[0] is value and (value.requires_grad or not torch.is_grad_enabled()):
             return self._cache[1]

@@ -1,17 +1,16 @@
 """Gaussian-process priors over the latents of a sequence, and their kernels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
+from ppvae.distributions.constraints import positive
 
 
 def rbf(r: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def cauchy(r: Tensor) -> Tensor:
 
 
 @final
-class GaussianProcessVector(dist.TorchDistribution):
+class GaussianProcessVector(ParametricDistribution):
     """Independent Gaussian vectors over T positions, one for each latent dim, interleaved: z [T * latent], time first.
 
     log p(z) = sum_l log N(z_l; loc_l, L_l L_l^T), L = `scale_tril` [..., latent, T, T], computed in float64; `loc` is
@@ -45,9 +44,9 @@ class GaussianProcessVector(dist.TorchDistribution):
     torch.Size([8])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = True
+    parameter_dims: ClassVar[dict[str, int]] = {"scale_tril": 3, "loc": 2}
 
     def __init__(
         self, scale_tril: Tensor, dtype: torch.dtype, loc: Tensor | None = None, validate_args: bool | None = None
@@ -57,17 +56,12 @@ class GaussianProcessVector(dist.TorchDistribution):
         event = torch.Size([scale_tril.shape[-3:-1].numel()])
         super().__init__(scale_tril.shape[:-3], event, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GaussianProcessVector:
-        return expand_parameters(self, batch_shape, scale_tril=3, loc=2)
-
     @property
     def mean(self) -> Tensor:
         """The mean of each position and dim, [..., T * latent]."""
         return self.loc.mT.flatten(-2).to(self.dtype)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         z = value.double().unflatten(-1, self.scale_tril.shape[-2:-4:-1]).mT - self.loc
         lead = torch.broadcast_shapes(z.shape[:-2], self.batch_shape)
         z = z.expand(lead + z.shape[-2:]).unsqueeze(-1)
@@ -130,11 +124,8 @@ class GaussianProcess(nn.Module):
         jitter: float = 1e-4,
     ):
         super().__init__()
-        for name, value in (("lengthscale", lengthscale), ("jitter", jitter)):
-            if not value > 0:
-                raise ValueError(f"{name}: expected a positive number, found {value}")
-        self.log_lengthscale = nn.Parameter(torch.full((latent,), math.log(lengthscale)))
-        self.kernel, self.jitter = kernel, jitter
+        self.log_lengthscale = nn.Parameter(torch.full((latent,), math.log(positive("lengthscale", lengthscale))))
+        self.kernel, self.jitter = kernel, positive("jitter", jitter)
 
     def forward(self, *, context: Tensor) -> dist.TorchDistribution:
         shared = len(context) == 1 or context.stride(0) == 0 or bool((context == context[:1]).all())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.errors import ContractError
 from ppvae.nn.context import call_with_context, needs_context, takes_context
 
@@ -18,7 +18,7 @@ _MAX_ELEMENTS = 1 << 22  # the largest number of elements (rows x components x e
 
 
 @final
-class Mixture(dist.TorchDistribution):
+class Mixture(ParametricDistribution):
     """A mixture of components, log p(z) = logsumexp_c (log_softmax(logits)_c + log p_c(z)).
 
     `components` is a distribution of batch shape [components], which `expand` never copies. Rows are summed in chunks,
@@ -30,9 +30,6 @@ class Mixture(dist.TorchDistribution):
     torch.Size([3, 4])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = False
-
     def __init__(self, components: Any, logits: Tensor | None = None, validate_args: bool | None = None):
         (count,) = components.batch_shape
         self.components, self.logits = components, logits
@@ -41,15 +38,9 @@ class Mixture(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> Any:
-        """The support of the components."""
         return self.components.support
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
-        return expand_parameters(self, batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         lead = value.shape[: value.dim() - len(self.event_shape)]
         rows = value.reshape(-1, 1, *self.event_shape)
         count = self.components.batch_shape[0]

@@ -1,4 +1,4 @@
-"""Priors with independent real dims: standard and learned normal, Laplace, Student's t."""
+"""Priors with independent real dims: standard, learned and conditional normal, Laplace, Student's t."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.distributions.constraints import positive
 
 
 @final
@@ -22,11 +23,9 @@ class StandardNormal(nn.Module):
     tensor(-1.8379)
     """
 
-    loc: Tensor
-
     def __init__(self, latent: int):
         super().__init__()
-        self.register_buffer("loc", torch.zeros(latent), persistent=False)
+        self.loc = nn.Buffer(torch.zeros(latent), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
@@ -53,6 +52,38 @@ class Normal(nn.Module):
 
 
 @final
+class ConditionalNormal(nn.Module):
+    """A normal prior given the batch's second tensor, log p(z | c) = sum_d log N(z_d; loc_d(c), exp(log_scale_d(c))).
+
+    Args:
+        net: maps the context [..., *] to [..., 2 * latent], location and log-scale in this order: an embedding of
+            labels [...] (see `of_labels`), or a network of attributes [..., attributes].
+
+    `forward(context=...)` returns the context's batch shape [...] and event shape [latent].
+    Source: Sohn et al. 2015, Learning structured output representation using deep conditional generative models.
+
+    >>> prior = ConditionalNormal.of_labels(10, latent=2)
+    >>> prior(context=torch.tensor([3, 1, 4])).shape()
+    torch.Size([3, 2])
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    @classmethod
+    def of_labels(cls, num_labels: int, latent: int) -> ConditionalNormal:
+        """One normal for each label 0 .. num_labels - 1: locations start at standard normal draws, scales at one."""
+        table = nn.Embedding(num_labels, 2 * latent)
+        nn.init.zeros_(table.weight[:, latent:].detach())
+        return cls(table)
+
+    def forward(self, *, context: Tensor) -> dist.TorchDistribution:
+        loc, log_scale = self.net(context).chunk(2, dim=-1)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+@final
 class Laplace(nn.Module):
     """Independent Laplace dims around zero, log p(z) = -sum_d (|z_d| / scale + log(2 scale)).
 
@@ -67,11 +98,9 @@ class Laplace(nn.Module):
     tensor(-1.3863)
     """
 
-    scale: Tensor
-
     def __init__(self, latent: int, scale: float = 1.0):
         super().__init__()
-        self.register_buffer("scale", _positive_tensor("scale", scale).expand(latent).clone(), persistent=False)
+        self.scale = nn.Buffer(torch.full((latent,), positive("scale", scale)), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Laplace(torch.zeros_like(self.scale), self.scale).to_event(1)
@@ -93,19 +122,10 @@ class StudentT(nn.Module):
     tensor(0.3183)
     """
 
-    df: Tensor
-    scale: Tensor
-
     def __init__(self, latent: int, df: float = 5.0, scale: float = 1.0):
         super().__init__()
-        self.register_buffer("df", _positive_tensor("df", df), persistent=False)
-        self.register_buffer("scale", _positive_tensor("scale", scale).expand(latent).clone(), persistent=False)
+        self.df = nn.Buffer(torch.tensor(positive("df", df)), persistent=False)
+        self.scale = nn.Buffer(torch.full((latent,), positive("scale", scale)), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         return distributions.StudentT(self.df, torch.zeros_like(self.scale), self.scale).to_event(1)
-
-
-def _positive_tensor(name: str, value: float) -> Tensor:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a positive number, found {value}")
-    return torch.tensor(float(value))

@@ -12,7 +12,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import biject_to, transforms
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
+from ppvae.distributions.constraints import positive
 
 
 class SimplexBlocksConstraint(constraints.Constraint):
@@ -62,7 +63,7 @@ class DirichletDistribution(dist.Dirichlet):
 
 
 @final
-class LogisticNormalDistribution(dist.TorchDistribution):
+class LogisticNormalDistribution(ParametricDistribution):
     """z = softmax(y), y ~ N(loc, diag(scale)^2), a density on the simplex of as many elements as y has.
 
     With w = 1 / scale^2, W = sum w, a = log z - loc and m = sum w a / W (softmax is invariant to a shift of y, over
@@ -81,24 +82,19 @@ class LogisticNormalDistribution(dist.TorchDistribution):
     }
     support = simplex
     has_rsample = True
+    parameter_dims: ClassVar[dict[str, int]] = {"loc": 1, "scale": 1}
 
     def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticNormalDistribution:
-        return expand_parameters(self, batch_shape, loc=1, scale=1)
-
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        noise = torch.randn(
-            self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device
-        )
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         value = (self.loc + self.scale * noise).softmax(-1)
         return value.clamp(min=torch.finfo(value.dtype).tiny)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         log_z = value.clamp(min=torch.finfo(value.dtype).tiny).log()
         log_w = -2 * self.scale.log()
         log_total = log_w.logsumexp(-1, keepdim=True)
@@ -128,13 +124,8 @@ class Dirichlet(nn.Module):
 
     def __init__(self, latent: int, concentration: float = 1.0, learned: bool = False):
         super().__init__()
-        if not concentration > 0:
-            raise ValueError(f"concentration: expected a positive number, found {concentration}")
-        start = torch.full((latent,), math.log(concentration))
-        if learned:
-            self.log_concentration = nn.Parameter(start)
-        else:
-            self.register_buffer("log_concentration", start, persistent=False)
+        start = torch.full((latent,), math.log(positive("concentration", concentration)))
+        register_value(self, "log_concentration", start, learned)
 
     def forward(self) -> dist.TorchDistribution:
         return DirichletDistribution(self.log_concentration.exp())
@@ -164,10 +155,7 @@ class LogisticNormal(nn.Module):
     def __init__(self, latent: int, learned: bool = True):
         super().__init__()
         for name in ("loc", "log_scale"):
-            if learned:
-                setattr(self, name, nn.Parameter(torch.zeros(latent)))
-            else:
-                self.register_buffer(name, torch.zeros(latent), persistent=True)
+            register_value(self, name, torch.zeros(latent), learned, persistent=True)
 
     @classmethod
     def like_dirichlet(cls, latent: int, concentration: float, learned: bool = False) -> LogisticNormal:
@@ -175,12 +163,19 @@ class LogisticNormal(nn.Module):
 
         loc = 0 and scale^2 = (1 - 1 / latent) / concentration, by symmetry. Raises ValueError as `Dirichlet` does.
         """
-        if not concentration > 0:
-            raise ValueError(f"concentration: expected a positive number, found {concentration}")
+        log_scale = math.log((1 - 1 / latent) / positive("concentration", concentration)) / 2
         prior = cls(latent, learned)
         with torch.no_grad():
-            prior.log_scale.fill_(math.log((1 - 1 / latent) / concentration) / 2)
+            prior.log_scale.fill_(log_scale)
         return prior
 
     def forward(self) -> dist.TorchDistribution:
         return LogisticNormalDistribution(self.loc, self.log_scale.exp())
+
+
+def register_value(module: nn.Module, name: str, value: Tensor, learned: bool, persistent: bool = False) -> None:
+    """Registers a value of a module, as a parameter where it is learned, else as a buffer."""
+    if learned:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value, persistent=persistent)

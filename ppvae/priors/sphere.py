@@ -1,21 +1,19 @@
 """The uniform prior on the unit sphere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.distributions.batch_shape import expand_parameters
+from ppvae.distributions.batch_shape import ParametricDistribution
 
 
 @final
-class SphericalUniform(dist.TorchDistribution):
+class SphericalUniform(ParametricDistribution):
     """The uniform distribution of unit vectors, log p(z) = lgamma(D / 2) - log 2 - (D / 2) log pi, D elements.
 
     The density is with respect to the sphere's surface.
@@ -24,7 +22,6 @@ class SphericalUniform(dist.TorchDistribution):
     (tensor(-2.5310), -2.5310242469692907)
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.sphere
     has_rsample = True
 
@@ -32,17 +29,11 @@ class SphericalUniform(dist.TorchDistribution):
         self.like = like
         super().__init__(torch.Size(), like.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SphericalUniform:
-        return expand_parameters(self, batch_shape)
-
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return normalize(
-            torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self.like.dtype, device=self.like.device)
-        )
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return normalize(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_prob(self, value: Tensor) -> Tensor:
         half = len(self.like) / 2
         log_area = math.log(2) + half * math.log(math.pi) - math.lgamma(half)
         return value.new_full(torch.broadcast_shapes(self.batch_shape, value.shape[:-1]), -log_area)
@@ -70,13 +61,11 @@ class UniformOnSphere(nn.Module):
     True
     """
 
-    like: Tensor
-
     def __init__(self, latent: int):
         super().__init__()
         if latent < 2:
             raise ValueError(f"latent: expected at least 2 elements of a unit vector, found {latent}")
-        self.register_buffer("like", torch.zeros(latent), persistent=False)
+        self.like = nn.Buffer(torch.zeros(latent), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         return SphericalUniform(self.like)

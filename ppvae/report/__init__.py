@@ -1,7 +1,5 @@
 """The report of a run: one self-contained HTML file on training, generated data and the reliability of log p(x)."""
 
-from __future__ import annotations
-
 from ppvae.report.estimate_section import least_reliable
 from ppvae.report.writer import pictures, write, write_generated
 

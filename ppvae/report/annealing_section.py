@@ -1,7 +1,5 @@
 """Sections on estimates of log p(x) by annealing, beside importance sampling on the same data, and on BDMC bounds."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The sections of the report, in their order."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -12,14 +10,13 @@ from ppvae.errors import PpvaeError
 from ppvae.plots.style import number
 from ppvae.report.annealing_section import annealing_sections
 from ppvae.report.estimate_section import bounds, diagnosis, least_reliable_data, log_px
-from ppvae.report.results_section import MAX_SITES, results_sections
+from ppvae.report.results_section import results_sections
 from ppvae.report.run_data import RunData, SectionUnavailable
 from ppvae.report.samples_section import interpolations, latent_map, reconstructions, samples, traversals
-from ppvae.report.section import CaptionedFigure, Section, build_section
+from ppvae.report.section import CaptionedFigure, Section, build_section, sections_of_sites
 
 
 def all_sections(run_data: RunData) -> Iterator[Section]:
-    """Every section of the report, in its order."""
     yield build_section("curves", "Training", lambda: training_curves(run_data))
     yield build_section("samples", "Samples", lambda: samples(run_data))
     yield build_section("reconstructions", "Reconstructions", lambda: reconstructions(run_data))
@@ -39,19 +36,16 @@ def sections_of_latents(
 ) -> Iterator[Section]:
     """One section for each latent vector, `MAX_SITES` at most."""
     try:
-        names = list(run_data.means)[:MAX_SITES]
+        names = list(run_data.means)
     except (SectionUnavailable, PpvaeError) as error:
         yield Section(key, title, reason=one_line(error, 400))
         return
     if not names:
         yield Section(key, title, reason="No latent is a vector of real numbers per datum.")
-    for i, name in enumerate(names):
-        draw_site = functools.partial(draw, run_data, name)
-        yield build_section(f"{key}_{i + 1}" if i else key, f"{title} of {name}", draw_site)
+    yield from sections_of_sites(key, title, names, functools.partial(draw, run_data))
 
 
 def training_curves(run_data: RunData) -> CaptionedFigure:
-    """Metrics over epochs."""
     history, metrics = run_data.run.history, run_data.run.metrics
     if not history:
         raise SectionUnavailable("The run has no history.")

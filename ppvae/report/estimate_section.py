@@ -1,7 +1,5 @@
 """Sections on an estimate of log p(x): its distribution, its bounds, and the data for which it is unreliable."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -17,7 +15,6 @@ NO_ESTIMATE = "There is no estimate of log p(x); the top of the page says why."
 
 
 def log_px(run_data: RunData) -> CaptionedFigure:
-    """A histogram of log p(x) over the data."""
     return CaptionedFigure(
         plots.log_px_histogram(_estimate_per_datum(run_data)),
         "Look for a long left tail (data that are unlikely under the model), and for where the unreliable estimates "
@@ -26,7 +23,6 @@ def log_px(run_data: RunData) -> CaptionedFigure:
 
 
 def bounds(run_data: RunData) -> CaptionedFigure:
-    """The bound L_k against k."""
     est = run_data.estimate
     if est is None:
         raise SectionUnavailable(NO_ESTIMATE)

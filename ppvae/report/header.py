@@ -1,7 +1,5 @@
 """The top of the report: headline numbers, remarks, and a table of facts."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -18,7 +16,6 @@ from ppvae.training.run import versions
 
 
 def page_header(run_data: RunData) -> PageHeader:
-    """Title, headline numbers, remarks and facts."""
     name, _ = run_data.pair
     est, metrics = run_data.estimate, run_data.run.metrics
     cards = _estimate_cards(est) if est is not None else _training_cards(metrics)
@@ -80,7 +77,6 @@ def remarks(run_data: RunData) -> list[str]:
 
 
 def facts(run_data: RunData) -> list[tuple[str, str]]:
-    """The table: pair, data, estimate, training and versions."""
     name, modules = run_data.pair
     size = f"{run_data.num_parameters:,} parameters"
     rows = [("Model and guide", f"{name}{f' ({modules})' if modules else ''}, {size}"), ("Data", _data(run_data))]

@@ -1,7 +1,5 @@
 """Sections on results in the run's folder: inference gaps, the representation, calibration."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +13,12 @@ from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import Representation
 from ppvae.evaluation.results import kind_of
 from ppvae.report.run_data import RunData
-from ppvae.report.section import CaptionedFigure, Section, build_section
-
-MAX_SITES = 3  # latents of a result that have a section each
+from ppvae.report.section import CaptionedFigure, Section, build_section, sections_of_sites
 
 T = TypeVar("T", Representation, Calibration)
 
 
 def results_sections(run_data: RunData) -> Iterator[Section]:
-    """A section for each kind of result in the run's folder."""
     if run_data.run.directory is None:
         return
     paths: dict[str, dict[str, Path]] = {}
@@ -55,9 +50,7 @@ def _sections_of_sites(
     except PpvaeError as error:
         yield Section(key, title, reason=one_line(error, 400))
         return
-    for i, name in enumerate(list(result.sites)[:MAX_SITES]):
-        draw_site = functools.partial(draw, result, name)
-        yield build_section(f"{key}_{i + 1}" if i else key, f"{title} of {name}", draw_site)
+    yield from sections_of_sites(key, title, result.sites, functools.partial(draw, result))
 
 
 def _gaps(paths: dict[str, Path]) -> CaptionedFigure:

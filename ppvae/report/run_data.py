@@ -1,7 +1,5 @@
 """The subject of a report: a run, its test data, and an estimate of log p(x) if there is one."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping
@@ -74,7 +72,6 @@ class RunData:
         return self.read(rows), slice(None)
 
     def values(self, rows: Tensor) -> Tensor:
-        """The rows of the first column, [rows, *event], on the CPU."""
         return self.read(rows)[0].cpu()
 
     def like_data(self, values: Tensor, lead: int = 1) -> Tensor:
@@ -135,7 +132,6 @@ class RunData:
 
     @property
     def no_estimate(self) -> str:
-        """The reason why there is no estimate."""
         reason = self.problem or (self.structure.weights_refusal if self.structure else "")
         return f"No estimate of log p(x): {reason}" if reason else "No estimate of log p(x) was passed to the report."
 
@@ -146,7 +142,6 @@ class RunData:
 
     @property
     def description(self) -> str:
-        """The description of a split, or the shape of a tensor."""
         first = self.columns[0]
         return getattr(first, "description", "") or f"a tensor of shape {list(first.shape)}"
 
@@ -163,7 +158,6 @@ class RunData:
 
     @property
     def num_parameters(self) -> int:
-        """The number of learned values."""
         return sum(p.numel() for p in self.run.model.scope.params.values())
 
     def _inspect(self) -> tuple[Structure | None, bool, str]:

@@ -1,12 +1,13 @@
 """A section of the report: a figure with a caption, or the reason why it is not available."""
 
-from __future__ import annotations
-
+import functools
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppvae import plots
@@ -14,10 +15,8 @@ from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.report.run_data import RunData, SectionUnavailable
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 logger = logging.getLogger("ppvae")
+MAX_SITES = 3  # latents that have a section each
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,15 @@ def build_section(key: str, title: str, draw: Callable[[], CaptionedFigure]) -> 
     except Exception as error:
         logger.warning("report: %s could not be drawn (%s: %s)", key, type(error).__name__, one_line(error))
         return Section(key, title, reason=f"The figure could not be drawn ({type(error).__name__}: {one_line(error)}).")
+
+
+def sections_of_sites(
+    key: str, title: str, sites: Iterable[str], draw: Callable[[str], CaptionedFigure]
+) -> Iterator[Section]:
+    """One section for each latent, `MAX_SITES` at most."""
+    for i, name in enumerate(itertools.islice(sites, MAX_SITES)):
+        draw_site = functools.partial(draw, name)
+        yield build_section(f"{key}_{i + 1}" if i else key, f"{title} of {name}", draw_site)
 
 
 def image_grid(run_data: RunData, images: Any, **options: Any) -> Figure:

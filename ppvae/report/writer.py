@@ -1,7 +1,5 @@
 """Writes the report of a run, its pictures, and generated data as pictures and arrays."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Checkpoints: files named by their SHA-256 with a pointer to the last one, and the state of a pair in them."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +48,6 @@ def check_loadable(state: dict[str, Any]) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether the folder holds a complete checkpoint."""
     return (folder / POINTER).exists()
 
 

@@ -1,7 +1,5 @@
 """Why a step of training cannot be taken: the site and the rows, the cause, and what helps against it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Training a pair with stochastic variational inference."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

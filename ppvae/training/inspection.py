@@ -1,7 +1,5 @@
 """The inspection of a pair on data, as training and evaluation admit them: `check`, and what a run needs to know."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

@@ -31,7 +31,6 @@ class Progress:
             self.writer.close()
 
     def show(self, metrics: dict[str, Any]) -> None:
-        """Shows the metrics of an epoch."""
         self.bar.update()
         names = ("loss", "valid_elbo", "train_elbo", "valid_rate", "valid_distortion", "train_rate", "train_distortion")
         short = {n.removeprefix("train_").removeprefix("valid_"): f"{metrics[n]:.2f}" for n in names if n in metrics}

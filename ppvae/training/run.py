@@ -102,11 +102,9 @@ class RunFolder:
         write_bytes(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history).encode())
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Replaces config.json."""
         write_json(self.path / "config.json", config)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Adds the metrics of an epoch to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         try:
             with open(path, "a") as file:

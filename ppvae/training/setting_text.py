@@ -1,7 +1,5 @@
 """Settings of a run as text that is the same in another process: optimizers, schedulers, objectives."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """One optimization step: accumulation of gradients, clipping, and detection of non-finite losses and gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

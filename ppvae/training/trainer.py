@@ -1,7 +1,5 @@
 """The training loop: epochs of steps, validation, checkpoints, early stopping, resumption."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -125,13 +123,11 @@ class Trainer:
             self.folder = RunFolder(directory, self.config, self.history)
 
     def broadcast_parameters(self) -> None:
-        """Copies parameters and buffers of rank 0 to all ranks."""
         with self.scope.entered():
             tensors = [*self.state.params().values(), *self.state.buffers().values()]
             self.context.broadcast_from_rank_zero(tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint holds."""
         optimizer, scheduler = self.svi.optimizer, self.scheduler
         schedule = scheduler.state_dict() if scheduler is not None else None
         with self.scope.entered():

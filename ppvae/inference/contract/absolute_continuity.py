@@ -1,7 +1,5 @@
 """Absolute continuity: a guide needs mass wherever its prior has mass, or its importance weights are wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ is one to one, reaches all of z's support, and c = -log |det dg/dh|. Autograd gi
 thin sets, such as a simplex or Cholesky factors, are measured by the coordinates of `biject_to`, as densities are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +20,7 @@ from torch.distributions.transforms import Transform, identity_transform
 from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution, base_support, mask_of
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, event_dim, node_log_prob, sample_sites, support_of, trace_program
-
-Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
+from ppvae.inference.tracing import Nodes, Program, event_dim, node_log_prob, sample_sites, support_of, trace_program
 
 FAR = 1e12  # a coordinate as good as infinite
 
@@ -46,11 +42,9 @@ class Maps:
     plate: str | None
 
     def by_row(self, name: str) -> bool:
-        """Whether a site stands in the data plate."""
         return any(f.name == self.plate for f in self.nodes[name]["cond_indep_stack"])
 
     def transform(self, name: str) -> Transform:
-        """The map from free coordinates to a site's values."""
         return _coordinates_of(self.nodes[name] if name in self.leaves else self.model[name])
 
     def rows(self, name: str, tensor: Tensor, event_dims: int) -> Tensor:
@@ -60,7 +54,6 @@ class Maps:
         return tensor.movedim(-1 - event_dims, 0).reshape(tensor.shape[-1 - event_dims], -1)
 
     def coordinates(self, name: str) -> Tensor:
-        """The free coordinates of a site, [rows, dims]."""
         free = self.leaves.get(name)
         if free is None:
             free = self.transform(name).inv(self.nodes[name]["value"])
@@ -79,7 +72,6 @@ class Maps:
         return self.rows(name, log_det, event_dim(self.nodes[name]) - transform.codomain.event_dim).sum(-1)
 
     def log_prob(self, name: str) -> Tensor:
-        """The log-density of a site, [rows]."""
         return self.rows(name, node_log_prob(self.nodes[name]), 0).sum(-1)
 
 
@@ -177,9 +169,6 @@ class Jacobian:
             return
         columns = [_gradients(maps, helpers, u[:, j].sum()) for j in range(u.shape[1])]
         self.log_det = torch.linalg.slogdet(torch.stack(columns, 1)).logabsdet
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def point_mass(name: str, model: Nodes) -> ContractError:

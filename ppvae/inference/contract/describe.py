@@ -1,7 +1,5 @@
 """A pair in words: what `check` returns of its sites and the modules that it calls, and the caveats that `fit` logs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,9 +21,6 @@ _LAYOUTS = {
     ParticlePlacement.FOLDED: "folded into the batch (the networks do not broadcast)",
     ParticlePlacement.ONE_BY_ONE: "taken one by one (the networks do not broadcast)",
 }
-
-
-# -- sites ------------------------------------------------------------------------------------------------------------
 
 
 def describe_structure(s: Structure, model: Mapping[str, Any], guide: Mapping[str, Any]) -> Iterator[str]:
@@ -73,9 +68,6 @@ def describe_layout(s: Structure) -> str:
     return f"particles are {_LAYOUTS[s.layout]}"
 
 
-# -- caveats ----------------------------------------------------------------------------------------------------------
-
-
 def mask_caveats(model: Mapping[str, Any], latents: Mapping[str, Any]) -> Iterator[str]:
     """Latents that one side masks alone: the other side's density counts in the loss, which is then no bound."""
     for name, q in latents.items():
@@ -95,9 +87,6 @@ def global_latent_caveat(s: Structure, num_data: int, batch_size: int) -> str:
         f"data: in each batch the latent's KL counts as if there were {s.full_size}, and its posterior is as wide. "
         f"Write pyro.plate({s.plate!r}, {num_data}, subsample=x) in model and guide, or set batch_size={num_data}"
     )
-
-
-# -- modules ----------------------------------------------------------------------------------------------------------
 
 
 def describe_modules(
@@ -142,16 +131,12 @@ def _outermost_calls(model: Program, guide: Program, batch: tuple[Any, ...]) -> 
         if not stack:
             calls.setdefault(id(module), (module, result))
 
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(before),
-        nn.modules.module.register_module_forward_hook(after),
-    ]
-    try:
-        with fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
-            trace_pair(model, guide, batch, Structure(), {})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = nn.modules.module
+    with (
+        hooks.register_module_forward_pre_hook(before), hooks.register_module_forward_hook(after),
+        fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False),
+    ):  # fmt: skip
+        trace_pair(model, guide, batch, Structure(), {})
     return list(calls.values())
 
 

@@ -4,8 +4,6 @@ A flow with an inverse is evaluated at the model's values, and an error in it sh
 draws alone, so that a wrong Jacobian, or a range that is a part of the space, would go into every weight unseen.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,5 @@
 """The structure of a batch that has other sites than the inspected one, as one with a longer sequence has."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +17,8 @@ from ppvae.inference.contract.plates_and_roles import (
 from ppvae.inference.contract.scales_and_factors import check_scale
 from ppvae.inference.contract.support import base_distribution, mask_of
 from ppvae.inference.structure import Role, Structure
-from ppvae.inference.tracing import event_dim
+from ppvae.inference.tracing import Nodes, event_dim
 from ppvae.rng import fork_rng
-
-Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 
 
 def with_further_sites(s: Structure, model: Nodes, guide: Nodes | None) -> Structure:
@@ -48,7 +43,8 @@ def _extend(s: Structure, model: Nodes, guide: Nodes | None, new_p: list[str], n
     p, q = {n: model[n] for n in new_p}, {n: guide[n] for n in new_q} if guide else {}
     if guide is None:
         for name in (n for n, role in s.guide_roles.items() if role is Role.LATENT and n not in s.model_roles):
-            check_in_model(name, model)
+            if name not in model:
+                check_is_auxiliary(name, {"infer": None}, model)
     q_roles = guide_roles(model, q)
     all_roles = model_roles(model, guide or {n: {} for n in s.guide_roles})
     p_roles = {n: all_roles[n] for n in p}
@@ -91,11 +87,6 @@ def check_samples_the_latent(name: str, node: dict[str, Any], role: Role) -> Non
             "a helper or a Delta",
             "order the data so that the batch with most sites, as with the longest sequence, comes first",
         )
-
-
-def check_in_model(name: str, model: Nodes) -> None:
-    if name not in model:
-        check_is_auxiliary(name, {"infer": None}, model)
 
 
 def _plate(s: Structure, node: dict[str, Any]) -> DataPlate:

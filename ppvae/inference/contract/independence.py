@@ -16,10 +16,9 @@ from torch import Tensor
 from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, event_dim, node_log_prob, sample_sites, trace_program
+from ppvae.inference.tracing import Nodes, Program, event_dim, node_log_prob, sample_sites, trace_program
 from ppvae.rng import fork_all_rngs, seed_all
 
-Nodes = Mapping[str, dict[str, Any]]  # sample sites of a Pyro trace by name
 CURE = (
     "no datum has a log p(x) of its own then: let its density read its row alone, as batch norm with "
     "track_running_stats=True does; rows that belong together, as the nodes of a graph, are one datum x[None]"

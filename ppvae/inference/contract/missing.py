@@ -1,7 +1,5 @@
 """Missing values (NaN in a batch): an observed site must leave them out of its density, a guide must take them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """The data plate, the roles, shapes and scales of a pair's sites; each check raises one error that names the site."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +11,7 @@ from ppvae.errors import ContractError, DataError, site_error
 from ppvae.inference.contract.independence import check_not_coupled, run_at, take_batch_rows
 from ppvae.inference.contract.support import base_distribution, check_support, check_type_of_values, is_factor
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import Program, find_subsample, node_log_prob
-
-Node = dict[str, Any]  # a sample site of a Pyro trace
+from ppvae.inference.tracing import Node, Program, find_subsample, node_log_prob
 
 
 @dataclass(frozen=True)
@@ -34,11 +30,7 @@ class DataPlate:
 
 
 def plates_of(node: Node) -> dict[str, Any]:
-    """The plates around a site by name, loops included."""
     return {f.name: f for f in node["cond_indep_stack"]}
-
-
-# -- the data plate ---------------------------------------------------------------------------------------------------
 
 
 def find_data_plate(
@@ -141,16 +133,11 @@ def _wrong_plate(name: str, count: int, found: str, elsewhere: Sequence[Any], tr
     )
 
 
-# -- roles ------------------------------------------------------------------------------------------------------------
-
-
 def guide_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
-    """The role of each site of the guide."""
     return {name: _guide_role(name, node, model) for name, node in guide.items()}
 
 
 def model_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
-    """The role of each site of the model."""
     return {name: _model_role(name, node, model, guide) for name, node in model.items()}
 
 
@@ -263,9 +250,6 @@ def check_is_unobserved_half(name: str, node: Node, model: Mapping[str, Node], g
         "sample it in the guide"
         + (", or mark it infer={'enumerate': 'parallel'} in the model to sum it out" if enumerable else ""),
     )
-
-
-# -- shapes -----------------------------------------------------------------------------------------------------------
 
 
 def check_event(name: str, node: Node) -> None:

@@ -1,7 +1,5 @@
 """Parameter registration: one name for two tensors, a name that does not exist, a module that is never registered."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -16,6 +14,7 @@ from torch.distributions import constraints
 
 from ppvae.errors import ContractError
 from ppvae.inference.param_store import unconstrained, unwrap
+from ppvae.inference.sites import graph_leaves
 from ppvae.inference.tracing import Program, node_log_prob
 
 
@@ -117,22 +116,14 @@ def check_registered(
     """Every parameter that the log-densities depend on is registered; SVI would leave any other untrained, silently."""
     known = {id(p) for p in registered.values()} | {id(t) for t in batch}
     roots = [node_log_prob(node).sum() for node in (*model_nodes.values(), *guide_nodes.values())]
-    stack = [r.grad_fn for r in roots if r.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        fn = stack.pop()
-        variable = getattr(fn, "variable", None)
-        if variable is not None and id(variable) not in known:
+    for variable in graph_leaves(*roots):
+        if id(variable) not in known:
             where = _variable_name(variable, model, guide)
             raise ContractError(
                 f"a parameter of shape {list(variable.shape)}{where}: expected every parameter that the pair uses to "
                 f"be registered; found it in none of pyro.param, pyro.module. SVI would never train it: call "
                 f"pyro.module('name', network) in the function that uses it"
             )
-        for parent, _ in fn.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
 
 
 def _variable_name(variable: Tensor, *functions: Callable[..., Any]) -> str:

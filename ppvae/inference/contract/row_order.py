@@ -5,8 +5,6 @@ pair on permuted rows, their latents permuted alike, with noise added to the par
 by running it on one row fewer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType

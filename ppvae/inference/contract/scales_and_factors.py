@@ -1,17 +1,13 @@
 """What the sites of a pair add up to: scales, and terms that are no density, as factors and improper priors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ppvae.errors import site_error
 from ppvae.inference.contract.plates_and_roles import DataPlate, plates_of
 from ppvae.inference.structure import Structure
-
-Node = dict[str, Any]  # a sample site of a Pyro trace
+from ppvae.inference.tracing import Node
 
 
 def find_common_scale(nodes: Sequence[tuple[str, Node]], plate: DataPlate) -> float:

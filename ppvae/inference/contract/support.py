@@ -1,7 +1,6 @@
 """Supports, masks, sizes and base measures of distributions, and the check that observed values lie in a support."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -93,7 +92,6 @@ def base_support(support: Any) -> Any:
 
 
 def support_name(support: Any) -> str:
-    """The name of a support in error messages."""
     if support is constraints.boolean:
         return "{0, 1}"
     return str(support).removeprefix("<").removesuffix(">").lower()
@@ -189,7 +187,7 @@ def is_discrete(fn: Any) -> bool:
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     """The base measure of the observed sites' log-densities: "binary", "256 levels" (or another number), "discrete" for
     other masses, "density on [0, 1]", "density", "mixed" where some are masses and some are densities, or "none"."""
-    measures = {measure for node in nodes for measure in _measures(base_distribution(node["fn"]))}
+    measures = {measure for node in nodes for measure in _measures_of(support_of(base_distribution(node["fn"])))}
     if not measures:
         return "none"
     if len(measures) == 1:
@@ -198,13 +196,9 @@ def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     return "mixed" if densities and measures - densities else "density" if densities else "discrete"
 
 
-def _measures(fn: Any) -> set[str]:
-    """The base measures of a distribution's elements."""
-    support = support_of(fn)
-    return {"density"} if support is None else _measures_of(support)
-
-
 def _measures_of(support: Any) -> set[str]:
+    if support is None:
+        return {"density"}
     support = base_support(support)
     if isinstance(parts := getattr(support, "cseq", None), Sequence):  # one support per column
         return {measure for part in parts for measure in _measures_of(part)}
@@ -226,7 +220,4 @@ def event_size(node: dict[str, Any]) -> int:
         for f in node["cond_indep_stack"]
         if f.dim is not None and f.dim != -1
     }
-    inner = 1
-    for size in plates.values():
-        inner *= size
-    return getattr(node["fn"], "event_shape", torch.Size()).numel() * inner
+    return getattr(node["fn"], "event_shape", torch.Size()).numel() * math.prod(plates.values())

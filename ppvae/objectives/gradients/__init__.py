@@ -3,8 +3,6 @@
 This module resolves the names that `gradient=` takes; the estimators are listed in `GRADIENTS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ppvae.errors import UsageError

@@ -1,7 +1,5 @@
 """Control variates for the score-function estimator."""
 
-from __future__ import annotations
-
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,28 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
+from ppvae.objectives.gradients.estimator import Stateful
 from ppvae.objectives.protocol import LogWeightBound
 from ppvae.objectives.reductions import leave_one_out_sum
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
-class Baseline(ABC):
+class Baseline(Stateful, ABC):
     """A control variate b_k, subtracted from the learning signal of draw k; it must not depend on draw k."""
 
     @abstractmethod
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """The factor of each draw's score, learning signal minus baseline, [particles, batch] nats."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint stores."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  most have no state
-        """Restores the state of a checkpoint; an empty dict restores the initial state."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
 
 @final
@@ -86,11 +75,9 @@ class MovingAverage(Baseline):
 class _ExponentialMovingAverage(nn.Module):
     """A moving average in a buffer, which a captured step updates in place; NaN before the first update."""
 
-    value: Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("value", torch.full((), torch.nan, dtype=torch.float64))
+        self.value = nn.Buffer(torch.full((), torch.nan, dtype=torch.float64))
 
     def forward(self, update: Tensor, decay: float) -> Tensor:
         """The average before this update; 0 before the first."""
@@ -114,11 +101,7 @@ class Learned(Baseline):
     Source: Mnih and Gregor 2014 (arXiv 1402.0030).
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: Callable[[Any], torch.optim.Optimizer] = _adam,
-    ):
+    def __init__(self, net: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer] = _adam):
         self.net = net
         self._optimizer_factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None

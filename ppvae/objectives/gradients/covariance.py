@@ -1,7 +1,5 @@
 """The covariance gradient of the thermodynamic variational objective."""
 
-from __future__ import annotations
-
 from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
@@ -9,8 +7,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_sampled_latents
 
 

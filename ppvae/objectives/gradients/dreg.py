@@ -1,7 +1,5 @@
 """The doubly reparameterised gradient of the guide's parameters."""
 
-from __future__ import annotations
-
 from typing import final
 
 import torch
@@ -10,8 +8,7 @@ from torch import Tensor
 from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
 

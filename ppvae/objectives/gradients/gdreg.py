@@ -1,7 +1,5 @@
 """The generalised doubly reparameterised gradient: DReG for the prior's parameters, too."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import pyro.distributions as dist
@@ -13,8 +11,7 @@ from ppvae.inference.sites import event_factors
 from ppvae.inference.structure import Role, Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
 

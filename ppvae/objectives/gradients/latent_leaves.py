@@ -1,12 +1,10 @@
 """Gradients of log-densities with respect to the latents, separate from how the latents depend on parameters."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from ppvae.inference.particle_layout import ParticleLayout
-from ppvae.inference.sites import Site
+from ppvae.inference.sites import Site, graph_leaves
 
 LatentGradients = dict[tuple[str, int], Tensor]  # by (site, particle of a run with one particle), shaped as the value
 
@@ -51,17 +49,6 @@ class LatentLeaves:
         return total
 
     def has_parameters(self, site: Site) -> bool:
-        """Whether a site's log-density depends on a parameter, beyond the latents: a walk over its autograd graph."""
-        constants = {id(leaf) for _, leaf, _ in self.entries.values()} | {id(site.log_prob)}
-        stack = [site.log_prob.grad_fn]
-        seen = set(stack)
-        while stack:
-            node = stack.pop()
-            if node is None:
-                continue
-            if id(getattr(node, "variable", site.log_prob)) not in constants:
-                return True
-            new = {parent for parent, _ in node.next_functions} - seen
-            seen |= new
-            stack += new
-        return False
+        """Whether a site's log-density depends on a parameter, beyond the latents."""
+        latents = {id(leaf) for _, leaf, _ in self.entries.values()}
+        return any(id(leaf) not in latents for leaf in graph_leaves(site.log_prob))

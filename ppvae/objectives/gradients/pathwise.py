@@ -1,7 +1,5 @@
 """Reparameterisation gradients: pathwise, and sticking the landing."""
 
-from __future__ import annotations
-
 import warnings
 from typing import final
 
@@ -9,8 +7,7 @@ from torch import Tensor
 
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
 
 

@@ -1,7 +1,5 @@
 """Score-function gradients (REINFORCE), and VIMCO."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import torch
@@ -12,8 +10,7 @@ from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
-from ppvae.objectives.pair_call import PairCall
-from ppvae.objectives.protocol import LogWeightBound
+from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_sampled_latents
 
 
