@@ -19,7 +19,7 @@ from ppvae.evaluation.annealing.bdmc import Bracket, bdmc
 from ppvae.evaluation.calibration import Calibration, calibration
 from ppvae.evaluation.compare import Comparison, compare, looseness
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.log_marginal import log_marginal
+from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.quadrature import Quadrature, quadrature

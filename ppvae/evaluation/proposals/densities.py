@@ -55,6 +55,15 @@ class Elliptical:
         student = constant - 0.5 * (df + dims) * torch.log1p(distance / df)
         return torch.where(self.df.isfinite(), student, normal) - log_det
 
+    def grad_log_prob(self, u: Tensor) -> Tensor:
+        """Gradients of `log_prob` with respect to u, [particles, batch, dims]."""
+        dims = self.loc.shape[-1]
+        whitened = torch.linalg.solve_triangular(self.scale_tril, (u - self.loc).permute(1, 2, 0), upper=False)
+        direction = torch.linalg.solve_triangular(self.scale_tril.mT, whitened, upper=True).permute(2, 0, 1)
+        df = torch.where(self.df.isfinite(), self.df, torch.ones_like(self.df))
+        student = (df + dims) / (df + whitened.square().sum(1).T)
+        return -torch.where(self.df.isfinite(), student, torch.ones_like(student))[..., None] * direction
+
     def with_df(self, df: float) -> Elliptical:
         """The same location and scale with other tails."""
         return Elliptical(self.loc, self.scale_tril, torch.full_like(self.df, df))

@@ -61,6 +61,13 @@ class FittedProposal:
         fitted = self.density.log_prob(u) + torch.log1p(-share)
         return torch.logaddexp(log_guide.nan_to_num(nan=-math.inf) + share.log(), fitted)
 
+    def grad_log_prob(self, u: Tensor, log_guide: Tensor, grad_guide: Tensor) -> Tensor:
+        """Gradients of `log_prob` with respect to u, [particles, batch, dims], given those of the guide."""
+        of_guide = log_guide.nan_to_num(nan=-math.inf) + self.guide_share.double().log()
+        share = (of_guide - self.log_prob(u, log_guide)).exp().clamp(max=1.0).to(u.dtype)[..., None]
+        guide = torch.where(share > 0, share * grad_guide, torch.zeros_like(grad_guide))
+        return guide + (1 - share) * self.density.grad_log_prob(u)
+
 
 def fit_proposal(target: Target) -> FittedProposal:
     """The candidate with the smallest second moment of the weights, for each datum.

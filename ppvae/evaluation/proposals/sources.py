@@ -56,7 +56,7 @@ class RefinedProposal:
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             self._potential = Potential(run.model, run.guide, block, FIT_ROWS, cache=True)
             if fitted is None:
-                _check_deterministic(block)
+                check_deterministic(block)
                 terms = evaluate_terms(run.model, run.guide, block.batch, 1, structure=block.s, index=block.index)
                 block.check_supports(terms)
                 torch.manual_seed(derive_seed(run.seed, block.number, "proposal"))
@@ -75,13 +75,13 @@ class RefinedProposal:
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
                 torch.manual_seed(derive_seed(self.run.seed, self.block.number, noise or "refined", number))
-                for u in self._draw(count).split(step):
+                for u in self.sample(count).split(step):
                     log_guide, log_joint = self._potential.log_densities(u)
                     extra = self._masked_log_density(u)
                     log_weight = log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
-                    yield log_weight[:, :width], log_weight[:, :width], self._potential.space.constrain(u)[0]
+                    yield log_weight[:, :width], log_weight[:, :width], self.constrain(u)
 
-    def _draw(self, count: int) -> Tensor:
+    def sample(self, count: int) -> Tensor:
         """Draws [particles, batch, dims], of which the guide's share of each datum is fixed and at random places.
 
         A fixed share has less variance than a random one, and any k of the draws are exchangeable, so that L_k is a
@@ -98,6 +98,10 @@ class RefinedProposal:
         """Draws of the guide, [particles, batch, dims]."""
         u, active = self._potential.sample_start(num_chains), self._potential.space.active
         return u if active is None else torch.where(active, u, torch.randn_like(u))
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """The latents of states [particles, batch, dims] by name, as the guide has them."""
+        return self._potential.space.constrain(u)[0]
 
     def __call__(self, u: Tensor) -> ChainState:
         """log q(u | x) and log p(x, u) with their gradients."""
@@ -119,7 +123,14 @@ class RefinedProposal:
         return torch.where(active, torch.zeros_like(log_normal), log_normal).sum(-1)
 
 
-def _check_deterministic(block: Block) -> None:
+def check_refinable(run: Evaluation, block: Block) -> None:
+    """Raises the error that `RefinedProposal` meets, if it does, without fitting anything."""
+    Potential(run.model, run.guide, block, FIT_ROWS)
+    check_deterministic(block)
+
+
+def check_deterministic(block: Block) -> None:
+    """Raises ContractError for a site that the model draws anew at each run."""
     for name, role in block.s.model_roles.items():
         if role is Role.CANCELLED:
             raise site_error(
