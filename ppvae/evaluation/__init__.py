@@ -19,6 +19,8 @@ from ppvae.evaluation.annealing.bdmc import Bracket, bdmc
 from ppvae.evaluation.calibration import Calibration, calibration
 from ppvae.evaluation.compare import Comparison, compare, looseness
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.evidence.bracket import ProposalBracket, bracket
+from ppvae.evaluation.evidence.interval import Interval, interval
 from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
@@ -28,7 +30,8 @@ from ppvae.evaluation.results import load_estimate
 from ppvae.evaluation.topics import coherence, perplexity
 
 __all__ = [
-    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Quadrature", "Representation",
-    "annealed", "bdmc", "calibration", "coherence", "compare", "gaps", "impute", "load_estimate", "log_marginal",
+    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "ProposalBracket",
+    "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration", "coherence", "compare", "gaps",
+    "impute", "interval", "load_estimate", "log_marginal",
     "looseness", "perplexity", "quadrature", "representation",
 ]  # fmt: skip

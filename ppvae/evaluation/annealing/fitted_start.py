@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.annealing.chains import AnnealingPlan, forward_chains
+from ppvae.evaluation.annealing.chains import AnnealingPlan, forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.hmc import HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule, with_steps
 from ppvae.evaluation.proposals.fit import MOMENT_DRAWS
@@ -138,6 +138,20 @@ class FittedPath:
             self.plan(num_temperatures), self.start.sample_start(num_chains), 0.0, noise, lambda: None
         )
         return {"log_weight": chains.log_weight, "u": self.start.unwhiten(v), "acceptance": chains.acceptance}
+
+    def run_reverse(self, num_temperatures: int, seed: int, u: Tensor) -> Tensor:
+        """Log-weights [chains, batch] with E[1 / w] = 1 / p(x), from posterior draws u [chains, batch, dims]."""
+        noise = _noise(seed, self.start.loc.device)
+        return run_reverse_chains(self.plan(num_temperatures), self.start.whiten(u), noise, lambda: None)
+
+    def move(self, u: Tensor, num_steps: int, seed: int) -> tuple[Tensor, Tensor]:
+        """(states [chains, batch, dims] after HMC steps at p(z | x), their acceptance rate [batch])."""
+        noise, plan = _noise(seed, self.start.loc.device), self.plan(TEMPERATURES[0])
+        state, total = self.start(self.start.whiten(u)), torch.zeros_like(plan.step_sizes[-1])
+        for _ in range(num_steps):
+            state, accepted = plan.kernel(state, plan.betas[-1], plan.step_sizes[-1], noise)
+            total = total + accepted.mean(0) / num_steps
+        return self.start.unwhiten(state.u), total
 
 
 def _noise(seed: int, device: torch.device) -> torch.Generator:

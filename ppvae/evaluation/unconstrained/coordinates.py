@@ -9,6 +9,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ppvae.errors import UsageError, site_error
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
@@ -172,6 +173,8 @@ def _continuous_nodes(
 
 def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, start: int) -> LatentColumns:
     support = support_of(node["fn"])
+    if isinstance(support, MixtureSameFamilyConstraint):  # the support of every component
+        support = support.base_constraint
     if support is None:
         raise site_error(
             name, "a guide's distribution that declares its support, in whose coordinates annealing moves",
