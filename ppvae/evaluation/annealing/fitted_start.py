@@ -30,8 +30,9 @@ TARGET_VARIANCE = 0.2  # of log w over chains: a standard error of 0.05 nats wit
 class FittedStart:
     """A fitted proposal q and p(x, z) as densities of v, u = loc + T v, with loc and T those of the fit.
 
-    Where the guide was the best candidate, loc and T are the mean and the standard deviations of its draws, made under
-    torch's generator. States v are [chains, batch, dims]; log |T| is left out of both densities.
+    T is a diagonal where the scale of the fit has a low rank. Where the guide was the best candidate, loc and T are the
+    mean and the standard deviations of its draws, made under torch's generator. States v are [chains, batch, dims];
+    log |T| is left out of both densities.
 
     >>> from ppvae.evaluation.blocks import start_evaluation
     >>> from ppvae.models import LinearGaussian
@@ -49,9 +50,12 @@ class FittedStart:
         u = proposal.sample_start(MOMENT_DRAWS)
         scale = u.std(0)
         scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
-        alone = fitted.guide_share == 1
+        alone, of_fit = fitted.guide_share == 1, fitted.density.scale
         self.loc = torch.where(alone[:, None], u.mean(0), fitted.density.loc)
-        self.scale_tril = torch.where(alone[:, None, None], torch.diag_embed(scale), fitted.density.scale_tril)
+        if of_fit.dim() == 2:
+            self.scale = torch.where(alone[:, None], scale, of_fit)
+        else:
+            self.scale = torch.where(alone[:, None, None], torch.diag_embed(scale), of_fit)
 
     def sample_start(self, num_chains: int) -> Tensor:
         """Draws from the proposal, [chains, batch, dims]."""
@@ -59,12 +63,14 @@ class FittedStart:
 
     def whiten(self, u: Tensor) -> Tensor:
         """v of unconstrained coordinates u, both [chains, batch, dims]."""
+        if self.scale.dim() == 2:
+            return (u - self.loc) / self.scale
         centred = (u - self.loc).permute(1, 2, 0)
-        return torch.linalg.solve_triangular(self.scale_tril, centred, upper=False).permute(2, 0, 1)
+        return torch.linalg.solve_triangular(self.scale, centred, upper=False).permute(2, 0, 1)
 
     def unwhiten(self, v: Tensor) -> Tensor:
         """Unconstrained coordinates u of v, both [chains, batch, dims]."""
-        return self.loc + torch.einsum("nde,kne->knd", self.scale_tril, v)
+        return self.loc + (self.scale * v if self.scale.dim() == 2 else torch.einsum("nde,kne->knd", self.scale, v))
 
     def __call__(self, u: Tensor) -> ChainState:
         """log q and log p(x, z) at states, with their gradients."""
@@ -74,7 +80,8 @@ class FittedStart:
         fitted = self.proposal.fitted
         log_start = fitted.log_prob(u, state.log_start)
         gradients = fitted.grad_log_prob(u, state.log_start, state.grad_start), state.grad_joint
-        whitened = (torch.einsum("nde,knd->kne", self.scale_tril, g) for g in gradients)
+        diagonal = self.scale.dim() == 2
+        whitened = (self.scale * g if diagonal else torch.einsum("nde,knd->kne", self.scale, g) for g in gradients)
         return ChainState(v, log_start, state.log_joint, *whitened)
 
 
@@ -123,7 +130,7 @@ class FittedPath:
             return self, positions
         start = FittedStart.__new__(FittedStart)
         index = rows.to(self.start.loc.device)
-        start.proposal, start.loc, start.scale_tril = proposal, self.start.loc[index], self.start.scale_tril[index]
+        start.proposal, start.loc, start.scale = proposal, self.start.loc[index], self.start.scale[index]
         return FittedPath(
             start, self.betas[:, index], self.step_sizes[:, index], self.num_temperatures[rows]
         ), positions

@@ -15,7 +15,7 @@ from ppvae.data.loader import read_rows
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
-from ppvae.evaluation.evidence.escalation import why_not_refined
+from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, annealed_gap, bounds_by_swap
 from ppvae.evaluation.importance.guide_proposal import GuideProposal
 from ppvae.evaluation.proposals.sources import Proposal, RefinedProposal
@@ -202,8 +202,11 @@ def bracket(
     with start_evaluation(model, guide, data_like, seed=seed, device=device) as run:
         check_reversible(run.structure)
         run = replace(run, columns=_columns(run, num_data))
-        refused = why_not_refined(run)
-        sampler = _Bracketing(run, "guide" if refused else proposal, num_particles, rows, not refused, assemble)
+        refinable, refused = refinable_run(run)
+        if proposal == "refined" and refinable is not None:
+            run = refinable
+        kind = "guide" if refinable is None else proposal
+        sampler = _Bracketing(run, kind, num_particles, rows, refinable is run, assemble)
         allowed = tolerance if further else math.inf
         found = run_blocks(
             run, lambda block: sampler(block, allowed), settings, desc="bracket", directory=directory,
@@ -213,12 +216,13 @@ def bracket(
     simulated = tuple(found.pop(f"data_{i}") for i in range(len(run.columns)))
     tried = {name: found.pop(f"further_{name}") for name in ("refined", "annealed")}
     tried = {name: gap[~gap.isnan()] for name, gap in tried.items() if not bool(gap.isnan().all())}
-    notes = (f"the guide's own draws: {refused}",) if refused and proposal == "refined" else ()
+    notes = (refused if refinable is run else f"the guide's own draws: {refused}",) if refused else ()
+    notes = notes if proposal == "refined" else ()
     out = ProposalBracket(
         **found, num_particles=num_particles, proposal=sampler.proposal, seed=seed, tolerance=tolerance,
         joint=run.structure.has_global_latents, further=tried, notes=notes, data=simulated,
     )  # fmt: skip
-    if not further or out.sufficient or out.remedy or refused or run.structure.enumerated:
+    if not further or out.sufficient or out.remedy or refinable is not run or run.structure.enumerated:
         return out
     by_prior = bdmc(
         model, guide, few if len(few) > 1 else few[0], num_chains=PRIOR_CHAINS, num_temperatures=PRIOR_TEMPERATURES,

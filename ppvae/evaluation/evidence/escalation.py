@@ -18,6 +18,7 @@ from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.sources import RefinedProposal, check_refinable
 from ppvae.evaluation.reliability import MIN_ESS, k_hat_limit, k_hat_upper
+from ppvae.evaluation.unconstrained.potential import prior_as_guide
 from ppvae.rng import derive_seed, fork_rng
 
 PILOT_SHARE = 0.5  # of the particles of the estimate
@@ -116,6 +117,28 @@ def find_weak(proposal: RefinedProposal, allocation: Allocation, allocated: dict
         & (upper < k_hat_limit(total) - K_HAT_MARGIN)
     )
     return ~fine
+
+
+def refinable_run(run: Evaluation) -> tuple[Evaluation | None, str]:
+    """(the evaluation whose pair can be refined, or None; why it is not the given one, "" where it is).
+
+    A guide whose density is not available at given points, such as a flow without an inverse, or whose support has no
+    unconstrained coordinates gives way to the model's prior: proposals are then fitted from it, and the defensive share
+    is the prior's.
+    """
+    refused = why_not_refined(run)
+    if not refused:
+        return run, ""
+    s = run.structure
+    if s.enumerated or s.discrete:
+        return None, refused
+    try:
+        by_prior = run.with_guide(prior_as_guide(run.model, s.guide_roles))
+    except (ContractError, UsageError):
+        return None, refused
+    if why_not_refined(by_prior):
+        return None, refused
+    return by_prior, f"the prior takes the place of the guide: {refused}"
 
 
 def why_not_refined(run: Evaluation) -> str:

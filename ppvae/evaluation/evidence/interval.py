@@ -14,7 +14,7 @@ from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
-from ppvae.evaluation.evidence.escalation import find_weak
+from ppvae.evaluation.evidence.escalation import find_weak, refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, bounds_by_annealing, bounds_by_swap
 from ppvae.evaluation.importance.allocation import FixedAllocation
 from ppvae.evaluation.proposals.sources import RefinedProposal
@@ -151,6 +151,7 @@ def interval(
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     settings = {"what": "interval", "num_particles": num_particles}
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        run = refinable_run(run)[0] or run
         found = run_blocks(
             run, lambda block: _bound_block(run, block, num_particles, rows), settings, desc="interval",
             directory=directory, progress=progress, figures={"gap": lambda bounds: bounds["upper"] - bounds["lower"]},

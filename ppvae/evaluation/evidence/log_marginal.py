@@ -19,7 +19,7 @@ from ppvae.evaluation.evidence.escalation import (
     EscalatingSampler,
     Sampler,
     escalation_note,
-    why_not_refined,
+    refinable_run,
 )
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
@@ -117,13 +117,16 @@ def log_marginal(
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
     if method not in ("importance", "auto"):
         raise UsageError(f"method: expected 'importance' or 'auto', found {method!r}")
-    escalates, refused = method == "auto", ""
+    escalates, refused, replaced = method == "auto", "", ""
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
-        s, columns = run.structure, run.columns
         check_precision(precision, run.device)
         refined = proposal == "refined" or escalates
-        if escalates and (refused := why_not_refined(run)):
-            refined = False
+        if refined:
+            refinable, replaced = refinable_run(run)
+            if refinable is None and escalates:  # the guide's own draws; proposal="refined" raises the error
+                refined, replaced, refused = False, "", replaced
+            run = refinable or run
+        s, columns = run.structure, run.columns
         sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, refined)
         compiled = sampler.compile_weights() if compile else None
         compute: Sampler = EscalatingSampler(sampler) if escalates else sampler
@@ -146,6 +149,8 @@ def log_marginal(
     if families:
         counts_of = zip(FAMILIES, families["family"].bincount(minlength=len(FAMILIES)).tolist(), strict=True)
         notes += (f"proposals by datum: {', '.join(f'{name} {count}' for name, count in counts_of if count)}",)
+    if refined and replaced:
+        notes += (replaced.replace("; ", ", "),)
     if escalates:
         notes += (escalation_note(escalated, refused),)
     dims: float = s.observed_dims

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ppvae.errors import UsageError, site_error
+from ppvae.evaluation.unconstrained.stereographic import InverseStereographic
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
@@ -182,7 +183,8 @@ def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, s
             "give it a support, as torch.distributions.constraints.real, or use log_marginal",
         )  # fmt: skip
     try:
-        transform = torch.distributions.biject_to(support)
+        is_sphere = isinstance(support, type(dist.constraints.sphere))
+        transform = InverseStereographic() if is_sphere else torch.distributions.biject_to(support)
     except NotImplementedError:
         raise site_error(
             name, "a support with a transform to real numbers (torch.distributions.biject_to)",
