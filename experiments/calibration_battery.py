@@ -1,11 +1,12 @@
 """Is "reliable" reliable? Posteriors whose log p(x) is known, and of the data called reliable the share that is off.
 
 The data do not depend on the latents, so that log p(x) is that of a standard normal, the posterior is the prior, and
-the guide errs on it as guides do: ridges under a mean-field guide (one of the conditional scales and one of the marginal
-ones), heavy tails, funnels, skewness, two modes of which the guide is broad enough for both, a discrete latent beside a
-continuous one, and good guides, whose data should stay reliable. Every datum is a replica with noise of its own. "Off"
-is the share of reliable data whose estimate is more than five of its standard errors from the truth, and z the mean
-error in standard errors. The last row is a mode that nothing proposes: no weight can show it, `bracket` does."""
+the guide errs on it as guides do: ridges under a mean-field guide (one of the conditional scales and one of the
+marginal ones), heavy tails, funnels, skewness, two modes of which the guide is broad enough for both, a discrete
+latent beside a continuous one, and good guides, whose data should stay reliable. Every datum is a replica with noise
+of its own. "Off" is the share of reliable data whose estimate is more than five of its standard errors from the
+truth, and z the mean error in standard errors. The last row is a mode that nothing proposes: no weight can show it,
+`bracket` does."""
 
 from __future__ import annotations
 
