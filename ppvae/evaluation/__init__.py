@@ -1,7 +1,7 @@
 """Evaluation of a trained pair: log p(x) with a diagnosis of its reliability, and the quality of guide and latents.
 
 `evidence` holds what reports log p(x) (`log_marginal`, `bracket`, `interval`), `importance` importance sampling,
-`proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides that are fitted to one datum. The other
+`proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum. The other
 modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the scaffold of
 all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
 
