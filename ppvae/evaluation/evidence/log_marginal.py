@@ -173,7 +173,7 @@ def log_marginal(
         bounds=recorded,
         posterior=posterior or None,
         notes=notes,
-        settings=sampler.settings(),
+        settings=sampler.settings() | ({"next_rung": "annealing"} if escalates and refined else {}),
         method=MIXED_METHOD if escalates and bool(escalated["method"].any()) else "importance sampling",
         diagnostics=(counts if allocation.adaptive or escalates else {}) | families | escalated,
         remedy=recommend_alternative(s),
