@@ -1,6 +1,7 @@
 """Evaluation of a trained pair: log p(x) with a diagnosis of its reliability, and the quality of guide and latents.
 
-`importance` holds importance sampling, `annealing` AIS and BDMC, `local` guides that are fitted to one datum. The other
+`evidence` holds what reports log p(x) (`log_marginal`, `bracket`, `interval`), `importance` importance sampling,
+`proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum. The other
 modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the scaffold of
 all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
 
@@ -19,7 +20,9 @@ from ppvae.evaluation.annealing.bdmc import Bracket, bdmc
 from ppvae.evaluation.calibration import Calibration, calibration
 from ppvae.evaluation.compare import Comparison, compare, looseness
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.log_marginal import log_marginal
+from ppvae.evaluation.evidence.bracket import ProposalBracket, bracket
+from ppvae.evaluation.evidence.interval import Interval, interval
+from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.quadrature import Quadrature, quadrature
@@ -28,7 +31,8 @@ from ppvae.evaluation.results import load_estimate
 from ppvae.evaluation.topics import coherence, perplexity
 
 __all__ = [
-    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Quadrature", "Representation",
-    "annealed", "bdmc", "calibration", "coherence", "compare", "gaps", "impute", "load_estimate", "log_marginal",
+    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "ProposalBracket",
+    "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration", "coherence", "compare", "gaps",
+    "impute", "interval", "load_estimate", "log_marginal",
     "looseness", "perplexity", "quadrature", "representation",
 ]  # fmt: skip

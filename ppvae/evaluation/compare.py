@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 from ppvae.inference.structure import NOT_NORMALIZED
 
@@ -24,7 +24,8 @@ MIN_RUNS = 3  # of a method, for a difference between methods rather than betwee
 def _method(estimate: Estimate) -> str:
     """Method and settings of an estimate as a string; estimates of equal tightness have equal strings."""
     settings = {"num_particles": estimate.num_particles, **estimate.settings}
-    return f"{estimate.method}, " + ", ".join(f"{k} {v}" for k, v in settings.items() if k != "seed")
+    method = MIXED_METHOD if "next_rung" in estimate.settings else estimate.method  # whether any datum needed it or not
+    return f"{method}, " + ", ".join(f"{k} {v}" for k, v in settings.items() if k != "seed")
 
 
 @dataclass(frozen=True)

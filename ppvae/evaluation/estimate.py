@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.evaluation.reliability import Reliability, assess_chains, assess_weights, format_particles, k_hat_limit
+from ppvae.evaluation.reliability import (
+    Reliability,
+    assess_chains,
+    assess_mixed,
+    assess_weights,
+    format_particles,
+    k_hat_limit,
+)
 from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes
+
+MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class Estimate:
             reliable.
         method, settings: the estimator; K (`num_particles`) is the number of chains of an annealed estimate.
         diagnostics: further numbers per datum, [N] by name; with an adaptive allocation "num_particles" of each datum,
-            and K is the largest.
+            and K is the largest. Of `log_marginal(..., method="auto")`: "method", 0 for importance sampling and 1 for
+            annealing, "num_temperatures" and "acceptance" of the chains, and "num_particles", which counts them.
         reliable_override: [N] bool, replaces the rule of importance sampling: the rule of another method, or that of
             a file.
         remedy: the method that is recommended for data where importance sampling fails.
@@ -84,12 +94,17 @@ class Estimate:
             "joint": self.joint,
             "reliable": self.reliable_override,
         }
+        acceptance = self.diagnostics.get("acceptance", torch.ones_like(self.ess))
+        if self.method == MIXED_METHOD:
+            return assess_mixed(
+                **common, k_hat=self.k_hat, particles=self.particles, acceptance=acceptance,
+                chains=self.diagnostics["method"] == 1, alternative=self.remedy,
+            )  # fmt: skip
         if self.reliable_override is None or self.method == "importance sampling":
             return assess_weights(
                 **common, k_hat=self.k_hat, particles=self.particles, lower_bound_only=self.lower_bound_only,
                 alternative=self.remedy,
             )  # fmt: skip
-        acceptance = self.diagnostics.get("acceptance", torch.ones_like(self.ess))
         return assess_chains(**common, acceptance=acceptance, num_chains=self.num_particles)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,6 +173,51 @@ def assess_chains(
     return Reliability(
         reliable, reasons, _summary(reliable, reasons, joint), "; ".join(advice + _advice_on_nonfinite(broken))
     )
+
+
+def assess_mixed(
+    *,
+    ess: Tensor,
+    k_hat: Tensor,
+    nonfinite: Tensor,
+    particles: Tensor,
+    acceptance: Tensor,
+    chains: Tensor,
+    joint: bool = False,
+    alternative: str = "",
+    reliable: Tensor | None = None,
+) -> Reliability:
+    """Reliability of data of which some, `chains` [N] bool, are annealed: each by the rule of its method.
+
+    k_hat is pooled over the data of importance sampling alone; `particles` counts the chains of the others.
+
+    >>> one = torch.ones(2)
+    >>> which = torch.tensor([False, True])
+    >>> assess_mixed(ess=90 * one, k_hat=0.1 * one, nonfinite=0 * one, particles=torch.tensor([1000, 100]),
+    ...              acceptance=torch.tensor([torch.nan, 0.8]), chains=which).reliable
+    tensor([True, True])
+    """
+    judged = torch.zeros(len(ess), dtype=torch.bool) if reliable is None else reliable
+    reasons: dict[str, Tensor] = {}
+    advice: list[str] = []
+    for which in (~chains, chains):
+        if not bool(which.any()):
+            continue
+        common: dict[str, Any] = {"ess": ess[which], "nonfinite": nonfinite[which], "joint": joint}
+        given = None if reliable is None else reliable[which]
+        if which is chains:
+            count = int(particles[which].max())
+            part = assess_chains(**common, acceptance=acceptance[which], num_chains=count, reliable=given)
+        else:
+            part = assess_weights(
+                **common, k_hat=k_hat[which], particles=particles[which], alternative=alternative, reliable=given
+            )
+        judged = judged.clone()
+        judged[which] = part.reliable
+        for reason, members in part.reasons.items():
+            reasons.setdefault(reason, torch.zeros_like(judged))[which] = members
+        advice += [part.recommendation] if part.recommendation else []
+    return Reliability(judged, reasons, _summary(judged, reasons, joint), "; ".join(dict.fromkeys(advice)))
 
 
 def _summary(reliable: Tensor, reasons: Mapping[str, Tensor], joint: bool) -> str:

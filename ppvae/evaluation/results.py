@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppvae.errors import CheckpointError
 from ppvae.evaluation.arviz import GROUP, SITE
-from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.storage import write_bytes
 
 
@@ -170,7 +170,7 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         plain |= {name: rows.pop(name) for name in FIELDS}
         plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
         est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
-        if est.method == "importance sampling" and torch.equal(est.reliable, reliable):
+        if est.method in ("importance sampling", MIXED_METHOD) and torch.equal(est.reliable, reliable):
             return est
         return dataclasses.replace(est, reliable_override=reliable)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,6 +10,7 @@ from ppvae.errors import UsageError
 from ppvae.evaluation.annealing.bdmc import Bracket
 from ppvae.evaluation.compare import looseness, looseness_and_error
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.evidence.two_sided import TwoSidedBounds
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.estimates import reliability_histogram
 from ppvae.plots.style import BLUE, INK, ORANGE, array, decimal_log_ticks, figure, note, number, styled
@@ -53,8 +54,8 @@ def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
 
 
 @styled
-def bracket(result: Bracket) -> Figure:
-    """The gap between the bounds of log p(x) against the lower bound, per simulated datum; nats.
+def bracket(result: Bracket | TwoSidedBounds) -> Figure:
+    """The gap between the bounds of log p(x) against the lower bound, per datum; nats.
 
     Bars are two Monte-Carlo standard errors of both bounds; the band is two standard errors of the mean gap.
     """
@@ -64,7 +65,7 @@ def bracket(result: Bracket) -> Figure:
     fig = figure(7.2, 3.4)
     ax: Any = fig.add_subplot()
     ax.errorbar(lower[shown], gap[shown], yerr=np.nan_to_num(bars[shown]), fmt="o", color=BLUE, markersize=3.5,
-                linewidth=0.7, alpha=0.7, label="a simulated datum")  # fmt: skip
+                linewidth=0.7, alpha=0.7, label="a datum")  # fmt: skip
     mean, error = mean_and_error(result.gap)
     if math.isfinite(mean):
         words = f"mean {number(mean, 3)}" + (f" ± {number(error, 3)}" if math.isfinite(error) else "")

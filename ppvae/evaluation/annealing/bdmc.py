@@ -141,7 +141,7 @@ def bdmc(
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         session = AnnealingSession.start(run, settings)
         run = session.run
-        _check_reversible(run.structure)
+        check_reversible(run.structure)
         found = run_blocks(
             run, lambda block, tracker: _bracket_simulated_data(session, block, assemble, tracker),
             settings.cache_key("bdmc"), desc="BDMC", directory=directory, progress=progress, parts=True, unit="step",
@@ -153,7 +153,7 @@ def bdmc(
     return Bracket(**found, seed=seed, joint=run.structure.has_global_latents, settings=attributes, data=simulated)
 
 
-def _check_reversible(s: Structure) -> None:
+def check_reversible(s: Structure) -> None:
     """Refuses a guide with auxiliary or enumerated sites: a chain cannot start at given latents."""
     for name, role in s.guide_roles.items():
         if role in (Role.AUXILIARY, Role.ENUMERATED):

@@ -36,11 +36,20 @@ class ChainsResult:
 def run_forward_chains(
     path: AnnealingPlan, start: Tensor, resample: float, noise: torch.Generator, on_transition: Callable[[], None]
 ) -> ChainsResult:
+    """The log-weights of `forward_chains`."""
+    return forward_chains(path, start, resample, noise, on_transition)[0]
+
+
+def forward_chains(
+    path: AnnealingPlan, start: Tensor, resample: float, noise: torch.Generator, on_transition: Callable[[], None]
+) -> tuple[ChainsResult, Tensor]:
     """Annealed importance sampling: log w = sum_t (beta_t - beta_{t-1}) (log p(x, z_{t-1}) - log q(z_{t-1} | x)).
+
+    Returns the log-weights and the last states [chains, batch, dims].
 
     z_0 is drawn from q, and z_t moves under (1 - beta_t) log q + beta_t log p. Where a datum's effective sample size
     falls under the share `resample` of the chains, they are resampled in proportion to their weights (systematic
-    resampling), and exp of the estimate stays unbiased.
+    resampling), and exp of the estimate stays unbiased. Without resampling the last states have these weights.
     Source: Neal 2001 (arXiv physics/9803008); Del Moral, Doucet and Jasra 2006.
     """
     state = path.kernel.potential(start)
@@ -68,7 +77,7 @@ def run_forward_chains(
     transitions = max(1, len(path.betas) - 2)
     if resample:
         log_weight = _sum_by_ancestor(log_weight, ancestor) + log_past
-    return ChainsResult(log_weight, acceptance / transitions, resampled)
+    return ChainsResult(log_weight, acceptance / transitions, resampled), state.u
 
 
 def run_reverse_chains(

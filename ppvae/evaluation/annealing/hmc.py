@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ppvae.evaluation.unconstrained.chain_state import ChainState
-from ppvae.evaluation.unconstrained.potential import Potential
 
 PILOT_CHAINS = 4
 WARM_UP_TRANSITIONS = 30  # at the first inverse temperature, with a larger gain
 MIN_PILOT_TRANSITIONS = 100  # in a pilot run, however few its temperatures
 GAIN = 0.2  # of log step size per unit of acceptance
 JITTER = 0.2  # relative range of the step size of one transition, against periodic trajectories
+
+
+class Densities(Protocol):
+    """What chains move on, such as a `Potential`."""
+
+    def __call__(self, u: Tensor) -> ChainState:
+        """Start density and p(x, z) at states [chains, batch, dims], with their gradients."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class HMCKernel:
     Source: Neal 2011 (arXiv 1206.1901).
     """
 
-    potential: Potential
+    potential: Densities
     scale: Tensor
     num_leapfrog: int
 

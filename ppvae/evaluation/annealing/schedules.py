@@ -80,6 +80,17 @@ def equal_ess(betas: Tensor, spread: Tensor) -> Tensor:
     return torch.from_numpy(out).to(betas.device)
 
 
+def with_steps(betas: Tensor, num_temperatures: int) -> Tensor:
+    """The same schedule per datum [T + 1, N] with another number of steps, interpolated linearly.
+
+    >>> with_steps(torch.tensor([[0.0], [0.2], [1.0]]), 4)[:, 0].tolist()
+    [0.0, 0.1..., 0.2..., 0.6..., 1.0]
+    """
+    old, new = np.linspace(0, 1, len(betas)), np.linspace(0, 1, num_temperatures + 1)
+    columns = [np.interp(new, old, column) for column in betas.T.double().cpu().numpy()]
+    return torch.from_numpy(np.stack(columns, 1)).to(betas.device)
+
+
 def interpolate_step_sizes(step_sizes: Tensor, betas: Tensor, new_betas: Tensor) -> Tensor:
     """Step sizes [T + 1, N] at `betas` [T + 1], interpolated on a log scale at `new_betas` [T + 1, N]."""
     grid, logs = betas.cpu().numpy(), step_sizes.log().double().cpu().numpy()

@@ -83,12 +83,15 @@ class AdaptiveAllocation:
     def allocate(self, proposal: Proposal) -> dict[str, Tensor]:
         """{"num_particles": of the estimate, "pilot_particles": of the pilot run} of a block's data, [N] each.
 
+        "over_budget" [N] is True where the pilot calls for more particles than there may be, or none suffice.
+
         The pilot doubles its particles; a datum leaves it once at most 4 times those are called for, or once they are
         a fourth of the budget, all of which its estimate then gets. A datum with a NaN or infinite weight, which no
         number of particles cures, gets as many as its pilot. The draws of the pilot are not used again.
         """
         block = proposal.block
         counts, pilot = torch.zeros(2, block.num_weights, dtype=torch.long)
+        over_budget = torch.zeros(block.num_weights, dtype=torch.bool)
         active, done = torch.arange(block.num_weights), 0
         weights = LogWeightAccumulator(self.max_particles, (), block.eps)
         while len(active):
@@ -101,13 +104,14 @@ class AdaptiveAllocation:
             statistics = {name: value.cpu() for name, value in weights.result().items()}
             required = self.required_particles(statistics, done)
             broken = (statistics["nonfinite"] > 0) & ~statistics["log_px"].isneginf()
+            over_budget[active] = broken | ~(required <= self.max_particles)
             required = torch.where(broken, float(done), required).clamp(max=self.max_particles)
             reach = MAX_EXTRAPOLATION * done
             finished = (required <= reach) | (reach >= self.max_particles)
             counts[active[finished]], pilot[active[finished]] = required[finished].long(), done
             active = active[~finished]
             weights = weights.select(~finished)
-        return {"num_particles": counts, "pilot_particles": pilot}
+        return {"num_particles": counts, "pilot_particles": pilot, "over_budget": over_budget}
 
 
 Allocation = FixedAllocation | AdaptiveAllocation

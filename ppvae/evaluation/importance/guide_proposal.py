@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import final
 
+import pyro
+import torch
 from torch import Tensor
 
 from ppvae.evaluation.blocks import Block, Evaluation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.evaluation.proposals.sources import LogWeights
+from ppvae.inference.terms import evaluate_terms, sample_guide
+from ppvae.rng import fork_rng
 
 
 @final
@@ -30,3 +34,11 @@ class GuideProposal:
         ):
             latents = None if t is None else {name: site.value for name, site in t.guide.items()}
             yield log_weight, elbo, latents
+
+    def log_weights_at(self, latents: Mapping[str, Tensor]) -> Tensor:
+        block, (model, guide) = self.block, (self.run.model, self.run.guide)
+        with torch.no_grad(), pyro.validation_enabled(False), fork_rng():
+            sites = sample_guide(guide, block.batch, 1, structure=block.s, index=block.index)
+            values = {name: latents[name].expand(site.value.shape[1:])[None] for name, site in sites.items()}
+            t = evaluate_terms(model, guide, block.batch, 1, structure=block.s, index=block.index, values=values)
+        return t.log_weight[:, : block.num_weights]

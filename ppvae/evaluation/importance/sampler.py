@@ -82,15 +82,18 @@ class ImportanceSampler:
     def __call__(self, block: Block, compiled: CompiledWeights | None = None) -> dict[str, Tensor]:
         """All statistics of a block's data, [N] by name; latents [N, draws, ...] as "posterior/name"."""
         with layer_precision(self.precision):
-            return self._statistics(block, compiled)
+            return self.sample(self.proposal(block, compiled))
 
-    def _statistics(self, block: Block, compiled: CompiledWeights | None) -> dict[str, Tensor]:
-        proposal: Proposal
+    def proposal(self, block: Block, compiled: CompiledWeights | None = None) -> Proposal:
+        """Where the particles of a block come from."""
         if self.refined:
-            proposal = RefinedProposal(self.run, block, self.rows)
-            diagnostics = {"family": proposal.fitted.family.cpu()}
-        else:
-            proposal, diagnostics = GuideProposal(self.run, block, self.rows, compiled), {}
+            return RefinedProposal(self.run, block, self.rows)
+        return GuideProposal(self.run, block, self.rows, compiled)
+
+    def sample(self, proposal: Proposal) -> dict[str, Tensor]:
+        """All statistics of draws from a proposal."""
+        block = proposal.block
+        diagnostics = {"family": proposal.fitted.family.cpu()} if isinstance(proposal, RefinedProposal) else {}
         allocated = self.allocation.allocate(proposal)
         counts = allocated["num_particles"]
         levels = sorted(set(counts.tolist()))

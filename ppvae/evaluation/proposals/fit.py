@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.proposals.densities import Elliptical, choose
-from ppvae.evaluation.unconstrained.chain_state import ChainState
+from ppvae.evaluation.proposals.climbing import Target, adam, ascend, elbo
+from ppvae.evaluation.proposals.densities import D, Density, Elliptical, LowRank, choose
+from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
-FAMILIES = ("guide", "Laplace", "full rank")
+FAMILIES = ("guide", "Laplace", "full rank", "diagonal", "low rank")
 HEAVY_TAILS = 20.0  # degrees of freedom of a candidate beside the normal one
+TAILS = (math.inf, HEAVY_TAILS)
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS = 100  # per source of draws
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
-MODE_STEPS, MODE_RATE = 60, 0.1
 NEWTON_STEPS = 3
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
 FULL_RANK_STEPS, FULL_RANK_RATE = 250, 0.05
-
-
-class Target(Protocol):
-    """What a proposal is fitted to: the densities of guide and model on a block of data, as `Potential` gives them."""
-
-    def sample_start(self, num_chains: int) -> Tensor:
-        """Draws of the guide, [particles, batch, dims]."""
-
-    def __call__(self, u: Tensor) -> ChainState:
-        """log q(u | x) and log p(x, u) with their gradients."""
+MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class FittedProposal:
         family: [batch], an index into `FAMILIES`.
     """
 
-    density: Elliptical
+    density: Elliptical | LowRank
     guide_share: Tensor
     family: Tensor
 
@@ -61,13 +52,21 @@ class FittedProposal:
         fitted = self.density.log_prob(u) + torch.log1p(-share)
         return torch.logaddexp(log_guide.nan_to_num(nan=-math.inf) + share.log(), fitted)
 
+    def grad_log_prob(self, u: Tensor, log_guide: Tensor, grad_guide: Tensor) -> Tensor:
+        """Gradients of `log_prob` with respect to u, [particles, batch, dims], given those of the guide."""
+        of_guide = log_guide.nan_to_num(nan=-math.inf) + self.guide_share.double().log()
+        share = (of_guide - self.log_prob(u, log_guide)).exp().clamp(max=1.0).to(u.dtype)[..., None]
+        guide = torch.where(share > 0, share * grad_guide, torch.zeros_like(grad_guide))
+        return guide + (1 - share) * self.density.grad_log_prob(u)
+
 
 def fit_proposal(target: Target) -> FittedProposal:
     """The candidate with the smallest second moment of the weights, for each datum.
 
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
-    latter two with normal and with Student's t tails (20 degrees of freedom). All are scored on common draws, which no
+    latter two with normal and with Student's t tails (20 degrees of freedom). Beyond 256 dims they are a diagonal and a
+    low-rank scale, see `fit_low_rank`. All are scored on common draws, which no
     estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
@@ -78,28 +77,24 @@ def fit_proposal(target: Target) -> FittedProposal:
     loc, scale = u.mean(0), u.std(0)
     loc = torch.where(loc.isfinite(), loc, torch.zeros_like(loc))
     scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+    if loc.shape[-1] > MAX_FULL_RANK_DIMS:
+        return best_of(target, [q.with_df(df) for q in fit_low_rank(target, loc, scale) for df in TAILS], 2)
     normal = torch.full(loc.shape[:1], math.inf, dtype=loc.dtype, device=loc.device)
     moments = Elliptical(loc, torch.diag_embed(scale), normal)
     mode, covariance = newton(target, ascend(target, loc, scale), scale)
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
     full_rank = maximize_elbo(target, choose(better, [moments, laplace]))
-    candidates = [q.with_df(df) for q in (laplace, full_rank) for df in (math.inf, HEAVY_TAILS)]
+    return best_of(target, [q.with_df(df) for q in (laplace, full_rank) for df in TAILS])
+
+
+def best_of(target: Target, candidates: list[D], first_family: int = 0) -> FittedProposal:
+    """For each datum the candidate with the smallest second moment; each family has normal and t tails."""
     scores = score(target, candidates)
     best = (scores <= scores.amin(0) + INDIFFERENCE).long().argmax(0)  # the first, and simplest, of those as good
     density = choose((best - 1).clamp(min=0), candidates)
-    share = torch.where(best == 0, 1.0, GUIDE_SHARE).to(loc)
-    return FittedProposal(density, share, (best + 1) // 2)
-
-
-def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
-    """Adam's way from u [batch, dims] towards the mode of log p(x, u), in units of the scale."""
-    x = torch.zeros_like(u)
-    step = adam(x, MODE_RATE, MODE_STEPS)
-    for _ in range(MODE_STEPS):
-        gradient = target((u + scale * x)[None]).grad_joint[0] * scale
-        step(-gradient)
-    return u + scale * x
+    share = torch.where(best == 0, 1.0, GUIDE_SHARE).to(density.loc)
+    return FittedProposal(density, share, torch.where(best == 0, 0, first_family + (best + 1) // 2))
 
 
 def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,12 +127,6 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     return ((vectors / values[:, None, :]) @ vectors.mT).to(u)
 
 
-def elbo(target: Target, q: Elliptical, num_particles: int) -> Tensor:
-    """The ELBO of each datum under q, [batch], a Monte Carlo estimate."""
-    u = q.sample(num_particles)
-    return (target(u).log_joint - q.log_prob(u)).nan_to_num(nan=-math.inf).mean(0)
-
-
 def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
     """The full-rank normal with the largest ELBO, from `start` and in coordinates whitened by its scale.
 
@@ -166,7 +155,7 @@ def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
     return Elliptical(moved, outer @ inner, start.df)
 
 
-def score(target: Target, candidates: list[Elliptical]) -> Tensor:
+def score(target: Target, candidates: Sequence[Density]) -> Tensor:
     """log E_q[w^2] of the guide and of each candidate with its defensive share, [1 + candidates, batch].
 
     Draws come from the guide and from the candidates with heavy tails, which cover those without.
@@ -180,21 +169,3 @@ def score(target: Target, candidates: list[Elliptical]) -> Tensor:
     fitted = [q.log_prob(u) + math.log1p(-GUIDE_SHARE) for q in candidates]
     log_q = [log_guide, *(torch.logaddexp(log_guide + math.log(GUIDE_SHARE), q) for q in fitted)]
     return torch.stack([(2 * log_joint - q - log_pool).logsumexp(0).nan_to_num(nan=math.inf) for q in log_q])
-
-
-def adam(parameter: Tensor, rate: float, num_steps: int) -> Callable[[Tensor], None]:
-    """Steps of Adam down given gradients, in place, with a rate that falls to zero by a cosine.
-
-    Gradients that are not finite count as zero, so that one datum cannot break another. torch's optimizer takes
-    gradients from `.grad` of leaves and one state for a parameter as a whole; here each datum is by itself.
-    """
-    optimizer = torch.optim.Adam([parameter], lr=rate, betas=(0.9, 0.99), eps=1e-3)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-
-    def step(gradient: Tensor) -> None:
-        parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
-        optimizer.step()
-        cosine.step()
-        parameter.grad = None
-
-    return step

@@ -39,10 +39,15 @@ class Proposal(Protocol):
         compiled function gave the weights. `start` is a multiple of 100; `noise` names the stream.
         """
 
+    def log_weights_at(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Log-weights [1, N] of given latents, [*inner, batch, *event] by name."""
+
 
 @final
 class RefinedProposal:
     """A density fitted to each datum of a block, in unconstrained coordinates; see `fit_proposal`.
+
+    The draws are independent with `independent=True`; else the share of the guide among them is fixed.
 
     The fit uses noise of its own, so that the weights of the draws that follow are unbiased for p(x) whatever was
     fitted. A masked latent has no density: its coordinates are standard normal on both sides.
@@ -51,12 +56,19 @@ class RefinedProposal:
         ContractError: a latent that is discrete, or that the model draws anew at each run, by the site's name.
     """
 
-    def __init__(self, run: Evaluation, block: Block, rows: int, fitted: FittedProposal | None = None):
-        self.run, self.block, self.rows = run, block, rows
+    def __init__(
+        self,
+        run: Evaluation,
+        block: Block,
+        rows: int,
+        fitted: FittedProposal | None = None,
+        independent: bool = False,
+    ):
+        self.run, self.block, self.rows, self.independent = run, block, rows, independent
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             self._potential = Potential(run.model, run.guide, block, FIT_ROWS, cache=True)
             if fitted is None:
-                _check_deterministic(block)
+                check_deterministic(block)
                 terms = evaluate_terms(run.model, run.guide, block.batch, 1, structure=block.s, index=block.index)
                 block.check_supports(terms)
                 seed_all(derive_seed(run.seed, block.number, "proposal"))
@@ -67,7 +79,7 @@ class RefinedProposal:
         part, positions = self.block.select_rows(rows)
         if part is self.block:
             return self, positions
-        return RefinedProposal(self.run, part, self.rows, self.fitted.select(rows)), positions
+        return RefinedProposal(self.run, part, self.rows, self.fitted.select(rows), self.independent), positions
 
     def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:
         step, width = max(1, self.rows // self.block.size), self.block.num_weights
@@ -75,13 +87,31 @@ class RefinedProposal:
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
                 seed_all(derive_seed(self.run.seed, self.block.number, noise or "refined", number))
-                for u in self._draw(count).split(step):
-                    log_guide, log_joint = self._potential.log_densities(u)
-                    extra = self._masked_log_density(u)
-                    log_weight = log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
-                    yield log_weight[:, :width], log_weight[:, :width], self._potential.space.constrain(u)[0]
+                for u in self.sample(count).split(step):
+                    log_weight = self.log_weight(u)[:, :width]
+                    yield log_weight, log_weight, self.constrain(u)
 
-    def _draw(self, count: int) -> Tensor:
+    def log_weight(self, u: Tensor) -> Tensor:
+        """Log-weights [particles, batch] of states [particles, batch, dims]."""
+        log_guide, log_joint = self._potential.log_densities(u)
+        extra = self._masked_log_density(u)
+        return log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
+
+    def state(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """The state [1, batch, dims] of given latents, [*inner, batch, *event] as `simulate_data` gives them.
+
+        The coordinates of masked latents, which have no value, are drawn from their standard normal.
+        """
+        with torch.no_grad(), pyro.validation_enabled(False):
+            u, active = self._potential.space.expand(latents, 1), self._potential.space.active
+        return u if active is None else torch.where(active, u, torch.randn_like(u))
+
+    def log_weights_at(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Log-weights [1, N] of given latents, as `state` takes them."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return self.log_weight(self.state(latents))[:, : self.block.num_weights]
+
+    def sample(self, count: int) -> Tensor:
         """Draws [particles, batch, dims], of which the guide's share of each datum is fixed and at random places.
 
         A fixed share has less variance than a random one, and any k of the draws are exchangeable, so that L_k is a
@@ -89,6 +119,9 @@ class RefinedProposal:
         """
         of_guide, of_density = self.sample_start(count), self.fitted.density.sample(count)
         share = self.fitted.guide_share
+        if self.independent:
+            of_the_guide = torch.rand(of_guide.shape[:2], device=share.device) < share
+            return torch.where(of_the_guide[..., None], of_guide, of_density)
         places = torch.rand(of_guide.shape[:2], device=share.device).argsort(0).argsort(0)
         whole = (count * share).floor()
         whole = whole + (torch.rand(share.shape, device=share.device) < count * share - whole)  # right on average
@@ -98,6 +131,10 @@ class RefinedProposal:
         """Draws of the guide, [particles, batch, dims]."""
         u, active = self._potential.sample_start(num_chains), self._potential.space.active
         return u if active is None else torch.where(active, u, torch.randn_like(u))
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """The latents of states [particles, batch, dims] by name, as the guide has them."""
+        return self._potential.space.constrain(u)[0]
 
     def __call__(self, u: Tensor) -> ChainState:
         """log q(u | x) and log p(x, u) with their gradients."""
@@ -119,7 +156,14 @@ class RefinedProposal:
         return torch.where(active, torch.zeros_like(log_normal), log_normal).sum(-1)
 
 
-def _check_deterministic(block: Block) -> None:
+def check_refinable(run: Evaluation, block: Block) -> None:
+    """Raises the error that `RefinedProposal` meets, if it does, without fitting anything."""
+    Potential(run.model, run.guide, block, FIT_ROWS)
+    check_deterministic(block)
+
+
+def check_deterministic(block: Block) -> None:
+    """Raises ContractError for a site that the model draws anew at each run."""
     for name, role in block.s.model_roles.items():
         if role is Role.CANCELLED:
             raise site_error(

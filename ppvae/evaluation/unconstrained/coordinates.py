@@ -9,8 +9,10 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ppvae.errors import UsageError, site_error
+from ppvae.evaluation.unconstrained.stereographic import InverseStereographic
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.structure import Role, Structure
@@ -172,6 +174,8 @@ def _continuous_nodes(
 
 def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, start: int) -> LatentColumns:
     support = support_of(node["fn"])
+    if isinstance(support, MixtureSameFamilyConstraint):  # the support of every component
+        support = support.base_constraint
     if support is None:
         raise site_error(
             name, "a guide's distribution that declares its support, in whose coordinates annealing moves",
@@ -179,7 +183,8 @@ def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, s
             "give it a support, as torch.distributions.constraints.real, or use log_marginal",
         )  # fmt: skip
     try:
-        transform = torch.distributions.biject_to(support)
+        is_sphere = isinstance(support, type(dist.constraints.sphere))
+        transform = InverseStereographic() if is_sphere else torch.distributions.biject_to(support)
     except NotImplementedError:
         raise site_error(
             name, "a support with a transform to real numbers (torch.distributions.biject_to)",

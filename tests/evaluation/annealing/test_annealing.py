@@ -600,12 +600,21 @@ def test_a_discrete_latent_is_refused():
         annealed(*registered("enumerated_vector"), **SHORT)
 
 
+class Curve(dist.constraints.Constraint):
+    """A curve in the plane."""
+
+    event_dim = 1
+
+    def check(self, value):
+        return torch.ones(value.shape[:-1], dtype=torch.bool)
+
+
 def test_a_support_without_a_transform_is_refused():
     class Circle(dist.TorchDistribution):
         """Points of a circle."""
 
         arg_constraints: ClassVar[dict] = {}
-        support = dist.constraints.sphere
+        support = Curve()
         has_rsample = True
 
         def __init__(self, shape=()):

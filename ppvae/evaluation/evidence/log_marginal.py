@@ -13,7 +13,14 @@ from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
-from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
+from ppvae.evaluation.estimate import MIXED_METHOD, Estimate, base_measure_of, missing_values_note
+from ppvae.evaluation.evidence.escalation import (
+    ESCALATION_FIELDS,
+    EscalatingSampler,
+    Sampler,
+    escalation_note,
+    refinable_run,
+)
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
@@ -28,6 +35,7 @@ def log_marginal(
     *,
     num_particles: int | Literal["auto"] = 1000,
     proposal: Literal["guide", "refined"] = "guide",
+    method: Literal["importance", "auto"] = "importance",
     target_std_error: float = 0.05,
     max_particles: int = 20_000,
     seed: int = 0,
@@ -55,6 +63,13 @@ def log_marginal(
     standard error of 0.05 makes log p(x) too low by about 0.05^2 / 2 = 0.001 nats, the last digit that is usually
     reported; 20,000 particles are four times the usual 5000, and beyond them another method is more efficient.
 
+    With method="auto" the proposal is refined, and the data that it fails on by a pilot run of its own noise, half as
+    large, go on to annealing from the refined proposal: 100 chains, 25, 100 or 400 temperatures as a pilot of 16 chains
+    calls for, in coordinates whitened by the fit. Neither pilot's draws are used again, so that p(x) stays unbiased.
+    `est.diagnostics["method"]` is 0 for data estimated by importance sampling and 1 for annealing, of which log_px,
+    std_error, ess, k_hat and posterior draws are then those of the chains; elbo and L_k are always those of the refined
+    proposal. What neither sees is a mode that no draw reaches: `ppvae.evaluation.bracket` does.
+
     Inside an initialised `torch.distributed` group all processes make the same call, share the data, and return the
     whole estimate, which equals that of one process.
 
@@ -67,6 +82,8 @@ def log_marginal(
             guide, a Laplace approximation and a full-rank density in unconstrained coordinates the best, with a
             defensive share of the guide. The fit uses noise of its own, so that the estimate of p(x) stays unbiased.
             All that is reported is of the proposal used; `est.diagnostics["family"]` says which it was per datum.
+        method: "importance", or "auto" for annealing where refined importance sampling fails. Where the pair cannot be
+            refined the guide is the proposal, and the notes say why.
         target_std_error, max_particles: for "auto": the target of the standard error of each datum, and the largest
             number of particles of its estimate.
         seed: of the guide's draws. The result does not depend on `rows`.
@@ -98,17 +115,31 @@ def log_marginal(
         raise UsageError(f"rows: expected at least 1, found {rows}")
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
+    if method not in ("importance", "auto"):
+        raise UsageError(f"method: expected 'importance' or 'auto', found {method!r}")
+    escalates, refused, replaced = method == "auto", "", ""
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
-        s, columns = run.structure, run.columns
         check_precision(precision, run.device)
-        sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, proposal == "refined")
+        refined = proposal == "refined" or escalates
+        if refined:
+            refinable, replaced = refinable_run(run)
+            if refinable is None and escalates:  # the guide's own draws; proposal="refined" raises the error
+                refined, replaced, refused = False, "", replaced
+            run = refinable or run
+        s, columns = run.structure, run.columns
+        sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, refined)
         compiled = sampler.compile_weights() if compile else None
+        compute: Sampler = EscalatingSampler(sampler) if escalates else sampler
+        key = sampler.cache_key() | ({"method": method} if escalates else {})
         found = run_blocks(
-            run, lambda block: sampler(block, compiled), sampler.cache_key(), desc="log p(x)", directory=directory,
-            progress=progress, figures={"nll": lambda statistics: -statistics["log_px"]},
+            run, lambda block: compute(block, compiled), key,
+            desc="log p(x)", directory=directory, progress=progress,
+            figures={"nll": lambda statistics: -statistics["log_px"]},
         )  # fmt: skip
         precision_note = sampler.precision_note()
     missing = int(found.pop("missing").sum())
+    found.pop("over_budget", None)
+    escalated: dict[str, Tensor] = {n: found.pop(n) for n in ESCALATION_FIELDS if n in found}
     families: dict[str, Tensor] = {"family": found.pop("family")} if "family" in found else {}
     counts: dict[str, Tensor] = {n: found.pop(n) for n in ("num_particles", "pilot_particles") if n in found}
     posterior = {n.partition("/")[2]: found.pop(n).transpose(0, 1) for n in list(found) if n.startswith("posterior/")}
@@ -118,6 +149,10 @@ def log_marginal(
     if families:
         counts_of = zip(FAMILIES, families["family"].bincount(minlength=len(FAMILIES)).tolist(), strict=True)
         notes += (f"proposals by datum: {', '.join(f'{name} {count}' for name, count in counts_of if count)}",)
+    if refined and replaced:
+        notes += (replaced.replace("; ", ", "),)
+    if escalates:
+        notes += (escalation_note(escalated, refused),)
     dims: float = s.observed_dims
     if missing:
         dims -= missing / run.num_data
@@ -125,7 +160,7 @@ def log_marginal(
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     return Estimate(
-        **found,  # type: ignore[arg-type]
+        **found,
         num_particles=int(counts["num_particles"].max()),
         seed=seed,
         dims=dims * (run.num_data if s.has_global_latents else 1),
@@ -138,7 +173,8 @@ def log_marginal(
         bounds=recorded,
         posterior=posterior or None,
         notes=notes,
-        settings=sampler.settings(),
-        diagnostics=(counts if allocation.adaptive else {}) | families,
+        settings=sampler.settings() | ({"next_rung": "annealing"} if escalates and refined else {}),
+        method=MIXED_METHOD if escalates and bool(escalated["method"].any()) else "importance sampling",
+        diagnostics=(counts if allocation.adaptive or escalates else {}) | families | escalated,
         remedy=recommend_alternative(s),
     )
