@@ -19,7 +19,7 @@ from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.sources import RefinedProposal, check_refinable
 from ppvae.evaluation.reliability import MIN_ESS, k_hat_limit, k_hat_upper
 from ppvae.evaluation.unconstrained.potential import prior_as_guide
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed, fork_rng, seed_all
 
 PILOT_SHARE = 0.5  # of the particles of the estimate
 ESS_MARGIN = 1.25  # the ess planned in units of the ess that reliable estimates have
