@@ -17,6 +17,7 @@ from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
+from ppvae.evaluation.proposals.sources import with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.tracing import Program
 
@@ -99,6 +100,7 @@ def log_marginal(
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        run = with_larger_blocks(run) if proposal == "refined" else run
         s, columns = run.structure, run.columns
         check_precision(precision, run.device)
         sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, proposal == "refined")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.proposals.densities import Elliptical, choose
-from ppvae.evaluation.unconstrained.chain_state import ChainState
 
 FAMILIES = ("guide", "Laplace", "full rank")
 HEAVY_TAILS = 20.0  # degrees of freedom of a candidate beside the normal one
@@ -19,11 +18,12 @@ GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS = 100  # per source of draws
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
-MODE_STEPS, MODE_RATE = 60, 0.1
-NEWTON_STEPS = 3
+MODE_STEPS, MODE_RATE = 40, 0.1
+NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
-FULL_RANK_STEPS, FULL_RANK_RATE = 250, 0.05
+REGRESSIONS, AVERAGES, MIN_DRAWS = 2, 6, 40
+MAX_CHANGE = 16.0  # of a variance in one round
 
 
 class Target(Protocol):
@@ -32,8 +32,14 @@ class Target(Protocol):
     def sample_start(self, num_chains: int) -> Tensor:
         """Draws of the guide, [particles, batch, dims]."""
 
-    def __call__(self, u: Tensor) -> ChainState:
-        """log q(u | x) and log p(x, u) with their gradients."""
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(u | x) and log p(x, u), [particles, batch]."""
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u), [particles, batch]."""
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The gradient of log p(x, u), [particles, batch, dims]."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     x = torch.zeros_like(u)
     step = adam(x, MODE_RATE, MODE_STEPS)
     for _ in range(MODE_STEPS):
-        gradient = target((u + scale * x)[None]).grad_joint[0] * scale
+        gradient = target.gradient((u + scale * x)[None])[0] * scale
         step(-gradient)
     return u + scale * x
 
@@ -107,10 +113,10 @@ def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([0.0, 0.1, 0.3, 1.0], dtype=u.dtype, device=u.device)[:, None, None]
     for _ in range(NEWTON_STEPS):
         covariance = inverse_hessian(target, u, scale)
-        gradient = target(u[None]).grad_joint[0] * scale
+        gradient = target.gradient(u[None])[0] * scale
         move = scale * torch.einsum("nde,ne->nd", covariance, gradient)
         tried = u + lengths * move
-        best = target(tried).log_joint.nan_to_num(nan=-math.inf).argmax(0)
+        best = target.log_joint(tried).nan_to_num(nan=-math.inf).argmax(0)
         u = tried[best, torch.arange(len(u), device=u.device)]
     covariance = inverse_hessian(target, u, scale)
     return u, scale[:, :, None] * covariance * scale[:, None, :]
@@ -123,7 +129,7 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     """
     dims = u.shape[-1]
     shift = DIFFERENCE * torch.eye(dims, dtype=u.dtype, device=u.device)[:, None, :] * scale
-    gradients = target(torch.cat([u + shift, u - shift])).grad_joint * scale
+    gradients = target.gradient(torch.cat([u + shift, u - shift])) * scale
     hessian = (gradients[:dims] - gradients[dims:]).permute(1, 0, 2) / (2 * DIFFERENCE)
     curvature = -(hessian + hessian.mT).double() / 2
     curvature = torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature))
@@ -135,35 +141,46 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
 def elbo(target: Target, q: Elliptical, num_particles: int) -> Tensor:
     """The ELBO of each datum under q, [batch], a Monte Carlo estimate."""
     u = q.sample(num_particles)
-    return (target(u).log_joint - q.log_prob(u)).nan_to_num(nan=-math.inf).mean(0)
+    return (target.log_joint(u) - q.log_prob(u)).nan_to_num(nan=-math.inf).mean(0)
 
 
 def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
-    """The full-rank normal with the largest ELBO, from `start` and in coordinates whitened by its scale.
+    """The full-rank normal with the largest ELBO, from `start`, by rounds of linear regression.
 
-    u = loc + T (mu + L eps) with T the scale of `start`; gradients follow the path of the draws alone, whose noise
-    vanishes where q is exact. Draws per step grow with the dims: too few diverge.
+    At the maximum E_q[grad log p] = 0, and the precision of q is -E_q[hess log p] (Opper and Archambeau 2009). Both are
+    read off draws of q in coordinates whitened by its scale, where that precision is the identity: first by regressing
+    grad log p on the draws, which is exact where log p(x, u) is quadratic (Salimans and Knowles 2013, arXiv
+    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over more and more draws.
     """
-    loc, outer = start.loc, start.scale_tril
+    loc, scale = start.loc, start.scale_tril
     count, dims = loc.shape
-    mu, log_diagonal, lower = torch.zeros_like(loc), torch.zeros_like(loc), torch.zeros_like(outer)
-    steps = [adam(p, FULL_RANK_RATE, FULL_RANK_STEPS) for p in (mu, log_diagonal, lower)]
-    draws = max(4, dims // 12)
-    for _ in range(FULL_RANK_STEPS):
-        inner = lower.tril(-1) + torch.diag_embed(log_diagonal.exp())
-        eps = torch.randn(draws, count, dims, dtype=loc.dtype, device=loc.device)
-        w = mu + torch.einsum("nde,kne->knd", inner, eps)
-        gradient = target(loc + torch.einsum("nde,kne->knd", outer, w)).grad_joint
-        # d/dw of log p - log q along the path: T' grad log p + L^-T eps
-        score = torch.linalg.solve_triangular(inner.mT, eps.permute(1, 2, 0), upper=True).permute(2, 0, 1)
-        path = torch.einsum("nde,knd->kne", outer, gradient) + score
-        by_scale = torch.einsum("knd,kne->nde", path, eps) / draws
-        steps[0](-path.mean(0))
-        steps[1](-by_scale.diagonal(dim1=-2, dim2=-1) * log_diagonal.exp())
-        steps[2](-by_scale.tril(-1))
-    inner = lower.tril(-1) + torch.diag_embed(log_diagonal.exp())
-    moved = loc + torch.einsum("nde,ne->nd", outer, mu)
-    return Elliptical(moved, outer @ inner, start.df)
+    identity = torch.eye(dims, dtype=torch.float64, device=loc.device)
+    for number in range(REGRESSIONS + AVERAGES):
+        regress = number < REGRESSIONS
+        half = max(MIN_DRAWS, (3 if regress else 1) * dims) // 2
+        weight = 1.0 if regress else 1 / (number + 2)
+        eps = torch.randn(half, count, dims, dtype=loc.dtype, device=loc.device)
+        eps = torch.cat([eps, -eps])  # skewness then does not disturb the slope, nor curvature the mean
+        gradient = target.gradient(loc + torch.einsum("nde,kne->knd", scale, eps)).nan_to_num(0.0, 0.0, 0.0)
+        slopes, eps = torch.einsum("nde,knd->kne", scale, gradient).double(), eps.double()
+        if regress:
+            odd, eps = (slopes[:half] - slopes[half:]) / 2, eps[:half]
+            precision = -torch.linalg.solve(_outer(eps, eps), _outer(eps, odd))
+        else:
+            precision = identity - _outer(eps, slopes + eps) / (2 * half)
+        values, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
+        values = 1 + weight * (values.clamp(1 / MAX_CHANGE, MAX_CHANGE) - 1)
+        covariance = (vectors / values[:, None, :]) @ vectors.mT
+        move = weight * torch.einsum("nde,ne->nd", covariance, slopes.mean(0))
+        move = move * (dims**0.5 / move.norm(dim=-1, keepdim=True)).clamp(max=1)
+        loc = loc + torch.einsum("nde,ne->nd", scale, move.to(loc))
+        scale = scale @ torch.linalg.cholesky(covariance).to(loc)
+    return Elliptical(loc, scale, start.df)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """sum_k a_k b_k' of [draws, batch, dims], [batch, dims, dims]."""
+    return a.permute(1, 2, 0) @ b.transpose(0, 1)
 
 
 def score(target: Target, candidates: list[Elliptical]) -> Tensor:
@@ -173,9 +190,7 @@ def score(target: Target, candidates: list[Elliptical]) -> Tensor:
     """
     sources = [q for q in candidates if bool(q.df.isfinite().all())]
     u = torch.cat([target.sample_start(SELECTION_DRAWS), *(q.sample(SELECTION_DRAWS) for q in sources)])
-    state = target(u)
-    log_guide = state.log_start.nan_to_num(nan=-math.inf)
-    log_joint = state.log_joint.nan_to_num(nan=-math.inf)
+    log_guide, log_joint = (log_density.nan_to_num(nan=-math.inf) for log_density in target.log_densities(u))
     log_pool = torch.stack([log_guide, *(q.log_prob(u) for q in sources)]).logsumexp(0) - math.log(1 + len(sources))
     fitted = [q.log_prob(u) + math.log1p(-GUIDE_SHARE) for q in candidates]
     log_q = [log_guide, *(torch.logaddexp(log_guide + math.log(GUIDE_SHARE), q) for q in fitted)]

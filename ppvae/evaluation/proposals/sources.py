@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol, final
 
 import pyro
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import site_error
-from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, Evaluation
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal
-from ppvae.evaluation.unconstrained.chain_state import ChainState
 from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed
 
+FIT_BLOCK, MAX_DIMS = 200, 200  # data whose proposals are fitted together; the dims beyond which memory is dear
 FIT_ROWS = 1000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
 
 LogWeights = tuple[Tensor, Tensor, Mapping[str, Tensor] | None]
@@ -99,16 +100,28 @@ class RefinedProposal:
         u, active = self._potential.sample_start(num_chains), self._potential.space.active
         return u if active is None else torch.where(active, u, torch.randn_like(u))
 
-    def __call__(self, u: Tensor) -> ChainState:
-        """log q(u | x) and log p(x, u) with their gradients."""
-        state, active = self._potential(u), self._potential.space.active
-        if active is None:
-            return state
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(u | x) and log p(x, u), [particles, batch]."""
         extra = self._masked_log_density(u)
-        return ChainState(
-            u, state.log_start + extra, state.log_joint + extra,
-            torch.where(active, state.grad_start, -u), torch.where(active, state.grad_joint, -u),
-        )  # fmt: skip
+        with torch.no_grad():
+            parts = [self._potential.log_densities(part) for part in u.split(self._particles_per_run)]
+        log_guide, log_joint = map(torch.cat, zip(*parts, strict=True))
+        return log_guide + extra, log_joint + extra
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u), [particles, batch]."""
+        with torch.no_grad():
+            parts = [self._potential.log_joint(part) for part in u.split(self._particles_per_run)]
+        return torch.cat(parts) + self._masked_log_density(u)
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The gradient of log p(x, u), [particles, batch, dims]."""
+        gradient, active = self._potential.joint_gradient(u), self._potential.space.active
+        return gradient if active is None else torch.where(active, gradient, -u)
+
+    @property
+    def _particles_per_run(self) -> int:
+        return max(1, FIT_ROWS // self.block.size)
 
     def _masked_log_density(self, u: Tensor) -> Tensor | float:
         """The standard normal log-density of the coordinates of masked latents, [particles, batch]."""
@@ -117,6 +130,16 @@ class RefinedProposal:
             return 0.0
         log_normal = -0.5 * (u.double().square() + math.log(2 * math.pi))
         return torch.where(active, torch.zeros_like(log_normal), log_normal).sum(-1)
+
+
+def with_larger_blocks(run: Evaluation) -> Evaluation:
+    """The same evaluation by blocks of `FIT_BLOCK` data, where their size is free and the dims are few.
+
+    A fit takes hundreds of runs of the pair one after another, each of few particles: many data share their overhead.
+    """
+    s = run.structure
+    free = run.block_size == DATA_BLOCK and not (s.has_global_latents or s.draws_subsample)
+    return replace(run, block_size=FIT_BLOCK) if free and s.latent_dims <= MAX_DIMS else run
 
 
 def _check_deterministic(block: Block) -> None:
