@@ -9,7 +9,6 @@ the images that both have."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import time

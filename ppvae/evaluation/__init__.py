@@ -20,6 +20,7 @@ from ppvae.evaluation.calibration import Calibration, calibration
 from ppvae.evaluation.compare import Comparison, compare, looseness
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.log_marginal import log_marginal
+from ppvae.evaluation.importance.refined import refined_log_marginal
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.quadrature import Quadrature, quadrature
@@ -30,5 +31,5 @@ from ppvae.evaluation.topics import coherence, perplexity
 __all__ = [
     "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Quadrature", "Representation",
     "annealed", "bdmc", "calibration", "coherence", "compare", "gaps", "impute", "load_estimate", "log_marginal",
-    "looseness", "perplexity", "quadrature", "representation",
+    "looseness", "perplexity", "quadrature", "refined_log_marginal", "representation",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
-from ppvae.evaluation.proposals.sources import with_larger_blocks
+from ppvae.evaluation.proposals.sources import compiled_densities, with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.tracing import Program
 
@@ -104,6 +105,8 @@ def log_marginal(
         s, columns = run.structure, run.columns
         check_precision(precision, run.device)
         sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, proposal == "refined")
+        if compile and proposal == "refined":
+            sampler = replace(sampler, densities=compiled_densities(run, allocation.max_particles))
         compiled = sampler.compile_weights() if compile else None
         found = run_blocks(
             run, lambda block: sampler(block, compiled), sampler.cache_key(), desc="log p(x)", directory=directory,

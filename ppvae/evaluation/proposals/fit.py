@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.evaluation.proposals.densities import Elliptical, choose
 
 FAMILIES = ("guide", "Laplace", "full rank")
-HEAVY_TAILS = 20.0  # degrees of freedom of a candidate beside the normal one
+DEGREES, WIDTH = 20.0, 1.05  # of a candidate's tails, heavier than normal, and of its scale: a fit has noise of its own
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS = 100  # per source of draws
@@ -22,7 +22,8 @@ MODE_STEPS, MODE_RATE = 40, 0.1
 NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
-REGRESSIONS, AVERAGES, MIN_DRAWS = 2, 6, 40
+REGRESSIONS, AVERAGES = 3, 6  # rounds
+REGRESSION_DRAWS, AVERAGE_DRAWS, MIN_DRAWS = 3, 2, 40  # of a round: for each dim, and at least
 MAX_CHANGE = 16.0  # of a variance in one round
 
 
@@ -73,7 +74,7 @@ def fit_proposal(target: Target) -> FittedProposal:
 
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
-    latter two with normal and with Student's t tails (20 degrees of freedom). All are scored on common draws, which no
+    latter two as Student's t with 20 degrees of freedom. All are scored on common draws, which no
     estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
@@ -90,12 +91,18 @@ def fit_proposal(target: Target) -> FittedProposal:
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
     full_rank = maximize_elbo(target, choose(better, [moments, laplace]))
-    candidates = [q.with_df(df) for q in (laplace, full_rank) for df in (math.inf, HEAVY_TAILS)]
+    candidates = [q.with_tails(DEGREES, WIDTH) for q in (laplace, full_rank)]
     scores = score(target, candidates)
     best = (scores <= scores.amin(0) + INDIFFERENCE).long().argmax(0)  # the first, and simplest, of those as good
     density = choose((best - 1).clamp(min=0), candidates)
     share = torch.where(best == 0, 1.0, GUIDE_SHARE).to(loc)
-    return FittedProposal(density, share, (best + 1) // 2)
+    return FittedProposal(density, share, best)
+
+
+def rows_of_fit(dims: int) -> tuple[int, int]:
+    """(gradients, log-densities beside them) that the fit of one datum takes, about."""
+    rounds = REGRESSIONS * max(MIN_DRAWS, REGRESSION_DRAWS * dims) + AVERAGES * max(MIN_DRAWS, AVERAGE_DRAWS * dims)
+    return MODE_STEPS + 2 * (NEWTON_STEPS + 1) * dims + rounds, 3 * SELECTION_DRAWS
 
 
 def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
@@ -157,8 +164,9 @@ def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
     identity = torch.eye(dims, dtype=torch.float64, device=loc.device)
     for number in range(REGRESSIONS + AVERAGES):
         regress = number < REGRESSIONS
-        half = max(MIN_DRAWS, (3 if regress else 1) * dims) // 2
-        weight = 1.0 if regress else 1 / (number + 2)
+        half = max(MIN_DRAWS, (REGRESSION_DRAWS if regress else AVERAGE_DRAWS) * dims) // 2
+        before = REGRESSION_DRAWS + AVERAGE_DRAWS * (number - REGRESSIONS)
+        weight = 1.0 if regress else AVERAGE_DRAWS / (before + AVERAGE_DRAWS)  # of these draws among all that count
         eps = torch.randn(half, count, dims, dtype=loc.dtype, device=loc.device)
         eps = torch.cat([eps, -eps])  # skewness then does not disturb the slope, nor curvature the mean
         gradient = target.gradient(loc + torch.einsum("nde,kne->knd", scale, eps)).nan_to_num(0.0, 0.0, 0.0)
@@ -186,12 +194,13 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def score(target: Target, candidates: list[Elliptical]) -> Tensor:
     """log E_q[w^2] of the guide and of each candidate with its defensive share, [1 + candidates, batch].
 
-    Draws come from the guide and from the candidates with heavy tails, which cover those without.
+    Draws come from all of them.
     """
-    sources = [q for q in candidates if bool(q.df.isfinite().all())]
-    u = torch.cat([target.sample_start(SELECTION_DRAWS), *(q.sample(SELECTION_DRAWS) for q in sources)])
+    u = torch.cat([target.sample_start(SELECTION_DRAWS), *(q.sample(SELECTION_DRAWS) for q in candidates)])
     log_guide, log_joint = (log_density.nan_to_num(nan=-math.inf) for log_density in target.log_densities(u))
-    log_pool = torch.stack([log_guide, *(q.log_prob(u) for q in sources)]).logsumexp(0) - math.log(1 + len(sources))
+    log_pool = torch.stack([log_guide, *(q.log_prob(u) for q in candidates)]).logsumexp(0) - math.log(
+        1 + len(candidates)
+    )
     fitted = [q.log_prob(u) + math.log1p(-GUIDE_SHARE) for q in candidates]
     log_q = [log_guide, *(torch.logaddexp(log_guide + math.log(GUIDE_SHARE), q) for q in fitted)]
     return torch.stack([(2 * log_joint - q - log_pool).logsumexp(0).nan_to_num(nan=math.inf) for q in log_q])

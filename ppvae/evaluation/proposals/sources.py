@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, final
 
@@ -11,16 +11,17 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppvae.errors import site_error
+from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
-from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal
+from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal, rows_of_fit
+from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
 from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed
 
 FIT_BLOCK, MAX_DIMS = 200, 200  # data whose proposals are fitted together; the dims beyond which memory is dear
-FIT_ROWS = 1000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
+FIT_ROWS = 5000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
 
 LogWeights = tuple[Tensor, Tensor, Mapping[str, Tensor] | None]
 
@@ -52,8 +53,15 @@ class RefinedProposal:
         ContractError: a latent that is discrete, or that the model draws anew at each run, by the site's name.
     """
 
-    def __init__(self, run: Evaluation, block: Block, rows: int, fitted: FittedProposal | None = None):
-        self.run, self.block, self.rows = run, block, rows
+    def __init__(
+        self,
+        run: Evaluation,
+        block: Block,
+        rows: int,
+        compiled: CompiledDensities,
+        fitted: FittedProposal | None = None,
+    ):
+        self.run, self.block, self.rows, self._compiled = run, block, rows, compiled
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             self._potential = Potential(run.model, run.guide, block, FIT_ROWS, cache=True)
             if fitted is None:
@@ -68,7 +76,7 @@ class RefinedProposal:
         part, positions = self.block.select_rows(rows)
         if part is self.block:
             return self, positions
-        return RefinedProposal(self.run, part, self.rows, self.fitted.select(rows)), positions
+        return RefinedProposal(self.run, part, self.rows, self._compiled, self.fitted.select(rows)), positions
 
     def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:
         step, width = max(1, self.rows // self.block.size), self.block.num_weights
@@ -77,7 +85,7 @@ class RefinedProposal:
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
                 torch.manual_seed(derive_seed(self.run.seed, self.block.number, noise or "refined", number))
                 for u in self._draw(count).split(step):
-                    log_guide, log_joint = self._potential.log_densities(u)
+                    log_guide, log_joint = self._compiled.log_densities(self._potential, u)
                     extra = self._masked_log_density(u)
                     log_weight = log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
                     yield log_weight[:, :width], log_weight[:, :width], self._potential.space.constrain(u)[0]
@@ -103,25 +111,23 @@ class RefinedProposal:
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log q(u | x) and log p(x, u), [particles, batch]."""
         extra = self._masked_log_density(u)
-        with torch.no_grad():
-            parts = [self._potential.log_densities(part) for part in u.split(self._particles_per_run)]
+        parts = [self._compiled.log_densities(self._potential, part) for part in self._split(u)]
         log_guide, log_joint = map(torch.cat, zip(*parts, strict=True))
         return log_guide + extra, log_joint + extra
 
     def log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u), [particles, batch]."""
         with torch.no_grad():
-            parts = [self._potential.log_joint(part) for part in u.split(self._particles_per_run)]
-        return torch.cat(parts) + self._masked_log_density(u)
+            return torch.cat([self._potential.log_joint(part) for part in self._split(u)]) + self._masked_log_density(u)
 
     def gradient(self, u: Tensor) -> Tensor:
         """The gradient of log p(x, u), [particles, batch, dims]."""
-        gradient, active = self._potential.joint_gradient(u), self._potential.space.active
+        gradient = torch.cat([self._compiled.gradient(self._potential, part) for part in self._split(u)])
+        active = self._potential.space.active
         return gradient if active is None else torch.where(active, gradient, -u)
 
-    @property
-    def _particles_per_run(self) -> int:
-        return max(1, FIT_ROWS // self.block.size)
+    def _split(self, u: Tensor) -> Sequence[Tensor]:
+        return u.split(max(1, FIT_ROWS // self.block.size))
 
     def _masked_log_density(self, u: Tensor) -> Tensor | float:
         """The standard normal log-density of the coordinates of masked latents, [particles, batch]."""
@@ -133,13 +139,29 @@ class RefinedProposal:
 
 
 def with_larger_blocks(run: Evaluation) -> Evaluation:
-    """The same evaluation by blocks of `FIT_BLOCK` data, where their size is free and the dims are few.
+    """The same evaluation by blocks of up to `FIT_BLOCK` data, where their size is free and the dims are few.
 
     A fit takes hundreds of runs of the pair one after another, each of few particles: many data share their overhead.
     """
     s = run.structure
+    size = math.ceil(run.num_data / math.ceil(run.num_data / FIT_BLOCK))  # of equal blocks, as far as that goes
     free = run.block_size == DATA_BLOCK and not (s.has_global_latents or s.draws_subsample)
-    return replace(run, block_size=FIT_BLOCK) if free and s.latent_dims <= MAX_DIMS else run
+    return replace(run, block_size=size) if free and s.latent_dims <= MAX_DIMS else run
+
+
+def compiled_densities(run: Evaluation, num_particles: int) -> CompiledDensities:
+    """The densities of all blocks, compiled where fits and draws of so many particles pay for it."""
+    gradients, densities = rows_of_fit(run.structure.latent_dims)
+    return CompiledDensities(run.num_data * gradients, run.num_data * (densities + num_particles), FIT_ROWS)
+
+
+def check_refinable(run: Evaluation) -> None:
+    """Raises what a refined proposal of the first block would, ContractError or UsageError, without fitting any."""
+    block, s = run.block(0), run.structure
+    if s.has_global_latents:
+        raise UsageError("a latent is shared by all data, so that no datum has a posterior of its own")
+    _check_deterministic(block)
+    Potential(run.model, run.guide, block, FIT_ROWS)
 
 
 def _check_deterministic(block: Block) -> None:
