@@ -55,9 +55,9 @@ class Elliptical:
         student = constant - 0.5 * (df + dims) * torch.log1p(distance / df)
         return torch.where(self.df.isfinite(), student, normal) - log_det
 
-    def with_tails(self, df: float, width: float = 1.0) -> Elliptical:
-        """The same location with these degrees of freedom and `width` times the scale."""
-        return Elliptical(self.loc, width * self.scale_tril, torch.full_like(self.df, df))
+    def with_df(self, df: float) -> Elliptical:
+        """The same location and scale with other tails."""
+        return Elliptical(self.loc, self.scale_tril, torch.full_like(self.df, df))
 
     def select(self, index: Tensor) -> Elliptical:
         """The densities of some of the data."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.evaluation.proposals.densities import Elliptical, choose
 
 FAMILIES = ("guide", "Laplace", "full rank")
-DEGREES, WIDTH = 20.0, 1.05  # of a candidate's tails, heavier than normal, and of its scale: a fit has noise of its own
+DEGREES = 20.0  # of freedom of every candidate: tails heavier than normal, as a fit has noise of its own
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS = 100  # per source of draws
@@ -74,8 +74,8 @@ def fit_proposal(target: Target) -> FittedProposal:
 
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
-    latter two as Student's t with 20 degrees of freedom. All are scored on common draws, which no
-    estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
+    latter two as Student's t with 20 degrees of freedom. All are scored on common draws, which no estimate uses:
+    E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
     1801.03558) for fits per datum; Roeder et al. 2017 (arXiv 1703.09194) for the path gradient; Owen and Zhou 2000,
@@ -91,7 +91,7 @@ def fit_proposal(target: Target) -> FittedProposal:
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
     full_rank = maximize_elbo(target, choose(better, [moments, laplace]))
-    candidates = [q.with_tails(DEGREES, WIDTH) for q in (laplace, full_rank)]
+    candidates = [q.with_df(DEGREES) for q in (laplace, full_rank)]
     scores = score(target, candidates)
     best = (scores <= scores.amin(0) + INDIFFERENCE).long().argmax(0)  # the first, and simplest, of those as good
     density = choose((best - 1).clamp(min=0), candidates)
