@@ -1,4 +1,5 @@
-"""`ppvae evaluate RUN`: log p(x) by importance sampling or, with `--method annealed | smc | bdmc`, by annealing."""
+"""`ppvae evaluate RUN`: log p(x) by importance sampling, from proposals refined to each datum, with L_K of the guide
+beside it; by the guide alone with `--proposal guide`; by annealing with `--method annealed | smc | bdmc`."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from ppvae.cli.common import head, parse_run, print_table, run_data, write_repor
 from ppvae.cli.options import Evaluate
 from ppvae.distributed import leave_process_group
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation import annealed, bdmc, log_marginal
+from ppvae.evaluation import annealed, bdmc, log_marginal, refined_log_marginal
 from ppvae.evaluation.compare import looseness_notes
+from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, REFINED_PARTICLES
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 from ppvae.storage import sha256
@@ -25,7 +27,7 @@ from ppvae.training.run import Run, cast_floating, default_dtype
 ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
 CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
 OPTIONS = {  # of each method
-    "importance": (*ADAPTIVE, "precision"),
+    "importance": (*ADAPTIVE, "precision", "proposal", "guide_particles"),
     "annealed": (*CHAINS, "beside"),
     "smc": (*CHAINS, "resample", "beside"),
     "bdmc": CHAINS,
@@ -56,7 +58,7 @@ def run(args: list[str]) -> int:
 def check_options(settings: Evaluate) -> None:
     """Raises UsageError for options that the method does not take, and for numbers of particles below one."""
     default = Evaluate()
-    names = (*CHAINS, "resample", "beside", *ADAPTIVE, "precision")
+    names = (*CHAINS, "resample", "beside", *ADAPTIVE, "precision", "proposal", "guide_particles")
     changed = [name for name in names if getattr(settings, name) != getattr(default, name)]
     for name in changed:
         if name not in OPTIONS[settings.method]:
@@ -66,9 +68,11 @@ def check_options(settings: Evaluate) -> None:
         raise UsageError(f"--num-particles auto: goes with --method importance; found {settings.method}")
     if settings.num_particles != "auto" and (alone := [name for name in ADAPTIVE if name in changed]):
         raise UsageError(f"--{alone[0].replace('_', '-')}: goes with --num-particles auto")
+    if settings.proposal == "guide" and settings.guide_particles is not None:
+        raise UsageError("--guide-particles: goes with --proposal refined; give --num-particles")
     for name in ("num_particles", "beside"):  # checked here, as importance sampling runs after hours of annealing
         ks = getattr(settings, name)
-        if ks != "auto" and any(k < 1 for k in (ks if isinstance(ks, tuple) else (ks,))):
+        if ks not in ("auto", None) and any(k < 1 for k in (ks if isinstance(ks, tuple) else (ks,))):
             raise UsageError(f"{name}: expected at least 1, found {ks}")
 
 
@@ -86,11 +90,19 @@ def _importance_sampling(
     """Importance sampling; the cache of finished blocks is removed once the result is written."""
     results, name = _results_folder(trained), _result_name("log_marginal", settings.split)
     blocks = results / f"{name}_blocks" / _cache_key(trained, settings)
-    est = log_marginal(
-        model, guide, columns, num_particles=settings.num_particles, target_std_error=settings.target_std_error,
-        max_particles=settings.max_particles, seed=settings.seed, device=settings.device, rows=settings.rows,
-        precision=settings.precision, directory=blocks,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "target_std_error": settings.target_std_error, "max_particles": settings.max_particles, "seed": settings.seed,
+        "device": settings.device, "rows": settings.rows, "precision": settings.precision, "directory": blocks,
+    }  # fmt: skip
+    given, beside = settings.num_particles, settings.guide_particles
+    if settings.proposal == "guide":
+        est = log_marginal(model, guide, columns, num_particles=given or GUIDE_PARTICLES, **options)
+    else:
+        if beside is None:
+            beside = given if isinstance(given, int) else GUIDE_PARTICLES
+        est = refined_log_marginal(
+            model, guide, columns, num_particles=given or REFINED_PARTICLES, guide_particles=beside, **options
+        )
     if not leave_process_group():
         return 0
     est = dataclasses.replace(est, notes=(*est.notes, *notes))
@@ -140,7 +152,7 @@ def _annealing(
         path = result.save(results, name)
         table = result.table() | {f"note on the run {i}": note for i, note in enumerate(notes, 1)}
     else:
-        ks = sorted({int(settings.num_particles), *settings.beside})
+        ks = sorted({int(settings.num_particles or GUIDE_PARTICLES), *settings.beside})
         beside = log_marginal(
             model, guide, columns, num_particles=ks[-1], bounds=ks, seed=settings.seed, rows=settings.rows,
             device=settings.device,

@@ -3,15 +3,27 @@
 import functools
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ppvae.cli.common import head, parse_run, print_table, run_data, write_report_of_results
 from ppvae.cli.options import Examine
 from ppvae.errors import ContractError
 from ppvae.evaluation.calibration import calibration
-from ppvae.evaluation.local.gaps import gaps
+from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
+from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.representation import representation
 from ppvae.training import load
+from ppvae.training.run import Run
+
+
+def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
+    """The gaps to log p(x) by refined proposals, where the pair has them; else by the refit guides."""
+    pair, common = (trained.model, trained.guide, rows), {key: options[key] for key in ("seed", "device")}
+    log_px = None
+    if not why_not_refined(*pair, **common):
+        log_px = refined_log_marginal(*pair, guide_particles=0, directory=directory / "log_px", **common)
+    return gaps(*pair, log_px=log_px, directory=directory, **options)
 
 
 def run(args: list[str]) -> int:
@@ -25,7 +37,7 @@ def run(args: list[str]) -> int:
         for split in ("train", "test"):
             rows = head(test if split == "test" else run_data(trained, settings, split), settings.gaps)
             evaluations[f"gaps_{split}"] = functools.partial(
-                gaps, trained.model, trained.guide, rows, num_particles=settings.num_particles, steps=settings.steps,
+                _gaps, trained, rows, num_particles=settings.num_particles, steps=settings.steps,
                 directory=results / f"gaps_{split}_blocks", **options,
             )  # fmt: skip
     if settings.latents:

@@ -55,14 +55,18 @@ class Fit(Data):
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate:
-    """Estimate log p(x) of a run's data by importance sampling, or by annealing, which is tighter and slower.
+    """Estimate log p(x) of a run's data by importance sampling, or by annealing, which is slower.
+
+    Draws come from a density refined to each datum; L_K of the guide, which papers print, is computed beside it.
 
     The same command resumes an interrupted evaluation. Several processes share the data:
     torchrun --nproc-per-node 2 -m ppvae evaluate RUN.
     """
 
     method: Literal["importance", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket, on simulated data
-    num_particles: int | Literal["auto"] = 5000  # of importance sampling; auto: adaptive to each datum
+    proposal: Literal["refined", "guide"] = "refined"  # density that draws come from
+    num_particles: int | Literal["auto"] | None = None  # 2000 if refined, else 5000; auto: adaptive to each datum
+    guide_particles: int | None = None  # for L_K of the guide, beside refined: num_particles, else 5000; 0 for none
     target_std_error: float = 0.05  # of auto: of log p(x) of each datum, in nats
     max_particles: int = 20_000  # of auto: the largest number for a datum
     split: Literal["test", "valid", "train"] = "test"

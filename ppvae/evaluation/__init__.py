@@ -23,6 +23,7 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import ProposalBracket, bracket
 from ppvae.evaluation.evidence.interval import Interval, interval
 from ppvae.evaluation.evidence.log_marginal import log_marginal
+from ppvae.evaluation.evidence.refined import refined_log_marginal
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.quadrature import Quadrature, quadrature
@@ -33,6 +34,6 @@ from ppvae.evaluation.topics import coherence, perplexity
 __all__ = [
     "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "ProposalBracket",
     "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration", "coherence", "compare", "gaps",
-    "impute", "interval", "load_estimate", "log_marginal",
-    "looseness", "perplexity", "quadrature", "representation",
+    "impute", "interval", "load_estimate", "log_marginal", "looseness", "perplexity", "quadrature",
+    "refined_log_marginal", "representation",
 ]  # fmt: skip

@@ -216,6 +216,8 @@ def _warnings(order: Sequence[str], scores: Mapping[str, list[Estimate]]) -> lis
     methods = {_method(one) for own in scores.values() for one in own}
     if len(methods) > 1:
         out.append(f"unequal tightness: log p(x) was estimated by {'; '.join(sorted(methods))}")
+        if all(one.guide_estimate or "proposal" not in one.settings for own in scores.values() for one in own):
+            out[-1] += " (L_K of the guide is in log_marginal_guide, beside refined estimates)"
     shares = {name: _unreliable_share(scores[name]) for name in order}
     if max(shares.values()) - min(shares.values()) > MAX_UNRELIABLE_DIFFERENCE:
         worst = max(shares, key=lambda name: shares[name])

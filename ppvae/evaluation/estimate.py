@@ -27,6 +27,8 @@ from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes
 
 MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
+MOSTLY_RELIABLE = 0.95  # of the data
+UNIT, JOINT_UNIT = "nats per datum", "nats for the whole data set"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Estimate:
         reliable_override: [N] bool, replaces the rule of importance sampling: the rule of another method, or that of
             a file.
         remedy: the method that is recommended for data where importance sampling fails.
+        guide_estimate: the same by draws from the guide, where proposals were refined: L_K, which papers print.
+        seconds: of the computation, where it was timed; of its last part where it was resumed.
     """
 
     log_px: Tensor
@@ -79,6 +83,8 @@ class Estimate:
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     reliable_override: Tensor | None = field(default=None, repr=False)
     remedy: str = ""
+    guide_estimate: Estimate | None = field(default=None, repr=False)
+    seconds: float = math.nan
 
     @property
     def k_hat_limit(self) -> float:
@@ -171,18 +177,16 @@ class Estimate:
 their log p(x) may be far too low
         what to do: for 2: a better guide
         """
-        sampler = f"K = {format_particles(self.particles)}"
-        if self.reliable_override is not None:
-            sampler = f"{self.method}, {self.num_particles} chains"
+        unit = JOINT_UNIT if self.joint else UNIT
+        chains = self.reliable_override is not None
+        sampler = f"{self.method}, {self.num_particles} chains" if chains else f"K = {format_particles(self.particles)}"
         lines = [
-            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {self._unit} over {len(self.log_px)} data ({sampler}), "
+            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {len(self.log_px)} data ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
-            f"ELBO {float(self.elbo.mean()):.3f}; Monte-Carlo standard error "
-            f"{float(self.std_error.median()):.4f} (median)",
+            f"ELBO {self._elbo:.3f}; Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
             self.reliability.summary,
         ]
-        if target := self._target_summary():
-            lines.append(target)
+        lines += [text for text in (self.guide_comparison, self._target_summary()) if text]
         if not self.reliability.reasons and (broken := int((self.nonfinite > 0).sum())):
             lines.append(f"{broken} data have non-finite weights")
         if self.reliability.recommendation:
@@ -198,15 +202,24 @@ their log p(x) may be far too low
         >>> Estimate(-one, one, one, one, -one, 0 * one, 100, 0, 3, "density").table()["what to do"]
         'for 2: a better guide'
         """
+        unit = JOINT_UNIT if self.joint else UNIT
         rows = {
             "data": f"{self.data or 'a tensor'}, {len(self.log_px)} data",
-            "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {self._unit}",
+            "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {unit}",
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
-            "ELBO": f"{float(self.elbo.mean()):.3f}",
+            "ELBO": f"{self._elbo:.3f}",
             "particles": format_particles(self.particles),
         }
+        if "proposal" in self.settings:
+            rows["proposal"] = f"{self.settings['proposal']} for each datum"
+        if comparison := self.guide_comparison:
+            rows["beside it"] = comparison
+        if math.isfinite(self.seconds):
+            guide = self.guide_estimate
+            rows["seconds"] = f"{self.seconds:.1f}" + (f", and {guide.seconds:.1f} of the guide" if guide else "")
         if self.reliable_override is not None:
             rows |= {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
+        rows["verdict"] = self.verdict
         rows["reliability"] = self.reliability.summary
         if target := self._target_summary():
             rows["target"] = target
@@ -215,8 +228,33 @@ their log p(x) may be far too low
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
     @property
-    def _unit(self) -> str:
-        return "nats for the whole data set" if self.joint else "nats per datum"
+    def verdict(self) -> str:
+        """Whether log p(x) can be relied on, in one sentence."""
+        good = float(self.reliable.double().mean())
+        if self.joint or good in (0.0, 1.0):
+            return "reliable" if good else "not reliable: log p(x) may be far too low"
+        rest = int((~self.reliable).sum())
+        share = f"reliable for {100 * good:.1f} % of the data"
+        if good >= MOSTLY_RELIABLE:
+            return f"{share}; log p(x) of the other {rest} may be too low"
+        return f"{share} only: log p(x) of the other {rest} may be far too low, and the mean with it"
+
+    @property
+    def guide_comparison(self) -> str:
+        """L_K of the guide, its reliability, and by how much it is lower; an empty string without `guide_estimate`."""
+        guide = self.guide_estimate
+        if guide is None:
+            return ""
+        lower = (self.log_px - guide.log_px).double()
+        error = f" ± {float(lower.std() / math.sqrt(len(lower))):.3f}" if len(lower) > 1 else ""
+        share = "" if self.joint else f", reliable for {100 * float(guide.reliable.double().mean()):.1f} % of the data"
+        text = f"NLL {guide.nll:.3f} by L_{guide.num_particles} of the guide{share}"
+        return f"{text}: log p(x) lower by {float(lower.mean()):.3f}{error} nats"
+
+    @property
+    def _elbo(self) -> float:
+        """The mean ELBO of the guide, where it is known."""
+        return float((self.elbo if self.guide_estimate is None else self.guide_estimate.elbo).mean())
 
     def _target_summary(self) -> str:
         """How many data are reliable and within the target standard error, where there is a target."""
@@ -242,7 +280,7 @@ their log p(x) may be far too low
             "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
             "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "notes": "; ".join(self.notes),
             "levels": self.levels or 0, "method": self.method, "remedy": self.remedy, **self.settings,
-        }  # fmt: skip
+        } | ({"seconds": round(self.seconds, 1)} if math.isfinite(self.seconds) else {})  # fmt: skip
 
     def to_arviz(self) -> Any:
         """The estimate for ArviZ: `InferenceData` under ArviZ 0.x, `DataTree` under 1.x.
@@ -257,7 +295,10 @@ their log p(x) may be far too low
         return to_arviz(per_datum, draws or None, None, self.attributes())
 
     def save(self, directory: str | os.PathLike[str], name: str = "log_marginal") -> Path:
-        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each atomically."""
+        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each atomically.
+
+        `guide_estimate` is written as `<name>_guide`, before them.
+        """
         from ppvae.evaluation.arviz import write_netcdf
 
         folder = Path(directory)
@@ -268,6 +309,9 @@ their log p(x) may be far too low
             "summary": self.summary().splitlines(),
             "per_datum": {key: [_number(v) for v in value.tolist()] for key, value in self.per_datum().items()},
         }
+        if self.guide_estimate is not None:
+            self.guide_estimate.save(folder, f"{name}_guide")
+            content["guide_estimate"] = f"{name}_guide.json"
         write_bytes(path, (json.dumps(content, allow_nan=False) + "\n").encode())
         write_netcdf(self.to_arviz(), folder / f"{name}.nc")
         return path

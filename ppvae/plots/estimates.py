@@ -10,7 +10,19 @@ from matplotlib.patches import Rectangle
 from ppvae.errors import UsageError
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.reliability import MIN_ESS, format_particles
-from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, decimal_log_ticks, figure, note, number, styled
+from ppvae.plots.style import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    VERMILLION,
+    array,
+    decimal_log_ticks,
+    figure,
+    note,
+    number,
+    styled,
+)
 
 
 @styled
@@ -21,7 +33,8 @@ def log_px_histogram(estimate: Estimate) -> Figure:
     fig = figure(7.2, 3.4)
     ax: Any = fig.add_subplot()
     reliability_histogram(ax, log_px[finite], good[finite], max_bins=60)
-    for values, style, words in ((estimate.elbo, ":", "ELBO"), (estimate.log_px, "-", "log p(x)")):
+    elbo = (estimate.guide_estimate or estimate).elbo
+    for values, style, words in ((elbo, ":", "ELBO"), (estimate.log_px, "-", "log p(x)")):
         mean = float(array(values).mean())
         if math.isfinite(mean):
             ax.axvline(mean, color=INK, linestyle=style, linewidth=1.3, label=f"mean {words} = {number(mean)}")
@@ -36,7 +49,7 @@ def reliability_histogram(ax: Any, values: np.ndarray, reliable: np.ndarray, max
     """Adds a stacked histogram of finite values [N], with reliable and unreliable data in their own colours."""
     if len(values):
         edges = np.histogram_bin_edges(values, bins=min(max_bins, max(10, round(2 * math.sqrt(len(values))))))
-        groups = [(values[reliable], BLUE, "reliable"), (values[~reliable], VERMILLION, "not to be trusted")]
+        groups = [(values[reliable], BLUE, "reliable"), (values[~reliable], VERMILLION, "not reliable")]
         groups = [group for group in groups if len(group[0])]
         ax.hist(
             [g[0] for g in groups], edges, stacked=True, color=[g[1] for g in groups], edgecolor="white",
@@ -50,7 +63,8 @@ def reliability_histogram(ax: Any, values: np.ndarray, reliable: np.ndarray, max
 def bound_curve(estimate: Estimate) -> Figure:
     """Mean L_k against k, with the standard error over the data as a band; nats per datum.
 
-    Data with a non-finite L_k are left out at every k; a note counts them.
+    L_k of refined proposals lies above that of the guide, which is drawn beside it where it is known. Data with a
+    non-finite L_k are left out at every k; a note counts them.
     """
     if len(estimate.bounds) < 2:
         raise UsageError(f"estimate: expected bounds at two k or more, found {sorted(estimate.bounds)}")
@@ -59,7 +73,7 @@ def bound_curve(estimate: Estimate) -> Figure:
     finite = np.isfinite(curve).all(0) & np.isfinite(array(estimate.elbo))
     if not finite.any():
         raise UsageError("estimate: expected finite bounds for at least one datum, found none")
-    curve, elbo = curve[:, finite], float(array(estimate.elbo)[finite].mean())
+    curve, elbo = curve[:, finite], float(array((estimate.guide_estimate or estimate).elbo)[finite].mean())
     mean = curve.mean(1)
     fig = figure(7.2, 3.4)
     ax: Any = fig.add_subplot()
@@ -72,6 +86,9 @@ def bound_curve(estimate: Estimate) -> Figure:
     ax.annotate(
         number(mean[-1]), (ks[-1], mean[-1]), (0, 7), textcoords="offset points", ha="center", color=BLUE, fontsize=8.5
     )
+    if (guide := estimate.guide_estimate) is not None and len(guide.bounds) > 1:
+        of_guide = [float(array(guide.bounds[k])[finite].mean()) for k in sorted(guide.bounds)]
+        ax.plot(sorted(guide.bounds), of_guide, color=ORANGE, marker="s", markersize=3, label="mean $L_k$ of the guide")
     ax.set_xscale("log")
     ax.margins(0.06, 0.12)
     decimal_log_ticks(ax.xaxis)
@@ -99,7 +116,7 @@ def diagnosis(estimate: Estimate) -> Figure:
         (axes[1], log_px, "log p(x) (nats per datum)"),
     ):
         shown = np.isfinite(x) & np.isfinite(values) & ((values > 0) if ax is axes[0] else True)
-        _scatter(ax, x, values, shown & ~good, VERMILLION, "X", "not to be trusted")
+        _scatter(ax, x, values, shown & ~good, VERMILLION, "X", "not reliable")
         _scatter(ax, x, values, shown & good, BLUE, "o", "reliable")
         ax.set_xlabel(r"Pareto shape $\hat{k}$")
         ax.set_ylabel(words)

@@ -30,10 +30,17 @@ def _estimate_cards(est: Estimate) -> list[Card]:
     """NLL, bits per dim, ELBO and the number of unreliable data."""
     unit = "nats for the whole data set" if est.joint else "nats per datum"
     error = "" if math.isnan(est.nll_std_error) else f"± {number(est.nll_std_error, 3)}"
-    elbo = float(est.elbo.mean())
+    guide = est.guide_estimate or est
+    elbo = float(guide.elbo.mean())
     gap = f"{number(-est.nll - elbo, 3)} nats below {'' if est.joint else 'mean '}log p(x)"
+    beside = []
+    if guide is not est:
+        label, spread = f"NLL by L_{guide.num_particles} of the guide", number(guide.nll_std_error, 3)
+        share = f"reliable for {100 * float(guide.reliable.double().mean()):.1f} % of the data"
+        beside = [Card(label, number(guide.nll, 3), "" if math.isnan(guide.nll_std_error) else f"± {spread}", share)]
     return [
         Card("Negative log-likelihood", number(est.nll, 3), error, unit),
+        *beside,
         Card("Bits per dim", number(est.bits_per_dim, 3), "", est.base_measure),
         Card("ELBO", number(elbo, 3), "", gap),
         _reliability_card(est),
@@ -63,7 +70,7 @@ def remarks(run_data: RunData) -> list[str]:
     est = run_data.estimate
     if est is None:
         return [run_data.no_estimate, *annealing_remarks(run_data)]
-    out = []
+    out = [as_sentence(f"verdict: {est.verdict}")]
     if bool((~est.reliable).any()):
         out.append(as_sentence(est.reliability.summary))
     if todo := est.reliability.recommendation:
@@ -105,7 +112,9 @@ def _method(est: Estimate) -> str:
     spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
     chains = est.method != "importance sampling"
     draws = f"{est.num_particles:,} chains" if chains else f"K = {format_particles(est.particles, ',')} particles"
-    return f"{est.method} with {draws}, seed {est.seed}, which underestimates log p(x) on average{monte_carlo}{spread}"
+    source = "" if chains else f" from {'refined proposals' if est.settings.get('proposal') else 'the guide'}"
+    how = f"{est.method}{source} with {draws}, seed {est.seed}"
+    return f"{how}, which underestimates log p(x) on average{monte_carlo}{spread}"
 
 
 def _active_latents(run_data: RunData) -> list[tuple[str, str]]:

@@ -430,11 +430,11 @@ def test_diagnosis_puts_infinite_k_hat_at_the_edges():
     ax = plots.diagnosis(est).axes[0]
     points = {c.get_label(): sorted(c.get_offsets()[:, 0].tolist()) for c in ax.collections}
     assert points["reliable"][1:] == [0.2]
-    assert points["not to be trusted"][:1] == [0.9]
-    assert points["reliable"][0] < 0 < 0.9 < points["not to be trusted"][1]
+    assert points["not reliable"][:1] == [0.9]
+    assert points["reliable"][0] < 0 < 0.9 < points["not reliable"][1]
     labels = dict(zip(ax.get_xticks().tolist(), [t.get_text() for t in ax.get_xticklabels()], strict=True))
     assert labels[points["reliable"][0]] == "−∞"
-    assert labels[points["not to be trusted"][1]] == "∞"
+    assert labels[points["not reliable"][1]] == "∞"
     assert "1 datum with no finite value not shown" in texts(ax.figure)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from ppvae.evaluation.evidence.escalation import (
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
+from ppvae.evaluation.proposals.sources import compiled_densities, with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.tracing import Program
 
@@ -125,9 +127,11 @@ def log_marginal(
             refinable, replaced = refinable_run(run)
             if refinable is None and escalates:  # the guide's own draws; proposal="refined" raises the error
                 refined, replaced, refused = False, "", replaced
-            run = refinable or run
+            run = with_larger_blocks(refinable or run) if refined else run
         s, columns = run.structure, run.columns
         sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, refined)
+        if compile and refined:
+            sampler = replace(sampler, densities=compiled_densities(run, allocation.max_particles))
         compiled = sampler.compile_weights() if compile else None
         compute: Sampler = EscalatingSampler(sampler) if escalates else sampler
         key = sampler.cache_key() | ({"method": method} if escalates else {})
@@ -160,7 +164,7 @@ def log_marginal(
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     return Estimate(
-        **found,
+        **found,  # type: ignore[arg-type]
         num_particles=int(counts["num_particles"].max()),
         seed=seed,
         dims=dims * (run.num_data if s.has_global_latents else 1),

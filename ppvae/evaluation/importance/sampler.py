@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.evaluation.importance.guide_proposal import GuideProposal
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.proposals.sources import Proposal, RefinedProposal
+from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
 from ppvae.rng import derive_seed
 
 
@@ -31,6 +32,7 @@ class ImportanceSampler:
         rows: the largest number of (datum, particle) rows that go through the pair at once.
         precision: of the products in layers.
         refined: draw from a proposal that is fitted to each datum, instead of the guide.
+        densities: those that refined proposals are fitted to, compiled perhaps.
     """
 
     run: Evaluation
@@ -40,6 +42,7 @@ class ImportanceSampler:
     rows: int
     precision: str = "float32"
     refined: bool = False
+    densities: CompiledDensities = field(default_factory=lambda: CompiledDensities(0, 0, 1), repr=False)
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that a block's result is a function of."""
@@ -87,7 +90,7 @@ class ImportanceSampler:
     def proposal(self, block: Block, compiled: CompiledWeights | None = None) -> Proposal:
         """Where the particles of a block come from."""
         if self.refined:
-            return RefinedProposal(self.run, block, self.rows)
+            return RefinedProposal(self.run, block, self.rows, compiled=self.densities)
         return GuideProposal(self.run, block, self.rows, compiled)
 
     def sample(self, proposal: Proposal) -> dict[str, Tensor]:

@@ -190,7 +190,8 @@ def gaps(
     else:
         best, error, reliable = est.log_px, est.std_error, est.reliable
         source = "the richer family" if refit.richer else "the refit guide"
-        log_px_from = "given" if log_px is not None else f"{est.method}, from {source}"
+        given = "given, from refined proposals" if est.settings.get("proposal") else "given"
+        log_px_from = given if log_px is not None else f"{est.method}, from {source}"
         log_px_from += f", K = {est.num_particles}"
     return Gaps(
         log_px=best,

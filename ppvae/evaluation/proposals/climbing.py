@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.proposals.densities import Density
-from ppvae.evaluation.unconstrained.chain_state import ChainState
 
-MODE_STEPS, MODE_RATE = 60, 0.1
+MODE_STEPS, MODE_RATE = 40, 0.1
 
 
 class Target(Protocol):
@@ -21,8 +20,14 @@ class Target(Protocol):
     def sample_start(self, num_chains: int) -> Tensor:
         """Draws of the guide, [particles, batch, dims]."""
 
-    def __call__(self, u: Tensor) -> ChainState:
-        """log q(u | x) and log p(x, u) with their gradients."""
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(u | x) and log p(x, u), [particles, batch]."""
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u), [particles, batch]."""
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The gradient of log p(x, u), [particles, batch, dims]."""
 
 
 def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     x = torch.zeros_like(u)
     step = adam(x, MODE_RATE, MODE_STEPS)
     for _ in range(MODE_STEPS):
-        gradient = target((u + scale * x)[None]).grad_joint[0] * scale
+        gradient = target.gradient((u + scale * x)[None])[0] * scale
         step(-gradient)
     return u + scale * x
 
@@ -38,7 +43,7 @@ def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
 def elbo(target: Target, q: Density, num_particles: int) -> Tensor:
     """The ELBO of each datum under q, [batch], a Monte Carlo estimate."""
     u = q.sample(num_particles)
-    return (target(u).log_joint - q.log_prob(u)).nan_to_num(nan=-math.inf).mean(0)
+    return (target.log_joint(u) - q.log_prob(u)).nan_to_num(nan=-math.inf).mean(0)
 
 
 def adam(parameter: Tensor, rate: float, num_steps: int) -> Callable[[Tensor], None]:

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.proposals.climbing import Target, adam, ascend, elbo
+from ppvae.evaluation.proposals.climbing import MODE_STEPS, Target, ascend, elbo
 from ppvae.evaluation.proposals.densities import D, Density, Elliptical, LowRank, choose
 from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
 FAMILIES = ("guide", "Laplace", "full rank", "diagonal", "low rank")
-HEAVY_TAILS = 20.0  # degrees of freedom of a candidate beside the normal one
-TAILS = (math.inf, HEAVY_TAILS)
+DEGREES = 20.0  # of freedom of every candidate: tails heavier than normal, as a fit has noise of its own
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS = 100  # per source of draws
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
-NEWTON_STEPS = 3
+NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
-FULL_RANK_STEPS, FULL_RANK_RATE = 250, 0.05
+REGRESSIONS, AVERAGES = 3, 6  # rounds
+REGRESSION_DRAWS, AVERAGE_DRAWS, MIN_DRAWS = 3, 2, 40  # of a round: for each dim, and at least
+MAX_CHANGE = 16.0  # of a variance in one round
 MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
 
@@ -65,9 +66,9 @@ def fit_proposal(target: Target) -> FittedProposal:
 
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
-    latter two with normal and with Student's t tails (20 degrees of freedom). Beyond 256 dims they are a diagonal and a
-    low-rank scale, see `fit_low_rank`. All are scored on common draws, which no
-    estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
+    latter two as Student's t with 20 degrees of freedom. Beyond 256 dims they are a diagonal and a low-rank scale, see
+    `fit_low_rank`. All are scored on common draws, which no estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by
+    importance sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
     1801.03558) for fits per datum; Roeder et al. 2017 (arXiv 1703.09194) for the path gradient; Owen and Zhou 2000,
@@ -78,23 +79,30 @@ def fit_proposal(target: Target) -> FittedProposal:
     loc = torch.where(loc.isfinite(), loc, torch.zeros_like(loc))
     scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
     if loc.shape[-1] > MAX_FULL_RANK_DIMS:
-        return best_of(target, [q.with_df(df) for q in fit_low_rank(target, loc, scale) for df in TAILS], 2)
+        return best_of(target, fit_low_rank(target, loc, scale), 2)
     normal = torch.full(loc.shape[:1], math.inf, dtype=loc.dtype, device=loc.device)
     moments = Elliptical(loc, torch.diag_embed(scale), normal)
     mode, covariance = newton(target, ascend(target, loc, scale), scale)
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
     full_rank = maximize_elbo(target, choose(better, [moments, laplace]))
-    return best_of(target, [q.with_df(df) for q in (laplace, full_rank) for df in TAILS])
+    return best_of(target, [laplace, full_rank])
 
 
 def best_of(target: Target, candidates: list[D], first_family: int = 0) -> FittedProposal:
-    """For each datum the candidate with the smallest second moment; each family has normal and t tails."""
+    """For each datum the candidate with the smallest second moment, all with the tails of Student's t."""
+    candidates = [q.with_df(DEGREES) for q in candidates]
     scores = score(target, candidates)
     best = (scores <= scores.amin(0) + INDIFFERENCE).long().argmax(0)  # the first, and simplest, of those as good
     density = choose((best - 1).clamp(min=0), candidates)
     share = torch.where(best == 0, 1.0, GUIDE_SHARE).to(density.loc)
-    return FittedProposal(density, share, torch.where(best == 0, 0, first_family + (best + 1) // 2))
+    return FittedProposal(density, share, torch.where(best == 0, 0, first_family + best))
+
+
+def rows_of_fit(dims: int) -> tuple[int, int]:
+    """(gradients, log-densities beside them) that the fit of one datum takes, about."""
+    rounds = REGRESSIONS * max(MIN_DRAWS, REGRESSION_DRAWS * dims) + AVERAGES * max(MIN_DRAWS, AVERAGE_DRAWS * dims)
+    return MODE_STEPS + 2 * (NEWTON_STEPS + 1) * dims + rounds, 3 * SELECTION_DRAWS
 
 
 def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,10 +110,10 @@ def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([0.0, 0.1, 0.3, 1.0], dtype=u.dtype, device=u.device)[:, None, None]
     for _ in range(NEWTON_STEPS):
         covariance = inverse_hessian(target, u, scale)
-        gradient = target(u[None]).grad_joint[0] * scale
+        gradient = target.gradient(u[None])[0] * scale
         move = scale * torch.einsum("nde,ne->nd", covariance, gradient)
         tried = u + lengths * move
-        best = target(tried).log_joint.nan_to_num(nan=-math.inf).argmax(0)
+        best = target.log_joint(tried).nan_to_num(nan=-math.inf).argmax(0)
         u = tried[best, torch.arange(len(u), device=u.device)]
     covariance = inverse_hessian(target, u, scale)
     return u, scale[:, :, None] * covariance * scale[:, None, :]
@@ -118,7 +126,7 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     """
     dims = u.shape[-1]
     shift = DIFFERENCE * torch.eye(dims, dtype=u.dtype, device=u.device)[:, None, :] * scale
-    gradients = target(torch.cat([u + shift, u - shift])).grad_joint * scale
+    gradients = target.gradient(torch.cat([u + shift, u - shift])) * scale
     hessian = (gradients[:dims] - gradients[dims:]).permute(1, 0, 2) / (2 * DIFFERENCE)
     curvature = -(hessian + hessian.mT).double() / 2
     curvature = torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature))
@@ -128,44 +136,55 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
 
 
 def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
-    """The full-rank normal with the largest ELBO, from `start` and in coordinates whitened by its scale.
+    """The full-rank normal with the largest ELBO, from `start`, by rounds of linear regression.
 
-    u = loc + T (mu + L eps) with T the scale of `start`; gradients follow the path of the draws alone, whose noise
-    vanishes where q is exact. Draws per step grow with the dims: too few diverge.
+    At the maximum E_q[grad log p] = 0, and the precision of q is -E_q[hess log p] (Opper and Archambeau 2009). Both are
+    read off draws of q in coordinates whitened by its scale, where that precision is the identity: first by regressing
+    grad log p on the draws, which is exact where log p(x, u) is quadratic (Salimans and Knowles 2013, arXiv
+    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over more and more draws.
     """
-    loc, outer = start.loc, start.scale_tril
+    loc, scale = start.loc, start.scale_tril
     count, dims = loc.shape
-    mu, log_diagonal, lower = torch.zeros_like(loc), torch.zeros_like(loc), torch.zeros_like(outer)
-    steps = [adam(p, FULL_RANK_RATE, FULL_RANK_STEPS) for p in (mu, log_diagonal, lower)]
-    draws = max(4, dims // 12)
-    for _ in range(FULL_RANK_STEPS):
-        inner = lower.tril(-1) + torch.diag_embed(log_diagonal.exp())
-        eps = torch.randn(draws, count, dims, dtype=loc.dtype, device=loc.device)
-        w = mu + torch.einsum("nde,kne->knd", inner, eps)
-        gradient = target(loc + torch.einsum("nde,kne->knd", outer, w)).grad_joint
-        # d/dw of log p - log q along the path: T' grad log p + L^-T eps
-        score = torch.linalg.solve_triangular(inner.mT, eps.permute(1, 2, 0), upper=True).permute(2, 0, 1)
-        path = torch.einsum("nde,knd->kne", outer, gradient) + score
-        by_scale = torch.einsum("knd,kne->nde", path, eps) / draws
-        steps[0](-path.mean(0))
-        steps[1](-by_scale.diagonal(dim1=-2, dim2=-1) * log_diagonal.exp())
-        steps[2](-by_scale.tril(-1))
-    inner = lower.tril(-1) + torch.diag_embed(log_diagonal.exp())
-    moved = loc + torch.einsum("nde,ne->nd", outer, mu)
-    return Elliptical(moved, outer @ inner, start.df)
+    identity = torch.eye(dims, dtype=torch.float64, device=loc.device)
+    for number in range(REGRESSIONS + AVERAGES):
+        regress = number < REGRESSIONS
+        half = max(MIN_DRAWS, (REGRESSION_DRAWS if regress else AVERAGE_DRAWS) * dims) // 2
+        before = REGRESSION_DRAWS + AVERAGE_DRAWS * (number - REGRESSIONS)
+        weight = 1.0 if regress else AVERAGE_DRAWS / (before + AVERAGE_DRAWS)  # of these draws among all that count
+        eps = torch.randn(half, count, dims, dtype=loc.dtype, device=loc.device)
+        eps = torch.cat([eps, -eps])  # skewness then does not disturb the slope, nor curvature the mean
+        gradient = target.gradient(loc + torch.einsum("nde,kne->knd", scale, eps)).nan_to_num(0.0, 0.0, 0.0)
+        slopes, eps = torch.einsum("nde,knd->kne", scale, gradient).double(), eps.double()
+        if regress:
+            odd, eps = (slopes[:half] - slopes[half:]) / 2, eps[:half]
+            precision = -torch.linalg.solve(_outer(eps, eps), _outer(eps, odd))
+        else:
+            precision = identity - _outer(eps, slopes + eps) / (2 * half)
+        values, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
+        values = 1 + weight * (values.clamp(1 / MAX_CHANGE, MAX_CHANGE) - 1)
+        covariance = (vectors / values[:, None, :]) @ vectors.mT
+        move = weight * torch.einsum("nde,ne->nd", covariance, slopes.mean(0))
+        move = move * (dims**0.5 / move.norm(dim=-1, keepdim=True)).clamp(max=1)
+        loc = loc + torch.einsum("nde,ne->nd", scale, move.to(loc))
+        scale = scale @ torch.linalg.cholesky(covariance).to(loc)
+    return Elliptical(loc, scale, start.df)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """sum_k a_k b_k' of [draws, batch, dims], [batch, dims, dims]."""
+    return a.permute(1, 2, 0) @ b.transpose(0, 1)
 
 
 def score(target: Target, candidates: Sequence[Density]) -> Tensor:
     """log E_q[w^2] of the guide and of each candidate with its defensive share, [1 + candidates, batch].
 
-    Draws come from the guide and from the candidates with heavy tails, which cover those without.
+    Draws come from all of them.
     """
-    sources = [q for q in candidates if bool(q.df.isfinite().all())]
-    u = torch.cat([target.sample_start(SELECTION_DRAWS), *(q.sample(SELECTION_DRAWS) for q in sources)])
-    state = target(u)
-    log_guide = state.log_start.nan_to_num(nan=-math.inf)
-    log_joint = state.log_joint.nan_to_num(nan=-math.inf)
-    log_pool = torch.stack([log_guide, *(q.log_prob(u) for q in sources)]).logsumexp(0) - math.log(1 + len(sources))
+    u = torch.cat([target.sample_start(SELECTION_DRAWS), *(q.sample(SELECTION_DRAWS) for q in candidates)])
+    log_guide, log_joint = (log_density.nan_to_num(nan=-math.inf) for log_density in target.log_densities(u))
+    log_pool = torch.stack([log_guide, *(q.log_prob(u) for q in candidates)]).logsumexp(0) - math.log(
+        1 + len(candidates)
+    )
     fitted = [q.log_prob(u) + math.log1p(-GUIDE_SHARE) for q in candidates]
     log_q = [log_guide, *(torch.logaddexp(log_guide + math.log(GUIDE_SHARE), q) for q in fitted)]
     return torch.stack([(2 * log_joint - q - log_pool).logsumexp(0).nan_to_num(nan=math.inf) for q in log_q])

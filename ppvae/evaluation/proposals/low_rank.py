@@ -48,7 +48,7 @@ def climb(target: Target, start: LowRank, factor: Tensor) -> LowRank:
         eps = torch.randn(draws, *loc.shape, dtype=loc.dtype, device=loc.device)
         eta = torch.randn(draws, count, rank, dtype=loc.dtype, device=loc.device)
         w = mu + q.diagonal * eps + torch.einsum("ndr,knr->knd", factor, eta)
-        path = target(loc + scale * w).grad_joint * scale - q.grad_log_prob(w)
+        path = target.gradient(loc + scale * w) * scale - q.grad_log_prob(w)
         steps[0](-path.mean(0))
         steps[1](-(path * eps).mean(0) * q.diagonal)
         if not fixed:

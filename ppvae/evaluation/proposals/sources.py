@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, final
 
 import pyro
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import site_error
-from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, Evaluation
-from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
+from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal, rows_of_fit
 from ppvae.evaluation.unconstrained.chain_state import ChainState
+from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
 from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed, seed_all
 
-FIT_ROWS = 1000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
+FIT_BLOCK, MAX_DIMS = 200, 200  # data whose proposals are fitted together; the dims beyond which memory is dear
+FIT_ROWS = 5000  # (draw, datum) rows in one run of a fit, whatever `rows` is: a fit would amplify rounding
 
 LogWeights = tuple[Tensor, Tensor, Mapping[str, Tensor] | None]
 
@@ -63,8 +66,10 @@ class RefinedProposal:
         rows: int,
         fitted: FittedProposal | None = None,
         independent: bool = False,
+        compiled: CompiledDensities | None = None,
     ):
         self.run, self.block, self.rows, self.independent = run, block, rows, independent
+        self._compiled = compiled or CompiledDensities(0, 0, 1)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             self._potential = Potential(run.model, run.guide, block, FIT_ROWS, cache=True)
             if fitted is None:
@@ -79,7 +84,8 @@ class RefinedProposal:
         part, positions = self.block.select_rows(rows)
         if part is self.block:
             return self, positions
-        return RefinedProposal(self.run, part, self.rows, self.fitted.select(rows), self.independent), positions
+        fitted = self.fitted.select(rows)
+        return RefinedProposal(self.run, part, self.rows, fitted, self.independent, self._compiled), positions
 
     def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:
         step, width = max(1, self.rows // self.block.size), self.block.num_weights
@@ -93,7 +99,7 @@ class RefinedProposal:
 
     def log_weight(self, u: Tensor) -> Tensor:
         """Log-weights [particles, batch] of states [particles, batch, dims]."""
-        log_guide, log_joint = self._potential.log_densities(u)
+        log_guide, log_joint = self._compiled.log_densities(self._potential, u)
         extra = self._masked_log_density(u)
         return log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
 
@@ -147,6 +153,27 @@ class RefinedProposal:
             torch.where(active, state.grad_start, -u), torch.where(active, state.grad_joint, -u),
         )  # fmt: skip
 
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(u | x) and log p(x, u), [particles, batch]."""
+        extra = self._masked_log_density(u)
+        parts = [self._compiled.log_densities(self._potential, part) for part in self._split(u)]
+        log_guide, log_joint = map(torch.cat, zip(*parts, strict=True))
+        return log_guide + extra, log_joint + extra
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u), [particles, batch]."""
+        with torch.no_grad():
+            return torch.cat([self._potential.log_joint(part) for part in self._split(u)]) + self._masked_log_density(u)
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The gradient of log p(x, u), [particles, batch, dims]."""
+        gradient = torch.cat([self._compiled.gradient(self._potential, part) for part in self._split(u)])
+        active = self._potential.space.active
+        return gradient if active is None else torch.where(active, gradient, -u)
+
+    def _split(self, u: Tensor) -> Sequence[Tensor]:
+        return u.split(max(1, FIT_ROWS // self.block.size))
+
     def _masked_log_density(self, u: Tensor) -> Tensor | float:
         """The standard normal log-density of the coordinates of masked latents, [particles, batch]."""
         active = self._potential.space.active
@@ -154,6 +181,23 @@ class RefinedProposal:
             return 0.0
         log_normal = -0.5 * (u.double().square() + math.log(2 * math.pi))
         return torch.where(active, torch.zeros_like(log_normal), log_normal).sum(-1)
+
+
+def with_larger_blocks(run: Evaluation) -> Evaluation:
+    """The same evaluation by blocks of up to `FIT_BLOCK` data, where their size is free and the dims are few.
+
+    A fit takes hundreds of runs of the pair one after another, each of few particles: many data share their overhead.
+    """
+    s = run.structure
+    size = math.ceil(run.num_data / math.ceil(run.num_data / FIT_BLOCK))  # of equal blocks, as far as that goes
+    free = run.block_size == DATA_BLOCK and not (s.has_global_latents or s.draws_subsample)
+    return replace(run, block_size=size) if free and s.latent_dims <= MAX_DIMS else run
+
+
+def compiled_densities(run: Evaluation, num_particles: int) -> CompiledDensities:
+    """The densities of all blocks, compiled where fits and draws of so many particles pay for it."""
+    gradients, densities = rows_of_fit(run.structure.latent_dims)
+    return CompiledDensities(run.num_data * gradients, run.num_data * (densities + num_particles), FIT_ROWS)
 
 
 def check_refinable(run: Evaluation, block: Block) -> None:

@@ -118,6 +118,24 @@ class Potential:
             return log_start, t.log_lik + t.log_prior + log_det
         return log_start, log_start + t.log_weight
 
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, z) of a state, [chains, batch] in float64, in the coordinates u; without the guide where it can."""
+        if not self._only_latents or self.s.enumerated:
+            return self.log_densities(u)[1]
+        values, log_det = self.space.constrain(u)
+        sites = {n: replace(self.space.sites[n], value=v, traced_value=v) for n, v in values.items()}
+        t = self._terms(len(u), guide_sites=sites)
+        return t.log_lik + t.log_prior + log_det
+
+    def joint_gradient(self, u: Tensor) -> Tensor:
+        """The gradient of log p(x, z) at a state, [chains, batch, dims]; parameters get no gradient."""
+        parts = []
+        with torch.enable_grad(), frozen_params(self.s.params.values()):
+            for part in u.split(self._chains_per_run):
+                part = part.detach().requires_grad_()
+                parts += torch.autograd.grad(self.log_joint(part).sum(), part, materialize_grads=True)
+        return torch.cat(parts)
+
     def _terms(self, num_chains: int, **latents: Any) -> Terms:
         return evaluate_terms(
             self.model, self.guide, self.batch, num_chains, structure=self.s, index=self.index, **latents

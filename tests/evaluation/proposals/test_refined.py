@@ -11,8 +11,9 @@ import torch
 
 from ppvae import log_marginal
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation import quadrature
+from ppvae.evaluation import load_estimate, quadrature, refined_log_marginal
 from ppvae.evaluation.proposals.densities import Elliptical, choose
+from ppvae.evaluation.unconstrained import compiled_potential
 from ppvae.models import LinearGaussian
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -201,3 +202,68 @@ def test_what_cannot_be_refined_says_so():
         log_marginal(model, guide, torch.zeros(3), proposal="refined")
     with pytest.raises(UsageError, match="proposal: expected 'guide' or 'refined', found 'best'"):
         log_marginal(model, guide, torch.zeros(3), proposal="best")
+
+
+def test_refined_estimates_have_those_of_the_guide_beside_them(tmp_path):
+    """Kept in files, and told: the refined one is nearer to the exact value."""
+    pair, x = linear_gaussian()
+    est = refined_log_marginal(pair.model, wrong_guide, x, num_particles=200, guide_particles=100)
+    guide, exact = est.guide_estimate, pair.log_px(x).detach()
+    alone = log_marginal(pair.model, wrong_guide, x, num_particles=100)
+    assert torch.equal(guide.log_px, alone.log_px)
+    assert float((est.log_px - exact).abs().max()) < 0.1 < float((guide.log_px - exact).abs().max())
+    assert est.seconds > 0 < guide.seconds
+    assert est.verdict == "reliable"
+    assert guide.verdict.startswith("not reliable")
+    assert f"by L_100 of the guide, reliable for {0:.1f} % of the data" in est.summary()
+    again = load_estimate(est.save(tmp_path))
+    assert again.table() == est.table()
+    assert torch.equal(again.guide_estimate.log_px, guide.log_px)
+    assert load_estimate(tmp_path / "log_marginal_guide.json").guide_estimate is None
+    without = refined_log_marginal(pair.model, wrong_guide, x, num_particles=200, guide_particles=0)
+    assert without.guide_estimate is None
+    assert torch.equal(without.log_px, est.log_px)
+    assert load_estimate(without.save(tmp_path)).guide_estimate is None
+
+
+def test_pairs_that_cannot_be_refined_are_drawn_from_the_guide():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    est = refined_log_marginal(model, guide, torch.zeros(3), guide_particles=70)
+    assert est.guide_estimate is None
+    assert est.num_particles == 70
+    assert est.notes[0].startswith("drawn from the guide, as no proposal can be refined: site 'z'")
+    assert "proposal" not in est.settings
+
+    def with_global(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide_of_global(x):
+        pyro.sample("mu", dist.Normal(0.0, 0.7))
+        with pyro.plate("data", len(x)):
+            pass
+
+    est = refined_log_marginal(with_global, guide_of_global, torch.zeros(3), guide_particles=70)
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(torch.zeros(3))
+    assert est.joint  # one posterior, and one proposal, of the whole data set
+    assert abs(float(est.log_px) - float(exact)) < 0.01
+
+
+def test_compiled_fits_give_the_same(monkeypatch):
+    """Up to rounding, in float64."""
+    monkeypatch.setattr(compiled_potential, "MIN_ROWS", 1)
+    pair, x = linear_gaussian(2)
+    once, again = (
+        log_marginal(pair.model, pair.mean_field, x, num_particles=200, proposal="refined", compile=compile)
+        for compile in (True, False)
+    )
+    torch.testing.assert_close(once.log_px, again.log_px, rtol=0, atol=1e-8)
