@@ -187,7 +187,7 @@ their log p(x) may be far too low
             self.reliability.summary,
         ]
         lines += [text for text in (self.guide_comparison, self._target_summary()) if text]
-        if not self.reliability.reasons and (broken := int((self.nonfinite > 0).sum())):
+        if (broken := int((self.nonfinite > 0).sum())) and not self.reliability.reasons:
             lines.append(f"{broken} data have non-finite weights")
         if self.reliability.recommendation:
             lines.append(f"what to do: {self.reliability.recommendation}")
@@ -212,8 +212,8 @@ their log p(x) may be far too low
         }
         if "proposal" in self.settings:
             rows["proposal"] = f"{self.settings['proposal']} for each datum"
-        if comparison := self.guide_comparison:
-            rows["beside it"] = comparison
+        if self.guide_estimate is not None:
+            rows["beside it"] = self.guide_comparison
         if math.isfinite(self.seconds):
             guide = self.guide_estimate
             rows["seconds"] = f"{self.seconds:.1f}" + (f", and {guide.seconds:.1f} of the guide" if guide else "")
@@ -317,8 +317,7 @@ their log p(x) may be far too low
         return path
 
 
-def _number(value: Any) -> Any:
-    """A JSON value: a non-finite number becomes a string."""
+def _number(value: Any) -> Any:  # a JSON value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

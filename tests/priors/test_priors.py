@@ -671,4 +671,4 @@ def test_every_prior_is_under_the_laws() -> None:
 
 def test_flow_is_known_by_its_name_and_shape() -> None:
     fn = ZukoDistribution(zuko.flows.MAF(3)())
-    assert (type(fn).__name__, fn.shape(), fn.support.event_dim) == ("Flow", torch.Size([3]), 1)
+    assert (type(fn).__name__, fn.shape(), fn.support.event_dim) == ("ZukoDistribution", torch.Size([3]), 1)
