@@ -150,8 +150,8 @@ class Guards:
                     names = [n for n in own if n not in ("__dict__", "__weakref__", "__doc__", "_abc_impl")]
                     yield base.__name__, (functools.partial(_get_items, own, names), names)
         elif type(thing).__module__ not in ("logging", "threading", "weakref", "random"):
-            if isinstance(own := getattr(thing, "__dict__", None), dict):  # of `list[int]` it is that of the class list
-                yield name, own
+            if isinstance(getattr(thing, "__dict__", None), dict):  # of `list[int]` it is that of the class, no dict
+                yield name, vars(thing)
             if not _is_constant(type(thing).__module__):
                 slots = [n for base in type(thing).__mro__ for n in _slots(base)]
                 if slots:
