@@ -11,12 +11,15 @@ from operator import is_
 from typing import Any, final
 
 import torch
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 # packages whose code is taken to be constant; instances of their classes are guarded all the same
 _CONSTANT_PACKAGES = set(sys.stdlib_module_names) - {"__main__"}
 _CONSTANT_PACKAGES |= {"torch", "pyro", "numpy", "scipy", "pandas", "sklearn", "tqdm", "ppvae"}
 _PLAIN_TYPES = (int, float, complex, str, bytes, type(None), range, slice, enum.Enum, torch.dtype, torch.device)
+_TRAINING_TYPES = (SVI, PyroOptim, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # change at each step
 _MAX_VALUES = 20_000  # values
 
 
@@ -26,7 +29,7 @@ class Guards:
 
     Guarded: numbers, strings and flags in attributes of objects and of their classes, lists and dicts, closures,
     defaults, and the globals that code names; the identity of tensors, not their values. Not guarded: the state of
-    iterators, files, clocks and extension modules.
+    iterators, files, clocks and extension modules, and of what trains the function: an SVI, optimizers, schedulers.
 
     Attributes:
         tensors: ids of the tensors that are inputs of the graph; any other object in their place is a change.
@@ -117,7 +120,7 @@ class Guards:
 
     def _state_of(self, name: str, thing: Any) -> Iterator[tuple[str, Any]]:
         """The state that an object holds directly: a dict, or (a function that reads values, their labels)."""
-        if isinstance(thing, (*_PLAIN_TYPES, Tensor, types.ModuleType)) or id(thing) in self._visited:
+        if isinstance(thing, (*_PLAIN_TYPES, *_TRAINING_TYPES, Tensor, types.ModuleType)) or id(thing) in self._visited:
             return
         self._visited[id(thing)] = thing
         if isinstance(thing, dict):
@@ -138,7 +141,7 @@ class Guards:
         elif isinstance(thing, staticmethod | classmethod):
             yield name, (lambda: (thing.__func__,), None)
         elif isinstance(thing, type):
-            for base in thing.__mro__:
+            for base in thing.__mro__ if not issubclass(thing, _TRAINING_TYPES) else ():
                 if not _is_constant(base.__module__):
                     own = vars(base)
                     names = [n for n in own if n not in ("__dict__", "__weakref__", "__doc__", "_abc_impl")]

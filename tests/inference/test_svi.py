@@ -251,6 +251,39 @@ def test_a_graph_takes_these_steps(model, args, loss):
     assert len(svi._compiled_step.function.graphs) == 1
 
 
+class Trainer:
+    """Holds its model, its optimizer and its SVI, so that the model's state has all of them."""
+
+    def __init__(self, make):
+        self.optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5})
+        self.svi = make(self.model, Guide(), self.optim, Trace_ELBO())
+
+    def model(self, x):
+        return model(x)
+
+    def steps(self):
+        losses = []
+        for _ in range(5):
+            losses.append(self.svi.step(X))
+            self.optim.step()
+        return losses
+
+
+def test_what_trains_a_model_is_no_state_of_it(caplog):
+    def steps(make):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        trainer = Trainer(make)
+        return trainer.steps(), trainer.svi
+
+    expected, _ = steps(pyro.infer.SVI)
+    with caplog.at_level("INFO", "ppvae"):
+        found, svi = steps(lambda *args: SVI(*args, compile=True))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(svi._compiled_step.function.graphs) == 1
+    assert "made anew" not in caplog.text
+
+
 @pytest.mark.parametrize(("loss", "own", "why"), [
     (ReweightedWakeSleep(num_particles=3, vectorize_particles=False), None, "values of tensors"),
     (a_function, own_gradients, "a function of the caller's"),
