@@ -74,7 +74,7 @@ def explain_failure(
 
 def _other_number_of_rows(text: str, model: Program, guide: Program, batch: tuple[Any, ...]) -> str:
     """The sentence for a tensor with one row a datum on another number of data, with which it was seen to run."""
-    if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim():
+    if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim() or runs(model, guide, batch):
         return ""
     size, numbers = len(batch[0]), set(map(int, re.findall(r"\d+", text)))
     scopes = [f.scope.params for f in (model, guide) if isinstance(f, BoundProgram)]

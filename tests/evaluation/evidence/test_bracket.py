@@ -24,7 +24,7 @@ def pair():
     return LinearGaussian(6, 3).double().requires_grad_(False)
 
 
-@pytest.mark.parametrize(("proposal", "runs", "size"), [("guide", 200, 5), ("refined", 200, 1)])
+@pytest.mark.parametrize(("proposal", "runs", "size"), [("guide", 200, 5), ("refined", 200, 5)])
 def test_the_bracket_contains_the_truth(pair, proposal, runs, size):
     """200 runs, each of data and noise of its own: the mean log p(x) lies between `low` and `high` in 198 or more.
 
