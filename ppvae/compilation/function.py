@@ -92,7 +92,7 @@ class Policy:
 
 
 @final
-class EagerRun:
+class EagerResult:
     """A call of the function itself: its outputs, and the state before and after it."""
 
     def __init__(self, target: Target, args: Sequence[Tensor]):
@@ -133,7 +133,7 @@ class EagerRun:
 
 
 @final
-class BlockInvariantGraph:
+class TwoStageGraph:
     """A graph in two parts: what is the same for all calls of a block, computed once, and the compiled remainder."""
 
     def __init__(self, graph: Graph, args: Sequence[Tensor], varying: tuple[int, ...], choices: Choices):
@@ -167,7 +167,7 @@ class CapturedGraph:
     """
 
     graph: Graph
-    run: Graph | BlockInvariantGraph
+    run: Graph | TwoStageGraph
     guards: Guards | None
     calls: int = 0
     doubted: bool = False
@@ -242,7 +242,7 @@ class CompiledFunction:
         waited = self._calls[kind] >= self.policy.wait << min(self._changes, MAX_DOUBLINGS)
         return (self._first or waited) and len(self.graphs) < self.policy.most
 
-    def _run(self, graph: Graph | BlockInvariantGraph, args: Sequence[Tensor]) -> Outputs:
+    def _run(self, graph: Graph | TwoStageGraph, args: Sequence[Tensor]) -> Outputs:
         return graph(*args) if isinstance(graph, Graph) else graph(self.block, args)
 
     def _advance(self, outputs: Outputs) -> Outputs:
@@ -254,7 +254,7 @@ class CompiledFunction:
     def _capture(self, kind: Any, args: Sequence[Tensor]) -> Outputs:
         """One call of the function, and its graph, whose outputs are returned where they are the same."""
         first, self._first = self._first, False
-        eager = EagerRun(self.target, args)
+        eager = EagerResult(self.target, args)
         if eager.refusal:
             self.refuse(eager.refusal)
             return eager.outputs
@@ -273,7 +273,7 @@ class CompiledFunction:
         eager.restore_before()
         return self._advance(self._run(captured.run, args))
 
-    def _captured(self, args: Sequence[Tensor], eager: EagerRun, first: bool) -> CapturedGraph | None:
+    def _captured(self, args: Sequence[Tensor], eager: EagerResult, first: bool) -> CapturedGraph | None:
         """The graph of a call; None where it is only of use compiled, and not worth that."""
         target, policy = self.target, self.policy
         guards = target.guards() if target.guards is not None else None
@@ -289,7 +289,7 @@ class CompiledFunction:
         if policy.keeps_uncompiled:
             eager.restore_before()
             eager.compare(graph(*args))
-        run: Graph | BlockInvariantGraph = graph
+        run: Graph | TwoStageGraph = graph
         if self.kernels == "compiled" and policy.is_worth_compiling(graph, first):
             run = self._compiled(graph, args, eager)
         elif not policy.keeps_uncompiled:
@@ -299,18 +299,18 @@ class CompiledFunction:
             self.kernels = "graph"
         return CapturedGraph(graph, run, guards)
 
-    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerRun) -> Graph | BlockInvariantGraph:
+    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerResult) -> Graph | TwoStageGraph:
         """The compiled form of a graph if it agrees and is faster; otherwise the graph, or the error."""
         varying, choices = self.target.varying, self.target.choices()
-        run: Graph | BlockInvariantGraph
+        run: Graph | TwoStageGraph
         try:
             if varying is None:
                 run = graph.compile(args, choices)
             else:
-                run = BlockInvariantGraph(graph, args, varying, choices)
+                run = TwoStageGraph(graph, args, varying, choices)
             eager.restore_before()
             eager.compare(self._run(run, args))
-            if isinstance(run, BlockInvariantGraph) or self.policy.is_faster(run, graph, args):
+            if isinstance(run, TwoStageGraph) or self.policy.is_faster(run, graph, args):
                 return run
         except Exception as error:
             if not self.policy.keeps_uncompiled:
@@ -321,7 +321,7 @@ class CompiledFunction:
 
     def _check(self, captured: CapturedGraph, args: Sequence[Tensor]) -> Outputs:
         """One call of the graph, compared with the function; of the function where they differ."""
-        eager = EagerRun(self.target, args)
+        eager = EagerResult(self.target, args)
         if eager.refusal:
             self.refuse(eager.refusal)
             return eager.outputs

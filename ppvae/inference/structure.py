@@ -49,7 +49,7 @@ def lone_role(node: Mapping[str, Any]) -> Role:
     return Role.AUXILIARY if infer.get("is_auxiliary") else Role.LATENT
 
 
-class SiteTable(dict[str, Any]):
+class SiteDict(dict[str, Any]):
     """A property of sites by name; a site of another batch than the inspected one is refused by its name."""
 
     def __missing__(self, name: str) -> Any:
@@ -103,7 +103,7 @@ class Structure:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", ParticlePlacement(self.layout))  # a plain string is accepted
         for name in ("model_roles", "guide_roles", "event_dims"):
-            object.__setattr__(self, name, SiteTable(getattr(self, name)))
+            object.__setattr__(self, name, SiteDict(getattr(self, name)))
 
     def with_guide_sites(self, sites: Mapping[str, tuple[Role, int]]) -> Structure:
         """The structure of a batch with further sites in the guide, given (role, event dims) of its sites by name."""

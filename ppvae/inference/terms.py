@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.inference.contract.absolute_continuity import check_same_mask
-from ppvae.inference.contract.further_sites import with_further_sites
+from ppvae.inference.contract.dynamic_structure import with_dynamic_structure
 from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
 from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles, copy_distribution
@@ -166,7 +166,7 @@ def evaluate_terms(
 def _terms_of(model_trace: Any, guide_trace: Any, layout: ParticleLayout, events: bool, kl: bool) -> Terms:
     """The terms of one run; the guide's trace is None where its sites are known."""
     p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)) if guide_trace is not None else None
-    s = with_further_sites(layout.s, p, q)
+    s = with_dynamic_structure(layout.s, p, q)
     layout = replace(layout, s=s)
     model_sites = {n: layout.site(n, node, s.model_roles[n], events) for n, node in p.items()}
     guide_sites = {n: layout.site(n, node, s.guide_roles[n], events) for n, node in (q or {}).items()}

@@ -93,14 +93,14 @@ def test_a_longer_sequence_in_a_later_block_is_annealed():
     ],
     ids=["elbo", "iwae", "dreg", "stl", "score", "pyro"],
 )
-def test_every_objective_trains_on_batches_with_further_sites(objective):
+def test_every_objective_trains_on_batches_with_dynamic_structure(objective):
     pyro.clear_param_store()
     x, n, _ = sequences(long=17, size=20)
     run = fit(*sequence_pair(), (x, n), objective=objective, epochs=3, batch_size=2, compile=False)
     assert math.isfinite(run.metrics["loss"])
 
 
-def test_losses_on_further_sites_are_those_of_a_pair_that_is_inspected_on_them():
+def test_losses_on_dynamic_structure_are_those_of_a_pair_that_is_inspected_on_them():
     x, n, _ = sequences(long=17, size=20)
     values = []
     for batches in (((x[:4], n[:4]), (x, n)), ((x, n),)):
@@ -113,7 +113,7 @@ def test_losses_on_further_sites_are_those_of_a_pair_that_is_inspected_on_them()
     assert values[0] == values[1]
 
 
-def test_further_sites_are_checked_as_the_first_ones():
+def test_dynamic_structure_are_checked_as_the_first_ones():
     def guide(x, n):
         with pyro.plate("data", len(x)):
             for t in range(int(n.max())):

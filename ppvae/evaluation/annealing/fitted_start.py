@@ -14,7 +14,7 @@ from ppvae.evaluation.annealing.chains import AnnealingPlan, forward_chains, run
 from ppvae.evaluation.annealing.hmc import HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule, with_steps
 from ppvae.evaluation.proposals.fit import MOMENT_DRAWS
-from ppvae.evaluation.proposals.sources import RefinedProposal
+from ppvae.evaluation.proposals.log_weights import RefinedProposal
 from ppvae.evaluation.unconstrained.chain_state import ChainState
 from ppvae.rng import derive_seed
 

@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, annealed_gap, bounds_by_swap
 from ppvae.evaluation.importance.guide_proposal import GuideProposal
-from ppvae.evaluation.proposals.sources import Proposal, RefinedProposal
+from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
 from ppvae.evaluation.results import mean_and_error, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
 from ppvae.inference.tracing import Program

@@ -16,7 +16,7 @@ from ppvae.evaluation.importance.allocation import Allocation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.importance.sampler import ImportanceSampler
-from ppvae.evaluation.proposals.sources import RefinedProposal, check_refinable
+from ppvae.evaluation.proposals.log_weights import RefinedProposal, check_refinable
 from ppvae.evaluation.reliability import MIN_ESS, k_hat_limit, k_hat_upper
 from ppvae.evaluation.unconstrained.potential import prior_as_guide
 from ppvae.rng import derive_seed, fork_rng, seed_all

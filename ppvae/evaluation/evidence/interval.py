@@ -17,7 +17,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.evidence.escalation import find_weak, refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, bounds_by_annealing, bounds_by_swap
 from ppvae.evaluation.importance.allocation import FixedAllocation
-from ppvae.evaluation.proposals.sources import RefinedProposal
+from ppvae.evaluation.proposals.log_weights import RefinedProposal
 from ppvae.evaluation.results import mean_words
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, seed_all

@@ -25,7 +25,7 @@ from ppvae.evaluation.evidence.escalation import (
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
-from ppvae.evaluation.proposals.sources import compiled_densities, with_larger_blocks
+from ppvae.evaluation.proposals.log_weights import compiled_densities, with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.tracing import Program
 

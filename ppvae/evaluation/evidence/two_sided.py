@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
-from ppvae.evaluation.proposals.sources import Proposal, RefinedProposal
+from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
 from ppvae.evaluation.results import SavedResult, mean_and_error
 from ppvae.rng import derive_seed, seed_all
 

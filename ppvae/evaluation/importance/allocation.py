@@ -11,7 +11,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
-from ppvae.evaluation.proposals.sources import Proposal
+from ppvae.evaluation.proposals.log_weights import Proposal
 from ppvae.evaluation.reliability import MAX_K_HAT, MIN_ESS
 
 MAX_EXTRAPOLATION = 4  # the largest factor from the particles of the pilot to those of the estimate

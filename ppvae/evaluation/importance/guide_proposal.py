@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.evaluation.blocks import Block, Evaluation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
-from ppvae.evaluation.proposals.sources import LogWeights
+from ppvae.evaluation.proposals.log_weights import LogWeights
 from ppvae.inference.terms import evaluate_terms, sample_guide
 from ppvae.rng import fork_rng
 

@@ -16,7 +16,7 @@ from ppvae.evaluation.importance.allocation import Allocation, FixedAllocation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.evaluation.importance.guide_proposal import GuideProposal
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
-from ppvae.evaluation.proposals.sources import Proposal, RefinedProposal
+from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
 from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
 from ppvae.rng import derive_seed
 

@@ -16,7 +16,7 @@ from ppvae.evaluation import compare, load_estimate, quadrature
 from ppvae.evaluation.annealing.fitted_start import FittedStart
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD
-from ppvae.evaluation.proposals.sources import RefinedProposal
+from ppvae.evaluation.proposals.log_weights import RefinedProposal
 from ppvae.models import LinearGaussian
 from tests.evaluation.evidence.pairs import funnel, funnel_guide
 

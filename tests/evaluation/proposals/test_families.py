@@ -17,7 +17,7 @@ from ppvae.evaluation.annealing.fitted_start import FittedStart
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.proposals import fit
 from ppvae.evaluation.proposals.densities import Elliptical, LowRank
-from ppvae.evaluation.proposals.sources import RefinedProposal
+from ppvae.evaluation.proposals.log_weights import RefinedProposal
 from ppvae.models import LinearGaussian
 
 pytestmark = pytest.mark.usefixtures("float64")

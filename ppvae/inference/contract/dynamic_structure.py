@@ -21,7 +21,7 @@ from ppvae.inference.tracing import Nodes, event_dim
 from ppvae.rng import fork_rng
 
 
-def with_further_sites(s: Structure, model: Nodes, guide: Nodes | None) -> Structure:
+def with_dynamic_structure(s: Structure, model: Nodes, guide: Nodes | None) -> Structure:
     """The structure with the sites that only this batch has; `s` itself where there is none.
 
     The traces are those of the evaluation itself, so that no further run is made. Each set of further sites is checked
