@@ -542,7 +542,7 @@ def test_a_helper_without_a_delta():
             pyro.sample("z", dist.Normal(h, 1.0).to_event(1))
 
     assert_refused(
-        normal_model, guide, data(2), "'helper'", "Delta", "2 dims per datum", by=(inspect, log_marginal, terms)
+        normal_model, guide, data(2), "'helper'", "Delta", "2 dims a datum", by=(inspect, log_marginal, terms)
     )
 
 

@@ -76,7 +76,8 @@ def _other_number_of_rows(text: str, model: Program, guide: Program, batch: tupl
     """The sentence for a tensor with one row a datum on another number of data, with which it was seen to run."""
     if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim() or runs(model, guide, batch):
         return ""
-    size, numbers = len(batch[0]), set(map(int, re.findall(r"\d+", text)))
+    sizes = re.search(r"(\d+) vs (\d+)|\((\d+)\) must match the size of tensor b \((\d+)\)", text)
+    size, numbers = len(batch[0]), {int(n) for n in sizes.groups() if n} if sizes else set()
     scopes = [f.scope.params for f in (model, guide) if isinstance(f, BoundProgram)]
     store = Structure(guide_params=dict(ChainMap(*scopes, pyro.get_param_store()._params)))
     for name, tensor in named_tensors(model, guide, store).items() if size in numbers else ():
