@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/ppvae fit ppvae.models:vae --name demo --binarize dynamic --epochs 400 \
 		--optimizer.schedule cosine --resume --no-report
-	OMP_NUM_THREADS=1 $(BIN)/ppvae evaluate runs/demo --guide-particles 1000
+	OMP_NUM_THREADS=1 $(BIN)/ppvae evaluate runs/demo --num-particles 1000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

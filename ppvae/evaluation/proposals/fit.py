@@ -22,8 +22,8 @@ INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be eq
 NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
-REGRESSIONS, AVERAGES = 3, 6  # rounds
-REGRESSION_DRAWS, AVERAGE_DRAWS, MIN_DRAWS = 3, 2, 40  # of a round: for each dim, and at least
+REGRESSIONS, AVERAGES = 3, 3  # rounds
+DRAWS_PER_DIM, MIN_DRAWS = 3, 40  # of a round
 MAX_CHANGE = 16.0  # of a variance in one round
 MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
@@ -101,7 +101,7 @@ def best_of(target: Target, candidates: list[D], first_family: int = 0) -> Fitte
 
 def rows_of_fit(dims: int) -> tuple[int, int]:
     """(gradients, log-densities beside them) that the fit of one datum takes, about."""
-    rounds = REGRESSIONS * max(MIN_DRAWS, REGRESSION_DRAWS * dims) + AVERAGES * max(MIN_DRAWS, AVERAGE_DRAWS * dims)
+    rounds = (REGRESSIONS + AVERAGES) * max(MIN_DRAWS, DRAWS_PER_DIM * dims)
     return MODE_STEPS + 2 * (NEWTON_STEPS + 1) * dims + rounds, 3 * SELECTION_DRAWS
 
 
@@ -141,16 +141,15 @@ def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
     At the maximum E_q[grad log p] = 0, and the precision of q is -E_q[hess log p] (Opper and Archambeau 2009). Both are
     read off draws of q in coordinates whitened by its scale, where that precision is the identity: first by regressing
     grad log p on the draws, which is exact where log p(x, u) is quadratic (Salimans and Knowles 2013, arXiv
-    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over more and more draws.
+    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over all rounds since.
     """
     loc, scale = start.loc, start.scale_tril
     count, dims = loc.shape
     identity = torch.eye(dims, dtype=torch.float64, device=loc.device)
     for number in range(REGRESSIONS + AVERAGES):
         regress = number < REGRESSIONS
-        half = max(MIN_DRAWS, (REGRESSION_DRAWS if regress else AVERAGE_DRAWS) * dims) // 2
-        before = REGRESSION_DRAWS + AVERAGE_DRAWS * (number - REGRESSIONS)
-        weight = 1.0 if regress else AVERAGE_DRAWS / (before + AVERAGE_DRAWS)  # of these draws among all that count
+        half = max(MIN_DRAWS, DRAWS_PER_DIM * dims) // 2
+        weight = 1.0 if regress else 1 / (number - REGRESSIONS + 2)  # of this round among all since the last regression
         eps = torch.randn(half, count, dims, dtype=loc.dtype, device=loc.device)
         eps = torch.cat([eps, -eps])  # skewness then does not disturb the slope, nor curvature the mean
         gradient = target.gradient(loc + torch.einsum("nde,kne->knd", scale, eps)).nan_to_num(0.0, 0.0, 0.0)
