@@ -140,3 +140,9 @@ class BlockContext:
     def advance(self, steps: int = 1) -> None:
         """Moves the bar by some steps."""
         self.bar.update(steps)
+
+
+def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Named tensors [N, ...] of several parts of the data, joined by the names that all have; scalars are stacked."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([torch.atleast_1d(part[name]) for part in parts]) for name in names}

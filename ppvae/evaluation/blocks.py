@@ -19,7 +19,7 @@ from ppvae.data.admission import check_argument_order
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
-from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockContext, digest_of_params
+from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockContext, concatenate, digest_of_params
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_unequal_rows
@@ -62,6 +62,7 @@ class Block:
         self.batch = tuple(read_rows(column, rows, device) for column in columns)
         self.has_missing = any(getattr(column, "missing", False) for column in columns)
         self.num_missing = 0  # of the observed numbers; counted by `check_supports`
+        self._point_mass: Tensor | None = None  # the data whose guide is a point mass
 
     @property
     def rows(self) -> Tensor | None:
@@ -121,7 +122,7 @@ class Block:
                 seed_all(derive_seed(seed, self.number, *([noise] if noise else []), number))
                 whole = compiled is not None and number and count == PARTICLE_BLOCK
                 if whole and compiled is not None and (pair := compiled()) is not None:
-                    yield *pair, None
+                    yield self._weigh(pair[0]), self._weigh(pair[1]), None
                     continue
                 # the guide's noise must depend neither on the model's own draws nor on `rows`
                 one_by_one = s.layout is ParticlePlacement.ONE_BY_ONE
@@ -140,7 +141,12 @@ class Block:
                         if self.has_missing and bool(t.log_weight.isnan().any()):
                             inspect(model, guide, batch)  # raises the error that names missing values as the cause
                         self.check_supports(t)
-                    yield t.log_weight[:, :width], t.elbo[:, :width], t
+                    yield self._weigh(t.log_weight[:, :width]), self._weigh(t.elbo[:, :width]), t
+
+    def _weigh(self, log_weight: Tensor) -> Tensor:
+        """NaN where the guide is a point mass, which has no weights."""
+        none = self._point_mass
+        return log_weight if none is None else log_weight.masked_fill(none[: log_weight.shape[-1]], torch.nan)
 
     @property
     def eps(self) -> float:
@@ -154,7 +160,7 @@ class Block:
         Raises:
             DataError, ContractError: a value or parameter that its distribution does not take, by site and row.
         """
-        check_run(t, self.rows)
+        self._point_mass = check_run(t, self.rows)
         self.num_missing = 0
         for name, site in t.model.items() if self.has_missing else ():
             if site.role is not Role.OBSERVED:
@@ -341,9 +347,3 @@ def run_blocks(
                 means = {name: torch.cat([f(r) for r in results.values()]).mean() for name, f in figures.items()}
                 bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
     return concatenate(run.context.gather_blocks(results, key))
-
-
-def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Named tensors [N, ...] of several parts of the data, joined by the names that all have; scalars are stacked."""
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: torch.cat([torch.atleast_1d(part[name]) for part in parts]) for name in names}

@@ -169,8 +169,10 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         words = content.get("notes", "")
         plain |= {name: rows.pop(name) for name in FIELDS}
         plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
-        if "guide_estimate" in plain:
-            plain["guide_estimate"] = load_estimate(path.with_name(plain["guide_estimate"]))
+        if "guide_estimate" in plain:  # of the same data, unless another evaluation has replaced the file since
+            beside = path.with_name(plain["guide_estimate"])
+            guide = load_estimate(beside) if beside.is_file() else None
+            plain["guide_estimate"] = guide if guide is not None and guide.digest == plain["digest"] else None
         est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
         if est.method in ("importance sampling", MIXED_METHOD) and torch.equal(est.reliable, reliable):
             return est

@@ -13,7 +13,8 @@ from ppvae import VAE, likelihoods, log_marginal, posteriors, priors
 from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, UsageError
 from ppvae.evaluation.aggregate_posterior import split_rate
-from ppvae.evaluation.blocks import Block, concatenate, inspect_columns
+from ppvae.evaluation.block_cache import concatenate
+from ppvae.evaluation.blocks import Block, inspect_columns
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.representation import LatentStatistics, Representation, representation
 from ppvae.inference import terms

@@ -40,7 +40,7 @@ class FittedStart:
     >>> with start_evaluation(pair.model, pair.mean_field, x, seed=0) as run:
     ...     start = FittedStart(RefinedProposal(run, run.block(0), 1000))
     ...     state = start(start.sample_start(5))
-    >>> bool((state.log_weight - pair.log_px(x)).abs().max() < 0.3)
+    >>> bool((state.log_weight - pair.log_px(x)).abs().max() < 1.0)
     True
     """
 

@@ -34,18 +34,22 @@ PARAMETER_CURE = (
 )
 
 
-def check_run(terms: Any, rows: Tensor | None = None) -> None:
+def check_run(terms: Any, rows: Tensor | None = None) -> Tensor | None:
     """Checks parameters, the guide's draws and observed values of `Terms`, whose batch holds `rows` of the data.
+
+    Returns the data [batch] whose guide is a point mass, and which have no weights; None for none.
 
     Raises:
         DataError, ContractError: one that its distribution does not take, by site and row.
     """
     for name, site in (*terms.guide.items(), *terms.model.items()):
         check_parameters(name, site.distribution, rows)
-    for name, site in terms.guide.items() if not terms.structure.enumerated else ():
-        check_draws_differ(name, site.distribution, site.value, rows)
     for name, site in ((n, terms.model[n]) for n in terms.structure.unmasked if n in terms.model):
         check_support(name, {"fn": site.distribution, "value": site.value, "mask": None}, rows)
+    sites = terms.guide.items() if not terms.structure.enumerated else ()
+    found = [find_equal_draws(name, site.distribution, site.value) for name, site in sites]
+    masks = [equal for equal in found if equal is not None and len(equal) == terms.log_weight.shape[-1]]
+    return torch.stack(masks).any(0) if masks else None
 
 
 def check_parameters(name: str, fn: Any, rows: Tensor | None = None) -> None:
@@ -67,25 +71,31 @@ def check_parameters(name: str, fn: Any, rows: Tensor | None = None) -> None:
         )  # fmt: skip
 
 
-def check_draws_differ(name: str, fn: Any, draws: Tensor, rows: Tensor | None = None) -> None:
-    """Raises ContractError where draws [particles, batch, ...] of a continuous latent coincide, as under a point mass.
+def find_equal_draws(name: str, fn: Any, draws: Tensor) -> Tensor | None:
+    """The data [batch] whose draws [particles, *inner, batch, *event] of a continuous latent coincide; None for none.
 
     A scale below the rounding of the location gives such draws, whose densities belong to other values. Of a density
-    that float32 resolves, two draws in a row are equal with a probability under 1e-5.
+    that float32 resolves, two draws in a row are equal with a probability under 1e-5; a zero stands where a latent has
+    no value, as after the end of a sequence.
+
+    Raises:
+        ContractError: those of most data do, as under a point mass.
     """
     if len(draws) < FEWEST_DRAWS or base_support(support_of(fn)) not in UNBOUNDED:
-        return
+        return None
     if isinstance(base_distribution(fn), dist.Delta):
-        return
-    equal = (draws[1:] == draws[:-1]).double().mean(0) > LARGEST_EQUAL_SHARE
-    if bool(equal.any()):
-        at = equal.nonzero()[0].tolist()
+        return None
+    equal = ((draws[1:] == draws[:-1]) & (draws[1:] != 0)).double().mean(0) > LARGEST_EQUAL_SHARE
+    equal = equal.flatten(equal.dim() - len(fn.event_shape)).any(-1) if fn.event_shape else equal
+    equal = equal.reshape(-1, equal.shape[-1]).any(0) if equal.dim() else equal[None]
+    if float(equal.double().mean()) > 0.5:
         raise site_error(
             name, "draws of the guide that differ, as under a density",
-            f"equal ones at {row_in_words(at[0], rows)}, of the value {draws[(0, *at)].item():.6g}: the scale of "
-            f"{type(base_distribution(fn)).__name__} is below the rounding of {str(draws.dtype)[6:]}",
+            f"equal ones, such as {draws.flatten()[0].item():.6g}: the scale of {type(base_distribution(fn)).__name__} "
+            f"is below the rounding of {str(draws.dtype)[6:]}",
             "bound the scale from below, as by softplus(s) + 1e-3, or evaluate the pair and the data in float64",
         )  # fmt: skip
+    return equal if bool(equal.any()) else None
 
 
 def _constrained_parameters(fn: Any) -> Iterator[tuple[Any, str, Any, Tensor, Tensor]]:
