@@ -18,7 +18,7 @@ from ppvae.evaluation.importance.log_marginal import log_marginal
 from ppvae.evaluation.proposals.sources import check_refinable
 from ppvae.inference.tracing import Program
 
-REFINED_PARTICLES, GUIDE_PARTICLES = 2000, 5000
+REFINED_PARTICLES, GUIDE_PARTICLES = 3000, 5000
 
 
 def refined_log_marginal(
