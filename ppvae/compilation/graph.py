@@ -218,6 +218,12 @@ def _separate_noise(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphMod
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default)
 
 
+_ATEN = torch.ops.aten
+_FILLS = {  # of whose input no value matters
+    _ATEN.new_ones, _ATEN.new_zeros, _ATEN.new_full, _ATEN.ones_like, _ATEN.zeros_like, _ATEN.full_like,
+}  # fmt: skip
+
+
 class _ConstantTracker(TorchDispatchMode):
     """Refuses operations whose output shape depends on values, except on constants: the same values at every run.
 
@@ -245,7 +251,7 @@ class _ConstantTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        origins = [self._origin(t) for t in inputs]
+        origins = [self._origin(t) for t in inputs if func.overloadpacket not in _FILLS]
         fixed = None not in origins and torch.Tag.nondeterministic_seeded not in func.tags
         came_from = [pair for origin in origins for pair in origin or ()]
         shaped = torch.Tag.dynamic_output_shape in func.tags

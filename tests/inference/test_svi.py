@@ -238,7 +238,7 @@ class OfAType:
 @pytest.mark.parametrize(("model", "args", "loss"), [
     (model, (X,), Trace_ELBO()), (model, (X,), a_function), (model, (X,), Trace_ELBO().differentiable_loss),
     (lambda: subsampled(X), (), Trace_ELBO()), (model_of_prior(), (X,), Trace_ELBO()),
-    (OfAType(), (X,), Trace_ELBO()),
+    (OfAType(), (X,), Trace_ELBO()), (model, (X,), EnergyDistance(num_particles=2)),
 ])  # fmt: skip
 def test_a_graph_takes_these_steps(model, args, loss):
     """The comparison above is of graphs where it should be."""
