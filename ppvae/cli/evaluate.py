@@ -27,7 +27,7 @@ from ppvae.training.run import Run, cast_floating, default_dtype
 ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
 CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
 OPTIONS = {  # of each method
-    "importance": (*ADAPTIVE, "precision", "proposal", "guide_particles"),
+    "importance": (*ADAPTIVE, "precision", "proposal", "guide_particles", "bracket"),
     "annealed": (*CHAINS, "beside"),
     "smc": (*CHAINS, "resample", "beside"),
     "bdmc": CHAINS,
@@ -58,7 +58,7 @@ def run(args: list[str]) -> int:
 def check_options(settings: Evaluate) -> None:
     """Raises UsageError for options that the method does not take, and for numbers of particles below one."""
     default = Evaluate()
-    names = (*CHAINS, "resample", "beside", *ADAPTIVE, "precision", "proposal", "guide_particles")
+    names = (*CHAINS, "resample", "beside", *ADAPTIVE, "precision", "proposal", "guide_particles", "bracket")
     changed = [name for name in names if getattr(settings, name) != getattr(default, name)]
     for name in changed:
         if name not in OPTIONS[settings.method]:
@@ -68,6 +68,8 @@ def check_options(settings: Evaluate) -> None:
         raise UsageError(f"--num-particles auto: goes with --method importance; found {settings.method}")
     if settings.num_particles != "auto" and (alone := [name for name in ADAPTIVE if name in changed]):
         raise UsageError(f"--{alone[0].replace('_', '-')}: goes with --num-particles auto")
+    if settings.bracket < 0:
+        raise UsageError(f"bracket: expected a number of data of at least 0, found {settings.bracket}")
     if settings.proposal == "guide" and settings.guide_particles is not None:
         raise UsageError("--guide-particles: goes with --proposal refined; give --num-particles")
     for name in ("num_particles", "beside"):  # checked here, as importance sampling runs after hours of annealing
@@ -101,8 +103,9 @@ def _importance_sampling(
         if beside is None:
             beside = given if isinstance(given, int) else GUIDE_PARTICLES
         est = refined_log_marginal(
-            model, guide, columns, num_particles=given or REFINED_PARTICLES, guide_particles=beside, **options
-        )
+            model, guide, columns, num_particles=given or REFINED_PARTICLES, guide_particles=beside,
+            bracket_data=settings.bracket, **options,
+        )  # fmt: skip
     if not leave_process_group():
         return 0
     est = dataclasses.replace(est, notes=(*est.notes, *notes))

@@ -67,6 +67,7 @@ class Evaluate:
     proposal: Literal["refined", "guide"] = "refined"  # density that draws come from
     num_particles: int | Literal["auto"] | None = None  # 3000 if refined, else 5000; auto: adaptive to each datum
     guide_particles: int | None = None  # for L_K of the guide, beside refined: num_particles, else 5000; 0 for none
+    bracket: int = 50  # data simulated from the model, on which bounds of both sides certify the proposal; 0 for none
     target_std_error: float = 0.05  # of auto: of log p(x) of each datum, in nats
     max_particles: int = 20_000  # of auto: the largest number for a datum
     split: Literal["test", "valid", "train"] = "test"

@@ -23,7 +23,6 @@ from ppvae.evaluation.reliability import (
     format_particles,
     k_hat_limit,
 )
-from ppvae.inference.structure import Structure
 from ppvae.storage import write_bytes
 
 MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
@@ -219,6 +218,8 @@ their log p(x) may be far too low
             rows["seconds"] = f"{self.seconds:.1f}" + (f", and {guide.seconds:.1f} of the guide" if guide else "")
         if self.reliable_override is not None:
             rows |= {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
+        if "bracket" in self.settings:
+            rows["bracket"] = f"on {self.settings['bracket_data']} simulated data, {self.settings['bracket']}"
         rows["verdict"] = self.verdict
         rows["reliability"] = self.reliability.summary
         if target := self._target_summary():
@@ -231,6 +232,8 @@ their log p(x) may be far too low
     def verdict(self) -> str:
         """Whether log p(x) can be relied on, in one sentence."""
         good = float(self.reliable.double().mean())
+        if self.settings.get("bracket_sufficient") is False:  # what no weight shows
+            return "not reliable: the proposal is too far from posteriors of simulated data, see bracket"
         if self.joint or good in (0.0, 1.0):
             return "reliable" if good else "not reliable: log p(x) may be far too low"
         rest = int((~self.reliable).sum())
@@ -319,32 +322,3 @@ their log p(x) may be far too low
 
 def _number(value: Any) -> Any:  # a JSON value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-MIXED_MEASURE_NOTE = (
-    "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
-    "compare on the same columns in the same units only"
-)
-
-
-def base_measure_of(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
-    """(base measure of log p(x), levels if the data are dequantised, notes), given the first column of the data."""
-    if s.base_measure == "mixed":
-        return "mixed", None, (MIXED_MEASURE_NOTE,)
-    if not s.base_measure.startswith("density"):
-        return s.base_measure, None, ()
-    levels = getattr(column, "levels", None)
-    if getattr(column, "dequantize", False) and levels:
-        note = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
-        return f"{levels} levels", levels, (note,)
-    if levels:
-        note = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
-        return "density on [0, 1]", None, (note,)
-    known = getattr(column, "base_measure", "")
-    return (known if known == "density on [0, 1]" else s.base_measure), None, ()
-
-
-def missing_values_note(dims: float, s: Structure) -> str:
-    """The share of missing values, given how many are observed per datum."""
-    share = 100 * (1 - dims / s.observed_dims)
-    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"

@@ -12,11 +12,12 @@ from torch import Tensor
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
-from ppvae.evaluation.estimate import Estimate, base_measure_of, missing_values_note
+from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.missing import align_missing
+from ppvae.inference.contract.support import base_measure_of, missing_values_note
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import evaluate_terms

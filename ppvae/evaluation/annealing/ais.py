@@ -14,9 +14,10 @@ from ppvae.evaluation.annealing.chains import run_forward_chains
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
-from ppvae.evaluation.estimate import Estimate, base_measure_of
+from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.reliability import assess_chains
+from ppvae.inference.contract.support import base_measure_of
 from ppvae.inference.tracing import Program
 
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")

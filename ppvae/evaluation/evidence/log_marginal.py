@@ -14,7 +14,7 @@ from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
-from ppvae.evaluation.estimate import MIXED_METHOD, Estimate, base_measure_of, missing_values_note
+from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.evidence.escalation import (
     ESCALATION_FIELDS,
     EscalatingSampler,
@@ -27,6 +27,7 @@ from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
 from ppvae.evaluation.proposals.log_weights import compiled_densities, with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
+from ppvae.inference.contract.support import base_measure_of, missing_values_note
 from ppvae.inference.tracing import Program
 
 

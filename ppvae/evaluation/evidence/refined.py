@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from ppvae.data.checks import one_line
+from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.evidence.bracket import bracket
 from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.inference.tracing import Program
@@ -26,6 +29,7 @@ def refined_log_marginal(
     *,
     num_particles: int | Literal["auto"] = REFINED_PARTICLES,
     guide_particles: int = GUIDE_PARTICLES,
+    bracket_data: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
     directory: str | os.PathLike[str] | None = None,
@@ -43,6 +47,8 @@ def refined_log_marginal(
         model, guide, data, seed, device: as `log_marginal` takes them.
         num_particles: K of the refined proposals, or "auto".
         guide_particles: K of the guide; 0 for no estimate beside.
+        bracket_data: data simulated from the model on which `bracket` certifies the proposal; its width and verdict are
+            in `est.settings`, and `est.verdict` follows it. 0 for no bracket.
         directory: cache of finished blocks, in a folder for each of the two.
         options: further arguments of `log_marginal`, for both.
 
@@ -68,9 +74,30 @@ def refined_log_marginal(
 
     if why := why_not_refined(model, guide, data, seed=seed, device=device):
         est = timed("guide", num_particles if num_particles == "auto" else guide_particles or num_particles)
-        return replace(est, notes=(f"drawn from the guide, as no proposal can be refined: {why}", *est.notes))
-    est = timed("refined", num_particles)
-    return replace(est, guide_estimate=timed("guide", guide_particles)) if guide_particles else est
+        est = replace(est, notes=(f"drawn from the guide, as no proposal can be refined: {why}", *est.notes))
+    else:
+        est = timed("refined", num_particles)
+        est = replace(est, guide_estimate=timed("guide", guide_particles)) if guide_particles else est
+    return with_bracket(est, model, guide, data, bracket_data, device) if bracket_data else est
+
+
+def with_bracket(
+    est: Estimate, model: Program, guide: Program, data: Any, num_data: int, device: str | torch.device | None = None
+) -> Estimate:
+    """The estimate with the width of a `bracket` of its proposal at its K, on data simulated from the model.
+
+    A pair whose data cannot be simulated gets a note that says why.
+    """
+    kind: Literal["guide", "refined"] = "refined" if est.settings.get("proposal") == "refined" else "guide"
+    count = max(2, min(est.num_particles, REFINED_PARTICLES))
+    try:
+        found = bracket(
+            model, guide, data, num_data=num_data, num_particles=count, proposal=kind, seed=est.seed, device=device
+        )
+    except (ContractError, UsageError) as error:
+        return replace(est, notes=(*est.notes, f"no bracket: {one_line(error, 240)}".replace(";", ",")))
+    facts = {"bracket": found.verdict, "bracket_width": found.width, "bracket_sufficient": found.sufficient}
+    return replace(est, settings=dict(est.settings) | facts | {"bracket_data": len(found.lower)})
 
 
 def why_not_refined(

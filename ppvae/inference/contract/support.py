@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae.errors import DataError, site_error
+from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import event_dim, has_dependent_support, node_log_prob, support_of
 
 
@@ -221,3 +222,32 @@ def event_size(node: dict[str, Any]) -> int:
         if f.dim is not None and f.dim != -1
     }
     return getattr(node["fn"], "event_shape", torch.Size()).numel() * math.prod(plates.values())
+
+
+MIXED_MEASURE_NOTE = (
+    "some numbers have a density and some a mass: log p(x), and bits per dim, move with the units of the real ones; "
+    "compare on the same columns in the same units only"
+)
+
+
+def base_measure_of(column: Any, s: Structure) -> tuple[str, int | None, tuple[str, ...]]:
+    """(base measure of log p(x), levels if the data are dequantised, notes), given the first column of the data."""
+    if s.base_measure == "mixed":
+        return "mixed", None, (MIXED_MEASURE_NOTE,)
+    if not s.base_measure.startswith("density"):
+        return s.base_measure, None, ()
+    levels = getattr(column, "levels", None)
+    if getattr(column, "dequantize", False) and levels:
+        note = f"a lower bound on the log-mass of {levels} levels: the data are uniformly dequantised"
+        return f"{levels} levels", levels, (note,)
+    if levels:
+        note = f"a density evaluated on {levels} discrete levels has no ceiling: load with dequantize=True to compare"
+        return "density on [0, 1]", None, (note,)
+    known = getattr(column, "base_measure", "")
+    return (known if known == "density on [0, 1]" else s.base_measure), None, ()
+
+
+def missing_values_note(dims: float, s: Structure) -> str:
+    """The share of missing values, given how many are observed per datum."""
+    share = 100 * (1 - dims / s.observed_dims)
+    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"
