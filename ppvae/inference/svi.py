@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -93,6 +92,14 @@ class _ParamRecorder(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         p = unconstrained(msg["value"])
         self.params[id(p)] = p
+
+    def nan_unless_valid(self, loss: Any) -> Any:
+        """The loss: Pyro's validation has raised an exception where a parameter or value was not valid."""
+        return loss
+
+
+class _ParamAndValidityRecorder(RecordValidity, _ParamRecorder):
+    """Both records: `fit`, which turns Pyro's validation off, stops at a loss that is not finite."""
 
 
 class SVI(PyroSVI):
@@ -188,12 +195,11 @@ class SVI(PyroSVI):
         """(loss, parameters met) of a run of the pair itself, which leaves the gradient in `.grad`."""
         for p in self.params:
             p.grad = None
-        # Pyro's validation raises an exception; `fit`, which turns it off, stops at a loss that is not finite
-        validity = nullcontext() if is_validation_enabled() else RecordValidity()
-        with _ParamRecorder() as recorder, layer_precision(self.precision), validity:
+        recorder = _ParamRecorder() if is_validation_enabled() else _ParamAndValidityRecorder()
+        with recorder, layer_precision(self.precision):
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        if isinstance(validity, RecordValidity) and not isinstance(loss, tuple):
-            loss = validity.nan_unless_valid(loss)
+        if not isinstance(loss, tuple):
+            loss = recorder.nan_unless_valid(loss)
         met = list(recorder.params.values())
         self.add_params(met)
         return loss, met

@@ -103,7 +103,7 @@ def _constrained_parameters(fn: Any) -> Iterator[tuple[Any, str, Any, Tensor, Te
     pending = [fn]
     while pending:
         owner = pending.pop()
-        held = vars(owner) if hasattr(owner, "__dict__") else {}
+        held = getattr(owner, "__dict__", {})
         pending += [d for d in held.values() if isinstance(d, torch.distributions.Distribution)]
         for parameter, constraint, check in _checks(type(owner)):  # type: ignore[arg-type]
             value = held.get(parameter)  # one that is computed when it is asked for is not held
