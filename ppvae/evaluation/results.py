@@ -169,16 +169,22 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         words = content.get("notes", "")
         plain |= {name: rows.pop(name) for name in FIELDS}
         plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
-        if "guide_estimate" in plain:  # of the same data, unless another evaluation has replaced the file since
-            beside = path.with_name(plain["guide_estimate"])
-            guide = load_estimate(beside) if beside.is_file() else None
-            plain["guide_estimate"] = guide if guide is not None and guide.digest == plain["digest"] else None
+        if "guide_estimate" in plain:
+            plain["guide_estimate"] = _guide_estimate(path.with_name(plain["guide_estimate"]), content["digest"])
         est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
         if est.method in ("importance sampling", MIXED_METHOD) and torch.equal(est.reliable, reliable):
             return est
         return dataclasses.replace(est, reliable_override=reliable)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a saved estimate ({type(error).__name__}: {error})") from error
+
+
+def _guide_estimate(path: Path, digest: str) -> Estimate | None:
+    """The estimate beside another one; None where its file is missing, or was overwritten by one of other data."""
+    if not path.exists():
+        return None
+    est = load_estimate(path)
+    return est if est.digest == digest else None
 
 
 def _tensor(values: list[Any]) -> Tensor:

@@ -21,10 +21,10 @@ SELECTION_DRAWS = 100  # per source of draws
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
 NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
-MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
+MAX_VARIANCE = 16.0  # along any direction: of a Laplace approximation in units of the guide's, of a round in the last's
 REGRESSIONS, AVERAGES = 3, 3  # rounds
 DRAWS_PER_DIM, MIN_DRAWS = 3, 40  # of a round
-MAX_CHANGE = 16.0  # of a variance in one round
+MAX_CHANGE = 16.0  # of a precision in one round
 MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
 
@@ -130,9 +130,26 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     hessian = (gradients[:dims] - gradients[dims:]).permute(1, 0, 2) / (2 * DIFFERENCE)
     curvature = -(hessian + hessian.mT).double() / 2
     curvature = torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature))
-    values, vectors = torch.linalg.eigh(curvature)
-    values = values.clamp(min=1 / MAX_VARIANCE)
-    return ((vectors / values[:, None, :]) @ vectors.mT).to(u)
+    factor = scale_of(curvature)
+    return (factor @ factor.mT).to(u)
+
+
+def scale_of(precision: Tensor, most: float = math.inf) -> Tensor:
+    """The lower Cholesky factors of the inverses of symmetric matrices, [batch, dims, dims].
+
+    Where a variance would be larger than `MAX_VARIANCE`, or a matrix is not positive definite, its eigenvalues are
+    clamped to at least 1 / `MAX_VARIANCE` and at most `most`: an eigendecomposition takes far longer than a factor.
+    """
+    factor, failed = torch.linalg.cholesky_ex(precision.flip((-2, -1)))  # of the reversed matrix: the inverse is lower
+    identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    scale = torch.linalg.solve_triangular(factor.flip((-2, -1)).mT, identity.expand_as(precision), upper=False)
+    within = (failed == 0) & (scale.square().sum(-1).amax(-1) <= MAX_VARIANCE)
+    within &= precision.diagonal(dim1=-2, dim2=-1).amax(-1) <= most
+    if not bool(within.all()):
+        values, vectors = torch.linalg.eigh(precision[~within])
+        values = values.clamp(1 / MAX_VARIANCE, most)
+        scale[~within] = torch.linalg.cholesky((vectors / values[:, None, :]) @ vectors.mT)
+    return scale
 
 
 def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
@@ -159,13 +176,11 @@ def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
             precision = -torch.linalg.solve(_outer(eps, eps), _outer(eps, odd))
         else:
             precision = identity - _outer(eps, slopes + eps) / (2 * half)
-        values, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
-        values = 1 + weight * (values.clamp(1 / MAX_CHANGE, MAX_CHANGE) - 1)
-        covariance = (vectors / values[:, None, :]) @ vectors.mT
-        move = weight * torch.einsum("nde,ne->nd", covariance, slopes.mean(0))
+        factor = scale_of(identity + weight * ((precision + precision.mT) / 2 - identity), MAX_CHANGE)
+        move = weight * torch.einsum("nde,nfe,nf->nd", factor, factor, slopes.mean(0))
         move = move * (dims**0.5 / move.norm(dim=-1, keepdim=True)).clamp(max=1)
         loc = loc + torch.einsum("nde,ne->nd", scale, move.to(loc))
-        scale = scale @ torch.linalg.cholesky(covariance).to(loc)
+        scale = scale @ factor.to(loc)
     return Elliptical(loc, scale, start.df)
 
 

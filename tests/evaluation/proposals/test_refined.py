@@ -220,6 +220,8 @@ def test_refined_estimates_have_those_of_the_guide_beside_them(tmp_path):
     assert again.table() == est.table()
     assert torch.equal(again.guide_estimate.log_px, guide.log_px)
     assert load_estimate(tmp_path / "log_marginal_guide.json").guide_estimate is None
+    log_marginal(pair.model, wrong_guide, x[:7], num_particles=100).save(tmp_path, "log_marginal_guide")
+    assert load_estimate(tmp_path / "log_marginal.json").guide_estimate is None  # of other data
     without = refined_log_marginal(pair.model, wrong_guide, x, num_particles=200, guide_particles=0)
     assert without.guide_estimate is None
     assert torch.equal(without.log_px, est.log_px)
