@@ -69,12 +69,14 @@ def test_the_result_does_not_depend_on_rows():
     torch.testing.assert_close(once.log_px, again.log_px, rtol=0, atol=1e-9)
 
 
-def test_p_x_stays_unbiased_where_the_method_is_chosen_by_datum():
-    """150 copies of one datum, each with its own noise, some annealed: six standard errors fail with p = 2e-9."""
-    x = torch.full((150,), 3.0)
-    exact = quadrature(funnel, funnel_guide, x[:1], num_nodes=257).log_px
-    est = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=200)
-    assert int(est.diagnostics["method"].sum()) > 0
+@pytest.mark.parametrize(("values", "most"), [((0.5, 6.0), 150), ((-6.0, 6.0), 100)], ids=["all annealed", "few"])
+def test_p_x_stays_unbiased_where_the_method_is_chosen_by_datum(values, most):
+    """75 copies of two data, each with its own noise, some annealed: six standard errors fail with p = 2e-9."""
+    x = torch.tensor(values).repeat_interleave(75)
+    exact = quadrature(funnel, funnel_guide, x[[0, -1]], num_nodes=257).log_px.repeat_interleave(75)
+    est = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=150)
+    assert int(est.diagnostics["method"].sum()) <= most
+    assert most < 150 or bool(est.diagnostics["method"].all())
     ratio = (est.log_px - exact).exp()
     assert abs(float(ratio.mean()) - 1) < 6 * float(ratio.std()) / math.sqrt(150)
     assert float(ratio.std()) < 0.5
