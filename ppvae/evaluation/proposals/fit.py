@@ -177,7 +177,7 @@ def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
         else:
             precision = identity - _outer(eps, slopes + eps) / (2 * half)
         factor = scale_of(identity + weight * ((precision + precision.mT) / 2 - identity), MAX_CHANGE)
-        move = weight * torch.einsum("nde,nfe,nf->nd", factor, factor, slopes.mean(0))
+        move = weight * torch.einsum("nde,ne->nd", factor @ factor.mT, slopes.mean(0))
         move = move * (dims**0.5 / move.norm(dim=-1, keepdim=True)).clamp(max=1)
         loc = loc + torch.einsum("nde,ne->nd", scale, move.to(loc))
         scale = scale @ factor.to(loc)
