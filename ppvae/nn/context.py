@@ -1,6 +1,8 @@
 """Contexts, such as labels or features: which modules take one, and how one is concatenated to an input."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +12,12 @@ from ppvae.errors import DataError, UsageError
 
 
 def _context_parameter(part: nn.Module) -> inspect.Parameter | None:
-    return inspect.signature(part.forward).parameters.get("context")
+    return _context_of(getattr(part.forward, "__func__", part.forward))
+
+
+@functools.lru_cache(maxsize=256)  # a signature takes longer than a small part does
+def _context_of(function: Callable[..., Any]) -> inspect.Parameter | None:
+    return inspect.signature(function).parameters.get("context")
 
 
 def takes_context(part: nn.Module) -> bool:
