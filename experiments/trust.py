@@ -197,7 +197,8 @@ def draw_figure(found: Cells) -> Any:
         decimal_log_ticks(ax.xaxis)
     ticks = (-0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3)
     axes[0].set_yticks(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
-    axes[0].minorticks_off()
+    for ax in axes:
+        ax.minorticks_off()
     axes[0].set_ylabel("nats below annealing (± 2 std. errors)")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     return fig
