@@ -11,7 +11,7 @@ import torch
 
 from ppvae import plots
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation import ProposalBracket, bracket
+from ppvae.evaluation import ProposalBracket, bracket, load_estimate, refined_log_marginal
 from ppvae.evaluation.evidence.two_sided import Z_LIMITS
 from ppvae.models import LinearGaussian
 from tests.evaluation.evidence.pairs import both_modes_guide, one_mode_guide, two_modes, two_modes_log_px
@@ -164,3 +164,17 @@ def test_what_cannot_be_bracketed_is_named(pair):
 
     with pytest.raises(ContractError, match="assemble"):
         bracket(doubled, pair.guide, torch.ones(3, 6))
+
+
+def test_the_verdict_on_an_estimate_follows_the_bracket(pair, tmp_path):
+    est = refined_log_marginal(
+        pair.model, pair.mean_field, torch.zeros(4, 6).double(), num_particles=200, guide_particles=0, bracket_data=20
+    )
+    assert est.verdict == "reliable"
+    assert "suffices" in est.table()["bracket"]
+    assert load_estimate(est.save(tmp_path)).verdict == "reliable"
+    missed = refined_log_marginal(
+        two_modes, one_mode_guide, torch.full((4,), 3.0), num_particles=500, guide_particles=0, bracket_data=30
+    )
+    assert missed.verdict.startswith("not reliable: the proposal is too far")
+    assert load_estimate(missed.save(tmp_path)).verdict == missed.verdict
