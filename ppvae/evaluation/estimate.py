@@ -218,8 +218,8 @@ their log p(x) may be far too low
             rows["seconds"] = f"{self.seconds:.1f}" + (f", and {guide.seconds:.1f} of the guide" if guide else "")
         if self.reliable_override is not None:
             rows |= {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
-        if "bracket" in self.settings:
-            rows["bracket"] = f"on {self.settings['bracket_data']} simulated data, {self.settings['bracket']}"
+        if bracket := self.bracket_summary:
+            rows["bracket"] = bracket
         rows["verdict"] = self.verdict
         rows["reliability"] = self.reliability.summary
         if target := self._target_summary():
@@ -227,6 +227,12 @@ their log p(x) may be far too low
         if self.reliability.recommendation:
             rows["what to do"] = self.reliability.recommendation
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+
+    @property
+    def bracket_summary(self) -> str:
+        """What a `bracket` of the proposal on simulated data says; an empty string where there was none."""
+        s = self.settings
+        return f"on {s['bracket_data']} simulated data, {s['bracket']}" if "bracket" in s else ""
 
     @property
     def verdict(self) -> str:
@@ -281,7 +287,8 @@ their log p(x) may be far too low
             "dims": self.dims, "base_measure": self.base_measure, "lower_bound_only": self.lower_bound_only,
             "joint": self.joint, "nll": self.nll, "nll_std_error": self.nll_std_error,
             "bits_per_dim": self.bits_per_dim, "elbo": float(self.elbo.mean()),
-            "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px), "notes": "; ".join(self.notes),
+            "unreliable": int((~self.reliable).sum()), "num_data": len(self.log_px),
+            "notes": "; ".join(note.replace("; ", ", ") for note in self.notes),
             "levels": self.levels or 0, "method": self.method, "remedy": self.remedy, **self.settings,
         } | ({"seconds": round(self.seconds, 1)} if math.isfinite(self.seconds) else {})  # fmt: skip
 

@@ -101,7 +101,9 @@ def bound_curve(estimate: Estimate) -> Figure:
 
 @styled
 def diagnosis(estimate: Estimate) -> Figure:
-    """Effective sample size and log p(x) against k_hat, per datum; the region of reliable data is shaded.
+    """Effective sample size and log p(x) against k_hat, per datum, with the limits of either shaded.
+
+    Colours show the reliability, which a limit of k_hat from all data decides: single data beyond may be reliable.
 
     A k_hat of -inf (equal weights) is drawn at the left edge, +inf at the right edge; a note counts NaN.
     """
@@ -130,7 +132,7 @@ def diagnosis(estimate: Estimate) -> Figure:
     axes[0].set_ylim(min(low, 0.6 * MIN_ESS), max(high, 1.2 * estimate.num_particles))
     decimal_log_ticks(axes[0].yaxis)
     if math.isfinite(limit):
-        _shade_reliable(axes[0], limit)
+        _shade_limits(axes[0], limit)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles, loc="outside upper right", ncols=2)
     return fig
@@ -164,12 +166,12 @@ def _infinity_ticks(ax: Any, k_hat: np.ndarray, left: float, right: float) -> No
     ax.set_xlim(left - 0.05 * span, right + 0.05 * span)
 
 
-def _shade_reliable(ax: Any, limit: float) -> None:
+def _shade_limits(ax: Any, limit: float) -> None:
     (left, _), (_, high) = ax.get_xlim(), ax.get_ylim()
     ax.add_patch(
         Rectangle((left, MIN_ESS), limit - left, high - MIN_ESS, color=BLUE, alpha=0.06, linewidth=0, zorder=0)
     )
-    ax.set_title(rf"shaded: reliable, $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", fontsize=8, color=FAINT)
+    ax.set_title(rf"shaded: $\hat{{k}}$ < {limit:.2f} and ESS ≥ {MIN_ESS:g}", fontsize=8, color=FAINT)
 
 
 def _not_shown(count: int, what: str) -> str:

@@ -17,6 +17,7 @@ from ppvae.report.section import CaptionedFigure, Section, build_section, sectio
 
 
 def all_sections(run_data: RunData) -> Iterator[Section]:
+    """Every section of the report, in its order."""
     yield build_section("curves", "Training", lambda: training_curves(run_data))
     yield build_section("samples", "Samples", lambda: samples(run_data))
     yield build_section("reconstructions", "Reconstructions", lambda: reconstructions(run_data))
@@ -46,6 +47,7 @@ def sections_of_latents(
 
 
 def training_curves(run_data: RunData) -> CaptionedFigure:
+    """Metrics over epochs."""
     history, metrics = run_data.run.history, run_data.run.metrics
     if not history:
         raise SectionUnavailable("The run has no history.")

@@ -15,6 +15,7 @@ NO_ESTIMATE = "There is no estimate of log p(x); the top of the page says why."
 
 
 def log_px(run_data: RunData) -> CaptionedFigure:
+    """A histogram of log p(x) over the data."""
     return CaptionedFigure(
         plots.log_px_histogram(_estimate_per_datum(run_data)),
         "Look for a long left tail (data that are unlikely under the model), and for where the unreliable estimates "
@@ -23,6 +24,7 @@ def log_px(run_data: RunData) -> CaptionedFigure:
 
 
 def bounds(run_data: RunData) -> CaptionedFigure:
+    """The bound L_k against k."""
     est = run_data.estimate
     if est is None:
         raise SectionUnavailable(NO_ESTIMATE)
@@ -51,8 +53,10 @@ def diagnosis(run_data: RunData) -> CaptionedFigure:
         )
     return CaptionedFigure(
         plots.diagnosis(est),
-        f"Look for data outside the shaded region (k̂ ≥ {limit:.2f} or an effective sample size below {MIN_ESS:g}): a "
-        "few particles carry most of the weight, and more particles or a better guide would change log p(x).",
+        f"Look for data that are not reliable, and for a cloud that reaches beyond the shaded region (k̂ ≥ {limit:.2f} "
+        f"or an effective sample size below {MIN_ESS:g}): there a few particles carry most of the weight, and more "
+        "particles or a better guide would change log p(x). k̂ is noisy, so that a datum is judged by its 95 % limit "
+        "given the k̂ of all data: single ones beyond may be reliable.",
     )
 
 

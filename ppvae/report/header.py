@@ -16,6 +16,7 @@ from ppvae.training.run import versions
 
 
 def page_header(run_data: RunData) -> PageHeader:
+    """Title, headline numbers, remarks and facts."""
     name, _ = run_data.pair
     est, metrics = run_data.estimate, run_data.run.metrics
     cards = _estimate_cards(est) if est is not None else _training_cards(metrics)
@@ -84,11 +85,14 @@ def remarks(run_data: RunData) -> list[str]:
 
 
 def facts(run_data: RunData) -> list[tuple[str, str]]:
+    """The table: pair, data, estimate, training and versions."""
     name, modules = run_data.pair
     size = f"{run_data.num_parameters:,} parameters"
     rows = [("Model and guide", f"{name}{f' ({modules})' if modules else ''}, {size}"), ("Data", _data(run_data))]
     if run_data.estimate is not None:
         rows.append(("log p(x)", _method(run_data.estimate)))
+        if bracket := run_data.estimate.bracket_summary:
+            rows.append(("Bracket", bracket))
     found = run_data.run.config.get("versions") or versions()
     text = ", ".join(f"{package} {version}" for package, version in found.items())
     return [*rows, *_active_latents(run_data), *_training(run_data), ("Versions", text)]

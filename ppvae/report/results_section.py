@@ -19,6 +19,7 @@ T = TypeVar("T", Representation, Calibration)
 
 
 def results_sections(run_data: RunData) -> Iterator[Section]:
+    """A section for each kind of result in the run's folder."""
     if run_data.run.directory is None:
         return
     paths: dict[str, dict[str, Path]] = {}

@@ -17,6 +17,7 @@ TRAVERSAL = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)  # values that a latent dim t
 
 
 def samples(run_data: RunData, count: int = 64) -> CaptionedFigure:
+    """Ancestral samples."""
     run, is_image = run_data.run, run_data.event is not None
     batch, _ = run_data.batch_of(torch.arange(min(count, len(run_data))))
     generated = generate.samples(run.model, run.guide, batch, count, mean=is_image, seed=run_data.seed)
@@ -40,6 +41,7 @@ def samples(run_data: RunData, count: int = 64) -> CaptionedFigure:
 
 
 def reconstructions(run_data: RunData, count: int = 24) -> CaptionedFigure:
+    """Data and their reconstructions."""
     run, is_image = run_data.run, run_data.event is not None
     rows = torch.arange(min(count if is_image else min(count, 8), len(run_data)))
     batch, where = run_data.batch_of(rows)
@@ -148,11 +150,13 @@ def traversals(run_data: RunData, site: str) -> CaptionedFigure:
 
 
 def active_dims(run_data: RunData, site: str) -> str:
+    """The number of active dims of a latent, as text."""
     variance = run_data.means[site].var(0, correction=0)
     return f"{int((variance > ACTIVE).sum())} of {len(variance)} dims"
 
 
 def latent_map(run_data: RunData, site: str) -> CaptionedFigure:
+    """Posterior means in the plane."""
     means, est, count = run_data.means[site], run_data.estimate, len(run_data)
     classes = run_data.labels.unique() if run_data.labels is not None else []
     labels = run_data.labels[: len(means)] if run_data.labels is not None and len(classes) <= MOST_CLASSES else None
