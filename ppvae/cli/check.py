@@ -13,6 +13,7 @@ ROWS = 100  # of the data, on which the pair is checked
 
 
 def run(args: list[str]) -> int:
+    """Prints the description of a pair; returns the exit status."""
     _, factory, settings, arguments = parse_pair("check", args, Data)
     splits = load_splits(settings)
     torch.manual_seed(0)

@@ -53,6 +53,7 @@ def first_argument(
 
 
 def description(cls: type) -> str:
+    """The help text of a command: the docstring of its options."""
     return inspect.getdoc(cls) or ""
 
 
@@ -63,6 +64,7 @@ def find_run(name: str, runs: str) -> Path:
 
 
 def load_splits(settings: Any) -> Any:
+    """Train, valid and test of the settings' data."""
     kind = None if settings.binarize == "none" or settings.dequantize or settings.missing else settings.binarize
     return datasets.load(
         settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
@@ -83,6 +85,7 @@ def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
 
 
 def num_labels(split: Any, labels: bool) -> int | None:
+    """The number of different labels, where they are asked for."""
     if not labels or split.labels is None:
         return None
     return len(split.classes) or int(split.labels.max()) + 1
@@ -113,10 +116,12 @@ def joined_digest(columns: tuple[Any, ...]) -> str:
 
 
 def head(columns: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The first rows of every column."""
     return tuple(c.head(count) if hasattr(c, "head") else c[:count] for c in columns)
 
 
 def print_table(table: Mapping[str, Any], width: int) -> None:
+    """Prints a row for each entry."""
     for key, value in table.items():
         print(f"{key:{width}} {value}")
 

@@ -11,6 +11,7 @@ from ppvae.storage import write_bytes
 
 
 def run(args: list[str]) -> int:
+    """Prints the comparison, and writes it where a folder is given; returns the exit status."""
     names = []
     while args and not args[0].startswith("-"):
         names.append(args[0])

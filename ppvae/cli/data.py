@@ -10,6 +10,7 @@ SHOWN = 6  # columns beside the data
 
 
 def run(args: list[str]) -> int:
+    """Prints a line for each split; returns the exit status."""
     if not args or args[0].startswith("-"):
         args = ["digits", *args]
     settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))

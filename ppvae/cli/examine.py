@@ -27,6 +27,7 @@ def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
 
 
 def run(args: list[str]) -> int:
+    """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
     trained = load(directory, best=settings.best or None)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}

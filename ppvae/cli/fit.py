@@ -24,6 +24,7 @@ OBJECTIVE: Argument = (Annotated[ELBO, OBJECTIVES], Trace_ELBO, "the objective t
 
 
 def run(args: list[str]) -> int:
+    """Trains a pair as the command line says; returns the exit status."""
     name, factory, settings, arguments = parse_pair("fit", args, Fit, {"objective": OBJECTIVE})
     objective = arguments.pop("objective")
     splits = load_splits(settings)

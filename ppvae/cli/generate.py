@@ -7,6 +7,7 @@ from ppvae.training import load
 
 
 def run(args: list[str]) -> int:
+    """Writes the files into the run folder, and prints their paths; returns the exit status."""
     settings, directory = parse_run("generate", args, Generate)
     trained = load(directory, best=settings.best or None)
     columns = run_data(trained, settings, "test")

@@ -252,6 +252,7 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 
 def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    """The gradient of `softplus`."""
     scaled = x * beta
     return torch.where(scaled > threshold, gradient, gradient * scaled.sigmoid())
 

@@ -230,6 +230,7 @@ def check_visits_every_row(loader: DataLoader, name: str) -> None:
 
 
 def check_is_map_style(dataset: Any, name: str) -> None:
+    """A data set has a length and items by number."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise UsageError(
             f"{name}: {type(dataset).__name__} has no rows by number: read it, and pass "

@@ -76,6 +76,7 @@ def _from_tensor(x: Tensor, place: str) -> Tensor:
 
 
 def check_no_gradient(x: Tensor, place: str) -> None:
+    """Data require no gradient."""
     if x.requires_grad:
         raise DataError(
             f"{place}: the data require a gradient, which would lead every step back to whatever computed them: pass "
@@ -98,6 +99,7 @@ def _check_holds_numbers(x: Tensor, place: str) -> None:
 
 
 def check_dense_size(shape: Sequence[int], itemsize: int, place: str) -> None:
+    """A sparse matrix fits into memory as a dense one."""
     size = itemsize * math.prod(map(int, shape))
     if size > DENSE_LIMIT:
         raise DataError(

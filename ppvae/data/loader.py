@@ -52,10 +52,12 @@ def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
 
 
 def as_single_batch(data: Any, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """All rows of checked data as one batch on a device."""
     return tuple(read_rows(column, None, device) for column in data_columns(data, seed))
 
 
 def column_digests(columns: Sequence[Any]) -> list[str]:
+    """The SHA-256 of each column."""
     return [c.digest if hasattr(c, "digest") else digest(c) for c in columns]
 
 

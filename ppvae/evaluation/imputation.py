@@ -162,7 +162,7 @@ def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int,
     return {
         "values": torch.where(missing, torch.cat(values)[:, :size].to(x.dtype), x).transpose(0, 1).cpu(),
         "mean": torch.where(missing, mean.value.to(x.dtype), x).cpu(), "missing": missing.cpu(),
-        **{key: value.cpu() for key, value in weights.result().items()},
+        **weights.result(),
     }  # fmt: skip
 
 

@@ -129,6 +129,7 @@ class ClassChoice:
 
 
 def class_choice(kind: Any) -> ClassChoice | None:
+    """The choice of an annotation, if it has one."""
     return next((m for m in getattr(kind, "__metadata__", ()) if isinstance(m, ClassChoice)), None)
 
 

@@ -25,6 +25,7 @@ CHUNK_SIZE = 500  # rows in one run of the pair
 
 @contextmanager
 def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[GenerativePair]:
+    """The pair on data, in evaluation mode and under its own random state."""
     model, guide = bind_pair(model, guide)
     columns = data_columns(x, seed, program=model)
     place = choose_device(None, model, guide, columns)

@@ -112,6 +112,7 @@ def decimal_log_ticks(axis: Any) -> None:
 
 
 def note(ax: Any, text: str) -> None:
+    """Text above the upper right corner of the axes."""
     if text:
         ax.annotate(
             text, (1, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",

@@ -48,6 +48,7 @@ def check_loadable(state: dict[str, Any]) -> None:
 
 
 def exists(folder: Path) -> bool:
+    """Whether the folder holds a complete checkpoint."""
     return (folder / POINTER).exists()
 
 

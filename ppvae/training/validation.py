@@ -23,7 +23,7 @@ from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
-from ppvae.rng import derive_seed, fork_rng
+from ppvae.rng import derive_seed, fork_rng, seed_all
 
 ROWS = 1000
 
@@ -128,7 +128,7 @@ class ValidationMetrics:
             )
             fallback = "validation runs without a compiled graph"
             self._function = CompiledFunction(target, Policy(checks_guards=True), "validation sums", fallback)
-        torch.manual_seed(derive_seed(self.seed, block.number, 0))  # as `Block.weights` has it
+        seed_all(derive_seed(self.seed, block.number, 0))  # as `Block.weights` has it
         out = self._function(ROWS, block.batch)
         return None if out is None or self._function.refusal else out[0]
 

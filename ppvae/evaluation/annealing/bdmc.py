@@ -15,7 +15,7 @@ from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_ch
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache, BlockContext
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
-from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, two_sided
 from ppvae.evaluation.results import SavedResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
 from ppvae.inference.structure import Role, Structure
@@ -72,18 +72,24 @@ class Bracket(SavedResult):
 
     def table(self) -> dict[str, str]:
         """The means over the data set as strings, for printing."""
-        unit = "nats for the whole data set" if self.joint else "nats per datum"
-        rows = {
-            "data": f"{len(self.lower)} simulated from the model",
-            "log p(x) from below": f"{mean_words(self.lower)} {unit}",
-            "log p(x) from above": f"{mean_words(self.upper)} {unit}",
-            "gap": f"{mean_words(self.gap)}; on average it bounds the error of either",
+        rows = simulated_rows(self.lower, self.upper, self.joint) | {
             "acceptance": f"{float(self.acceptance.mean()):.2f}",
             **{name: str(value) for name, value in self.settings.items()},
             "holds for": HOLDS_FOR,
         }
         broken = int((self.nonfinite > 0).sum())
         return rows | ({"non-finite weights": f"{broken} data"} if broken else {})
+
+
+def simulated_rows(lower: Tensor, upper: Tensor, joint: bool) -> dict[str, str]:
+    """Rows of a table of bounds [N] for data simulated from the model."""
+    unit = "nats for the whole data set" if joint else "nats per datum"
+    return {
+        "data": f"{len(lower)} simulated from the model",
+        "log p(x) from below": f"{mean_words(lower)} {unit}",
+        "log p(x) from above": f"{mean_words(upper)} {unit}",
+        "gap": f"{mean_words(upper - lower)}; on average it bounds the error of either",
+    }
 
 
 def bdmc(
@@ -197,9 +203,4 @@ def _bracket_block(
         posterior_draw = potential.space.expand(latents, count)
         reverse = run_reverse_chains(path, posterior_draw, session.noise(number, i, "reverse"), progress.advance)
         inverse_weights.add(-reverse[:, :width], -reverse[:, :width])
-    lower, upper = ({k: v.cpu() for k, v in w.result().items()} for w in (weights, inverse_weights))
-    return {
-        "lower": lower["log_px"], "lower_std_error": lower["std_error"], "acceptance": acceptance,
-        "upper": -upper["log_px"], "upper_std_error": upper["std_error"],
-        "nonfinite": lower["nonfinite"] + upper["nonfinite"],
-    }  # fmt: skip
+    return two_sided(weights, inverse_weights) | {"acceptance": acceptance}

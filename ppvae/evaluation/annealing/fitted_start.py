@@ -13,10 +13,11 @@ from torch import Tensor
 from ppvae.evaluation.annealing.chains import AnnealingPlan, forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.hmc import HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule, with_steps
+from ppvae.evaluation.proposals.climbing import mean_and_scale
 from ppvae.evaluation.proposals.fit import MOMENT_DRAWS
 from ppvae.evaluation.proposals.log_weights import RefinedProposal
 from ppvae.evaluation.unconstrained.chain_state import ChainState
-from ppvae.rng import derive_seed
+from ppvae.rng import derive_seed, seed_all
 
 NUM_CHAINS = 100
 NUM_LEAPFROG = 5
@@ -47,11 +48,9 @@ class FittedStart:
     def __init__(self, proposal: RefinedProposal):
         self.proposal = proposal
         fitted = proposal.fitted
-        u = proposal.sample_start(MOMENT_DRAWS)
-        scale = u.std(0)
-        scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+        loc, scale = mean_and_scale(proposal.sample_start(MOMENT_DRAWS))
         alone, of_fit = fitted.guide_share == 1, fitted.density.scale
-        self.loc = torch.where(alone[:, None], u.mean(0), fitted.density.loc)
+        self.loc = torch.where(alone[:, None], loc, fitted.density.loc)
         if of_fit.dim() == 2:
             self.scale = torch.where(alone[:, None], scale, of_fit)
         else:
@@ -162,6 +161,6 @@ class FittedPath:
 
 
 def _noise(seed: int, device: torch.device) -> torch.Generator:
-    """The transitions' noise; torch's own generator, for draws of the proposal, is seeded beside it."""
-    torch.manual_seed(seed)
+    """The transitions' noise; the global generators, for draws of the proposal, are seeded beside it."""
+    seed_all(seed)
     return torch.Generator(device=device).manual_seed(derive_seed(seed, "moves"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import read_rows
 from ppvae.errors import UsageError
-from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible
+from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible, simulated_rows
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, annealed_gap, bounds_by_swap
@@ -116,12 +116,7 @@ class ProposalBracket(TwoSidedBounds):
 
     def table(self) -> dict[str, str]:
         """The means over the data set as strings, for printing."""
-        unit = "nats for the whole data set" if self.joint else "nats per datum"
-        rows = {
-            "data": f"{len(self.lower)} simulated from the model",
-            "log p(x) from below": f"{mean_words(self.lower)} {unit}",
-            "log p(x) from above": f"{mean_words(self.upper)} {unit}",
-            "gap": f"{mean_words(self.gap)}; on average it bounds the error of either",
+        rows = simulated_rows(self.lower, self.upper, self.joint) | {
             "proposal": self.proposal,
             "particles": str(self.num_particles),
             "verdict": self.verdict,

@@ -79,7 +79,7 @@ class EscalatingSampler:
             weights = LogWeightAccumulator(NUM_CHAINS, (), block.eps)
             log_weight = chains["log_weight"][:, at.to(chains["log_weight"].device)]
             weights.add(log_weight, log_weight)
-            result = {name: value.cpu() for name, value in weights.result().items() if name in REPLACED}
+            result = {name: value for name, value in weights.result().items() if name in REPLACED}
             result |= {
                 "acceptance": chains["acceptance"].cpu()[at], "num_temperatures": torch.full((len(rows),), level),
                 "method": torch.ones(len(rows), dtype=torch.long),
@@ -108,7 +108,7 @@ def find_weak(proposal: RefinedProposal, allocation: Allocation, allocated: dict
     weights = LogWeightAccumulator(count, (), block.eps)
     for log_weight, elbo, _ in proposal.log_weights(count, noise="escalation pilot"):
         weights.add(log_weight, elbo)
-    found = {name: value.cpu() for name, value in weights.result().items()}
+    found = weights.result()
     upper = k_hat_upper(found["k_hat"], torch.full(found["k_hat"].shape, count))
     enough = min(ESS_MARGIN * MIN_ESS, 0.9 * total)
     fine = (
@@ -126,7 +126,7 @@ def refinable_run(run: Evaluation) -> tuple[Evaluation | None, str]:
     unconstrained coordinates gives way to the model's prior: proposals are then fitted from it, and the defensive share
     is the prior's.
     """
-    refused = why_not_refined(run)
+    refused = refinement_refusal(run)
     if not refused:
         return run, ""
     s = run.structure
@@ -136,12 +136,12 @@ def refinable_run(run: Evaluation) -> tuple[Evaluation | None, str]:
         by_prior = run.with_guide(prior_as_guide(run.model, s.guide_roles))
     except (ContractError, UsageError):
         return None, refused
-    if why_not_refined(by_prior):
+    if refinement_refusal(by_prior):
         return None, refused
     return by_prior, f"the prior takes the place of the guide: {refused}"
 
 
-def why_not_refined(run: Evaluation) -> str:
+def refinement_refusal(run: Evaluation) -> str:
     """The first sentence of the error that a refined proposal of the first block meets; "" where there is none."""
     try:
         with fork_rng():
@@ -155,7 +155,7 @@ def escalation_note(escalated: Mapping[str, Tensor], refused: str) -> str:
     """How many data each method estimated."""
     chains = escalated["method"] == 1
     if refused:
-        return f"method='auto' kept to the guide's own draws: {refused}".replace("; ", ", ")  # notes are joined by "; "
+        return f"method='auto' kept to the guide's own draws: {refused}"
     if not bool(chains.any()):
         return "by refined importance sampling: all data"
     levels = escalated["num_temperatures"][chains]

@@ -189,13 +189,18 @@ def _resampling_chains(proposal: RefinedProposal, width: int) -> tuple[Tensor, T
                 log_weight = torch.cat([proposal.log_weight(u) for u in draws])[:, :width].nan_to_num(nan=-torch.inf)
                 if current is not None:
                     log_weight = torch.cat([current[None], log_weight])
-                safe = torch.where(log_weight.amax(0).isfinite(), log_weight, torch.zeros_like(log_weight))
-                index = torch.multinomial(safe.softmax(0).T, 1).T
+                index = _draw_by_weight(log_weight, 1)
                 if current is not None:
                     moved += (index[0] > 0).cpu() / (NUM_DRAWS * (RESAMPLING_STEPS - 1))
                 current = log_weight.gather(0, index)[0]
             last.append(current)
     return torch.stack([w for w in last if w is not None]), moved
+
+
+def _draw_by_weight(log_weight: Tensor, count: int) -> Tensor:
+    """Indices [count, N] of draws in proportion to weights [particles, N]; of any where no weight is finite."""
+    safe = torch.where(log_weight.amax(0).isfinite(), log_weight, torch.zeros_like(log_weight))
+    return torch.multinomial(safe.softmax(0).T, count, replacement=True).T
 
 
 def _bound_by_annealing(proposal: RefinedProposal, weak: Tensor) -> dict[str, Tensor]:
@@ -208,8 +213,7 @@ def _bound_by_annealing(proposal: RefinedProposal, weak: Tensor) -> dict[str, Te
     forward = path.run(level, derive_seed(seed, number, "interval forward"))
     log_weight = forward["log_weight"].nan_to_num(nan=-torch.inf)
     seed_all(derive_seed(seed, number, "interval resampling"))
-    safe = torch.where(log_weight.amax(0).isfinite(), log_weight, torch.zeros_like(log_weight))
-    index = torch.multinomial(safe.softmax(0).T, NUM_CHAINS, replacement=True).T
+    index = _draw_by_weight(log_weight, NUM_CHAINS)
     u = forward["u"].gather(0, index[..., None].expand_as(forward["u"]))
     u, acceptance = path.move(u, HMC_STEPS, derive_seed(seed, number, "interval moves"))
     reverse = path.run_reverse(level, derive_seed(seed, number, "interval reverse"), u)

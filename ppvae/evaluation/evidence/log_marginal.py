@@ -155,7 +155,7 @@ def log_marginal(
         counts_of = zip(FAMILIES, families["family"].bincount(minlength=len(FAMILIES)).tolist(), strict=True)
         notes += (f"proposals by datum: {', '.join(f'{name} {count}' for name, count in counts_of if count)}",)
     if refined and replaced:
-        notes += (replaced.replace("; ", ", "),)
+        notes += (replaced,)
     if escalates:
         notes += (escalation_note(escalated, refused),)
     dims: float = s.observed_dims

@@ -72,11 +72,15 @@ def refined_log_marginal(
         )  # fmt: skip
         return replace(est, seconds=time.perf_counter() - start)
 
-    if why := why_not_refined(model, guide, data, seed=seed, device=device):
+    try:
+        est = timed("refined", num_particles)
+    except (ContractError, UsageError):
+        why = why_not_refined(model, guide, data, seed=seed, device=device)
+        if not why:
+            raise
         est = timed("guide", num_particles if num_particles == "auto" else guide_particles or num_particles)
         est = replace(est, notes=(f"drawn from the guide, as no proposal can be refined: {why}", *est.notes))
     else:
-        est = timed("refined", num_particles)
         est = replace(est, guide_estimate=timed("guide", guide_particles)) if guide_particles else est
     return with_bracket(est, model, guide, data, bracket_data, device) if bracket_data else est
 
@@ -95,7 +99,7 @@ def with_bracket(
             model, guide, data, num_data=num_data, num_particles=count, proposal=kind, seed=est.seed, device=device
         )
     except (ContractError, UsageError) as error:
-        return replace(est, notes=(*est.notes, f"no bracket: {one_line(error, 240)}".replace(";", ",")))
+        return replace(est, notes=(*est.notes, f"no bracket: {one_line(error, 240)}"))
     facts = {"bracket": found.verdict, "bracket_width": found.width, "bracket_sufficient": found.sufficient}
     return replace(est, settings=dict(est.settings) | facts | {"bracket_data": len(found.lower)})
 
@@ -106,4 +110,4 @@ def why_not_refined(
     """Why `log_marginal(..., proposal="refined")` refuses a pair, on one line; an empty string where it does not."""
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         refinable, why = refinable_run(run)
-    return "" if refinable else " ".join(why.split())[:240].replace(";", ",")  # notes are joined by semicolons in files
+    return "" if refinable else " ".join(why.split())[:240]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
-from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, two_sided
 from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
 from ppvae.evaluation.results import SavedResult, mean_and_error
 from ppvae.rng import derive_seed, seed_all
@@ -75,9 +75,7 @@ def bounds_by_swap(proposal: Proposal, exact: Tensor, num_particles: int, noise:
         others = log_weight if done < num_particles else log_weight[:-1]
         if len(others):
             rest.add(others, others)
-    below = {name: value.cpu() for name, value in lower.result().items()}
-    without = {name: value.cpu() for name, value in rest.result().items()}
-    exact = exact.cpu()
+    below, without, exact = lower.result(), rest.result(), exact.cpu()
     log_rest = without["log_px"] + math.log(num_particles - 1)
     log_sums = torch.logaddexp(log_rest, exact)
     share = (exact - log_sums).exp()
@@ -92,20 +90,11 @@ def bounds_by_swap(proposal: Proposal, exact: Tensor, num_particles: int, noise:
 
 
 def bounds_by_annealing(forward: Tensor, reverse: Tensor, eps: float) -> dict[str, Tensor]:
-    """Both bounds by field from log-weights [chains, N] of forward chains, and of reverse ones from posterior draws.
-
-    lower = log mean w over forward chains, upper = -log mean 1/w over reverse ones.
-    Source: Grosse, Ancha and Roy 2016 (arXiv 1606.02275).
-    """
+    """`two_sided` of log-weights [chains, N] of forward chains, and of reverse ones from posterior draws."""
     lower, upper = (LogWeightAccumulator(len(forward), (), eps) for _ in range(2))
     lower.add(forward, forward)
     upper.add(-reverse, -reverse)
-    below, above = ({name: value.cpu() for name, value in weights.result().items()} for weights in (lower, upper))
-    return {
-        "lower": below["log_px"], "lower_std_error": below["std_error"],
-        "upper": -above["log_px"], "upper_std_error": above["std_error"],
-        "nonfinite": below["nonfinite"] + above["nonfinite"],
-    }  # fmt: skip
+    return two_sided(lower, upper)
 
 
 def annealed_gap(proposal: RefinedProposal, latents: Mapping[str, Tensor]) -> Tensor:

@@ -122,7 +122,7 @@ class LogWeightAccumulator:
         return out
 
     def result(self) -> dict[str, Tensor]:
-        """Per datum: log_px, std_error, ess, k_hat, elbo, nonfinite, and each recorded bound as "bound_k"."""
+        """Per datum, on the CPU: log_px, std_error, ess, k_hat, elbo, nonfinite, and recorded bounds as "bound_k"."""
         self._reduce()
         s, count = self._state, self._count
         assert 0 < count <= self.num_particles
@@ -139,7 +139,7 @@ class LogWeightAccumulator:
         rounding = largest - s["smallest"] <= 32 * self._eps * (1 + largest.abs())
         flat = ((top.amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()
         broken = (s["nonfinite"] > 0) | (s["zero"] == count)
-        return {
+        found = {
             "log_px": s["log_sum"] - math.log(count),
             "std_error": relative.sqrt(),
             "ess": ess,
@@ -148,6 +148,21 @@ class LogWeightAccumulator:
             "nonfinite": torch.where(broken, s["nonfinite"].clamp(min=1), s["nonfinite"]),
             **{f"bound_{k}": b.value for k, b in self.bounds.items()},
         }
+        return {name: value.cpu() for name, value in found.items()}
+
+
+def two_sided(forward: LogWeightAccumulator, reverse: LogWeightAccumulator) -> dict[str, Tensor]:
+    """Both bounds of log p(x) by field, from weights w with E[w] = p(x), and from 1 / w with E[1 / w] = 1 / p(x).
+
+    lower = log mean w over forward chains, upper = -log mean 1/w over reverse ones.
+    Source: Grosse, Ancha and Roy 2016 (arXiv 1606.02275).
+    """
+    below, above = forward.result(), reverse.result()
+    return {
+        "lower": below["log_px"], "lower_std_error": below["std_error"],
+        "upper": -above["log_px"], "upper_std_error": above["std_error"],
+        "nonfinite": below["nonfinite"] + above["nonfinite"],
+    }  # fmt: skip
 
 
 def recorded_bounds(num_particles: int) -> list[int]:

@@ -101,7 +101,7 @@ class AdaptiveAllocation:
                 index = positions.to(log_weight.device)
                 weights.add(log_weight[:, index], elbo[:, index])
             done = count
-            statistics = {name: value.cpu() for name, value in weights.result().items()}
+            statistics = weights.result()
             required = self.required_particles(statistics, done)
             broken = (statistics["nonfinite"] > 0) & ~statistics["log_px"].isneginf()
             over_budget[active] = broken | ~(required <= self.max_particles)

@@ -32,7 +32,7 @@ class ImportanceSampler:
         rows: the largest number of (datum, particle) rows that go through the pair at once.
         precision: of the products in layers.
         refined: draw from a proposal that is fitted to each datum, instead of the guide.
-        densities: those that refined proposals are fitted to, compiled perhaps.
+        densities: those that refined proposals are fitted to, where they are compiled.
     """
 
     run: Evaluation
@@ -42,7 +42,7 @@ class ImportanceSampler:
     rows: int
     precision: str = "float32"
     refined: bool = False
-    densities: CompiledDensities = field(default_factory=lambda: CompiledDensities(0, 0, 1), repr=False)
+    densities: CompiledDensities | None = field(default=None, repr=False)
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that a block's result is a function of."""
@@ -139,5 +139,4 @@ class _Group:
 
     def result(self) -> dict[str, Tensor]:
         draws = self.reservoir.values if self.reservoir else {}
-        statistics = {name: value.cpu() for name, value in self.weights.result().items()}
-        return statistics | {f"posterior/{name}": value.transpose(0, 1) for name, value in draws.items()}
+        return self.weights.result() | {f"posterior/{name}": value.transpose(0, 1) for name, value in draws.items()}

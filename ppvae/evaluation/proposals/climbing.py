@@ -30,6 +30,13 @@ class Target(Protocol):
         """The gradient of log p(x, u), [particles, batch, dims]."""
 
 
+def mean_and_scale(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [batch, dims] of draws [particles, batch, dims]; 0 and 1 where not finite."""
+    loc, scale = u.mean(0), u.std(0)
+    loc = torch.where(loc.isfinite(), loc, torch.zeros_like(loc))
+    return loc, torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+
+
 def ascend(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     """Adam's way from u [batch, dims] towards the mode of log p(x, u), in units of the scale."""
     x = torch.zeros_like(u)

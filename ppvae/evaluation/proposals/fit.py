@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.proposals.climbing import MODE_STEPS, Target, ascend, elbo
+from ppvae.evaluation.proposals.climbing import MODE_STEPS, Target, ascend, elbo, mean_and_scale
 from ppvae.evaluation.proposals.densities import D, Density, Elliptical, LowRank, choose
 from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
@@ -74,10 +74,7 @@ def fit_proposal(target: Target) -> FittedProposal:
     1801.03558) for fits per datum; Roeder et al. 2017 (arXiv 1703.09194) for the path gradient; Owen and Zhou 2000,
     Safe and effective importance sampling, for the defensive share.
     """
-    u = target.sample_start(MOMENT_DRAWS)
-    loc, scale = u.mean(0), u.std(0)
-    loc = torch.where(loc.isfinite(), loc, torch.zeros_like(loc))
-    scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+    loc, scale = mean_and_scale(target.sample_start(MOMENT_DRAWS))
     if loc.shape[-1] > MAX_FULL_RANK_DIMS:
         return best_of(target, fit_low_rank(target, loc, scale), 2)
     normal = torch.full(loc.shape[:1], math.inf, dtype=loc.dtype, device=loc.device)

@@ -27,30 +27,40 @@ class CompiledPotential:
     """
 
     def __init__(self, total: int):
-        target = Target(
-            function=lambda u, *_: _outputs(self._potential.evaluate(u)),
-            agree=_agree,
-            parameters=lambda: self._potential.s.params.values(),
-            traced=lambda u, *_: _outputs(self._potential.without_cache().evaluate(u)),
-            varying=(0,),
-            deterministic=True,
-        )
-        fallback = "chains run without a compiled graph"
-        self._function = None if total < MIN_GRADIENTS else CompiledFunction(target, Policy(), "densities", fallback)
-        self._potential: Potential
+        self._function = None
+        if total >= MIN_GRADIENTS:
+            fallback = "chains run without a compiled graph"
+            self._function = _OfPotential(lambda potential, u: list(potential.evaluate(u)[1:]), _agree, fallback)
 
     def __call__(self, potential: Potential, u: Tensor) -> ChainState:
         """Densities and gradients at a state [chains, batch, dims] that needs no gradient itself."""
         if self._function is None or not potential.capturable:
             return potential.evaluate(u)
-        args = (u, *potential.batch)
-        self._potential = self._function.block = potential
-        out = self._function(tuple((t.shape, t.dtype, t.device) for t in args), args)
+        out = self._function(potential, u)
         return potential.evaluate(u) if out is None else ChainState(u, *out)
 
 
-def _outputs(state: ChainState) -> Outputs:
-    return list(state[1:])
+class _OfPotential:
+    """A compiled function of (potential, state) for one block of data after another; None where none can be used."""
+
+    def __init__(
+        self, function: Callable[[Potential, Tensor], Outputs], agree: Callable[[Comparison], None], fallback: str
+    ):
+        target = Target(
+            function=lambda u, *_: function(self._potential, u),
+            agree=agree,
+            parameters=lambda: self._potential.s.params.values(),
+            traced=lambda u, *_: function(self._potential.without_cache(), u),
+            varying=(0,),
+            deterministic=True,
+        )
+        self._compiled = CompiledFunction(target, Policy(), "densities", fallback)
+        self._potential: Potential
+
+    def __call__(self, potential: Potential, u: Tensor) -> Outputs | None:
+        args = (u, *potential.batch)
+        self._potential = self._compiled.block = potential
+        return self._compiled(tuple((t.shape, t.dtype, t.device) for t in args), args)
 
 
 def _agree(c: Comparison) -> None:
@@ -78,20 +88,11 @@ class CompiledDensities:
         self._rows = rows
         fallback = "proposals are computed without a compiled graph"
 
-        def compiled(function: Callable[[Potential, Tensor], Outputs], total: int) -> CompiledFunction | None:
-            target = Target(
-                function=lambda u, *_: function(self._potential, u),
-                agree=_agree_on_all,
-                parameters=lambda: self._potential.s.params.values(),
-                traced=lambda u, *_: function(self._potential.without_cache(), u),
-                varying=(0,),
-                deterministic=True,
-            )
-            return None if total < MIN_ROWS else CompiledFunction(target, Policy(), "densities", fallback)
+        def compiled(function: Callable[[Potential, Tensor], Outputs], total: int) -> _OfPotential | None:
+            return None if total < MIN_ROWS else _OfPotential(function, _agree_on_all, fallback)
 
         self._gradient = compiled(lambda potential, u: [potential.joint_gradient(u)], gradient_rows)
         self._densities = compiled(lambda potential, u: list(potential.log_densities(u)), density_rows)
-        self._potential: Potential
 
     def gradient(self, potential: Potential, u: Tensor) -> Tensor:
         """The gradient of log p(x, z) at a state [particles, batch, dims], of the same shape."""
@@ -104,15 +105,13 @@ class CompiledDensities:
             out = self._call(self._densities, potential, u)
             return potential.log_densities(u) if out is None else (out[0], out[1])
 
-    def _call(self, function: CompiledFunction | None, potential: Potential, u: Tensor) -> Outputs | None:
+    def _call(self, function: _OfPotential | None, potential: Potential, u: Tensor) -> Outputs | None:
         count, most = len(u), max(1, self._rows // u.shape[1])
         if function is None or not potential.capturable or 2 * count <= most or count > most:
             return None
         if count < most:
             u = torch.cat([u, u[-1:].expand(most - count, *u.shape[1:])])
-        args = (u.contiguous(), *potential.batch)
-        self._potential = function.block = potential
-        out = function(tuple((t.shape, t.dtype, t.device) for t in args), args)
+        out = function(potential, u.contiguous())
         return None if out is None else [t[:count] for t in out]
 
 

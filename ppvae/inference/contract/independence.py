@@ -73,6 +73,7 @@ def replacements(size: int) -> Iterator[Tensor]:
 
 
 def check_density_kept(name: str, before: Tensor, after: Tensor, kept: Tensor) -> None:
+    """The densities [rows] of the rows that were kept are those of before."""
     changed = kept.to(before.device) & ~close(before, after)
     if bool(changed.any()):
         row = int(changed.nonzero()[0])

@@ -68,6 +68,7 @@ def check_missing(model: Mapping[str, Any], guide: Mapping[str, Any], batch: Seq
 
 
 def check_guide_takes_missing(name: str, node: Mapping[str, Any]) -> None:
+    """The guide's draws and densities are finite where values are missing."""
     if bool(_isnan(node["value"]).any()) or _density_fails(node):
         raise site_error(name, "a guide that takes missing values (NaN)", f"{_family(node)} that is NaN", TAKE_IN)
 

@@ -30,6 +30,7 @@ class DataPlate:
 
 
 def plates_of(node: Node) -> dict[str, Any]:
+    """The plates around a site by name, loops included."""
     return {f.name: f for f in node["cond_indep_stack"]}
 
 
@@ -67,6 +68,7 @@ def find_data_plate(
 
 
 def check_something_is_observed(observed: Mapping[str, Node], model: Mapping[str, Node]) -> None:
+    """The model has an observed site."""
     if not observed:
         raise ContractError(
             "the model observes nothing: expected a site with obs=, found none among "
@@ -75,6 +77,7 @@ def check_something_is_observed(observed: Mapping[str, Node], model: Mapping[str
 
 
 def check_batch_holds_data(batch: tuple[Any, ...]) -> None:
+    """The first argument of a batch is a tensor with the data in its first dim."""
     if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim():
         raise DataError(f"a batch: expected a tensor with the data in its first dim, found {type(batch[0]).__name__}")
 
@@ -93,6 +96,7 @@ def rightmost_plate(name: str, node: Node) -> Any:
 
 
 def check_single_data_plate(name: str, plate: Any, other: Any) -> None:
+    """All observed sites stand in one plate at dim -1."""
     if plate is not None and plate.name != other.name:
         raise site_error(
             name,
@@ -134,10 +138,12 @@ def _wrong_plate(name: str, count: int, found: str, elsewhere: Sequence[Any], tr
 
 
 def guide_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
+    """The role of each site of the guide."""
     return {name: _guide_role(name, node, model) for name, node in guide.items()}
 
 
 def model_roles(model: Mapping[str, Node], guide: Mapping[str, Node]) -> dict[str, Role]:
+    """The role of each site of the model."""
     return {name: _model_role(name, node, model, guide) for name, node in model.items()}
 
 
@@ -182,6 +188,7 @@ def _is_enumerated(node: Node) -> bool:
 
 
 def check_guide_does_not_observe(name: str, node: Node) -> None:
+    """The guide observes helpers and terms of the loss alone."""
     if not _infer(node).get("is_auxiliary"):
         raise site_error(
             name,
@@ -192,6 +199,7 @@ def check_guide_does_not_observe(name: str, node: Node) -> None:
 
 
 def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None:
+    """A site of the guide that the model does not have is marked as a helper."""
     if not _infer(node).get("is_auxiliary"):
         raise site_error(
             name,
@@ -202,6 +210,7 @@ def check_is_auxiliary(name: str, node: Node, model: Mapping[str, Node]) -> None
 
 
 def check_model_does_not_observe(name: str, p: Node) -> None:
+    """A latent of the guide is not observed in the model."""
     if p["is_observed"]:
         raise site_error(
             name, "a latent", "a site that the model observes and the guide samples", "remove it from the guide"
@@ -229,6 +238,7 @@ def check_same_plates(name: str, p: Node, q: Node) -> None:
 
 
 def check_whole_support_enumerated(name: str, node: Node) -> None:
+    """The guide enumerates all values of a site."""
     if num_samples := _infer(node).get("num_samples"):
         raise site_error(
             name,
@@ -275,6 +285,7 @@ def check_event(name: str, node: Node) -> None:
 
 
 def check_has_shapes(name: str, node: Node) -> None:
+    """A distribution tells its batch shape and event shape."""
     fn = node["fn"]
     if not (hasattr(fn, "batch_shape") and hasattr(fn, "event_shape")):
         raise site_error(

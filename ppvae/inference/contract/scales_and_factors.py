@@ -25,10 +25,12 @@ def find_common_scale(nodes: Sequence[tuple[str, Node]], plate: DataPlate) -> fl
 
 
 def plate_scale(node: Node, plate: DataPlate) -> float:
+    """The scale that the data plate gives a site: its full size over its batch inside, 1 outside."""
     return plate.scale if plate.name in plates_of(node) else 1.0
 
 
 def check_scale_is_a_number(name: str, node: Node) -> None:
+    """A site has one scale for all of its elements."""
     if isinstance(node["scale"], Tensor) and node["scale"].numel() > 1:
         raise site_error(
             name,

@@ -93,6 +93,7 @@ def base_support(support: Any) -> Any:
 
 
 def support_name(support: Any) -> str:
+    """The name of a support in error messages."""
     if support is constraints.boolean:
         return "{0, 1}"
     return str(support).removeprefix("<").removesuffix(">").lower()

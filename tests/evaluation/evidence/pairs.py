@@ -23,6 +23,18 @@ def funnel_guide(x):
         pyro.sample("b", dist.Normal(x, 0.5))
 
 
+def coin(x):
+    """A discrete latent that is sampled: no proposal can be refined."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def coin_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(0.5))
+
+
 def two_modes(x):
     """|z| is seen: posterior modes near x and -x, of equal mass; log p(x) = log of two normal integrals."""
     with pyro.plate("data", len(x)):

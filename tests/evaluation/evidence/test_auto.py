@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD
 from ppvae.evaluation.proposals.log_weights import RefinedProposal
 from ppvae.models import LinearGaussian
-from tests.evaluation.evidence.pairs import funnel, funnel_guide
+from tests.evaluation.evidence.pairs import coin, coin_guide, funnel, funnel_guide
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -108,19 +106,10 @@ def test_gradients_of_a_fitted_proposal_are_those_of_autograd():
 
 
 def test_a_pair_that_cannot_be_refined_keeps_its_guide_and_says_so():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.3))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(0.5))
-
-    est = log_marginal(model, guide, torch.zeros(3), method="auto")
-    plain = log_marginal(model, guide, torch.zeros(3))
+    est = log_marginal(coin, coin_guide, torch.zeros(3), method="auto")
+    plain = log_marginal(coin, coin_guide, torch.zeros(3))
     assert torch.equal(est.log_px, plain.log_px)
     assert "method='auto' kept to the guide's own draws" in est.summary()
     assert "site 'z'" in est.summary()
     with pytest.raises(UsageError, match="method: expected 'importance' or 'auto', found 'best'"):
-        log_marginal(model, guide, torch.zeros(3), method="best")
+        log_marginal(coin, coin_guide, torch.zeros(3), method="best")

@@ -15,6 +15,7 @@ from ppvae.evaluation import load_estimate, quadrature, refined_log_marginal
 from ppvae.evaluation.proposals.densities import Elliptical, choose
 from ppvae.evaluation.unconstrained import compiled_potential
 from ppvae.models import LinearGaussian
+from tests.evaluation.evidence.pairs import coin, coin_guide
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -189,19 +190,10 @@ def test_the_result_depends_neither_on_rows_nor_on_the_presence_of_draws(tmp_pat
 
 
 def test_what_cannot_be_refined_says_so():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.3))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(0.5))
-
     with pytest.raises(ContractError, match=r"'z'.*discrete"):
-        log_marginal(model, guide, torch.zeros(3), proposal="refined")
+        log_marginal(coin, coin_guide, torch.zeros(3), proposal="refined")
     with pytest.raises(UsageError, match="proposal: expected 'guide' or 'refined', found 'best'"):
-        log_marginal(model, guide, torch.zeros(3), proposal="best")
+        log_marginal(coin, coin_guide, torch.zeros(3), proposal="best")
 
 
 def test_refined_estimates_have_those_of_the_guide_beside_them(tmp_path):
@@ -229,16 +221,7 @@ def test_refined_estimates_have_those_of_the_guide_beside_them(tmp_path):
 
 
 def test_pairs_that_cannot_be_refined_are_drawn_from_the_guide():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.3))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(0.5))
-
-    est = refined_log_marginal(model, guide, torch.zeros(3), guide_particles=70)
+    est = refined_log_marginal(coin, coin_guide, torch.zeros(3), guide_particles=70)
     assert est.guide_estimate is None
     assert est.num_particles == 70
     assert est.notes[0].startswith("drawn from the guide, as no proposal can be refined: site 'z'")
