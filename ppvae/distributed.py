@@ -17,6 +17,11 @@ from torch import distributed as dist
 
 from ppvae.errors import PpvaeError, TrainingError, UsageError
 
+if dist.is_available():
+    # its default arguments bind the group of the time of its import: imported later, as by torch.compile, it keeps a
+    # destroyed group and its threads alive, which may abort the process at exit
+    import torch.distributed.nn.functional
+
 Fail = Callable[[str, int], int]
 DISTRIBUTED_COMMANDS = ("evaluate", "fit")  # commands of the command line whose work is sharded
 

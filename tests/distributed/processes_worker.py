@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -109,6 +110,11 @@ def report(case, folder):
     return {"digest": digest, "params": params.tolist(), "elbo": [m.get("valid_elbo") for m in done.history]}
 
 
+def thread_names():
+    tasks = Path("/proc/self/task")  # Linux alone has it
+    return [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+
+
 if __name__ == "__main__":
     folder, *cases = sys.argv[1:]
     found = {}
@@ -121,4 +127,5 @@ if __name__ == "__main__":
         finally:
             if size > 1:
                 torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
+    found["threads left"] = [name for name in thread_names() if "gloo" in name]
     print(json.dumps(found))

@@ -85,6 +85,10 @@ def test_an_error_of_one_process_ends_all(two):
     assert "stumbles" in second["error"]
 
 
+def test_a_destroyed_group_leaves_no_threads(two):
+    assert [found["threads left"] for found in two[1]] == [[], []]
+
+
 def test_processes_that_were_called_unlike_are_refused(two):
     for found in two[1]:
         assert "process 1 of 2 was called with other data or settings" in found["unlike"]["error"]
