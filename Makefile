@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # one thread a process: two processes share the cores better than two threads do
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test-avx2 test-all lint bench clean
+.PHONY: demo test test-avx2 test-all lint docs bench clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(DOCS_STAMP): pyproject.toml $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,docs]"
 	touch $@
 
 demo: $(STAMP)
@@ -37,8 +42,12 @@ test-all: $(STAMP)
 	$(PYTEST) -o addopts= --nbmake notebooks
 	$(BIN)/python -m experiments.bench --smoke --output runs/bench-smoke.json
 
+# the site, in site/: open site/index.html; it runs the notebooks, and fails on a warning or a dead link
+docs: $(STAMP) $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .inductor-avx2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .cache *.egg-info .inductor-avx2 .pytest_cache .mypy_cache .ruff_cache .hypothesis

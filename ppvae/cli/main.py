@@ -1,4 +1,4 @@
-"""The command line: `ppvae fit | evaluate | examine | compare | generate | check | data`."""
+"""The command line: `ppvae new | fit | evaluate | examine | compare | generate | check | data`."""
 
 import importlib
 import os
@@ -9,6 +9,7 @@ USAGE = """usage: ppvae COMMAND ...
 
 Deep latent-variable models as probabilistic programs.
 
+  ppvae new NAME                  write a pair to start from, and a test of it
   ppvae fit PAIR [options]        train a model/guide pair with SVI
   ppvae evaluate RUN [options]    estimate log p(x) of a run's test data; --method annealed is tighter
   ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration
@@ -22,7 +23,7 @@ ppvae.models:vae, my_package.pairs:my_pair, pairs.py:my_pair. Its flags come fro
 RUN is a run folder, or a run's name below runs/. `ppvae COMMAND --help` lists the options of a command,
 `ppvae fit PAIR --help` those of the pair too."""
 
-COMMANDS = ("fit", "evaluate", "examine", "compare", "generate", "check", "data")  # each a module of this room
+COMMANDS = ("new", "fit", "evaluate", "examine", "compare", "generate", "check", "data")  # each a module of this room
 
 RESUME_HINTS = {
     "fit": "; the same command with --name NAME --resume goes on from the last checkpoint",
