@@ -3,11 +3,17 @@
 import ast
 from pathlib import Path
 
+import catalogue
+
 ROOT = Path(__file__).parents[2]
 TITLES = {
     "ppvae": "ppvae: what every script imports",
     "ppvae.data": "ppvae.data: data sets and columns",
     "ppvae.nn": "ppvae.nn: networks",
+    "ppvae.priors": "ppvae.priors: p(z)",
+    "ppvae.likelihoods": "ppvae.likelihoods: p(x | z)",
+    "ppvae.posteriors": "ppvae.posteriors: q(z | x)",
+    "ppvae.models": "ppvae.models: pairs, and their factories",
     "ppvae.distributions": "ppvae.distributions: densities that Pyro lacks",
     "ppvae.inference": "ppvae.inference: a pair to log-densities; SVI",
     "ppvae.objectives": "ppvae.objectives: bounds as losses",
@@ -46,7 +52,13 @@ def _page(module: str, title: str) -> str:
     tree = ast.parse(_file(module).read_text())
     doc = (ast.get_docstring(tree) or "").strip()
     parts = [f"# {title}", doc]
+    room = module.removeprefix("ppvae.")
+    there = catalogue.entries().get(room, {})
+    if there:
+        parts.append("In the catalogue: " + ", ".join(f"[{n}](../catalogue/{room}/{n}.md)" for n in there) + ".")
     for name in TOP if module == "ppvae" else _public(tree):
+        if name in there:
+            continue
         public = f"{module}.{name}"
         place = PLACES.get(public) or (_source(tree, name) if _file(public).exists() else None) or public
         parts.append(f"::: {place}\n    options: {{heading: {public}, toc_label: {name}}}")
