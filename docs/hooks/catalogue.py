@@ -58,10 +58,10 @@ def pages() -> tuple[dict[str, str | bytes], list[str | dict[str, object]]]:
 
 def _page(room: str, name: str, entry: dict[str, str], drawn: bool) -> str:
     lines = [f"# {name}", ""]
-    if drawn:
-        lines += [f"![{name}](../pictures/{room}.{name}.png){{ align=right width=330 }}", ""]
     if "formula" in entry:
         lines += [f"$$ {entry['formula']} $$", ""]
+    if drawn:
+        lines += [f"![{name}](../pictures/{room}.{name}.png){{ align=right width=330 }}", ""]
     lines += [f"**When to use.** {entry['use']}", "", f"**Source.** {_linked(entry['reference'])}", ""]
     options = f"    options: {{heading: ppvae.{room}.{name}, toc_label: Reference}}"
     return "\n".join([*lines, f"::: ppvae.{room}.{name}", options, ""])

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,19 +217,18 @@ def test_a_table_with_gaps() -> None:
     assert bool(torch.isfinite(vae(x, missing=True).likelihood.net[-1].bias).all())
 
 
-# The README's tables of parts
+# The catalogue of parts
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-ROWS = {  # (room, part): its row's reference
-    (room, name): line.split("|")[-2]
-    for room, table in re.findall(r"^\| `(priors|likelihoods|posteriors|nn)`.*\n((?:\|.*\n)+)", README, re.M)
-    for line in table.splitlines()[1:]
-    for name in map(str.strip, line.split("|")[1].split(","))
+CATALOGUE = tomllib.loads((Path(__file__).parents[2] / "docs" / "catalogue" / "parts.toml").read_text())
+ROWS = {  # (room, part): its reference
+    (room, name): f" {entry['reference']} "
+    for room in ("priors", "likelihoods", "posteriors", "nn")
+    for name, entry in CATALOGUE[room].items()
 }
 
 
-def test_the_readme_has_every_part_with_the_source_of_its_docstring() -> None:
+def test_the_catalogue_has_every_part_with_the_source_of_its_docstring() -> None:
     rooms = {"prior": "priors", "likelihood": "likelihoods", "posterior": "posteriors"}
     assert {(rooms[role], name) for role, name in PARTS} == {row for row in ROWS if row[0] != "nn"}
     for (room, name), reference in ROWS.items():
