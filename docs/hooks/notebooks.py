@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "notebooks"
@@ -46,8 +46,8 @@ def _rendered(path: Path) -> tuple[str, dict[str, str]]:
 def _run(path: Path) -> tuple[str, dict[str, str]]:
     notebook = nbformat.read(path, as_version=4)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    NotebookClient(notebook, km=kernel, timeout=900, resources={"metadata": {"path": ROOT}}).execute()
+    ipc = Config(KernelManager={"transport": "ipc"})  # over TCP the kernel warns of readable messages
+    NotebookClient(notebook, config=ipc, timeout=900, resources={"metadata": {"path": ROOT}}).execute()
     for cell in notebook.cells:  # the log and warnings of the machine that built the site are no part of it
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]

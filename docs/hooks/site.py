@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import catalogue
+import drawing
 import latex2mathml.converter
 import links
 import reference
@@ -31,6 +32,7 @@ def on_config(config: MkDocsConfig) -> None:
         GENERATED[place] = _moved((ROOT / source).read_text(), moved)
     for picture in (ROOT / "experiments/results").glob("*/*.png"):
         GENERATED[f"results/pictures/{picture.parent.name}/{picture.name}"] = picture.read_bytes()
+    GENERATED["project/architecture.svg"] = drawing.svg()
     config.nav = [_with_section(entry) for entry in config.nav or []]
 
 
