@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def _rendered(path: Path) -> tuple[str, dict[str, str]]:
 def _run(path: Path) -> tuple[str, dict[str, str]]:
     notebook = nbformat.read(path, as_version=4)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ipc = Config(KernelManager={"transport": "ipc"})  # over TCP the kernel warns of readable messages
-    NotebookClient(notebook, config=ipc, timeout=900, resources={"metadata": {"path": ROOT}}).execute()
+    with tempfile.TemporaryDirectory() as sockets:  # over TCP the kernel warns of readable messages
+        ipc = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        NotebookClient(notebook, config=ipc, timeout=900, resources={"metadata": {"path": ROOT}}).execute()
     for cell in notebook.cells:  # the log and warnings of the machine that built the site are no part of it
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
