@@ -29,14 +29,13 @@ from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
+from ppvae.inference.particle_layout import slice_particles, with_sampled_sites
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import (
     Terms,
     cache_encoder,
     evaluate_terms,
     sample_guide,
-    slice_particles,
-    with_sampled_sites,
 )
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_all_rngs, seed_all
