@@ -324,8 +324,8 @@ def _latent_values(
     left = (Role.ENUMERATED, Role.FACTOR)
     values = {n: node["value"] for n, node in sample_sites(guide_trace) if s.guide_roles.get(n) not in left}
     # a view, never the value itself: a flow that caches its inverse would be differentiated by its live parameters
-    hooked = () if latent_hook is None else values.keys() - {*s.global_sites}
-    values = {n: latent_hook(n, v, s) if latent_hook and n in hooked else v.view_as(v) for n, v in values.items()}
+    plain = () if s.local_refusal else s.global_sites
+    values = {n: latent_hook(n, v, s) if latent_hook and n not in plain else v.view_as(v) for n, v in values.items()}
     return values | ({s.plate: find_subsample(guide_trace, s.plate)["value"]} if s.draws_subsample else {})
 
 
