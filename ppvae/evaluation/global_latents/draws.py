@@ -11,6 +11,7 @@ from torch import Tensor
 from ppvae.evaluation.blocks import PARTICLE_BLOCK, Evaluation
 from ppvae.inference.particle_layout import particle_dim
 from ppvae.inference.terms import sample_globals
+from ppvae.inference.tracing import sample_sites, trace_program
 from ppvae.rng import derive_seed, fork_all_rngs, seed_all
 
 
@@ -52,12 +53,11 @@ class GlobalDraws:
 
     def latents(self, count: int) -> dict[str, Tensor]:
         """The first `count` draws of each global latent, [draws, (plates,) *event], without the guide's helpers."""
-        s = self.run.structure
+        run, s, block = self.run, self.run.structure, self._first
+        with fork_all_rngs(), torch.no_grad(), pyro.validation_enabled(False):
+            given = {} if block.index is None else {s.plate: block.index}
+            single = dict(sample_sites(trace_program(run.guide, block.batch, s, given)))
         blocks = [self._block(number) for number in range(-(-count // PARTICLE_BLOCK))]
-        out = {}
-        for name in (n for n in blocks[0] if n in s.model_roles):
-            value = torch.cat([block[name] for block in blocks])[:count].cpu()
-            end = value.dim() - s.event_dims[name]
-            plates = [size for size in value.shape[1:end] if size > 1]
-            out[name] = value.reshape(count, *plates, *value.shape[end:])
-        return out
+        names = [n for n in blocks[0] if n in s.model_roles]
+        draws = {n: torch.cat([values[n] for values in blocks])[:count].cpu() for n in names}
+        return {n: value.reshape(count, *single[n]["value"].shape) for n, value in draws.items()}

@@ -71,10 +71,8 @@ class PredictiveAccuracy:
 
     def with_data(self, which: Tensor, other: PredictiveAccuracy, refitted: bool = False) -> PredictiveAccuracy:
         """The same with the numbers of some data, [N] bool, from another one."""
-        new: dict[str, Any] = {
-            name: torch.where(which, getattr(other, name), getattr(self, name))
-            for name in ("elpd", "lpd", "std_error", "k_hat")
-        }
+        names = ("elpd", "lpd", "std_error", "k_hat")
+        new: dict[str, Any] = {name: torch.where(which, getattr(other, name), getattr(self, name)) for name in names}
         if self.local_k_hat is not None and other.local_k_hat is not None:
             new["local_k_hat"] = torch.where(which, other.local_k_hat, self.local_k_hat)
         return replace(
