@@ -1,6 +1,7 @@
 """Evaluation of a trained pair: log p(x) with a diagnosis of its reliability, and the quality of guide and latents.
 
-`evidence` holds what reports log p(x) (`log_marginal`, `bracket`, `interval`), `importance` importance sampling,
+`evidence` holds what reports log p(x) (`log_marginal`, `bracket`, `interval`), `global_latents` what is given latents
+that all data share (predictive densities, cross-validation), `importance` importance sampling,
 `proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum. The other
 modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the scaffold of
 all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
@@ -24,6 +25,8 @@ from ppvae.evaluation.evidence.bracket import ProposalBracket, bracket
 from ppvae.evaluation.evidence.interval import Interval, interval
 from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.evaluation.evidence.refined import refined_log_marginal
+from ppvae.evaluation.global_latents.cross_validation import kfold, loo, waic
+from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.quadrature import Quadrature, quadrature
@@ -32,8 +35,8 @@ from ppvae.evaluation.results import load_estimate
 from ppvae.evaluation.topics import coherence, perplexity
 
 __all__ = [
-    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "ProposalBracket",
-    "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration", "coherence", "compare", "gaps",
-    "impute", "interval", "load_estimate", "log_marginal", "looseness", "perplexity", "quadrature",
-    "refined_log_marginal", "representation",
+    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "PredictiveAccuracy",
+    "ProposalBracket", "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration", "coherence",
+    "compare", "gaps", "impute", "interval", "kfold", "load_estimate", "log_marginal", "loo", "looseness", "perplexity",
+    "quadrature", "refined_log_marginal", "representation", "waic",
 ]  # fmt: skip

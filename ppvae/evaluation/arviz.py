@@ -25,6 +25,7 @@ def to_arviz(
     posterior: Mapping[str, Any] | None = None,
     observed: Any = None,
     attrs: Mapping[str, Any] | None = None,
+    log_likelihood: Any = None,
 ) -> Any:
     """One `InferenceData` (ArviZ 0.x) or `DataTree` (1.x) that holds results per datum, and if given draws and data.
 
@@ -34,6 +35,8 @@ def to_arviz(
             `<name>_dim_<i>` for the event, as ArviZ names them. A site whose name NetCDF does not take, as "a/z", or
             that is the name of a dimension, has another, and its own as the attribute `site`.
         observed: [N, *event]; variable `x` of group `observed_data`.
+        log_likelihood: [draws, N], of each datum at each draw of the global latents, which `posterior` then holds,
+            [draws, *event]; variable `x` of group `log_likelihood`, as `arviz.loo` takes it.
         attrs: strings and numbers about the whole. A bool becomes 0 or 1, since NetCDF has no such attribute; anything
             else becomes its `str`.
 
@@ -45,12 +48,13 @@ def to_arviz(
     (('chain', 'draw', 'datum', 'z_dim_0'), ('datum',), 5000)
     """
     variables = variable_names(posterior or {})
+    dims = ("draw", "datum") if log_likelihood is None else ("draw",)
     arrays = {
         GROUP: {name: _array(name, values, ("datum",), event=False) for name, values in per_datum.items()},
         "posterior": {
-            variables[site]: _array(variables[site], draws, ("draw", "datum"))
-            for site, draws in (posterior or {}).items()
+            variables[site]: _array(variables[site], draws, dims) for site, draws in (posterior or {}).items()
         },
+        "log_likelihood": {} if log_likelihood is None else {"x": _array("x", log_likelihood, ("draw", "datum"))},
         "observed_data": {} if observed is None else {"x": _array("x", observed, ("datum",))},
     }
     _same_sizes(arrays)
@@ -149,7 +153,7 @@ def _same_sizes(arrays: Mapping[str, Mapping[str, _Array]]) -> None:
 def _dataset(group: str, arrays: Mapping[str, _Array]) -> Any:
     import xarray
 
-    if group == "posterior":
+    if group in ("posterior", "log_likelihood"):
         arrays = {name: (("chain", *dims), values[None]) for name, (dims, values) in arrays.items()}
     sizes = {dim: size for dims, values in arrays.values() for dim, size in zip(dims, values.shape, strict=True)}
     return xarray.Dataset(dict(arrays), coords={dim: np.arange(size) for dim, size in sizes.items()})

@@ -20,6 +20,7 @@ from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockContext, concatenate, digest_of_params
+from ppvae.evaluation.global_latents.blocks import joint_block, local_blocks
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference.contract.missing import missing_mask
 from ppvae.inference.contract.row_order import find_unequal_rows
@@ -29,14 +30,13 @@ from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode, record_modules
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
+from ppvae.inference.particle_layout import slice_particles, with_sampled_sites
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.terms import (
     Terms,
     cache_encoder,
     evaluate_terms,
     sample_guide,
-    slice_particles,
-    with_sampled_sites,
 )
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_all_rngs, seed_all
@@ -98,6 +98,7 @@ class Block:
         *,
         start: int = 0,
         noise: str = "",
+        globals_of: Callable[[int, int], Mapping[str, Tensor]] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Terms | None]]:
         """(log-weights, elbo, terms) of a few particles at a time, log-weights and elbo [particles, N].
 
@@ -106,11 +107,12 @@ class Block:
             rows: the largest number of (datum, particle) rows that go through the pair at once.
             compiled: may give whole blocks of particles after the first, without terms.
             noise: the name of the stream of noise.
+            globals_of: values of the global latents of (first particle, number), given which weights are per datum.
         """
         s, batch, index = self.s, self.batch, self.index
         if num_particles > PARTICLE_BLOCK:
             guide = cache_encoder(guide, batch, s, index)
-        width = self.num_weights
+        width = self.num_weights if globals_of is None else self.size
         step = max(1, rows // self.size)
         if Role.CANCELLED in s.model_roles.values():  # the model's own draws are shared by a block of particles
             step = PARTICLE_BLOCK
@@ -119,6 +121,7 @@ class Block:
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             for first in range(start, num_particles, PARTICLE_BLOCK):
                 number, count = first // PARTICLE_BLOCK, min(PARTICLE_BLOCK, num_particles - first)
+                shared = {} if globals_of is None else globals_of(first, count)
                 seed_all(derive_seed(seed, self.number, *([noise] if noise else []), number))
                 whole = compiled is not None and number and count == PARTICLE_BLOCK
                 if whole and compiled is not None and (pair := compiled()) is not None:
@@ -127,21 +130,22 @@ class Block:
                 # the guide's noise must depend neither on the model's own draws nor on `rows`
                 one_by_one = s.layout is ParticlePlacement.ONE_BY_ONE
                 split = (count > step or one_by_one) and not (s.enumerated and s.draws_noise)
-                latents = sample_guide(guide, batch, count, structure=s, index=index) if split else {}
+                latents = sample_guide(guide, batch, count, structure=s, index=index, values=shared) if split else {}
                 for low in range(0, count, step if split else count):
                     size = min(step, count - low) if split else count
-                    given: dict[str, Any] = {}
+                    given: dict[str, Any] = {"values": shared}
                     if split:
                         sites = slice_particles(latents, s, low, size)
                         values = {n: v.value for n, v in sites.items()}
                         given = {"values": values} if s.enumerated else {"guide_sites": sites}
                         given["structure"] = with_sampled_sites(s, latents)
                     t = evaluate_terms(model, guide, batch, size, index=index, **{"structure": s, **given})
+                    reduced = t if globals_of is None else t.local
                     if first == low == 0:
-                        if self.has_missing and bool(t.log_weight.isnan().any()):
+                        if self.has_missing and bool(reduced.log_weight.isnan().any()):
                             inspect(model, guide, batch)  # raises the error that names missing values as the cause
-                        self.check_supports(t)
-                    yield self._weigh(t.log_weight[:, :width]), self._weigh(t.elbo[:, :width]), t
+                        self.check_supports(reduced)
+                    yield self._weigh(reduced.log_weight[:, :width]), self._weigh(reduced.elbo[:, :width]), t
 
     def _weigh(self, log_weight: Tensor) -> Tensor:
         """NaN where the guide is a point mass, which has no weights."""
@@ -171,45 +175,35 @@ class Block:
 
 
 def inspect_columns(
-    model: Program, guide: Program, columns: tuple[Any, ...], device: torch.device
+    model: Program, guide: Program, columns: tuple[Any, ...], device: torch.device, given_globals: bool = False
 ) -> tuple[Structure, int]:
-    """(structure of the pair, number of data in a block)."""
+    """(structure of the pair, number of data in a block); `given_globals` as in `start_evaluation`."""
     total = len(columns[0])
     rows = datasets.first_rows(columns, DATA_BLOCK)
     first = tuple(read_rows(c, rows, device) for c in columns)
     lazy = any(isinstance(c, datasets.LazySplit) for c in columns)
     whole = first if lazy else tuple(read_rows(c, None, device) for c in columns)
     try:
-        structure = inspect(model, guide, first)
+        structure = inspect(model, guide, first, weights=not given_globals)
     except ContractError as error:
         if lazy or total <= DATA_BLOCK:
             raise
         try:  # a plate of fixed size, or one that draws its own subsample, wants all data at once
-            structure = inspect(model, guide, whole)
+            structure = inspect(model, guide, whole, weights=not given_globals)
         except ContractError:
             raise error from None
-        return _with_block_size(structure, total, total) if structure.draws_subsample else (structure, total)
+        if not structure.draws_subsample:
+            return (local_blocks(structure, total)[0] if given_globals else structure), total
     if not lazy and (structure.draws_subsample or (structure.has_subsample_size and total > len(first[0]))):
-        structure = inspect(model, guide, whole)
+        structure = inspect(model, guide, whole, weights=not given_globals)
+    if given_globals:
+        return local_blocks(structure, total)
     per_datum = not (lazy or structure.has_global_latents) and total > len(first[0])
     if per_datum and find_unequal_rows(model, guide, first, structure, total):
         return inspect(model, guide, whole), total  # all rows, each at its place
-    return _with_block_size(structure, total, len(first[0]))
-
-
-def _with_block_size(s: Structure, total: int, inspected: int) -> tuple[Structure, int]:
-    """(structure, number of data in a block); under a joint weight one block holds all data.
-
-    A plate that draws a subsample is then given all rows at once, as many as its weight counts.
-    """
-    if s.has_global_latents and s.draws_subsample:
-        return replace(s, subsample_size=s.full_size), total
-    if s.has_global_latents and s.full_size not in (total, inspected):
-        raise ContractError(
-            f"a latent is shared by all data, so that weights are joint: expected all {s.full_size} data of the plate "
-            f"{s.plate!r}, found {total}. Pass the whole data set"
-        )
-    return s, total if s.has_global_latents else s.subsample_size if s.draws_subsample else DATA_BLOCK
+    if structure.has_global_latents:
+        return joint_block(structure, total, len(first[0]))
+    return structure, structure.subsample_size if structure.draws_subsample else DATA_BLOCK
 
 
 @dataclass(frozen=True)
@@ -271,10 +265,17 @@ class Evaluation:
 
 @contextmanager
 def start_evaluation(
-    model: Program, guide: Program, data: Any, *, seed: int, device: torch.device | str | None = None
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    given_globals: bool = False,
 ) -> Iterator[Evaluation]:
     """Checks data, inspects the pair, and puts it into evaluation mode; the caller's random state is restored.
 
+    `given_globals`: blocks are for weights of each datum given the global latents, in place of joint ones.
     Inside a process group an exception on one rank is raised on all ranks.
 
     Raises:
@@ -287,7 +288,7 @@ def start_evaluation(
         place = choose_device(device, model, guide, columns)
         with fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
             with record_modules(model, guide) as modules:
-                structure, size = inspect_columns(model, guide, columns, place)
+                structure, size = inspect_columns(model, guide, columns, place, given_globals)
             yield Evaluation(model, guide, structure, columns, size, place, seed, modules, context)
 
 

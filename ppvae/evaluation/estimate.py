@@ -55,6 +55,8 @@ class Estimate:
         reliable_override: [N] bool, replaces the rule of importance sampling: the rule of another method, or that of
             a file.
         remedy: the method that is recommended for data where importance sampling fails.
+        log_likelihood: log p(x_n | theta) at the first draws of the global latents theta, [draws, N], where they were
+            kept; `posterior` then has these draws, [draws, *event].
         guide_estimate: the same by draws from the guide, where proposals were refined: L_K, which papers print.
         seconds: of the computation, where it was timed; of its last part where it was resumed.
     """
@@ -82,6 +84,7 @@ class Estimate:
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     reliable_override: Tensor | None = field(default=None, repr=False)
     remedy: str = ""
+    log_likelihood: Tensor | None = field(default=None, repr=False)
     guide_estimate: Estimate | None = field(default=None, repr=False)
     seconds: float = math.nan
 
@@ -295,14 +298,16 @@ their log p(x) may be far too low
     def to_arviz(self) -> Any:
         """The estimate for ArviZ: `InferenceData` under ArviZ 0.x, `DataTree` under 1.x.
 
-        Per-datum results are in group `marginal_likelihood`; posterior draws, where asked for, in `posterior`.
+        Per-datum results are in group `marginal_likelihood`; posterior draws, where asked for, in `posterior`, and of
+        an estimate given global latents their log-likelihoods in `log_likelihood`.
         """
         from ppvae.evaluation.arviz import to_arviz
 
         draws = {name: value.cpu().numpy() for name, value in (self.posterior or {}).items()}
         per_datum = {name: value.cpu().numpy() for name, value in self.per_datum().items()}
         per_datum |= {f"bound_{k}": value.cpu().numpy() for k, value in self.bounds.items()}
-        return to_arviz(per_datum, draws or None, None, self.attributes())
+        log_lik = None if self.log_likelihood is None else self.log_likelihood.cpu().numpy()
+        return to_arviz(per_datum, draws or None, None, self.attributes(), log_lik)
 
     def save(self, directory: str | os.PathLike[str], name: str = "log_marginal") -> Path:
         """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each atomically.

@@ -28,31 +28,38 @@ def sum_out_enumerated(model_trace: Any, guide_trace: Any, layout: ParticleLayou
     inside an inner plate and the model has further enumerated sites of its own. Masks are those of `TraceEnum_ELBO`:
     where a mask removes an enumerated site, its values keep their probabilities, those of its own prior, or of the
     guide that enumerates it, under which its density ratio is one.
+
+    With global latents both are of the sites inside the data plate, given the global latents; where one of these is
+    enumerated, both are of all sites, [particles, 1].
     """
     s = layout.s
+    joint = s.has_global_latents and any(name in s.global_sites for name in s.enumerated)
+    outside = () if joint else s.global_sites  # given the global latents, a datum's sum is of the sites in its plate
     _attach_log_probs(guide_trace, s)
     _attach_log_probs(model_trace, s, guide_trace)
     guide_trace.pack_tensors()
     model_trace.pack_tensors(guide_trace.plate_to_symbol)
-    factors = _packed(model_trace, s.model_roles, (Role.LATENT, Role.OBSERVED, Role.ENUMERATED, Role.FACTOR))
-    factors += [packed.neg(t) for t in _packed(guide_trace, s.guide_roles, (Role.LATENT, Role.AUXILIARY))]
-    log_q = _packed(guide_trace, s.guide_roles, (Role.ENUMERATED,))
+    wanted = (Role.LATENT, Role.OBSERVED, Role.ENUMERATED, Role.FACTOR)
+    factors = _packed(model_trace, s.model_roles, wanted, outside)
+    factors += [packed.neg(t) for t in _packed(guide_trace, s.guide_roles, (Role.LATENT, Role.AUXILIARY), outside)]
+    log_q = _packed(guide_trace, s.guide_roles, (Role.ENUMERATED,), outside)
     symbols = model_trace.plate_to_symbol
-    output_plates = (PARTICLES,) if s.has_global_latents else (PARTICLES, s.plate)
+    output_plates = (PARTICLES,) if joint else (PARTICLES, s.plate)
     output, plates = "".join(symbols[p] for p in output_plates if p in symbols), frozenset(symbols.values())
 
-    log_weight = _per_datum(_arrange(_log_sum_product(factors, output, plates), output), layout)
+    width = 1 if joint else layout.size
+    log_weight = _per_datum(_arrange(_log_sum_product(factors, output, plates), output), layout, width)
     if not log_q:
         return log_weight, log_weight
     ratios = [*factors, *map(packed.neg, log_q)]
     if not any(role is Role.ENUMERATED and name not in s.guide_roles for name, role in s.model_roles.items()):
         elbo: Any = sum(_expectation(factor, log_q, output, plates) for factor in ratios)
-        return log_weight, _per_datum(elbo, layout)
+        return log_weight, _per_datum(elbo, layout, width)
     enumerated = "".join(sorted({c for t in log_q for c in _dims(t)} - plates))
     if any(c not in output + enumerated for t in log_q for c in _dims(t)):
         # sites that the model sums out may couple the elements of an inner plate: no sum over them is the expectation
         return log_weight, torch.full_like(log_weight, torch.nan)
-    return log_weight, _per_datum(_joint_expectation(ratios, log_q, enumerated, output, plates), layout)
+    return log_weight, _per_datum(_joint_expectation(ratios, log_q, enumerated, output, plates), layout, width)
 
 
 def _attach_log_probs(trace: Any, s: Structure, guide_trace: Any = None) -> None:
@@ -95,8 +102,9 @@ def _expand_plates(log_prob: Tensor, node: dict[str, Any]) -> Tensor:
     return log_prob.expand(shape)
 
 
-def _packed(trace: Any, roles: Mapping[str, Role], wanted: Container[Role]) -> list[Tensor]:
-    return [node["packed"]["log_prob"] for name, node in sample_sites(trace) if roles[name] in wanted]
+def _packed(trace: Any, roles: Mapping[str, Role], wanted: Container[Role], outside: Container[str]) -> list[Tensor]:
+    nodes = [node for name, node in sample_sites(trace) if roles[name] in wanted and name not in outside]
+    return [node["packed"]["log_prob"] for node in nodes]
 
 
 def _dims(tensor: Any) -> str:
@@ -159,9 +167,9 @@ def _joint_expectation(
     return value.sum(tuple(range(len(enumerated))))
 
 
-def _per_datum(tensor: Tensor, layout: ParticleLayout) -> Tensor:
-    """[particles, batch] from the dims of the output plates."""
+def _per_datum(tensor: Tensor, layout: ParticleLayout, width: int) -> Tensor:
+    """[particles, width] from the dims of the output plates."""
     s = layout.s
     vectorized = s.layout is ParticlePlacement.VECTORIZED
     tensor = tensor.reshape(tensor.shape[0], -1) if vectorized else layout.unfold(tensor.reshape(-1))
-    return tensor.expand(layout.num_particles, 1 if s.has_global_latents else layout.size)
+    return tensor.expand(layout.num_particles, width)

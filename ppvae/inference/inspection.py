@@ -13,7 +13,13 @@ from torch import Tensor
 from ppvae.errors import ContractError, DataError, PpvaeError
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
-from ppvae.inference.contract.independence import check_independence
+from ppvae.inference.contract.independence import (
+    check_globals_first,
+    check_globals_sampled,
+    check_images_of_globals,
+    check_independence,
+    globals_read_rows,
+)
 from ppvae.inference.contract.missing import check_missing, explain_missing_failure, tensors_with_missing
 from ppvae.inference.contract.plates_and_roles import (
     DataPlate,
@@ -22,6 +28,7 @@ from ppvae.inference.contract.plates_and_roles import (
     global_latents,
     guide_roles,
     model_roles,
+    plates_of,
 )
 from ppvae.inference.contract.registration import CheckRegistration, check_registered
 from ppvae.inference.contract.run_failure import explain_failure, explain_shared_weight
@@ -116,12 +123,13 @@ def terms(
     entry: LatentHook | None = None,
     events: bool = False,
     kl: bool = False,
+    global_draws: int | None = None,
 ) -> Terms:
     """Traces guide and model on one batch under a particle plate and returns their log-densities per site.
 
     Args:
         batch: the tensors that the pair is called with, `model(*batch)`; a tensor is a batch of one.
-        num_particles: K, the number of draws per datum.
+        num_particles: K, the number of draws per datum, for each of `global_draws`.
         values: latents [particles, (inner plates,) batch, *event] to evaluate at, instead of the guide's draws.
         frozen: "guide" or "model": that side is run again with its parameters held constant, so that sampled values
             keep their gradient paths (sticking the landing: Roeder et al. 2017, arXiv 1703.09194). "latents": the
@@ -129,10 +137,13 @@ def terms(
         structure: the result of `inspect` for this pair; by default the pair is inspected.
         index: for a plate that draws its own subsample of the data: the rows to take, [batch].
         drawn: the guide's sites from `sample_guide`; the guide is not run again. Not for pairs with enumerated sites.
-        entry: a function of (site name, sampled value, layout) that returns the value which every density is evaluated
-            at; the guide is run twice.
+        entry: a function of (site name, sampled value, layout) that returns the value which the densities of a local
+            latent are evaluated at; the guide is run twice.
         events: also log-densities of latents per factor of their event, where they factorise over it.
         kl: also KL divergences in closed form, where torch or Pyro has one for the two distributions.
+        global_draws: S, the number of draws of the global latents, each shared by K particles of the local ones;
+            particles are then S K, `local_log_weight` is [S, K, batch] and `global_log_ratio` [S]. By default every
+            particle has a draw of its own.
 
     Raises:
         ContractError: the pair breaks the contract; the message names the site.
@@ -146,6 +157,7 @@ def terms(
     return evaluate_terms(
         model, guide, batch, num_particles, structure=structure or inspect(model, guide, batch), values=values,
         frozen=frozen, index=index, guide_sites=drawn, latent_hook=entry, events=events, kl=kl,
+        global_draws=global_draws,
     )  # fmt: skip
 
 
@@ -197,6 +209,29 @@ def _find_weights(
     except ContractError as error:
         found["weights_refusal"] = found["bound_refusal"] or str(error)
     found["training_caveats"] = tuple(mask_caveats(p, latents))
+    if joint:
+        found |= _find_local_weights(s, plate, model, guide, batch, p, latents, rows)
+        found["local_refusal"] = found["bound_refusal"] or found["local_refusal"]
+    return found
+
+
+def _find_local_weights(
+    s: Structure, plate: DataPlate, model: Program, guide: Program, batch: tuple[Any, ...], p: Nodes, latents: Nodes,
+    rows: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Whether each datum has a weight of its own given the global latents, as fields of a pair's structure."""
+    local = {n: node for n, node in latents.items() if n not in s.global_sites}
+    roles = {n: s.guide_roles[n] for n in local}
+    found: dict[str, Any] = {"local_refusal": "", "global_guide_reads_rows": False}
+    try:
+        check_globals_sampled(p, s)
+        check_images_of_globals(p, latents, s)
+        check_absolute_continuity(guide, batch, p, local, roles, plate.name, False)
+        check_globals_first(model, guide, batch, s, rows)
+        check_independence(model, batch, p, plate.name, rows)
+        found["global_guide_reads_rows"] = rows is None and globals_read_rows(guide, batch, latents, s)
+    except ContractError as error:
+        found["local_refusal"] = str(error)
     return found
 
 
@@ -246,6 +281,7 @@ def _structure(
     sampled = {n: node for n, node in q.items() if q_roles[n] not in (Role.ENUMERATED, Role.FACTOR)}
     with_density = [n for n in sampled.values() if not isinstance(base_distribution(n["fn"]), dist.Delta)]
     enumerated = [n for n in {**q_roles, **p_roles} if Role.ENUMERATED in (q_roles.get(n), p_roles.get(n))]
+    shared = bool(global_latents(p, p_roles, plate.name))
     return Structure(
         plate=plate.name,
         plate_nesting=max(-f.dim for f in frames if f.dim is not None),
@@ -255,7 +291,8 @@ def _structure(
         subsample_size=plate.size if plate.draws_subsample else 0,
         has_subsample_size=plate.has_subsample_size,
         has_fixed_full_size=plate.full_size != plate.size,
-        has_global_latents=bool(global_latents(p, p_roles, plate.name)),
+        has_global_latents=shared,
+        global_sites=tuple(n for n, node in {**q, **p}.items() if shared and plate.name not in plates_of(node)),
         enumerated=tuple(enumerated),
         model_roles=p_roles,
         guide_roles=q_roles,

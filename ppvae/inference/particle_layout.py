@@ -65,6 +65,28 @@ def sum_inner_plates(log_prob: Tensor, plate_nesting: int) -> Tensor:
     return log_prob
 
 
+def with_sampled_sites(s: Structure, sites: Mapping[str, Site]) -> Structure:
+    """The structure of the batch that a guide's sites were sampled for, which may have further ones."""
+    if sites.keys() <= s.guide_roles.keys():
+        return s
+    return s.with_guide_sites({n: (site.role, len(site.distribution.event_shape)) for n, site in sites.items()})
+
+
+def slice_particles(sites: Mapping[str, Site], s: Structure, start: int, count: int) -> dict[str, Site]:
+    """`count` particles of a guide's sites, from `start` on."""
+    out, s = {}, with_sampled_sites(s, sites)
+    for name, site in sites.items():
+        value = site.value.narrow(particle_dim(site.value, s, name), start, count)
+        out[name] = replace(site, value=value, traced_value=value, log_prob=site.log_prob.narrow(-2, start, count))
+    return out
+
+
+def repeat_particles(site: Site, count: int, s: Structure) -> Site:
+    """A site of the guide with every particle `count` times."""
+    value = site.value.repeat_interleave(count, particle_dim(site.value, s, site.name))
+    return replace(site, value=value, traced_value=value, log_prob=site.log_prob.repeat_interleave(count, -2))
+
+
 @dataclass(frozen=True)
 class ParticleLayout:
     """The layout of `num_particles` particles of a batch of `size` data in one run of a pair.

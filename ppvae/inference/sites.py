@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
 from ppvae.inference.structure import Role
+from ppvae.inference.tracing import sample_sites
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,31 @@ def closed_form_kl(q: Distribution, p: Distribution) -> tuple[Tensor, int] | Non
         return kl_divergence(q.expand(shape), p.expand(shape)), 0
     except NotImplementedError:
         return None
+
+
+def closed_form_kls(
+    model_trace: Any, guide_trace: Any, roles: Mapping[str, Role], per_factor: Callable[[Tensor, int, Any], Tensor]
+) -> dict[str, Tensor]:
+    """KL(q || p) of the latents that have it in closed form, [*factors, particles, batch].
+
+    The closed form equals E_q[log q - log p] of a site only where the guide samples the site after all latents that the
+    model conditions it on: in a bottom-up guide, z2 of p(z1 | z2) is sampled given z1.
+
+    Args:
+        roles: of the guide's sites.
+        per_factor: (divergence, number of factor dims, mask) -> [*factors, particles, batch].
+    """
+    guide_nodes = dict(sample_sites(guide_trace))
+    order = {name: i for i, name in enumerate(guide_nodes)}
+    latest = -1  # the latest place in the guide of a latent that the model has sampled already
+    out = {}
+    for name, p in sample_sites(model_trace):
+        if name in order and roles[name] is Role.LATENT:
+            q = guide_nodes[name]
+            if latest < order[name] and (kl := closed_form_kl(q["fn"], p["fn"])) is not None:
+                out[name] = per_factor(*kl, q["mask"])
+            latest = max(latest, order[name])
+    return out
 
 
 def concatenate_particles(runs: Sequence[Mapping[str, Site]], dims: Mapping[str, int]) -> dict[str, Site]:

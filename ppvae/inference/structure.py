@@ -74,6 +74,9 @@ class Structure:
     has_fixed_full_size: bool = False  # the plate's full size is a constant and not the batch's size
     layout: ParticlePlacement = ParticlePlacement.ONE_BY_ONE
     has_global_latents: bool = False  # a latent stands outside the data plate and is shared by all data
+    global_sites: tuple[str, ...] = ()  # sites of either side outside the data plate
+    local_refusal: str = ""  # why no datum has a log-weight of its own given the global latents
+    global_guide_reads_rows: bool = False  # the guide's density of a global latent depends on the rows of the batch
     lower_bound_only: bool = False  # the guide omits values of a discrete latent: estimates are lower bounds
     enumerated: tuple[str, ...] = ()  # sites of either side that are summed out
     model_roles: Mapping[str, Role] = field(default_factory=dict)
@@ -144,6 +147,10 @@ class Structure:
     def batch_size(self, batch: Sequence[Any]) -> int:
         """The number of data that one call of the pair evaluates."""
         return self.subsample_size if self.draws_subsample else len(batch[0])
+
+    def plate_scale(self, rows: int) -> float:
+        """The data plate's scale in a batch of `rows` data: the number of data that it stands for, over `rows`."""
+        return self.full_size / rows if self.has_fixed_full_size and rows else 1.0
 
     def represented_size(self, rows: int) -> float:
         """The number of data that the scaled loss of a batch of `rows` data stands for, times the common scale."""

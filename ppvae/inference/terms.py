@@ -3,18 +3,25 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae.errors import ContractError
 from ppvae.inference.contract.absolute_continuity import check_same_mask
 from ppvae.inference.contract.dynamic_structure import with_dynamic_structure
 from ppvae.inference.enumeration import sum_out_enumerated
-from ppvae.inference.particle_layout import ParticleLayout, num_enumerated_dims, particle_dim
-from ppvae.inference.sites import Site, closed_form_kl, concatenate_particles, copy_distribution
+from ppvae.inference.particle_layout import (
+    ParticleLayout,
+    num_enumerated_dims,
+    repeat_particles,
+    with_sampled_sites,
+)
+from ppvae.inference.second_run import buffer_copies
+from ppvae.inference.sites import Site, closed_form_kls, concatenate_particles, copy_distribution
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import (
     Program,
@@ -39,6 +46,10 @@ class Terms:
     [particles, batch] in float64, and log_weight = log_lik + log_prior - log_guide, with enumerated sites summed out
     exactly. With a global latent the weight is joint: [particles, 1]. Inner plates and events are summed, the data
     plate's `scale` is divided out, masks count.
+
+    With global latents theta, log w = sum_n log w_n + log p(theta) - log q(theta), where w_n = p(x_n, z_n | theta) /
+    q(z_n | x_n, theta): `local` are the terms of the sites inside the data plate, weights [particles, batch], `globals`
+    those of the sites outside, [particles, 1]. Particles stand in groups that share a draw of theta.
     """
 
     model: dict[str, Site]
@@ -50,6 +61,8 @@ class Terms:
     contraction: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # (log_weight, elbo) if enumerated
     kl: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # closed-form KL(q || p), [*factors, K, batch]
     structure: Structure = field(default_factory=Structure, repr=False)  # of this batch, which may have further sites
+    local_contraction: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # the same given global latents
+    particles_per_draw: int = 1  # of the global latents
 
     def _sum(self, sites: Mapping[str, Site], *roles: Role) -> Tensor:
         """The sum of the log-densities of all sites of some roles, [particles, batch]."""
@@ -95,6 +108,39 @@ class Terms:
         return self.contraction[0] if self.contraction else self.log_lik + self.log_prior - self.log_guide
 
     @property
+    def local(self) -> Self:
+        """The terms of the sites inside the data plate; these terms themselves where no latent is global.
+
+        Raises:
+            ContractError: given the global latents, no datum has a weight of its own; the message says why.
+        """
+        if not self.has_global_latents:
+            return self
+        if self.structure.local_refusal:
+            raise ContractError(self.structure.local_refusal)
+        local = replace(self, has_global_latents=False, contraction=self.local_contraction, local_contraction=None)
+        return local._at_sites(lambda name: name not in self.structure.global_sites)
+
+    @property
+    def globals(self) -> Self:
+        """The terms of the sites outside the data plate."""
+        return replace(self, contraction=None)._at_sites(self.structure.global_sites.__contains__)
+
+    def _at_sites(self, keep: Callable[[str], bool]) -> Self:
+        model, guide = ({n: site for n, site in sites.items() if keep(n)} for sites in (self.model, self.guide))
+        return replace(self, model=model, guide=guide, kl={n: v for n, v in self.kl.items() if keep(n)})
+
+    @property
+    def local_log_weight(self) -> Tensor:
+        """log p(x_n, z_n | theta) - log q(z_n | x_n, theta), [draws of theta, particles of each, batch]."""
+        return self.local.log_weight.unflatten(0, (-1, self.particles_per_draw))
+
+    @property
+    def global_log_ratio(self) -> Tensor:
+        """log p(theta) - log q(theta), [draws of theta]."""
+        return self.globals.log_weight[:: self.particles_per_draw, 0]
+
+    @property
     def elbo(self) -> Tensor:
         """One sample of the evidence lower bound per particle and datum; E_q over sites enumerated in the guide."""
         return self.contraction[1] if self.contraction else self.log_weight
@@ -128,17 +174,26 @@ def evaluate_terms(
     latent_hook: LatentHook | None = None,
     events: bool = False,
     kl: bool = False,
+    global_draws: int | None = None,
 ) -> Terms:
     """`ppvae.inference.terms` of a pair whose structure is known; arguments as there, under these names.
 
     Args:
         guide_sites: the guide's sites from `sample_guide`, in place of a run of the guide (`drawn` there).
-        latent_hook: a function of (site name, sampled value, layout) that returns the value which every density is
-            evaluated at (`entry` there); the guide runs twice.
+        latent_hook: a function of (site name, sampled value, layout) that returns the value which the density of a
+            local latent is evaluated at (`entry` there); the guide runs twice.
     """
     batch, s = as_batch(batch), structure
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, found {num_particles}")
+    if global_draws is not None and s.has_global_latents:
+        drawn = sample_globals(guide, batch, global_draws, num_particles, structure=s, index=index)
+        given = {**(values or {}), **{name: site.value for name, site in drawn.items()}}
+        t = evaluate_terms(
+            model, guide, batch, global_draws * num_particles, structure=s, values=given, frozen=frozen, index=index,
+            latent_hook=latent_hook, events=events, kl=kl,
+        )  # fmt: skip
+        return replace(t, guide={**t.guide, **drawn}, particles_per_draw=num_particles)
     if guide_sites is not None:
         s = with_sampled_sites(s, guide_sites)
     substituted = dict(values or {}) if guide_sites is None else {n: site.value for n, site in guide_sites.items()}
@@ -170,14 +225,20 @@ def _terms_of(model_trace: Any, guide_trace: Any, layout: ParticleLayout, events
     layout = replace(layout, s=s)
     model_sites = {n: layout.site(n, node, s.model_roles[n], events) for n, node in p.items()}
     guide_sites = {n: layout.site(n, node, s.guide_roles[n], events) for n, node in (q or {}).items()}
-    divergences = _closed_form_kls(model_trace, guide_trace, layout) if kl and guide_trace is not None else {}
-    contraction = None
-    if s.enumerated:
-        contraction = sum_out_enumerated(model_trace, guide_trace, layout)
-    return Terms(
-        model_sites, guide_sites, layout.num_particles, layout.size, s.scale, s.has_global_latents, contraction,
-        divergences, s,
+    divergences = {}
+    if kl and guide_trace is not None:
+        divergences = closed_form_kls(model_trace, guide_trace, s.guide_roles, layout.per_factor)
+    t = Terms(
+        model_sites, guide_sites, layout.num_particles, layout.size, s.plate_scale(layout.size), s.has_global_latents,
+        kl=divergences, structure=s,
     )  # fmt: skip
+    if not s.enumerated:
+        return t
+    contraction = sum_out_enumerated(model_trace, guide_trace, layout)
+    if not s.has_global_latents or any(name in s.global_sites for name in s.enumerated):
+        return replace(t, contraction=contraction)
+    log_weight, elbo = (local.sum(-1, keepdim=True) + t.globals.log_weight for local in contraction)
+    return replace(t, contraction=(log_weight, elbo), local_contraction=contraction)
 
 
 def _check_same_masks(model: Mapping[str, Site], guide: Mapping[str, Site], s: Structure) -> None:
@@ -187,36 +248,22 @@ def _check_same_masks(model: Mapping[str, Site], guide: Mapping[str, Site], s: S
             check_same_mask(name, model[name].mask, q.mask)
 
 
-def _closed_form_kls(model_trace: Any, guide_trace: Any, layout: ParticleLayout) -> dict[str, Tensor]:
-    """KL(q || p) of the latents that have it in closed form, [*factors, particles, batch].
-
-    The closed form equals E_q[log q - log p] of a site only where the guide samples the site after all latents that the
-    model conditions it on: in a bottom-up guide, z2 of p(z1 | z2) is sampled given z1.
-    """
-    guide_nodes = dict(sample_sites(guide_trace))
-    order = {name: i for i, name in enumerate(guide_nodes)}
-    latest = -1  # the latest place in the guide of a latent that the model has sampled already
-    out = {}
-    for name, p in sample_sites(model_trace):
-        if name in order and layout.s.guide_roles[name] is Role.LATENT:
-            q = guide_nodes[name]
-            if latest < order[name] and (kl := closed_form_kl(q["fn"], p["fn"])) is not None:
-                out[name] = layout.per_factor(*kl, q["mask"])
-            latest = max(latest, order[name])
-    return out
-
-
 def _concatenate_terms(runs: Sequence[Terms], s: Structure) -> Terms:
     """Joins the terms of single-particle runs."""
-    pairs = [t.contraction for t in runs if t.contraction]
     return replace(
         runs[0],
         model=_concatenate_sites([t.model for t in runs], s),
         guide=_concatenate_sites([t.guide for t in runs], s),
         num_particles=len(runs),
-        contraction=(torch.cat([w for w, _ in pairs]), torch.cat([elbo for _, elbo in pairs])) if pairs else None,
+        contraction=_concatenate_pairs([t.contraction for t in runs]),
+        local_contraction=_concatenate_pairs([t.local_contraction for t in runs]),
         kl={n: torch.cat([t.kl[n] for t in runs], -2) for n in runs[0].kl},
     )
+
+
+def _concatenate_pairs(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    held = [pair for pair in pairs if pair is not None]
+    return (torch.cat([w for w, _ in held]), torch.cat([elbo for _, elbo in held])) if held else None
 
 
 def _concatenate_sites(runs: Sequence[Mapping[str, Site]], s: Structure) -> dict[str, Site]:
@@ -251,20 +298,14 @@ def sample_guide(
     return _concatenate_sites(runs, s) if s.layout is ParticlePlacement.ONE_BY_ONE else runs[0]
 
 
-def with_sampled_sites(s: Structure, sites: Mapping[str, Site]) -> Structure:
-    """The structure of the batch that a guide's sites were sampled for, which may have further ones."""
-    if sites.keys() <= s.guide_roles.keys():
-        return s
-    return s.with_guide_sites({n: (site.role, len(site.distribution.event_shape)) for n, site in sites.items()})
-
-
-def slice_particles(sites: Mapping[str, Site], s: Structure, start: int, count: int) -> dict[str, Site]:
-    """`count` particles of a guide's sites, from `start` on."""
-    out, s = {}, with_sampled_sites(s, sites)
-    for name, site in sites.items():
-        value = site.value.narrow(particle_dim(site.value, s, name), start, count)
-        out[name] = replace(site, value=value, traced_value=value, log_prob=site.log_prob.narrow(-2, start, count))
-    return out
+def sample_globals(
+    guide: Program, batch: tuple[Any, ...], num_draws: int, particles_per_draw: int = 1, **options: Any
+) -> dict[str, Site]:
+    """The guide's global sites from `num_draws` draws, each repeated for its particles; options as `sample_guide`'s."""
+    s = options["structure"]
+    with buffer_copies():
+        sites = sample_guide(guide, batch, num_draws, **options)
+    return {n: repeat_particles(site, particles_per_draw, s) for n, site in sites.items() if n in s.global_sites}
 
 
 def cache_encoder(guide: Program, batch: tuple[Any, ...], s: Structure, index: Tensor | None = None) -> Program:

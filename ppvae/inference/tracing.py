@@ -123,8 +123,7 @@ def find_subsample(trace: Any, plate: str) -> Any:
 def snap_to_point_mass(fn: Any, value: Tensor) -> Tensor:
     """A value for a site; under a Delta the point itself, where the two differ by rounding alone.
 
-    A matrix product rounds differently for another number of rows, and a point mass has density zero at a value that
-    differs from its point in the last bit.
+    A matrix product rounds differently for another number of rows, and a point mass has density zero one bit off.
     """
     while isinstance(fn, Independent):
         fn = fn.base_dist
@@ -293,10 +292,16 @@ def trace_pair(
 
     `num_particles` is the size of the particle plate, None for a run without one. With a frozen guide or a
     `latent_hook` the guide runs twice: the hook, a function of (site name, value, structure of this batch), maps the
-    values of the first run to those that every density, the guide's included, is evaluated at.
+    values of local latents of the first run to those that every density, the guide's included, is evaluated at.
+
+    Given global latents act as parameters: a frozen guide, or `frozen=("globals",)`, has constant ones in its
+    densities, and gradients of the model's densities reach them.
     """
-    detach = (lambda _, value: value.detach()) if "latents" in frozen else None
-    guide_values, noise = values, None
+    shared = {n: values[n] for n in s.global_sites if n in values}
+    in_guide = {n: v.detach() for n, v in shared.items()} if {"guide", "globals"} & {*frozen} else shared
+    live = None if in_guide is shared else lambda name, value: shared.get(name, value)
+    detach = (lambda name, value: in_guide.get(name, value.detach())) if "latents" in frozen else None
+    guide_values, noise = {**values, **in_guide}, None
     twice = "guide" in frozen or latent_hook is not None
     check_has_inverse(s, s.no_inverse if twice else values)
     if twice:
@@ -304,11 +309,11 @@ def trace_pair(
         with buffer_copies():
             samples = trace_program(guide, batch, s, values, None, num_particles, detach, noise)
         s = s.with_guide_sites(lone_guide_sites(samples))
-        guide_values = {**values, **_latent_values(samples, s, latent_hook)}
+        guide_values = {**values, **_latent_values(samples, s, latent_hook), **in_guide}
         noise.rewind()
     guide_trace = _trace_side("guide" in frozen, guide, batch, s, guide_values, None, num_particles, detach, noise)
     model_values = {name: value for name, value in values.items() if name not in guide_trace or name == s.plate}
-    model_trace = _trace_side("model" in frozen, model, batch, s, model_values, guide_trace, num_particles)
+    model_trace = _trace_side("model" in frozen, model, batch, s, model_values, guide_trace, num_particles, live)
     return model_trace, guide_trace
 
 
@@ -319,7 +324,8 @@ def _latent_values(
     left = (Role.ENUMERATED, Role.FACTOR)
     values = {n: node["value"] for n, node in sample_sites(guide_trace) if s.guide_roles.get(n) not in left}
     # a view, never the value itself: a flow that caches its inverse would be differentiated by its live parameters
-    values = {n: v.view_as(v) if latent_hook is None else latent_hook(n, v, s) for n, v in values.items()}
+    plain = () if s.local_refusal else s.global_sites
+    values = {n: latent_hook(n, v, s) if latent_hook and n not in plain else v.view_as(v) for n, v in values.items()}
     return values | ({s.plate: find_subsample(guide_trace, s.plate)["value"]} if s.draws_subsample else {})
 
 

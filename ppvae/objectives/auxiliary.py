@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.inference.structure import Structure
+from ppvae.inference.terms import Terms
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.protocol import PairCall
 
@@ -60,6 +61,9 @@ class AuxiliaryLoss(Objective):
     def reduce(self, log_weight: Tensor) -> Tensor:
         return self.objective.reduce(log_weight)
 
+    def global_bound(self, t: Terms) -> Tensor:
+        return self.objective.global_bound(t)
+
     def check_structure(self, s: Structure) -> None:
         self.objective.check_structure(s)
 
@@ -69,6 +73,10 @@ class AuxiliaryLoss(Objective):
     @property
     def draws(self) -> int:
         return self.objective.draws
+
+    @property
+    def shares_globals(self) -> bool:
+        return self.objective.shares_globals
 
     @property
     def terms_options(self) -> dict[str, Any]:

@@ -21,6 +21,10 @@ from ppvae.objectives.requirements import require_sampled_latents
 class IWAE(Objective):
     """The importance-weighted bound, E[log (1/K) sum_k p(x, z_k) / q(z_k | x)].
 
+    With global latents theta, a bound on log p of all N data from a batch of B: E_q(theta)[N / B sum_n log (1/K) sum_k
+    p(x_n, z_nk | theta) / q(z_nk | x_n, theta) + log p(theta) - log q(theta)], K particles at one draw of theta. It
+    lies between the ELBO and E_q(theta)[log p(all x | theta)] - KL(q(theta) || p(theta)).
+
     Args:
         num_particles: K, draws per datum.
         gradient: "pathwise", "stl" (biased for K > 1), "dreg", "gdreg", "score", "vimco", or an estimator.

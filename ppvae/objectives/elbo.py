@@ -111,6 +111,8 @@ class ELBO(RateDistortionObjective):
 class Capacity(RateDistortionObjective):
     """E_q[log p(x | z)] - gamma |KL - capacity|: a penalty keeps the rate, its mean over the batch, at a target.
 
+    The rate is that of local latents; the KL of global ones counts once, as in the ELBO.
+
     Args:
         capacity: the target rate in nats per datum, or a function of the number of steps taken.
         gamma: the weight on the distance from it.
@@ -147,6 +149,9 @@ class Capacity(RateDistortionObjective):
 
     def bound(self, t: Terms) -> Tensor:
         return t.log_lik.mean(0) - self.gamma * (kl_estimate(t).mean() - self._scheduled_value("capacity")).abs()
+
+    def global_bound(self, t: Terms) -> Tensor:
+        return (t.log_lik - kl_estimate(t)).mean(0)  # the capacity is that of the local latents
 
 
 def kl_estimate(t: Terms) -> Tensor:

@@ -14,12 +14,25 @@ from ppvae.inference.terms import Terms
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives.gradients import GradientEstimator, Pathwise, resolve_gradient
 from ppvae.objectives.protocol import PairCall
-from ppvae.objectives.requirements import require_no_guide_factor, warn_enumerated_guide
+from ppvae.objectives.requirements import (
+    require_bound_of_batches,
+    require_no_guide_factor,
+    require_reparameterized_globals,
+    warn_enumerated_guide,
+)
 from ppvae.objectives.schedules import ScheduledScalar
 
 
 class Objective(PyroELBO):
     """A bound per datum as a Pyro loss: minus the bound, summed over the batch, times the data plate's scale.
+
+    With global latents theta it is a bound on log p of all N data, from a batch of B of them: the bound of each datum
+    given theta ~ q(theta), and the global latents' ratio once, E_q(theta)[N / B sum_n bound_n(theta) + log p(theta) -
+    log q(theta)], unbiased over batches. Its mean over the batches of an epoch is its value on all data at once. A
+    bound that is no mean of log-weights, as IWAE, has all particles of a datum share one draw of theta, and the global
+    latents' part is that of an ELBO; under a point mass on theta (AutoDelta) it bounds log p(x, theta). Where no datum
+    has a weight of its own given theta, as under one AutoMultivariateNormal for all latents, batches hold all data, and
+    the bound is of the joint weight.
 
     A subclass defines `reduce`. The other hooks have defaults, which a subclass overrides where they do not apply; K is
     the number of draws per datum, log-weights are [K, batch] in float64 nats.
@@ -39,13 +52,15 @@ class Objective(PyroELBO):
         dreg_weights(log_weight) -> [K, batch], no unit: for "dreg" and "gdreg"; the ratio of the doubly reparameterised
             to the pathwise weight of each draw, 1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k). Default:
             UsageError.
-        stl_unbiased -> bool: for "stl", which warns where it is False and K > 1. Default: False.
+        stl_unbiased -> bool: whether the bound is a mean of log-weights; "stl" warns where it is False and K > 1, and
+            the particles of a datum then share one draw of the global latents. Default: False.
         partition() -> [(b_j, b_{j+1} - b_j)]: for "covariance", which only an objective with it takes, as `TVO`.
     Read by `loss` and `fit`:
         check_structure(s), check_gradient(s): raise ContractError for a pair on which the bound, or its gradient
             estimator, is not defined. Default: a pair without importance weights; `gradient.check_structure`.
         value(call), surrogate(call) -> scalar nats: the bound summed over the batch, without and with a gradient.
             Default: `bound`; the gradient estimator's.
+        global_bound(t) -> [1] nats: the bound of the global latents, from their terms. Default: `bound`.
         factorizes_over_data -> bool: whether a datum's bound depends on no other datum, so that `fit` may split a
             batch. Default: True.
 
@@ -109,9 +124,15 @@ class Objective(PyroELBO):
     def check_structure(self, s: Structure) -> None:
         """Raises ContractError, naming the site, where the bound is not defined for a pair; warns where it sums a
         guide's sites out, whose probabilities it does not train."""
-        if s.weights_refusal:
+        refusal = s.local_refusal if s.has_global_latents else s.weights_refusal
+        if refusal and s.weights_refusal:
             raise ContractError(s.weights_refusal)
         warn_enumerated_guide(s)
+
+    @property
+    def shares_globals(self) -> bool:
+        """Whether all particles of a datum share one draw of the global latents, which is then taken pathwise."""
+        return not self.stl_unbiased or self.gradient.holds_latents
 
     def check_gradient(self, s: Structure) -> None:
         self.gradient.check_structure(self, s)
@@ -126,6 +147,9 @@ class Objective(PyroELBO):
         total, factors = self.bound(t).sum(), t.guide_factors
         return total if factors is None else total - factors.mean(0).sum()
 
+    def global_bound(self, t: Terms) -> Tensor:
+        return self.bound(t)
+
     def surrogate(self, call: PairCall) -> Tensor:
         return self.gradient.surrogate(self, call)
 
@@ -139,23 +163,28 @@ class Objective(PyroELBO):
             self.check_structure(s)
             if s.bound_refusal:
                 raise ContractError(s.bound_refusal)
-            if s.has_global_latents and s.full_size != s.batch_size(batch):
-                raise ContractError(
-                    "a latent is shared by all data: expected all of them in the batch, found "
-                    f"{s.batch_size(batch)} of {s.full_size}; train on whole batches, or on pyro.infer.Trace_ELBO()"
-                )
+            if s.full_size != s.batch_size(batch):
+                require_bound_of_batches(s, s.batch_size(batch))
             self.check_gradient(s)
+            if self.shares_globals:
+                require_reparameterized_globals(s, type(self).__name__)
             self._inspected = (model, guide, s)
         return self._inspected[2]
 
     def _call(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairCall:
         if kwargs:
             raise UsageError(f"a pair is called as model(*batch): expected no keywords, found {sorted(kwargs)}")
-        return PairCall(model, guide, args, self._structure(model, guide, args), self.draws, self.terms_options)
+        s = self._structure(model, guide, args)
+        return PairCall(model, guide, args, s, self.draws, self.terms_options, self.shares_globals)
 
     def _scaled_loss(self, total: Tensor, call: PairCall) -> Tensor:
+        """Minus the total times the data plate's scale, and once minus the bound of the global latents."""
         rows = call.structure.batch_size(call.batch)
-        return -total * (call.structure.represented_size(rows) / rows)
+        loss = -total * (call.structure.represented_size(rows) / rows)
+        if (t := call.globals) is None:
+            return loss
+        total, factors = self.global_bound(t).sum(), t.guide_factors
+        return loss - call.structure.common_scale * (total if factors is None else total - factors.mean(0).sum())
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over the batch, times the data plate's scale: a scalar tensor."""

@@ -45,13 +45,28 @@ class PairCall:
     structure: Structure
     num_particles: int
     terms_options: dict[str, Any] = field(default_factory=dict)
+    shares_globals: bool = False  # all particles share one draw of the global latents
+    _drawn: list[Terms] = field(default_factory=list, repr=False)
 
     def terms(self, **options: Any) -> Terms:
-        """The pair's `Terms` on fresh draws; options as `ppvae.inference.terms` takes them."""
+        """The pair's `Terms` on fresh draws; options as `ppvae.inference.terms` takes them.
+
+        Of a pair with global latents they are the local terms given a draw of these, which act as parameters; `globals`
+        then has the others. Where no datum has a weight of its own, all terms: weights are joint, [particles, 1].
+        """
         s, index = self.structure, None
         if s.draws_subsample:  # one subsample for all particles
             index = torch.randperm(s.full_size, device=self.batch[0].device)[: s.subsample_size]
-        return evaluate_terms(
-            self.model, self.guide, self.batch, self.num_particles, structure=s, index=index,
+        draws = 1 if self.shares_globals and not s.local_refusal else None
+        t = evaluate_terms(
+            self.model, self.guide, self.batch, self.num_particles, structure=s, index=index, global_draws=draws,
             **{**self.terms_options, **options},
         )  # fmt: skip
+        self._drawn[:] = [t]
+        return t if s.local_refusal else t.local
+
+    @property
+    def globals(self) -> Terms | None:
+        """The terms of the global latents at the last draws, [particles, 1]; None where there are none apart."""
+        drawn = self._drawn if self.structure.has_global_latents and not self.structure.local_refusal else ()
+        return drawn[0].globals if drawn else None

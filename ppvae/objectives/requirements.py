@@ -20,6 +20,31 @@ def require_reparameterized_latents(s: Structure, estimator: str) -> None:
         )  # fmt: skip
 
 
+def require_reparameterized_globals(s: Structure, bound: str) -> None:
+    """A global latent that all particles share has a reparameterised sample: its score would have no baseline."""
+    for name in s.non_reparameterized:
+        if name in s.global_sites and not s.local_refusal:
+            raise site_error(
+                name, f"a reparameterised global latent for {bound}, whose particles share it", "one without",
+                "take ELBO with gradient='score' or 'vimco'",
+            )  # fmt: skip
+
+
+def require_bound_of_batches(s: Structure, rows: int) -> None:
+    """A pair with global latents has a bound on log p of all data from `rows` of them."""
+    if not s.has_global_latents:
+        return
+    found = f"a latent is shared by all data: expected all {s.full_size} of them in the batch, found {rows}"
+    if s.local_refusal:
+        raise ContractError(f"{found}, and no datum has a weight of its own: {s.local_refusal}")
+    if s.global_guide_reads_rows:
+        raise ContractError(
+            f"{found}, and the guide's density of the shared latent depends on the rows of the batch: each batch has "
+            "another posterior, and a mean over batches is no bound. Give the guide parameters for it, as AutoNormal "
+            "does, or train on whole batches"
+        )
+
+
 def require_sampled_latents(s: Structure, consumer: str, cure: str = "take gradient='pathwise'") -> None:
     """The guide enumerates no site: an enumerated site has no log-weight per draw."""
     for name in s.enumerated:

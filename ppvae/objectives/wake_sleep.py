@@ -25,7 +25,7 @@ class ReweightedWakeSleep(Objective):
 
     wake-theta: sum_k w_k d log p(x, z_k); wake-phi: sum_k w_k d log q(z_k | x), with self-normalised weights w_k,
     consistent for -d KL(p(z | x) || q(z | x)) as K grows; sleep-phi: d log q(z | x) at (x, z) simulated from the
-    model. The value is the IWAE bound of the same draws.
+    model. The value is the IWAE bound of the same draws. Global latents get the pathwise gradient of that bound.
 
     Args:
         num_particles: K, draws per datum.
@@ -74,7 +74,7 @@ class ReweightedWakeSleep(Objective):
         return log_mean_exp(log_weight)
 
     def surrogate(self, call: PairCall) -> Tensor:
-        t = call.terms(frozen=("latents",))
+        t = call.terms(frozen=("latents", "globals"))
         log_weight, log_q = t.log_weight, t.log_guide
         detached = log_weight.detach()
         weights = detached.softmax(0)

@@ -153,17 +153,22 @@ def test_other_scales_and_keywords_are_refused(float64):
             objective.loss(model, guide, x, annealing=0.5)
 
 
-def test_a_shared_latent_wants_all_data_in_the_batch(float64):
+def test_a_shared_latent_whose_posterior_depends_on_the_batch_wants_all_data_in_it(float64):
     def model(x):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 50, subsample=x):
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     def guide(x):
-        pyro.sample("loc", dist.Normal(pyro.param("q", torch.tensor(0.0)), 1.0))
+        pyro.sample("loc", dist.Normal(pyro.param("q", torch.tensor(0.5)) * x.mean(), 1.0))
 
-    with pytest.raises(ContractError, match="shared by all data"):
-        ELBO().loss(model, guide, torch.zeros(3))
+    with pytest.raises(ContractError, match=r"shared by all data: expected all 50.*found 3.*rows of the batch"):
+        ELBO().loss(model, guide, torch.arange(3.0))
+
+    def cure(x):
+        pyro.sample("loc", dist.Normal(pyro.param("q"), 1.0))
+
+    assert math.isfinite(ELBO().loss(model, cure, torch.arange(3.0)))
 
 
 def test_particles_of_a_plate_that_draws_its_subsample_look_at_the_same_data(float64, monkeypatch):

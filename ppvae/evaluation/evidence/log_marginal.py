@@ -22,6 +22,7 @@ from ppvae.evaluation.evidence.escalation import (
     escalation_note,
     refinable_run,
 )
+from ppvae.evaluation.global_latents.evidence import log_marginal_given_globals, require_guide_importance
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.fit import FAMILIES
@@ -41,6 +42,8 @@ def log_marginal(
     method: Literal["importance", "auto"] = "importance",
     target_std_error: float = 0.05,
     max_particles: int = 20_000,
+    conditional: bool = False,
+    local_particles: int = 1,
     seed: int = 0,
     bounds: Sequence[int] = (),
     posterior_draws: int = 0,
@@ -73,6 +76,14 @@ def log_marginal(
     std_error, ess, k_hat and posterior draws are then those of the chains; elbo and L_k are always those of the refined
     proposal. What neither sees is a mode that no draw reaches: `ppvae.evaluation.bracket` does.
 
+    With global latents theta, shared by all data, weights are joint, one number for the data set. With
+    `local_particles` = K > 1 the local latents of each datum are integrated out inside by K particles at each of
+    `num_particles` draws of theta: log w = log p(theta) - log q(theta) + sum_n log (1/K) sum_k w_nk(theta), whose mean
+    of weights is unbiased for p(all x) at any K, in memory that depends neither on the number of data nor on that of
+    draws. With conditional=True the result is the log of the mean of p(x_n | theta) over the guide's draws of theta, or
+    at its point (AutoDelta), per datum: the predictive density of new data, [N]; `est.log_likelihood` and
+    `est.posterior` have log p(x_n | theta) and theta at the first `posterior_draws` of them.
+
     Inside an initialised `torch.distributed` group all processes make the same call, share the data, and return the
     whole estimate, which equals that of one process.
 
@@ -89,6 +100,9 @@ def log_marginal(
             refined the guide is the proposal, and the notes say why.
         target_std_error, max_particles: for "auto": the target of the standard error of each datum, and the largest
             number of particles of its estimate.
+        conditional: log p(x_n | theta) averaged over draws of the global latents theta, per datum, in place of the
+            joint log p of all data.
+        local_particles: of the local latents of each datum at each draw of the global latents.
         seed: of the guide's draws. The result does not depend on `rows`.
         bounds: further k at which to record L_k.
         posterior_draws: draws of each latent per datum, resampled by weight, in `est.posterior`.
@@ -113,6 +127,16 @@ def log_marginal(
     (True, True)
     """
     allocation = make_allocation(num_particles, target_std_error, max_particles)
+    if conditional or local_particles != 1:
+        require_guide_importance({
+            "proposal": (proposal, "guide"), "method": (method, "importance"), "bounds": (tuple(bounds), ()),
+            "precision": (precision, "float32"),
+        })  # fmt: skip
+        return log_marginal_given_globals(
+            model, guide, data, conditional=conditional, num_draws=num_particles,
+            local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
+            directory=directory, device=device, progress=progress,
+        )  # fmt: skip
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if rows < 1:
         raise UsageError(f"rows: expected at least 1, found {rows}")

@@ -14,9 +14,9 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 from ppvae.errors import UsageError, site_error
 from ppvae.evaluation.unconstrained.stereographic import InverseStereographic
 from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
-from ppvae.inference.particle_layout import particle_dim
+from ppvae.inference.particle_layout import particle_dim, with_sampled_sites
 from ppvae.inference.structure import Role, Structure
-from ppvae.inference.terms import sample_guide, with_sampled_sites
+from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, check_has_inverse, sample_sites, support_of, trace_program
 from ppvae.rng import fork_rng
 

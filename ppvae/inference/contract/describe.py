@@ -40,11 +40,28 @@ def describe_structure(s: Structure, model: Mapping[str, Any], guide: Mapping[st
     yield f"{len(s.params)} registered parameters, {total} numbers"
     if s.has_global_latents:
         yield "a latent is shared by all data: weights are joint, one for the whole data set and not one per datum"
+        yield from _describe_local_weights(s)
     if s.weights_refusal:
         yield f"can be trained; weights and log p(x) are refused: {s.weights_refusal}"
     if s.lower_bound_only:
         yield "a point mass on a discrete latent: log p(x) estimates are lower bounds only"
     yield from s.remarks
+
+
+def _describe_local_weights(s: Structure) -> Iterator[str]:
+    """Lines on what follows from global latents for mini-batches and for log p(x) of single data."""
+    if s.local_refusal:
+        yield (
+            "given the global latents no datum has a log-weight of its own, bounds want all data in a batch, and "
+            f"no datum has a log p(x): {s.local_refusal}"
+        )
+        return
+    yield (
+        "given the global latents each datum has a log-weight of its own: log_marginal(..., conditional=True) and loo "
+        "give numbers per datum, log_marginal(..., local_particles=K) integrates local latents inside"
+    )
+    if s.global_guide_reads_rows:
+        yield "the guide's density of global latents depends on the rows of a batch: bounds want all data in a batch"
 
 
 def _site_facts(node: dict[str, Any], role: Role, data_plate: str, guide: bool) -> Iterator[str]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Nodes, Program, event_dim, node_log_prob, sample_sites, trace_program
 from ppvae.rng import fork_all_rngs, seed_all
 
@@ -131,6 +132,66 @@ def check_not_coupled(model: Program, batch: Sequence[Any], nodes: Nodes, name: 
             f"one that couples all {len(batch[0])} rows of the batch",
             CURE,
         )
+
+
+# -- given the global latents ------------------------------------------------------------------------------------------
+
+
+def check_globals_sampled(nodes: Nodes, s: Structure) -> None:
+    """No global latent is summed out: the data are independent given one of its values, not given their sum."""
+    for name in s.enumerated:
+        if name in s.global_sites and name in nodes:
+            raise site_error(
+                name, "global latents that the guide samples, for a weight of each datum given them",
+                "one that is summed out, with all data together", "sample it in the guide, without enumerating it",
+            )  # fmt: skip
+
+
+def check_images_of_globals(model: Nodes, guide: Nodes, s: Structure) -> None:
+    """No local latent is the image of an auxiliary site of all data, as under one AutoMultivariateNormal for both."""
+    images = [n for n, node in guide.items() if isinstance(base_distribution(node["fn"]), Delta)]
+    local = [n for n in images if n not in s.global_sites and not isinstance(base_distribution(model[n]["fn"]), Delta)]
+    helpers = [n for n, role in s.guide_roles.items() if role is Role.AUXILIARY]
+    if local and helpers and all(n in s.global_sites for n in helpers):
+        raise site_error(
+            local[0], "a local latent with a density of its own in the guide, given the global latents",
+            f"an image of {helpers[0]!r}, which all data share, so that weights are joint",
+            "guide local latents by an amortised density or AutoNormal, and the global ones by a part of AutoGuideList",
+        )  # fmt: skip
+
+
+def check_globals_first(
+    model: Program, guide: Program, batch: Sequence[Any], s: Structure, index: Tensor | None = None
+) -> None:
+    """The densities of global sites, in model and guide, depend on no local latent."""
+    first = run_at(guide, batch, {} if index is None else {s.plate: index})
+    shared = {n: first[n]["value"] for n in first if n in s.global_sites} | ({} if index is None else {s.plate: index})
+    second = run_at(guide, batch, shared, seed=1)
+    values = [sampled_values(nodes) | shared for nodes in (first, second)]
+    pairs = [(first, second), tuple(run_at(model, batch, at) for at in values)]
+    for one, two in pairs:
+        for name in (n for n in one if n in s.global_sites and n in two):
+            if not bool(close(node_log_prob(one[name]), node_log_prob(two[name])).all()):
+                raise site_error(
+                    name, "a global site whose density depends on no local latent, for a weight of each datum given it",
+                    "one that depends on a local latent, so that weights are joint",
+                    "sample global latents before the local ones, in model and guide",
+                )  # fmt: skip
+
+
+def globals_read_rows(guide: Program, batch: Sequence[Any], latents: Nodes, s: Structure) -> bool:
+    """Whether the guide's density of a global latent depends on the rows of the batch, or on their number."""
+    size = len(batch[0])
+    shared = {n: node["value"] for n, node in latents.items() if n in s.global_sites}
+    before = run_at(guide, batch, shared)
+    for rows in (*replacements(size), torch.arange(size - 1)) if size > 1 else ():
+        try:
+            after = run_at(guide, take_batch_rows(batch, rows, size), shared)
+        except (ValueError, RuntimeError, IndexError, KeyError):
+            continue
+        if not all(bool(close(node_log_prob(before[n]), node_log_prob(after[n])).all()) for n in shared):
+            return True
+    return False
 
 
 # -- runs on other rows: a batch and its latents with rows taken anew --------------------------------------------------

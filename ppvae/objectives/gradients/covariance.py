@@ -26,7 +26,7 @@ class Covariance(GradientEstimator):
 
     Expectations and covariances are those of the K draws under their self-normalised weights v_b, consistent as K
     grows; the guide's score term is (K - 1) / K of its expectation at b = 0. Draws are held constant, so the guide
-    needs no reparameterised samples.
+    needs no reparameterised samples, but of global latents, whose gradient is pathwise.
     Source: Masrani et al. 2019 (arXiv 1907.00031), equation 10.
     """
 

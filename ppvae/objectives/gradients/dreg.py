@@ -41,9 +41,12 @@ class DReG(GradientEstimator):
     The guide's gradient is sum_k d_k d log w_k / dz dz/dphi with d_k = r_k - d r_k / d log w_k: for IWAE the squared
     normalised weights. The model's parameters get the pathwise gradient. One backward pass: gradients are weighted
     where the guide's joint draw enters the densities, which is exact for hierarchical guides and for models that share
-    parameters with the guide.
+    parameters with the guide. Global latents are to the local ones what parameters are; their own ratio log p(theta) -
+    log q(theta) has the pathwise gradient.
     Source: Tucker et al. 2019 (arXiv 1810.04152).
     """
+
+    holds_latents = False
 
     def check_objective(self, objective: LogWeightBound) -> None:
         objective.dreg_weights(torch.zeros(objective.draws, 1))

@@ -33,6 +33,8 @@ class GradientEstimator(Stateful, ABC):
     A subclass defines `surrogate` and `check_structure`; `check_objective` where it needs a hook of the objective.
     """
 
+    holds_latents = True  # draws may be held constant, so that particles share a draw of the global latents
+
     @property
     def has_learned_baseline(self) -> bool:
         """Whether it trains a network of its own along with the pair; such a step is not captured as a graph."""

@@ -53,6 +53,8 @@ class GDReG(GradientEstimator):
     Source: Bauer and Mnih 2021 (arXiv 2101.11046).
     """
 
+    holds_latents = False
+
     def check_objective(self, objective: LogWeightBound) -> None:
         objective.dreg_weights(torch.zeros(objective.draws, 1))
 

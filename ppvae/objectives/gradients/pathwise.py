@@ -18,6 +18,8 @@ class Pathwise(GradientEstimator):
     Source: Kingma and Welling 2014 (arXiv 1312.6114); Burda et al. 2016 (arXiv 1509.00519) for K > 1.
     """
 
+    holds_latents = False
+
     def check_structure(self, objective: LogWeightBound, s: Structure) -> None:
         require_reparameterized_latents(s, "pathwise")
 
@@ -34,6 +36,8 @@ class STL(GradientEstimator):
     bounds with K > 1 the estimator is biased and warns.
     Source: Roeder et al. 2017 (arXiv 1703.09194); Tucker et al. 2019 (arXiv 1810.04152) for the bias.
     """
+
+    holds_latents = False
 
     def check_objective(self, objective: LogWeightBound) -> None:
         if objective.draws > 1 and not objective.stl_unbiased:

@@ -14,13 +14,13 @@ from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_sampled_latents
 
 
-def non_reparameterized_log_prob(s: Structure, t: Terms) -> Tensor | None:
+def non_reparameterized_log_prob(t: Terms) -> Tensor | None:
     """log q of the latents without a reparameterised sample, [particles, batch]; None where there is none."""
     log_probs = [t.guide[name].log_prob.double() for name in t.structure.non_reparameterized if name in t.guide]
     if not log_probs:
         return None
-    total: Any = sum(log_probs)
-    return total.sum(-1, keepdim=True) if s.has_global_latents else total
+    total: Any = sum(q.sum(-1, keepdim=True) if t.has_global_latents else q for q in log_probs)
+    return total
 
 
 @final
@@ -35,6 +35,8 @@ class ScoreFunction(GradientEstimator):
     Source: Williams 1992; Mnih and Gregor 2014 (arXiv 1402.0030); combined with paths: Schulman et al. 2015
     (arXiv 1506.05254).
     """
+
+    holds_latents = False
 
     def __init__(self, baseline: Baseline | None = None):
         self.baseline = baseline if baseline is not None else MovingAverage()
@@ -57,11 +59,16 @@ class ScoreFunction(GradientEstimator):
     def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         t = call.terms()
         total = objective.bound(t).sum()
-        log_q = non_reparameterized_log_prob(call.structure, t)
-        if log_q is None:
+        if (log_q := non_reparameterized_log_prob(t)) is not None:
+            signal = self.baseline(objective, objective.log_weights(t).detach(), call.batch)
+            total = total + gradient_only((signal * log_q).sum())
+        shared = call.globals
+        if shared is None or (log_q := non_reparameterized_log_prob(shared)) is None:
             return total
-        signal = self.baseline(objective, objective.log_weights(t).detach(), call.batch)
-        return total + gradient_only((signal * log_q).sum())
+        # a global latent's signal is of all data, and its baseline of the other particles, which have their own draws
+        joint = objective.log_weights(t).sum(-1, keepdim=True) + objective.log_weights(shared) / t.scale
+        baseline = LeaveOneOut() if len(joint) > 1 else NoBaseline()
+        return total + gradient_only((baseline(objective, joint.detach(), call.batch) * log_q).sum())
 
     def state_dict(self) -> dict[str, Any]:
         return self.baseline.state_dict()

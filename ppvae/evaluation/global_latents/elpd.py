@@ -1,0 +1,130 @@
+"""`PredictiveAccuracy`: expected log predictive densities with their diagnosis, as ArviZ compares them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_K_HAT = 0.7
+
+
+@dataclass(frozen=True)
+class PredictiveAccuracy:
+    """Expected log pointwise predictive densities (elpd) per datum, with a diagnosis; nats, float64, [N].
+
+    Attributes:
+        elpd: log p(x_n | the other data), of leave-one-out or of the other folds; of WAIC its estimate of it.
+        lpd: log p(x_n | all data that the weights count).
+        std_error: Monte-Carlo standard error of elpd, by the delta method.
+        k_hat: Pareto shape of the leave-one-out weights of each datum over the draws of the global latents.
+        guide_k_hat: Pareto shape of p(theta, x) / q(theta): above the limit, the guide is too far from the posterior
+            for any of the numbers.
+        local_k_hat: Pareto shape of the local latents' weights, [N]; None where they are summed out or there are none.
+        refitted: which data have a pair that was trained without them.
+        method: "loo", "kfold" or "waic".
+        num_draws, local_particles: draws of the global latents, and particles of the local ones at each.
+    """
+
+    elpd: Tensor
+    lpd: Tensor
+    std_error: Tensor
+    k_hat: Tensor
+    guide_k_hat: float
+    local_k_hat: Tensor | None
+    refitted: Tensor
+    method: str
+    num_draws: int
+    local_particles: int
+    seed: int
+    digest: str = field(default="", repr=False)
+    num_folds: int = 0
+
+    @property
+    def k_hat_limit(self) -> float:
+        """min(0.7, 1 - 1 / log10 S) of S draws (Vehtari et al. 2024, arXiv 1507.02646)."""
+        return min(MAX_K_HAT, 1 - 1 / math.log10(self.num_draws)) if self.num_draws > 1 else -math.inf
+
+    @property
+    def reliable(self) -> Tensor:
+        """Which data have a finite elpd, and k-hat of their own and of their local weights below the limits, [N]."""
+        good = self.elpd.isfinite() & (self.k_hat < self.k_hat_limit)
+        return good if self.local_k_hat is None else good & ~(self.local_k_hat >= MAX_K_HAT)
+
+    @property
+    def total(self) -> float:
+        """The sum of elpd over the data, nats."""
+        return float(self.elpd.sum())
+
+    @property
+    def total_std_error(self) -> float:
+        """Standard error of the sum over data, sqrt(N Var[elpd_n]), as `arviz.loo` has it; NaN for one datum."""
+        return math.sqrt(len(self.elpd) * float(self.elpd.var(correction=0))) if len(self.elpd) > 1 else math.nan
+
+    @property
+    def effective_parameters(self) -> float:
+        """p_loo, the sum of lpd - elpd: by how much data that are fitted are predicted better than new ones."""
+        return float((self.lpd - self.elpd).sum())
+
+    def with_data(self, which: Tensor, other: PredictiveAccuracy, refitted: bool = False) -> PredictiveAccuracy:
+        """The same with the numbers of some data, [N] bool, from another one."""
+        names = ("elpd", "lpd", "std_error", "k_hat")
+        new: dict[str, Any] = {name: torch.where(which, getattr(other, name), getattr(self, name)) for name in names}
+        if self.local_k_hat is not None and other.local_k_hat is not None:
+            new["local_k_hat"] = torch.where(which, other.local_k_hat, self.local_k_hat)
+        return replace(
+            self, **new, refitted=self.refitted | which if refitted else self.refitted,
+            guide_k_hat=max(self.guide_k_hat, other.guide_k_hat) if self.method == "kfold" else self.guide_k_hat,
+        )  # fmt: skip
+
+    def summary(self) -> str:
+        """The numbers over the data set, and how far they can be trusted, in words."""
+        bad, count = int((~self.reliable).sum()), len(self.elpd)
+        lines = [
+            f"elpd {self.total:.2f} ± {self.total_std_error:.2f} nats over {count} data by {self.method}, "
+            f"{self.effective_parameters:.2f} effective parameters ({self.num_draws} draws of the global latents, "
+            f"{self.local_particles} local particles)",
+            f"all {count} data are reliable" if not bad else
+            f"{bad} of {count} data are unreliable (k-hat not below {self.k_hat_limit:.2f}, or local k-hat not below "
+            f"{MAX_K_HAT}): pass refit=, or more draws",
+        ]  # fmt: skip
+        if not self.guide_k_hat < self.k_hat_limit:
+            lines.append(
+                f"the guide is far from the posterior of the global latents (k-hat {self.guide_k_hat:.2f}): take a "
+                "richer guide, as AutoMultivariateNormal, or more draws"
+            )
+        if bool(self.refitted.any()):
+            lines.append(f"{int(self.refitted.sum())} data by pairs that were trained without them")
+        return "\n".join(lines)
+
+    def to_arviz(self) -> Any:
+        """An ArviZ `ELPDData` with pointwise values, as `arviz.compare({name: result.to_arviz(), ...})` takes it."""
+        import arviz as az
+        import xarray
+
+        def array(name: str, values: Tensor) -> Any:
+            return xarray.DataArray(values.cpu().numpy(), dims=("datum",), name=name)
+
+        warning = bool((~self.reliable).any()) or not self.guide_k_hat < self.k_hat_limit
+        kind = "waic" if self.method == "waic" else "loo"
+        if int(az.__version__.split(".")[0]) > 0:
+            from arviz_stats.utils import ELPDData
+
+            return ELPDData(
+                kind, self.total, self.total_std_error, self.effective_parameters, self.num_draws, len(self.elpd),
+                "log", warning, self.k_hat_limit, array("elpd_i", self.elpd), array("pareto_k", self.k_hat),
+                approx_posterior=True,
+            )  # fmt: skip
+        from arviz.stats.stats_utils import ELPDData
+
+        values = {
+            f"elpd_{kind}": self.total, "se": self.total_std_error, f"p_{kind}": self.effective_parameters,
+            "n_samples": self.num_draws, "n_data_points": len(self.elpd), "warning": warning,
+            f"{kind}_i": array(f"{kind}_i", self.elpd),
+        }  # fmt: skip
+        values |= {"pareto_k": array("pareto_k", self.k_hat)} if kind == "loo" else {}
+        values |= {"scale": "log"} | ({"good_k": self.k_hat_limit} if kind == "loo" else {})
+        return ELPDData(data=list(values.values()), index=list(values))
