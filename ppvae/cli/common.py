@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from ppvae.distributed import DistributedContext
 from ppvae.errors import DataError, UsageError
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument
+from ppvae.factories.user_code import UntrustedCodeError
 from ppvae.run_folder.identity import check_results
 from ppvae.run_folder.lock import lock_folder
 from ppvae.run_folder.together import remove_stagings, written_together
-from ppvae.training.run import Run
+from ppvae.run_folder.trust import remember
+from ppvae.training.run import Run, load
 
 SPLITS = ("train", "valid", "test")
 
@@ -67,6 +70,25 @@ def find_run(name: str, runs: str) -> Path:
     """The folder of that name, or else the run of that name below the folder of runs."""
     path, below = Path(name), Path(runs) / name
     return below if not path.exists() and below.exists() else path
+
+
+def load_trained(directory: Path, settings: Any, **options: Any) -> Run:
+    """The run of a folder; on a terminal the user is asked whether to trust a Python file that it names.
+
+    Raises:
+        UntrustedCodeError: it is not trusted.
+    """
+    while True:
+        try:
+            return load(directory, best=settings.best or None, trust=settings.trust, **options)
+        except UntrustedCodeError as error:
+            if not (sys.stdin.isatty() and sys.stderr.isatty()):
+                raise
+            print(f"{directory} would run {error.path}\n(SHA-256 {error.digest}),", file=sys.stderr)
+            print("which you have not trusted yet. Trust it, and run it? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                raise
+            remember({str(error.path): error.digest})
 
 
 def load_splits(settings: Any) -> Any:

@@ -14,6 +14,7 @@ from ppvae.cli.common import (
     evaluation_of,
     folder_of,
     head,
+    load_trained,
     parse_run,
     print_report,
     print_table,
@@ -31,7 +32,6 @@ from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, REFINED_PARTICLES
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 from ppvae.storage import sha256
-from ppvae.training import load
 from ppvae.training.run import Run, cast_floating, default_dtype
 
 ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     check_options(settings)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     with default_dtype(dtype):
-        trained = load(directory, best=settings.best or None, dtype=dtype)
+        trained = load_trained(directory, settings, dtype=dtype)
         columns = tuple(cast_floating(c, dtype) for c in run_data(trained, settings, settings.split))
         if settings.head is not None:
             columns = head(columns, settings.head)

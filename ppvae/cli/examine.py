@@ -9,6 +9,7 @@ from typing import Any
 from ppvae.cli.common import (
     evaluation_of,
     head,
+    load_trained,
     parse_run,
     print_report,
     print_table,
@@ -22,7 +23,6 @@ from ppvae.evaluation.calibration import calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.representation import representation
-from ppvae.training import load
 from ppvae.training.run import Run
 
 
@@ -38,7 +38,7 @@ def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
 def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
-    trained = load(directory, best=settings.best or None)
+    trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"
     test = run_data(trained, settings, "test")

@@ -32,7 +32,6 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         RUN_ID: config.get(RUN_ID, ""),
         "batch": config.get("batch"),
         "pair": {name: pair.get(name) for name in PAIR_ENTRIES} if isinstance(pair, Mapping) else None,
-        "code": sorted(dict(config.get("code") or {}).values()),
     }
 
 

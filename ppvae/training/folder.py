@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ppvae.errors import CheckpointError
-from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity
+from ppvae.factories.user_code import recorded_code
+from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity, identity_of, new_run_id
 from ppvae.run_folder.lock import lock_folder
+from ppvae.run_folder.trust import remember
 from ppvae.storage import json_text, read_json, remove_temporaries, write_bytes, write_json
 from ppvae.training import checkpoint
 
@@ -37,6 +39,7 @@ class RunFolder:
             raise CheckpointError(f"{path}: another process has saved a checkpoint in the meantime: start again")
         for folder in (path, path / "checkpoints"):
             remove_temporaries(folder)
+        remember(config.get("code", {}))  # what this user trains with is trusted on this machine
         self.write_config(config)
         # metrics of epochs after the last checkpoint are dropped: these epochs run again
         write_bytes(path / "metrics.jsonl", "".join(json_text(m) + "\n" for m in history).encode())
@@ -79,15 +82,30 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def check_resumable(directory: Path, saved: dict[str, Any]) -> str:
-    """The identity of the run whose checkpoint was read; empty where it was written before runs had one.
+def identify(config: dict[str, Any]) -> None:
+    """Gives the configuration of a run an identity of its own, and the digests of the Python files that it names."""
+    config[RUN_ID] = new_run_id()
+    if code := recorded_code(config.get("pair")):
+        config["code"] = code
+
+
+def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Gives the configuration the identity of the run whose checkpoint was read.
 
     Raises:
-        CheckpointError: the folder's config.json or metrics.jsonl is that of another run.
+        CheckpointError: the folder's config.json or metrics.jsonl is that of another run; or the pair has other
+            arguments now.
     """
     if (directory / "config.json").exists():
         check_identity(directory, read_config(directory), saved)
-    return str(saved.get("identity", {}).get(RUN_ID, ""))
+    identity = saved.get("identity", {})
+    config[RUN_ID] = identity.get(RUN_ID) or config[RUN_ID]
+    for name, now in identity_of(config).items():
+        if name in identity and json_text(now) != json_text(identity[name]):
+            raise CheckpointError(
+                f"{directory}: cannot resume with {name} = {json_text(now)}: the run was started with "
+                f"{json_text(identity[name])}"
+            )
 
 
 def origin_of(directory: Path) -> dict[str, str]:

@@ -113,6 +113,7 @@ def load(
     guide: Program | None = None,
     best: bool | None = None,
     dtype: torch.dtype | None = None,
+    trust: bool = False,
 ) -> Run:
     """Loads a run. One started from a factory rebuilds its pair; otherwise pass the pair. Names and shapes are checked.
 
@@ -123,9 +124,12 @@ def load(
             returned: the best where the run had `patience`, else the last.
         dtype: a floating type for parameters, buffers and what a factory makes, instead of the run's own. Tensors that
             the pair makes as it runs are of torch's default dtype: set it, too, where the pair is called.
+        trust: run the Python files that the run names, and remember that you trust them. Files that you trained with
+            on this machine, and installed modules, need no trust.
 
     Raises:
-        CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed.
+        CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed, or a
+        file that the run names is not trusted.
     """
     folder = Path(directory)
     config = read_config(folder)
@@ -137,7 +141,7 @@ def load(
         from ppvae.factories.pairs import rebuild
 
         with fork_rng(), default_dtype(dtype):
-            model, guide = rebuild(config, dtype)
+            model, guide = rebuild(config, dtype, folder, trust)
     model, guide = unwrap(model), unwrap(guide)
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None

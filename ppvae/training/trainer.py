@@ -27,10 +27,10 @@ from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
 from ppvae.objectives.pyro_losses import single_loss
 from ppvae.rng import derive_seed, fork_rng, seed_all
-from ppvae.run_folder.identity import RUN_ID, identity_of, new_run_id
+from ppvae.run_folder.identity import identity_of
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
-from ppvae.training.folder import RunFolder, check_resumable
+from ppvae.training.folder import RunFolder, check_resumable, identify
 from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
 from ppvae.training.metrics import check_metrics, last_good, step_scheduler
 from ppvae.training.progress import Progress
@@ -116,7 +116,8 @@ class Trainer:
         """
         self.directory = directory
         self.step.checkpoints = checkpoints = directory / "checkpoints"
-        digest, self.config[RUN_ID] = "", new_run_id()
+        digest = ""
+        identify(self.config)
         if checkpoint.exists(checkpoints):
             if not resume:
                 raise CheckpointError(
@@ -124,7 +125,7 @@ class Trainer:
                 )
             digest, saved = checkpoint.read_with_digest(checkpoints)
             self.load_state_dict(saved)
-            self.config[RUN_ID] = check_resumable(directory, saved) or self.config[RUN_ID]
+            check_resumable(directory, self.config, saved)
             if self.stopped or self.epoch >= epochs:
                 return  # finished: no file is changed
         self.context.barrier()  # until all ranks have read
