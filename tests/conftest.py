@@ -13,6 +13,14 @@ if not torch.cuda.is_available():  # where it does nothing but keep the stack of
     torch.cuda.manual_seed_all = lambda seed: None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A configuration of the user's own for the tests: what they trust is not left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """float64, a seed and an empty param store; type and store as they were, afterwards."""

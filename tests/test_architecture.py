@@ -20,6 +20,7 @@ MAX_ROOT_MODULES = 6  # beside ppvae/__init__.py
 FLOORS = (
     "errors",
     "rng storage distributed parameter_names",
+    "run_folder",
     "data factories",
     "distributions nn",
     "priors",

@@ -1,8 +1,11 @@
 """Steps that several commands share: a pair from its name, a run and its data, tables and reports."""
 
+import contextlib
+import dataclasses
 import inspect
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,16 @@ from ppvae import data as datasets
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
-from ppvae.errors import CheckpointError, DataError, UsageError
+from ppvae.distributed import DistributedContext
+from ppvae.errors import DataError, UsageError
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument
-from ppvae.training.run import Run
+from ppvae.factories.user_code import UntrustedCodeError
+from ppvae.run_folder.identity import check_results
+from ppvae.run_folder.lock import lock_folder
+from ppvae.run_folder.together import remove_stagings, written_together
+from ppvae.run_folder.trust import remember
+from ppvae.training.run import Run, load
 
 SPLITS = ("train", "valid", "test")
 
@@ -61,6 +70,25 @@ def find_run(name: str, runs: str) -> Path:
     """The folder of that name, or else the run of that name below the folder of runs."""
     path, below = Path(name), Path(runs) / name
     return below if not path.exists() and below.exists() else path
+
+
+def load_trained(directory: Path, settings: Any, **options: Any) -> Run:
+    """The run of a folder; on a terminal the user is asked whether to trust a Python file that it names.
+
+    Raises:
+        UntrustedCodeError: it is not trusted.
+    """
+    while True:
+        try:
+            return load(directory, best=settings.best or None, trust=settings.trust, **options)
+        except UntrustedCodeError as error:
+            if not (sys.stdin.isatty() and sys.stderr.isatty()):
+                raise
+            print(f"{directory} would run {error.path}\n(SHA-256 {error.digest}),", file=sys.stderr)
+            print("which you have not trusted yet. Trust it, and run it? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                raise
+            remember({str(error.path): error.digest})
 
 
 def load_splits(settings: Any) -> Any:
@@ -126,12 +154,46 @@ def print_table(table: Mapping[str, Any], width: int) -> None:
         print(f"{key:{width}} {value}")
 
 
+@contextlib.contextmanager
+def results_of(run: Run, name: str) -> Iterator[Run]:
+    """The run with a staging folder in place of its own, whose new files (`results/`, the report) appear together.
+
+    They appear at the end of the block, or not at all; the results that the run has already are seen in it, too.
+
+    Raises:
+        CheckpointError: they could not be written; the earlier ones are kept.
+    """
+    with written_together(folder_of(run), name, view=("results",), whole=("pictures",)) as staging:
+        yield dataclasses.replace(run, directory=staging)
+
+
+@contextlib.contextmanager
+def evaluation_of(run: Run, name: str) -> Iterator[None]:
+    """The lock of an evaluation of that name, and checks of the other results in the folder; on rank 0.
+
+    Raises:
+        CheckpointError: another process writes the same results, or some are damaged or of another run.
+    """
+    if not DistributedContext().is_rank_zero:
+        yield
+        return
+    folder = folder_of(run)
+    with lock_folder(folder / "results", name):
+        remove_stagings(folder, name)
+        check_results(folder, run.origin, leave_out=name)
+        yield
+
+
+def folder_of(run: Run) -> Path:
+    """The folder of a run, or the working directory where it has none."""
+    return Path(run.directory or ".")
+
+
 def write_report(run: Run, columns: tuple[Any, ...], estimate: Any, seed: int) -> None:
-    """Writes report.html into the run folder, and prints its path."""
+    """Writes report.html into the run's folder."""
     from ppvae import report
 
-    path = report.write(run, data=columns, estimate=estimate, directory=run.directory, seed=seed)
-    print(f"report: {os.fspath(path)}")
+    report.write(run, data=columns, estimate=estimate, directory=run.directory, seed=seed)
 
 
 def write_report_of_results(run: Run, settings: Any) -> None:
@@ -140,10 +202,15 @@ def write_report_of_results(run: Run, settings: Any) -> None:
 
     test, est = run_data(run, settings, "test"), None
     for name in ("log_marginal", "annealed_beside", "smc_beside"):
-        try:
-            est = load_estimate(Path(run.directory or ".") / "results" / f"{name}.json")
-        except CheckpointError:
+        path = folder_of(run) / "results" / f"{name}.json"
+        if not path.exists():
             continue
+        est = load_estimate(path)
         test = head(test, len(est.log_px))
         break
     write_report(run, test, est, settings.seed)
+
+
+def print_report(run: Run) -> None:
+    """Prints the path of the report in a run's folder."""
+    print(f"report: {os.fspath(folder_of(run) / 'report.html')}")

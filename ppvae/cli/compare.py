@@ -7,7 +7,10 @@ from ppvae.cli.flags import parse
 from ppvae.cli.options import Compare
 from ppvae.errors import UsageError
 from ppvae.evaluation.compare import compare
+from ppvae.run_folder.identity import check_result
+from ppvae.run_folder.together import complete
 from ppvae.storage import write_bytes
+from ppvae.training.folder import origin_of
 
 
 def run(args: list[str]) -> int:
@@ -43,7 +46,10 @@ def _result_file(name: str, settings: Compare) -> Path:
     """The file of a run's estimate, or the file itself."""
     if Path(name).suffix == ".json":
         return Path(name)
-    path = find_run(name, settings.runs) / "results" / f"{settings.result}.json"
+    folder = find_run(name, settings.runs)
+    path = folder / "results" / f"{settings.result}.json"
+    complete(folder)
     if not path.exists():
         raise UsageError(f"{path}: no such estimate; make it by `ppvae evaluate {name}`")
+    check_result(path, origin_of(folder))
     return path

@@ -6,12 +6,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppvae.cli.common import head, parse_run, print_table, run_data, write_report, write_report_of_results
+from ppvae.cli.common import (
+    evaluation_of,
+    folder_of,
+    head,
+    load_trained,
+    parse_run,
+    print_report,
+    print_table,
+    results_of,
+    run_data,
+    write_report,
+    write_report_of_results,
+)
 from ppvae.cli.options import Evaluate
 from ppvae.distributed import leave_process_group
 from ppvae.errors import ContractError, UsageError
@@ -21,7 +32,6 @@ from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, REFINED_PARTICLES
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 from ppvae.storage import sha256
-from ppvae.training import load
 from ppvae.training.run import Run, cast_floating, default_dtype
 
 ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
@@ -40,7 +50,7 @@ def run(args: list[str]) -> int:
     check_options(settings)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     with default_dtype(dtype):
-        trained = load(directory, best=settings.best or None, dtype=dtype)
+        trained = load_trained(directory, settings, dtype=dtype)
         columns = tuple(cast_floating(c, dtype) for c in run_data(trained, settings, settings.split))
         if settings.head is not None:
             columns = head(columns, settings.head)
@@ -48,11 +58,14 @@ def run(args: list[str]) -> int:
         notes += [f"computed in {settings.dtype}"] if settings.dtype else []
         discrete = getattr(getattr(unwrap(trained.model), "__self__", None), "discrete", None)
         model, guide = (trained.model, trained.guide) if discrete is None else (discrete.model, discrete.guide)
-        if settings.method == "importance":
-            if discrete is not None:
-                notes.append("log p(x) of the discrete model, whose relaxed counterpart was trained")
-            return _importance_sampling(trained, model, guide, columns, settings, notes)
-        return _annealing(trained, model, guide, columns, settings, discrete is not None, notes)
+        method = "log_marginal" if settings.method == "importance" else settings.method
+        name = method if settings.split == "test" else f"{method}_{settings.split}"
+        with evaluation_of(trained, name):
+            if settings.method == "importance":
+                if discrete is not None:
+                    notes.append("log p(x) of the discrete model, whose relaxed counterpart was trained")
+                return _importance_sampling(trained, model, guide, columns, settings, notes, name)
+            return _annealing(trained, model, guide, columns, settings, discrete is not None, notes, name)
 
 
 def check_options(settings: Evaluate) -> None:
@@ -78,19 +91,12 @@ def check_options(settings: Evaluate) -> None:
             raise UsageError(f"{name}: expected at least 1, found {ks}")
 
 
-def _results_folder(trained: Run) -> Path:
-    return Path(trained.directory or ".") / "results"
-
-
-def _result_name(method: str, split: str) -> str:
-    return method if split == "test" else f"{method}_{split}"
-
-
 def _importance_sampling(
-    trained: Run, model: Program, guide: Program, columns: tuple[Any, ...], settings: Evaluate, notes: list[str]
-) -> int:
+    trained: Run, model: Program, guide: Program, columns: tuple[Any, ...], settings: Evaluate, notes: list[str],
+    name: str,
+) -> int:  # fmt: skip
     """Importance sampling; the cache of finished blocks is removed once the result is written."""
-    results, name = _results_folder(trained), _result_name("log_marginal", settings.split)
+    results = folder_of(trained) / "results"
     blocks = results / f"{name}_blocks" / _cache_key(trained, settings)
     options: dict[str, Any] = {
         "target_std_error": settings.target_std_error, "max_particles": settings.max_particles, "seed": settings.seed,
@@ -109,14 +115,17 @@ def _importance_sampling(
     if not leave_process_group():
         return 0
     est = dataclasses.replace(est, notes=(*est.notes, *notes))
-    path = est.save(results, name)
+    with results_of(trained, name) as staged:
+        est.save(folder_of(staged) / "results", name, trained.origin)
+        print_table(est.table(), 18)
+        if settings.report:
+            write_report(staged, columns, est, settings.seed)
     shutil.rmtree(blocks, ignore_errors=True)
     with contextlib.suppress(OSError):  # blocks of an evaluation with other settings stay
         blocks.parent.rmdir()
-    print_table(est.table(), 18)
-    print(f"results: {path}")
+    print(f"results: {results / name}.json")
     if settings.report:
-        write_report(trained, columns, est, settings.seed)
+        print_report(trained)
     return 0
 
 
@@ -125,17 +134,16 @@ def _cache_key(trained: Run, settings: Evaluate) -> str:
     relevant = dataclasses.asdict(settings)
     for name in ("rows", "root", "runs", "report"):
         del relevant[name]
-    parameters = (Path(trained.directory or ".") / "checkpoints" / "last").read_text()
-    return sha256(f"{relevant} {parameters}".encode())[:16]
+    return sha256(f"{relevant} {trained.checkpoint}.pt".encode())[:16]
 
 
 def _annealing(
     trained: Run, model: Program, guide: Program, columns: tuple[Any, ...], settings: Evaluate, relaxed: bool,
-    notes: list[str],
+    notes: list[str], name: str,
 ) -> int:  # fmt: skip
     """Annealing, with importance sampling of the same data beside it but for BDMC, whose data are simulated."""
-    results, name = _results_folder(trained), _result_name(settings.method, settings.split)
-    blocks = results / f"{name}_blocks"
+    results = folder_of(trained) / "results"
+    blocks, beside = results / f"{name}_blocks", None
     options = {key: getattr(settings, key) for key in (*CHAINS, "seed", "rows", "device")}
     if settings.method == "smc":
         options["resample"] = settings.resample
@@ -152,7 +160,6 @@ def _annealing(
     if settings.method == "bdmc":
         if not leave_process_group():
             return 0
-        path = result.save(results, name)
         table = result.table() | {f"note on the run {i}": note for i, note in enumerate(notes, 1)}
     else:
         ks = sorted({int(settings.num_particles or GUIDE_PARTICLES), *settings.beside})
@@ -163,12 +170,17 @@ def _annealing(
         if not leave_process_group():
             return 0
         result = dataclasses.replace(result, notes=(*result.notes, *looseness_notes(result, beside, ks), *notes))
-        path = result.save(results, name)
-        dataclasses.replace(beside, notes=(*beside.notes, *notes)).save(results, f"{name}_beside")
+        beside = dataclasses.replace(beside, notes=(*beside.notes, *notes))
         table = result.table()
+    with results_of(trained, name) as staged:
+        result.save(folder_of(staged) / "results", name, trained.origin)
+        if beside is not None:
+            beside.save(folder_of(staged) / "results", f"{name}_beside", trained.origin)
+        print_table(table, 20)
+        if settings.report:
+            write_report_of_results(staged, settings)
     shutil.rmtree(blocks, ignore_errors=True)
-    print_table(table, 20)
-    print(f"results: {path}")
+    print(f"results: {results / name}.json")
     if settings.report:
-        write_report_of_results(trained, settings)
+        print_report(trained)
     return 0

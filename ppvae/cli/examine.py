@@ -6,14 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppvae.cli.common import head, parse_run, print_table, run_data, write_report_of_results
+from ppvae.cli.common import (
+    evaluation_of,
+    head,
+    load_trained,
+    parse_run,
+    print_report,
+    print_table,
+    results_of,
+    run_data,
+    write_report_of_results,
+)
 from ppvae.cli.options import Examine
 from ppvae.errors import ContractError
 from ppvae.evaluation.calibration import calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.representation import representation
-from ppvae.training import load
 from ppvae.training.run import Run
 
 
@@ -29,7 +38,7 @@ def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
 def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
-    trained = load(directory, best=settings.best or None)
+    trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"
     test = run_data(trained, settings, "test")
@@ -48,15 +57,18 @@ def run(args: list[str]) -> int:
         evaluations["calibration"] = functools.partial(
             calibration, trained.model, trained.guide, test, replications=settings.replications, **options
         )
-    for name, evaluate in evaluations.items():
-        try:
-            result = evaluate()
-        except ContractError as error:  # the pair does not allow this evaluation; the others go on
-            print(f"{name}: {error}")
-            continue
-        print_table(result.table(), 24)
-        print(f"results: {result.save(results, name)}\n")
-        shutil.rmtree(results / f"{name}_blocks", ignore_errors=True)
-    if settings.report:
-        write_report_of_results(trained, settings)
+    with evaluation_of(trained, "examine"):
+        for name, evaluate in evaluations.items():
+            try:
+                result = evaluate()
+            except ContractError as error:  # the pair does not allow this evaluation; the others go on
+                print(f"{name}: {error}")
+                continue
+            print_table(result.table(), 24)
+            print(f"results: {result.save(results, name, trained.origin)}\n")
+            shutil.rmtree(results / f"{name}_blocks", ignore_errors=True)
+        if settings.report:
+            with results_of(trained, "examine") as staged:
+                write_report_of_results(staged, settings)
+            print_report(trained)
     return 0

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 
-from ppvae.cli.common import joined_digest, load_splits, num_labels, parse_pair, with_columns, write_report
+from ppvae.cli.common import (
+    joined_digest,
+    load_splits,
+    num_labels,
+    parse_pair,
+    print_report,
+    results_of,
+    with_columns,
+    write_report,
+)
 from ppvae.cli.options import Data, Fit, Optimizer
 from ppvae.distributed import DistributedContext, leave_process_group
 from ppvae.errors import UsageError, did_you_mean
@@ -69,7 +78,9 @@ def run(args: list[str]) -> int:
         return 0
     _print_metrics(trained)
     if settings.report:
-        write_report(trained, test, None, settings.seed)
+        with results_of(trained, "report") as staged:
+            write_report(staged, test, None, settings.seed)
+        print_report(trained)
     print(f"run: {directory}")
     return 0
 

@@ -1,9 +1,11 @@
 """The command line: `ppvae new | fit | evaluate | examine | compare | generate | check | data`."""
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 USAGE = """usage: ppvae COMMAND ...
 
@@ -32,15 +34,42 @@ RESUME_HINTS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it: the command ends as it does on Ctrl-C."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status; an error is at most three lines and no traceback."""
     try:
-        status = _dispatch(argv)
+        with _sigterm_raises():
+            status = _dispatch(argv)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside the block; a second one ends the process at once."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the caller has a handler of its own
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    try:
+        signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:
@@ -77,6 +106,10 @@ def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
         return fail(str(error), 2)
     except PpvaeError as error:
         return fail(str(error), 1)
+    except Terminated:
+        group = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun ends all processes where one has ended
+        what = "terminated, as another process of the group ended, or on demand" if group else "terminated"
+        return fail(what + RESUME_HINTS.get(command, ""), 143)
     except KeyboardInterrupt:
         return fail("interrupted" + RESUME_HINTS.get(command, ""), 130)
     except BrokenPipeError:

@@ -86,6 +86,7 @@ class Evaluate:
     beside: tuple[int, ...] = ()  # further K of importance sampling to compare with annealing, as 50000
     best: bool = False  # the parameters with the best validation ELBO, instead of the last
     dtype: Literal["float32", "float64"] | None = None  # the floating type, instead of the run's own
+    trust: bool = False  # run the Python files that the run names, and remember them as trusted
     runs: str = "runs"
     report: bool = True
 
@@ -103,6 +104,7 @@ class Examine:
     root: str | None = None
     device: str | None = None
     best: bool = False  # the parameters with the best validation ELBO
+    trust: bool = False  # run the Python files that the run names, and remember them as trusted
     runs: str = "runs"
     report: bool = True
 
@@ -127,6 +129,7 @@ class Generate:
     seed: int = 0
     root: str | None = None
     best: bool = False
+    trust: bool = False  # run the Python files that the run names, and remember them as trusted
     runs: str = "runs"
 
 

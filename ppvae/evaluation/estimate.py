@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -23,7 +22,8 @@ from ppvae.evaluation.reliability import (
     format_particles,
     k_hat_limit,
 )
-from ppvae.storage import write_bytes
+from ppvae.run_folder.identity import write_result
+from ppvae.run_folder.together import written_together
 
 MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
 MOSTLY_RELIABLE = 0.95  # of the data
@@ -309,27 +309,31 @@ their log p(x) may be far too low
         log_lik = None if self.log_likelihood is None else self.log_likelihood.cpu().numpy()
         return to_arviz(per_datum, draws or None, None, self.attributes(), log_lik)
 
-    def save(self, directory: str | os.PathLike[str], name: str = "log_marginal") -> Path:
-        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), each atomically.
+    def save(
+        self, directory: str | os.PathLike[str], name: str = "log_marginal", origin: Mapping[str, str] | None = None
+    ) -> Path:
+        """Writes `<name>.json` (numbers and per-datum values) and `<name>.nc` (for ArviZ), both or neither.
 
-        `guide_estimate` is written as `<name>_guide`, before them.
+        `guide_estimate` is written with them, as `<name>_guide`. `origin` is that of the run, `Run.origin`, which the
+        files then carry.
+
+        Raises:
+            CheckpointError: they cannot be written; what was there before is kept.
         """
         from ppvae.evaluation.arviz import write_netcdf
 
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.json"
         content = {key: _number(value) for key, value in self.attributes().items()} | {
             "curve": {str(k): _number(float(v.mean())) for k, v in sorted(self.bounds.items())},
             "summary": self.summary().splitlines(),
             "per_datum": {key: [_number(v) for v in value.tolist()] for key, value in self.per_datum().items()},
         }
-        if self.guide_estimate is not None:
-            self.guide_estimate.save(folder, f"{name}_guide")
-            content["guide_estimate"] = f"{name}_guide.json"
-        write_bytes(path, (json.dumps(content, allow_nan=False) + "\n").encode())
-        write_netcdf(self.to_arviz(), folder / f"{name}.nc")
-        return path
+        with written_together(Path(directory), name) as folder:
+            if self.guide_estimate is not None:
+                self.guide_estimate.save(folder, f"{name}_guide", origin)
+                content["guide_estimate"] = f"{name}_guide.json"
+            arrays = write_netcdf(self.to_arviz(), folder / f"{name}.nc")
+            write_result(folder / f"{name}.json", content, [arrays], origin)
+        return Path(directory) / f"{name}.json"
 
 
 def _number(value: Any) -> Any:  # a JSON value

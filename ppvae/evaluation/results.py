@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from ppvae.errors import CheckpointError
 from ppvae.evaluation.arviz import GROUP, SITE
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
-from ppvae.storage import write_bytes
+from ppvae.run_folder.identity import ORIGIN, read_result, write_result
+from ppvae.run_folder.together import written_together
+from ppvae.storage import read_json, write_bytes
 
 
 class SavedResult:
@@ -27,12 +29,20 @@ class SavedResult:
     A field with metadata {"saved": False} is not saved, and has its default after loading.
     """
 
-    def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Writes `<name>.json`, `.npz` and `.nc` (for ArviZ), each atomically; named after the class by default."""
+    def save(
+        self, directory: str | os.PathLike[str], name: str | None = None, origin: Mapping[str, str] | None = None
+    ) -> Path:
+        """Writes `<name>.json`, `.npz` and `.nc` (for ArviZ), all or none; named after the class by default.
+
+        `origin` is that of the run, `Run.origin`, which the files then carry.
+
+        Raises:
+            CheckpointError: they cannot be written; what was there before is kept.
+        """
         from ppvae.evaluation.arviz import write_netcdf
 
-        folder, kind = Path(directory), type(self).__name__
-        folder.mkdir(parents=True, exist_ok=True)
+        kind = type(self).__name__
+        name = name or kind.lower()
         arrays: dict[str, np.ndarray] = {}
         plain: dict[str, Any] = {}
         for field in _saved(type(self)):
@@ -46,12 +56,13 @@ class SavedResult:
                 plain[field.name] = _plain(value)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        path = folder / f"{name or kind.lower()}.json"
         content = {"kind": kind, "table": self.table(), "fields": plain}
-        write_bytes(path.with_suffix(".npz"), buffer.getvalue())
-        write_bytes(path, (json.dumps(content, allow_nan=False) + "\n").encode())
-        write_netcdf(SavedResult.to_arviz(self), path.with_suffix(".nc"))
-        return path
+        with written_together(Path(directory), name) as folder:
+            files = [folder / f"{name}.npz", folder / f"{name}.nc"]
+            write_bytes(files[0], buffer.getvalue())
+            write_netcdf(SavedResult.to_arviz(self), files[1])
+            write_result(folder / f"{name}.json", content, files, origin)
+        return Path(directory) / f"{name}.json"
 
     def to_arviz(self) -> Any:
         """All arrays for ArviZ, in one group that is named after the class: `InferenceData` or `DataTree`."""
@@ -75,7 +86,10 @@ class SavedResult:
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_text())
+            content = read_result(path)
+        except (OSError, ValueError, CheckpointError) as error:
+            raise CheckpointError(f"{path}: not a saved {cls.__name__} as it was written ({error})") from error
+        try:
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
             if content["kind"] != cls.__name__:
@@ -121,7 +135,7 @@ def mean_words(values: Tensor | None) -> str:
 def kind_of(path: Path) -> str:
     """The class name of the result in a JSON file; an empty string for other files."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError):
         return ""
     return str(content.get("kind", "")) if isinstance(content, dict) else ""
@@ -159,11 +173,11 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
+        content = read_result(path)
         rows = {name: _tensor(values) for name, values in content["per_datum"].items()}
         own = {f.name for f in dataclasses.fields(Estimate)}
         plain: dict[str, Any] = {k: v for k, v in content.items() if k in own and k not in DERIVED}
-        settings = {k: v for k, v in content.items() if k not in own and k not in DERIVED}
+        settings = {k: v for k, v in content.items() if k not in own and k not in (*DERIVED, *ORIGIN)}
         reliable = rows.pop("reliable").bool()
         bounds, posterior = _arrays(path.with_suffix(".nc"))
         words = content.get("notes", "")

@@ -1,9 +1,7 @@
 """Pairs from the names of their factories: resolve a name, build the pair, rebuild that of a run."""
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, did_you_mean
+from ppvae.errors import PpvaeError, UsageError, did_you_mean
 from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
+from ppvae.factories.user_code import code_of_run, import_file
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
@@ -40,19 +39,9 @@ def _import(place: str) -> Any:
         if path.suffix == ".py" or path.exists():
             if not path.is_file():
                 raise UsageError(f"{place}: expected a Python file, found none")
-            spec = importlib.util.spec_from_file_location(f"ppvae_pair_{path.stem}", path.resolve())
-            if spec is None or spec.loader is None:
-                raise UsageError(f"{place}: expected a Python file")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            sys.path.insert(0, str(path.resolve().parent))
-            try:
-                spec.loader.exec_module(module)
-            finally:
-                sys.path.pop(0)
-            return module
+            return import_file(path)
         return importlib.import_module(place)
-    except UsageError:
+    except PpvaeError:
         raise
     except ModuleNotFoundError as error:
         raise UsageError(
@@ -135,17 +124,22 @@ def _is_pair(thing: Any) -> bool:
 
 
 def rebuild(
-    config: Mapping[str, Any], dtype: torch.dtype | None = None
+    config: Mapping[str, Any], dtype: torch.dtype | None = None, folder: Path | None = None, trust: bool = False
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The pair of a run from its configuration; a tensor of the same shape replaces the training data.
 
     That tensor only sets shapes: every parameter is read from the checkpoint afterwards. `dtype` is its floating type.
+    `folder` is that of the run, whose Python files are run only if they are trusted, or with `trust`.
+
+    Raises:
+        UntrustedCodeError, CheckpointError: the run would run code that is not trusted, or that has changed.
     """
     entry = config["pair"]
     columns = [_placeholder(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
     train = columns[0] if len(columns) == 1 else tuple(columns)
     torch.manual_seed(0)
-    return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
+    with code_of_run(folder, config, trust):
+        return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
 
 
 def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:

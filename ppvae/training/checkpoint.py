@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ppvae.errors import CheckpointError
 from ppvae.inference.param_store import ParamScope
 from ppvae.parameter_names import canonical_names
-from ppvae.storage import sha256, write_bytes
+from ppvae.storage import read_bytes, sha256, write_bytes
 
 POINTER = "last"  # the file that holds the name of the last checkpoint
 KEYS = {"state", "epoch", "step", "history", "best", "finished", "stopped", "optimizer", "scheduler", "settings"}
@@ -52,23 +52,44 @@ def exists(folder: Path) -> bool:
     return (folder / POINTER).exists()
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Reads the last checkpoint and verifies its SHA-256; never runs code from the file.
+def current(folder: Path) -> str:
+    """The SHA-256 that the pointer names, of the last checkpoint; empty where there is no pointer.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it holds more than tensors and plain values.
+        CheckpointError: the pointer cannot be read, or is none.
     """
     try:
-        name = (folder / POINTER).read_text(errors="replace").strip()
+        name = read_bytes(folder / POINTER).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
     except OSError as error:
-        raise CheckpointError(f"{folder}: holds no checkpoint ({error.strerror})") from error
+        raise CheckpointError(f"{folder / POINTER}: cannot be read ({error.strerror})") from error
     digest = name.removesuffix(".pt")
     if len(digest) != 64 or not all(c in "0123456789abcdef" for c in digest):
         raise CheckpointError(f"{folder / POINTER}: expected a checkpoint's name, found {name[:40]!r}")
-    path = folder / name
+    return digest
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The state in the last checkpoint; see `read_with_digest`."""
+    return read_with_digest(folder)[1]
+
+
+def read_with_digest(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(SHA-256 of the last checkpoint, its state); the digest is verified, and no code in the file is ever run.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, holds more than tensors and plain values, or a NaN.
+    """
+    digest = current(folder)
+    if not digest:
+        raise CheckpointError(f"{folder}: holds no checkpoint (No such file or directory)")
+    path = folder / f"{digest}.pt"
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
+        if current(folder) != digest:  # a run that goes on has replaced it
+            return read_with_digest(folder)
         raise CheckpointError(f"{path}: the checkpoint cannot be read ({error.strerror})") from error
     found = sha256(content)
     if found != digest:
@@ -80,7 +101,20 @@ def read(folder: Path) -> dict[str, Any]:
     missing = sorted(KEYS - state.keys()) if isinstance(state, dict) else sorted(KEYS)
     if missing:
         raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {missing[0]!r}")
-    return state
+    if where := _first_nan({name: state[name] for name in ("state", "best", "optimizer")}):
+        raise CheckpointError(f"{path}: {where} is NaN. Train again, with a smaller learning rate, or restore a copy")
+    return digest, state
+
+
+def _first_nan(content: Any, place: str = "", buffers: bool = False) -> str:
+    """The first parameter or number of an optimizer that is NaN, in words; buffers may hold NaN as what it is."""
+    if isinstance(content, Tensor) and content.is_floating_point() and not buffers:
+        count = int(content.isnan().sum())
+        return f"{place}, of shape {list(content.shape)}, in {count} numbers," if count else ""
+    if isinstance(content, Mapping):
+        found = (_first_nan(v, f"{place} {k!r}".strip(), buffers or k == "buffers") for k, v in content.items())
+        return next(filter(None, found), "")
+    return ""
 
 
 def _unpickle_tensors(content: bytes, path: Path) -> Any:

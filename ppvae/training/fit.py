@@ -141,6 +141,6 @@ def fit(
         if patience is not None and not trainer.monitor.has_elbo:
             raise UsageError("patience: expected a pair with an ELBO per datum to stop early on, found one without")
         if folder is not None:
-            trainer.open(folder, resume, epochs)
+            trainer.open(folder, resume, epochs, stack)
         trainer.broadcast_parameters()
         return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)

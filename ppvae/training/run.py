@@ -1,12 +1,11 @@
-"""A trained run: the pair bound to its parameters, its history, and the files of its folder."""
+"""A trained run: the pair bound to its parameters, and its history; a run is loaded from its folder."""
 
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,10 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, params_of, trace_pair
 from ppvae.rng import fork_rng
-from ppvae.storage import write_bytes, write_json
+from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+from ppvae.training.folder import read_config
 
 Params = Mapping[str, torch.Tensor]  # of one side, by name
 
@@ -48,6 +48,7 @@ class Run:
         directory: the run folder, or None.
         config: the resolved configuration.
         stopped: the epoch at which an unfinished run stopped, in words; empty for a finished one.
+        checkpoint: the SHA-256 of the checkpoint that a loaded run was read from.
     """
 
     model: BoundProgram
@@ -56,6 +57,7 @@ class Run:
     directory: Path | None = None
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     stopped: str = ""
+    checkpoint: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         copied = memo[id(self)] = copy.copy(self)
@@ -70,6 +72,12 @@ class Run:
         """The last epoch's metrics."""
         return self.history[-1] if self.history else {}
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """The identity of run and checkpoint, as results of the run carry it; empty where there is none."""
+        found = {RUN_ID: self.config.get(RUN_ID, ""), CHECKPOINT: self.checkpoint}
+        return {name: value for name, value in found.items() if value}
+
 
 def bind(
     model: Callable[..., Any], guide: Callable[..., Any], scope: ParamScope, of_model: Params, of_guide: Params
@@ -81,44 +89,6 @@ def bind(
         if own or scope.params.keys() - others.keys():
             record_trained(side, scope)
     return BoundProgram(model, scope), BoundProgram(guide, scope)
-
-
-class RunFolder:
-    """The files of a run: config.json, metrics.jsonl (one line an epoch) and checkpoints/.
-
-    Raises:
-        CheckpointError: a file cannot be written; the last checkpoint is kept.
-    """
-
-    def __init__(self, path: Path, config: dict[str, Any], history: Sequence[dict[str, Any]]):
-        self.path = path
-        self._checked = False
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{path}: could not be made ({error.strerror})") from error
-        self.write_config(config)
-        # metrics of epochs after the last checkpoint are dropped: these epochs run again
-        write_bytes(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history).encode())
-
-    def write_config(self, config: dict[str, Any]) -> None:
-        write_json(self.path / "config.json", config)
-
-    def append_metrics(self, metrics: dict[str, Any]) -> None:
-        path = self.path / "metrics.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            text = f"{path}: could not be written ({error.strerror}); the last checkpoint is kept"
-            raise CheckpointError(text) from error
-
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the last checkpoint; the first one is read back before anything is written."""
-        if not self._checked:
-            checkpoint.check_loadable(state)
-            self._checked = True
-        checkpoint.save(self.path / "checkpoints", state)
 
 
 def versions() -> dict[str, str]:
@@ -137,30 +107,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The run's config.json.
-
-    Raises:
-        CheckpointError: there is no run in the folder, or the file is damaged.
-    """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{directory}: not a run folder: no config.json ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict) or "fit" not in config:
-        raise CheckpointError(f"{path}: expected the configuration of a run, found something else")
-    return config
-
-
 def load(
     directory: str | Path,
     model: Program | None = None,
     guide: Program | None = None,
     best: bool | None = None,
     dtype: torch.dtype | None = None,
+    trust: bool = False,
 ) -> Run:
     """Loads a run. One started from a factory rebuilds its pair; otherwise pass the pair. Names and shapes are checked.
 
@@ -171,20 +124,24 @@ def load(
             returned: the best where the run had `patience`, else the last.
         dtype: a floating type for parameters, buffers and what a factory makes, instead of the run's own. Tensors that
             the pair makes as it runs are of torch's default dtype: set it, too, where the pair is called.
+        trust: run the Python files that the run names, and remember that you trust them. Files that you trained with
+            on this machine, and installed modules, need no trust.
 
     Raises:
-        CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed.
+        CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed, or a
+        file that the run names is not trusted.
     """
     folder = Path(directory)
     config = read_config(folder)
-    saved = checkpoint.read(folder / "checkpoints")
+    digest, saved = checkpoint.read_with_digest(folder / "checkpoints")
+    check_identity(folder, config, saved)
     if model is None or guide is None:
         if "pair" not in config:
             raise UsageError(f"{folder}: the run was not started from a factory: call load(directory, model, guide)")
         from ppvae.factories.pairs import rebuild
 
         with fork_rng(), default_dtype(dtype):
-            model, guide = rebuild(config, dtype)
+            model, guide = rebuild(config, dtype, folder, trust)
     model, guide = unwrap(model), unwrap(guide)
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None
@@ -209,7 +166,7 @@ def load(
     bound_model, bound_guide = bind(model, guide, scope, of_model, of_guide)
     finished = saved["stopped"] or saved["epoch"] >= config.get("epochs", 0)
     stopped = "" if finished else f"the run stopped at epoch {saved['epoch']} of {config['epochs']}"
-    return Run(bound_model, bound_guide, saved["history"], folder, config, stopped)
+    return Run(bound_model, bound_guide, saved["history"], folder, config, stopped, digest)
 
 
 @contextmanager

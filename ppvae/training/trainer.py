@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
 
@@ -12,7 +13,6 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from ppvae.compilation.precision import check_precision
@@ -27,11 +27,14 @@ from ppvae.inference.tracing import Program
 from ppvae.objectives import Objective
 from ppvae.objectives.pyro_losses import single_loss
 from ppvae.rng import derive_seed, fork_rng, seed_all
+from ppvae.run_folder.identity import identity_of
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+from ppvae.training.folder import RunFolder, check_resumable, identify
 from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
+from ppvae.training.metrics import check_metrics, last_good, step_scheduler
 from ppvae.training.progress import Progress
-from ppvae.training.run import Run, RunFolder, bind, versions
+from ppvae.training.run import Run, bind, versions
 from ppvae.training.setting_text import renamed_since_0_1
 from ppvae.training.step import TrainingStep
 from ppvae.training.validation import ValidationMetrics
@@ -106,21 +109,28 @@ class Trainer:
         batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in example]
         self.config = {"versions": versions(), "fit": settings, "batch": batch, **entries}
 
-    def open(self, directory: Path, resume: bool, epochs: int) -> None:
-        """Opens a run folder: a new one or, with `resume`, one whose settings are the same, whose state is restored."""
+    def open(self, directory: Path, resume: bool, epochs: int, stack: ExitStack) -> None:
+        """Opens a run folder: a new one or, with `resume`, one whose settings are the same, whose state is restored.
+
+        Its lock is held until the stack ends. A finished run is neither locked nor written to.
+        """
         self.directory = directory
         self.step.checkpoints = checkpoints = directory / "checkpoints"
+        digest = ""
+        identify(self.config)
         if checkpoint.exists(checkpoints):
             if not resume:
                 raise CheckpointError(
                     f"{directory}: holds a run already; pass resume=True (--resume) to go on, or choose another folder"
                 )
-            self.load_state_dict(checkpoint.read(checkpoints))
+            digest, saved = checkpoint.read_with_digest(checkpoints)
+            self.load_state_dict(saved)
+            check_resumable(directory, self.config, saved)
             if self.stopped or self.epoch >= epochs:
                 return  # finished: no file is changed
         self.context.barrier()  # until all ranks have read
         if self.context.is_rank_zero:
-            self.folder = RunFolder(directory, self.config, self.history)
+            self.folder = RunFolder(directory, self.config, self.history, digest, stack)
 
     def broadcast_parameters(self) -> None:
         with self.scope.entered():
@@ -145,6 +155,7 @@ class Trainer:
                 "objective": self.objective.state_dict() if isinstance(self.objective, Objective) else None,
                 "scheduler": schedule and {k: copy.copy(v) for k, v in schedule.items() if not callable(v)},
                 "settings": self.config["fit"],
+                "identity": identity_of(self.config),
                 "kernels": self.svi.kernels,
                 "products": self.svi.products,
             }
@@ -211,6 +222,7 @@ class Trainer:
             self.stopped = patience is not None and not improved and self.epoch - best_epoch >= patience
             for callback in callbacks:
                 self.stopped = bool(callback(run, metrics)) or self.stopped
+                check_metrics(metrics, self.step.checkpoints, " of a callback")
             self.stopped = self.context.any_rank(self.stopped)
             self.finished = self.stopped or self.epoch == epochs
             if self.folder is not None:
@@ -247,7 +259,9 @@ class Trainer:
         metrics |= self._validate()
         if self.svi.optimizer is not None:
             metrics["lr"] = self.svi.optimizer.param_groups[0]["lr"]
-        self._step_scheduler(-metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"])
+        check_metrics(metrics, self.step.checkpoints)
+        metric = -metrics[self.monitor.key] if self.monitor.has_elbo else metrics["loss"]
+        step_scheduler(self.svi, self.scheduler, metric)
         return metrics | {"seconds": round(time.perf_counter() - start, 4)}
 
     def _batches(self) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
@@ -276,6 +290,7 @@ class Trainer:
             if not what:
                 products = self.svi.products if self.svi.kernels == "compiled" else None
                 metrics = self.monitor(self.model, self.guide, products)
+                what = next((f"{name} is nan" for name, value in metrics.items() if math.isnan(value)), "")
         except (ValueError, RuntimeError) as error:
             what = f"the ELBO of the {self.monitor.prefix} data failed: {' '.join(str(error).split())[:160]}"
             self.state.restore(self.step.start)
@@ -284,20 +299,10 @@ class Trainer:
             self.state.restore(self.step.start)
             raise TrainingError(
                 f"step {self.step.count} (epoch {self.epoch}): {what}; the parameters are put back to the epoch "
-                f"before. Try a smaller learning rate or clip"
+                f"before{last_good(self.step.checkpoints)}. Try a smaller learning rate or clip"
             )
         self.step.start = self.state.snapshot()
         return metrics
-
-    def _step_scheduler(self, metric: float) -> None:
-        """Steps the learning-rate schedule, if any; ReduceLROnPlateau gets the metric."""
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-        if isinstance(self.svi.optim, PyroLRScheduler):
-            self.svi.optim.step(*([metric] if self.svi.optim.pt_scheduler_constructor is plateau else []))
-        elif isinstance(self.scheduler, plateau):
-            self.scheduler.step(metric)
-        elif self.scheduler is not None:
-            self.scheduler.step()
 
     def _update_best(self, metrics: dict[str, Any]) -> bool:
         """Whether the validation ELBO is the best so far; its parameters are then kept."""

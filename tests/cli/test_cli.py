@@ -847,9 +847,11 @@ def test_a_pair_that_has_changed_since(fails, tmp_path, cli):
     (tmp_path / "mine.py").write_text(text)
     assert cli("fit", "mine.py", "--epochs", 1, "--name", "run", "--no-report").status == 0
     (tmp_path / "mine.py").write_text(text.replace('pyro.module("down"', 'pyro.module("below"'))
-    fails("evaluate", "run", "--no-report", names=("down$$$",), status=1)
+    fails("evaluate", "run", "--no-report", names=("mine.py", "is not a file that", "--trust"), status=1)
+    fails("evaluate", "run", "--no-report", "--trust", names=("down$$$",), status=1)
     (tmp_path / "mine.py").write_text(text.replace("nn.Linear(z1, hidden), nn.Tanh()", "nn.Linear(z1, 7), nn.Tanh()"))
     fails("evaluate", "run", "--no-report", status=1)
+    fails("evaluate", "run", "--no-report", "--trust", names=("shape",), status=1)
     (tmp_path / "mine.py").unlink()
     fails("evaluate", "run", "--no-report", names=("mine.py",), status=2)
 

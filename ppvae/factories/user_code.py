@@ -1,0 +1,167 @@
+"""Python files of users: run from the source that was digested, and, for a saved run, only where that is trusted.
+
+A file that a user names is run as it is, and its digest is kept for the run's configuration. A run that is loaded names
+files, too: these, and the modules that they import from their folder, are run if they are those that the run recorded
+and the user trusts them (`ppvae.run_folder.trust`). Compiled files beside a source, `__pycache__`, are never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from ppvae.errors import CheckpointError, UsageError
+from ppvae.run_folder.trust import is_trusted, remember
+from ppvae.storage import read_bytes, sha256
+
+log = logging.getLogger("ppvae")
+
+
+class UntrustedCodeError(UsageError):
+    """A run would run a file that the user has not trusted: `path`, with SHA-256 `digest`."""
+
+    def __init__(self, path: Path, digest: str):
+        self.path, self.digest = path, digest
+        super().__init__(
+            f"{path}: the run would run this file, which you have not trusted (SHA-256 {digest[:12]}...). Read it; "
+            f"then pass --trust once (in Python load(..., trust=True)), or the pair: load(directory, model, guide)"
+        )
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """What may be run: all, where the user named the files; else what a run recorded and the user trusts."""
+
+    run: Path | None = None
+    recorded: frozenset[str] | None = None  # digests; None for runs that recorded none
+    trust: bool = False
+
+    def admit(self, path: Path, content: bytes) -> None:
+        digest = sha256(content)
+        if self.run is not None and not self.trust:
+            if self.recorded is not None and digest not in self.recorded:
+                raise CheckpointError(
+                    f"{path}: is not a file that {self.run} was trained with: no file of SHA-256 {digest[:12]}... was "
+                    f"recorded. Restore it from a copy, or pass --trust (trust=True) to run it as it is"
+                )
+            if not is_trusted(digest):
+                raise UntrustedCodeError(path, digest)
+        if self.trust:
+            remember({str(path): digest})
+        _digests[path] = digest
+
+
+_digests: dict[Path, str] = {}  # of the files that this process has run
+_policies: dict[Path, _Policy] = {}  # by folder, for the modules in it
+_NAMED_BY_THE_USER = _Policy()
+_current: ContextVar[_Policy] = ContextVar("policy", default=_NAMED_BY_THE_USER)
+
+
+class _Loader(SourceFileLoader):
+    """Runs the source that was admitted, and reads and writes no compiled file."""
+
+    def __init__(self, fullname: str, path: str, policy: _Policy):
+        super().__init__(fullname, path)
+        self.policy = policy
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        path = Path(self.path).resolve()
+        content = read_bytes(path)
+        self.policy.admit(path, content)
+        return self.source_to_code(content, self.path)
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules as Python does, and puts those in folders of users under their policy."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target)
+        origin = None if spec is None or not spec.has_location or spec.origin is None else Path(spec.origin).resolve()
+        policy = None if origin is None else next((_policies[p] for p in origin.parents if p in _policies), None)
+        if spec is None or policy is None:
+            return None
+        if type(spec.loader) is SourceFileLoader:
+            spec.loader = _Loader(fullname, str(spec.origin), policy)
+        elif policy.run is not None:
+            raise CheckpointError(f"{origin}: is no Python source, and {policy.run} may run nothing else. Remove it")
+        return spec
+
+
+def guard_folder(folder: Path) -> None:
+    """Puts the modules of a folder, wherever they are imported from, under the policy of the present command."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    _policies[folder.resolve()] = _current.get()
+
+
+def import_file(path: Path) -> ModuleType:
+    """Runs a Python file as a module of its own; its folder is on the import path meanwhile.
+
+    Raises:
+        UntrustedCodeError, CheckpointError: inside `code_of_run`, the file may not be run.
+    """
+    path = path.resolve()
+    guard_folder(path.parent)
+    name = f"ppvae_pair_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path), _current.get()))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+@contextlib.contextmanager
+def code_of_run(folder: Path | None, config: Mapping[str, Any], trust: bool) -> Iterator[None]:
+    """Inside the block a run's files are run only if it recorded them and the user trusts them, or with `trust`."""
+    code, pair = config.get("code"), config.get("pair") or {}
+    recorded = None if code is None else frozenset(map(str, code.values()))
+    token = _current.set(_Policy(folder or Path("the run"), recorded, trust))
+    try:
+        for place in (folder, *map(Path, pair.get("path") or ())):
+            if place is not None:
+                guard_folder(place)
+        if code is None and _files_of(pair):
+            log.warning("ppvae: %s: recorded no digest of its code: whether the code has changed is not known", folder)
+        yield
+    finally:
+        _current.reset(token)
+
+
+def recorded_code(pair: Any) -> dict[str, str]:
+    """{path: SHA-256} of the Python files that an entry "pair" of a configuration names, and of what they imported."""
+    files = _files_of(pair)
+    folders = {path.parent for path in files} | {Path(p).resolve() for p in _path_of(pair)}
+    code = {path: digest for path, digest in _digests.items() if folders & {*path.parents}}
+    for path in files:
+        code.setdefault(path, sha256(read_bytes(path)))
+    return {str(path): digest for path, digest in sorted(code.items())}
+
+
+def _path_of(pair: Any) -> list[str]:
+    return list(pair.get("path") or ()) if isinstance(pair, Mapping) else []
+
+
+def _files_of(entry: Any) -> set[Path]:
+    """The Python files named in an entry: "file.py", "file.py:name", at any depth."""
+    if isinstance(entry, Mapping):
+        return set().union(*map(_files_of, entry.values()))
+    if isinstance(entry, list | tuple):
+        return set().union(*map(_files_of, entry))
+    place = entry.partition(":")[0] if isinstance(entry, str) else ""
+    return {Path(place).resolve()} if place.endswith(".py") and Path(place).is_file() else set()

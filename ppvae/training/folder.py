@@ -1,0 +1,116 @@
+"""The folder of a run: its files, which one process at a time writes, and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ppvae.errors import CheckpointError
+from ppvae.factories.user_code import recorded_code
+from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity, identity_of, new_run_id
+from ppvae.run_folder.lock import lock_folder
+from ppvae.run_folder.trust import remember
+from ppvae.storage import json_text, read_json, remove_temporaries, write_bytes, write_json
+from ppvae.training import checkpoint
+
+
+class RunFolder:
+    """The files of a run, written by the process that holds its lock: config.json, metrics.jsonl (one line an epoch)
+    and checkpoints/.
+
+    Args:
+        resumed: the digest of the checkpoint that the run goes on from; empty for a new run.
+        stack: the lock is held until it ends.
+
+    Raises:
+        CheckpointError: another process writes to the folder or has written to it since the checkpoint was read; a file
+            cannot be written. The last checkpoint is kept.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], history: Sequence[dict[str, Any]], resumed: str, stack: ExitStack
+    ):
+        self.path = path
+        self._checked = False
+        stack.enter_context(lock_folder(path, "fit"))
+        if checkpoint.current(path / "checkpoints") != resumed:
+            raise CheckpointError(f"{path}: another process has saved a checkpoint in the meantime: start again")
+        for folder in (path, path / "checkpoints"):
+            remove_temporaries(folder)
+        remember(config.get("code", {}))  # what this user trains with is trusted on this machine
+        self.write_config(config)
+        # metrics of epochs after the last checkpoint are dropped: these epochs run again
+        write_bytes(path / "metrics.jsonl", "".join(json_text(m) + "\n" for m in history).encode())
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_json(self.path / "config.json", config)
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json_text(metrics) + "\n")
+        except OSError as error:
+            text = f"{path}: could not be written ({error.strerror}); the last checkpoint is kept"
+            raise CheckpointError(text) from error
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces the last checkpoint; the first one is read back before anything is written."""
+        if not self._checked:
+            checkpoint.check_loadable(state)
+            self._checked = True
+        checkpoint.save(self.path / "checkpoints", state)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The run's config.json.
+
+    Raises:
+        CheckpointError: there is no run in the folder, or the file is damaged.
+    """
+    path = directory / "config.json"
+    try:
+        config = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: not a run folder: no config.json ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("fit"), dict):
+        raise CheckpointError(f"{path}: expected the configuration of a run, found something else")
+    return config
+
+
+def identify(config: dict[str, Any]) -> None:
+    """Gives the configuration of a run an identity of its own, and the digests of the Python files that it names."""
+    config[RUN_ID] = new_run_id()
+    if code := recorded_code(config.get("pair")):
+        config["code"] = code
+
+
+def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Gives the configuration the identity of the run whose checkpoint was read.
+
+    Raises:
+        CheckpointError: the folder's config.json or metrics.jsonl is that of another run; or the pair has other
+            arguments now.
+    """
+    if (directory / "config.json").exists():
+        check_identity(directory, read_config(directory), saved)
+    identity = saved.get("identity", {})
+    config[RUN_ID] = identity.get(RUN_ID) or config[RUN_ID]
+    for name, now in identity_of(config).items():
+        if name in identity and json_text(now) != json_text(identity[name]):
+            raise CheckpointError(
+                f"{directory}: cannot resume with {name} = {json_text(now)}: the run was started with "
+                f"{json_text(identity[name])}"
+            )
+
+
+def origin_of(directory: Path) -> dict[str, str]:
+    """The identity of a run in a folder and of its last checkpoint, as `Run.origin`; empty where there is no run."""
+    if not (directory / "config.json").exists():
+        return {}
+    found = {RUN_ID: read_config(directory).get(RUN_ID, ""), CHECKPOINT: checkpoint.current(directory / "checkpoints")}
+    return {name: str(value) for name, value in found.items() if value}
