@@ -10,6 +10,7 @@ from ppvae import data as datasets
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
+from ppvae.data.tables import KINDS, is_table
 from ppvae.errors import CheckpointError, DataError, UsageError
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument
@@ -65,11 +66,27 @@ def find_run(name: str, runs: str) -> Path:
 
 def load_splits(settings: Any) -> Any:
     """Train, valid and test of the settings' data."""
-    kind = None if settings.binarize == "none" or settings.dequantize or settings.missing else settings.binarize
+    plain = settings.binarize == "none" or settings.dequantize or settings.missing or is_table(settings.data)
     return datasets.load(
-        settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
-        seed=settings.data_seed, missing=settings.missing,
+        settings.data, root=settings.root, binarize=None if plain else settings.binarize,
+        dequantize=settings.dequantize, flat=settings.flat, seed=settings.data_seed, missing=settings.missing,
+        columns=_kinds(settings.columns),
     )  # fmt: skip
+
+
+def _kinds(columns: tuple[str, ...]) -> dict[str, str] | None:
+    """{name: kind} of `NAME=KIND ...`."""
+    for text in columns:
+        if not all(text.rpartition("=")):
+            raise UsageError(f"--columns: expected NAME=KIND, as in age=real, found {text!r}")
+    return {name: kind for name, _, kind in (text.rpartition("=") for text in columns)} or None
+
+
+def print_columns(split: Any) -> None:
+    """Prints the kind of each column of a table, and how to change one."""
+    if split.table and os.environ.get("RANK", "0") == "0":
+        print(f"columns: {split.table}")
+        print(f"         (--columns NAME=KIND changes one: {', '.join(KINDS)})")
 
 
 def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from ppvae.cli.flags import parse
 from ppvae.cli.options import Compare
 from ppvae.errors import UsageError
 from ppvae.evaluation.compare import compare
+from ppvae.evaluation.results import estimate_file
 from ppvae.storage import write_bytes
 
 
@@ -40,10 +41,9 @@ def run(args: list[str]) -> int:
 
 
 def _result_file(name: str, settings: Compare) -> Path:
-    """The file of a run's estimate, or the file itself."""
-    if Path(name).suffix == ".json":
-        return Path(name)
-    path = find_run(name, settings.runs) / "results" / f"{settings.result}.json"
+    """The file of an estimate: of a run, of a folder that `save` wrote, or the file itself."""
+    folder = find_run(name, settings.runs)
+    path = estimate_file(folder, settings.result)
     if not path.exists():
         raise UsageError(f"{path}: no such estimate; make it by `ppvae evaluate {name}`")
     return path

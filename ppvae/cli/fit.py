@@ -9,12 +9,21 @@ from typing import Annotated, Any
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 
-from ppvae.cli.common import joined_digest, load_splits, num_labels, parse_pair, with_columns, write_report
+from ppvae.cli.common import (
+    joined_digest,
+    load_splits,
+    num_labels,
+    parse_pair,
+    print_columns,
+    with_columns,
+    write_report,
+)
 from ppvae.cli.options import Data, Fit, Optimizer
 from ppvae.distributed import DistributedContext, leave_process_group
 from ppvae.errors import UsageError, did_you_mean
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument, ClassChoice
+from ppvae.factories.imports import portable_name, working_folder_of
 from ppvae.training import fit
 from ppvae.training.run import Run
 
@@ -28,10 +37,11 @@ def run(args: list[str]) -> int:
     name, factory, settings, arguments = parse_pair("fit", args, Fit, {"objective": OBJECTIVE})
     objective = arguments.pop("objective")
     splits = load_splits(settings)
+    print_columns(splits[0])
     torch.manual_seed(settings.seed)
     train, valid, test = (with_columns(s, settings) for s in splits)
     labels = num_labels(splits[0], settings.labels)
-    model, guide = pairs.build(factory, arguments, splits[0], labels)
+    model, guide = pairs.build(factory, arguments, splits[0], labels, splits[0].kinds)
     directory = _run_folder(settings, name)
     DistributedContext().barrier()  # until all ranks have found the same name free
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
@@ -56,10 +66,12 @@ def run(args: list[str]) -> int:
         patience=settings.patience,
         config={
             "pair": {
-                "name": _absolute_name(name),
-                "arguments": arguments,
+                "name": portable_name(name),
+                "arguments": _portable(arguments),
+                "path": working_folder_of([name, *_class_names(arguments)]),
                 "train": [[list(splits[0].shape), "float32"]],
                 "num_labels": labels,
+                "columns": splits[0].kinds or None,
             },
             "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)} | _absolute_paths(settings),
             "test": joined_digest(test),
@@ -89,10 +101,17 @@ def _run_folder(settings: Fit, name: str) -> Path:
     return next(runs / n for n in names if not (runs / n).exists())
 
 
-def _absolute_name(name: str) -> str:
-    """A pair's name that is valid in another working directory."""
-    place, colon, factory = name.partition(":")
-    return f"{Path(place).resolve()}{colon}{factory}" if Path(place).is_file() else name
+def _class_names(arguments: dict[str, Any]) -> list[str]:
+    """The classes that were chosen by name."""
+    return [value["name"] for value in arguments.values() if isinstance(value, dict)]
+
+
+def _portable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with names of classes that are valid in another working directory."""
+    return {
+        key: value | {"name": portable_name(value["name"])} if isinstance(value, dict) else value
+        for key, value in arguments.items()
+    }
 
 
 def _absolute_paths(settings: Data) -> dict[str, Any]:

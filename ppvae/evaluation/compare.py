@@ -138,7 +138,8 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     """Compares models by estimates of log p(x) of the same data, relative to the same base measure: paired differences.
 
     Args:
-        results: for each model an `Estimate`, the path of a saved one, or a sequence of these, one for each run.
+        results: for each model an `Estimate`, the file or the folder of a saved one, a run folder, or a sequence of
+            these, one for each run.
 
     Raises:
         UsageError: fewer than two models; other data or another binarisation (their digests differ); another base

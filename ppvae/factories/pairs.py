@@ -1,21 +1,20 @@
 """Pairs from the names of their factories: resolve a name, build the pair, rebuild that of a run."""
 
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, did_you_mean
+from ppvae.errors import UsageError
 from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
+from ppvae.factories.imports import add_to_import_path, import_named, import_place
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
+COLUMNS_ARGUMENT = "columns"  # the kinds of the columns of a table, None for other data
+SUPPLIED = (DATA_ARGUMENT, LABELS_ARGUMENT, COLUMNS_ARGUMENT)
 
 
 def resolve(text: str) -> Any:
@@ -25,42 +24,7 @@ def resolve(text: str) -> Any:
         UsageError: it cannot be found or imported; the message names the nearest name.
     """
     place, _, name = text.partition(":")
-    module = _import(place)
-    if not name:
-        return _only_factory(module, place)
-    if not hasattr(module, name):
-        hint = did_you_mean(name, (n for n in vars(module) if not n.startswith("_")))
-        raise UsageError(f"{text}: {place} has no {name!r}{hint}")
-    return getattr(module, name)
-
-
-def _import(place: str) -> Any:
-    path = Path(place)
-    try:
-        if path.suffix == ".py" or path.exists():
-            if not path.is_file():
-                raise UsageError(f"{place}: expected a Python file, found none")
-            spec = importlib.util.spec_from_file_location(f"ppvae_pair_{path.stem}", path.resolve())
-            if spec is None or spec.loader is None:
-                raise UsageError(f"{place}: expected a Python file")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            sys.path.insert(0, str(path.resolve().parent))
-            try:
-                spec.loader.exec_module(module)
-            finally:
-                sys.path.pop(0)
-            return module
-        return importlib.import_module(place)
-    except UsageError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{place}: could not be imported ({error}). Give a file, as in pairs.py:my_pair, or an importable module, "
-            f"as in ppvae.models:vae"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {_one_line(error)})") from error
+    return import_named(text) if name else _only_factory(import_place(place), place)
 
 
 def _only_factory(module: Any, place: str) -> Any:
@@ -86,7 +50,7 @@ def parameters(factory: Any) -> dict[str, Argument]:
     """
     if not callable(factory) or _is_pair(factory):
         return {}
-    arguments = constructor_arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
+    arguments = constructor_arguments(factory, SUPPLIED)
     for name, (kind, _, _) in arguments.items():
         if kind is None:
             raise UsageError(f"{getattr(factory, '__name__', factory)}: expected a type for its argument {name!r}")
@@ -94,7 +58,11 @@ def parameters(factory: Any) -> dict[str, Argument]:
 
 
 def build(
-    factory: Any, given: Mapping[str, Any], train: Any, num_labels: int | None = None
+    factory: Any,
+    given: Mapping[str, Any],
+    train: Any,
+    num_labels: int | None = None,
+    columns: Sequence[Any] | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(model, guide) from a factory, or from something that has `.model` and `.guide` itself.
 
@@ -107,7 +75,8 @@ def build(
     if callable(factory) and not _is_pair(factory):
         kinds = parameters(factory)
         arguments = {n: _convert(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
-        supplied = {DATA_ARGUMENT: train, LABELS_ARGUMENT: num_labels}
+        kinds_of_columns = [tuple(c) if isinstance(c, list) else c for c in columns] if columns else None
+        supplied = dict(zip(SUPPLIED, (train, num_labels, kinds_of_columns), strict=True))
         accepted = inspect.signature(factory).parameters
         try:
             pair = factory(**arguments, **{name: value for name, value in supplied.items() if name in accepted})
@@ -144,8 +113,9 @@ def rebuild(
     entry = config["pair"]
     columns = [_placeholder(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
     train = columns[0] if len(columns) == 1 else tuple(columns)
+    add_to_import_path(entry.get("path", ()))
     torch.manual_seed(0)
-    return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
+    return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"), entry.get("columns"))
 
 
 def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:

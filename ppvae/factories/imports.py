@@ -1,0 +1,106 @@
+"""Modules of users, by file or by import path: what holds a pair, a part or an objective."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ppvae.errors import UsageError, did_you_mean
+
+_loaded: dict[Path, tuple[bytes, ModuleType]] = {}  # files that were imported, with their source
+
+
+def import_named(text: str) -> Any:
+    """The object of "file.py:name" or "package.module:name"; the name may be dotted.
+
+    Raises:
+        UsageError: it cannot be imported, or there is no such name; the message names the nearest.
+
+    >>> import_named("ppvae.errors:UsageError").__name__
+    'UsageError'
+    """
+    place, _, name = text.partition(":")
+    found = import_place(place)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            hint = did_you_mean(part, (n for n in vars(found) if not n.startswith("_")))
+            raise UsageError(f"{text}: {place} has no {part!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def import_place(place: str) -> ModuleType:
+    """The module of a Python file, or of an import path; the working folder, and that of the file, are searched too.
+
+    A file that has been imported before is imported again only where its source has changed, so that a pair and a part
+    of one file share their classes.
+
+    Raises:
+        UsageError: it cannot be found or imported.
+    """
+    path = Path(place)
+    try:
+        if path.suffix == ".py" or path.exists():
+            if not path.is_file():
+                raise UsageError(f"{place}: expected a Python file, found none")
+            return _import_file(path.resolve(), place)
+        add_to_import_path([str(Path.cwd())])
+        return importlib.import_module(place)
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{place}: could not be imported ({error}). Give a file, as in pairs.py:my_pair, or an importable module, "
+            f"as in ppvae.models:vae"
+        ) from error
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {text})") from error
+
+
+def _import_file(path: Path, place: str) -> ModuleType:
+    source = path.read_bytes()
+    add_to_import_path([str(path.parent)])  # for imports inside its functions
+    if path in _loaded and _loaded[path][0] == source:
+        return _loaded[path][1]
+    spec = importlib.util.spec_from_file_location(f"ppvae_pair_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{place}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    _loaded[path] = source, module
+    return module
+
+
+def add_to_import_path(folders: Iterable[str]) -> None:
+    """Appends folders to `sys.path`, which holds none twice."""
+    sys.path += [folder for folder in folders if folder not in sys.path]
+
+
+def portable_name(text: str) -> str:
+    """The same name with the absolute path of its file, so that it is valid in another working folder.
+
+    >>> portable_name("ppvae.models:vae")
+    'ppvae.models:vae'
+    """
+    place, colon, name = text.partition(":")
+    return f"{Path(place).resolve()}{colon}{name}" if Path(place).is_file() else text
+
+
+def working_folder_of(names: Iterable[str]) -> list[str]:
+    """The working folder, in a list, where a name's module was imported from it; an empty list where none was."""
+    here = Path.cwd()
+    for text in names:
+        package = sys.modules.get(text.partition(":")[0].partition(".")[0])
+        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), None)
+        if file is not None and here in (Path(file).parent, Path(file).parent.parent) and "site-packages" not in file:
+            return [str(here)]
+    return []
