@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import ContractError, UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
@@ -60,7 +60,15 @@ class ScoreFunction(GradientEstimator):
         log_q = non_reparameterized_log_prob(call.structure, t)
         if log_q is None:
             return total
-        signal = self.baseline(objective, objective.log_weights(t).detach(), call.batch)
+        log_weight = objective.log_weights(t).detach()
+        baseline = self.baseline(objective, log_weight, call.batch)
+        if not isinstance(baseline, Tensor) or baseline.shape != log_weight.shape:
+            shape = list(baseline.shape) if isinstance(baseline, Tensor) else type(baseline).__name__
+            raise ContractError(
+                f"{type(self.baseline).__name__}: expected b_k of each draw, [particles, batch] = "
+                f"{list(log_weight.shape)}, found {shape}"
+            )
+        signal = objective.learning_signal(log_weight) - baseline.detach()
         return total + gradient_only((signal * log_q).sum())
 
     def state_dict(self) -> dict[str, Any]:
