@@ -13,8 +13,8 @@ from ppvae.errors import UsageError, did_you_mean
 _loaded: dict[Path, tuple[bytes, ModuleType]] = {}  # files that were imported, with their source
 
 
-def import_named(text: str) -> Any:
-    """The object of "file.py:name" or "package.module:name"; the name may be dotted.
+def import_named(text: str, *, fresh: bool = False) -> Any:
+    """The object of "file.py:name" or "package.module:name"; the name may be dotted. `fresh` as for `import_place`.
 
     Raises:
         UsageError: it cannot be imported, or there is no such name; the message names the nearest.
@@ -23,7 +23,7 @@ def import_named(text: str) -> Any:
     'UsageError'
     """
     place, _, name = text.partition(":")
-    found = import_place(place)
+    found = import_place(place, fresh=fresh)
     for part in name.split("."):
         if not hasattr(found, part):
             hint = did_you_mean(part, (n for n in vars(found) if not n.startswith("_")))
@@ -32,11 +32,11 @@ def import_named(text: str) -> Any:
     return found
 
 
-def import_place(place: str) -> ModuleType:
+def import_place(place: str, *, fresh: bool = False) -> ModuleType:
     """The module of a Python file, or of an import path; the working folder, and that of the file, are searched too.
 
-    A file that has been imported before is imported again only where its source has changed, so that a pair and a part
-    of one file share their classes.
+    A file is run once, so that a pair and a part of one file share their classes; again where its source has changed,
+    or where `fresh`, as for a new pair with parameters of its own.
 
     Raises:
         UsageError: it cannot be found or imported.
@@ -46,7 +46,7 @@ def import_place(place: str) -> ModuleType:
         if path.suffix == ".py" or path.exists():
             if not path.is_file():
                 raise UsageError(f"{place}: expected a Python file, found none")
-            return _import_file(path.resolve(), place)
+            return _import_file(path.resolve(), place, fresh)
         add_to_import_path([str(Path.cwd())])
         return importlib.import_module(place)
     except UsageError:
@@ -61,10 +61,10 @@ def import_place(place: str) -> ModuleType:
         raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {text})") from error
 
 
-def _import_file(path: Path, place: str) -> ModuleType:
+def _import_file(path: Path, place: str, fresh: bool) -> ModuleType:
     source = path.read_bytes()
     add_to_import_path([str(path.parent)])  # for imports inside its functions
-    if path in _loaded and _loaded[path][0] == source:
+    if not fresh and path in _loaded and _loaded[path][0] == source:
         return _loaded[path][1]
     spec = importlib.util.spec_from_file_location(f"ppvae_pair_{path.stem}", path)
     if spec is None or spec.loader is None:

@@ -24,7 +24,7 @@ def resolve(text: str) -> Any:
         UsageError: it cannot be found or imported; the message names the nearest name.
     """
     place, _, name = text.partition(":")
-    return import_named(text) if name else _only_factory(import_place(place), place)
+    return import_named(text, fresh=True) if name else _only_factory(import_place(place, fresh=True), place)
 
 
 def _only_factory(module: Any, place: str) -> Any:

@@ -132,11 +132,20 @@ class SubstituteMeans(poutine.messenger.Messenger):
 
 
 def distribution_mean(fn: Any, value: Tensor) -> Tensor:
-    """The mean of a distribution; a draw `value` of it where the mean is undefined, not finite, or of another shape."""
+    """The mean; a draw `value` where it is undefined, not finite, of another shape, or off a continuous support.
+
+    Means of discrete distributions are off their support, as the probabilities of a Bernoulli variable are.
+    """
     if not value.is_floating_point():
         return value
     try:
         mean = fn.mean
     except (NotImplementedError, AttributeError):
         return value
-    return mean if mean.shape == value.shape and bool(torch.isfinite(mean).all()) else value
+    if mean.shape != value.shape or not bool(torch.isfinite(mean).all()):
+        return value
+    try:
+        inside = fn.support.is_discrete or bool(fn.support.check(mean).all())
+    except (NotImplementedError, AttributeError):  # a distribution without a support
+        inside = True
+    return mean if inside else value
