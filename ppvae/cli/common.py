@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppvae import data as datasets
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data
@@ -27,6 +29,8 @@ def parse_pair(
     name = first_argument(command, "PAIR", "a pair, as in `ppvae.models:vae`", args, cls, extra)
     factory = pairs.resolve(name)
     own = pairs.parameters(factory)
+    for key, (kind, default, text) in extra.items():
+        extra[key] = kind, getattr(factory, f"default_{key}", default), text
     for clash in own.keys() & extra.keys():
         raise UsageError(f"{name}: its argument {clash!r} is an option of ppvae {command}; give it another name")
     settings: Any
@@ -97,8 +101,26 @@ def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
         if name not in split.attributes:
             known = ", ".join(split.attributes) or "none"
             raise UsageError(f"--context: {split.description} has no column {name!r}; it has {known}")
-    labels = (split.labels,) if settings.labels else ()
+    labels = (known_labels(split, settings),) if settings.labels else ()
     return (split, *labels, *(split.attributes[name] for name in settings.context))
+
+
+def known_labels(split: Any, settings: Any) -> Any:
+    """The labels [N]; with `--labelled N` those of N training rows, of each label about as many, and -1 elsewhere."""
+    if settings.labelled is None:
+        return split.labels
+    out = torch.full_like(split.labels, -1)
+    if split.name.endswith("/train"):
+        if not 0 <= settings.labelled <= len(split):
+            raise UsageError(f"--labelled: expected a number from 0 to {len(split)}, found {settings.labelled}")
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(settings.data_seed))
+        rank = torch.empty_like(split.labels)  # of a row among those of its label
+        for label in split.labels.unique():
+            rows = order[split.labels[order] == label]
+            rank[rows] = torch.arange(len(rows))
+        kept = order[rank[order].argsort(stable=True)][: settings.labelled]
+        out[kept] = split.labels[kept]
+    return out
 
 
 def num_labels(split: Any, labels: bool) -> int | None:

@@ -24,6 +24,7 @@ from ppvae.errors import UsageError, did_you_mean
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument, ClassChoice
 from ppvae.factories.imports import portable_name, working_folder_of
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 from ppvae.training import fit
 from ppvae.training.run import Run
 
@@ -50,7 +51,7 @@ def run(args: list[str]) -> int:
         guide,
         train,
         valid=valid,
-        objective=_build_objective(objective),
+        objective=_with_label_loss(_build_objective(objective), model),
         optimizer=_build_optimizer(settings.optimizer),
         scheduler=cosine if settings.optimizer.schedule == "cosine" else None,
         epochs=settings.epochs,
@@ -126,6 +127,13 @@ def _build_objective(chosen: dict[str, Any]) -> ELBO:
         return OBJECTIVES.build(chosen, "objective")()
     except (ValueError, TypeError) as error:
         raise UsageError(f"--objective {chosen['name']}: {error}") from error
+
+
+def _with_label_loss(objective: ELBO, model: Any) -> ELBO:
+    """The objective, plus the classification loss of a pair that asks for one by its attribute `label_weight`."""
+    pair: Any = getattr(model, "__self__", None)
+    weight = getattr(pair, "label_weight", 0.0)
+    return AuxiliaryLoss(objective, pair.log_label, weight) if weight else objective
 
 
 def _build_optimizer(settings: Optimizer) -> functools.partial[torch.optim.Optimizer]:

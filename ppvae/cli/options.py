@@ -17,6 +17,8 @@ class Data:
     dequantize: bool = False  # add uniform noise within a grey level
     flat: bool = True  # vectors; --no-flat gives images [C, H, W]
     labels: bool = False  # pass the labels as the batch's second tensor
+    # of labels: how many training rows keep theirs, the others having -1, unknown, as have validation and test data
+    labelled: int | None = None
     context: tuple[str, ...] = ()  # further arrays of the file to pass after them, in this order, such as lengths
     missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,18 @@ from ppvae.factories.imports import add_to_import_path, import_named, import_pla
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
 COLUMNS_ARGUMENT = "columns"  # the kinds of the columns of a table, None for other data
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 SUPPLIED = (DATA_ARGUMENT, LABELS_ARGUMENT, COLUMNS_ARGUMENT)
+
+
+def trained_with(objective: str) -> Callable[[Factory], Factory]:
+    """Marks a factory whose pairs are trained with another objective than Trace_ELBO by default, by its name."""
+
+    def mark(factory: Factory) -> Factory:
+        vars(factory)["default_objective"] = objective
+        return factory
+
+    return mark
 
 
 def resolve(text: str) -> Any:

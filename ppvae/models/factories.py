@@ -15,6 +15,7 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
 from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
+from ppvae.factories.pairs import trained_with
 from ppvae.likelihoods.tabular import ColumnSpec
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
@@ -179,7 +180,7 @@ def _build_vae(
     }  # fmt: skip
 
     def encoded(size: int) -> Module:
-        module: Any = _build_part("posterior", posterior, available | {"latent": size})
+        module: Any = build_part("posterior", posterior, available | {"latent": size})
         if not accepted_arguments(posterior, {"net": None}):
             return module  # a part with a network of its own
         if not hasattr(module, "outputs"):
@@ -200,12 +201,12 @@ def _build_vae(
                 f"prior: expected one of them to stand by itself; choose another prior or posterior"
             )
         available["posterior"] = encoded(latent)
-    available["prior"] = _build_part("prior", prior, available)
+    available["prior"] = build_part("prior", prior, available)
     context = None if num_labels is None else torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         z = call_with_context(available["prior"], context=context)
     size = z.event_shape.numel()
-    likelihood_: Any = _build_part("likelihood", likelihood, available | {"latent": size})
+    likelihood_: Any = build_part("likelihood", likelihood, available | {"latent": size})
     available["likelihood"], event = likelihood_, tuple(train.shape[1:])
     shape = likelihood_.output_shape(event) if hasattr(likelihood_, "output_shape") else event
     classes = _number_of_classes(z.support)
@@ -225,7 +226,8 @@ def _build_vae(
     return VAE(available["prior"], available["likelihood"], available["posterior"])
 
 
-def _build_part(role: str, part: Part, available: Mapping[str, Any]) -> Module:
+def build_part(role: str, part: Part, available: Mapping[str, Any]) -> Module:
+    """A part from those of the available arguments that it accepts; UsageError, by role and name, where it fails."""
     arguments = accepted_arguments(part, available)
     unavailable = next((v.what for v in arguments.values() if isinstance(v, _Unavailable)), "")
     if unavailable:
@@ -288,8 +290,9 @@ def _linear_gaussian(name: str, train: Tensor, latent: int, scale: float | None 
     return pair
 
 
+@trained_with("ELBO")
 def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = None, start: int = 0) -> GaussianMixture:
-    """A mixture of normals, its cluster summed out, on flat real data [N, features]; takes --objective ELBO.
+    """A mixture of normals, its cluster summed out, on flat real data [N, features].
 
     Args:
         train: the training data.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from ppvae import data, log_marginal
+from ppvae.cli.common import known_labels
 from ppvae.cli.main import main
-from ppvae.models import table_vae
+from ppvae.cli.options import Data
+from ppvae.errors import UsageError
+from ppvae.models import conditional_vae, table_vae
 
 PARTS = '''
 import pyro.distributions as dist
@@ -209,3 +213,42 @@ def test_compare_takes_the_folders_that_save_and_fit_write(folder, capsys):
     (folder / "empty").mkdir()
     assert main(["compare", "saved0", "empty"]) == 2
     assert "ppvae evaluate" in capsys.readouterr().err
+
+
+def test_a_semi_supervised_pair_goes_all_the_way(folder, capsys):
+    fit = ["fit", "ppvae.models:semi_supervised_vae", "--labels", "--labelled", "100", "--epochs", "30", "--name", "m2"]
+    assert main([*fit, "--latent", "2", "--hidden", "40", "--no-report"]) == 0, capsys.readouterr().err
+    config = json.loads((folder / "runs/m2/config.json").read_text())
+    assert config["fit"]["objective"].startswith("AuxiliaryLoss")
+    evaluate = ["evaluate", "m2", "--proposal", "guide", "--num-particles", "30", "--no-report", "--head", "200"]
+    assert main(evaluate) == 0
+    accuracy = float(re.search(r"classifier gets ([\d.]+) % of 200 labels right", capsys.readouterr().out)[1])
+    assert accuracy > 60  # chance is 10; 100 labels, ten of each class, give about 85
+
+
+def test_labels_are_kept_evenly_and_hidden_elsewhere():
+    train, valid, _ = data.load("digits")
+    kept = known_labels(train, Data(labels=True, labelled=25))
+    assert sorted(kept[kept >= 0].bincount().tolist()) == [2] * 5 + [3] * 5
+    assert torch.equal(kept[kept >= 0], train.labels[kept >= 0])
+    assert (known_labels(valid, Data(labels=True, labelled=25)) == -1).all()
+    assert torch.equal(known_labels(train, Data(labels=True)), train.labels)
+    with pytest.raises(UsageError, match="--labelled: expected a number from 0 to 1257, found 2000"):
+        known_labels(train, Data(labels=True, labelled=2000))
+
+
+def test_a_conditional_pair_says_that_it_takes_labels(folder, capsys):
+    place = ["--latent", "2", "--hidden", "9", "--epochs", "1", "--no-report"]
+    assert main(["fit", "ppvae.models:conditional_vae", *place]) == 2
+    assert "pass --labels" in capsys.readouterr().err
+    assert main(["fit", "ppvae.models:conditional_vae", "--labels", *place]) == 0
+    train, _, _ = data.load("digits", binarize="fixed")
+    pair = conditional_vae(train, num_labels=10)
+    with pytest.raises(UsageError, match=r"pass \(x, labels\)"):
+        log_marginal(pair.model, pair.guide, train[:5], num_particles=2)
+
+
+def test_a_factory_may_name_its_objective(folder, capsys):
+    options = ["--binarize", "none", "--components", "2", "--epochs", "1", "--no-report", "--name", "mixture"]
+    assert main(["fit", "ppvae.models:gaussian_mixture", *options]) == 0, capsys.readouterr().err
+    assert json.loads((folder / "runs/mixture/config.json").read_text())["fit"]["objective"].startswith("ELBO")
