@@ -44,6 +44,6 @@ def _result_file(name: str, settings: Compare) -> Path:
     """The file of an estimate: of a run, of a folder that `save` wrote, or the file itself."""
     folder = find_run(name, settings.runs)
     path = estimate_file(folder, settings.result)
-    if not path.exists():
+    if Path(name).suffix != ".json" and not path.exists():
         raise UsageError(f"{path}: no such estimate; make it by `ppvae evaluate {name}`")
     return path

@@ -125,7 +125,7 @@ def _section_html(section: Section, png: bytes | None) -> str:
         data = base64.b64encode(png).decode()
         body = (
             f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{escape(section.title)}">\n'
-            f"<figcaption>{escape(section.content.caption)}</figcaption></figure>"
+            f"<figcaption>{escape(section.content.full_caption)}</figcaption></figure>"
         )
     return f'<section id="{escape(section.key)}">\n<h2>{escape(section.title)}</h2>\n{body}\n</section>\n'
 

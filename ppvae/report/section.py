@@ -27,6 +27,11 @@ class CaptionedFigure:
     caption: str
     values: Tensor | None = None
 
+    @property
+    def full_caption(self) -> str:
+        """The caption, and what the figure leaves out."""
+        return " ".join([self.caption, *(as_sentence(text) for text in plots.notes(self.figure))])
+
 
 @dataclass(frozen=True)
 class Section:

@@ -1,4 +1,4 @@
-"""What a VAE says of parts that a user wrote: their shape, their space, what is no distribution; and cures that work."""
+"""What a VAE says of parts that a user wrote: their shape, their space, what is no distribution."""
 
 from __future__ import annotations
 

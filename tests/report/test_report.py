@@ -435,7 +435,8 @@ def test_diagnosis_puts_infinite_k_hat_at_the_edges():
     labels = dict(zip(ax.get_xticks().tolist(), [t.get_text() for t in ax.get_xticklabels()], strict=True))
     assert labels[points["reliable"][0]] == "−∞"
     assert labels[points["not reliable"][1]] == "∞"
-    assert "1 datum with no finite value not shown" in texts(ax.figure)
+    assert "1 datum with no finite value not shown" in plots.notes(ax.figure)
+    assert "1 datum with no finite value not shown" not in texts(ax.figure)
 
 
 def test_bound_curve_shows_the_mean_over_data_that_are_finite_at_every_k():
@@ -446,7 +447,8 @@ def test_bound_curve_shows_the_mean_over_data_that_are_finite_at_every_k():
     line = next(line for line in figure.axes[0].lines if line.get_label() == "mean $L_k$")
     assert line.get_xdata().tolist() == [1, 10, 100]
     assert line.get_ydata().tolist() == [-5.5, -4.5, -3.75]
-    assert "1 datum with a bound that is not finite not shown" in texts(figure)
+    assert "1 datum with a bound that is not finite not shown" in plots.notes(figure)
+    assert "1 datum with a bound that is not finite not shown" not in texts(figure)
 
 
 def test_histogram_counts_every_finite_datum_once():
@@ -455,7 +457,8 @@ def test_histogram_counts_every_finite_datum_once():
     heights = [sum(p.get_height() for p in bars) for bars in figure.axes[0].containers]
     good = int((est.reliable & est.log_px.isfinite()).sum())
     assert heights == [good, 39 - good]
-    assert "1 datum with no finite log p(x) not shown" in texts(figure)
+    assert "1 datum with no finite log p(x) not shown" in plots.notes(figure)
+    assert "1 datum with no finite log p(x) not shown" not in texts(figure)
 
 
 def test_curves_show_the_history():
@@ -468,7 +471,8 @@ def test_curves_show_the_history():
     np.testing.assert_allclose(lines["loss (training objective)"], [m["loss"] for m in history])
     np.testing.assert_allclose(lines["−ELBO (validation data)"], [-m["valid_elbo"] for m in history])
     np.testing.assert_allclose(lines["rate (validation data)"], [m["valid_rate"] for m in history])
-    assert "the first 2 epochs beyond the axis" in texts(figure)
+    assert "the first 2 epochs beyond the axis" in plots.notes(figure)
+    assert "the first 2 epochs beyond the axis" not in texts(figure)
     assert draws(plots.curves([{"epoch": 1, "loss": 3.0}]))
     assert draws(plots.curves([{"epoch": 1, "loss": math.nan}, {"epoch": 2, "loss": 1.0, "train_elbo": -2.0}]))
     with pytest.raises(UsageError, match="at least one epoch"):
