@@ -64,6 +64,11 @@ class GenerativePair:
         axis = self._data_dim(name, value)
         return value if axis < 0 else value.narrow(axis, 0, 1).repeat_interleave(count, axis)
 
+    def rows_of(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
+        """A latent's values at rows of the batch; a latent shared by all data unchanged."""
+        axis = self._data_dim(name, value)
+        return value if axis < 0 else value.index_select(axis, rows.to(value.device))
+
     def encode(self, mean: bool) -> dict[str, Tensor]:
         chunks: list[dict[str, tuple[int, Tensor]]] = []
         for rows, batch, index in self._chunks(self.batch):
@@ -142,6 +147,11 @@ def distribution_mean(fn: Any, value: Tensor) -> Tensor:
         mean = fn.mean
     except (NotImplementedError, AttributeError):
         return value
+    if mean.shape == value.shape and bool(mean.isnan().any()):  # codes of categories have none, and a mode
+        try:
+            mean = torch.where(mean.isnan(), fn.mode, mean)
+        except NotImplementedError:
+            return value
     if mean.shape != value.shape or not bool(torch.isfinite(mean).all()):
         return value
     try:

@@ -1,7 +1,7 @@
 """Figures of training, of generated data, and of evaluation results: each function returns a matplotlib `Figure`.
 
 With `ax=`, a function draws into given axes, one for each of its panels, and returns their figure. A figure holds no
-warnings: `notes(figure)` has them, and the log. `log_px_histogram`, `bound_curve` and `diagnosis` take several
+warnings: `notes(figure)` has them. `log_px_histogram`, `bound_curve` and `diagnosis` take several
 estimates, {name: estimate}.
 
 No function uses pyplot or changes matplotlib's settings. Nats are per datum.

@@ -145,10 +145,10 @@ def decimal_log_ticks(axis: Any) -> None:
 
 
 def caveat(ax: Any, text: str) -> None:
-    """A warning about a figure, which goes to the log and to `notes`, and not into the figure."""
+    """A warning about a figure, which goes to `notes` (and, as information, to the log), and not into the figure."""
     if text:
         vars(ax.figure).setdefault("ppvae_notes", []).append(text)
-        log.warning("ppvae: plot: %s", text)
+        log.info("ppvae: plot: %s", text)
 
 
 def notes(fig: Figure) -> list[str]:
