@@ -257,9 +257,10 @@ def test_data_that_are_no_images():
     pair = LinearGaussian(5, 2)
     run = fit(pair.model, pair.mean_field, x, epochs=1)
     est = log_marginal(run.model, run.guide, x, num_particles=30)
-    parts = {part.key: part.content for part in all_sections(RunData(run, x, est, 0))}
-    assert len(parts) == 10
-    assert None not in parts.values()
+    parts = {part.key: part.content or part.markup for part in all_sections(RunData(run, x, est, 0))}
+    assert len(parts) == 11
+    assert '"kind":"curve"' in parts["explorer"]
+    assert all(parts.values())
     assert "a line over the dims of x" in parts["samples"].caption
     assert "Look for regions of low log p(x)" in parts["latent_map"].caption  # no labels: coloured by log p(x)
     assert draws(parts["worst"].figure)
@@ -369,8 +370,8 @@ def test_a_pair_with_labels():
     run_data = RunData(run, (test, test.labels), est, 0)
     assert run_data.digest == est.digest
     assert torch.equal(run_data.labels, test.labels)
-    parts = {part.key: part.content for part in all_sections(run_data)}
-    assert None not in parts.values()
+    parts = {part.key: part.content or part.markup for part in all_sections(run_data)}
+    assert all(parts.values())
     assert "each conditioned on the other columns of one of the first data" in parts["samples"].caption
 
 
