@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppvae import data as datasets
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
+from ppvae.data.tables import KINDS, is_table
 from ppvae.distributed import DistributedContext
 from ppvae.errors import DataError, UsageError
 from ppvae.factories import pairs
@@ -35,6 +38,8 @@ def parse_pair(
     name = first_argument(command, "PAIR", "a pair, as in `ppvae.models:vae`", args, cls, extra)
     factory = pairs.resolve(name)
     own = pairs.parameters(factory)
+    for key, (kind, default, text) in extra.items():
+        extra[key] = kind, getattr(factory, f"default_{key}", default), text
     for clash in own.keys() & extra.keys():
         raise UsageError(f"{name}: its argument {clash!r} is an option of ppvae {command}; give it another name")
     settings: Any
@@ -93,11 +98,27 @@ def load_trained(directory: Path, settings: Any, **options: Any) -> Run:
 
 def load_splits(settings: Any) -> Any:
     """Train, valid and test of the settings' data."""
-    kind = None if settings.binarize == "none" or settings.dequantize or settings.missing else settings.binarize
+    plain = settings.binarize == "none" or settings.dequantize or settings.missing or is_table(settings.data)
     return datasets.load(
-        settings.data, root=settings.root, binarize=kind, dequantize=settings.dequantize, flat=settings.flat,
-        seed=settings.data_seed, missing=settings.missing,
+        settings.data, root=settings.root, binarize=None if plain else settings.binarize,
+        dequantize=settings.dequantize, flat=settings.flat, seed=settings.data_seed, missing=settings.missing,
+        columns=_kinds(settings.columns),
     )  # fmt: skip
+
+
+def _kinds(columns: tuple[str, ...]) -> dict[str, str] | None:
+    """{name: kind} of `NAME=KIND ...`."""
+    for text in columns:
+        if not all(text.rpartition("=")):
+            raise UsageError(f"--columns: expected NAME=KIND, as in age=real, found {text!r}")
+    return {name: kind for name, _, kind in (text.rpartition("=") for text in columns)} or None
+
+
+def print_columns(split: Any) -> None:
+    """Prints the kind of each column of a table, and how to change one."""
+    if split.table and os.environ.get("RANK", "0") == "0":
+        print(f"columns: {split.table}")
+        print(f"         (--columns NAME=KIND changes one: {', '.join(KINDS)})")
 
 
 def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
@@ -108,8 +129,26 @@ def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
         if name not in split.attributes:
             known = ", ".join(split.attributes) or "none"
             raise UsageError(f"--context: {split.description} has no column {name!r}; it has {known}")
-    labels = (split.labels,) if settings.labels else ()
+    labels = (known_labels(split, settings),) if settings.labels else ()
     return (split, *labels, *(split.attributes[name] for name in settings.context))
+
+
+def known_labels(split: Any, settings: Any) -> Any:
+    """The labels [N]; with `--labelled N` those of N training rows, of each label about as many, and -1 elsewhere."""
+    if settings.labelled is None:
+        return split.labels
+    out = torch.full_like(split.labels, -1)
+    if split.name.endswith("/train"):
+        if not 0 <= settings.labelled <= len(split):
+            raise UsageError(f"--labelled: expected a number from 0 to {len(split)}, found {settings.labelled}")
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(settings.data_seed))
+        rank = torch.empty_like(split.labels)  # of a row among those of its label
+        for label in split.labels.unique():
+            rows = order[split.labels[order] == label]
+            rank[rows] = torch.arange(len(rows))
+        kept = order[rank[order].argsort(stable=True)][: settings.labelled]
+        out[kept] = split.labels[kept]
+    return out
 
 
 def num_labels(split: Any, labels: bool) -> int | None:

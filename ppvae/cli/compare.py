@@ -7,6 +7,7 @@ from ppvae.cli.flags import parse
 from ppvae.cli.options import Compare
 from ppvae.errors import UsageError
 from ppvae.evaluation.compare import compare
+from ppvae.evaluation.results import estimate_file
 from ppvae.run_folder.identity import check_result
 from ppvae.run_folder.together import complete
 from ppvae.storage import write_bytes
@@ -43,12 +44,12 @@ def run(args: list[str]) -> int:
 
 
 def _result_file(name: str, settings: Compare) -> Path:
-    """The file of a run's estimate, or the file itself."""
+    """The file of an estimate: of a run, of a folder that `save` wrote, or the file itself."""
     if Path(name).suffix == ".json":
         return Path(name)
     folder = find_run(name, settings.runs)
-    path = folder / "results" / f"{settings.result}.json"
     complete(folder)
+    path = estimate_file(folder, settings.result)
     if not path.exists():
         raise UsageError(f"{path}: no such estimate; make it by `ppvae evaluate {name}`")
     check_result(path, origin_of(folder))

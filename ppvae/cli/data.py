@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ppvae.cli.common import description, load_splits
+from ppvae.cli.common import description, load_splits, print_columns
 from ppvae.cli.flags import parse
 from ppvae.cli.options import Data, DataSet
 
@@ -14,7 +14,9 @@ def run(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         args = ["digits", *args]
     settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))
-    for split in load_splits(Data(data=args[0], **dataclasses.asdict(settings))):
+    splits = load_splits(Data(data=args[0], **dataclasses.asdict(settings)))
+    print_columns(splits[0])
+    for split in splits:
         labels = "" if split.labels is None else f", {len(split.labels.unique())} labels"
         shown = [f", {name} {list(column.shape)}" for name, column in split.attributes.items()]
         columns = "".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")

@@ -58,6 +58,7 @@ def run(args: list[str]) -> int:
         notes += [f"computed in {settings.dtype}"] if settings.dtype else []
         discrete = getattr(getattr(unwrap(trained.model), "__self__", None), "discrete", None)
         model, guide = (trained.model, trained.guide) if discrete is None else (discrete.model, discrete.guide)
+        notes += _accuracy(model, columns[0])
         method = "log_marginal" if settings.method == "importance" else settings.method
         name = method if settings.split == "test" else f"{method}_{settings.split}"
         with evaluation_of(trained, name):
@@ -66,6 +67,16 @@ def run(args: list[str]) -> int:
                     notes.append("log p(x) of the discrete model, whose relaxed counterpart was trained")
                 return _importance_sampling(trained, model, guide, columns, settings, notes, name)
             return _annealing(trained, model, guide, columns, settings, discrete is not None, notes, name)
+
+
+def _accuracy(model: Program, split: Any) -> list[str]:
+    """The share of labels that a pair with a classifier gets right, as a note."""
+    pair: Any = getattr(unwrap(model), "__self__", None)
+    labels = getattr(split, "labels", None)
+    if not hasattr(pair, "classify") or labels is None:
+        return []
+    found = pair.classify(split.read().to(next(pair.parameters()).device)).argmax(-1).cpu()
+    return [f"the classifier gets {100 * float((found == labels).double().mean()):.1f} % of {len(labels)} labels right"]
 
 
 def check_options(settings: Evaluate) -> None:

@@ -14,6 +14,7 @@ from ppvae.cli.common import (
     load_splits,
     num_labels,
     parse_pair,
+    print_columns,
     print_report,
     results_of,
     with_columns,
@@ -24,6 +25,8 @@ from ppvae.distributed import DistributedContext, leave_process_group
 from ppvae.errors import UsageError, did_you_mean
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument, ClassChoice
+from ppvae.factories.imports import portable_name, working_folder_of
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 from ppvae.training import fit
 from ppvae.training.run import Run
 
@@ -37,10 +40,11 @@ def run(args: list[str]) -> int:
     name, factory, settings, arguments = parse_pair("fit", args, Fit, {"objective": OBJECTIVE})
     objective = arguments.pop("objective")
     splits = load_splits(settings)
+    print_columns(splits[0])
     torch.manual_seed(settings.seed)
     train, valid, test = (with_columns(s, settings) for s in splits)
     labels = num_labels(splits[0], settings.labels)
-    model, guide = pairs.build(factory, arguments, splits[0], labels)
+    model, guide = pairs.build(factory, arguments, splits[0], labels, splits[0].kinds)
     directory = _run_folder(settings, name)
     DistributedContext().barrier()  # until all ranks have found the same name free
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
@@ -49,7 +53,7 @@ def run(args: list[str]) -> int:
         guide,
         train,
         valid=valid,
-        objective=_build_objective(objective),
+        objective=_with_label_loss(_build_objective(objective), model),
         optimizer=_build_optimizer(settings.optimizer),
         scheduler=cosine if settings.optimizer.schedule == "cosine" else None,
         epochs=settings.epochs,
@@ -65,10 +69,12 @@ def run(args: list[str]) -> int:
         patience=settings.patience,
         config={
             "pair": {
-                "name": _absolute_name(name),
-                "arguments": arguments,
+                "name": portable_name(name),
+                "arguments": _portable(arguments),
+                "path": working_folder_of([name, *_class_names(arguments)]),
                 "train": [[list(splits[0].shape), "float32"]],
                 "num_labels": labels,
+                "columns": splits[0].kinds or None,
             },
             "data": {f.name: getattr(settings, f.name) for f in dataclasses.fields(Data)} | _absolute_paths(settings),
             "test": joined_digest(test),
@@ -100,10 +106,17 @@ def _run_folder(settings: Fit, name: str) -> Path:
     return next(runs / n for n in names if not (runs / n).exists())
 
 
-def _absolute_name(name: str) -> str:
-    """A pair's name that is valid in another working directory."""
-    place, colon, factory = name.partition(":")
-    return f"{Path(place).resolve()}{colon}{factory}" if Path(place).is_file() else name
+def _class_names(arguments: dict[str, Any]) -> list[str]:
+    """The classes that were chosen by name."""
+    return [value["name"] for value in arguments.values() if isinstance(value, dict)]
+
+
+def _portable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with names of classes that are valid in another working directory."""
+    return {
+        key: value | {"name": portable_name(value["name"])} if isinstance(value, dict) else value
+        for key, value in arguments.items()
+    }
 
 
 def _absolute_paths(settings: Data) -> dict[str, Any]:
@@ -118,6 +131,13 @@ def _build_objective(chosen: dict[str, Any]) -> ELBO:
         return OBJECTIVES.build(chosen, "objective")()
     except (ValueError, TypeError) as error:
         raise UsageError(f"--objective {chosen['name']}: {error}") from error
+
+
+def _with_label_loss(objective: ELBO, model: Any) -> ELBO:
+    """The objective, plus the classification loss of a pair that asks for one by its attribute `label_weight`."""
+    pair: Any = getattr(model, "__self__", None)
+    weight = getattr(pair, "label_weight", 0.0)
+    return AuxiliaryLoss(objective, pair.log_label, weight) if weight else objective
 
 
 def _build_optimizer(settings: Optimizer) -> functools.partial[torch.optim.Optimizer]:

@@ -93,7 +93,7 @@ def _make_dataclass(entries: Mapping[str, Argument], chosen: Mapping[str, tuple[
         choice = class_choice(kind)
         if choice is not None:
             kind, default = str, chosen[name][0]
-            text = f"{text.rstrip('.')}: one of {', '.join(sorted(choice.classes))}"
+            text = f"{text.rstrip('.')}: one of {', '.join(sorted(choice.classes))}; or your own, file.py:Class"
         described: Any = Annotated[kind, tyro.conf.arg(help=text or None)]
         if default is inspect.Parameter.empty:
             fields.append((name, described))

@@ -8,14 +8,20 @@ from typing import Literal
 class Data:
     """Which data, and how they are read."""
 
-    data: str = "digits"  # a name (digits, mnist, fashion-mnist, omniglot, celeba, ...) or a file or folder
+    # a name (digits, mnist, fashion-mnist, omniglot, celeba, ...), a folder of images, or a file: a table (.csv, .tsv,
+    # .parquet), .npy, .pt, or .npz with the keys x, data or images (of the data), y, label or labels, train, valid and
+    # test (or x_train, y_train, ...) for splits of its own; any other array of as many rows is for --context
+    data: str = "digits"
     root: str | None = None  # the folder of data sets; else PPVAE_DATA, else a cache folder
     binarize: Literal["none", "fixed", "dynamic"] = "fixed"  # dynamic redraws the training data at every read
     dequantize: bool = False  # add uniform noise within a grey level
     flat: bool = True  # vectors; --no-flat gives images [C, H, W]
     labels: bool = False  # pass the labels as the batch's second tensor
+    # of labels: how many training rows keep theirs, the others having -1, unknown, as have validation and test data
+    labelled: int | None = None
     context: tuple[str, ...] = ()  # further arrays of the file to pass after them, in this order, such as lengths
     missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
+    columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0  # of binarisation and dequantisation
 
 
@@ -113,7 +119,7 @@ class Examine:
 class Compare:
     """Compare runs by log p(x) of the same data, from the results of `ppvae evaluate`: paired differences, and caveats.
 
-    NAME=RUN,RUN,... groups runs of several seeds; a result's file may stand for a run.
+    NAME=RUN,RUN,... groups runs of several seeds. The folder that `save` wrote, or its file, may stand for a run.
     """
 
     result: str = "log_marginal"  # the estimate, by the name of its file in the runs' folders
@@ -142,4 +148,5 @@ class DataSet:
     dequantize: bool = False
     flat: bool = True
     missing: bool = False  # NaN in a file stands for a missing value
+    columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0

@@ -15,12 +15,13 @@ and where its networks are float32 the error says `x.float()`; nothing is rounde
 import difflib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ppvae.data import files, named
+from ppvae.data import files, named, tables
 from ppvae.data.checks import digest, first_rows, indexed, validated
 from ppvae.data.holders import with_missing
 from ppvae.data.lazy import ImageFiles, LazySplit
@@ -43,13 +44,14 @@ def load(
     *,
     size: int | None = None,
     missing: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
     `name` is digits, mnist, fashion-mnist, omniglot, celeba, freyfaces, smiles or cifar10, or the path of an .npz,
-    .npy or .pt file or of a folder of images. `root` is the folder that holds the named sets: the argument, else the
-    environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place, and nothing is written, except that
-    MNIST and Fashion-MNIST are downloaded where they are missing and the root is writable.
+    .npy, .pt, .csv or .parquet file or of a folder of images. `root` is the folder that holds the named sets: the
+    argument, else the environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place, and nothing is
+    written, except that MNIST and Fashion-MNIST are downloaded where they are missing and the root is writable.
 
     Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are. Of
     arrays named `images`, and of uint8, [N, H, W] gets a channel and [N, H, W, C] becomes [N, C, H, W]; any other keep
@@ -62,6 +64,10 @@ def load(
     gives (v + u) / levels in [0, 1), u uniform, train afresh at every read; a density of it bounds the log-mass of the
     levels. `size` is the side of CelebA's images, 64 by default. Images that need more than 4 GiB are read on demand
     (`LazySplit`). With `missing=True`, NaN in a file stands for a missing value (`with_missing`).
+
+    The columns of a table (.csv, .tsv, .parquet) become numbers by their kind, which `columns` gives, {name: kind}, or
+    which is guessed: `real`, `count`, `binary`, `categorical`, `label` (the labels), `skip`. The split has their names
+    (`columns`), their kinds (`kinds`, as `models.TableVAE` takes them), and both in words (`table`).
 
     Raises `UsageError` for an option or a name that does not exist, `DataError` for a file that is missing, damaged, or
     not finite numbers; no code in a file is ever run.
@@ -82,7 +88,9 @@ def load(
     if missing and (binarize or dequantize):
         raise UsageError("missing goes with neither binarize nor dequantize: a missing value has no noise. Choose one.")
     check_seed(seed)
-    source = _source(name, root, size, missing)
+    if columns and not tables.is_table(name):
+        raise UsageError(f"columns: expected a table ({', '.join(tables.SUFFIXES)}), found {name}.")
+    source = _source(name, root, size, missing, columns)
     if binarize and not source.unit and isinstance(source.images, np.ndarray):
         check_unit(source.images, str(name), "binarize")
     if dequantize and source.levels is None:
@@ -96,7 +104,11 @@ def load(
 
 
 def _source(
-    name: str | os.PathLike[str], root: str | os.PathLike[str] | None, size: int | None, missing: bool
+    name: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
+    size: int | None,
+    missing: bool,
+    columns: Mapping[str, str] | None,
 ) -> UnsplitData:
     plain = {_normalized(known): known for known in named.NAMES}
     known = plain.get(_normalized(name)) if isinstance(name, str) else None
@@ -111,14 +123,25 @@ def _source(
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"load: expected a name or a path, found {type(name).__name__}.")
     path = Path(name).expanduser()
-    if isinstance(name, os.PathLike) or os.path.exists(path) or path.suffix.lower() in files.SUFFIXES or os.sep in name:
-        return files.read_path(path, missing)
+    if (
+        isinstance(name, os.PathLike)
+        or os.path.exists(path)
+        or path.suffix.lower() in (*files.SUFFIXES, *tables.SUFFIXES)
+        or os.sep in name
+    ):
+        return _read_path(path, missing, columns)
     near = difflib.get_close_matches(_normalized(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
     raise UsageError(
         f"unknown data set {name!r}.{hint} Known: {', '.join(named.NAMES)};\n"
-        "or the path of a .npz, .npy or .pt file or of a folder of images."
+        "or the path of a .npz, .npy, .pt, .csv or .parquet file or of a folder of images."
     )
+
+
+def _read_path(path: Path, missing: bool, columns: Mapping[str, str] | None) -> UnsplitData:
+    if tables.is_table(path) and os.path.isfile(path):
+        return tables.read_table(path, missing, columns)
+    return files.read_path(path, missing)
 
 
 def _normalized(name: str) -> str:
@@ -146,6 +169,9 @@ def _split(source: UnsplitData, part: int, kind: Noise | None, flat: bool, seed:
         seed=int(seed),
         noise=kind,
         missing=source.missing,
+        columns=source.columns,
+        kinds=source.kinds,
+        table=source.table,
     )
     labels = None if source.labels is None else torch.from_numpy(source.labels[rows])
     attributes = {key: torch.from_numpy(column[rows]) for key, column in source.attributes.items()}

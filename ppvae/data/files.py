@@ -13,6 +13,7 @@ import torch
 from ppvae.data.checks import one_line, wrong_format_clause
 from ppvae.data.holders import check_dense_size
 from ppvae.data.lazy import CHANNELS, ImageFiles, open_image
+from ppvae.data.tables import SUFFIXES as TABLES
 from ppvae.data.unsplit import (
     PARTS,
     UnsplitData,
@@ -49,7 +50,9 @@ def read_path(path: Path, missing: bool = False) -> UnsplitData:
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder.")
     if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of images, found {path.suffix!r}.")
+        raise DataError(
+            f"{path}: expected {', '.join((*SUFFIXES, *TABLES))} or a folder of images, found {path.suffix!r}."
+        )
     arrays = read_arrays(path)
     return _presplit_source(path, arrays, missing) or _unsplit_source(path, arrays, missing)
 

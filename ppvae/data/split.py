@@ -32,6 +32,8 @@ class SplitInfo:
     noise: Noise | None = None
     missing: bool = False
     columns: tuple[str, ...] = ()
+    kinds: tuple[str | tuple[str, int], ...] = ()
+    table: str = ""
 
     @property
     def kind(self) -> Noise | None:
@@ -58,6 +60,10 @@ class HasSplitInfo:
     seed = property(lambda self: self.info.seed, doc="The seed at which fixed noise was drawn.")
     noise = property(lambda self: self.info.noise, doc="What every read draws: None, 'binarize' or 'dequantize'.")
     columns = property(lambda self: self.info.columns, doc="The names of the columns of a table, or none.")
+    kinds = property(
+        lambda self: self.info.kinds, doc="The kind of each column of a table, as `likelihoods.Mixed` takes."
+    )
+    table = property(lambda self: self.info.table, doc="The columns of a table in words, with the names of levels.")
     missing = property(lambda self: self.info.missing, doc="Whether NaN stands for a missing value, or is refused.")
 
     @property

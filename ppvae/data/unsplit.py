@@ -34,6 +34,9 @@ class UnsplitData:
     attributes: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [N, ...]
     classes: tuple[str, ...] = ()
     missing: bool = False
+    columns: tuple[str, ...] = ()  # of a table: the names,
+    kinds: tuple[str | tuple[str, int], ...] = ()  # the kinds,
+    table: str = ""  # and both in words, with the levels and what is left out
 
     def __post_init__(self) -> None:
         for part, rows in zip(PARTS, self.rows, strict=True):

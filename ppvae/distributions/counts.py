@@ -38,6 +38,10 @@ class Poisson(ParametricDistribution):
     def mean(self) -> Tensor:
         return self.log_rate.exp()
 
+    @property
+    def mode(self) -> Tensor:
+        return self.mean.floor()
+
     def _log_prob(self, value: Tensor) -> Tensor:
         power = torch.where(value == 0, 0.0, value * self.log_rate)
         return power - self.log_rate.exp() - torch.lgamma(value + 1)
@@ -75,6 +79,16 @@ class NegativeBinomial(ParametricDistribution):
     @property
     def mean(self) -> Tensor:
         return self.log_mean.exp()
+
+    @property
+    def probs(self) -> Tensor:
+        """m / (m + c), the parameter that torch's NegativeBinomial has under this name."""
+        return (self.log_mean - self.log_concentration).sigmoid()
+
+    @property
+    def mode(self) -> Tensor:
+        """The integer part of m (c - 1) / c, and 0 for c <= 1."""
+        return (self.mean * -torch.expm1(-self.log_concentration)).clamp(min=0).floor()
 
     def _log_prob(self, value: Tensor) -> Tensor:
         log_c = collapse_expanded_dims(self.log_concentration)
@@ -124,6 +138,13 @@ class ZeroInflated(ParametricDistribution):
     def mean(self) -> Tensor:
         return torch.sigmoid(-self.gate_logits) * self.base.mean
 
+    @property
+    def mode(self) -> Tensor:
+        """0, or the mode of the base where it has more mass."""
+        mode = self.base.mode
+        zero = torch.zeros_like(mode)
+        return torch.where(self._log_prob(zero) >= self._log_prob(mode), zero, mode)
+
     def _log_prob(self, value: Tensor) -> Tensor:
         counted = self.base.log_prob(value) - F.softplus(self.gate_logits, threshold=40)
         extra = -F.softplus(-self.gate_logits, threshold=40)
@@ -169,7 +190,22 @@ class Multinomial(ParametricDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return self.total.unsqueeze(-1) * self.logits.softmax(-1)
+        return self.total.unsqueeze(-1) * self.probs
+
+    @property
+    def probs(self) -> Tensor:
+        return self.logits.softmax(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The integer part of N p, and the rest one by one to the kind of largest p / (x + 1) (Finucan 1964)."""
+        probs = self.probs
+        counts = self.mean.floor()
+        for _ in range(int((self.total - counts.sum(-1)).max()) if counts.numel() else 0):
+            left = (self.total - counts.sum(-1)).unsqueeze(-1) > 0
+            best = (probs / (counts + 1)).argmax(-1, keepdim=True)
+            counts = counts.scatter_add(-1, best, left.to(counts))
+        return counts
 
     def _log_prob(self, value: Tensor) -> Tensor:
         log_probs = self.logits.log_softmax(-1)

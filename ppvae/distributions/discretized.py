@@ -47,10 +47,19 @@ class Levels(ParametricDistribution):
         return EquallySpacedLevels(self.logits.shape[-1], self.top)
 
     @property
+    def probs(self) -> Tensor:
+        """The mass of each level, [*batch, L]."""
+        return self.logits.softmax(-1)
+
+    @property
     def mean(self) -> Tensor:
         count = self.logits.shape[-1]
         levels = torch.linspace(0, self.top, count, dtype=self.logits.dtype, device=self.logits.device)
-        return self.logits.softmax(-1) @ levels
+        return self.probs @ levels
+
+    @property
+    def mode(self) -> Tensor:
+        return self.logits.argmax(-1) * (self.top / (self.logits.shape[-1] - 1))
 
     def _log_prob(self, value: Tensor) -> Tensor:
         count = self.logits.shape[-1]
@@ -128,6 +137,19 @@ class DiscretizedLogistic(ParametricDistribution):
     @property
     def mean(self) -> Tensor:
         return _discretized_logistic_mean(self.loc, self.log_scale, self.levels)
+
+    @property
+    def probs(self) -> Tensor:
+        """The mass of each level, [*batch, L]."""
+        levels = torch.linspace(0, 1, self.levels, dtype=self.loc.dtype, device=self.loc.device)
+        return self._log_prob(levels.reshape(-1, *(1 for _ in self.batch_shape))).exp().movedim(0, -1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The level next to loc, or an end bin, which is unbounded, where it has more mass."""
+        nearest = (self.loc * (self.levels - 1)).round().clamp(0, self.levels - 1) / (self.levels - 1)
+        candidates = torch.stack([nearest, torch.zeros_like(nearest), torch.ones_like(nearest)])
+        return candidates.gather(0, self._log_prob(candidates).argmax(0, keepdim=True)).squeeze(0)
 
     def _log_prob(self, value: Tensor) -> Tensor:
         return discretized_logistic_log_prob(value, self.loc, self.log_scale, self.levels)

@@ -56,6 +56,11 @@ class Columns(ParametricDistribution):
             nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.mean for _, fn in self.groups
         ])  # fmt: skip
 
+    @property
+    def mode(self) -> Tensor:
+        """The mode of each column."""
+        return self._merge_columns([fn.mode for _, fn in self.groups])
+
     def _log_prob(self, value: Tensor) -> Tensor:
         missing = value.isnan()
         filled = torch.where(missing, 0.0, value)  # 0 is in the support of every kind of column

@@ -25,6 +25,11 @@ class Bernoulli(dist.Bernoulli):
     tensor([ -0.6931, -50.0000])
     """
 
+    @property
+    def mode(self) -> Tensor:
+        """1 where the logit is above 0, else 0; torch's is NaN at 0."""
+        return (self.logits > 0).to(self.logits.dtype)
+
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
@@ -80,6 +85,16 @@ class ContinuousBernoulli(ParametricDistribution):
         for i in range(len(_LOG_SINHC) - 2, -1, -1):
             series = series * square + 2 * (i + 1) * _LOG_SINHC[i]
         return torch.where(near, 0.5 + series * small / 4, -torch.expm1(-far).reciprocal() - far.reciprocal())
+
+    @property
+    def probs(self) -> Tensor:
+        """lambda = sigmoid(l), the parameter of the papers; not the mean."""
+        return self.logits.sigmoid()
+
+    @property
+    def mode(self) -> Tensor:
+        """1 where l > 0, else 0; at l = 0 the density is constant."""
+        return (self.logits > 0).to(self.logits.dtype)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():

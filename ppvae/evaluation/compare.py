@@ -73,13 +73,18 @@ class Comparison(SavedResult):
         return self.names.index(name)
 
     def verdict(self, name: str, other: str) -> str:
-        """Whether the difference is resolved: beyond two standard errors; between methods only from three runs each."""
+        """Whether `name` is better or worse, in words: decided beyond two standard errors, and over how many seeds.
+
+        Models trained once differ by chance, so that fewer than three seeds each decide on these runs alone.
+        """
         delta, error = self.difference(name, other)
         if not abs(delta) > 2 * error:
-            return "not resolved"
+            return "not decided: within two standard errors"
         what = "better" if delta > 0 else "worse"
         fewest = int(min(self.runs[self._index(name)], self.runs[self._index(other)]))
-        return what if fewest >= MIN_RUNS else f"{what}, as runs (a method takes {MIN_RUNS} seeds)"
+        if fewest >= MIN_RUNS:
+            return f"{what}; decided over {fewest} seeds"
+        return f"{what} in these runs; {MIN_RUNS} seeds of each would decide between the methods"
 
     def table(self) -> dict[str, str]:
         """A line for every model, best first, with its difference from the best, and the warnings."""
@@ -138,7 +143,8 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     """Compares models by estimates of log p(x) of the same data, relative to the same base measure: paired differences.
 
     Args:
-        results: for each model an `Estimate`, the path of a saved one, or a sequence of these, one for each run.
+        results: for each model an `Estimate`, the file or the folder of a saved one, a run folder, or a sequence of
+            these, one for each run.
 
     Raises:
         UsageError: fewer than two models; other data or another binarisation (their digests differ); another base

@@ -156,8 +156,21 @@ DERIVED = (
 )  # fmt: skip
 
 
+def estimate_file(path: str | os.PathLike[str], name: str = "log_marginal") -> Path:
+    """The file of an estimate: itself, `<name>.json` in a folder that `save` wrote, or in `results/` of a run folder.
+
+    >>> estimate_file("log_marginal.json").name
+    'log_marginal.json'
+    """
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    saved = path / f"{name}.json"
+    return saved if saved.exists() else path / "results" / f"{name}.json"
+
+
 def load_estimate(path: str | os.PathLike[str]) -> Estimate:
-    """Loads a saved `Estimate`, given the path of the JSON file; bounds and posterior draws come from the NetCDF file.
+    """Loads a saved `Estimate`, given its JSON file or folder; bounds and posterior draws come from the NetCDF file.
 
     Raises:
         CheckpointError: the file is missing, or is no saved estimate.
@@ -171,7 +184,7 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
     >>> again.table() == est.table(), torch.equal(again.bound(1), est.bound(1))
     (True, True)
     """
-    path = Path(path)
+    path = estimate_file(path)
     try:
         content = read_result(path)
         rows = {name: _tensor(values) for name, values in content["per_datum"].items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from ppvae.errors import UsageError
+from ppvae.factories.imports import import_named
 
 Argument = tuple[Any, Any, str]  # type, default (`inspect.Parameter.empty` where there is none), help
 
@@ -56,7 +57,8 @@ class ClassChoice:
     With `Annotated[Callable[..., Module], ClassChoice(("my.nets",), Module)]`, `--net NAME` chooses a class of
     `my.nets`, and `--net.ARGUMENT` sets an argument of its constructor; no list of names is kept. The function gets
     `functools.partial(class, **flags)`. A class whose constructor needs an argument that is neither a flag nor `given`
-    is built by its first classmethod that needs none; `NAME.classmethod` chooses one by name.
+    is built by its first classmethod that needs none; `NAME.classmethod` chooses one by name. A class of the user's own
+    is "file.py:Class" or "package.module:Class".
 
     Args:
         modules: the modules that are searched for a name, in order.
@@ -86,13 +88,9 @@ class ClassChoice:
 
         Raises `UsageError`, naming the flag: no such class, with the nearest name; or no constructor takes flags alone.
         """
-        known = self.classes
-        of_class, _, method = name.partition(".")
-        if of_class not in known:
-            near = difflib.get_close_matches(of_class, known, 1, 0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (one of {', '.join(sorted(known))})"
-            raise UsageError(f"--{flag}: no class {of_class!r} in {' or '.join(self.modules)}{hint}")
-        cls = known[of_class]
+        place, colon, of_class = name.rpartition(":")
+        of_class, _, method = of_class.partition(".")
+        cls = self._own_class(f"{place}:{of_class}", flag) if colon else self._known_class(name, of_class, flag)
         others = {n: getattr(cls, n) for n, v in vars(cls).items() if isinstance(v, classmethod) and n[0] != "_"}
         if method and method not in others:
             raise UsageError(f"--{flag}: {of_class} has no classmethod {method!r} (of {sorted(others) or 'none'})")
@@ -105,6 +103,30 @@ class ClassChoice:
             f"--{flag} {name}: its argument {required[0][0]!r} cannot be given on the command line; "
             f"make the part in Python, in a factory of your own"
         )
+
+    def _known_class(self, name: str, of_class: str, flag: str) -> type:
+        known = self.classes
+        if of_class in known:
+            return known[of_class]
+        near = difflib.get_close_matches(of_class, known, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f" (one of {', '.join(sorted(known))})"
+        if name.endswith(".py"):
+            hint = f"; a class of a file is named with it, as in {name}:MyClass"
+        raise UsageError(f"--{flag}: no class {of_class!r} in {' or '.join(self.modules)}{hint}")
+
+    def _own_class(self, name: str, flag: str) -> type:
+        try:
+            cls = import_named(name)
+        except UsageError as error:
+            raise UsageError(f"--{flag} {error}") from error
+        expected = f"a class derived from {self.kind.__module__.partition('.')[0]}'s {self.kind.__name__}"
+        if not (isinstance(cls, type) and issubclass(cls, self.kind)):
+            found = f"the class {cls.__name__}" if isinstance(cls, type) else f"a {type(cls).__name__}"
+            raise UsageError(f"--{flag} {name}: expected {expected}, found {found}")
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+            raise UsageError(f"--{flag} {name}: expected {expected} that defines {missing}, found it not defined")
+        return cls
 
     def _required_objects(self, constructor: Callable[..., Any]) -> list[str]:
         """The required arguments that a command line cannot give."""

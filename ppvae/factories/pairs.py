@@ -1,20 +1,33 @@
 """Pairs from the names of their factories: resolve a name, build the pair, rebuild that of a run."""
 
-import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ppvae.errors import PpvaeError, UsageError, did_you_mean
+from ppvae.errors import UsageError
 from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
-from ppvae.factories.user_code import code_of_run, import_file
+from ppvae.factories.imports import add_to_import_path, import_named, import_place
+from ppvae.factories.user_code import code_of_run
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
+COLUMNS_ARGUMENT = "columns"  # the kinds of the columns of a table, None for other data
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+SUPPLIED = (DATA_ARGUMENT, LABELS_ARGUMENT, COLUMNS_ARGUMENT)
+
+
+def trained_with(objective: str) -> Callable[[Factory], Factory]:
+    """Marks a factory whose pairs are trained with another objective than Trace_ELBO by default, by its name."""
+
+    def mark(factory: Factory) -> Factory:
+        vars(factory)["default_objective"] = objective
+        return factory
+
+    return mark
 
 
 def resolve(text: str) -> Any:
@@ -24,32 +37,7 @@ def resolve(text: str) -> Any:
         UsageError: it cannot be found or imported; the message names the nearest name.
     """
     place, _, name = text.partition(":")
-    module = _import(place)
-    if not name:
-        return _only_factory(module, place)
-    if not hasattr(module, name):
-        hint = did_you_mean(name, (n for n in vars(module) if not n.startswith("_")))
-        raise UsageError(f"{text}: {place} has no {name!r}{hint}")
-    return getattr(module, name)
-
-
-def _import(place: str) -> Any:
-    path = Path(place)
-    try:
-        if path.suffix == ".py" or path.exists():
-            if not path.is_file():
-                raise UsageError(f"{place}: expected a Python file, found none")
-            return import_file(path)
-        return importlib.import_module(place)
-    except PpvaeError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{place}: could not be imported ({error}). Give a file, as in pairs.py:my_pair, or an importable module, "
-            f"as in ppvae.models:vae"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"{place}: could not be imported ({type(error).__name__}: {_one_line(error)})") from error
+    return import_named(text, fresh=True) if name else _only_factory(import_place(place, fresh=True), place)
 
 
 def _only_factory(module: Any, place: str) -> Any:
@@ -75,7 +63,7 @@ def parameters(factory: Any) -> dict[str, Argument]:
     """
     if not callable(factory) or _is_pair(factory):
         return {}
-    arguments = constructor_arguments(factory, (DATA_ARGUMENT, LABELS_ARGUMENT))
+    arguments = constructor_arguments(factory, SUPPLIED)
     for name, (kind, _, _) in arguments.items():
         if kind is None:
             raise UsageError(f"{getattr(factory, '__name__', factory)}: expected a type for its argument {name!r}")
@@ -83,7 +71,11 @@ def parameters(factory: Any) -> dict[str, Argument]:
 
 
 def build(
-    factory: Any, given: Mapping[str, Any], train: Any, num_labels: int | None = None
+    factory: Any,
+    given: Mapping[str, Any],
+    train: Any,
+    num_labels: int | None = None,
+    columns: Sequence[Any] | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(model, guide) from a factory, or from something that has `.model` and `.guide` itself.
 
@@ -96,7 +88,8 @@ def build(
     if callable(factory) and not _is_pair(factory):
         kinds = parameters(factory)
         arguments = {n: _convert(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
-        supplied = {DATA_ARGUMENT: train, LABELS_ARGUMENT: num_labels}
+        kinds_of_columns = [tuple(c) if isinstance(c, list) else c for c in columns] if columns else None
+        supplied = dict(zip(SUPPLIED, (train, num_labels, kinds_of_columns), strict=True))
         accepted = inspect.signature(factory).parameters
         try:
             pair = factory(**arguments, **{name: value for name, value in supplied.items() if name in accepted})
@@ -137,9 +130,11 @@ def rebuild(
     entry = config["pair"]
     columns = [_placeholder(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
     train = columns[0] if len(columns) == 1 else tuple(columns)
-    torch.manual_seed(0)
     with code_of_run(folder, config, trust):
-        return build(resolve(entry["name"]), entry["arguments"], train, entry.get("num_labels"))
+        add_to_import_path(entry.get("path", ()))
+        torch.manual_seed(0)
+        factory = resolve(entry["name"])
+        return build(factory, entry["arguments"], train, entry.get("num_labels"), entry.get("columns"))
 
 
 def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:

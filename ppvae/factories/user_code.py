@@ -132,6 +132,7 @@ def code_of_run(folder: Path | None, config: Mapping[str, Any], trust: bool) -> 
     code, pair = config.get("code"), config.get("pair") or {}
     recorded = None if code is None else frozenset(map(str, code.values()))
     token = _current.set(_Policy(folder or Path("the run"), recorded, trust))
+    before, own = dict(_policies), {Path(place).resolve() for place in sys.path}
     try:
         for place in (folder, *map(Path, pair.get("path") or ())):
             if place is not None:
@@ -141,6 +142,11 @@ def code_of_run(folder: Path | None, config: Mapping[str, Any], trust: bool) -> 
         yield
     finally:
         _current.reset(token)
+        for place in own & _policies.keys():  # what the user imports later from a folder of their own is the user's
+            if place in before:
+                _policies[place] = before[place]
+            else:
+                del _policies[place]
 
 
 def recorded_code(pair: Any) -> dict[str, str]:

@@ -5,9 +5,10 @@ in evaluation mode, draws from its own `seed`, and returns plain tensors. Images
 gives draws. `ppvae.evaluation.impute` fills missing values, by importance weights of the guide's draws.
 """
 
-from ppvae.generate.latent_space import attribute_vector, interpolations, moved, posterior_means, traversals
+from ppvae.generate.latent_space import attribute_vector, decode, interpolations, moved, posterior_means, traversals
 from ppvae.generate.sampling import reconstructions, samples
 
 __all__ = [
-    "attribute_vector", "interpolations", "moved", "posterior_means", "reconstructions", "samples", "traversals",
+    "attribute_vector", "decode", "interpolations", "moved", "posterior_means", "reconstructions", "samples",
+    "traversals",
 ]  # fmt: skip

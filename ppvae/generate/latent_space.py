@@ -94,6 +94,47 @@ def traversals(
         return out.reshape(len(dims), len(values), *out.shape[1:])
 
 
+def decode(
+    model: Program,
+    guide: Program,
+    x: Any,
+    values: Tensor,
+    *,
+    rows: Tensor | None = None,
+    site: str | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Means of p(x | z) with a latent at given values [M, D]: [M, *event].
+
+    Other latents, and the other columns of the batch, are those of a datum: latents at its posterior mean.
+
+    Args:
+        rows: [M], the datum of each value; the first by default.
+        site: the latent; the first of the guide by default.
+
+    Raises:
+        UsageError: values of another size, or rows that are not in the data.
+
+    >>> from ppvae.models import LinearGaussian
+    >>> pair = LinearGaussian(3, 2)
+    >>> decode(pair.model, pair.guide, torch.zeros(4, 3), torch.eye(2)).shape
+    torch.Size([2, 3])
+    """
+    with open_pair(model, guide, x, seed) as pair:
+        means = pair.encode(mean=True)
+        site = pair.vector_site(means, site)
+        if values.dim() != 2 or values.shape[1] != means[site].shape[-1]:
+            raise UsageError(f"values: expected [M, {means[site].shape[-1]}], found {list(values.shape)}")
+        rows = torch.zeros(len(values), dtype=torch.long) if rows is None else rows
+        if rows.shape != values.shape[:1] or not bool(((rows >= 0) & (rows < len(pair.batch[0]))).all()):
+            raise UsageError(
+                f"rows: expected {len(values)} numbers below {len(pair.batch[0])}, found {list(rows.shape)}"
+            )
+        latents = {n: pair.rows_of(n, v, rows) for n, v in means.items() if n != site}
+        batch = tuple(t[rows.to(t.device)] for t in pair.batch)
+        return pair.decode(latents | {site: values.to(means[site])}, batch, True)
+
+
 def attribute_vector(
     model: Program, guide: Program, x: Any, attribute: Any, *, site: str | None = None, seed: int = 0
 ) -> Tensor:

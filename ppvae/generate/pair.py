@@ -64,6 +64,11 @@ class GenerativePair:
         axis = self._data_dim(name, value)
         return value if axis < 0 else value.narrow(axis, 0, 1).repeat_interleave(count, axis)
 
+    def rows_of(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
+        """A latent's values at rows of the batch; a latent shared by all data unchanged."""
+        axis = self._data_dim(name, value)
+        return value if axis < 0 else value.index_select(axis, rows.to(value.device))
+
     def encode(self, mean: bool) -> dict[str, Tensor]:
         chunks: list[dict[str, tuple[int, Tensor]]] = []
         for rows, batch, index in self._chunks(self.batch):
@@ -132,11 +137,25 @@ class SubstituteMeans(poutine.messenger.Messenger):
 
 
 def distribution_mean(fn: Any, value: Tensor) -> Tensor:
-    """The mean of a distribution; a draw `value` of it where the mean is undefined, not finite, or of another shape."""
+    """The mean; a draw `value` where it is undefined, not finite, of another shape, or off a continuous support.
+
+    Means of discrete distributions are off their support, as the probabilities of a Bernoulli variable are.
+    """
     if not value.is_floating_point():
         return value
     try:
         mean = fn.mean
     except (NotImplementedError, AttributeError):
         return value
-    return mean if mean.shape == value.shape and bool(torch.isfinite(mean).all()) else value
+    if mean.shape == value.shape and bool(mean.isnan().any()):  # codes of categories have none, and a mode
+        try:
+            mean = torch.where(mean.isnan(), fn.mode, mean)
+        except NotImplementedError:
+            return value
+    if mean.shape != value.shape or not bool(torch.isfinite(mean).all()):
+        return value
+    try:
+        inside = fn.support.is_discrete or bool(fn.support.check(mean).all())
+    except (NotImplementedError, AttributeError):  # a distribution without a support
+        inside = True
+    return mean if inside else value

@@ -30,15 +30,17 @@ from ppvae.models.factories import conv_vae, factor_analysis, gaussian_mixture, 
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.gaussian_process import GaussianProcessVAE, smoothed, stepwise
 from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
+from ppvae.models.label_factories import conditional_vae, semi_supervised_vae
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.multimodal import MultimodalVAE, mixture_of_experts, product_of_experts
-from ppvae.models.tabular import TableVAE
+from ppvae.models.tabular import TableVAE, table_vae
 from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
 from ppvae.models.vae import VAE, ConditionalVAE, QuantizedVAE
 
 __all__ = [
     "VAE", "Block", "ConditionalVAE", "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture",
     "GaussianProcessVAE", "HierarchicalVAE", "LadderVAE", "LinearGaussian", "MultimodalVAE", "QuantizedVAE",
-    "SemiSupervisedVAE", "TableVAE", "TopDownVAE", "TopicModel", "conv_vae", "factor_analysis", "gaussian_mixture",
-    "linear_gaussian", "mixture_of_experts", "product_of_experts", "smoothed", "stepwise", "vae", "very_deep_vae",
+    "SemiSupervisedVAE", "TableVAE", "TopDownVAE", "TopicModel", "conditional_vae", "conv_vae", "factor_analysis",
+    "gaussian_mixture", "linear_gaussian", "mixture_of_experts", "product_of_experts", "semi_supervised_vae",
+    "smoothed", "stepwise", "table_vae", "vae", "very_deep_vae",
 ]  # fmt: skip

@@ -53,6 +53,7 @@ class DeepMixture(ComposedModel):
         self, clusters: nn.Module, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module, classifier: OneHot
     ):
         super().__init__("deep_mixture")
+        self.label_weight = 0.0  # of `log_label` in the objective of the command line
         self.clusters, self.prior, self.likelihood = clusters, prior, likelihood
         self.posterior, self.classifier = posterior, classifier
 
@@ -83,6 +84,19 @@ class DeepMixture(ComposedModel):
             rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN_LABEL)
             logits = torch.where((label == UNKNOWN_LABEL).unsqueeze(-1), logits, rows)
         return self.classifier.head(logits)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """q(y | x), the probability of each class, [batch, classes]; `.argmax(-1)` is the label.
+
+        The classifier is in evaluation mode, and there is no gradient.
+        """
+        training = self.classifier.training
+        self.classifier.eval()
+        try:
+            with torch.no_grad():
+                return self.classifier(x).probs
+        finally:
+            self.classifier.train(training)
 
     def log_label(self, x: Tensor, label: Tensor) -> Tensor:
         """log q(label | x) of known labels, 0 otherwise, [batch] nats: for `AuxiliaryLoss`."""

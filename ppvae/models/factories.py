@@ -15,6 +15,8 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
 from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
+from ppvae.factories.pairs import trained_with
+from ppvae.likelihoods.tabular import ColumnSpec
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
@@ -22,11 +24,13 @@ from ppvae.nn.context import call_with_context
 
 Part = Callable[..., Module]
 Prior = Annotated[Part, ClassChoice(("ppvae.priors",), Module, ("latent", "posterior", "data", "num_labels"))]
-Likelihood = Annotated[Part, ClassChoice(("ppvae.likelihoods",), Module, ("net", "masked", "num_labels"))]
+Likelihood = Annotated[
+    Part, ClassChoice(("ppvae.likelihoods",), Module, ("net", "masked", "latent", "data", "columns", "num_labels"))
+]
 Posterior = Annotated[
     Part,
     ClassChoice(
-        ("ppvae.posteriors",), Module, ("net", "latent", "prior", "likelihood", "num_labels", "size", "outputs")
+        ("ppvae.posteriors",), Module, ("net", "latent", "data", "prior", "likelihood", "num_labels", "size", "outputs")
     ),
 ]
 Decoder = Callable[[int, tuple[int, ...]], Module]  # of the size of z and the event shape of the output
@@ -43,6 +47,7 @@ def vae(
     enumerate: bool = False,
     missing: bool = False,
     num_labels: int | None = None,
+    columns: ColumnSpec | None = None,
 ) -> Pair:
     """A VAE on flat data, its encoder and decoder multilayer perceptrons.
 
@@ -54,11 +59,14 @@ def vae(
         latent: the size of z.
         hidden: the widths of the encoder's hidden layers.
         prior: p(z), a class of ppvae.priors or a function of its arguments.
-        likelihood: p(x | z), a class of ppvae.likelihoods.
-        posterior: q(z | x), a class of ppvae.posteriors.
+        likelihood: p(x | z), a class of ppvae.likelihoods; one of your own takes `net`, a network of z (its
+            `output_shape(event)` is the shape of the outputs, that of a datum by default), or `latent`.
+        posterior: q(z | x), a class of ppvae.posteriors; one of your own takes `net`, a network of x with
+            `outputs(latent)` outputs, or `data` and `latent`.
         enumerate: sum a discrete z out exactly; takes an objective that does, as TraceEnum_ELBO.
         missing: whether data may be missing (NaN).
         num_labels: how many labels there are, where the batch's second tensor is one.
+        columns: the kinds of the columns of a table, for `Mixed`; `table_vae` also standardises real ones.
 
     Raises `UsageError`, by name, for parts that cannot be built from these arguments.
 
@@ -83,7 +91,7 @@ def vae(
     def masked(inputs: int, shape: tuple[int, ...]) -> Module:
         return nn.MADE(features, inputs, shape[0] // features, hidden=hidden[::-1])
 
-    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, columns, encoder, decoder, masked)
     if hasattr(module.likelihood, "output_for_mean"):
         mean = train.double().nanmean(0).nan_to_num(0.5)
         likelihood_: Any = module.likelihood
@@ -131,7 +139,7 @@ def conv_vae(
         features = channels[0]
         return nn.PixelCNN(event, decoder(inputs, (features, *event[1:])), features, shape[0] // event[0])
 
-    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, encoder, decoder, masked)
+    module = _build_vae(train, latent, prior, likelihood, posterior, num_labels, None, encoder, decoder, masked)
     return _with_enumeration(module) if enumerate else module
 
 
@@ -149,6 +157,7 @@ def _build_vae(
     likelihood: Part,
     posterior: Part,
     num_labels: int | None,
+    columns: ColumnSpec | None,
     encoder: Callable[[int], Module],
     decoder: Decoder,
     masked: Decoder,
@@ -157,15 +166,28 @@ def _build_vae(
 
     The size of z is that of the prior, which is given `latent` if it takes it.
     """
-    index = _Unavailable("the index of each datum with it (data.indexed), which a factory of your own can bring")
-    labels = _Unavailable("the label of each datum with it: pass --labels, or num_labels")
+    index = _Unavailable(
+        "expected the index of each datum with it (data.indexed), which a factory of your own can bring"
+    )
+    labels = _Unavailable("expected the label of each datum with it: pass --labels, or num_labels")
+    kinds = _Unavailable(
+        "its argument 'columns' cannot be given on the command line but by a table (.csv, .parquet); make the part in "
+        "Python, in a factory of your own"
+    )
     available: dict[str, Any] = {
         "latent": latent, "data": train, "num_labels": labels if num_labels is None else num_labels,
-        "net": Identity(), "masked": Identity(), "size": index, "outputs": index,
+        "columns": columns or kinds, "net": Identity(), "masked": Identity(), "size": index, "outputs": index,
     }  # fmt: skip
 
     def encoded(size: int) -> Module:
-        module: Any = _build_part("posterior", posterior, available | {"latent": size})
+        module: Any = build_part("posterior", posterior, available | {"latent": size})
+        if not accepted_arguments(posterior, {"net": None}):
+            return module  # a part with a network of its own
+        if not hasattr(module, "outputs"):
+            raise UsageError(
+                f"posterior {_part_name(posterior)}: expected a method outputs(latent), the number of its network's "
+                f"outputs, for the argument net; found none"
+            )
         try:
             module.net = encoder(module.outputs(size))
         except ValueError as error:
@@ -179,13 +201,14 @@ def _build_vae(
                 f"prior: expected one of them to stand by itself; choose another prior or posterior"
             )
         available["posterior"] = encoded(latent)
-    available["prior"] = _build_part("prior", prior, available)
+    available["prior"] = build_part("prior", prior, available)
     context = None if num_labels is None else torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         z = call_with_context(available["prior"], context=context)
     size = z.event_shape.numel()
-    available["likelihood"] = _build_part("likelihood", likelihood, available)
-    shape = available["likelihood"].output_shape(tuple(train.shape[1:]))
+    likelihood_: Any = build_part("likelihood", likelihood, available | {"latent": size})
+    available["likelihood"], event = likelihood_, tuple(train.shape[1:])
+    shape = likelihood_.output_shape(event) if hasattr(likelihood_, "output_shape") else event
     classes = _number_of_classes(z.support)
     takes_masked = bool(accepted_arguments(likelihood, {"masked": None}))
     if classes and takes_masked:
@@ -196,17 +219,19 @@ def _build_vae(
         net: Module = Sequential(Embedding(classes, classes), Flatten(-2), decoder(size * classes, shape))
     else:
         net = masked(size, shape) if takes_masked else decoder(size, shape)
-    available["likelihood"].net = net
+    if takes_masked or accepted_arguments(likelihood, {"net": None}):
+        likelihood_.net = net
     if "posterior" not in available:
         available["posterior"] = encoded(size)
     return VAE(available["prior"], available["likelihood"], available["posterior"])
 
 
-def _build_part(role: str, part: Part, available: Mapping[str, Any]) -> Module:
+def build_part(role: str, part: Part, available: Mapping[str, Any]) -> Module:
+    """A part from those of the available arguments that it accepts; UsageError, by role and name, where it fails."""
     arguments = accepted_arguments(part, available)
     unavailable = next((v.what for v in arguments.values() if isinstance(v, _Unavailable)), "")
     if unavailable:
-        raise UsageError(f"{role} {_part_name(part)}: expected {unavailable}")
+        raise UsageError(f"{role} {_part_name(part)}: {unavailable}")
     try:
         module = part(**arguments)
     except (ValueError, TypeError) as error:
@@ -265,8 +290,9 @@ def _linear_gaussian(name: str, train: Tensor, latent: int, scale: float | None 
     return pair
 
 
+@trained_with("ELBO")
 def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = None, start: int = 0) -> GaussianMixture:
-    """A mixture of normals, its cluster summed out, on flat real data [N, features]; takes --objective ELBO.
+    """A mixture of normals, its cluster summed out, on flat real data [N, features].
 
     Args:
         train: the training data.

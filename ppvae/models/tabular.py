@@ -70,9 +70,61 @@ class TableVAE(VAE):
                 )
             set_output_bias(likelihood.net, start)
             encoder: Any = vae.posterior.net
-            encoder.centre.copy_(x.nanmean(0))
-            encoder.spread.copy_((x - encoder.centre).square().nanmean(0).sqrt().clamp(min=1e-6))
+            encoder.match(x)
         return vae
+
+
+def table_vae(
+    train: Tensor,
+    latent: int = 4,
+    hidden: tuple[int, ...] = (64,),
+    floor: float = 1e-3,
+    columns: ColumnSpec | None = None,
+) -> TableVAE:
+    """A `TableVAE` of a .csv or .parquet file, which standardises real columns itself: log p(x) is that of the file.
+
+    Args:
+        train: the training data [N, columns].
+        latent: the size of z.
+        hidden: the widths of the hidden layers of encoder and decoder.
+        floor: the smallest scale of a real column, in the units of the column.
+        columns: the kind of each column.
+
+    Raises ValueError for data that are no table.
+
+    >>> pair = table_vae(torch.tensor([[3.0e6, 1.0], [torch.nan, 0.0], [5.0e6, 1.0]]), columns=["real", "binary"])
+    >>> pair.likelihood(torch.zeros(4)).mean
+    tensor([4.0000e+06, 6.0000e-01], grad_fn=<IndexSelectBackward0>)
+    """
+    if not columns:
+        raise ValueError("table_vae: expected a table, whose columns have kinds: a .csv or .parquet file")
+    pair = TableVAE(columns, latent, hidden, floor)
+    with torch.no_grad():
+        likelihood: Any = pair.likelihood
+        encoder: Any = pair.posterior.net
+        encoder.match(train)
+        start = marginals(columns, train)
+        centre, spread = torch.zeros_like(start), torch.ones_like(start)
+        kinds = likelihood.columns
+        places = [sum(c.outputs for c in kinds[:d]) for d, column in enumerate(kinds) if column.kind == "real"]
+        where = [d for d, column in enumerate(kinds) if column.kind == "real"]
+        centre[places], spread[places], start[places] = encoder.centre[where], encoder.spread[where], 0.0
+        set_output_bias(likelihood.net, start)
+        likelihood.net = ScaledOutput(likelihood.net, centre, spread)
+        likelihood.log_scale.copy_(encoder.spread[where].log())
+    return pair
+
+
+class ScaledOutput(nn.Module):
+    """A network whose outputs are scaled and shifted, centre + spread net(z)."""
+
+    def __init__(self, net: nn.Module, centre: Tensor, spread: Tensor):
+        super().__init__()
+        self.net = net
+        self.centre, self.spread = nn.Buffer(centre), nn.Buffer(spread)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.centre + self.spread * self.net(z)
 
 
 class StandardizedInput(nn.Module):
@@ -83,6 +135,11 @@ class StandardizedInput(nn.Module):
         self.net = net
         self.centre = nn.Buffer(torch.zeros(columns))
         self.spread = nn.Buffer(torch.ones(columns))
+
+    def match(self, x: Tensor) -> None:
+        """Sets centre and spread to mean and standard deviation of the observed values."""
+        self.centre.copy_(x.nanmean(0))
+        self.spread.copy_((x - self.centre).square().nanmean(0).sqrt().clamp(min=1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x - self.centre) / self.spread)

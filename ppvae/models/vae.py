@@ -10,11 +10,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae import posteriors
-from ppvae.errors import ContractError
+from ppvae.errors import ContractError, support_name
 from ppvae.models.composed_model import ComposedModel, call_conditional, describe_tensor
 from ppvae.nn import Codebook, ConcatContext, Nearness
 from ppvae.rng import fork_rng
@@ -179,12 +178,21 @@ def _without_side_effects(vae: VAE) -> Iterator[None]:
 
 def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
     """Raises ContractError for parts that do not fit together on a batch, naming them."""
-    q = call_conditional(vae.posterior, "data x", x, context=context)
-    p = call_conditional(vae.prior, context=context)
+    q = _require_distribution("posterior", call_conditional(vae.posterior, "data x", x, context=context), vae.posterior)
+    p = _require_distribution("prior", call_conditional(vae.prior, context=context), vae.prior)
+    if len(q.batch_shape) > 1:
+        raise ContractError(
+            f"posterior {type(vae.posterior).__name__}: expected batch shape [batch], found {list(q.batch_shape)} with "
+            f"event shape {list(q.event_shape)}; add .to_event({len(q.batch_shape) - 1}) to the distribution"
+        )
     names = [f"{type(part).__name__} ({_describe_support(fn)})" for part, fn in ((vae.prior, p), (vae.posterior, q))]
     pair = f"prior {names[0]} and posterior {names[1]} do not fit together: "
     if p.event_shape != q.event_shape:
-        raise ContractError(f"{pair}expected z of one shape, found {list(p.event_shape)} and {list(q.event_shape)}")
+        cure = ""
+        if len(p.event_shape) < len(q.event_shape) and p.batch_shape:
+            cure = f"; add .to_event({len(q.event_shape) - len(p.event_shape)}) to the prior's distribution"
+        shapes = f"{list(p.event_shape)} and {list(q.event_shape)}"
+        raise ContractError(f"{pair}expected z of one shape, found {shapes}{cure}")
     posterior_draws, prior_draws = q.sample(torch.Size((8,))), p.expand(q.batch_shape).sample(torch.Size((8,)))
     if prior_draws.is_floating_point() != posterior_draws.is_floating_point():
         types = f"{describe_tensor(prior_draws[0])} and {describe_tensor(posterior_draws[0])}"
@@ -198,11 +206,24 @@ def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
             f"{pair}expected z in one space, found that the prior has some that the posterior never draws"
         )
     fn = call_conditional(vae.likelihood, f"z of the posterior {names[1]}", posterior_draws[0], context=context)
+    fn = _require_distribution("likelihood", fn, vae.likelihood)
     if fn.event_shape != x.shape[1:]:
+        missing = x.dim() - 1 - len(fn.event_shape)
+        cure = f"; add .to_event({missing}) to its distribution" if fn.shape() == x.shape and missing > 0 else ""
         raise ContractError(
             f"likelihood {type(vae.likelihood).__name__} does not fit the data: expected the event shape "
-            f"{list(x.shape[1:])} of x, found {list(fn.event_shape)}"
+            f"{list(x.shape[1:])} of x, found {list(fn.event_shape)}{cure}"
         )
+
+
+def _require_distribution(role: str, fn: Any, part: nn.Module) -> Any:
+    if isinstance(fn, torch.distributions.Distribution):
+        return fn
+    found = f"a tensor {describe_tensor(fn)}" if isinstance(fn, Tensor) else type(fn).__name__
+    raise ContractError(
+        f"{role} {type(part).__name__}: expected a distribution, found {found}; return one from its forward, as "
+        f"dist.Normal(loc, scale).to_event(1)"
+    )
 
 
 def _contains(fn: Any, z: Tensor) -> bool:
@@ -224,7 +245,4 @@ def _describe_support(fn: Any) -> str:
         support = fn.support
     except (NotImplementedError, AttributeError):
         return f"a {type(fn).__name__}"
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    words = str(support).removeprefix("<").removesuffix(">").removesuffix("()").lower()
-    return f"discrete, {words}" if support.is_discrete else words
+    return f"discrete, {support_name(support)}" if support.is_discrete else support_name(support)

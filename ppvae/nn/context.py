@@ -48,7 +48,8 @@ def call_with_context(part: nn.Module, *args: Tensor, context: Tensor | None) ->
         return part(*args)
     if context is None:
         raise UsageError(
-            f"{type(part).__name__}: expected a context, the batch's second tensor; found a batch of one tensor"
+            f"{type(part).__name__}: expected a context, the batch's second tensor; found a batch of one tensor: "
+            f"pass (x, labels), or --labels or --context on the command line"
         )
     return part(*args, context=context)
 

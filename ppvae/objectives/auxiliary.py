@@ -64,6 +64,9 @@ class AuxiliaryLoss(Objective):
     def global_bound(self, t: Terms) -> Tensor:
         return self.objective.global_bound(t)
 
+    def check_estimator(self) -> None:
+        """The bound's own constructor has checked it."""
+
     def check_structure(self, s: Structure) -> None:
         self.objective.check_structure(s)
 

@@ -109,8 +109,8 @@ class GroupedBounds(Objective):
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
         if num_bounds < 1:
             raise UsageError(f"num_bounds: expected at least 1, found {num_bounds}")
-        self.num_particles, self.num_bounds = num_particles, num_bounds  # `draws` is read before Pyro's constructor
         super().__init__(num_particles, gradient)
+        self.num_bounds = num_bounds
 
     @property
     def draws(self) -> int:

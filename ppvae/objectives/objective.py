@@ -1,6 +1,7 @@
 """The base class of objectives: a bound per datum as a loss in Pyro's convention."""
 
-from abc import abstractmethod
+from abc import ABCMeta, abstractmethod
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives.gradients import GradientEstimator, Pathwise, resolve_gradient
 from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.requirements import (
+    check_reduce,
     require_bound_of_batches,
     require_no_guide_factor,
     require_reparameterized_globals,
@@ -23,7 +25,22 @@ from ppvae.objectives.requirements import (
 from ppvae.objectives.schedules import ScheduledScalar
 
 
-class Objective(PyroELBO):
+class _CheckedAfterInit(ABCMeta):
+    """Checks the gradient estimator once the whole constructor has run, whose attributes the hooks may read."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        objective = super().__call__(*args, **kwargs)
+        objective.check_estimator()
+        return objective
+
+    @property
+    def __signature__(cls) -> Signature:
+        """That of the constructor, which `inspect.signature` would not look for behind a metaclass."""
+        constructor = signature(getattr(cls, "__init__"))  # noqa: B009  mypy takes the attribute for an instance's
+        return constructor.replace(parameters=list(constructor.parameters.values())[1:])
+
+
+class Objective(PyroELBO, metaclass=_CheckedAfterInit):
     """A bound per datum as a Pyro loss: minus the bound, summed over the batch, times the data plate's scale.
 
     With global latents theta it is a bound on log p of all N data, from a batch of B of them: the bound of each datum
@@ -39,7 +56,10 @@ class Objective(PyroELBO):
 
     Read by every gradient estimator:
         reduce(log_weight) -> [batch] nats: the bound as a function of the log-weights; further dims on the right are
-            kept, and a constant added to all log-weights of a datum is added to its bound. No default.
+            kept. No default. Checked on first use: its shape, and, by `homogeneity`, its values.
+        homogeneity -> float | None: h where exp(bound) is homogeneous of degree h in the weights, so that a constant c
+            added to all log-weights of a datum adds h c to its bound, and equal log-weights c have the bound h c.
+            Default: 1, a bound on log p(x); -1 is minus an upper bound, None a bound of another kind.
         log_weights(t) -> [K, batch] nats: what `reduce` takes. Default: `t.log_weight`.
         bound(t) -> [batch] nats: the bound. Default: `reduce(log_weights(t))`.
         draws -> int: K. Default: `num_particles`.
@@ -50,8 +70,8 @@ class Objective(PyroELBO):
         leave_one_out_bound(log_weight, replacement) -> [K, batch] nats: for "vimco"; entry k is the bound with
             log-weight k replaced. Default: K evaluations of `reduce`, O(K^2); `ppvae.objectives.reductions` has O(K).
         dreg_weights(log_weight) -> [K, batch], no unit: for "dreg" and "gdreg"; the ratio of the doubly reparameterised
-            to the pathwise weight of each draw, 1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k). Default:
-            UsageError.
+            to the pathwise weight of each draw, 1 - (d^2 bound / d log w_k^2) / (d bound / d log w_k). Default: that,
+            by K backward passes through `reduce`.
         stl_unbiased -> bool: whether the bound is a mean of log-weights; "stl" warns where it is False and K > 1, and
             the particles of a datum then share one draw of the global latents. Default: False.
         partition() -> [(b_j, b_{j+1} - b_j)]: for "covariance", which only an objective with it takes, as `TVO`.
@@ -61,6 +81,8 @@ class Objective(PyroELBO):
         value(call), surrogate(call) -> scalar nats: the bound summed over the batch, without and with a gradient.
             Default: `bound`; the gradient estimator's.
         global_bound(t) -> [1] nats: the bound of the global latents, from their terms. Default: `bound`.
+        check_estimator(): raises UsageError where the gradient estimator is not defined for the objective; called after
+            the constructor. Default: `gradient.check_objective`.
         factorizes_over_data -> bool: whether a datum's bound depends on no other datum, so that `fit` may split a
             batch. Default: True.
 
@@ -72,13 +94,13 @@ class Objective(PyroELBO):
     """
 
     factorizes_over_data = True
+    homogeneity: float | None = 1.0
 
     def __init__(self, num_particles: int, gradient: str | GradientEstimator = "pathwise"):
         if num_particles < 1:
             raise UsageError(f"num_particles: expected at least 1, found {num_particles}")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.gradient = resolve_gradient(gradient)
-        self.gradient.check_objective(self)
         self._schedules: dict[str, ScheduledScalar] = {}
         self._step = torch.zeros((), dtype=torch.int64)  # a tensor, which a captured step may read
         self._inspected: tuple[Program, Program, Structure] | None = None
@@ -101,7 +123,14 @@ class Objective(PyroELBO):
         return self.reduce(torch.where(diagonal, replacement, log_weight[:, None]))
 
     def dreg_weights(self, log_weight: Tensor) -> Tensor:
-        raise UsageError(f"{type(self).__name__}: expected a gradient other than {type(self.gradient).__name__}")
+        with torch.enable_grad():
+            w = log_weight.detach().requires_grad_()
+            (first,) = torch.autograd.grad(self.reduce(w).sum(), w, create_graph=True)
+            if not first.requires_grad:  # a linear bound
+                return torch.ones_like(first)
+            rows = [torch.autograd.grad(first[k].sum(), w, retain_graph=True)[0][k] for k in range(len(w))]
+        first = first.detach()
+        return torch.where(first == 0, 0.0, 1 - torch.stack(rows) / first)
 
     @property
     def stl_unbiased(self) -> bool:
@@ -120,6 +149,9 @@ class Objective(PyroELBO):
     @property
     def terms_options(self) -> dict[str, Any]:
         return {}
+
+    def check_estimator(self) -> None:
+        self.gradient.check_objective(self)
 
     def check_structure(self, s: Structure) -> None:
         """Raises ContractError, naming the site, where the bound is not defined for a pair; warns where it sums a
@@ -160,6 +192,7 @@ class Objective(PyroELBO):
     def _structure(self, model: Program, guide: Program, batch: tuple[Any, ...]) -> Structure:
         if self._inspected is None or self._inspected[:2] != (model, guide):
             s = inspect(model, guide, batch, weights=False)
+            check_reduce(self, batch[0].device if batch and isinstance(batch[0], Tensor) else None)
             self.check_structure(s)
             if s.bound_refusal:
                 raise ContractError(s.bound_refusal)

@@ -4,11 +4,46 @@ Each `require_*` function raises ContractError with the site, what was expected,
 """
 
 import logging
+from typing import Any
 
-from ppvae.errors import ContractError, site_error
+import torch
+
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference.structure import Role, Structure
+from ppvae.objectives.protocol import LogWeightBound
 
 log = logging.getLogger("ppvae")
+
+
+def check_reduce(objective: LogWeightBound, device: torch.device | None = None) -> None:
+    """`reduce` gives one number per datum, and follows the rules of the objective's `homogeneity`.
+
+    Raises UsageError, by the objective's class.
+    """
+    name, k, h = type(objective).__name__, objective.draws, objective.homogeneity
+    log_weight = torch.linspace(-1.0, 1.0, 2 * k, dtype=torch.float64, device=device).reshape(k, 2).sin()
+    with torch.no_grad():
+        bound: Any = objective.reduce(log_weight)
+        if not isinstance(bound, torch.Tensor) or bound.shape != (2,):
+            found = f"shape {list(bound.shape)}" if isinstance(bound, torch.Tensor) else type(bound).__name__
+            raise UsageError(
+                f"{name}.reduce: expected a bound per datum, [batch] = [2], for log-weights [K, batch] = [{k}, 2]; "
+                f"found {found}. Reduce the first dim alone, as log_weight.mean(0) does"
+            )
+        if h is None:
+            return
+        shifted, equal = objective.reduce(log_weight + 1), objective.reduce(torch.ones_like(log_weight))
+    other = "A bound of another kind sets homogeneity: -1 for minus an upper bound, None where no such rule holds"
+    if not torch.allclose(shifted - bound, torch.full_like(bound, h), rtol=0, atol=1e-5):
+        raise UsageError(
+            f"{name}.reduce: expected that 1 nat added to all log-weights adds {h:g} to the bound (homogeneity {h:g}); "
+            f"found {float((shifted - bound)[0]):.4g}. {other}"
+        )
+    if not torch.allclose(equal, torch.full_like(equal, h), rtol=0, atol=1e-5):
+        raise UsageError(
+            f"{name}.reduce: expected {h:g} for {k} log-weights that all equal 1; found {float(equal[0]):.4g}. Divide "
+            f"sums over the draws by their number. {other}"
+        )
 
 
 def require_reparameterized_latents(s: Structure, estimator: str) -> None:

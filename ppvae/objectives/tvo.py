@@ -74,6 +74,9 @@ class TVO(Objective):
     def learning_signal(self, log_weight: Tensor) -> Tensor:
         return super().learning_signal(log_weight) if self.num_partitions > 1 else log_weight / len(log_weight)
 
+    def dreg_weights(self, log_weight: Tensor) -> Tensor:
+        raise UsageError("TVO: expected a gradient other than 'dreg' and 'gdreg': its pathwise weights may be zero")
+
     def leave_one_out_bound(self, log_weight: Tensor, replacement: Tensor) -> Tensor:
         terms = [width * leave_one_out_tempered_mean(log_weight, replacement, b) for b, width in self.partition()]
         return torch.stack(terms).sum(0)

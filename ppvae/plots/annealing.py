@@ -13,11 +13,11 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.estimates import reliability_histogram
-from ppvae.plots.style import BLUE, INK, ORANGE, array, decimal_log_ticks, figure, note, number, styled
+from ppvae.plots.style import BLUE, INK, ORANGE, array, caveat, decimal_log_ticks, number, open_axes, styled
 
 
 @styled
-def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
+def looseness_curve(tighter: Estimate, est: Estimate, *, ax: Any = None) -> Figure:
     """Mean L_k against k below a tighter estimate for the same data, and a histogram of the difference at K; nats.
 
     The band is two paired standard errors of the difference. Colours show the reliability of importance sampling.
@@ -28,8 +28,7 @@ def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
     pairs = [looseness_and_error(tighter, est, k) for k in ks]
     high = float(tighter.log_px.mean())
     low, error = np.array([high - mean for mean, _ in pairs]), np.array([e for _, e in pairs])
-    fig = figure(9.6, 3.6)
-    axes: Any = fig.subplots(1, 2)
+    fig, axes = open_axes(ax, 9.6, 3.6, 2)
     ax = axes[0]
     ax.fill_between(ks, low - 2 * error, low + 2 * error, color=BLUE, alpha=0.15, linewidth=0,
                     label="two standard errors of the difference")  # fmt: skip
@@ -49,12 +48,12 @@ def looseness_curve(tighter: Estimate, est: Estimate) -> Figure:
     axes[1].axvline(mean, color=INK, linewidth=1.3, label=f"mean {number(mean, 3)} ± {number(error_at, 3)}")
     axes[1].set_xlabel(f"log p(x) by annealing − $L_{{{ks[-1]}}}$ (nats)")
     axes[1].legend()
-    note(axes[1], f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
+    caveat(axes[1], f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
     return fig
 
 
 @styled
-def bracket(result: Bracket | TwoSidedBounds) -> Figure:
+def bracket(result: Bracket | TwoSidedBounds, *, ax: Any = None) -> Figure:
     """The gap between the bounds of log p(x) against the lower bound, per datum; nats.
 
     Bars are two Monte-Carlo standard errors of both bounds; the band is two standard errors of the mean gap.
@@ -62,8 +61,7 @@ def bracket(result: Bracket | TwoSidedBounds) -> Figure:
     gap, lower = array(result.gap), array(result.lower)
     bars = 2 * np.hypot(array(result.lower_std_error), array(result.upper_std_error))
     shown = np.isfinite(gap) & np.isfinite(lower)
-    fig = figure(7.2, 3.4)
-    ax: Any = fig.add_subplot()
+    fig, (ax,) = open_axes(ax, 7.2, 3.4)
     ax.errorbar(lower[shown], gap[shown], yerr=np.nan_to_num(bars[shown]), fmt="o", color=BLUE, markersize=3.5,
                 linewidth=0.7, alpha=0.7, label="a datum")  # fmt: skip
     mean, error = mean_and_error(result.gap)
@@ -76,5 +74,5 @@ def bracket(result: Bracket | TwoSidedBounds) -> Figure:
     ax.set_xlabel("log p(x) from below (nats)")
     ax.set_ylabel("upper − lower bound (nats)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    note(ax, f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
+    caveat(ax, f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
     return fig

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.calibration import Calibration, band, bounds, pointwise_p_values
-from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, figure, note, styled
+from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, note, open_axes, styled
 
 MAX_LABELS = 4  # dims in the legend
 MAX_BARS = 20
@@ -15,7 +15,7 @@ BAND_COLOR = "#dddddd"
 
 
 @styled
-def calibration_ranks(result: Calibration, site: str) -> Figure:
+def calibration_ranks(result: Calibration, site: str, *, ax: Any = None) -> Figure:
     """Ranks of a latent's dims: their ECDF minus the uniform CDF, and the histogram of the worst dim.
 
     A dim departs from uniformity where its line leaves the grey band, which contains all dims of an exact guide jointly
@@ -29,8 +29,7 @@ def calibration_ranks(result: Calibration, site: str) -> Figure:
     table = pointwise_p_values(count, bins)
     low, high = (array(b) / count for b in band(result.level, count, bins, table))
     edges = np.arange(1, bins) / bins
-    fig = figure(9.6, 3.4)
-    axes: Any = fig.subplots(1, 2, width_ratios=(3, 2))
+    fig, axes = open_axes(ax, 9.6, 3.4, 2, width_ratios=(3, 2))
     axes[0].fill_between(
         edges, low - edges, high - edges, color=BAND_COLOR, linewidth=0, step="mid" if bins < 20 else None
     )

@@ -6,14 +6,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ppvae.evaluation.compare import Comparison
-from ppvae.plots.style import BLUE, FAINT, figure, note, number, styled
+from ppvae.plots.style import BLUE, FAINT, caveat, number, open_axes, styled
 
 
 @styled
-def differences(result: Comparison) -> Figure:
+def differences(result: Comparison, *, ax: Any = None) -> Figure:
     """Mean log p(x) of each model minus that of the best, with two standard errors of the difference; nats."""
-    fig = figure(7.2, 1.2 + 0.42 * len(result.names))
-    ax: Any = fig.add_subplot()
+    fig, (ax,) = open_axes(ax, 7.2, 1.2 + 0.42 * len(result.names))
     best = result.names[0]
     for y, name in enumerate(result.names):
         delta, error = result.difference(name, best) if y else (0.0, 0.0)
@@ -29,5 +28,5 @@ def differences(result: Comparison) -> Figure:
     ax.grid(visible=False, axis="y")
     ax.set_xlabel(f"log p(x) minus that of {best} (nats per datum; bars: two standard errors)")
     count = len(result.warnings)
-    note(ax, f"{count} warning{'s' * (count > 1)}, see the table" if count else "")
+    caveat(ax, f"{count} warning{'s' * (count > 1)}, see the table" if count else "")
     return fig

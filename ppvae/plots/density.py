@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
-from ppvae.plots.style import GREEN, INK, array, figure, styled
+from ppvae.plots.style import GREEN, INK, array, figure, open_axes, styled
 
 
 def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
@@ -24,7 +24,12 @@ def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
 
 @styled
 def density_maps(
-    panels: Mapping[str, Any], *, reach: float = 4.0, cols: int = 3, marks: Mapping[str, Any] | None = None
+    panels: Mapping[str, Any],
+    *,
+    reach: float = 4.0,
+    cols: int = 3,
+    marks: Mapping[str, Any] | None = None,
+    ax: Any = None,
 ) -> Figure:
     """Panels over [-reach, reach]^2, {title: log-densities [count^2] at `plane(reach, count)`, or data [N, 2]}.
 
@@ -41,10 +46,13 @@ def density_maps(
             raise UsageError(f"{title}: expected [count^2] log-densities or data [N, 2], found {list(values.shape)}")
     cols = min(cols, len(arrays))
     rows = math.ceil(len(arrays) / cols)
-    fig = figure(0.2 + 2.6 * cols, 0.1 + 2.75 * rows)
-    axes = np.atleast_1d(fig.subplots(rows, cols, sharex=True, sharey=True)).reshape(rows, cols)
+    if ax is None:
+        fig = figure(0.2 + 2.6 * cols, 0.1 + 2.75 * rows)
+        axes = list(np.ravel(fig.subplots(rows, cols, sharex=True, sharey=True)))
+    else:
+        fig, axes = open_axes(ax, 0, 0, len(arrays))
     vmax = min((np.exp(np.nanmax(values)) for values in arrays.values() if values.ndim == 1), default=1.0)
-    for ax, (title, values) in zip(axes.flat, arrays.items(), strict=False):
+    for ax, (title, values) in zip(axes, arrays.items(), strict=False):
         if values.ndim == 1:
             side = math.isqrt(len(values))
             ax.imshow(
@@ -58,6 +66,6 @@ def density_maps(
             ax.plot(*array(marks[title]).T, "+", color=GREEN, markersize=size, markeredgewidth=size / 5)
         ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         ax.grid(visible=False)
-    for ax in axes.flat[len(arrays) :]:
+    for ax in axes[len(arrays) :]:
         ax.set_axis_off()
     return fig

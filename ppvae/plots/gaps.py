@@ -9,19 +9,19 @@ from matplotlib.figure import Figure
 from ppvae.errors import UsageError
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.results import mean_and_error
-from ppvae.plots.style import BLUE, INK, ORANGE, SKY, figure, number, styled
+from ppvae.plots.style import BLUE, INK, ORANGE, SKY, legend, number, open_axes, styled
 
 
 @styled
-def gap_bars(results: Mapping[str, Gaps]) -> Figure:
+def gap_bars(results: Mapping[str, Gaps], *, ax: Any = None) -> Figure:
     """A stacked bar of the parts of the inference gap per result, with standard errors over the data; nats per datum.
 
     Where a richer family was fitted, the approximation gap is split at its ELBO.
     """
     if not results:
         raise UsageError("results: expected at least one, found none")
-    fig = figure(7.2, 1.5 + 0.62 * len(results))
-    ax: Any = fig.add_subplot()
+    given = ax
+    fig, (ax,) = open_axes(ax, 7.2, 1.5 + 0.62 * len(results))
     labels: set[str] = set()
     rows = list(results.items())
     for y, (_, one) in enumerate(rows):
@@ -54,6 +54,5 @@ def gap_bars(results: Mapping[str, Gaps]) -> Figure:
     ax.margins(x=0.16)
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0] if ax.get_xlim()[0] < -0.2 * ax.get_xlim()[1] else 0.0))
     ax.set_xlabel("log p(x) − ELBO (nats per datum)")
-    if labels:
-        fig.legend(loc="outside upper left", ncols=2)
+    legend(fig, given, [ax], "outside upper left", ncols=2)
     return fig

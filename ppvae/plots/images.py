@@ -27,6 +27,7 @@ def image_grid(
     row_titles: Sequence[str] | None = None,
     col_titles: Sequence[str] | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
+    ax: Any = None,
 ) -> Figure:
     """Images [N, ...] or [R, C, ...] as a grid, flat or shaped; values are clipped to `limits`, black to white.
 
@@ -51,7 +52,7 @@ def image_grid(
     places = [(left + (i % cols) * pitch[0], top + (i // cols) * pitch[1]) for i in range(len(pixels))]
     for image, (x, y) in zip(_to_rgb(pixels, limits), places, strict=True):
         canvas[y : y + height, x : x + width] = image.repeat(scale, 0).repeat(scale, 1)
-    fig, ax = _pixel_exact_figure(canvas)
+    fig, ax = _pixel_exact_figure(canvas, ax)
     for title, (x, y) in zip(titles or (), places, strict=False):
         for i, line in enumerate(title.split("\n"), 1):  # matplotlib's own line height depends on accents
             ax.text(x, y + height + 1.3 * i * _EM, line, va="baseline", fontsize=FONT_SIZE, color=INK)
@@ -94,11 +95,14 @@ def _to_rgb(pixels: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     return rgb
 
 
-def _pixel_exact_figure(canvas: np.ndarray) -> tuple[Figure, Any]:
-    """(a figure whose pixels are those of the canvas, axes in pixel coordinates)."""
+def _pixel_exact_figure(canvas: np.ndarray, ax: Any) -> tuple[Figure, Any]:
+    """(a figure whose pixels are those of the canvas, axes in pixel coordinates), or given axes and their figure."""
     height, width = canvas.shape[:2]
-    fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    ax = fig.add_axes((0, 0, 1, 1))
-    ax.imshow(canvas, interpolation="none", aspect="auto", extent=(0, width, height, 0))
+    if ax is None:
+        fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+        ax, aspect = fig.add_axes((0, 0, 1, 1)), "auto"
+    else:
+        fig, aspect = ax.figure, "equal"
+    ax.imshow(canvas, interpolation="none", aspect=aspect, extent=(0, width, height, 0))
     ax.set_axis_off()
     return fig, ax

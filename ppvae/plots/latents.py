@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
-from ppvae.plots.style import CLASSES, INK, ORDERED, array, figure, note, styled
+from ppvae.plots.style import CLASSES, INK, ORDERED, array, caveat, open_axes, styled
 
 MOST_CLASSES = 20
 
 
 @styled
 def latent_map(
-    means: Any, labels: Any = None, *, log_px: Any = None, names: Sequence[str] = (), site: str = "z"
+    means: Any, labels: Any = None, *, log_px: Any = None, names: Sequence[str] = (), site: str = "z", ax: Any = None
 ) -> Figure:
     """Posterior means [N, D] in the plane, projected on two principal components where D > 2.
 
@@ -30,8 +30,7 @@ def latent_map(
         raise UsageError(f"means: expected [N, D], found {list(points.shape)}")
     projected, axis_labels = _project(points, site)
     size = float(np.clip(8000 / len(points), 8, 26))
-    fig = figure(7.2, 5.6)
-    ax: Any = fig.add_subplot()
+    fig, (ax,) = open_axes(ax, 7.2, 5.6)
     classes = np.unique(array(labels)) if labels is not None else np.empty(0)
     if 0 < len(classes) <= MOST_CLASSES:
         _scatter_classes(ax, projected, array(labels), classes, names, size)
@@ -41,7 +40,7 @@ def latent_map(
     else:
         ax.scatter(*projected.T, s=size, color=CLASSES[0], alpha=0.6, linewidths=0)
     if len(classes) > MOST_CLASSES:
-        note(ax, f"{len(classes)} classes: too many for colours")
+        caveat(ax, f"{len(classes)} classes: too many for colours")
     ax.set_xlabel(axis_labels[0])
     ax.set_ylabel(axis_labels[1])
     if points.shape[1] > 1:

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
-from ppvae.plots.style import BLUE, INK, ORDERED, array, figure, styled
+from ppvae.plots.style import BLUE, INK, ORDERED, array, figure, legend, open_axes, styled
 
 
 @styled
-def parallel_coordinates(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4) -> Figure:
+def parallel_coordinates(panels: Mapping[str, Mapping[str, Any]], *, cols: int = 4, ax: Any = None) -> Figure:
     """Panels of lines over the dims of x, {title: {label: [*event] or [n, *event]}}, with common axes.
 
     Two labels differ in colour and marker; more labels are a sequence, from dark to bright.
@@ -22,22 +22,25 @@ def parallel_coordinates(panels: Mapping[str, Mapping[str, Any]], *, cols: int =
         raise UsageError("panels: expected at least one, found none")
     cols = min(cols, len(panels))
     rows = math.ceil(len(panels) / cols)
-    fig = figure(min(9.6, 4.4 * cols), 0.5 + 2.0 * rows + (0.6 if rows == 1 else 0))
-    axes = np.atleast_1d(fig.subplots(rows, cols, sharex=True, sharey=True)).reshape(rows, cols)
-    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        ax.set_title(title)
-        _draw_lines(ax, lines)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
-    for i, ax in enumerate(axes.flat[: len(panels)]):
-        if i + cols >= len(panels):
-            ax.set_xlabel("dim of x")
-            ax.tick_params(labelbottom=True)
+    if ax is None:
+        fig = figure(min(9.6, 4.4 * cols), 0.5 + 2.0 * rows + (0.6 if rows == 1 else 0))
+        axes = list(np.ravel(fig.subplots(rows, cols, sharex=True, sharey=True)))
+    else:
+        fig, axes = open_axes(ax, 0, 0, len(panels))
+    for one, (title, lines) in zip(axes, panels.items(), strict=False):
+        one.set_title(title)
+        _draw_lines(one, lines)
+    for one in axes[len(panels) :]:
+        one.set_axis_off()
+    for i, one in enumerate(axes[: len(panels)]):
+        if i + cols >= len(panels) or ax is not None:
+            one.set_xlabel("dim of x")
+            one.tick_params(labelbottom=True)
         if i % cols == 0:
-            ax.set_ylabel("value")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 10))
+            one.set_ylabel("value")
+    count = len(axes[0].get_legend_handles_labels()[1])
+    if count > 1:
+        legend(fig, ax, axes[:1], "outside lower center", ncols=min(count, 10))
     return fig
 
 

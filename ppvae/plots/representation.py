@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from ppvae.errors import UsageError
 from ppvae.evaluation.representation import ACTIVE, Representation
 from ppvae.evaluation.results import mean_and_error
-from ppvae.plots.style import BLUE, FAINT, INK, ORANGE, SKY, VERMILLION, array, figure, note, number, styled
+from ppvae.plots.style import BLUE, FAINT, INK, ORANGE, SKY, VERMILLION, array, legend, note, number, open_axes, styled
 
 MOST_DIMS = 100
 
 
 @styled
-def kl_per_dim(result: Representation, site: str) -> Figure:
+def kl_per_dim(result: Representation, site: str, *, ax: Any = None) -> Figure:
     """The rate of each dim of a latent, largest first, and the variance of its posterior mean over the data.
 
     Dims with Var_x(E_q[u | x]) above 0.01 are active (Burda et al. 2016).
@@ -26,8 +26,7 @@ def kl_per_dim(result: Representation, site: str) -> Figure:
     kl, error = array(result.kl[site]), array(result.kl_error[site])
     variance = array(result.variance[site]) if site in result.variance else None
     split = variance is not None and len(variance) == len(kl)
-    fig = figure(9.6, 3.2)
-    axes: Any = fig.subplots(1, 2, width_ratios=(3, 2))
+    fig, axes = open_axes(ax, 9.6, 3.2, 2, width_ratios=(3, 2))
     order = np.argsort(-kl)[:MOST_DIMS]
     on = variance[order] > ACTIVE if split and variance is not None else np.ones(len(order), dtype=bool)
     place = np.arange(len(order))
@@ -57,15 +56,15 @@ def kl_per_dim(result: Representation, site: str) -> Figure:
 
 
 @styled
-def rate_distortion(results: Mapping[str, Representation]) -> Figure:
+def rate_distortion(results: Mapping[str, Representation], *, ax: Any = None) -> Figure:
     """Rate against distortion, a point with standard errors per result, on lines of equal ELBO; nats per datum.
 
     Where the rate was decomposed, a bar at the bottom spans the bounds of the mutual information.
     """
     if not results:
         raise UsageError("results: expected at least one, found none")
-    fig = figure(5.6, 4.2)
-    ax: Any = fig.add_subplot()
+    given = ax
+    fig, (ax,) = open_axes(ax, 5.6, 4.2)
     colors = (BLUE, VERMILLION, ORANGE, SKY, FAINT, INK)
     for i, (name, one) in enumerate(results.items()):
         (rate, rate_error), (distortion, error) = mean_and_error(one.rate), mean_and_error(one.distortion)
@@ -90,5 +89,5 @@ def rate_distortion(results: Mapping[str, Representation]) -> Figure:
     ax.set_ylim(low, high)
     ax.set_xlabel("rate (nats per datum)")
     ax.set_ylabel("distortion (nats per datum)")
-    fig.legend(loc="outside upper left", ncols=2)
+    legend(fig, given, [ax], "outside upper left", ncols=2)
     return fig

@@ -2,8 +2,9 @@
 
 import functools
 import io
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from ppvae.errors import UsageError
 
 P = ParamSpec("P")
 
@@ -24,6 +27,9 @@ CLASSES = (
     "#332288", "#DDCC77", "#88CCEE", "#CC6677", "#117733", "#AA4499", "#44AA99", "#882255", "#999933", "#777777",
 )  # fmt: skip
 ORDERED = "viridis"
+SERIES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)  # results beside each other
+
+log = logging.getLogger("ppvae")
 
 _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -63,6 +69,8 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(_RC):
             fig = draw(*args, **kwargs)
+        if kwargs.get("ax") is not None:
+            return fig
         vars(fig)["_repr_png_"] = functools.partial(to_png, fig)  # notebooks display figures only with pyplot loaded
         return fig
 
@@ -72,6 +80,31 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches, with constrained layout."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def open_axes(ax: Any, width: float, height: float, count: int = 1, **layout: Any) -> tuple[Figure, list[Any]]:
+    """The given axes with their figure, or `count` axes in a row of a new figure of a size in inches.
+
+    Raises UsageError for another number of axes.
+    """
+    if ax is None:
+        fig = figure(width, height)
+        return fig, list(np.ravel(fig.subplots(1, count, **layout)))
+    axes = list(np.ravel(ax))
+    if len(axes) != count:
+        raise UsageError(f"ax: expected {count} axes, one for each panel, found {len(axes)}")
+    return axes[0].figure, axes
+
+
+def legend(fig: Figure, ax: Any, axes: Sequence[Any], loc: str, **options: Any) -> None:
+    """One legend of the entries of all axes: outside a figure of our own, in the first axes where `ax` was given."""
+    entries = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    if not entries:
+        return
+    if ax is None:
+        fig.legend(entries.values(), entries, loc=loc, **options)
+    else:
+        axes[0].legend(entries.values(), entries)
 
 
 def to_png(fig: Figure) -> bytes:
@@ -109,6 +142,23 @@ def decimal_log_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 2000 * low else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def caveat(ax: Any, text: str) -> None:
+    """A warning about a figure, which goes to `notes` (and, as information, to the log), and not into the figure."""
+    if text:
+        vars(ax.figure).setdefault("ppvae_notes", []).append(text)
+        log.info("ppvae: plot: %s", text)
+
+
+def notes(fig: Figure) -> list[str]:
+    """What a caption has to say about a figure: what is not shown, and why a ranking is doubtful.
+
+    >>> from ppvae import plots
+    >>> plots.notes(plots.curves([{"epoch": 1, "loss": 2.0}]))
+    []
+    """
+    return list(vars(fig).get("ppvae_notes", []))
 
 
 def note(ax: Any, text: str) -> None:

@@ -8,23 +8,28 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
-from ppvae.plots.style import BLUE, GREEN, INK, ORANGE, figure, note, styled
+from ppvae.plots.style import BLUE, GREEN, INK, ORANGE, caveat, figure, open_axes, styled
 
 
 @styled
-def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+def curves(history: Sequence[Mapping[str, Any]], *, ax: Any = None) -> Figure:
     """Loss and negative ELBO over epochs, and rate and distortion where they were recorded; nats per datum.
 
-    rate + distortion = -ELBO (Alemi et al. 2018, arXiv 1711.00464).
+    With rate and distortion there are three panels: losses, distortion, rate. rate + distortion = -ELBO (Alemi et al.
+    2018, arXiv 1711.00464).
     """
     if not history:
         raise UsageError("history: expected at least one epoch, found none")
     epochs = [m.get("epoch", i) for i, m in enumerate(history, 1)]
     which, words = ("valid", "validation") if any("valid_elbo" in m for m in history) else ("train", "training")
     split = any(f"{which}_rate" in m for m in history)
-    fig = figure(9.6 if split else 6.4, 3.3)
-    grid = fig.add_gridspec(2, 2 if split else 1)
-    main = fig.add_subplot(grid[:, 0])
+    if ax is None:
+        fig = figure(9.6 if split else 6.4, 3.3)
+        grid = fig.add_gridspec(2, 2 if split else 1)
+        main = fig.add_subplot(grid[:, 0])
+        low_panels = [fig.add_subplot(grid[i, 1], sharex=main) for i in range(2)] if split else []
+    else:
+        fig, (main, *low_panels) = open_axes(ax, 0, 0, 3 if split else 1)
     series = [("loss (training objective)", _series(history, "loss"), BLUE)]
     elbo = _series(history, f"{which}_elbo")
     if np.isfinite(elbo).any():
@@ -32,12 +37,13 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     _lines(main, epochs, series, "nats per datum")
     main.set_xlabel("epoch")
     if split:
-        top, low = fig.add_subplot(grid[0, 1], sharex=main), fig.add_subplot(grid[1, 1], sharex=main)
+        top, low = low_panels
         _lines(top, epochs, [(f"distortion ({words} data)", _series(history, f"{which}_distortion"), ORANGE)], "nats")
         _lines(low, epochs, [(f"rate ({words} data)", _series(history, f"{which}_rate"), GREEN)], "nats")
-        top.tick_params(labelbottom=False)
         low.set_xlabel("epoch")
-        fig.align_ylabels([top, low])
+        if ax is None:
+            top.tick_params(labelbottom=False)
+            fig.align_ylabels([top, low])
     return fig
 
 
@@ -72,4 +78,4 @@ def _clip_first_epochs(ax: Any, epochs: Sequence[int], series: Sequence[np.ndarr
     excess = max(np.nanmax(values[outside], initial=high) - high, low - np.nanmin(values[outside], initial=low))
     if high > low and excess > 0.5 * (high - low):
         ax.set_ylim(low - margin, high + margin)
-        note(ax, f"the first {'epoch' if start == 1 else f'{start} epochs'} beyond the axis")
+        caveat(ax, f"the first {'epoch' if start == 1 else f'{start} epochs'} beyond the axis")

@@ -45,6 +45,16 @@ class PowerSphericalDistribution(ParametricDistribution):
         b = (self.event_shape[0] - 1) / 2
         return self.concentration.double() + b, b
 
+    @property
+    def mean(self) -> Tensor:
+        """loc times (a - b) / (a + b), inside the sphere."""
+        a, b = self._shapes()
+        return self.loc * ((a - b) / (a + b)).to(self.loc.dtype).unsqueeze(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        return self.loc
+
     def _log_normaliser(self) -> Tensor:
         """log C - kappa log 2, in float64."""
         a, b = self._shapes()

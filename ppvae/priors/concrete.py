@@ -35,6 +35,11 @@ class BinaryConcrete(ParametricDistribution):
         self.temperature, self.logits = temperature, logits
         super().__init__(logits.shape, torch.Size(), validate_args=validate_args)
 
+    @property
+    def probs(self) -> Tensor:
+        """Of the Bernoulli variable that is relaxed, P(z > 1/2); not the mean, which has no closed form."""
+        return self.logits.sigmoid()
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = _clamp_to_open_unit_interval(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
@@ -73,6 +78,11 @@ class Concrete(ParametricDistribution):
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> Any:
         return SimplexBlocksConstraint(self.logits.shape[-1])
+
+    @property
+    def probs(self) -> Tensor:
+        """Of the classes that are relaxed, as z has them, [..., variables * classes]; not the mean."""
+        return self.logits.exp().flatten(-2)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.logits.shape

@@ -46,6 +46,11 @@ class DiscreteVector(dist.Independent):
     """
 
     @property
+    def probs(self) -> Tensor:
+        """Of each variable: [..., variables] of Bernoulli ones, [..., variables, classes] of categorical ones."""
+        return self.base_dist.probs
+
+    @property
     def has_enumerate_support(self) -> bool:
         classes = self.base_dist.enumerate_support(expand=False).numel()
         return classes ** self.event_shape.numel() <= MAX_JOINT_VALUES
@@ -94,6 +99,21 @@ class OneHotVector(ParametricDistribution):
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
         return OneHotBlocksConstraint(self.classes)
+
+    @property
+    def probs(self) -> Tensor:
+        """Of each class, as z has them, [..., variables * classes]; NotImplementedError for dependent variables."""
+        if not isinstance(self.base, DiscreteVector):
+            raise NotImplementedError("the probabilities of dependent variables have no closed form")
+        return self.base.probs.flatten(-2)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.probs
+
+    @property
+    def mode(self) -> Tensor:
+        return self._to_one_hot(self.base.mode)
 
     @property
     def has_enumerate_support(self) -> bool:

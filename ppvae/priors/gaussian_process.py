@@ -61,6 +61,10 @@ class GaussianProcessVector(ParametricDistribution):
         """The mean of each position and dim, [..., T * latent]."""
         return self.loc.mT.flatten(-2).to(self.dtype)
 
+    @property
+    def mode(self) -> Tensor:
+        return self.mean
+
     def _log_prob(self, value: Tensor) -> Tensor:
         z = value.double().unflatten(-1, self.scale_tril.shape[-2:-4:-1]).mT - self.loc
         lead = torch.broadcast_shapes(z.shape[:-2], self.batch_shape)

@@ -40,6 +40,12 @@ class Mixture(ParametricDistribution):
     def support(self) -> Any:
         return self.components.support
 
+    @property
+    def mean(self) -> Tensor:
+        means = self.components.mean.flatten(1)
+        weights = means.new_full((len(means),), 1 / len(means)) if self.logits is None else self.logits.softmax(-1)
+        return (weights @ means).reshape(self.event_shape).expand(self.shape())
+
     def _log_prob(self, value: Tensor) -> Tensor:
         lead = value.shape[: value.dim() - len(self.event_shape)]
         rows = value.reshape(-1, 1, *self.event_shape)

@@ -29,6 +29,11 @@ class SphericalUniform(ParametricDistribution):
         self.like = like
         super().__init__(torch.Size(), like.shape, validate_args=validate_args)
 
+    @property
+    def mean(self) -> Tensor:
+        """The origin, which is no unit vector."""
+        return self.like.expand(self.shape())
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         return normalize(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))

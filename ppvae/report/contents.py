@@ -10,6 +10,7 @@ from ppvae.errors import PpvaeError
 from ppvae.plots.style import number
 from ppvae.report.annealing_section import annealing_sections
 from ppvae.report.estimate_section import bounds, diagnosis, least_reliable_data, log_px
+from ppvae.report.explorer import explorer
 from ppvae.report.results_section import results_sections
 from ppvae.report.run_data import RunData, SectionUnavailable
 from ppvae.report.samples_section import interpolations, latent_map, reconstructions, samples, traversals
@@ -18,6 +19,7 @@ from ppvae.report.section import CaptionedFigure, Section, build_section, sectio
 
 def all_sections(run_data: RunData) -> Iterator[Section]:
     """Every section of the report, in its order."""
+    yield build_section("explorer", "Explorer", lambda: explorer(run_data))
     yield build_section("curves", "Training", lambda: training_curves(run_data))
     yield build_section("samples", "Samples", lambda: samples(run_data))
     yield build_section("reconstructions", "Reconstructions", lambda: reconstructions(run_data))

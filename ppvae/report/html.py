@@ -9,9 +9,16 @@ from ppvae.plots import DPI
 from ppvae.report.section import Section
 
 STYLE = """
-:root { color-scheme: light; --ink: #1c1c1c; --soft: #5f6368; --line: #e3e3e3; --warn: #b54708; --ground: #fff6ec; }
+:root { color-scheme: light dark; --page: #fff; --ink: #1c1c1c; --soft: #5f6368; --line: #e3e3e3; --warn: #b54708;
+  --ground: #fff6ec; --code: #f7f7f7; --mark: #e0a458; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14181d; --ink: #e7e9ec; --soft: #a3abb5; --line: #323943; --warn: #ffb35c; --ground: #2b2418;
+    --code: #1c2127; --mark: #b98338; }
+  figure img { background: #fff; border-radius: 8px; padding: 6px; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif; }
 main { max-width: 1040px; margin: 0 auto; padding: 40px 36px 80px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
@@ -25,9 +32,9 @@ nav a { color: var(--soft); margin-right: 14px; white-space: nowrap; }
 .card .value { font-size: 27px; line-height: 1.3; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .card .value small { font-size: 16px; color: var(--soft); }
 .card .below { font-size: 13px; color: var(--soft); }
-.card.warn { border-color: #f0c48a; background: var(--ground); }
+.card.warn { border-color: var(--mark); background: var(--ground); }
 .card.warn .value { color: var(--warn); }
-.remark { border-left: 3px solid #e0a458; background: var(--ground); margin: 0 0 12px; padding: 8px 14px; }
+.remark { border-left: 3px solid var(--mark); background: var(--ground); margin: 0 0 12px; padding: 8px 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 0; border-bottom: 1px solid var(--line); }
 th { width: 190px; padding-right: 16px; font-weight: normal; color: var(--soft); }
@@ -38,8 +45,10 @@ figcaption, p.reason { margin: 8px 0 0; max-width: 820px; font-size: 14.5px; col
 p.reason { font-style: italic; }
 details { margin-top: 14px; }
 summary { cursor: pointer; }
-pre { background: #f7f7f7; padding: 14px 16px; border-radius: 6px; font-size: 13px; line-height: 1.45; overflow-x: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--code); padding: 14px 16px; border-radius: 6px; font-size: 13px; line-height: 1.45;
+  overflow-x: auto;  white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 600px) { main { padding: 22px 16px 60px; } th { width: 110px; } nav { line-height: 1.9; } }
+@media print { :root { color-scheme: light; } }
 @media print { main { padding: 0; } nav { display: none; } figure, .card { break-inside: avoid; } }
 """
 
@@ -118,14 +127,16 @@ def _card_html(card: Card) -> str:
 
 
 def _section_html(section: Section, png: bytes | None) -> str:
-    if section.content is None or png is None:
+    if section.markup:
+        body = section.markup
+    elif section.content is None or png is None:
         body = f'<p class="reason">Not available. {escape(section.reason)}</p>'
     else:
         width = round(section.content.figure.get_figwidth() * DPI / 2)
         data = base64.b64encode(png).decode()
         body = (
             f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{escape(section.title)}">\n'
-            f"<figcaption>{escape(section.content.caption)}</figcaption></figure>"
+            f"<figcaption>{escape(section.content.full_caption)}</figcaption></figure>"
         )
     return f'<section id="{escape(section.key)}">\n<h2>{escape(section.title)}</h2>\n{body}\n</section>\n'
 

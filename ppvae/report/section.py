@@ -27,24 +27,31 @@ class CaptionedFigure:
     caption: str
     values: Tensor | None = None
 
+    @property
+    def full_caption(self) -> str:
+        """The caption, and what the figure leaves out."""
+        return " ".join([self.caption, *(as_sentence(text) for text in plots.notes(self.figure))])
+
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the report; `content` is None where it is not available, and `reason` says why."""
+    """A section of the report: a figure (`content`) or HTML (`markup`), or neither, and `reason` says why."""
 
     key: str
     title: str
     content: CaptionedFigure | None = None
     reason: str = ""
+    markup: str = ""
 
 
-def build_section(key: str, title: str, draw: Callable[[], CaptionedFigure]) -> Section:
-    """A section with the figure that `draw` returns, or with the reason why it raised.
+def build_section(key: str, title: str, draw: Callable[[], CaptionedFigure | str]) -> Section:
+    """A section with the figure, or the HTML, that `draw` returns, or with the reason why it raised.
 
     Every exception is caught, so that a failing figure does not prevent the report; one of foreign code is logged.
     """
     try:
-        return Section(key, title, draw())
+        made = draw()
+        return Section(key, title, markup=made) if isinstance(made, str) else Section(key, title, made)
     except (SectionUnavailable, PpvaeError) as error:
         return Section(key, title, reason=one_line(error, 400))
     except Exception as error:

@@ -507,8 +507,9 @@ def test_torch_files_that_hold_no_dense_numbers(tmp_path):
 def test_paths_that_lead_nowhere(tmp_path):
     assert "no such file or folder" in refused(tmp_path / "x.npz")
     assert "no such file or folder" in refused("nowhere/to/be/found.npz")
-    (tmp_path / "x.csv").write_text("1,2\n")
-    assert "expected .npz, .npy, .pt, .pth or a folder of images, found '.csv'" in refused(tmp_path / "x.csv")
+    (tmp_path / "x.xls").write_text("1,2\n")
+    known = ".npz, .npy, .pt, .pth, .csv, .tsv, .parquet"
+    assert f"expected {known} or a folder of images, found '.xls'" in refused(tmp_path / "x.xls")
 
 
 # Folders of images

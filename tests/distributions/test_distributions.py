@@ -127,6 +127,48 @@ def test_sampler_fits_its_density(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_mode_has_the_largest_density(name: str) -> None:
+    fn = build(name)
+    try:
+        mode = fn.mode
+    except NotImplementedError:
+        assert name in ("MixtureOfDiscretizedLogistics", "Autoregressive")
+        return
+    assert mode.shape == fn.shape()
+    if isinstance(CASES[name].support, Tensor):
+        x = CASES[name].support.double()
+        x = x.reshape(len(x), *[1] * len(fn.batch_shape), *fn.event_shape).expand(len(x), *fn.shape())
+    else:
+        x = fn.sample((2000,))
+        inner = mode.clamp(1e-9, 1 - 1e-9) if name == "Beta" else mode
+        assert (fn.log_prob(inner) >= fn.log_prob(x).amax(0) - 1e-9).all()
+        return
+    assert (fn.log_prob(mode) >= fn.log_prob(x).amax(0) - 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["Bernoulli", "Levels", "Levels of whole numbers", "DiscretizedLogistic"])
+def test_probs_are_the_masses(name: str) -> None:
+    fn = build(name)
+    x = CASES[name].support.double()
+    mass = fn.log_prob(x.reshape(-1, 1)).exp().T  # [batch, levels]
+    assert torch.allclose(mass[:, -1] if name == "Bernoulli" else mass, fn.probs, atol=1e-12)
+
+
+def test_the_mode_of_counts_of_a_large_total_is_found() -> None:
+    torch.manual_seed(0)
+    for total in (1000.0, 7.0, 0.0):
+        fn = D.Multinomial(torch.tensor(total).double(), torch.randn(50).double())
+        mode = fn.mode
+        assert float(mode.sum()) == total
+        for a in mode.nonzero()[:, 0].tolist():  # no move of one count from a kind to another is better
+            for b in range(50):
+                other = mode.clone()
+                other[a] -= 1
+                other[b] += 1
+                assert fn.log_prob(mode) >= fn.log_prob(other) - 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_mean_is_that_of_the_density(name: str) -> None:
     fn = build(name)
     try:

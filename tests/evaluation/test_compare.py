@@ -44,7 +44,7 @@ def test_the_difference_is_paired():
     assert delta == pytest.approx(float((own - 0.1).mean()), abs=1e-12)
     assert error == pytest.approx(float(own.std() / math.sqrt(200)), abs=1e-12)
     assert found.difference("high", "low")[0] == pytest.approx(-delta, abs=1e-12)
-    assert found.verdict("low", "high").startswith("worse, as runs")
+    assert found.verdict("low", "high") == "worse in these runs; 3 seeds of each would decide between the methods"
     assert found.verdict("high", "low").startswith("better")
     assert found.warnings == ()
     assert "from high: worse" in found.table()["low"]
@@ -59,10 +59,10 @@ def test_the_variance_over_runs_counts():
     assert delta == pytest.approx(0.5)
     variance = float(torch.tensor([0.0, 0.3, 0.6]).var() + torch.tensor([0.0, 0.1, -0.1]).var()) / 3
     assert error == pytest.approx(math.sqrt(variance), abs=1e-9)
-    assert found.verdict("a", "b") == "better"
+    assert found.verdict("a", "b") == "better; decided over 3 seeds"
     assert "(3 runs)" in found.table()["a"]
     close = compare({"a": a, "b": [estimate(e.log_px + 0.45) for e in b]})
-    assert close.verdict("b", "a") == "not resolved"
+    assert close.verdict("b", "a") == "not decided: within two standard errors"
 
 
 def test_other_data_another_base_measure_and_undequantised_levels_are_refused():
@@ -102,7 +102,7 @@ def test_unequal_tightness_is_said():
     found = compare({"a": estimate(broken), "b": estimate(x)})
     assert found.names[0] == "b"
     assert any("not finite for some data: a" in w for w in found.warnings)
-    assert found.verdict("a", "b") == "not resolved"
+    assert found.verdict("a", "b") == "not decided: within two standard errors"
 
 
 def test_estimates_come_back_from_their_files(tmp_path):

@@ -93,7 +93,7 @@ def test_training_stops_where_a_parameter_leaves_its_domain(compile):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     adam = functools.partial(torch.optim.Adam, lr=0.01)
-    with pytest.raises(TrainingError, match=r"'probs' of Bernoulli in interval.*found 1\.0.*constraint=constraints"):
+    with pytest.raises(TrainingError, match=r"'probs' of Bernoulli in \[0, 1\].*found 1\.0.*constraint=constraints"):
         FIT(model, guide, torch.ones(N), epochs=40, optimizer=adam, compile=compile)
 
     def cured(x):

@@ -27,7 +27,7 @@ from ppvae.report.run_data import RunData, image_shape
 from ppvae.report.section import Section
 
 TITLES = (
-    "Training", "Samples", "Reconstructions", "Interpolations", "Traversals of z", "Latent map of z",
+    "Explorer", "Training", "Samples", "Reconstructions", "Interpolations", "Traversals of z", "Latent map of z",
     "Distribution of log p(x)", "Bound by number of particles", "Reliability of each log p(x)",
     "Data with the largest k̂", "Configuration",
 )  # fmt: skip
@@ -72,7 +72,8 @@ def constructed(n=40, particles=1000, **changed):
 
 
 def without_pictures(text):
-    return re.sub(r'"data:image/png;base64,[A-Za-z0-9+/=]*"', '"DATA"', text)
+    text = re.sub(r'"data:image/png;base64,[A-Za-z0-9+/=]*"', '"DATA"', text)
+    return re.sub(r'"(sprite|values)":"[A-Za-z0-9+/=]*"', r'"\1":"DATA"', text)
 
 
 class Tags(HTMLParser):
@@ -115,7 +116,8 @@ def test_one_file_that_needs_no_other(digits):
     text = path.read_text(encoding="utf-8")
     tags = Tags(text)
     bare = without_pictures(text)
-    for word in ("http", "//", "<script", "url(", "@import", "<link", "Traceback"):
+    assert re.findall(r"<script[^>]*>", bare) == ['<script type="application/json" id="explorer-data">', "<script>"]
+    for word in ("http", "//", "<script src", "url(", "@import", "<link", "Traceback"):
         assert word not in bare
     sources = [value for _, name, value in tags.attributes if name == "src"]
     assert len(sources) == 10
@@ -255,9 +257,10 @@ def test_data_that_are_no_images():
     pair = LinearGaussian(5, 2)
     run = fit(pair.model, pair.mean_field, x, epochs=1)
     est = log_marginal(run.model, run.guide, x, num_particles=30)
-    parts = {part.key: part.content for part in all_sections(RunData(run, x, est, 0))}
-    assert len(parts) == 10
-    assert None not in parts.values()
+    parts = {part.key: part.content or part.markup for part in all_sections(RunData(run, x, est, 0))}
+    assert len(parts) == 11
+    assert '"kind":"curve"' in parts["explorer"]
+    assert all(parts.values())
     assert "a line over the dims of x" in parts["samples"].caption
     assert "Look for regions of low log p(x)" in parts["latent_map"].caption  # no labels: coloured by log p(x)
     assert draws(parts["worst"].figure)
@@ -367,8 +370,8 @@ def test_a_pair_with_labels():
     run_data = RunData(run, (test, test.labels), est, 0)
     assert run_data.digest == est.digest
     assert torch.equal(run_data.labels, test.labels)
-    parts = {part.key: part.content for part in all_sections(run_data)}
-    assert None not in parts.values()
+    parts = {part.key: part.content or part.markup for part in all_sections(run_data)}
+    assert all(parts.values())
     assert "each conditioned on the other columns of one of the first data" in parts["samples"].caption
 
 
@@ -435,7 +438,8 @@ def test_diagnosis_puts_infinite_k_hat_at_the_edges():
     labels = dict(zip(ax.get_xticks().tolist(), [t.get_text() for t in ax.get_xticklabels()], strict=True))
     assert labels[points["reliable"][0]] == "−∞"
     assert labels[points["not reliable"][1]] == "∞"
-    assert "1 datum with no finite value not shown" in texts(ax.figure)
+    assert "1 datum with no finite value not shown" in plots.notes(ax.figure)
+    assert "1 datum with no finite value not shown" not in texts(ax.figure)
 
 
 def test_bound_curve_shows_the_mean_over_data_that_are_finite_at_every_k():
@@ -446,7 +450,8 @@ def test_bound_curve_shows_the_mean_over_data_that_are_finite_at_every_k():
     line = next(line for line in figure.axes[0].lines if line.get_label() == "mean $L_k$")
     assert line.get_xdata().tolist() == [1, 10, 100]
     assert line.get_ydata().tolist() == [-5.5, -4.5, -3.75]
-    assert "1 datum with a bound that is not finite not shown" in texts(figure)
+    assert "1 datum with a bound that is not finite not shown" in plots.notes(figure)
+    assert "1 datum with a bound that is not finite not shown" not in texts(figure)
 
 
 def test_histogram_counts_every_finite_datum_once():
@@ -455,7 +460,8 @@ def test_histogram_counts_every_finite_datum_once():
     heights = [sum(p.get_height() for p in bars) for bars in figure.axes[0].containers]
     good = int((est.reliable & est.log_px.isfinite()).sum())
     assert heights == [good, 39 - good]
-    assert "1 datum with no finite log p(x) not shown" in texts(figure)
+    assert "1 datum with no finite log p(x) not shown" in plots.notes(figure)
+    assert "1 datum with no finite log p(x) not shown" not in texts(figure)
 
 
 def test_curves_show_the_history():
@@ -468,7 +474,8 @@ def test_curves_show_the_history():
     np.testing.assert_allclose(lines["loss (training objective)"], [m["loss"] for m in history])
     np.testing.assert_allclose(lines["−ELBO (validation data)"], [-m["valid_elbo"] for m in history])
     np.testing.assert_allclose(lines["rate (validation data)"], [m["valid_rate"] for m in history])
-    assert "the first 2 epochs beyond the axis" in texts(figure)
+    assert "the first 2 epochs beyond the axis" in plots.notes(figure)
+    assert "the first 2 epochs beyond the axis" not in texts(figure)
     assert draws(plots.curves([{"epoch": 1, "loss": 3.0}]))
     assert draws(plots.curves([{"epoch": 1, "loss": math.nan}, {"epoch": 2, "loss": 1.0, "train_elbo": -2.0}]))
     with pytest.raises(UsageError, match="at least one epoch"):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
-from ppvae.errors import UsageError, site_error
+from ppvae.errors import UsageError, site_error, support_name
 from ppvae.evaluation.unconstrained.stereographic import InverseStereographic
-from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of, support_name
+from ppvae.inference.contract.support import base_distribution, is_discrete, mask_of
 from ppvae.inference.particle_layout import particle_dim, with_sampled_sites
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide

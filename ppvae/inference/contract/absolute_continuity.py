@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import site_error
+from ppvae.errors import site_error, support_name
 from ppvae.inference.contract.change_of_variables import check_change_of_variables
 from ppvae.inference.contract.flows import check_flow
 from ppvae.inference.contract.support import (
@@ -17,7 +17,6 @@ from ppvae.inference.contract.support import (
     is_discrete,
     mask_of,
     same_mask,
-    support_name,
 )
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program, has_inverse, support_of

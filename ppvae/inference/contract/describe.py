@@ -8,8 +8,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors import support_name
 from ppvae.inference.contract.plates_and_roles import global_latents
-from ppvae.inference.contract.support import base_distribution, base_support, mask_of, same_mask, support_name
+from ppvae.inference.contract.support import base_distribution, base_support, mask_of, same_mask
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
@@ -160,7 +161,7 @@ def _outermost_calls(model: Program, guide: Program, batch: tuple[Any, ...]) -> 
 def _space(fn: Any) -> str:
     """The support of a distribution, as " in ..."; empty where it has none."""
     support = support_of(fn)
-    return "" if support is None else f" in {support_name(base_support(support)).removesuffix('()')}"
+    return "" if support is None else f" in {support_name(base_support(support))}"
 
 
 def _registered_name(module: nn.Module, params: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import DataError, site_error
+from ppvae.errors import DataError, site_error, support_name
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import event_dim, has_dependent_support, node_log_prob, support_of
 
@@ -90,13 +90,6 @@ def base_support(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
-
-
-def support_name(support: Any) -> str:
-    """The name of a support in error messages."""
-    if support is constraints.boolean:
-        return "{0, 1}"
-    return str(support).removeprefix("<").removesuffix(">").lower()
 
 
 def _cure(fn: Any) -> str:

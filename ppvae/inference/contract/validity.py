@@ -13,14 +13,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.errors import site_error
+from ppvae.errors import site_error, support_name
 from ppvae.inference.contract.support import (
     base_distribution,
     base_support,
     check_support,
     row_in_words,
     support_mask,
-    support_name,
 )
 from ppvae.inference.tracing import support_of
 

@@ -21,7 +21,15 @@ class Baseline(Stateful, ABC):
 
     @abstractmethod
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
-        """The factor of each draw's score, learning signal minus baseline, [particles, batch] nats."""
+        """b_k, [particles, batch] nats: the score of draw k is multiplied by `learning_signal` minus b_k."""
+
+
+def signal_of_constant(objective: LogWeightBound, log_weight: Tensor, value: Tensor) -> Tensor:
+    """The learning signal of draws whose log-weights all equal `value` [] or [batch]: [particles, batch] nats.
+
+    For an importance-weighted bound it is the value, for a mean of K log-weights the value over K.
+    """
+    return objective.learning_signal(value.to(log_weight).expand_as(log_weight))
 
 
 @final
@@ -29,19 +37,22 @@ class NoBaseline(Baseline):
     """No baseline: the plain score-function estimator."""
 
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
-        return objective.learning_signal(log_weight)
+        return torch.zeros_like(log_weight)
 
 
 @final
 class LeaveOneOut(Baseline):
-    """b_k is the bound with log w_k replaced by the mean of the other log-weights: VIMCO; leave-one-out for an ELBO.
+    """The signal minus b_k is the bound minus that with log w_k replaced by the mean of the other log-weights: VIMCO.
+
+    For an ELBO it is the leave-one-out baseline.
 
     Source: Mnih and Rezende 2016 (arXiv 1602.06725), with the geometric mean; Kool et al. 2019 for the ELBO.
     """
 
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         mean_of_others = leave_one_out_sum(log_weight) / (len(log_weight) - 1)
-        return objective.reduce(log_weight) - objective.leave_one_out_bound(log_weight, mean_of_others)
+        share = objective.reduce(log_weight) - objective.leave_one_out_bound(log_weight, mean_of_others)
+        return objective.learning_signal(log_weight) - share
 
 
 @final
@@ -60,7 +71,7 @@ class MovingAverage(Baseline):
 
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         baseline = self._average(objective.reduce(log_weight).mean(), self.decay)
-        return objective.learning_signal(log_weight - baseline)
+        return signal_of_constant(objective, log_weight, baseline)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if bool(self._average.value.isnan()) else {"average": self._average.value.cpu().clone()}
@@ -120,7 +131,7 @@ class Learned(Baseline):
             self._optimizer.zero_grad()
             (objective.reduce(log_weight) - baseline).square().mean().backward()
         self._optimizer.step()
-        return objective.learning_signal(log_weight - baseline.detach())
+        return signal_of_constant(objective, log_weight, baseline.detach())
 
     def state_dict(self) -> dict[str, Any]:
         if self._optimizer is None:

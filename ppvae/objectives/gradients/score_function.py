@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import ContractError, UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
@@ -60,7 +60,7 @@ class ScoreFunction(GradientEstimator):
         t = call.terms()
         total = objective.bound(t).sum()
         if (log_q := non_reparameterized_log_prob(t)) is not None:
-            signal = self.baseline(objective, objective.log_weights(t).detach(), call.batch)
+            signal = _signal(objective, self.baseline, objective.log_weights(t).detach(), call)
             total = total + gradient_only((signal * log_q).sum())
         shared = call.globals
         if shared is None or (log_q := non_reparameterized_log_prob(shared)) is None:
@@ -68,7 +68,7 @@ class ScoreFunction(GradientEstimator):
         # a global latent's signal is of all data, and its baseline of the other particles, which have their own draws
         joint = objective.log_weights(t).sum(-1, keepdim=True) + objective.log_weights(shared) / t.scale
         baseline = LeaveOneOut() if len(joint) > 1 else NoBaseline()
-        return total + gradient_only((baseline(objective, joint.detach(), call.batch) * log_q).sum())
+        return total + gradient_only((_signal(objective, baseline, joint.detach(), call) * log_q).sum())
 
     def state_dict(self) -> dict[str, Any]:
         return self.baseline.state_dict()
@@ -78,6 +78,18 @@ class ScoreFunction(GradientEstimator):
 
     def __repr__(self) -> str:
         return f"Score({self.baseline!r})"  # as in the run folders of 0.1, which a resumed run is compared with
+
+
+def _signal(objective: LogWeightBound, baseline: Baseline, log_weight: Tensor, call: PairCall) -> Tensor:
+    """The learning signal of each draw minus b_k, [particles, batch] nats."""
+    b = baseline(objective, log_weight, call.batch)
+    if not isinstance(b, Tensor) or b.shape != log_weight.shape:
+        shape = list(b.shape) if isinstance(b, Tensor) else type(b).__name__
+        raise ContractError(
+            f"{type(baseline).__name__}: expected b_k of each draw, [particles, batch] = {list(log_weight.shape)}, "
+            f"found {shape}"
+        )
+    return objective.learning_signal(log_weight) - b.detach()
 
 
 def vimco() -> ScoreFunction:
