@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,9 @@ from ppvae.cli.common import known_labels
 from ppvae.cli.main import main
 from ppvae.cli.options import Data
 from ppvae.errors import UsageError
+from ppvae.factories import imports
 from ppvae.models import conditional_vae, table_vae
+from ppvae.run_folder.trust import trust_file
 
 PARTS = '''
 import pyro.distributions as dist
@@ -115,6 +118,37 @@ def test_classes_of_ones_own_go_all_the_way(folder, tmp_path, monkeypatch, capsy
     sys.path[:] = [entry for entry in sys.path if str(folder) not in entry]
     evaluate = ["evaluate", str(folder / "runs" / "run"), "--num-particles", "30", "--head", "20", "--no-report"]
     assert main([*evaluate, "--proposal", "guide"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["parts.py", "parts_package.parts"])
+def test_parts_that_have_changed_or_are_not_trusted_are_not_run(folder, tmp_path, monkeypatch, capsys, place):
+    """A file of parts, and a module found by the import path that the run recorded, are held as a file of a pair is."""
+    fit = ["fit", "ppvae.models:vae", "--prior", f"{place}:Wide", "--latent", "2", "--epochs", "1", "--name", "run"]
+    assert main([*fit, "--no-report"]) == 0, capsys.readouterr().err
+    file = folder / Path(place) if place.endswith(".py") else folder / "parts_package" / "parts.py"
+    source, mark = file.read_text(), tmp_path / "mark"
+    evaluate = ["evaluate", str(folder / "runs" / "run"), "--num-particles", "30", "--head", "20", "--no-report"]
+    evaluate += ["--proposal", "guide"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for text, trusted, words in (
+        (f"{source}\nopen({str(mark)!r}, 'w').close()\n", True, "is not a file that"),
+        (source, False, "which you have not trusted"),
+        (source, True, ""),
+    ):
+        file.write_text(text)
+        remembered = trust_file().read_bytes()
+        if not trusted:
+            trust_file().unlink()
+        for name in ("helper_of_parts", "parts_package", "parts_package.parts", "ppvae_pair_parts"):
+            sys.modules.pop(name, None)
+        imports._loaded.clear()  # as in another process
+        sys.path[:] = [entry for entry in sys.path if str(folder) not in entry]
+        status, error = main(evaluate), capsys.readouterr().err
+        assert (status == 0) == (words == ""), error
+        assert words in error
+        assert not mark.exists()
+        trust_file().write_bytes(remembered)
 
 
 def test_help_lists_the_flags_of_a_class_of_ones_own(folder, capsys):
