@@ -107,7 +107,7 @@ def _importance_sampling(
             beside = given if isinstance(given, int) else GUIDE_PARTICLES
         est = refined_log_marginal(
             model, guide, columns, num_particles=given or REFINED_PARTICLES, guide_particles=beside,
-            bracket_data=settings.bracket, method=settings.method, **options,
+            bracket_data=settings.bracket, method="auto" if settings.method == "auto" else "importance", **options,
         )  # fmt: skip
     if not leave_process_group():
         return 0
