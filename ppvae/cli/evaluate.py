@@ -1,5 +1,6 @@
 """`ppvae evaluate RUN`: log p(x) by importance sampling, from proposals refined to each datum, with L_K of the guide
-beside it; by the guide alone with `--proposal guide`; by annealing with `--method annealed | smc | bdmc`."""
+beside it; with annealing of the data that this fails on by `--method auto`; by the guide alone with `--proposal guide`;
+by annealing with `--method annealed | smc | bdmc`."""
 
 from __future__ import annotations
 
@@ -36,8 +37,10 @@ from ppvae.training.run import Run, cast_floating, default_dtype
 
 ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
 CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
+REFINED = (*ADAPTIVE, "precision", "guide_particles", "bracket")
 OPTIONS = {  # of each method
-    "importance": (*ADAPTIVE, "precision", "proposal", "guide_particles", "bracket"),
+    "importance": (*REFINED, "proposal"),
+    "auto": REFINED,
     "annealed": (*CHAINS, "beside"),
     "smc": (*CHAINS, "resample", "beside"),
     "bdmc": CHAINS,
@@ -59,10 +62,11 @@ def run(args: list[str]) -> int:
         discrete = getattr(getattr(unwrap(trained.model), "__self__", None), "discrete", None)
         model, guide = (trained.model, trained.guide) if discrete is None else (discrete.model, discrete.guide)
         notes += _accuracy(model, columns[0])
-        method = "log_marginal" if settings.method == "importance" else settings.method
+        samples = settings.method in ("importance", "auto")
+        method = "log_marginal" if samples else settings.method
         name = method if settings.split == "test" else f"{method}_{settings.split}"
         with evaluation_of(trained, name):
-            if settings.method == "importance":
+            if samples:
                 if discrete is not None:
                     notes.append("log p(x) of the discrete model, whose relaxed counterpart was trained")
                 return _importance_sampling(trained, model, guide, columns, settings, notes, name)
@@ -82,14 +86,14 @@ def _accuracy(model: Program, split: Any) -> list[str]:
 def check_options(settings: Evaluate) -> None:
     """Raises UsageError for options that the method does not take, and for numbers of particles below one."""
     default = Evaluate()
-    names = (*CHAINS, "resample", "beside", *ADAPTIVE, "precision", "proposal", "guide_particles", "bracket")
+    names = (*CHAINS, "resample", "beside", *OPTIONS["importance"])
     changed = [name for name in names if getattr(settings, name) != getattr(default, name)]
     for name in changed:
         if name not in OPTIONS[settings.method]:
             methods = ", ".join(method for method, names in OPTIONS.items() if name in names)
             raise UsageError(f"--{name.replace('_', '-')}: goes with --method {methods}; found {settings.method}")
-    if settings.num_particles == "auto" and settings.method != "importance":
-        raise UsageError(f"--num-particles auto: goes with --method importance; found {settings.method}")
+    if settings.num_particles == "auto" and settings.method not in ("importance", "auto"):
+        raise UsageError(f"--num-particles auto: goes with --method importance or auto; found {settings.method}")
     if settings.num_particles != "auto" and (alone := [name for name in ADAPTIVE if name in changed]):
         raise UsageError(f"--{alone[0].replace('_', '-')}: goes with --num-particles auto")
     if settings.bracket < 0:
@@ -121,7 +125,7 @@ def _importance_sampling(
             beside = given if isinstance(given, int) else GUIDE_PARTICLES
         est = refined_log_marginal(
             model, guide, columns, num_particles=given or REFINED_PARTICLES, guide_particles=beside,
-            bracket_data=settings.bracket, **options,
+            bracket_data=settings.bracket, method="auto" if settings.method == "auto" else "importance", **options,
         )  # fmt: skip
     if not leave_process_group():
         return 0

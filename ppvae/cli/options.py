@@ -63,13 +63,14 @@ class Fit(Data):
 class Evaluate:
     """Estimate log p(x) of a run's data by importance sampling, or by annealing, which is slower.
 
-    Draws come from a density refined to each datum; L_K of the guide, which papers print, is computed beside it.
+    Draws come from a density refined to each datum; L_K of the guide, which papers print, is computed beside it. With
+    --method auto, data on which importance sampling fails go on to annealing from the refined density.
 
     The same command resumes an interrupted evaluation. Several processes share the data:
     torchrun --nproc-per-node 2 -m ppvae evaluate RUN.
     """
 
-    method: Literal["importance", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket, on simulated data
+    method: Literal["importance", "auto", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket of simulated data
     proposal: Literal["refined", "guide"] = "refined"  # density that draws come from
     num_particles: int | Literal["auto"] | None = None  # 3000 if refined, else 5000; auto: adaptive to each datum
     guide_particles: int | None = None  # for L_K of the guide, beside refined: num_particles, else 5000; 0 for none

@@ -161,6 +161,19 @@ def test_annealing_lies_beside_importance_sampling_of_the_same_data(run, capsys)
     assert alone.digest == est.digest
 
 
+def test_auto_anneals_what_refined_importance_sampling_fails_on(run, capsys):
+    """No datum reaches an ess of 50 with 40 particles: all are annealed, and the table and the file say so."""
+    kept = (run / "results" / "log_marginal.json").read_bytes()
+    options = ["--method", "auto", "--head", "4", "--num-particles", "40", "--bracket", "0", "--no-report"]
+    assert main(["evaluate", str(run), *options]) == 0
+    out = capsys.readouterr().out
+    est = load_estimate(run / "results" / "log_marginal.json")
+    (run / "results" / "log_marginal.json").write_bytes(kept)
+    assert est.diagnostics["method"].tolist() == [1, 1, 1, 1]
+    assert est.guide_estimate.method == "importance sampling"
+    assert "by annealing from the refined proposal (100 chains): 4" in " ".join(out.split())
+
+
 def log_marginal_of(run, head, particles):
     out = ["--num-particles", str(particles), "--head", str(head), "--split", "test", "--no-report"]
     kept = {path: path.read_bytes() for path in (run / "results").glob("log_marginal*.*")}
@@ -236,7 +249,7 @@ def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
         (["--method", "anealed"], "method"),
         (["--num-chain", "3"], "did you mean --num-chains"),
         (["--method", "importance", "--num-temperatures", "5"], "goes with --method annealed, smc, bdmc"),
-        (["--precision", "bf16"], "--precision: goes with --method importance; found annealed"),
+        (["--precision", "bf16"], "--precision: goes with --method importance, auto; found annealed"),
         (["--method", "bdmc", "--beside", "50"], "--beside: goes with --method annealed, smc; found bdmc"),
         (["--method", "importance", "--num-particles", "0"], "num_particles: expected at least 1"),
         (["--method", "smc", "--resample", "2"], "resample: expected a share from 0 to 1"),

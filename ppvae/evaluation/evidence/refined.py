@@ -29,6 +29,7 @@ def refined_log_marginal(
     *,
     num_particles: int | Literal["auto"] = REFINED_PARTICLES,
     guide_particles: int = GUIDE_PARTICLES,
+    method: Literal["importance", "auto"] = "importance",
     bracket_data: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -47,6 +48,7 @@ def refined_log_marginal(
         model, guide, data, seed, device: as `log_marginal` takes them.
         num_particles: K of the refined proposals, or "auto".
         guide_particles: K of the guide; 0 for no estimate beside.
+        method: "auto" anneals the data that refined importance sampling fails on, as `log_marginal` does.
         bracket_data: data simulated from the model on which `bracket` certifies the proposal; its width and verdict are
             in `est.settings`, and `est.verdict` follows it. 0 for no bracket.
         directory: cache of finished blocks, in a folder for each of the two.
@@ -68,7 +70,7 @@ def refined_log_marginal(
         start = time.perf_counter()
         est = log_marginal(
             model, guide, data, num_particles=count, proposal="refined" if name == "refined" else "guide",
-            directory=folders[name], **common,
+            method=method if name == "refined" else "importance", directory=folders[name], **common,
         )  # fmt: skip
         return replace(est, seconds=time.perf_counter() - start)
 
