@@ -163,19 +163,15 @@ def test_annealing_lies_beside_importance_sampling_of_the_same_data(run, capsys)
 
 def test_auto_anneals_what_refined_importance_sampling_fails_on(run, capsys):
     """No datum reaches an ess of 50 with 40 particles: all are annealed, and the table and the file say so."""
-    kept = (run / "results" / "log_marginal.json").read_bytes()
-    options = ["--method", "auto", "--head", "4", "--num-particles", "40", "--bracket", "0", "--no-report"]
-    assert main(["evaluate", str(run), *options]) == 0
+    est = log_marginal_of(run, 4, 40, "--method", "auto", "--bracket", "0")
     out = capsys.readouterr().out
-    est = load_estimate(run / "results" / "log_marginal.json")
-    (run / "results" / "log_marginal.json").write_bytes(kept)
     assert est.diagnostics["method"].tolist() == [1, 1, 1, 1]
     assert est.guide_estimate.method == "importance sampling"
     assert "by annealing from the refined proposal (100 chains): 4" in " ".join(out.split())
 
 
-def log_marginal_of(run, head, particles):
-    out = ["--num-particles", str(particles), "--head", str(head), "--split", "test", "--no-report"]
+def log_marginal_of(run, head, particles, *options):
+    out = ["--num-particles", str(particles), "--head", str(head), "--split", "test", "--no-report", *options]
     kept = {path: path.read_bytes() for path in (run / "results").glob("log_marginal*.*")}
     assert main(["evaluate", str(run), *out]) == 0
     found = load_estimate(run / "results" / "log_marginal.json")
