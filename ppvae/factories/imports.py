@@ -93,7 +93,8 @@ def working_folder_of(names: Iterable[str]) -> list[str]:
     """The working folder, in a list, where a name's module was imported from it; an empty list where none was."""
     here = Path.cwd()
     for text in names:
-        package = sys.modules.get(text.partition(":")[0].partition(".")[0])
+        top = text.partition(":")[0].partition(".")[0]
+        package = None if top == "ppvae" else sys.modules.get(top)
         file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), None)
         if file is not None and here in (Path(file).parent, Path(file).parent.parent) and "site-packages" not in file:
             return [str(here)]

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import logging
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,14 +88,22 @@ class _Finder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, path, target)
         origin = None if spec is None or not spec.has_location or spec.origin is None else Path(spec.origin).resolve()
-        policy = None if origin is None else next((_policies[p] for p in origin.parents if p in _policies), None)
-        if spec is None or policy is None:
+        if spec is None or origin is None or _is_installed(fullname, origin):
+            return None
+        policy = next((_policies[p] for p in origin.parents if p in _policies), None)
+        if policy is None:
             return None
         if type(spec.loader) is SourceFileLoader:
             spec.loader = _Loader(fullname, str(spec.origin), policy)
         elif policy.run is not None:
             raise CheckpointError(f"{origin}: is no Python source, and {policy.run} may run nothing else. Remove it")
         return spec
+
+
+def _is_installed(fullname: str, origin: Path) -> bool:
+    """Whether a module is ppvae's own or in the environment, which may lie below a folder of the user."""
+    places = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return fullname.partition(".")[0] == "ppvae" or bool(places & {*origin.parents})
 
 
 def guard_folder(folder: Path) -> None:

@@ -193,7 +193,7 @@ def test_evaluate_and_generate_take_a_head_a_split_and_the_best(cli, trained):
 def test_best_is_a_plain_flag(cli, trained, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "ppvae.cli.evaluate.load", lambda folder, best, dtype: asked.append(best) or load(folder, best=best)
+        "ppvae.cli.common.load", lambda folder, best, **options: asked.append(best) or load(folder, best=best)
     )
     for options in ([], ["--best"]):
         result = cli("evaluate", trained, "--head", 3, "--num-particles", 2, "--no-report", *options)

@@ -43,7 +43,7 @@ class STL(GradientEstimator):
         if objective.draws > 1 and not objective.stl_unbiased:
             warnings.warn(
                 f"STL is biased for {type(objective).__name__} with more than one particle: take gradient='dreg'",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def check_structure(self, objective: LogWeightBound, s: Structure) -> None:
