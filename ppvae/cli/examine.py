@@ -18,8 +18,8 @@ from ppvae.cli.common import (
     write_report_of_results,
 )
 from ppvae.cli.options import Examine
-from ppvae.errors import ContractError
-from ppvae.evaluation.calibration import calibration
+from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation.calibration import MIN_REPLICATIONS, calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.representation import representation
@@ -38,6 +38,8 @@ def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
 def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
+    if 0 < settings.replications < MIN_REPLICATIONS:
+        raise UsageError(f"replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
     trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import as_single_batch, data_columns
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
@@ -44,8 +45,7 @@ class GenerativePair:
 
     def repeat_rows(self, count: int, first: bool = False) -> tuple[Tensor, ...]:
         """A batch of `count` rows: the rows of the batch cyclically, or its first row."""
-        if count < 1:
-            raise UsageError(f"count: expected at least 1, found {count}")
+        check_ranges(count=count)
         rows = torch.zeros(count, dtype=torch.long) if first else torch.arange(count) % len(self.batch[0])
         return tuple(t[rows.to(t.device)] for t in self.batch)
 

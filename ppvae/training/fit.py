@@ -14,6 +14,7 @@ from ppvae.compilation.precision import check_precision
 from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
@@ -95,18 +96,19 @@ def fit(
     >>> len(run.history), run.metrics["epoch"]
     (2, 2)
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("rows", rows)):
-        if value < 1:
-            raise UsageError(f"{name}: expected at least 1, found {value}")
+    check_ranges(
+        epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, clip=clip, patience=patience,
+        checkpoint_seconds=checkpoint_seconds,
+    )  # fmt: skip
     if not isinstance(objective, ELBO | None):
         raise not_an_elbo(objective)
+    if objective is not None:  # Pyro's own take any number
+        check_ranges(num_particles=objective.num_particles)
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
             f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"
         )
     check_precision(precision)
-    if clip is not None and not clip > 0:
-        raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")
     check_batch_size(data, batch_size)
