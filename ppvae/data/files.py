@@ -24,7 +24,8 @@ from ppvae.data.unsplit import (
     permutation_split,
     scale,
 )
-from ppvae.errors import DataError
+from ppvae.errors import DataError, PpvaeError
+from ppvae.errors.memory import explain_out_of_memory
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -60,8 +61,9 @@ def read_path(path: Path, missing: bool = False) -> UnsplitData:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz, .npy or .pt file by key ('' for the only one), read so that no code in the file can run."""
     try:
-        arrays = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else _read_numpy(path)
-    except DataError:
+        with explain_out_of_memory(str(path), "Take a part of the data, or a machine with more memory"):
+            arrays = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else _read_numpy(path)
+    except PpvaeError:
         raise
     except Exception as error:  # a damaged or crafted file raises almost anything
         why = wrong_format_clause(path) or f" ({one_line(error)})"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import as_single_batch, data_columns
 from ppvae.errors import UsageError
+from ppvae.errors.memory import explain_out_of_memory
 from ppvae.errors.ranges import check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
@@ -30,7 +31,8 @@ def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[Gen
     model, guide = bind_pair(model, guide)
     columns = data_columns(x, seed, program=model)
     place = choose_device(None, model, guide, columns)
-    with fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
+    memory = explain_out_of_memory("the generation", "Lower count, or pass fewer data")
+    with memory, fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
         batch = as_single_batch(columns, seed, place)
         structure = inspect(model, guide, batch, weights=False, particles=False)
         seed_all(seed)
