@@ -112,7 +112,7 @@ def load_splits(settings: Any) -> Any:
     return datasets.load(
         settings.data, root=settings.root, binarize=None if plain else settings.binarize,
         dequantize=settings.dequantize, flat=settings.flat, seed=settings.data_seed, missing=settings.missing,
-        columns=_kinds(settings.columns),
+        columns=_kinds(settings.columns), max_gigabytes=settings.max_gigabytes,
     )  # fmt: skip
 
 

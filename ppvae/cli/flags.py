@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 from ppvae.errors import UsageError, did_you_mean
 from ppvae.errors.ranges import check_known_ranges
 from ppvae.factories.constructor_flags import Argument, ClassChoice, class_choice
+from ppvae.storage import read_bytes
 
 Settings = TypeVar("Settings")
 
@@ -70,7 +71,9 @@ def parse(
     arguments = {name: getattr(options.settings if name in fields else options.extra, name) for name in extra or {}}
     for name in choices:
         given = vars(getattr(options.extra, f"{name}_arguments"))
-        check_flags_of(choices[name].constructor(arguments[name], name), given, f"{name.replace('_', '-')}.")
+        check_flags_of(
+            choices[name].constructor(arguments[name], name), given, f"--{name.replace('_', '-')} {arguments[name]}: "
+        )
         arguments[name] = {"name": arguments[name], **given}
     _check_settings(options.settings)
     return options.settings, arguments
@@ -87,7 +90,7 @@ def _check_settings(settings: Any, prefix: str = "") -> None:
     check_known_ranges(vars(settings), prefix)
     for name, value in vars(settings).items():
         if dataclasses.is_dataclass(value):
-            _check_settings(value, f"{name}.")
+            _check_settings(value, f"--{name} {vars(value)['name']}: ")
 
 
 def _choose(
@@ -170,13 +173,15 @@ def _read_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Pa
         raise UsageError("--config: expected a TOML file, found nothing after it")
     path = Path(args[at + 1])
     try:
-        content = tomllib.loads(path.read_text())
+        content = _flatten(tomllib.loads(read_bytes(path).decode()))
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UsageError(f"--config {path}: not options in TOML (nested too deeply)") from None
+    except ValueError as error:
         raise UsageError(f"--config {path}: not TOML ({error})") from error
     names = {f"{key}.name": key for key in (name.replace("_", "-") for name in choices)}
-    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in _flatten(content).items()}
+    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in content.items()}
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -125,21 +125,20 @@ RANGES: Mapping[str, Range] = {
     ),
     "rank": Range("at least 0", 0, LARGEST, whole=True, size=True),
     "num_particles": Range("at least 1", 1, MOST_DRAWS, whole=True, names=True),
-    **dict.fromkeys(
-        ("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws", "surgery_draws"), DRAWS
-    ),
+    **dict.fromkeys(("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws"), DRAWS),
     **dict.fromkeys(("local_particles", "max_particles", "beside", "bounds", "num_samples"), DRAWS),
-    **dict.fromkeys(("guide_particles", "replications", "posterior_draws"), DRAWS_OR_NONE),
+    **dict.fromkeys(("guide_particles", "replications", "posterior_draws", "surgery_draws"), DRAWS_OR_NONE),
     **dict.fromkeys(("seed", "data_seed"), Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True)),
     "target_std_error": Range("a positive number of nats", 0, open=True),
-    **dict.fromkeys(("clip", "temperature", "lengthscale"), POSITIVE),
+    **dict.fromkeys(("clip", "temperature", "lengthscale", "max_gigabytes"), POSITIVE),
     **dict.fromkeys(("scale", "df", "concentration"), POSITIVE_OR_WORD),
     **dict.fromkeys(
-        ("lr", "eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "capacity", "gamma", "wake"),
+        ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake"),
         AT_LEAST_ZERO,
     ),
     **dict.fromkeys(("sleep", "label_weight", "rate", "noise", "floor", "jitter", "beta"), AT_LEAST_ZERO),
-    **dict.fromkeys(("alpha", "weight"), FINITE),
+    **dict.fromkeys(("alpha", "weight", "capacity"), FINITE),
+    "lr": Range("a finite learning rate of at least 0", 0),
     "target_acceptance": Range("a share between 0 and 1", 0, 1, open=True),
     "resample": SHARE,
 }

@@ -116,9 +116,7 @@ def test_evaluations(name):
     run = fit(pair.model, pair.guide, x, epochs=1)
     for after in (0, 12) if name != "samples" else (0, 1):
         pair.left = after
-        with pytest.raises(
-            OutOfMemoryError, match=r"^the (evaluation|generation): out of memory, .* Lower (rows|count)"
-        ):
+        with pytest.raises(OutOfMemoryError, match=r"^the \w+ation: out of memory, .* Lower (rows|count)"):
             EVALUATIONS[name](run.model, run.guide, x)
 
 
@@ -146,10 +144,6 @@ try:
 except OutOfMemoryError as error:
     print(error)
 run = fit(pair.model, pair.mean_field, x, epochs=1, rows=10**4, **{**given, "directory": None})
-try:
-    log_marginal(run.model, run.guide, x, num_particles=10**5, rows=10**6, proposal="guide", compile=False)
-except OutOfMemoryError as error:
-    print(error)
 print(len(log_marginal(run.model, run.guide, x[:50], num_particles=1000, compile=False).log_px), "data")
 """
 
