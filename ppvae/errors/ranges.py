@@ -123,8 +123,9 @@ RANGES: Mapping[str, Range] = {
         ),
         SIZE,
     ),
+    "levels": Range("at least 2", 2, LARGEST, whole=True, size=True),
     "rank": Range("at least 0", 0, LARGEST, whole=True, size=True),
-    "num_particles": Range("at least 1", 1, MOST_DRAWS, whole=True, names=True),
+    "num_particles": DRAWS,
     **dict.fromkeys(("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws"), DRAWS),
     **dict.fromkeys(("local_particles", "max_particles", "beside", "bounds", "num_samples"), DRAWS),
     **dict.fromkeys(("guide_particles", "replications", "posterior_draws", "surgery_draws"), DRAWS_OR_NONE),
@@ -137,8 +138,9 @@ RANGES: Mapping[str, Range] = {
         AT_LEAST_ZERO,
     ),
     **dict.fromkeys(("sleep", "label_weight", "rate", "noise", "floor", "jitter", "beta"), AT_LEAST_ZERO),
-    **dict.fromkeys(("alpha", "weight", "capacity"), FINITE),
+    **dict.fromkeys(("alpha", "weight", "capacity", "tail_adaptive_beta"), FINITE),
     "lr": Range("a finite learning rate of at least 0", 0),
+    "first": Range("a number in (0, 1)", 0, 1, open=True),
     "target_acceptance": Range("a share between 0 and 1", 0, 1, open=True),
     "resample": SHARE,
 }
@@ -160,7 +162,7 @@ def check_ranges(**values: Any) -> None:
 
 
 def check_known_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
-    """`check_ranges` of those of many values that the table knows; `prefix` is put before their names."""
+    """`check_ranges` of those numbers that the table knows, strings left out; `prefix` is put before their names."""
     for name, value in values.items():
-        if name in RANGES:
+        if name in RANGES and not isinstance(value, str):
             RANGES[name].check(f"{prefix}{name}", value)

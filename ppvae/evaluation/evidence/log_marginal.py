@@ -138,7 +138,7 @@ def log_marginal(
             local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
-    check_ranges(bounds=bounds, posterior_draws=posterior_draws, rows=rows, seed=seed)
+    check_ranges(bounds=bounds, local_particles=local_particles, posterior_draws=posterior_draws, rows=rows, seed=seed)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")

@@ -128,4 +128,5 @@ def make_allocation(
         return AdaptiveAllocation(target_std_error, max_particles)
     if not hasattr(num_particles, "__index__"):
         raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
+    check_ranges(num_particles=num_particles)
     return FixedAllocation(int(num_particles))
