@@ -59,8 +59,8 @@ def until_finished(args: list[str], counts: dict[str, int], rng: random.Random, 
 
 def same_parameters(one: Path, other: Path) -> bool:
     """Whether two runs end with the same parameters, to the last bit."""
-    a, b = (load(folder).model.scope.params for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (list(load(folder).model.scope.params.values()) for folder in (one, other))  # names are unique to a pair
+    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 def cycle(root: Path, epochs: int, seed: int, counts: dict[str, int], rng: random.Random) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ppvae.cli.common import (
     evaluation_of,
+    folder_of,
     head,
     load_trained,
     parse_run,
@@ -60,6 +61,7 @@ def run(args: list[str]) -> int:
             calibration, trained.model, trained.guide, test, replications=settings.replications, **options
         )
     with evaluation_of(trained, "examine"):
+        last: tuple[str, Any] | None = None  # it appears together with the report
         for name, evaluate in evaluations.items():
             try:
                 result = evaluate()
@@ -67,10 +69,25 @@ def run(args: list[str]) -> int:
                 print(f"{name}: {error}")
                 continue
             print_table(result.table(), 24)
-            print(f"results: {result.save(results, name, trained.origin)}\n")
-            shutil.rmtree(results / f"{name}_blocks", ignore_errors=True)
-        if settings.report:
-            with results_of(trained, "examine") as staged:
-                write_report_of_results(staged, settings)
-            print_report(trained)
+            print(f"results: {results / name}.json\n")
+            if last is not None:
+                _save(trained, results, *last)
+            last = name, result
+        if not settings.report:
+            if last is not None:
+                _save(trained, results, *last)
+            return 0
+        with results_of(trained, "examine") as staged:
+            if last is not None:
+                _save(trained, folder_of(staged) / "results", *last)
+            write_report_of_results(staged, settings)
+        if last is not None:
+            shutil.rmtree(results / f"{last[0]}_blocks", ignore_errors=True)
+        print_report(trained)
     return 0
+
+
+def _save(trained: Run, folder: Path, name: str, result: Any) -> None:
+    """Writes a result, and removes the finished blocks behind it, which lie in the same folder."""
+    result.save(folder, name, trained.origin)
+    shutil.rmtree(folder / f"{name}_blocks", ignore_errors=True)
