@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from ppvae import data
+from ppvae.cli.main import main
 from ppvae.errors import PpvaeError
+from ppvae.storage import read_json
 from tests.attack.hostile_files import KINDS, WRITTEN
 
 TRIES = [50, pytest.param(500, marks=pytest.mark.slow)]
@@ -72,3 +75,29 @@ def test_a_limit_that_is_raised_as_the_error_says(tmp_path, monkeypatch):
     with pytest.raises(PpvaeError, match=r"unpacks to at most 0.001 GB, found one of 0.002 GB.*max_gigabytes=1\)"):
         data.load(path, max_gigabytes=0.001)
     assert len(data.load(path, max_gigabytes=1)[0]) == 140_000
+
+
+def test_files_of_options(tmp_path, capsys):
+    """`--config` with a pipe, a device, a folder, text, or TOML that is nested too deeply: one sentence."""
+    contents = {
+        "deep": "a = " + "[" * 20_000,
+        "dotted": ".".join("a" * 3000) + " = 1",
+        "text": "no options",
+        "nul": "\0",
+    }
+    paths = [tmp_path / name for name in contents]
+    for path in paths:
+        path.write_text(contents[path.name])
+    os.mkfifo(tmp_path / "pipe")
+    for path in (*paths, tmp_path / "pipe", tmp_path, Path("/dev/zero"), tmp_path / "none"):
+        assert main(["fit", "ppvae.models:vae", "--config", str(path)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"ppvae: error: --config {path}: ")
+        assert len(error.splitlines()) == 1
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(path)
