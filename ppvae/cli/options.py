@@ -23,6 +23,7 @@ class Data:
     missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0  # of binarisation and dequantisation
+    max_gigabytes: float = 8.0  # that a compressed file (.npz, .pt, .parquet) may unpack to
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -151,3 +152,4 @@ class DataSet:
     missing: bool = False  # NaN in a file stands for a missing value
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0
+    max_gigabytes: float = 8.0  # that a compressed file (.npz, .pt, .parquet) may unpack to
