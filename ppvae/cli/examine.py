@@ -1,4 +1,4 @@
-"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data."""
+"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data, predictive checks."""
 
 import functools
 import shutil
@@ -22,6 +22,7 @@ from ppvae.errors import ContractError
 from ppvae.evaluation.calibration import calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
 from ppvae.evaluation.local.gaps import Gaps, gaps
+from ppvae.evaluation.predictive.check import predictive_check
 from ppvae.evaluation.representation import representation
 from ppvae.training.run import Run
 
@@ -56,6 +57,10 @@ def run(args: list[str]) -> int:
     if settings.replications:
         evaluations["calibration"] = functools.partial(
             calibration, trained.model, trained.guide, test, replications=settings.replications, **options
+        )
+    if settings.checks:
+        evaluations["predictive_check"] = functools.partial(
+            predictive_check, trained.model, trained.guide, head(test, settings.checks), **options
         )
     with evaluation_of(trained, "examine"):
         for name, evaluate in evaluations.items():

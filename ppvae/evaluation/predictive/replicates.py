@@ -25,13 +25,13 @@ ROWS = 2000  # of replicated data in one run of the model
 
 
 def default_statistics(columns: Sequence[Any]) -> dict[str, Statistic]:
-    """Statistics of any data: mean and standard deviation of a datum's numbers, and the mean step between neighbours.
+    """Statistics of any data: mean and spread (standard deviation) of a datum's numbers, and the mean step between neighbours.
 
     Missing values (NaN) are left out. A datum of one number is a statistic by itself.
     """
     if columns[0].dim() == 1 or columns[0][0].numel() == 1:
         return {"value": lambda x, *_: x.reshape(len(x)).float()}
-    return {"mean": _mean, "standard deviation": _deviation, "step between neighbours": _step}
+    return {"mean": _mean, "spread": _deviation, "step between neighbours": _step}
 
 
 def _mean(x: Tensor, *_: Any) -> Tensor:
