@@ -69,7 +69,8 @@ def run(args: list[str]) -> int:
             except ContractError as error:  # the pair does not allow this evaluation; the others go on
                 print(f"{name}: {error}")
                 continue
-            print_table(result.table(), 24)
+            table = result.table()
+            print_table(table, max(24, *(len(name) for name in table)))
             print(f"results: {result.save(results, name, trained.origin)}\n")
             shutil.rmtree(results / f"{name}_blocks", ignore_errors=True)
         if settings.report:

@@ -53,7 +53,7 @@ def predictive_check(
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: as `log_marginal` takes them.
         statistics: {name: function of a batch, called as the model is, [N, *event], ..., that gives [N]}; by default
-            the mean and the standard deviation of a datum's numbers, and the mean step between neighbours.
+            the mean and the spread of a datum's numbers, and the mean step between neighbours.
         over: {name: function of the N values of a statistic that gives a number}; by default mean and standard
             deviation.
         num_draws: replicates of each datum at posterior draws of its latents, resampled from `num_particles` of the

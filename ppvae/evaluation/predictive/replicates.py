@@ -25,9 +25,10 @@ ROWS = 2000  # of replicated data in one run of the model
 
 
 def default_statistics(columns: Sequence[Any]) -> dict[str, Statistic]:
-    """Statistics of any data: mean and spread (standard deviation) of a datum's numbers, and the mean step between neighbours.
+    """Statistics of any data: mean and spread of a datum's numbers, and the mean step between neighbours.
 
-    Missing values (NaN) are left out. A datum of one number is a statistic by itself.
+    The spread is a standard deviation. Missing values (NaN) are left out. A datum of one number is a statistic by
+    itself.
     """
     if columns[0].dim() == 1 or columns[0][0].numel() == 1:
         return {"value": lambda x, *_: x.reshape(len(x)).float()}
