@@ -1,4 +1,4 @@
-"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data."""
+"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data, predictive checks."""
 
 import functools
 import shutil
@@ -23,6 +23,7 @@ from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.calibration import MIN_REPLICATIONS, calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
 from ppvae.evaluation.local.gaps import Gaps, gaps
+from ppvae.evaluation.predictive.check import predictive_check
 from ppvae.evaluation.representation import representation
 from ppvae.training.run import Run
 
@@ -60,6 +61,10 @@ def run(args: list[str]) -> int:
         evaluations["calibration"] = functools.partial(
             calibration, trained.model, trained.guide, test, replications=settings.replications, **options
         )
+    if settings.checks:
+        evaluations["predictive_check"] = functools.partial(
+            predictive_check, trained.model, trained.guide, head(test, settings.checks), **options
+        )
     with evaluation_of(trained, "examine"):
         last: tuple[str, Any] | None = None  # it appears together with the report
         for name, evaluate in evaluations.items():
@@ -68,7 +73,8 @@ def run(args: list[str]) -> int:
             except ContractError as error:  # the pair does not allow this evaluation; the others go on
                 print(f"{name}: {error}")
                 continue
-            print_table(result.table(), 24)
+            table = result.table()
+            print_table(table, max(24, *(len(row) for row in table)))
             print(f"results: {results / name}.json\n")
             if last is not None:
                 _save(trained, results, *last)

@@ -14,7 +14,7 @@ Deep latent-variable models as probabilistic programs.
   ppvae new NAME                  write a pair to start from, and a test of it
   ppvae fit PAIR [options]        train a model/guide pair with SVI
   ppvae evaluate RUN [options]    estimate log p(x) of a run's test data; --method annealed is tighter
-  ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration
+  ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration, checks
   ppvae compare RUN RUN ...       paired differences of log p(x) between runs
   ppvae generate RUN [options]    samples, reconstructions, interpolations, traversals of a run
   ppvae check PAIR [options]      check a pair against the contract and say what it is
