@@ -221,7 +221,7 @@ def require_posterior(run: Evaluation) -> None:
     s = run.structure
     if s.weights_refusal:
         raise UsageError(
-            f"cross-validation averages over the posterior of the global latents: {s.weights_refusal}. Of a point, "
+            f"cross-validation averages over the posterior of the global latents: {s.weights_refusal} Of a point, "
             "log_marginal(..., conditional=True) gives log p(x_n | theta) of held-out data"
         )
 
