@@ -157,7 +157,7 @@ def test_a_point_of_the_global_latents_has_log_p_of_each_datum_and_no_joint_one(
     torch.testing.assert_close(est.log_px, exact.double(), rtol=0, atol=1e-4)
     assert bool((est.posterior["loc"] == 0.7).all())
     for particles in (1, 3):
-        with pytest.raises(ContractError, match="'(loc|scale)'.*point mass"):
+        with pytest.raises(ContractError, match=r"'(loc|scale)'.*point mass"):
             log_marginal(local_model, guide, X, num_particles=50, local_particles=particles)
 
 
