@@ -80,10 +80,10 @@ def log_marginal(
     With global latents theta, shared by all data, weights are joint, one number for the data set. With
     `local_particles` = K > 1 the local latents of each datum are integrated out inside by K particles at each of
     `num_particles` draws of theta: log w = log p(theta) - log q(theta) + sum_n log (1/K) sum_k w_nk(theta), whose mean
-    of weights is unbiased for p(all x) at any K, in memory that depends neither on the number of data nor on that of
-    draws. With conditional=True the result is the log of the mean of p(x_n | theta) over the guide's draws of theta, or
-    at its point (AutoDelta), per datum: the predictive density of new data, [N]; `est.log_likelihood` and
-    `est.posterior` have log p(x_n | theta) and theta at the first `posterior_draws` of them.
+    of weights is unbiased for p(all x) at any K, in memory that does not depend on the number of data. With
+    conditional=True the result is the log of the mean of p(x_n | theta) over the guide's draws of theta, or at its
+    point (AutoDelta), per datum: the predictive density of new data, [N]; `est.log_likelihood` and `est.posterior`
+    have log p(x_n | theta) and theta at the first `posterior_draws` of them.
 
     Inside an initialised `torch.distributed` group all processes make the same call, share the data, and return the
     whole estimate, which equals that of one process.

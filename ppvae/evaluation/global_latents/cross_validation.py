@@ -44,8 +44,8 @@ def loo(
     the guide not being the posterior, and r_sn = w_s / p(x_n | theta_s), Pareto-smoothed over s for each n:
     elpd_n = log sum_s r_sn p(x_n | theta_s) / sum_s r_sn. Local latents are integrated out by `local_particles` draws
     of each datum at each theta_s; where they are summed out, or there are none, p(x_n | theta) is exact. Consistent as
-    the number of draws grows, at any number of local particles. Two passes over the data; memory depends neither on the
-    number of data nor on that of draws beyond one number each.
+    the number of draws grows, at any number of local particles. Two passes over the data; memory holds log-densities
+    [S, 500] of a block of data, and one number for each draw and datum.
 
     Args:
         model, guide: a Pyro pair with global latents that keeps the contract (see `ppvae.check`).
@@ -226,7 +226,7 @@ def require_posterior(run: Evaluation) -> None:
     s = run.structure
     if s.weights_refusal:
         raise UsageError(
-            f"cross-validation averages over the posterior of the global latents: {s.weights_refusal}. Of a point, "
+            f"cross-validation averages over the posterior of the global latents: {s.weights_refusal} Of a point, "
             "log_marginal(..., conditional=True) gives log p(x_n | theta) of held-out data"
         )
 
