@@ -50,6 +50,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                 covered.setdefault(name, set()).update(value)
             elif isinstance(value, int):
                 totals[name] = value
+    for line in sorted(covered.get("attacks", ())):
+        terminalreporter.write_line(f"attack: {line}")
     rooms = [f"{len(covered[r])} {r}" for r in ("priors", "likelihoods", "posteriors", "networks") if r in covered]
     if rooms:
         terminalreporter.write_line(f"parts: {', '.join(rooms)}")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments import cells, readme
 
-NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - {"__init__", "cells", "readme"})
+OTHERS = {"__init__", "cells", "readme", "load", "soak"}  # without cells
+NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - OTHERS)
 
 
 @pytest.mark.slow
@@ -98,3 +102,12 @@ def test_shards_fill_one_table(tmp_path, monkeypatch, capsys):
     assert said.count("parts StandardNormal") == 3  # each cell was computed once
     with pytest.raises(SystemExit, match=r"--shard: expected I/N with I from 1 to N, found '3/2'"):
         parts.main(["--shard", "3/2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["load", "soak"])
+def test_what_runs_commands_of_its_own(name, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(Path(cells.__file__).parents[1]), "XDG_CONFIG_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", f"experiments.{name}", "--smoke"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

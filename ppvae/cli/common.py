@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ppvae import data as datasets
-from ppvae.cli.flags import parse
+from ppvae.cli.flags import check_flags_of, parse
 from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
 from ppvae.data.tables import KINDS, is_table
@@ -21,6 +21,7 @@ from ppvae.errors import DataError, UsageError
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument
 from ppvae.factories.user_code import UntrustedCodeError
+from ppvae.inference.device import find_device
 from ppvae.run_folder.identity import check_results
 from ppvae.run_folder.lock import lock_folder
 from ppvae.run_folder.together import remove_stagings, written_together
@@ -44,6 +45,8 @@ def parse_pair(
         raise UsageError(f"{name}: its argument {clash!r} is an option of ppvae {command}; give it another name")
     settings: Any
     settings, arguments = parse(cls, args[1:], f"ppvae {command} {name}", description(cls), own | extra)
+    check_flags_of(factory, {key: value for key, value in arguments.items() if key in own})
+    _check_device(settings)
     return name, factory, settings, arguments
 
 
@@ -52,7 +55,14 @@ def parse_run(command: str, args: list[str], cls: type) -> tuple[Any, Path]:
     name = first_argument(command, "RUN", "a run folder, as in `runs/NAME`", args, cls)
     settings: Any
     settings, _ = parse(cls, args[1:], f"ppvae {command} {name}", description(cls))
+    _check_device(settings)
     return settings, find_run(name, settings.runs)
+
+
+def _check_device(settings: Any) -> None:
+    """Raises UsageError for a device that this machine does not have, before anything is loaded."""
+    if getattr(settings, "device", None) is not None:
+        find_device(settings.device)
 
 
 def first_argument(
@@ -74,7 +84,7 @@ def description(cls: type) -> str:
 def find_run(name: str, runs: str) -> Path:
     """The folder of that name, or else the run of that name below the folder of runs."""
     path, below = Path(name), Path(runs) / name
-    return below if not path.exists() and below.exists() else path
+    return below if not os.path.exists(path) and os.path.exists(below) else path
 
 
 def load_trained(directory: Path, settings: Any, **options: Any) -> Run:
@@ -102,7 +112,7 @@ def load_splits(settings: Any) -> Any:
     return datasets.load(
         settings.data, root=settings.root, binarize=None if plain else settings.binarize,
         dequantize=settings.dequantize, flat=settings.flat, seed=settings.data_seed, missing=settings.missing,
-        columns=_kinds(settings.columns),
+        columns=_kinds(settings.columns), max_gigabytes=settings.max_gigabytes,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation import annealed, bdmc, log_marginal, refined_log_marginal
 from ppvae.evaluation.compare import looseness_notes
 from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, REFINED_PARTICLES
+from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 from ppvae.storage import sha256
@@ -84,7 +85,7 @@ def _accuracy(model: Program, split: Any) -> list[str]:
 
 
 def check_options(settings: Evaluate) -> None:
-    """Raises UsageError for options that the method does not take, and for numbers of particles below one."""
+    """Raises UsageError for options that the method does not take, alone or together."""
     default = Evaluate()
     names = (*CHAINS, "resample", "beside", *OPTIONS["importance"])
     changed = [name for name in names if getattr(settings, name) != getattr(default, name)]
@@ -96,14 +97,10 @@ def check_options(settings: Evaluate) -> None:
         raise UsageError(f"--num-particles auto: goes with --method importance or auto; found {settings.method}")
     if settings.num_particles != "auto" and (alone := [name for name in ADAPTIVE if name in changed]):
         raise UsageError(f"--{alone[0].replace('_', '-')}: goes with --num-particles auto")
-    if settings.bracket < 0:
-        raise UsageError(f"bracket: expected a number of data of at least 0, found {settings.bracket}")
     if settings.proposal == "guide" and settings.guide_particles is not None:
         raise UsageError("--guide-particles: goes with --proposal refined; give --num-particles")
-    for name in ("num_particles", "beside"):  # checked here, as importance sampling runs after hours of annealing
-        ks = getattr(settings, name)
-        if ks not in ("auto", None) and any(k < 1 for k in (ks if isinstance(ks, tuple) else (ks,))):
-            raise UsageError(f"{name}: expected at least 1, found {ks}")
+    if settings.num_particles == "auto":
+        make_allocation("auto", settings.target_std_error, settings.max_particles)
 
 
 def _importance_sampling(

@@ -1,4 +1,4 @@
-"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data."""
+"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data, predictive checks."""
 
 import functools
 import shutil
@@ -8,6 +8,7 @@ from typing import Any
 
 from ppvae.cli.common import (
     evaluation_of,
+    folder_of,
     head,
     load_trained,
     parse_run,
@@ -18,10 +19,11 @@ from ppvae.cli.common import (
     write_report_of_results,
 )
 from ppvae.cli.options import Examine
-from ppvae.errors import ContractError
-from ppvae.evaluation.calibration import calibration
+from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation.calibration import MIN_REPLICATIONS, calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
 from ppvae.evaluation.local.gaps import Gaps, gaps
+from ppvae.evaluation.predictive.check import predictive_check
 from ppvae.evaluation.representation import representation
 from ppvae.training.run import Run
 
@@ -38,6 +40,8 @@ def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
 def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
+    if 0 < settings.replications < MIN_REPLICATIONS:
+        raise UsageError(f"replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
     trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"
@@ -57,18 +61,39 @@ def run(args: list[str]) -> int:
         evaluations["calibration"] = functools.partial(
             calibration, trained.model, trained.guide, test, replications=settings.replications, **options
         )
+    if settings.checks:
+        evaluations["predictive_check"] = functools.partial(
+            predictive_check, trained.model, trained.guide, head(test, settings.checks), **options
+        )
     with evaluation_of(trained, "examine"):
+        last: tuple[str, Any] | None = None  # it appears together with the report
         for name, evaluate in evaluations.items():
             try:
                 result = evaluate()
             except ContractError as error:  # the pair does not allow this evaluation; the others go on
                 print(f"{name}: {error}")
                 continue
-            print_table(result.table(), 24)
-            print(f"results: {result.save(results, name, trained.origin)}\n")
-            shutil.rmtree(results / f"{name}_blocks", ignore_errors=True)
-        if settings.report:
-            with results_of(trained, "examine") as staged:
-                write_report_of_results(staged, settings)
-            print_report(trained)
+            table = result.table()
+            print_table(table, max(24, *(len(row) for row in table)))
+            print(f"results: {results / name}.json\n")
+            if last is not None:
+                _save(trained, results, *last)
+            last = name, result
+        if not settings.report:
+            if last is not None:
+                _save(trained, results, *last)
+            return 0
+        with results_of(trained, "examine") as staged:
+            if last is not None:
+                _save(trained, folder_of(staged) / "results", *last)
+            write_report_of_results(staged, settings)
+        if last is not None:
+            shutil.rmtree(results / f"{last[0]}_blocks", ignore_errors=True)
+        print_report(trained)
     return 0
+
+
+def _save(trained: Run, folder: Path, name: str, result: Any) -> None:
+    """Writes a result, and removes the finished blocks behind it, which lie in the same folder."""
+    result.save(folder, name, trained.origin)
+    shutil.rmtree(folder / f"{name}_blocks", ignore_errors=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from ppvae.training.run import Run
 
 # without those that need a kernel, or report no loss
 OBJECTIVES = ClassChoice(("ppvae.objectives", "pyro.infer"), ELBO, leave_out=("Trace_MMD", "TraceTailAdaptive_ELBO"))
+MAX_NAME = 200  # bytes of the name of a run folder; file systems take 255
 OBJECTIVE: Argument = (Annotated[ELBO, OBJECTIVES], Trace_ELBO, "the objective that is maximised.")
 
 
@@ -39,13 +41,13 @@ def run(args: list[str]) -> int:
     """Trains a pair as the command line says; returns the exit status."""
     name, factory, settings, arguments = parse_pair("fit", args, Fit, {"objective": OBJECTIVE})
     objective = arguments.pop("objective")
+    directory = _run_folder(settings, name)
     splits = load_splits(settings)
     print_columns(splits[0])
     torch.manual_seed(settings.seed)
     train, valid, test = (with_columns(s, settings) for s in splits)
     labels = num_labels(splits[0], settings.labels)
     model, guide = pairs.build(factory, arguments, splits[0], labels, splits[0].kinds)
-    directory = _run_folder(settings, name)
     DistributedContext().barrier()  # until all ranks have found the same name free
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
     trained = fit(
@@ -94,12 +96,14 @@ def run(args: list[str]) -> int:
 def _run_folder(settings: Fit, name: str) -> Path:
     """The folder of the run: below `--runs`, by `--name`, else by pair and data with the first free number."""
     runs = Path(settings.runs)
-    if settings.name is not None:
-        if Path(settings.name).name != settings.name or settings.name in ("", ".", ".."):
-            raise UsageError(f"--name: expected a plain name for a folder below {runs}, found {settings.name!r}")
-        return runs / settings.name
+    if (given := settings.name) is not None:
+        plain = Path(given).name == given and given not in ("", ".", "..") and given.isprintable()
+        if not plain or len(os.fsencode(given)) > MAX_NAME:
+            shown = given if len(given) <= 80 else f"{given[:80]}... ({len(given)} characters)"
+            raise UsageError(f"--name: expected a plain name for a folder below {runs}, found {shown!r}")
+        return runs / given
     place, _, factory = name.partition(":")
-    stem = f"{factory or Path(place).stem}-{Path(settings.data).stem}".lower()
+    stem = f"{factory or Path(place).stem}-{Path(settings.data).stem}".lower()[:MAX_NAME]
     if settings.resume:
         return runs / stem
     names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from ppvae.errors import UsageError, did_you_mean
+from ppvae.errors.ranges import check_known_ranges
 from ppvae.factories.constructor_flags import Argument, ClassChoice, class_choice
+from ppvae.storage import read_bytes
 
 Settings = TypeVar("Settings")
 
@@ -36,7 +38,8 @@ def parse(
             its constructor, and is returned as {"name": ..., argument: ...}.
 
     Raises:
-        UsageError: an unknown flag or key, with the nearest name; a value of the wrong type; a required flag missing.
+        UsageError: an unknown flag or key, with the nearest name; a value of the wrong type or out of its range; a
+            required flag missing.
         HelpShown: `--help` was asked for and printed.
     """
     import tyro
@@ -67,8 +70,27 @@ def parse(
         raise UsageError(_one_line(stderr.getvalue() + stdout.getvalue(), prog)) from None
     arguments = {name: getattr(options.settings if name in fields else options.extra, name) for name in extra or {}}
     for name in choices:
-        arguments[name] = {"name": arguments[name], **vars(getattr(options.extra, f"{name}_arguments"))}
+        given = vars(getattr(options.extra, f"{name}_arguments"))
+        check_flags_of(
+            choices[name].constructor(arguments[name], name), given, f"--{name.replace('_', '-')} {arguments[name]}: "
+        )
+        arguments[name] = {"name": arguments[name], **given}
+    _check_settings(options.settings)
     return options.settings, arguments
+
+
+def check_flags_of(function: Any, given: Mapping[str, Any], prefix: str = "") -> None:
+    """Checks the ranges of the flags of a function of ppvae, Pyro or torch; what a user's own takes is the user's."""
+    if str(getattr(function, "__module__", "")).partition(".")[0] in ("ppvae", "pyro", "torch"):
+        check_known_ranges(given, prefix)
+
+
+def _check_settings(settings: Any, prefix: str = "") -> None:
+    """Checks the ranges of all numbers of a command's options, those of groups of options counted in."""
+    check_known_ranges(vars(settings), prefix)
+    for name, value in vars(settings).items():
+        if dataclasses.is_dataclass(value):
+            _check_settings(value, f"--{name} {vars(value)['name']}: ")
 
 
 def _choose(
@@ -151,13 +173,15 @@ def _read_config(args: list[str], choices: Iterable[str]) -> tuple[list[str], Pa
         raise UsageError("--config: expected a TOML file, found nothing after it")
     path = Path(args[at + 1])
     try:
-        content = tomllib.loads(path.read_text())
+        content = _flatten(tomllib.loads(read_bytes(path).decode()))
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UsageError(f"--config {path}: not options in TOML (nested too deeply)") from None
+    except ValueError as error:
         raise UsageError(f"--config {path}: not TOML ({error})") from error
     names = {f"{key}.name": key for key in (name.replace("_", "-") for name in choices)}
-    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in _flatten(content).items()}
+    return args[:at] + args[at + 2 :], path, {names.get(key, key): value for key, value in content.items()}
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

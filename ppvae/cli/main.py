@@ -14,7 +14,7 @@ Deep latent-variable models as probabilistic programs.
   ppvae new NAME                  write a pair to start from, and a test of it
   ppvae fit PAIR [options]        train a model/guide pair with SVI
   ppvae evaluate RUN [options]    estimate log p(x) of a run's test data; --method annealed is tighter
-  ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration
+  ppvae examine RUN [options]     where the nats go: gaps, what the latents carry, calibration, checks
   ppvae compare RUN RUN ...       paired differences of log p(x) between runs
   ppvae generate RUN [options]    samples, reconstructions, interpolations, traversals of a run
   ppvae check PAIR [options]      check a pair against the contract and say what it is
@@ -97,6 +97,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
 def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
     from ppvae.cli.flags import HelpShown
     from ppvae.errors import PpvaeError, UsageError
+    from ppvae.errors.memory import memory_failure
 
     try:
         return importlib.import_module(f"ppvae.cli.{command}").run(args)
@@ -115,6 +116,8 @@ def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
+        if memory_failure(error):
+            return fail(f"out of memory ({' '.join(str(error).split())[:200] or type(error).__name__})", 1)
         if os.environ.get("PPVAE_TRACEBACK"):
             raise
         text = " ".join(str(error).split())[:300]

@@ -23,6 +23,7 @@ class Data:
     missing: bool = False  # NaN in a file stands for a missing value; nothing is binarised then
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0  # of binarisation and dequantisation
+    max_gigabytes: float = 8.0  # that a compressed file (.npz, .pt, .parquet) may unpack to
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -100,13 +101,14 @@ class Evaluate:
 
 @dataclasses.dataclass(kw_only=True)
 class Examine:
-    """Examine a run: inference gaps, information in the latents, calibration; then write the report."""
+    """Examine a run: inference gaps, latents, calibration, predictive checks; then write the report."""
 
     gaps: int = 100  # the number of train and of test data whose local posteriors are refit; 0 for none
     num_particles: int = 1000  # for the ELBOs and log p(x) of the gaps
     steps: int = 300  # of a round of the refit; rounds end once the ELBO no longer improves
     latents: int = 1000  # test data for rate, active units and ELBO surgery; 0 for none
     replications: int = 2000  # of the calibration on simulated data; 0 for none
+    checks: int = 200  # test data whose statistics are compared with replicated data; 0 for none
     seed: int = 0
     root: str | None = None
     device: str | None = None
@@ -151,3 +153,4 @@ class DataSet:
     missing: bool = False  # NaN in a file stands for a missing value
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0
+    max_gigabytes: float = 8.0  # that a compressed file (.npz, .pt, .parquet) may unpack to

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from ppvae.data import files, named, tables
-from ppvae.data.checks import digest, first_rows, indexed, validated
+from ppvae.data.checks import MAX_GIGABYTES, digest, first_rows, indexed, validated
 from ppvae.data.holders import with_missing
 from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.data.split import Noise, Split, SplitInfo, check_seed
 from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
@@ -45,6 +46,7 @@ def load(
     size: int | None = None,
     missing: bool = False,
     columns: Mapping[str, str] | None = None,
+    max_gigabytes: float = MAX_GIGABYTES,
 ) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
@@ -69,6 +71,8 @@ def load(
     which is guessed: `real`, `count`, `binary`, `categorical`, `label` (the labels), `skip`. The split has their names
     (`columns`), their kinds (`kinds`, as `models.TableVAE` takes them), and both in words (`table`).
 
+    A compressed file (.npz, .pt, .parquet) may unpack to `max_gigabytes`; one that declares more is refused.
+
     Raises `UsageError` for an option or a name that does not exist, `DataError` for a file that is missing, damaged, or
     not finite numbers; no code in a file is ever run.
 
@@ -88,9 +92,10 @@ def load(
     if missing and (binarize or dequantize):
         raise UsageError("missing goes with neither binarize nor dequantize: a missing value has no noise. Choose one.")
     check_seed(seed)
+    check_ranges(max_gigabytes=max_gigabytes)
     if columns and not tables.is_table(name):
         raise UsageError(f"columns: expected a table ({', '.join(tables.SUFFIXES)}), found {name}.")
-    source = _source(name, root, size, missing, columns)
+    source = _source(name, root, size, missing, columns, max_gigabytes)
     if binarize and not source.unit and isinstance(source.images, np.ndarray):
         check_unit(source.images, str(name), "binarize")
     if dequantize and source.levels is None:
@@ -109,6 +114,7 @@ def _source(
     size: int | None,
     missing: bool,
     columns: Mapping[str, str] | None,
+    max_gigabytes: float,
 ) -> UnsplitData:
     plain = {_normalized(known): known for known in named.NAMES}
     known = plain.get(_normalized(name)) if isinstance(name, str) else None
@@ -129,7 +135,7 @@ def _source(
         or path.suffix.lower() in (*files.SUFFIXES, *tables.SUFFIXES)
         or os.sep in name
     ):
-        return _read_path(path, missing, columns)
+        return _read_path(path, missing, columns, max_gigabytes)
     near = difflib.get_close_matches(_normalized(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
     raise UsageError(
@@ -138,10 +144,10 @@ def _source(
     )
 
 
-def _read_path(path: Path, missing: bool, columns: Mapping[str, str] | None) -> UnsplitData:
+def _read_path(path: Path, missing: bool, columns: Mapping[str, str] | None, max_gigabytes: float) -> UnsplitData:
     if tables.is_table(path) and os.path.isfile(path):
-        return tables.read_table(path, missing, columns)
-    return files.read_path(path, missing)
+        return tables.read_table(path, missing, columns, max_gigabytes)
+    return files.read_path(path, missing, max_gigabytes)
 
 
 def _normalized(name: str) -> str:

@@ -1,6 +1,7 @@
 """Checks of tensors and files before they are used as data, row numbers, and digests."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ppvae.errors import DataError
 
+MAX_GIGABYTES = 8.0  # that a compressed file may unpack to, unless `load` is given another limit
 FINITE_CURE = "Every value must be finite: remove the row or fill the gap."
 
 
@@ -134,6 +136,16 @@ def digest(x: Tensor) -> str:
     sha = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
     sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def check_unpacked_size(path: Path, size: float, max_gigabytes: float) -> None:
+    """Raise a `DataError` for a compressed file that unpacks to more bytes than the limit."""
+    if size > 1e9 * max_gigabytes:
+        enough = math.ceil(size / 1e9)
+        raise DataError(
+            f"{path}: expected a file that unpacks to at most {max_gigabytes:g} GB, found one of {size / 1e9:.3g} GB. "
+            f"If you trust it, and have the memory: data.load(..., max_gigabytes={enough}) (--max-gigabytes {enough})."
+        )
 
 
 def wrong_format_clause(path: Path) -> str:

@@ -4,13 +4,14 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ppvae.data.checks import one_line, wrong_format_clause
+from ppvae.data.checks import MAX_GIGABYTES, check_unpacked_size, one_line, wrong_format_clause
 from ppvae.data.holders import check_dense_size
 from ppvae.data.lazy import CHANNELS, ImageFiles, open_image
 from ppvae.data.tables import SUFFIXES as TABLES
@@ -24,10 +25,12 @@ from ppvae.data.unsplit import (
     permutation_split,
     scale,
 )
-from ppvae.errors import DataError
+from ppvae.errors import DataError, PpvaeError
+from ppvae.errors.memory import explain_out_of_memory
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+MAX_DEPTH, MAX_ENTRIES = 40, 10_000_000  # of a folder of images
 DATA_KEYS = ("images", "image", "x", "data", "arr_0", "")
 IMAGE_KEYS = ("images", "image")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -40,10 +43,10 @@ _PART_OF_COLUMN = re.compile(rf"(?:(\w+)_)?{_NAMES_OF_PARTS}(?:_(\w+))?", re.IGN
 log = logging.getLogger("ppvae")
 
 
-def read_path(path: Path, missing: bool = False) -> UnsplitData:
+def read_path(path: Path, missing: bool = False, max_gigabytes: float = MAX_GIGABYTES) -> UnsplitData:
     """The rows of a file or folder, checked; raises `DataError` for what is no data.
 
-    With `missing`, NaN in a file stands for a missing value.
+    With `missing`, NaN in a file stands for a missing value. An archive may unpack to `max_gigabytes`.
     """
     if os.path.isdir(path):
         return read_folder(path)
@@ -53,15 +56,19 @@ def read_path(path: Path, missing: bool = False) -> UnsplitData:
         raise DataError(
             f"{path}: expected {', '.join((*SUFFIXES, *TABLES))} or a folder of images, found {path.suffix!r}."
         )
-    arrays = read_arrays(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: expected a regular file, found a pipe, a socket or a device, which may never end.")
+    arrays = read_arrays(path, max_gigabytes)
     return _presplit_source(path, arrays, missing) or _unsplit_source(path, arrays, missing)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, max_gigabytes: float = MAX_GIGABYTES) -> dict[str, np.ndarray]:
     """The arrays of a .npz, .npy or .pt file by key ('' for the only one), read so that no code in the file can run."""
     try:
-        arrays = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else _read_numpy(path)
-    except DataError:
+        check_unpacked_size(path, _unpacked_bytes(path), max_gigabytes)
+        with explain_out_of_memory(str(path), "Take a part of the data, or a machine with more memory"):
+            arrays = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else _read_numpy(path)
+    except PpvaeError:
         raise
     except Exception as error:  # a damaged or crafted file raises almost anything
         why = wrong_format_clause(path) or f" ({one_line(error)})"
@@ -72,6 +79,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not arrays:
         raise DataError(f"{path}: expected arrays, found none in it.")
     return arrays
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """The bytes that the compressed members of a zip archive, as .npz and .pt files are, declare to unpack to."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(member.file_size for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED)
 
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
@@ -226,16 +241,42 @@ def _key_clause(key: str) -> str:
     return f", key {key!r}" if key else ""
 
 
+def _image_paths(folder: Path) -> Iterator[str]:
+    """The images below a folder, relative to it; names that start with a dot and links to folders are left out.
+
+    Raises:
+        DataError: the folders go deeper, or hold more, than folders of images do.
+    """
+    waiting, count = [("", 0)], 0
+    while waiting:
+        above, depth = waiting.pop()
+        try:
+            entries = sorted(os.scandir(folder / above), key=lambda entry: entry.name)
+        except OSError:  # not readable
+            continue
+        count += len(entries)
+        if depth > MAX_DEPTH or count > MAX_ENTRIES:
+            raise DataError(
+                f"{folder}: expected a folder of images, found one of more than {MAX_DEPTH} levels, or of more "
+                f"than {MAX_ENTRIES} files."
+            )
+        for entry in entries:
+            name = f"{above}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((f"{name}/", depth + 1))
+            elif Path(entry.name).suffix.lower() in IMAGES and os.path.isfile(entry):
+                yield name
+
+
 def read_folder(folder: Path) -> UnsplitData:
     """The images below a folder, sorted by path, all of one mode and size.
 
     Where every image lies in a subfolder, the subfolders are the labels; where the first level is train/valid/test
     (train and one more), it gives the splits, and the level below it the labels.
     """
-    paths = sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES and os.path.isfile(p)
-    )
-    paths = [p for p in paths if not any(level.startswith(".") for level in p.split("/"))]
+    paths = sorted(_image_paths(folder))
     if len(paths) < 3:
         raise DataError(
             f"{folder}: expected a folder with at least 3 images, found {len(paths)} ({', '.join(IMAGES[:3])}, ...)."

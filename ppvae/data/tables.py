@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ppvae.data.checks import one_line
+from ppvae.data.checks import MAX_GIGABYTES, check_unpacked_size, one_line
 from ppvae.data.unsplit import UnsplitData, check_numbers, permutation_split
 from ppvae.errors import DataError, UsageError, did_you_mean
 
@@ -51,11 +51,17 @@ def is_table(path: Any) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_table(path: Path, missing: bool = False, columns: Mapping[str, str] | None = None) -> UnsplitData:
+def read_table(
+    path: Path,
+    missing: bool = False,
+    columns: Mapping[str, str] | None = None,
+    max_gigabytes: float = MAX_GIGABYTES,
+) -> UnsplitData:
     """The rows of a table as numbers [N, columns], with the kind of each column.
 
     Args:
         missing: whether empty cells are missing values; without it they are an error.
+        max_gigabytes: the most that a .parquet file may unpack to.
         columns: {name: kind} of those that are not to be guessed: real, count, binary, categorical, label, skip.
 
     A column of whole numbers of at least 0 is a count, of 0 and 1 binary, of other numbers real; text is categorical,
@@ -66,6 +72,7 @@ def read_table(path: Path, missing: bool = False, columns: Mapping[str, str] | N
         DataError: the file is no table, has no rows or columns, or a cell does not fit its kind.
         UsageError: `columns` names a column or a kind that does not exist.
     """
+    check_unpacked_size(path, _unpacked_bytes(path), max_gigabytes)
     frame = _read_frame(path)
     for name, kind in (columns or {}).items():
         if name not in frame.columns:
@@ -114,6 +121,19 @@ def _frame_of(path: Path, modified: int) -> Any:
         header = file.readline()
     frame = pandas.read_csv(path, sep=max(SEPARATORS, key=header.count), skipinitialspace=True)
     return frame[[name for name in frame.columns if not str(name).startswith("Unnamed:")]]  # an index that was saved
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """The bytes of the numbers of a .parquet file, which may be packed to a few; 0 for other and damaged files."""
+    if path.suffix.lower() != ".parquet":
+        return 0
+    try:
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_metadata(path)
+    except Exception:  # no pyarrow, or a damaged file: reading it says so
+        return 0
+    return 8 * metadata.num_rows * metadata.num_columns
 
 
 def _read_frame(path: Path) -> Any:

@@ -1,10 +1,10 @@
 """Evaluation of a trained pair: log p(x) with a diagnosis of its reliability, and the quality of guide and latents.
 
 `evidence` holds what reports log p(x) (`log_marginal`, `bracket`, `interval`), `global_latents` what is given latents
-that all data share (predictive densities, cross-validation), `importance` importance sampling,
-`proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum. The other
-modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the scaffold of
-all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
+that all data share (predictive densities, cross-validation), `predictive` predictive checks, `importance` importance
+sampling, `proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum. The
+other modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the
+scaffold of all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
 
     with start_evaluation(model, guide, data, seed=seed) as run:  # checks the data, inspects the pair once
         def compute(block):  # named tensors [N, ...]; the noise of block.weights is a function of seed and block
@@ -29,6 +29,8 @@ from ppvae.evaluation.global_latents.cross_validation import kfold, loo, waic
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
+from ppvae.evaluation.predictive.check import predictive_check
+from ppvae.evaluation.predictive.result import PredictiveCheck
 from ppvae.evaluation.quadrature import Quadrature, quadrature
 from ppvae.evaluation.representation import Representation, representation
 from ppvae.evaluation.results import load_estimate
@@ -36,7 +38,7 @@ from ppvae.evaluation.topics import coherence, perplexity
 
 __all__ = [
     "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "PredictiveAccuracy",
-    "ProposalBracket", "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration", "coherence",
-    "compare", "gaps", "impute", "interval", "kfold", "load_estimate", "log_marginal", "loo", "looseness", "perplexity",
-    "quadrature", "refined_log_marginal", "representation", "waic",
+    "PredictiveCheck", "ProposalBracket", "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration",
+    "coherence", "compare", "gaps", "impute", "interval", "kfold", "load_estimate", "log_marginal", "loo", "looseness",
+    "perplexity", "predictive_check", "quadrature", "refined_log_marginal", "representation", "waic",
 ]  # fmt: skip

@@ -65,6 +65,29 @@ def to_arviz(
     return _tree(groups, {name: _attribute(value) for name, value in (attrs or {}).items()})
 
 
+def predictive_to_arviz(attrs: Mapping[str, Any] | None = None, **groups: Mapping[str, Any]) -> Any:
+    """Groups of a predictive check, by the names that ArviZ gives them: `posterior_predictive`, `log_likelihood`, ...
+
+    `groups` are {name: [draws, N, *event]}, of `observed_data` {name: [N, *event]}; every group has draws of its own,
+    and an empty one is left out.
+
+    >>> tree = predictive_to_arviz(observed_data={"x": np.zeros((3, 2))}, prior_predictive={"x": np.zeros((9, 3, 2))})
+    >>> tree["prior_predictive"]["x"].dims
+    ('chain', 'draw', 'datum', 'x_dim_0')
+    """
+    made, attributes = {}, {name: _attribute(value) for name, value in (attrs or {}).items()}
+    for group, held in groups.items():
+        variables = variable_names(held)
+        dims = ("datum",) if group == "observed_data" else ("draw", "datum")
+        arrays = {variables[name]: _array(variables[name], values, dims) for name, values in held.items()}
+        _same_sizes({group: arrays})
+        if arrays:
+            made[group] = _dataset(group, arrays)
+        for name in (name for name, variable in variables.items() if variable != name):
+            made[group][variables[name]].attrs[SITE] = name
+    return _tree(made, attributes)
+
+
 def arrays_to_arviz(group: str, arrays: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
     """A result that is no estimate: all of its arrays in one group, as `InferenceData` or `DataTree`.
 
@@ -153,7 +176,7 @@ def _same_sizes(arrays: Mapping[str, Mapping[str, _Array]]) -> None:
 def _dataset(group: str, arrays: Mapping[str, _Array]) -> Any:
     import xarray
 
-    if group in ("posterior", "log_likelihood"):
+    if group not in (GROUP, "observed_data"):
         arrays = {name: (("chain", *dims), values[None]) for name, (dims, values) in arrays.items()}
     sizes = {dim: size for dims, values in arrays.values() for dim, size in zip(dims, values.shape, strict=True)}
     return xarray.Dataset(dict(arrays), coords={dim: np.arange(size) for dim, size in sizes.items()})

@@ -19,6 +19,7 @@ from ppvae.data.admission import check_argument_order
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.distributed import DistributedContext, distributed_context, progress_disabled
 from ppvae.errors import ContractError
+from ppvae.errors.memory import explain_out_of_memory
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockContext, concatenate, digest_of_params
 from ppvae.evaluation.global_latents.blocks import joint_block, local_blocks
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
@@ -32,12 +33,7 @@ from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
 from ppvae.inference.particle_layout import slice_particles, with_sampled_sites
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
-from ppvae.inference.terms import (
-    Terms,
-    cache_encoder,
-    evaluate_terms,
-    sample_guide,
-)
+from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_all_rngs, seed_all
 
@@ -45,6 +41,9 @@ from ppvae.rng import derive_seed, fork_all_rngs, seed_all
 # number of processes. Other block sizes change every estimate, within its standard error.
 DATA_BLOCK = 50
 PARTICLE_BLOCK = 100
+MEMORY_CURE = (
+    "Lower rows (of data and particles in one run of the pair), or the number of draws; finished blocks are kept"
+)
 
 
 class Block:
@@ -279,10 +278,10 @@ def start_evaluation(
     Inside a process group an exception on one rank is raised on all ranks.
 
     Raises:
-        ContractError: the pair breaks the contract, by the site's name; UsageError, DataError: bad data.
+        ContractError: the pair breaks the contract, by the site's name; OutOfMemoryError; UsageError, DataError.
     """
     model, guide = bind_pair(model, guide)
-    with distributed_context() as context:
+    with explain_out_of_memory("the evaluation", MEMORY_CURE), distributed_context() as context:
         check_argument_order(data, model, guide)
         columns = data_columns(data, seed, program=model)
         place = choose_device(device, model, guide, columns)

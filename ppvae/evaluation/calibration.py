@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
@@ -20,6 +21,8 @@ from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, sample_sites, trace_program
 from ppvae.rng import derive_seed, seed_all
+
+MIN_REPLICATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,9 @@ def calibration(
     >>> calibration(pair.model, pair.guide, x, replications=200).passed
     True
     """
-    for name, value, least in (("replications", replications, 20), ("num_draws", num_draws, 1)):
-        if value < least:
-            raise UsageError(f"{name}: expected at least {least}, found {value}")
+    check_ranges(replications=replications, num_draws=num_draws, seed=seed)
+    if replications < MIN_REPLICATIONS:
+        raise UsageError(f"replications: expected at least {MIN_REPLICATIONS}, found {replications}")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
@@ -95,9 +96,7 @@ def impute(
     >>> filled.values.shape, bool(filled.values.isnan().any()), filled.values[:, 0, 0].tolist()
     (torch.Size([5, 2, 3]), False, [0.5, 0.5, 0.5, 0.5, 0.5])
     """
-    for name, count in (("num_particles", num_particles), ("draws", draws)):
-        if count < 1:
-            raise UsageError(f"{name}: expected at least 1, found {count}")
+    check_ranges(num_particles=num_particles, draws=draws, seed=seed, rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         s, columns = run.structure, run.columns

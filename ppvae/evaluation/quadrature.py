@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, site_error
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
@@ -76,6 +77,7 @@ def quadrature(
     >>> bool((exact.log_px - pair.log_px(x)).abs().max() < 1e-8), bool(exact.error.max() < 1e-8)
     (True, True)
     """
+    check_ranges(num_nodes=num_nodes, rows=rows)
     if num_nodes is not None and (num_nodes < 9 or num_nodes % 2 == 0):
         raise UsageError(f"num_nodes: expected an odd number of at least 9, found {num_nodes}")
     settings = AnnealingSettings(1, 1, "guide", "linear", 1, 0.5, 0, rows)

@@ -60,7 +60,7 @@ class SavedResult:
         with written_together(Path(directory), name) as folder:
             files = [folder / f"{name}.npz", folder / f"{name}.nc"]
             write_bytes(files[0], buffer.getvalue())
-            write_netcdf(SavedResult.to_arviz(self), files[1])
+            write_netcdf(self.netcdf_groups(), files[1])
             write_result(folder / f"{name}.json", content, files, origin)
         return Path(directory) / f"{name}.json"
 
@@ -76,6 +76,10 @@ class SavedResult:
             elif isinstance(value, dict):
                 arrays |= {f"{field.name}/{site}": v.cpu() for site, v in value.items() if isinstance(v, Tensor)}
         return arrays_to_arviz(type(self).__name__.lower(), arrays, self.table())
+
+    def netcdf_groups(self) -> Any:
+        """What `<name>.nc` holds: all arrays in one group."""
+        return SavedResult.to_arviz(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.memory import explain_out_of_memory, memory_failure
 from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
 from ppvae.factories.imports import add_to_import_path, import_named, import_place
 from ppvae.factories.user_code import code_of_run
@@ -96,6 +97,10 @@ def build(
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
+            if memory_failure(error):
+                sizes = ", ".join(f"{n} = {v}" for n, v in arguments.items() if isinstance(v, int | float | tuple))
+                with explain_out_of_memory("building the pair", f"Lower its sizes ({sizes or 'none was given'})"):
+                    raise
             name = getattr(factory, "__name__", factory)
             raise UsageError(f"{name}: the factory failed ({type(error).__name__}: {_one_line(error)})") from error
     if _is_pair(pair):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ppvae.data.loader import as_single_batch, data_columns
 from ppvae.errors import UsageError
+from ppvae.errors.memory import explain_out_of_memory
+from ppvae.errors.ranges import check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
@@ -29,7 +31,8 @@ def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[Gen
     model, guide = bind_pair(model, guide)
     columns = data_columns(x, seed, program=model)
     place = choose_device(None, model, guide, columns)
-    with fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
+    memory = explain_out_of_memory("the generation", "Lower count, or pass fewer data")
+    with memory, fork_all_rngs(), evaluation_mode(model, guide), default_device(place):
         batch = as_single_batch(columns, seed, place)
         structure = inspect(model, guide, batch, weights=False, particles=False)
         seed_all(seed)
@@ -44,8 +47,7 @@ class GenerativePair:
 
     def repeat_rows(self, count: int, first: bool = False) -> tuple[Tensor, ...]:
         """A batch of `count` rows: the rows of the batch cyclically, or its first row."""
-        if count < 1:
-            raise UsageError(f"count: expected at least 1, found {count}")
+        check_ranges(count=count)
         rows = torch.zeros(count, dtype=torch.long) if first else torch.arange(count) % len(self.batch[0])
         return tuple(t[rows.to(t.device)] for t in self.batch)
 

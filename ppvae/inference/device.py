@@ -18,15 +18,24 @@ def choose_device(
     Raises:
         UsageError: there is no such device on this machine.
     """
-    if device is None:
-        return program_device(model, guide, data)
+    return program_device(model, guide, data) if device is None else find_device(device)
+
+
+def find_device(device: str | int | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: there is no such device on this machine.
+    """
     try:
         place = torch.device(device)
         exists = place.type != "meta" and torch.empty(1, device=place).numel() == 1
     except (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError):
         exists = False
     if not exists:
-        raise UsageError(f"device: expected one of this machine ({', '.join(available_devices())}), found {device!r}")
+        raise UsageError(
+            f"device: expected one of this machine ({', '.join(available_devices())}), found {str(device)[:80]!r}"
+        )
     return place
 
 

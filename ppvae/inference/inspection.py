@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError
+from ppvae.errors.memory import memory_failure
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
 from ppvae.inference.contract.independence import (
@@ -245,6 +246,8 @@ def _trace_and_explain(
     except DataError:  # raised by the pair itself
         raise
     except Exception as error:
+        if memory_failure(error):
+            raise
         missing = explain_missing_failure(model, guide, batch)
         if missing is None and isinstance(error, PpvaeError):
             raise

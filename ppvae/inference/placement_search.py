@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import PpvaeError
+from ppvae.errors.memory import memory_failure
 from ppvae.inference.contract.run_failure import explain_failure
 from ppvae.inference.second_run import ConstantNoise
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
@@ -37,6 +38,8 @@ def find_particle_placement(model: Program, guide: Program, batch: tuple[Any, ..
     except PpvaeError:
         raise
     except Exception as error:
+        if memory_failure(error):
+            raise
         raise explain_failure(error, model, guide, batch) from error
     values = _sampled_values(single, s) | {name: torch.stack(draws) for name, draws in record.draws.items()}
     at_values = _Runs(model, guide, batch, replace(s, from_base=s.no_inverse), values)
@@ -57,6 +60,8 @@ def find_particle_placement(model: Program, guide: Program, batch: tuple[Any, ..
                 return layout
             reason = "it gives other densities with a particle dim"
         except Exception as error:
+            if memory_failure(error):  # the layout, and with it the order of noise, does not depend on memory
+                raise
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     log.warning("ppvae: the pair does not broadcast over particles (%s): taken one by one", reason)
     return ParticlePlacement.ONE_BY_ONE

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.errors.ranges import check_ranges
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
     ParameterSource,
@@ -24,6 +25,7 @@ class _CountLikelihood(NetworkLikelihood):
     def __init__(
         self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: ParameterSource | None = None
     ):
+        check_ranges(concentration=concentration)
         super().__init__(net)
         self.library, self._parameter_names, self.parameters_per_element = library, names, len(names)
         if concentration is not None:
@@ -102,6 +104,7 @@ class NegativeBinomial(_CountLikelihood):
     """
 
     def __init__(self, net: nn.Module, concentration: ParameterSource = "learned", library: bool = False):
+        check_ranges(concentration=concentration)
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", *more), concentration)
 
@@ -157,6 +160,7 @@ class ZeroInflatedNegativeBinomial(_CountLikelihood):
     """
 
     def __init__(self, net: nn.Module, concentration: ParameterSource = "learned", library: bool = False):
+        check_ranges(concentration=concentration)
         more = ("log-concentration",) if concentration == "network" else ()
         super().__init__(net, library, ("log-rate", "gate", *more), concentration)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
+from ppvae.errors.memory import memory_failure
 from ppvae.nn.context import call_with_context, takes_context
 from ppvae.parameter_names import unique_name
 
@@ -49,9 +49,9 @@ def call_conditional(
     """Calls a conditional. Raises ContractError, by its class and by `what` it was given, where the call fails."""
     try:
         return call_with_context(part, *args, context=context)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, IndexError, TypeError) as error:
+        if memory_failure(error):
+            raise
         inputs = [f"{what} of {describe_tensor(t)}" if what else describe_tensor(t) for t in args]
         if context is not None and takes_context(part):
             inputs.append(f"a context of {describe_tensor(context)}")

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_ranges
 from ppvae.parameter_names import unique_name
 
 
@@ -37,9 +38,8 @@ class GaussianMixture(nn.Module):
     """
 
     def __init__(self, features: int, components: int, rank: int | None = None):
+        check_ranges(features=features, components=components)
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components: expected at least 1, found {components}")
         if rank is not None and not 0 <= rank < features:
             raise ValueError(f"rank: expected None or 0 to {features - 1} for {features} features, found {rank}")
         self.rank = rank
@@ -58,6 +58,7 @@ class GaussianMixture(nn.Module):
 
         Raises ValueError where there are fewer rows than components.
         """
+        check_ranges(components=components, seed=seed)
         if not 1 <= components <= len(x):
             raise ValueError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
         pair = cls(x.shape[1], components, rank).to(x)

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_ranges
 from ppvae.parameter_names import unique_name
 
 
@@ -37,6 +38,7 @@ class LinearGaussian(nn.Module):
     """
 
     def __init__(self, features: int, latent: int, scale: float | Tensor = 1.0):
+        check_ranges(features=features, latent=latent, scale=scale)
         super().__init__()
         start = torch.as_tensor(scale, dtype=torch.get_default_dtype())
         if start.shape not in ((), (features,)):

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_ranges
+
 
 class Codebook(nn.Module):
     """Learned vectors c_1 .. c_V, looked up by one-hot vectors, end to end: [..., M * V] -> [..., M * size].
@@ -24,6 +26,7 @@ class Codebook(nn.Module):
     """
 
     def __init__(self, codes: int, size: int):
+        check_ranges(codes=codes, size=size)
         super().__init__()
         if codes < 2:
             raise ValueError(f"codes: expected at least 2, found {codes}")

@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_ranges
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -19,6 +21,7 @@ def mlp(
     >>> mlp(64, 16, hidden=(200,))(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
     """
+    check_ranges(inputs=inputs, outputs=outputs, hidden=hidden)
     layers: list[nn.Module] = []
     for width_in, width_out in zip((inputs, *hidden), (*hidden, outputs), strict=True):
         layers += [nn.Linear(width_in, width_out), activation()]
@@ -35,6 +38,7 @@ class Gated(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int):
+        check_ranges(inputs=inputs, outputs=outputs)
         super().__init__()
         self.value, self.gate = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
 
@@ -50,6 +54,7 @@ def gated_mlp(inputs: int, outputs: int, hidden: Sequence[int] = (300, 300)) -> 
     >>> gated_mlp(64, 16)(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
     """
+    check_ranges(inputs=inputs, outputs=outputs, hidden=hidden)
     layers = [Gated(a, b) for a, b in zip((inputs, *hidden[:-1]), hidden, strict=True)] if hidden else []
     return glorot(nn.Sequential(*layers, nn.Linear((inputs, *hidden)[-1], outputs)))
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_ranges
+
 
 class Topics(nn.Module):
     """A mixture of topics, each a distribution over words: proportions [..., topics] -> log p(word) [..., words].
@@ -23,6 +25,7 @@ class Topics(nn.Module):
     """
 
     def __init__(self, topics: int, words: int):
+        check_ranges(topics=topics, words=words)
         super().__init__()
         self.logits = nn.Parameter(torch.randn(topics, words))
 

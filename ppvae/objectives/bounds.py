@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients import DReG, GradientEstimator, Pathwise
@@ -41,6 +42,7 @@ class IWAE(Objective):
     """
 
     def __init__(self, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
+        check_ranges(num_particles=num_particles)
         super().__init__(num_particles, gradient)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
@@ -74,6 +76,7 @@ class Renyi(Objective):
     """
 
     def __init__(self, alpha: float = 0.5, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
+        check_ranges(alpha=alpha, num_particles=num_particles)
         self.alpha = alpha
         super().__init__(num_particles, gradient)
 
@@ -107,8 +110,7 @@ class GroupedBounds(Objective):
     """An objective of M K draws per datum, in M groups of K consecutive draws."""
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
-        if num_bounds < 1:
-            raise UsageError(f"num_bounds: expected at least 1, found {num_bounds}")
+        check_ranges(num_particles=num_particles, num_bounds=num_bounds)
         super().__init__(num_particles, gradient)
         self.num_bounds = num_bounds
 
@@ -177,7 +179,8 @@ class CIWAE(Objective):
     """
 
     def __init__(self, beta: float = 0.05, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
-        if not 0 <= beta <= 1:
+        check_ranges(beta=beta, num_particles=num_particles)
+        if not beta <= 1:
             raise UsageError(f"beta: expected a number in [0, 1], found {beta}")
         self.beta = beta
         super().__init__(num_particles, gradient)
@@ -232,6 +235,7 @@ class PIWAE(GroupedBounds):
     """
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
+        check_ranges(num_particles=num_particles, num_bounds=num_bounds)
         super().__init__(num_particles, num_bounds, gradient)
         if not isinstance(self.gradient, Pathwise | DReG):
             raise UsageError(f"PIWAE: expected gradient 'pathwise' or 'dreg', found {type(self.gradient).__name__}")

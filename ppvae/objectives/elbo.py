@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients import GradientEstimator, Pathwise, ScoreFunction
@@ -71,8 +72,7 @@ class ELBO(RateDistortionObjective):
         gradient: str | GradientEstimator = "pathwise",
         warmup: int = 0,
     ):
-        if free_bits < 0:
-            raise UsageError(f"free_bits: expected a number of nats, found {free_bits}")
+        check_ranges(num_particles=num_particles, beta=beta, free_bits=free_bits, warmup=warmup)
         self.beta, self.free_bits, self.analytic_kl, self.warmup = beta, free_bits, analytic_kl, warmup
         super().__init__(num_particles, gradient)
         self._schedules["beta"] = ScheduledScalar(beta, warmup)
@@ -136,6 +136,7 @@ class Capacity(RateDistortionObjective):
         analytic_kl: bool = False,
         warmup: int = 0,
     ):
+        check_ranges(capacity=capacity, gamma=gamma, num_particles=num_particles, warmup=warmup)
         self.capacity, self.gamma, self.analytic_kl, self.warmup = capacity, gamma, analytic_kl, warmup
         super().__init__(num_particles)
         self._schedules["capacity"] = ScheduledScalar(capacity, warmup)

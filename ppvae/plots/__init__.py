@@ -16,6 +16,7 @@ from ppvae.plots.gaps import gap_bars
 from ppvae.plots.images import image_grid
 from ppvae.plots.latents import latent_map
 from ppvae.plots.parallel_coordinates import parallel_coordinates
+from ppvae.plots.predictive import predictive_checks
 from ppvae.plots.representation import kl_per_dim, rate_distortion
 from ppvae.plots.style import DPI, notes, to_png
 from ppvae.plots.training import curves
@@ -23,5 +24,5 @@ from ppvae.plots.training import curves
 __all__ = [
     "DPI", "bound_curve", "bracket", "calibration_ranks", "curves", "density_maps", "diagnosis", "differences",
     "gap_bars", "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve", "notes",
-    "parallel_coordinates", "plane", "rate_distortion", "to_png",
+    "parallel_coordinates", "plane", "predictive_checks", "rate_distortion", "to_png",
 ]  # fmt: skip

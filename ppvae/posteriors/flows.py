@@ -11,6 +11,7 @@ from pyro.distributions import transforms
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_ranges
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
 
@@ -72,6 +73,7 @@ class IAF(Amortized):
     """
 
     def __init__(self, net: nn.Module, latent: int, features: int = 16, flows: int = 2, hidden: Sequence[int] = (64,)):
+        check_ranges(latent=latent, features=features, flows=flows, hidden=hidden)
         super().__init__(net)
         self.latent, self.features = latent, features
         order = torch.arange(latent)
@@ -131,6 +133,7 @@ class SplineCoupling(Amortized):
         hidden: Sequence[int] = (64,),
         bins: int = 8,
     ):
+        check_ranges(latent=latent, features=features, transforms=transforms, hidden=hidden, bins=bins)
         super().__init__(net)
         self.latent, self.features = latent, features
         self.flow = start_at_identity(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import distributions
+from ppvae.errors.ranges import check_ranges
 from ppvae.priors.discrete_vectors import MAX_JOINT_VALUES, OneHotVector, enumerated_values, joint_values
 from ppvae.priors.flows import zuko
 
@@ -29,6 +30,7 @@ class AutoregressiveClasses(distributions.Autoregressive):
     """
 
     def __init__(self, conditionals: Callable[[Tensor], Any], variables: int, classes: int, device: Any = None):
+        check_ranges(variables=variables, classes=classes)
         self.classes = classes
         start = torch.zeros(variables, dtype=torch.long, device=device)
         support = constraints.independent(constraints.integer_interval(0, classes - 1), 1)
@@ -47,6 +49,7 @@ class _AutoregressiveMLP(nn.Module):
     """A masked MLP, [..., variables * width] -> [..., variables, outputs]; row d depends on elements before d only."""
 
     def __init__(self, variables: int, width: int, outputs: int, hidden: Sequence[int]):
+        check_ranges(variables=variables, outputs=outputs, hidden=hidden)
         super().__init__()
         before = torch.ones(variables, variables).tril(-1).bool().repeat_interleave(width, 1)
         adjacency = torch.cat([torch.ones(variables, 1).bool(), before], 1)  # the first input is a constant one
@@ -80,9 +83,8 @@ class Autoregressive(nn.Module):
     """
 
     def __init__(self, latent: int, components: int = 5, hidden: Sequence[int] = (64, 64)):
+        check_ranges(latent=latent, components=components, hidden=hidden)
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components: expected at least 1, found {components}")
         self.net = _AutoregressiveMLP(latent, 1, 3 * components, hidden)
         self.loc = nn.Parameter(torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1))
         self.like = nn.Buffer(torch.zeros(latent), persistent=False)
@@ -117,6 +119,7 @@ class AutoregressiveCategorical(nn.Module):
     """
 
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
+        check_ranges(classes=classes, variables=variables, hidden=hidden)
         super().__init__()
         self.classes, self.net = classes, _AutoregressiveMLP(variables, classes, classes, hidden)
         self.like = nn.Buffer(torch.zeros(variables), persistent=False)
@@ -146,6 +149,7 @@ class AutoregressiveOneHot(nn.Module):
     """
 
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
+        check_ranges(classes=classes, variables=variables, hidden=hidden)
         super().__init__()
         self.classes, self.index = classes, AutoregressiveCategorical(classes, variables, hidden)
 

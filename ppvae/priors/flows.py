@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import ParametricDistribution, expand_parameters
+from ppvae.errors.ranges import check_ranges
 
 
 @contextmanager
@@ -91,6 +92,7 @@ class RealNVP(nn.Module):
     """
 
     def __init__(self, latent: int, transforms: int = 6, hidden: Sequence[int] = (64, 64)):
+        check_ranges(latent=latent, transforms=transforms, hidden=hidden)
         super().__init__()
         self.flow = start_at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
 
@@ -119,6 +121,7 @@ class MAF(nn.Module):
     """
 
     def __init__(self, latent: int, transforms: int = 3, hidden: Sequence[int] = (64, 64)):
+        check_ranges(latent=latent, transforms=transforms, hidden=hidden)
         super().__init__()
         self.flow = start_at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
 
@@ -147,6 +150,7 @@ class NeuralSpline(nn.Module):
     """
 
     def __init__(self, latent: int, transforms: int = 2, hidden: Sequence[int] = (64, 64), bins: int = 8):
+        check_ranges(latent=latent, transforms=transforms, hidden=hidden, bins=bins)
         super().__init__()
         self.flow = start_at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
 

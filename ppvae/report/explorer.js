@@ -10,7 +10,7 @@
   const DARK = ["#8ea2ff", "#ffdd55", "#88ccee", "#ff8fa0", "#4fc47a", "#e58bd6", "#5fd3c0", "#d77fa8", "#c9c96a", "#b9bec5"];
   const RAMP = ["#440154", "#472f7d", "#39568c", "#28788e", "#1f998a", "#42bb72", "#95d640", "#fde725"];
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const state = { x: (x0 + x1) / 2, y: (y0 + y1) / 2, chosen: 0, dim: -1, at: 0, color: "" };
+  const state = { x: (x0 + x1) / 2, y: (y0 + y1) / 2, chosen: 0, moved: new Map(), last: -1, color: "" };
 
   const make = (tag, attributes = {}, ...children) => {
     const node = document.createElement(tag);
@@ -34,6 +34,32 @@
     return [pen, box.width, box.height];
   };
 
+  /* The decoder, where it is a multilayer perceptron: the mean of p(x | z) at any z. */
+  const FUNCTIONS = {
+    identity: (v) => v, tanh: Math.tanh, relu: (v) => Math.max(0, v), sigmoid: (v) => 1 / (1 + Math.exp(-v)),
+    silu: (v) => v / (1 + Math.exp(-v)), softplus: (v) => (v > 20 ? v : Math.log1p(Math.exp(v))),
+    elu: (v) => (v > 0 ? v : Math.expm1(v)), exp: Math.exp,
+  };
+  const layers = (data.decoder ? data.decoder.layers : []).map((layer) => {
+    if (typeof layer === "string") return layer;
+    const bytes = Uint8Array.from(atob(layer.values), (c) => c.charCodeAt(0));
+    return { rows: layer.shape[0], columns: layer.shape[1], units: layer.units, codes: new Int16Array(bytes.buffer) };
+  });
+  const decode = (z) => {
+    let out = Float64Array.from(z);
+    for (const layer of layers) {
+      if (typeof layer === "string") { out = out.map(FUNCTIONS[layer]); continue; }
+      const { rows: tall, columns, units, codes } = layer, made = new Float64Array(tall);
+      for (let i = 0; i < tall; i++) {
+        let sum = 0;
+        for (let j = 0; j < columns; j++) sum += codes[i * columns + j] * out[j];
+        made[i] = sum * units[0] + codes[tall * columns + i] * units[1];
+      }
+      out = made;
+    }
+    return out.subarray(0, data.decoder.outputs).map(FUNCTIONS[data.decoder.link]);
+  };
+
   /* Images: tiles of one sprite; a blend is the sum of tiles by weight. */
   const images = () => {
     const [tall, wide] = data.shape, sprite = new Image();
@@ -45,6 +71,18 @@
       canvas: () => make("canvas", { class: "picture", width: wide, height: tall, style: `aspect-ratio: ${wide} / ${tall}` }),
       draw(canvas, blend) {
         const pen = canvas.getContext("2d");
+        if (blend instanceof Float64Array) {
+          const picture = pen.createImageData(wide, tall), size = wide * tall, channels = blend.length / size;
+          const [low, high] = data.decoder.limits;
+          for (let i = 0; i < size; i++) {
+            for (let c = 0; c < 3; c++) {
+              picture.data[4 * i + c] = (255 * (blend[(channels === 1 ? 0 : c) * size + i] - low)) / (high - low);
+            }
+            picture.data[4 * i + 3] = 255;
+          }
+          pen.putImageData(picture, 0, 0);
+          return;
+        }
         pen.globalCompositeOperation = "source-over";
         pen.globalAlpha = 1;
         pen.fillStyle = "#000";
@@ -65,6 +103,7 @@
     const size = data.low.length, named = data.names.length > 0;
     const lines = data.shape.length > 1 ? data.shape[data.shape.length - 1] : 1, length = size / lines;
     const blended = (blend) => {
+      if (blend instanceof Float64Array) return blend.map((v, i) => (v - data.low[i]) / (data.high[i] - data.low[i] || 1));
       const out = new Float64Array(size);
       for (const [tile, weight] of blend) {
         for (let i = 0; i < size; i++) {
@@ -219,8 +258,9 @@
     });
     const shown = make("span");
     input.addEventListener("input", () => {
-      state.dim = i;
-      state.at = Number(input.value);
+      if (!data.decoder) state.moved.clear();
+      state.moved.set(i, Number(input.value));
+      state.last = i;
       drawDims();
     });
     const idle = dim.spread < 0.1 * data.dims[0].spread ? " idle" : "";
@@ -315,21 +355,28 @@
   const drawDims = () => {
     const i = state.chosen;
     data.dims.forEach((_, d) => {
-      const value = d === state.dim ? state.at : data.z[i][d];
-      if (d !== state.dim) sliders[d].input.value = value;
+      const value = state.moved.has(d) ? state.moved.get(d) : data.z[i][d];
+      if (d !== state.last || !state.moved.has(d)) sliders[d].input.value = value;
       sliders[d].shown.textContent = number(value, 2);
       sliders[d].input.setAttribute("aria-valuetext", number(value, 2));
     });
-    renderer.draw(varied, state.dim < 0 ? [[START.means + i, 1]] : atSlider(i, state.dim, state.at),
-      isCurve ? [[START.means + i, 1]] : null);
-    const words = state.dim < 0 ? "" : `, ${data.site}[${data.dims[state.dim].dim}] = ${number(state.at, 2)}`;
+    const still = state.moved.size === 0;
+    let shown = [[START.means + i, 1]];
+    if (!still && data.decoder) {
+      const z = [...data.decoder.z[i]];
+      for (const [d, value] of state.moved) z[data.dims[d].dim] = value;
+      shown = decode(z);
+    } else if (!still) shown = atSlider(i, state.last, state.moved.get(state.last));
+    renderer.draw(varied, shown, isCurve ? [[START.means + i, 1]] : null);
+    const words = [...state.moved].map(([d, value]) => `${data.site}[${data.dims[d].dim}] = ${number(value, 2)}`);
     document.getElementById("explorer-dims-title").textContent =
-      `One dim of ${data.site} at a time, the others those of datum #${data.rows[i]}${words}`;
-    reset.disabled = state.dim < 0;
+      `${data.decoder ? `Dims of ${data.site}` : `One dim of ${data.site} at a time`}, ` +
+      `the others those of datum #${data.rows[i]}${words.length > 3 ? `: ${words.length} moved` : words.length ? `: ${words.join(", ")}` : ""}`;
+    reset.disabled = still;
   };
   const choose = (i, follow = true) => {
     state.chosen = (i + count) % count;
-    state.dim = -1;
+    state.moved.clear();
     if (follow) { state.x = data.points[0][state.chosen]; state.y = data.points[1][state.chosen]; }
     drawMap(); drawNow(); drawDatum(); drawDims();
   };
@@ -362,7 +409,7 @@
     event.preventDefault();
   });
   select.addEventListener("change", () => { state.color = select.value; drawLegend(); drawMap(); });
-  reset.addEventListener("click", () => { state.dim = -1; drawDims(); });
+  reset.addEventListener("click", () => { state.moved.clear(); drawDims(); });
   dark.addEventListener("change", drawAll);
   new ResizeObserver(() => drawAll()).observe(root);
   renderer.ready.then(() => { choose(0); drawLegend(); root.dataset.ready = "yes"; });

@@ -1,7 +1,8 @@
 """The explorer of the report: p(x | z) under the pointer on a map of a latent, and each datum's dims on sliders.
 
 All values are computed here and are part of the page, as pictures in one sprite or as 16-bit numbers; `explorer.js`
-draws them. Between two computed values the page shows a linear blend of them.
+draws them. Between two computed values the page shows a linear blend of them. Where the likelihood's mean is a
+multilayer perceptron of z, its weights are part of the page, which then moves several dims together.
 """
 
 import base64
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ppvae import generate
 from ppvae.plots.latents import MOST_CLASSES
+from ppvae.report.decoder import decoder_numbers
 from ppvae.report.run_data import RunData, SectionUnavailable
 
 MAX_VALUES = 12_000_000  # numbers of all data and means together, which bound the size of the page
@@ -69,10 +71,11 @@ def _content(run_data: RunData, site: str) -> dict[str, Any]:
     plane = _plane(means, site)
     size = math.prod(run_data.columns[0].shape[1:])
     dims = means.var(0, correction=0).argsort(descending=True)[:MAX_DIMS].tolist()
+    decoder = _decoder(run_data, site)
     side = max(6, min(MAX_SIDE, math.isqrt(MAX_VALUES // 8 // size)))
     height = 1 if means.shape[1] == 1 else side
     room = MAX_VALUES // size - side * height
-    count = max(2, min(MAX_POINTS, len(means), room // (STEPS * len(dims) + 2)))
+    count = max(2, min(MAX_POINTS, len(means), room // (2 if decoder else STEPS * len(dims) + 2)))
     rows = torch.linspace(0, len(means) - 1, count).round().long().unique()
     batch, _ = run_data.batch_of(rows)
 
@@ -94,14 +97,14 @@ def _content(run_data: RunData, site: str) -> dict[str, Any]:
     for i, d in enumerate(dims):
         moved[:, i, :, d] = torch.linspace(float(lows[d]), float(highs[d]), STEPS)
     own = torch.arange(len(rows))
-    values = torch.cat(
-        [
-            means_at(on_map, torch.cdist(lattice, places).argmin(1)),
-            run_data.values(rows).reshape(len(rows), -1).float(),
-            means_at(z, own),
-            means_at(moved.flatten(0, 2), own.repeat_interleave(len(dims) * STEPS)),
-        ]
-    )
+    pictures = [
+        means_at(on_map, torch.cdist(lattice, places).argmin(1)),
+        run_data.values(rows).reshape(len(rows), -1).float(),
+        means_at(z, own),
+    ]
+    if decoder is None:
+        pictures.append(means_at(moved.flatten(0, 2), own.repeat_interleave(len(dims) * STEPS)))
+    values = torch.cat(pictures)
     distances = torch.cdist(z, z).fill_diagonal_(torch.inf)
     near = distances.argsort(1)[:, : min(NEIGHBOURS, len(rows) - 1)]
     return {
@@ -120,10 +123,23 @@ def _content(run_data: RunData, site: str) -> dict[str, Any]:
         "numDims": means.shape[1],
         "steps": STEPS,
         "near": near.tolist(),
+        "decoder": decoder and {**decoder, "z": [_numbers(row) for row in z], "limits": run_data.limits},
         **_labels(run_data, rows),
         **_estimates(run_data, rows),
         **(_sprite(run_data, values) if run_data.event is not None else _curves(run_data, values)),
     }
+
+
+def _decoder(run_data: RunData, site: str) -> dict[str, Any] | None:
+    """The decoder as JSON values; None where it is no multilayer perceptron of this latent alone."""
+    means, pair = run_data.means[site], (run_data.run.model, run_data.run.guide)
+    few = torch.linspace(0, len(means) - 1, min(32, len(means))).round().long().unique()
+    batch, own = run_data.batch_of(few)[0], torch.arange(len(few))
+
+    def decode(z: Tensor) -> Tensor:
+        return run_data.like_data(generate.decode(*pair, batch, z, rows=own, site=site, seed=run_data.seed))
+
+    return decoder_numbers(decode, means[few].flip(0))  # each datum with the latent of another
 
 
 def _plane(means: Tensor, site: str) -> Plane:

@@ -1,4 +1,4 @@
-"""Sections on results in the run's folder: inference gaps, the representation, calibration."""
+"""Sections on results in the run's folder: inference gaps, the representation, calibration, predictive checks."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,12 +10,13 @@ from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.calibration import Calibration
 from ppvae.evaluation.local.gaps import Gaps
+from ppvae.evaluation.predictive.result import PredictiveCheck
 from ppvae.evaluation.representation import Representation
 from ppvae.evaluation.results import kind_of
 from ppvae.report.run_data import RunData
-from ppvae.report.section import CaptionedFigure, Section, build_section, sections_of_sites
+from ppvae.report.section import CaptionedFigure, Section, build_section, capitalized, sections_of_sites
 
-T = TypeVar("T", Representation, Calibration)
+T = TypeVar("T", Representation, Calibration, PredictiveCheck)
 
 
 def results_sections(run_data: RunData) -> Iterator[Section]:
@@ -35,6 +36,9 @@ def results_sections(run_data: RunData) -> Iterator[Section]:
     if "Calibration" in paths:
         path, title = next(iter(paths["Calibration"].values())), "Calibration on simulated data"
         yield from _sections_of_sites("calibration", title, path, Calibration, _calibration)
+    if "PredictiveCheck" in paths:
+        path, title = next(iter(paths["PredictiveCheck"].values())), "Predictive check"
+        yield from _sections_of_sites("predictive_check", title, path, PredictiveCheck, _predictive_check)
 
 
 def _variant(path: Path, kind: str) -> str:
@@ -45,13 +49,14 @@ def _variant(path: Path, kind: str) -> str:
 def _sections_of_sites(
     key: str, title: str, path: Path, cls: type[T], draw: Callable[[T, str], CaptionedFigure]
 ) -> Iterator[Section]:
-    """One section for each latent of a result, `MAX_SITES` at most."""
+    """One section for each latent (or statistic) of a result, `MAX_SITES` at most."""
     try:
         result = cls.load(path)
     except PpvaeError as error:
         yield Section(key, title, reason=one_line(error, 400))
         return
-    yield from sections_of_sites(key, title, result.sites, functools.partial(draw, result))
+    names = result.statistics if isinstance(result, PredictiveCheck) else result.sites
+    yield from sections_of_sites(key, title, names, functools.partial(draw, result))
 
 
 def _gaps(paths: dict[str, Path]) -> CaptionedFigure:
@@ -100,4 +105,15 @@ def _calibration(calibration: Calibration, site: str) -> CaptionedFigure:
         f"Ranks of the latents of {table['data']} among {calibration.num_draws} draws of the guide, "
         f"{table['verdict']}: {table[site]}. Look for lines outside the band. The test concerns data simulated from "
         "the model, and a guide that ignores the data passes it.",
+    )
+
+
+def _predictive_check(check: PredictiveCheck, statistic: str) -> CaptionedFigure:
+    table = check.table()
+    return CaptionedFigure(
+        plots.predictive_checks(check, statistic),
+        f"{capitalized(statistic)} of {table['data']}, and of data that the model replicates: {table['verdict']}. Look "
+        "for a line of the data outside the band, which means that the model's data have another "
+        f"{statistic}. Replicates from posteriors are closer to the data than those from the prior, since each datum "
+        "has chosen its latents: a difference that they show too is not mended by a better guide.",
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import CheckpointError
+from ppvae.errors.memory import memory_failure
 from ppvae.inference.param_store import ParamScope
 from ppvae.parameter_names import canonical_names
 from ppvae.storage import read_bytes, sha256, write_bytes
@@ -121,6 +122,8 @@ def _unpickle_tensors(content: bytes, path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
+        if memory_failure(error):
+            raise
         text = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values ({text})") from error
 

@@ -14,6 +14,8 @@ from ppvae.compilation.precision import check_precision
 from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
+from ppvae.errors.memory import explain_out_of_memory
+from ppvae.errors.ranges import check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
@@ -87,7 +89,8 @@ def fit(
 
     Raises:
         ContractError: the pair breaks the contract; TrainingError: a loss or gradient is not finite (the weights are
-        left as they were before the step); CheckpointError: the folder cannot be used; UsageError, DataError.
+        left as they were before the step); OutOfMemoryError: with what to lower; CheckpointError: the folder
+        cannot be used; UsageError, DataError.
 
     >>> from ppvae.models import LinearGaussian
     >>> pair, x = LinearGaussian(3, 2), torch.randn(200, 3)
@@ -95,18 +98,19 @@ def fit(
     >>> len(run.history), run.metrics["epoch"]
     (2, 2)
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("rows", rows)):
-        if value < 1:
-            raise UsageError(f"{name}: expected at least 1, found {value}")
+    check_ranges(
+        epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, clip=clip, patience=patience,
+        checkpoint_seconds=checkpoint_seconds,
+    )  # fmt: skip
     if not isinstance(objective, ELBO | None):
         raise not_an_elbo(objective)
+    if objective is not None:  # Pyro's own take any number
+        check_ranges(num_particles=objective.num_particles)
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
             f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"
         )
     check_precision(precision)
-    if clip is not None and not clip > 0:
-        raise UsageError(f"clip: expected a positive number, found {clip}")
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")
     check_batch_size(data, batch_size)
@@ -117,10 +121,11 @@ def fit(
         data = admit(data, "data", model)
         valid = None if valid is None else admit(valid, "valid", model)
         stack.enter_context(default_device(choose_device(device, model, guide, data)))
-        trainer = Trainer(
-            model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device, clip,
-            compile, precision, rows,
-        )  # fmt: skip
+        with explain_out_of_memory("the first look at the pair", "Lower batch_size, or the sizes of the pair"):
+            trainer = Trainer(
+                model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device,
+                clip, compile, precision, rows,
+            )  # fmt: skip
         settings = {
             "objective": setting_text(trainer.objective),
             "optimizer": setting_text(optimizer),
@@ -143,4 +148,5 @@ def fit(
         if folder is not None:
             trainer.open(folder, resume, epochs, stack)
         trainer.broadcast_parameters()
-        return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
+        with explain_out_of_memory("training", trainer.step.memory_cure):
+            return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)

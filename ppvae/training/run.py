@@ -127,6 +127,8 @@ def load(
         trust: run the Python files that the run names, and remember that you trust them. Files that you trained with
             on this machine, and installed modules, need no trust.
 
+    Results in the folder are not read, so that a run can be evaluated again where one of them is damaged.
+
     Raises:
         CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed, or a
         file that the run names is not trusted.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppvae.distributed import DistributedContext
 from ppvae.errors import PpvaeError, TrainingError
+from ppvae.errors.memory import explain_out_of_memory
 from ppvae.inference.contract.run_failure import find_invalid
 from ppvae.inference.structure import Structure
 from ppvae.inference.svi import SVI
@@ -17,6 +18,7 @@ from ppvae.objectives import Objective
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
 from ppvae.training.diagnosis import BOUND, FROM_THE_START, SLOWER, cure_for_step, find_nonfinite
+from ppvae.training.metrics import last_good
 
 Number: TypeAlias = float | Tensor  # of one element
 
@@ -47,6 +49,14 @@ class TrainingStep:
         """Whether loss and gradient are checked before each update; on a GPU, reading them would stall the queue."""
         return all(p.device.type != "cuda" for p in self.svi.params)
 
+    @property
+    def memory_cure(self) -> str:
+        """What to lower where memory does not suffice, and what is kept, as a sentence."""
+        objective = self.svi.objective
+        splits = isinstance(objective, Objective) and objective.factorizes_over_data and not self.has_batch_norm
+        lower = f"rows (now {self.rows}), batch_size or num_particles" if splits else "batch_size or num_particles"
+        return f"Lower {lower}{last_good(self.checkpoints)}"
+
     def __call__(self, batch: tuple[Tensor, ...], epoch: int, rows: Tensor | None = None) -> tuple[Number, Number]:
         """Takes one step in an epoch (counted from 1); returns loss and gradient norm, both per datum.
 
@@ -57,7 +67,8 @@ class TrainingStep:
         """
         rng_state = torch.get_rng_state()
         try:
-            loss, represented = self._compute_gradients(batch)
+            with explain_out_of_memory(f"step {self.count + 1} (epoch {epoch})", self.memory_cure):
+                loss, represented = self._compute_gradients(batch)
         except PpvaeError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:

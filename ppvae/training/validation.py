@@ -15,6 +15,7 @@ from ppvae.compilation.graph import CaptureError, all_close, all_double
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.data.loader import DataLoader, data_columns
+from ppvae.errors.memory import explain_out_of_memory
 from ppvae.evaluation.blocks import Block
 from ppvae.inference.contract.run_failure import explain_failures
 from ppvae.inference.evaluation_mode import eval_mode
@@ -82,7 +83,12 @@ class ValidationMetrics:
                 if products is not None and number > 0 and stop - start == size:
                     sums = self._sums_by_graph(model, guide, block, latents, products)
                 if sums is None or not bool(sums.isfinite().all()):
-                    with explain_failures(model, guide, block.batch, f"{self.prefix} {block.where}", block.rows):
+                    with (
+                        explain_out_of_memory(
+                            f"the ELBO of the {self.prefix} data", "Lower num_particles or batch_size"
+                        ),
+                        explain_failures(model, guide, block.batch, f"{self.prefix} {block.where}", block.rows),
+                    ):
                         ((_, _, t),) = block.weights(model, guide, 1, self.seed, ROWS)
                     assert t is not None  # no compiled cells
                     sums = _sums(t, latents, stop - start)

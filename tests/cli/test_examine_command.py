@@ -22,15 +22,30 @@ def runs(tmp_path_factory):
 
 def test_examine_fills_the_run_folder_and_the_report(runs, capsys):
     words = ["--gaps", "6", "--num-particles", "60", "--steps", "10", "--latents", "50", "--replications", "40"]
+    words += ["--checks", "20"]
     assert main(["examine", "a", "--runs", str(runs), *words]) == 0
     out = capsys.readouterr().out
-    for text in ("amortisation gap", "mutual information", "active units of z", "verdict", "report:"):
+    for text in (
+        "amortisation gap",
+        "mutual information",
+        "active units of z",
+        "verdict",
+        "step between neighbours",
+        "report:",
+    ):
         assert text in out
     results = {p.name for p in (runs / "a" / "results").iterdir()}
-    assert {"gaps_train.json", "gaps_test.npz", "representation.json", "calibration.npz"} <= results
+    assert {
+        "gaps_train.json",
+        "gaps_test.npz",
+        "representation.json",
+        "calibration.npz",
+        "predictive_check.nc",
+    } <= results
     assert not any(name.endswith("_blocks") for name in results)
     page = (runs / "a" / "report.html").read_text()
     assert "Inference gaps" in page
+    assert "Predictive check of step between neighbours" in page
     assert "Distribution of log p(x)" in page  # the estimate that was there stays in the report
     assert (runs / "a" / "pictures" / "log_px.png").exists()
 

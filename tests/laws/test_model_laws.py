@@ -15,6 +15,9 @@ from torch import Tensor
 from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.inspection import inspect
 from ppvae.models import (
+    BayesianFactorAnalysis,
+    BayesianGaussianMixture,
+    BayesianTopicModel,
     Block,
     ConditionalVAE,
     CountVAE,
@@ -24,6 +27,7 @@ from ppvae.models import (
     GaussianProcessVAE,
     HierarchicalVAE,
     LadderVAE,
+    LastLayerVAE,
     LinearGaussian,
     MultimodalVAE,
     QuantizedVAE,
@@ -196,6 +200,16 @@ def mixed() -> Batch:
     return (x,)
 
 
+def bayesian_topics() -> BayesianTopicModel:
+    return BayesianTopicModel(6, 4, priors.Dirichlet(3), posteriors.Dirichlet(nn.mlp(4, 3, hidden=(5,)), floor=0.1))
+
+
+def last_layer() -> LastLayerVAE:
+    likelihood = likelihoods.Bernoulli(torch.nn.Identity())
+    features = nn.mlp(2, 5, hidden=(5,))
+    return LastLayerVAE(6, priors.StandardNormal(2), features, likelihood, normal(4), hidden=5, outputs=4)
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -244,6 +258,19 @@ MODELS = {
         lambda: TableVAE(["real", "count", "binary", ("categorical", 3)], latent=2, hidden=(5,)), mixed,
         "model site 'x': observed, Columns over event [4]",
     ),
+    "Bayesian mixture": Case(
+        lambda: BayesianGaussianMixture(6, 4, 3), real, "site 'loc': latent, Normal over event [3, 4], shared"
+    ),
+    "Bayesian factor analysis": Case(
+        lambda: BayesianFactorAnalysis(6, 4, 2), real, "site 'weight': latent, Normal over event [4, 2], shared"
+    ),
+    "Bayesian PCA": Case(
+        lambda: BayesianFactorAnalysis(6, 4, 2, isotropic=True), real, "site 'precision': latent, Gamma over event [1]"
+    ),
+    "topics, latent": Case(bayesian_topics, counted, "site 'topics': latent, Dirichlet over event [3, 4], shared"),
+    "VAE with a Bayesian last layer": Case(
+        last_layer, binary, "site 'weight': latent, Normal over event [6, 4], shared"
+    ),
     "deep mixture": Case(deep_mixture, binary, "guide site 'y': enumerated"),
 }  # fmt: skip
 law = Laws(MODELS)
@@ -270,7 +297,8 @@ def test_every_parameter_is_trained(name):
     case = MODELS[name]
     model, guide, batch = case.pair()
     run = fit(model, guide, batch, valid=batch, objective=case.objective(), epochs=2, batch_size=4, progress=False)
-    assert torch.tensor([run.metrics["loss"], run.metrics["valid_elbo"]]).isfinite().all()
+    joint = inspect(model, guide, batch).has_global_latents  # its ELBO is one of all data
+    assert torch.tensor([run.metrics[n] for n in ("loss", *([] if joint else ["valid_elbo"]))]).isfinite().all()
     for name, p in model.__self__.named_parameters():
         assert p.grad is not None, name
         assert bool(p.grad.isfinite().all()), name
@@ -304,6 +332,9 @@ def test_a_permuted_batch_has_permuted_weights(name):
     with torch.no_grad():
         t = terms(model, guide, batch, 3)
         drawn = {n: v for n, v in t.guide.items() if n not in s.enumerated}
-        values = {n: v.value.index_select(v.value.dim() - s.event_dims[n] - 1, order) for n, v in drawn.items()}
+        values = {
+            n: v.value if n in s.global_sites else v.value.index_select(v.value.dim() - s.event_dims[n] - 1, order)
+            for n, v in drawn.items()
+        }
         other = terms(model, guide, tuple(b[order] for b in batch), 3, values=values)
-    torch.testing.assert_close(other.log_weight, t.log_weight[:, order])
+    torch.testing.assert_close(other.local.log_weight, t.local.log_weight[:, order])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ppvae import plots
 from ppvae.errors import UsageError
-from ppvae.evaluation import bracket, calibration, compare, gaps, log_marginal, representation
+from ppvae.evaluation import bracket, calibration, compare, gaps, log_marginal, predictive_check, representation
 from ppvae.models import LinearGaussian
 
 
@@ -36,6 +36,7 @@ def results() -> dict[str, Any]:
         "gaps": gaps(pair.model, pair.mean_field, x[:4], num_particles=30, steps=5),
         "representation": representation(pair.model, pair.mean_field, x),
         "calibration": calibration(pair.model, pair.guide, x, replications=40),
+        "check": predictive_check(pair.model, pair.guide, x, {"a": lambda x: x.mean(1)}, calibrations=0),
         "bracket": bracket(pair.model, pair.mean_field, x, num_data=4, num_particles=30),
     }
 
@@ -60,6 +61,7 @@ PLOTS: dict[str, tuple[int, Callable[[dict[str, Any], Any], Figure]]] = {  # pan
     "parallel_coordinates": (
         2, lambda r, ax: plots.parallel_coordinates({t: {"x": torch.rand(3), "y": torch.rand(3)} for t in "ab"}, ax=ax),
     ),
+    "predictive_checks": (2, lambda r, ax: plots.predictive_checks(r["check"], "a", ax=ax)),
     "rate_distortion": (1, lambda r, ax: plots.rate_distortion({"a": r["representation"]}, ax=ax)),
 }  # fmt: skip
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from ppvae import VAE, data, fit, generate, likelihoods, log_marginal, nn, posteriors, priors, report
 from ppvae.errors import UsageError
+from ppvae.report.decoder import decoder_numbers
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -64,14 +69,110 @@ def test_decoding_given_values_is_the_likelihoods_mean(page):
         generate.decode(run.model, run.guide, test[:5], z, rows=torch.tensor([0, 1, 2, 5]))
 
 
+def decoded(held: dict, z: torch.Tensor) -> torch.Tensor:
+    """What the page computes from z, by the numbers in it."""
+    functions = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda v: v}
+    out = z.double()
+    for layer in held["decoder"]["layers"]:
+        if isinstance(layer, str):
+            out = functions[layer](out)
+            continue
+        rows, columns = layer["shape"]
+        codes = torch.tensor(np.frombuffer(base64.b64decode(layer["values"]), "<i2").astype(float))
+        weight, bias = codes[: rows * columns].reshape(rows, columns), codes[rows * columns :]
+        out = out @ (weight * layer["units"][0]).T + bias * layer["units"][1]
+    return functions[held["decoder"]["link"]](out[:, : held["decoder"]["outputs"]])
+
+
+def test_the_decoder_in_the_page_is_the_likelihoods_mean(page):
+    """At any z, within a step of 256 levels, and the page holds no grids of single dims."""
+    run, test, _, path = page
+    held = content(path)
+    z = 2 * torch.randn(50, 3)
+    expected = generate.decode(run.model, run.guide, test[:1], z)
+    assert (decoded(held, z) - expected).abs().max() < 1 / 255
+    assert torch.allclose(
+        torch.tensor(held["decoder"]["z"])[:, [d["dim"] for d in held["dims"]]], torch.tensor(held["z"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "link"),
+    [
+        (lambda: likelihoods.Normal(nn.mlp(2, 6, hidden=(8,)), scale=0.1), "identity"),
+        (lambda: likelihoods.Normal(nn.mlp(2, 12, hidden=(8,), activation=torch.nn.ELU), scale="network"), "identity"),
+        (lambda: likelihoods.Bernoulli(nn.mlp(2, 6, hidden=(8,), activation=torch.nn.ReLU)), "sigmoid"),
+        (lambda: likelihoods.Normal(nn.gated_mlp(2, 6, hidden=(8,)), scale=0.1), None),
+        (lambda: likelihoods.Normal(nn.mlp(2, 6, activation=lambda: torch.nn.ELU(0.5)), scale=0.1), None),
+        (lambda: likelihoods.Poisson(nn.mlp(2, 6, hidden=(8,))), "exp"),
+    ],
+)
+def test_decoders_of_known_layers_are_found(likelihood, link):
+    torch.manual_seed(0)
+    vae = VAE(priors.StandardNormal(2), likelihood(), posteriors.DiagonalNormal(nn.mlp(6, 4, hidden=(8,))))
+    x = torch.rand(40, 6).round()
+    z = torch.randn(20, 2)
+    found = decoder_numbers(lambda z: generate.decode(vae.model, vae.guide, x, z), z)
+    assert (found and found["link"]) == link
+
+
+def test_a_decoder_of_more_than_the_latent_is_none():
+    """A mean that depends on the datum beside z is no function of z alone."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z) + x.mean(1, keepdim=True), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
+
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3)).requires_grad_(False)
+    x, z = torch.randn(20, 3), torch.randn(20, 2)
+    assert decoder_numbers(lambda z: generate.decode(model, guide, x, z, rows=torch.arange(20)), z) is None
+
+
+@pytest.fixture(scope="module")
+def sequence_page(tmp_path_factory):
+    """The report of a pair of sequences whose decoder is a recurrent network."""
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = torch.nn.GRU(3, 12, batch_first=True), torch.nn.Linear(12, 2)
+
+        def forward(self, z):
+            lead = z.shape[:-1]
+            steps = z.reshape(-1, 1, 3).expand(-1, 10, 3)
+            return self.out(self.rnn(steps)[0]).reshape(*lead, 10, 2)
+
+    torch.manual_seed(0)
+    time = torch.linspace(0, 6, 10)
+    phase = 6 * torch.rand(120, 1)
+    x = torch.stack([torch.sin(time + phase), torch.cos(2 * time + phase)], -1) + 0.1 * torch.randn(120, 10, 2)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(1), nn.mlp(20, 6, hidden=(16,)))
+    vae = VAE(priors.StandardNormal(3), likelihoods.Normal(Decoder(), scale=0.2), posteriors.DiagonalNormal(encoder))
+    run = fit(vae.model, vae.guide, x, epochs=3, directory=tmp_path_factory.mktemp("sequences"))
+    return report.write(run, data=x)
+
+
+def test_sequences_move_one_dim_at_a_time(sequence_page):
+    held = content(sequence_page)
+    assert held["decoder"] is None
+    assert held["kind"] == "curve"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "sequences"])
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (380, "dark")])
-def test_the_explorer_in_a_browser(page, width, scheme):
+def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
     """Pictures change with the pointer, the keyboard and the sliders; no error; nothing wider than the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if BROWSER is None:
         pytest.skip("no Chromium is installed")
-    *_, path = page
+    path = page[-1] if kind == "images" else sequence_page
+    held = content(path)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
         tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -101,11 +202,30 @@ def test_the_explorer_in_a_browser(page, width, scheme):
         before = picture("own"), picture("reconstruction")
         tab.keyboard.press("n")
         assert picture("own") != before[0]
-        still = picture("varied")
-        tab.locator("#explorer-app input[type=range]").first.focus()
-        for _ in range(40):
-            tab.keyboard.press("ArrowRight")
-        assert picture("varied") != still
+
+        sliders = tab.locator("#explorer-app input[type=range]")
+        seen = [picture("varied")]
+        for i in (0, 1):
+            sliders.nth(i).focus()
+            for _ in range(40):
+                tab.keyboard.press("ArrowRight")
+            seen.append(picture("varied"))
+        assert len(set(seen)) == 3
+        title = tab.locator("#explorer-dims-title").inner_text()
+        values = [float(sliders.nth(i).input_value()) for i in (0, 1)]
+        chosen = next(i for i, row in enumerate(held["rows"]) if f"#{row}" in title.replace(":", " ").split())
+        moved = [abs(v - held["z"][chosen][i]) > 0.05 for i, v in enumerate(values)]
+        assert moved == ([True, True] if kind == "images" else [False, True])  # together, or one at a time
+        assert ("one dim" in title.lower()) == (kind == "sequences")
+        if kind == "images":
+            z = torch.tensor(held["decoder"]["z"][chosen])
+            z[[d["dim"] for d in held["dims"][:2]]] = torch.tensor(values)
+            shown = tab.evaluate(
+                "(() => { const c = document.getElementById('explorer-varied');"
+                " return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+            )
+            expected = 255 * decoded(held, z[None])[0]
+            assert (torch.tensor(shown).reshape(-1, 4)[:, 0] - expected).abs().max() <= 1
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert errors == []
         assert {url.split(":")[0] for url in requests} <= {"file", "data"}

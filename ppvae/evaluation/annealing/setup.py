@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.annealing.chains import AnnealingPlan
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
@@ -41,17 +42,10 @@ class AnnealingSettings:
     compile: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_temperatures", "num_leapfrog"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.rows is not None and self.rows < 1:
-            raise UsageError(f"rows: expected at least 1, found {self.rows}")
+        numbers = ("num_chains", "num_temperatures", "num_leapfrog", "seed", "rows", "target_acceptance", "resample")
+        check_ranges(**{name: getattr(self, name) for name in numbers})
         if self.start not in ("guide", "prior"):
             raise UsageError(f"start: expected 'guide' or 'prior', found {self.start!r}")
-        if not 0 < self.target_acceptance < 1:
-            raise UsageError(f"target_acceptance: expected a share between 0 and 1, found {self.target_acceptance}")
-        if not 0 <= self.resample <= 1:
-            raise UsageError(f"resample: expected a share from 0 to 1, found {self.resample}")
         _ = self.betas
 
     @property

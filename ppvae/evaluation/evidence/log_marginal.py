@@ -13,6 +13,7 @@ from torch import Tensor
 from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.evidence.escalation import (
@@ -79,10 +80,10 @@ def log_marginal(
     With global latents theta, shared by all data, weights are joint, one number for the data set. With
     `local_particles` = K > 1 the local latents of each datum are integrated out inside by K particles at each of
     `num_particles` draws of theta: log w = log p(theta) - log q(theta) + sum_n log (1/K) sum_k w_nk(theta), whose mean
-    of weights is unbiased for p(all x) at any K, in memory that depends neither on the number of data nor on that of
-    draws. With conditional=True the result is the log of the mean of p(x_n | theta) over the guide's draws of theta, or
-    at its point (AutoDelta), per datum: the predictive density of new data, [N]; `est.log_likelihood` and
-    `est.posterior` have log p(x_n | theta) and theta at the first `posterior_draws` of them.
+    of weights is unbiased for p(all x) at any K, in memory that does not depend on the number of data. With
+    conditional=True the result is the log of the mean of p(x_n | theta) over the guide's draws of theta, or at its
+    point (AutoDelta), per datum: the predictive density of new data, [N]; `est.log_likelihood` and `est.posterior`
+    have log p(x_n | theta) and theta at the first `posterior_draws` of them.
 
     Inside an initialised `torch.distributed` group all processes make the same call, share the data, and return the
     whole estimate, which equals that of one process.
@@ -137,9 +138,8 @@ def log_marginal(
             local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
+    check_ranges(bounds=bounds, local_particles=local_particles, posterior_draws=posterior_draws, rows=rows, seed=seed)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    if rows < 1:
-        raise UsageError(f"rows: expected at least 1, found {rows}")
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
     if method not in ("importance", "auto"):

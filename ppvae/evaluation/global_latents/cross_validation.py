@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.global_latents.evidence import JointWeights
@@ -43,8 +44,8 @@ def loo(
     the guide not being the posterior, and r_sn = w_s / p(x_n | theta_s), Pareto-smoothed over s for each n:
     elpd_n = log sum_s r_sn p(x_n | theta_s) / sum_s r_sn. Local latents are integrated out by `local_particles` draws
     of each datum at each theta_s; where they are summed out, or there are none, p(x_n | theta) is exact. Consistent as
-    the number of draws grows, at any number of local particles. Two passes over the data; memory depends neither on the
-    number of data nor on that of draws beyond one number each.
+    the number of draws grows, at any number of local particles. Two passes over the data; memory holds log-densities
+    [S, 500] of a block of data, and one number for each draw and datum.
 
     Args:
         model, guide: a Pyro pair with global latents that keeps the contract (see `ppvae.check`).
@@ -73,6 +74,7 @@ def loo(
     >>> result.elpd.shape, bool(result.reliable.all())
     (torch.Size([4]), True)
     """
+    check_ranges(seed=seed)
     options: dict[str, Any] = {"seed": seed, "rows": rows, "device": device, "progress": progress}
     result = _accuracy(model, guide, data, "loo", num_particles, local_particles, directory=directory, **options)
     if refit is None:
@@ -108,6 +110,7 @@ def kfold(
         refit: a function of the data of all other folds that trains the pair and returns (model, guide), or a run.
         folds: their number, from 2 to the number of data.
     """
+    check_ranges(seed=seed)
     options: dict[str, Any] = {"seed": seed, "rows": rows, "device": device, "progress": progress}
     columns = _columns(data, seed, device, model, guide)
     count = len(columns[0])
@@ -145,6 +148,7 @@ def waic(
 
     Source: Watanabe 2010 (JMLR 11); Vehtari et al. 2017 (arXiv 1507.04544).
     """
+    check_ranges(seed=seed)
     return _accuracy(
         model, guide, data, "waic", num_particles, local_particles, seed=seed, rows=rows, directory=directory,
         device=device, progress=progress,
@@ -190,6 +194,7 @@ def _accuracy(
     for name, value in {"num_particles": num_draws, "local_particles": local_particles, "rows": rows}.items():
         if not hasattr(value, "__index__") or value < 1:
             raise UsageError(f"{name}: expected a number of at least 1, found {value!r}")
+    check_ranges(num_particles=num_draws, local_particles=local_particles, rows=rows)
     with start_evaluation(model, guide, data, seed=seed, device=device, given_globals=True) as run:
         require_posterior(run)
         likelihood = ConditionalLikelihood(run, num_draws, local_particles, rows)
@@ -221,7 +226,7 @@ def require_posterior(run: Evaluation) -> None:
     s = run.structure
     if s.weights_refusal:
         raise UsageError(
-            f"cross-validation averages over the posterior of the global latents: {s.weights_refusal}. Of a point, "
+            f"cross-validation averages over the posterior of the global latents: {s.weights_refusal} Of a point, "
             "log_marginal(..., conditional=True) gives log p(x_n | theta) of held-out data"
         )
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
-from ppvae.errors import UsageError
+from ppvae.errors import ContractError, UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.global_latents.likelihood import ConditionalLikelihood
@@ -52,16 +53,20 @@ def log_marginal_given_globals(
 
     Raises:
         UsageError: fewer than one draw or particle, or more `posterior_draws` than draws; as `log_marginal`.
+        ContractError: a joint weight is asked for under a point mass on a global latent, by the site's name.
     """
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     for name, value in {"num_particles": num_draws, "local_particles": local_particles, "rows": rows}.items():
         if not hasattr(value, "__index__") or value < 1:
             raise UsageError(f"{name}: expected a number of at least 1, found {value!r}")
+    check_ranges(num_particles=num_draws, local_particles=local_particles, rows=rows)
     if posterior_draws > num_draws:
         raise UsageError(f"posterior_draws: expected at most the {num_draws} draws, found {posterior_draws}")
     settings = {"local_particles": local_particles} | ({"conditional": True} if conditional else {})
     key = settings | {"what": "log_marginal", "num_particles": num_draws, "posterior_draws": posterior_draws}
     with start_evaluation(model, guide, data, seed=seed, device=device, given_globals=True) as run:
+        if run.structure.weights_refusal and not conditional:  # a point mass on a global latent
+            raise ContractError(f"{run.structure.weights_refusal} Or pass conditional=True, for log p(x_n | theta)")
         likelihood = ConditionalLikelihood(run, num_draws, local_particles, rows)
         compute = PredictiveDensity(likelihood, posterior_draws) if conditional else JointWeights(likelihood)
         found = run_blocks(run, compute, key, desc="log p(x)", directory=directory, progress=progress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.proposals.log_weights import Proposal
@@ -30,8 +31,7 @@ class FixedAllocation:
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.max_particles < 1:
-            raise UsageError(f"num_particles: expected at least 1, found {self.max_particles}")
+        check_ranges(num_particles=self.max_particles)
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""
@@ -55,8 +55,7 @@ class AdaptiveAllocation:
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_std_error < float("inf"):
-            raise UsageError(f"target_std_error: expected a positive number of nats, found {self.target_std_error}")
+        check_ranges(target_std_error=self.target_std_error, max_particles=self.max_particles)
         if self.max_particles < PARTICLE_BLOCK:
             raise UsageError(f"max_particles: expected at least {PARTICLE_BLOCK}, found {self.max_particles}")
 
@@ -129,4 +128,5 @@ def make_allocation(
         return AdaptiveAllocation(target_std_error, max_particles)
     if not hasattr(num_particles, "__index__"):
         raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")
+    check_ranges(num_particles=num_particles)
     return FixedAllocation(int(num_particles))

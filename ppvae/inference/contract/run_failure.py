@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ppvae.errors import ContractError, PpvaeError, site_error
+from ppvae.errors.memory import memory_failure
 from ppvae.inference.contract.independence import take_batch_rows
 from ppvae.inference.contract.row_order import named_tensors
 from ppvae.inference.contract.support import check_support
@@ -101,9 +102,11 @@ def explain_failures(
     """
     try:
         yield
-    except (PpvaeError, torch.OutOfMemoryError):
+    except PpvaeError:
         raise
     except Exception as error:
+        if memory_failure(error):
+            raise
         if (invalid := find_invalid(model, guide, batch, rows)) is not None:
             raise invalid from error
         if runs(model, guide, batch):

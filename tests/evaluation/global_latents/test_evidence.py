@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from ppvae import log_marginal
 from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation import annealed
 from ppvae.evaluation.global_latents import blocks
 from tests.programs.conjugate import CONJUGATE, MIXING, TRIALS, mixture, normal_mean, regression
 from tests.programs.strangers import PAIRS
@@ -49,6 +50,21 @@ def test_the_joint_and_the_predictive_densities_are_the_exact_ones(name, particl
     assert float(est.std_error.max()) < 0.15
     assert bool((est.elbo < est.log_px).all())
     assert "predictive density" in est.summary()
+
+
+@pytest.mark.parametrize("options", [{"proposal": "refined"}, {"method": "auto"}])
+def test_refined_and_escalated_joint_estimates_are_exact_within_their_errors(options):
+    c = regression()
+    est = log_marginal(*c.pair, c.batch, num_particles=1000, **options)
+    assert est.joint
+    assert bool(est.reliable.all())
+    assert abs(est.log_px.item() - c.log_px) < 5 * est.std_error.item() < 0.2
+
+
+def test_annealing_of_global_and_local_latents_is_exact_within_its_error():
+    c = regression()
+    est = annealed(*c.pair, c.batch, num_chains=32, num_temperatures=50)
+    assert abs(est.log_px.item() - c.log_px) < 5 * est.std_error.item() < 1.0
 
 
 def test_particles_of_local_latents_lower_the_error_of_the_joint():
@@ -140,8 +156,9 @@ def test_a_point_of_the_global_latents_has_log_p_of_each_datum_and_no_joint_one(
     exact = dist.Normal(0.7, (0.49 + 0.25) ** 0.5).log_prob(X)  # the local guide is exact
     torch.testing.assert_close(est.log_px, exact.double(), rtol=0, atol=1e-4)
     assert bool((est.posterior["loc"] == 0.7).all())
-    with pytest.raises(ContractError, match="point mass"):
-        log_marginal(local_model, guide, X, num_particles=50)
+    for particles in (1, 3):
+        with pytest.raises(ContractError, match=r"'(loc|scale)'.*point mass"):
+            log_marginal(local_model, guide, X, num_particles=50, local_particles=particles)
 
 
 def test_a_guide_that_reads_the_rows_is_evaluated_on_all_of_them(monkeypatch):
