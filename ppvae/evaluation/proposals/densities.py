@@ -53,13 +53,9 @@ class Elliptical:
         direction = torch.linalg.solve_triangular(self.scale_tril.mT, whitened, upper=True).permute(2, 0, 1)
         return -_pull(whitened.square().sum(1).T, self.df, self.loc.shape[-1])[..., None] * direction
 
-    def with_df(self, df: float) -> Elliptical:
-        """The same location and scale with other tails."""
-        return Elliptical(self.loc, self.scale_tril, torch.full_like(self.df, df))
-
-    def scaled(self, factor: Tensor) -> Elliptical:
-        """The same with a scale larger by a factor, [batch]."""
-        return Elliptical(self.loc, factor[:, None, None] * self.scale_tril, self.df)
+    def with_tails(self, df: Tensor, factor: Tensor) -> Elliptical:
+        """The same location with these degrees of freedom [batch], and a scale larger by a factor [batch]."""
+        return Elliptical(self.loc, factor[:, None, None] * self.scale_tril, df)
 
     def select(self, index: Tensor) -> Elliptical:
         """The densities of some of the data."""
@@ -133,13 +129,9 @@ class LowRank:
         projected = torch.einsum("ndr,knd->nrk", factor, scaled)
         return scaled, tril, torch.linalg.solve_triangular(tril, projected, upper=False).permute(2, 0, 1)
 
-    def with_df(self, df: float) -> LowRank:
-        """The same location and scale with other tails."""
-        return LowRank(self.loc, self.factor, self.diagonal, torch.full_like(self.df, df))
-
-    def scaled(self, factor: Tensor) -> LowRank:
-        """The same with a scale larger by a factor, [batch]."""
-        return LowRank(self.loc, factor[:, None, None] * self.factor, factor[:, None] * self.diagonal, self.df)
+    def with_tails(self, df: Tensor, factor: Tensor) -> LowRank:
+        """The same location with these degrees of freedom [batch], and a scale larger by a factor [batch]."""
+        return LowRank(self.loc, factor[:, None, None] * self.factor, factor[:, None] * self.diagonal, df)
 
     def select(self, index: Tensor) -> LowRank:
         """The densities of some of the data."""
@@ -195,11 +187,8 @@ class Density(Protocol):
     def grad_log_prob(self, u: Tensor) -> Tensor:
         """Their gradients."""
 
-    def with_df(self, df: float) -> Self:
-        """Other tails."""
-
-    def scaled(self, factor: Tensor) -> Self:
-        """A scale larger by a factor, [batch]."""
+    def with_tails(self, df: Tensor, factor: Tensor) -> Self:
+        """Other degrees of freedom [batch], and a scale larger by a factor [batch]."""
 
     def select(self, index: Tensor) -> Self:
         """Some of the data."""

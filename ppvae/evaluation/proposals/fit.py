@@ -15,9 +15,9 @@ from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
 FAMILIES = ("guide", "Laplace", "full rank", "diagonal", "low rank")
 DEGREES = 20.0  # of freedom of every candidate: tails heavier than normal, as a fit has noise of its own
-MAX_INFLATION, INFLATION_VARIANCE = 0.2, 1.5  # of the scale, all of it from this variance of log-weights on
-MAX_WIDE_SHARE, WIDE_VARIANCE = 0.1, 0.1  # of the draws of a fitted density, likewise
-WIDE_FACTOR = 2.0  # of the scale of wide draws
+MIN_DEGREES, DEGREES_PER_DIM = 4.0, 0.4  # of freedom where the posterior is not normal: the fewer the dims, the fewer
+MAX_INFLATION, MIN_INFLATED_DIMS = 0.2, 20  # of the scale where the posterior is not normal, in many dims
+DEGREES_VARIANCE, INFLATION_VARIANCE = 0.1, 0.8  # of log-weights, from which on it is not normal
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS, VARIANCE_DRAWS = 100, 40  # per source of draws; of the last candidate, for the variance of log-weights
@@ -33,39 +33,27 @@ MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal
 
 @dataclass(frozen=True)
 class FittedProposal:
-    """A mixture per datum of a fitted density, the same at twice the scale, and a defensive share of the guide.
-
-    Wide draws reach the tails of a posterior of few dims that is not normal. Source: Hesterberg 1995, and Owen and Zhou
-    2000, for defensive mixtures.
+    """A mixture per datum of a fitted density and a defensive share of the guide (Owen and Zhou 2000).
 
     Attributes:
         density: fitted to each datum.
-        wide_share: [batch], of the draws of the density.
         guide_share: [batch], of the draws; 1 where the guide is the best candidate.
         family: [batch], an index into `FAMILIES`.
     """
 
     density: Elliptical | LowRank
-    wide_share: Tensor
     guide_share: Tensor
     family: Tensor
 
     def select(self, index: Tensor) -> FittedProposal:
         """The proposals of some of the data."""
         index = index.to(self.family.device)
-        shares = self.wide_share[index], self.guide_share[index]
-        return FittedProposal(self.density.select(index), *shares, self.family[index])
-
-    def sample(self, num_particles: int) -> Tensor:
-        """Draws [particles, batch, dims] of the fitted density, wide ones among them."""
-        u, loc = self.density.sample(num_particles), self.density.loc
-        is_wide = torch.rand(u.shape[:2], device=u.device) < self.wide_share
-        return torch.where(is_wide[..., None], loc + WIDE_FACTOR * (u - loc), u)
+        return FittedProposal(self.density.select(index), self.guide_share[index], self.family[index])
 
     def log_prob(self, u: Tensor, log_guide: Tensor) -> Tensor:
         """Log-densities [particles, batch] of the mixture, given those of the guide."""
         share = self.guide_share.double()
-        fitted = torch.logaddexp(*self._log_components(u)) + torch.log1p(-share)
+        fitted = self.density.log_prob(u) + torch.log1p(-share)
         return torch.logaddexp(log_guide.nan_to_num(nan=-math.inf) + share.log(), fitted)
 
     def grad_log_prob(self, u: Tensor, log_guide: Tensor, grad_guide: Tensor) -> Tensor:
@@ -73,18 +61,7 @@ class FittedProposal:
         of_guide = log_guide.nan_to_num(nan=-math.inf) + self.guide_share.double().log()
         share = (of_guide - self.log_prob(u, log_guide)).exp().clamp(max=1.0).to(u.dtype)[..., None]
         guide = torch.where(share > 0, share * grad_guide, torch.zeros_like(grad_guide))
-        narrow, wide = self._log_components(u)
-        is_wide = (wide - torch.logaddexp(narrow, wide)).exp().to(u.dtype)[..., None]
-        grad_fitted = torch.lerp(self.density.grad_log_prob(u), self._wide.grad_log_prob(u), is_wide)
-        return guide + (1 - share) * grad_fitted
-
-    @property
-    def _wide(self) -> Elliptical | LowRank:
-        return self.density.scaled(torch.full_like(self.wide_share, WIDE_FACTOR))
-
-    def _log_components(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        share = self.wide_share.double()
-        return self.density.log_prob(u) + torch.log1p(-share), self._wide.log_prob(u) + share.log()
+        return guide + (1 - share) * self.density.grad_log_prob(u)
 
 
 def fit_proposal(target: Target) -> FittedProposal:
@@ -92,9 +69,9 @@ def fit_proposal(target: Target) -> FittedProposal:
 
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
-    latter two as Student's t with 20 degrees of freedom, with wider tails where the posterior is not normal (`tails`).
-    Beyond 256 dims they are a diagonal and a low-rank scale, see `fit_low_rank`. All are scored on common draws, which
-    no estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
+    latter two as Student's t with 20 degrees of freedom, and a scale larger by up to a fifth, see `inflation`. Beyond
+    256 dims they are a diagonal and a low-rank scale, see `fit_low_rank`. All are scored on common draws, which no
+    estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
     1801.03558) for fits per datum; Roeder et al. 2017 (arXiv 1703.09194) for the path gradient; Owen and Zhou 2000,
@@ -114,25 +91,29 @@ def fit_proposal(target: Target) -> FittedProposal:
 
 def best_of(target: Target, candidates: list[D], first_family: int = 0) -> FittedProposal:
     """For each datum the candidate with the smallest second moment, all with the tails of Student's t."""
-    factor, wide_share = tails(target, candidates[-1])
-    candidates = [q.with_df(DEGREES).scaled(factor) for q in candidates]
+    df, factor = tails(target, candidates[-1])
+    candidates = [q.with_tails(df, factor) for q in candidates]
     scores = score(target, candidates)
     best = (scores <= scores.amin(0) + INDIFFERENCE).long().argmax(0)  # the first, and simplest, of those as good
     density = choose((best - 1).clamp(min=0), candidates)
     share = torch.where(best == 0, 1.0, GUIDE_SHARE).to(density.loc)
-    return FittedProposal(density, wide_share, share, torch.where(best == 0, 0, first_family + best))
+    return FittedProposal(density, share, torch.where(best == 0, 0, first_family + best))
 
 
 def tails(target: Target, q: Density) -> tuple[Tensor, Tensor]:
-    """(factor of the scales of a datum's candidates, share of wide draws), [batch]: 1 and 0 where q is the posterior.
+    """(degrees of freedom, factor of the scale) of a datum's candidates, [batch]: 20 and 1 where q is the posterior.
 
-    Both grow with the variance of the log-weights of q: posteriors that are not normal have tails that a normal misses.
-    In many dims a larger scale reaches them, and lowers k_hat at a smaller ess; in few dims a share of wide draws.
+    Posteriors that are not normal, which the variance of the log-weights of q shows, have tails that a normal fit
+    misses. In few dims a Student's t of few degrees of freedom reaches them at a small loss of ess; in many, where its
+    radius would vary too much, a scale larger by up to a fifth.
     """
-    u = q.sample(VARIANCE_DRAWS)
+    u, dims = q.sample(VARIANCE_DRAWS), q.loc.shape[-1]
     variance = (target.log_joint(u) - q.log_prob(u)).var(0).nan_to_num(nan=math.inf)
-    factor = 1 + MAX_INFLATION * (variance / INFLATION_VARIANCE).clamp(max=1.0)
-    return factor.to(q.loc), MAX_WIDE_SHARE * (variance / WIDE_VARIANCE).clamp(max=1.0).to(q.loc)
+    fewest = min(max(MIN_DEGREES, DEGREES_PER_DIM * dims), DEGREES)
+    inflation = MAX_INFLATION * min(1.0, dims / MIN_INFLATED_DIMS)
+    df = DEGREES + (fewest - DEGREES) * (variance / DEGREES_VARIANCE).clamp(max=1.0)
+    factor = 1 + inflation * (variance / INFLATION_VARIANCE).clamp(max=1.0)
+    return df.to(q.loc), factor.to(q.loc)
 
 
 def rows_of_fit(dims: int) -> tuple[int, int]:

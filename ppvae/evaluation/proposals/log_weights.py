@@ -123,7 +123,7 @@ class RefinedProposal:
         A fixed share has less variance than a random one, and any k of the draws are exchangeable, so that L_k is a
         bound for every k.
         """
-        of_guide, of_density = self.sample_start(count), self.fitted.sample(count)
+        of_guide, of_density = self.sample_start(count), self.fitted.density.sample(count)
         share = self.fitted.guide_share
         if self.independent:
             of_the_guide = torch.rand(of_guide.shape[:2], device=share.device) < share
