@@ -12,7 +12,7 @@ import torch
 def funnel(x):
     """b ~ N(0, exp(a)), x ~ N(b, 0.3): no elliptical density fits the posterior."""
     with pyro.plate("data", len(x)):
-        a = pyro.sample("a", dist.Normal(0.0, 1.5))
+        a = pyro.sample("a", dist.Normal(0.0, 2.5))
         b = pyro.sample("b", dist.Normal(0.0, a.exp()))
         pyro.sample("x", dist.Normal(b, 0.3), obs=x)
 
