@@ -1,12 +1,14 @@
 """A user's own data: .npz, .npy and .pt files, and folders of images."""
 
 import logging
+import math
 import os
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ DATA_KEYS = ("images", "image", "x", "data", "arr_0", "")
 IMAGE_KEYS = ("images", "image")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 PART_NAMES = {"training": "train", "validation": "valid", "val": "valid"}
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _ROLE = r"(x|images?|data|y|labels?|targets?)"
 _NAMES_OF_PARTS = "(train|training|valid|validation|val|test)"
 _PART = re.compile(rf"(?:{_ROLE}_)?{_NAMES_OF_PARTS}(?:_{_ROLE})?", re.IGNORECASE)
@@ -89,7 +92,32 @@ def _unpacked_bytes(path: Path) -> int:
         return sum(member.file_size for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED)
 
 
+def _check_declared_sizes(path: Path) -> None:
+    """Raises DataError for an array whose header declares more bytes than follow: NumPy would allocate them first."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            return _check_declared_size(path, "", file, path.stat().st_size)
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(".npy"):
+                with archive.open(member) as file:
+                    _check_declared_size(path, member.filename.removesuffix(".npy"), file, member.file_size)
+
+
+def _check_declared_size(path: Path, key: str, file: IO[bytes], size: int) -> None:
+    read_header = HEADERS.get(np.lib.format.read_magic(file))
+    if read_header is not None:
+        shape, _, dtype = read_header(file)
+        declared = math.prod(shape) * dtype.itemsize
+        held = size - file.tell()
+        if declared > held and not dtype.hasobject:
+            raise DataError(
+                f"{path}{_key_clause(key)}: expected plain arrays, found {held} bytes of an array of {declared}."
+            )
+
+
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
+    _check_declared_sizes(path)
     held = np.load(path, allow_pickle=False)
     if isinstance(held, np.ndarray):
         return {"": held}

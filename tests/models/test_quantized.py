@@ -167,7 +167,7 @@ def test_training_finds_codes_that_a_learned_prior_ties(objective):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="codes: expected at least 2, found 1"):
         nn.Codebook(1, 4)
-    with pytest.raises(ValueError, match=r"scale: expected a positive number, found 0"):
+    with pytest.raises(ValueError, match=r"scale: expected a finite positive number, found 0"):
         made(scale=0.0)
     vae = made()
     vae.prior = priors.AutoregressiveOneHot(CODES, VARIABLES + 1)
