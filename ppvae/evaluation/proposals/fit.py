@@ -70,8 +70,8 @@ def fit_proposal(target: Target) -> FittedProposal:
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
     latter two as Student's t with 20 degrees of freedom, or wider where the posterior is not normal, see `tails`.
-    Beyond 256 dims they are a diagonal and a low-rank scale, see `fit_low_rank`. All are scored on common draws, which no
-    estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
+    Beyond 256 dims they are a diagonal and a low-rank scale, see `fit_low_rank`. All are scored on common draws, which
+    no estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
     1801.03558) for fits per datum; Roeder et al. 2017 (arXiv 1703.09194) for the path gradient; Owen and Zhou 2000,
