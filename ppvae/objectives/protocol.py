@@ -1,5 +1,6 @@
 """What a gradient estimator reads: an objective as a bound, and a model/guide pair on one batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ class PairCall:
     terms_options: dict[str, Any] = field(default_factory=dict)
     shares_globals: bool = False  # all particles share one draw of the global latents
     _drawn: list[Terms] = field(default_factory=list, repr=False)
+    _index: list[Tensor] = field(default_factory=list, repr=False)
 
     def terms(self, **options: Any) -> Terms:
         """The pair's `Terms` on fresh draws; options as `ppvae.inference.terms` takes them.
@@ -60,6 +62,7 @@ class PairCall:
         s, index = self.structure, None
         if s.draws_subsample:  # one subsample for all particles
             index = torch.randperm(s.full_size, device=self.batch[0].device)[: s.subsample_size]
+            self._index[:] = [index]
         draws = 1 if self.shares_globals and not s.local_refusal else None
         t = evaluate_terms(
             self.model, self.guide, self.batch, self.num_particles, structure=s, index=index, global_draws=draws,
@@ -67,6 +70,13 @@ class PairCall:
         )  # fmt: skip
         self._drawn[:] = [t]
         return t if s.local_refusal else t.local
+
+    def again(self, num_particles: int, values: Mapping[str, Tensor], **options: Any) -> Terms:
+        """The terms of further particles at given values of some sites, of the data of the last `terms`."""
+        return evaluate_terms(
+            self.model, self.guide, self.batch, num_particles, structure=self.structure, values=values,
+            index=self._index[0] if self._index else None, **{**self.terms_options, **options},
+        )  # fmt: skip
 
     @property
     def globals(self) -> Terms | None:

@@ -3,10 +3,16 @@
 This module resolves the names that `gradient=` takes; the estimators are listed in `GRADIENTS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ppvae.errors import UsageError
 from ppvae.objectives.gradients.covariance import Covariance
+from ppvae.objectives.gradients.discrete.arms import ARMS, disarm
+from ppvae.objectives.gradients.discrete.double_cv import DoubleCV
+from ppvae.objectives.gradients.discrete.per_site import PerSite
+from ppvae.objectives.gradients.discrete.sites import SiteEstimator
+from ppvae.objectives.gradients.discrete.straight_through import StraightThrough
+from ppvae.objectives.gradients.discrete.vargrad import VarGrad
 from ppvae.objectives.gradients.dreg import DReG
 from ppvae.objectives.gradients.estimator import GradientEstimator
 from ppvae.objectives.gradients.gdreg import GDReG
@@ -14,8 +20,8 @@ from ppvae.objectives.gradients.pathwise import STL, Pathwise
 from ppvae.objectives.gradients.score_function import ScoreFunction, vimco
 
 __all__ = [
-    "GRADIENTS", "STL", "Covariance", "DReG", "GDReG", "GradientEstimator", "Pathwise", "ScoreFunction",
-    "resolve_gradient", "vimco",
+    "ARMS", "GRADIENTS", "STL", "Covariance", "DReG", "DoubleCV", "GDReG", "GradientEstimator", "Pathwise", "PerSite",
+    "ScoreFunction", "SiteEstimator", "StraightThrough", "VarGrad", "disarm", "resolve_gradient", "vimco",
 ]  # fmt: skip
 
 GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
@@ -26,13 +32,26 @@ GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
     "score": ScoreFunction,
     "vimco": vimco,
     "covariance": Covariance,
+    "vargrad": VarGrad,
+    "disarm": disarm,
+    "arms": ARMS,
+    "double_cv": DoubleCV,
+    "straight_through": StraightThrough,
 }
 
 
-def resolve_gradient(gradient: str | GradientEstimator) -> GradientEstimator:
-    """The estimator of a name; an estimator is returned as it is. Raises UsageError for an unknown name."""
+Gradient = str | GradientEstimator | Mapping[str, str | GradientEstimator]  # by name, as an object, or by site
+
+
+def resolve_gradient(gradient: Gradient) -> GradientEstimator:
+    """The estimator of a name, or of names by site; an estimator is returned as it is.
+
+    Raises UsageError for an unknown name.
+    """
     if isinstance(gradient, GradientEstimator):
         return gradient
+    if isinstance(gradient, Mapping):
+        return PerSite({site: resolve_gradient(one) for site, one in gradient.items()})
     if gradient not in GRADIENTS:
         raise UsageError(f"gradient: expected one of {', '.join(GRADIENTS)}; found {gradient!r}")
     return GRADIENTS[gradient]()

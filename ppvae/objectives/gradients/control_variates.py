@@ -67,7 +67,7 @@ class MovingAverage(Baseline):
 
     def __init__(self, decay: float = 0.9):
         self.decay = decay
-        self._average = _ExponentialMovingAverage()
+        self._average = ExponentialMovingAverage()
 
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         baseline = self._average(objective.reduce(log_weight).mean(), self.decay)
@@ -83,7 +83,7 @@ class MovingAverage(Baseline):
         return f"MovingAverage({self.decay})"
 
 
-class _ExponentialMovingAverage(nn.Module):
+class ExponentialMovingAverage(nn.Module):
     """A moving average in a buffer, which a captured step updates in place; NaN before the first update."""
 
     def __init__(self) -> None:

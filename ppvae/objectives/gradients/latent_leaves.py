@@ -1,5 +1,7 @@
 """Gradients of log-densities with respect to the latents, separate from how the latents depend on parameters."""
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,20 @@ class LatentLeaves:
 
     Passed as `latent_hook=` to `terms`.
 
+    Args:
+        names: the latents that are replaced; None for all.
+
     Attributes:
         entries: (the reparameterised value, its leaf, the layout of its run) of each latent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Container[str] | None = None) -> None:
+        self.names = names
         self.entries: dict[tuple[str, int], tuple[Tensor, Tensor, ParticleLayout]] = {}
 
     def __call__(self, name: str, value: Tensor, layout: ParticleLayout) -> Tensor:
+        if self.names is not None and name not in self.names:
+            return value.view_as(value)
         if not value.is_floating_point():
             return value
         leaf = value.detach().requires_grad_()

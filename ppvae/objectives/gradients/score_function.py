@@ -9,6 +9,7 @@ from ppvae.errors import ContractError, UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
+from ppvae.objectives.gradients.discrete.sites import SiteDraws
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
 from ppvae.objectives.protocol import LogWeightBound, PairCall
 from ppvae.objectives.requirements import require_sampled_latents
@@ -69,6 +70,11 @@ class ScoreFunction(GradientEstimator):
         joint = objective.log_weights(t).sum(-1, keepdim=True) + objective.log_weights(shared) / t.scale
         baseline = LeaveOneOut() if len(joint) > 1 else NoBaseline()
         return total + gradient_only((_signal(objective, baseline, joint.detach(), call) * log_q).sum())
+
+    def site_surrogate(self, site: SiteDraws) -> Tensor:
+        """The score of one site, as a part of `gradient={site: "vimco", ...}`."""
+        signal = _signal(site.objective, self.baseline, site.log_weight, site.call)
+        return (signal * site.log_prob).sum()
 
     def state_dict(self) -> dict[str, Any]:
         return self.baseline.state_dict()

@@ -1,0 +1,38 @@
+"""The gradient of the variance of log-weights."""
+
+from typing import final
+
+from torch import Tensor
+
+from ppvae.errors import UsageError
+from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
+from ppvae.objectives.protocol import LogWeightBound
+
+
+@final
+class VarGrad(SiteEstimator):
+    """The sample covariance of log-weights and scores, 1 / (K - 1) sum_k (log w_k - mean log w) d log q(z_k); unbiased.
+
+    It is half the gradient of the variance of the log-weights at draws that are held constant, and leave-one-out for an
+    ELBO ("vimco") without the score of mean zero that the log-weights have themselves. It serves every family of
+    latents, and bounds that are means of log-weights.
+
+    Raises:
+        UsageError: another bound, or fewer than two particles.
+
+    Source: Richter et al. 2020 (arXiv 2010.10436); Kool et al. 2019.
+    """
+
+    def check_objective(self, objective: LogWeightBound) -> None:
+        if objective.draws < 2:
+            raise UsageError("num_particles: expected at least 2 for a variance (vargrad), found 1")
+        if not objective.stl_unbiased:
+            raise UsageError(
+                f"gradient: expected a bound that is a mean of log-weights for 'vargrad', found "
+                f"{type(objective).__name__}; take 'vimco'"
+            )
+
+    def site_surrogate(self, site: SiteDraws) -> Tensor:
+        w = site.log_weight
+        signal = (w - w.mean(0)) / (len(w) - 1)
+        return ((signal - site.without_direct_score()) * site.log_prob).sum()
