@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ppvae.objectives import Objective
-from ppvae.objectives.gradients import DoubleCV, ScoreFunction
+from ppvae.objectives.gradients import REBAR, DoubleCV, ScoreFunction
 from tests.laws.objectives import EstimatorCase, ObjectiveCase, inspected_once
 from tests.programs.toys import AFTER, BITS, ENUMERATED, MIXED, ONE, SHARED, TWO, Toy
 
@@ -35,7 +35,7 @@ def samples(toy: Toy, objective: Objective, size: int = SIZE, seed: int = 0, sha
     model, guide, x, params = _pair(toy, size) if shared else toy.pair(size)
     torch.manual_seed(seed)
     with inspected_once():
-        averages = isinstance(objective.gradient, ScoreFunction | DoubleCV)  # which are empty in a first step
+        averages = isinstance(objective.gradient, ScoreFunction | DoubleCV | REBAR)  # which are empty in a first step
         for _ in range(2 if averages else 1):
             for p in params.values():
                 p.grad = None

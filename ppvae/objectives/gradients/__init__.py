@@ -10,8 +10,10 @@ from ppvae.objectives.gradients.covariance import Covariance
 from ppvae.objectives.gradients.discrete.arms import ARMS, disarm
 from ppvae.objectives.gradients.discrete.double_cv import DoubleCV
 from ppvae.objectives.gradients.discrete.per_site import PerSite
+from ppvae.objectives.gradients.discrete.rebar import REBAR, relax
 from ppvae.objectives.gradients.discrete.sites import SiteEstimator
 from ppvae.objectives.gradients.discrete.straight_through import StraightThrough
+from ppvae.objectives.gradients.discrete.unordered_set import UnorderedSet
 from ppvae.objectives.gradients.discrete.vargrad import VarGrad
 from ppvae.objectives.gradients.dreg import DReG
 from ppvae.objectives.gradients.estimator import GradientEstimator
@@ -20,8 +22,9 @@ from ppvae.objectives.gradients.pathwise import STL, Pathwise
 from ppvae.objectives.gradients.score_function import ScoreFunction, vimco
 
 __all__ = [
-    "ARMS", "GRADIENTS", "STL", "Covariance", "DReG", "DoubleCV", "GDReG", "GradientEstimator", "Pathwise", "PerSite",
-    "ScoreFunction", "SiteEstimator", "StraightThrough", "VarGrad", "disarm", "resolve_gradient", "vimco",
+    "ARMS", "GRADIENTS", "REBAR", "STL", "Covariance", "DReG", "DoubleCV", "GDReG", "GradientEstimator", "Pathwise",
+    "PerSite", "ScoreFunction", "SiteEstimator", "StraightThrough", "UnorderedSet", "VarGrad", "disarm", "relax",
+    "resolve_gradient", "vimco",
 ]  # fmt: skip
 
 GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
@@ -36,6 +39,9 @@ GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
     "disarm": disarm,
     "arms": ARMS,
     "double_cv": DoubleCV,
+    "rebar": REBAR,
+    "relax": relax,
+    "unordered_set": UnorderedSet,
     "straight_through": StraightThrough,
 }
 

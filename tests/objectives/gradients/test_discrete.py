@@ -7,12 +7,7 @@ import functools
 import pytest
 
 from ppvae.objectives import ELBO, IWAE
-from ppvae.objectives.gradients import (
-    ARMS,
-    DoubleCV,
-    VarGrad,
-    disarm,
-)
+from ppvae.objectives.gradients import ARMS, REBAR, DoubleCV, UnorderedSet, VarGrad, disarm, relax
 from tests.laws.gradients import LIMIT, errors, samples
 from tests.laws.objectives import log_mean_exp, mean
 from tests.programs.discrete_toys import TOYS
@@ -24,9 +19,12 @@ ESTIMATORS = {
     "disarm": disarm,
     "arms": ARMS,
     "double_cv": DoubleCV,
+    "rebar": REBAR,
+    "relax": relax,
+    "unordered_set": lambda: UnorderedSet(3),
 }
 CATEGORICAL = ("category", "layers")  # whose values are integers
-REFUSES = {"double_cv": CATEGORICAL}
+REFUSES = {"double_cv": CATEGORICAL, **dict.fromkeys(("rebar", "relax"), (*CATEGORICAL, "one hot"))}
 BOUNDS = {"elbo": (lambda g: ELBO(2, gradient=g), 1, mean), "iwae": (lambda g: IWAE(2, g), 2, log_mean_exp)}
 CASES = [
     (name, toy, bound)

@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import site_error
-from ppvae.inference.sites import event_factors
-from ppvae.objectives.gradients.discrete.sites import SiteDraws
+from ppvae.objectives.gradients.discrete.sites import SiteDraws, base_distribution
 
-ONE_HOT = (torch.distributions.OneHotCategorical,)
 FAMILIES = (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical)
 
 
 def family_of(site: SiteDraws, consumer: str, families: tuple[Any, ...] = FAMILIES) -> type:
     """The family of a site, one of `families`; raises ContractError, by the site's name, for any other."""
-    run = (site.site.particle_sites or (site.site,))[0]
-    fn = event_factors(run.distribution)[0]
-    while isinstance(fn, dist.MaskedDistribution):
-        fn = event_factors(fn.base_dist)[0]
+    fn = _base_of(site)
     for family in families:
         if isinstance(fn, family):
             return family
@@ -30,6 +25,10 @@ def family_of(site: SiteDraws, consumer: str, families: tuple[Any, ...] = FAMILI
         site.name, f"a {' or '.join(f.__name__ for f in families)} latent for {consumer}", type(fn).__name__,
         "give it another estimator, as gradient={'" + site.name + "': 'vimco'}, or take gradient='vimco' for all",
     )  # fmt: skip
+
+
+def _base_of(site: SiteDraws) -> Any:
+    return base_distribution((site.site.particle_sites or (site.site,))[0].distribution)
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,8 @@ class Bits:
 
     def values(self, bits: Tensor) -> Tensor:
         """The values of further bits, [M, S, ...] -> [M, *shape of the site's value]."""
-        if self.family is dist.Bernoulli:
-            return bits[:, 0].to(self.site.value)
-        index = self.first(bits)
-        if self.family is dist.Categorical:
-            return index.to(self.site.value)
-        return torch.nn.functional.one_hot(index, bits.shape[1] + 1).to(self.site.value)
+        index = bits[:, 0].long() if self.family is dist.Bernoulli else self.first(bits)
+        return value_of_index(index, self.family, bits.shape[1] + 1).to(self.site.value)
 
     def first(self, bits: Tensor) -> Tensor:
         """The first s with b_s = 1, S if there is none: [M, S, ...] -> [M, ...]."""
@@ -89,6 +84,11 @@ class Bits:
     def spread(self, weights: Tensor) -> Tensor:
         """[M, K, batch] -> a shape that broadcasts with [M, S, K, *inner plates, batch, *event]."""
         return self.site.spread(weights, self.logits[0], self.event_dims)[:, None]
+
+
+def value_of_index(index: Tensor, family: type, count: int) -> Tensor:
+    """The values of a family, of `count` each, of their numbers."""
+    return torch.nn.functional.one_hot(index, count) if family is dist.OneHotCategorical else index
 
 
 def bits_of(site: SiteDraws, consumer: str) -> Bits:
@@ -114,12 +114,8 @@ def log_probs_of(site: SiteDraws, family: type) -> Tensor:
         found = site.particles(of)
         return found[..., 0] if family is dist.OneHotCategorical else found
 
-    run = (site.site.particle_sites or (site.site,))[0]
-    fn = event_factors(run.distribution)[0]
-    while isinstance(fn, dist.MaskedDistribution):
-        fn = event_factors(fn.base_dist)[0]
     if family is dist.Bernoulli:
         ones = site.particles(lambda base, value: torch.nn.functional.logsigmoid(base.logits).expand(value.shape))
         zeros = site.particles(lambda base, value: torch.nn.functional.logsigmoid(-base.logits).expand(value.shape))
         return torch.stack([zeros, ones])
-    return torch.stack([column(c) for c in range(fn.logits.shape[-1])])
+    return torch.stack([column(c) for c in range(_base_of(site).logits.shape[-1])])

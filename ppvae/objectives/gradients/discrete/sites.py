@@ -71,7 +71,7 @@ class SiteDraws:
     def particles(self, of: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """of(distribution, value) of every run, each in the shape of the run's value, in the shape of `value`."""
         runs = self.site.particle_sites or (self.site,)
-        return self._unfold([of(_base(run.distribution), run.traced_value.detach()) for run in runs])
+        return self._unfold([of(base_distribution(run.distribution), run.traced_value.detach()) for run in runs])
 
     def _unfold(self, runs: Sequence[Tensor]) -> Tensor:
         t = self.terms
@@ -112,22 +112,23 @@ class SiteDraws:
         inner = (1,) * (like.dim() - event - 2)
         return weights.reshape(*weights.shape[:-1], *inner, weights.shape[-1], *(1,) * event)
 
-    def evaluate(self, values: Tensor) -> Tensor:
+    def evaluate(self, values: Tensor, from_guide: bool = True) -> Tensor:
         """The log-weights of further draws of the site, values [M, *shape of `value`]: [M, K, batch] nats, detached.
 
-        Earlier sites keep their values, later sites are sampled anew. Every further draw has the distribution of the
-        guide's own, so that its bound adds a row to the estimate of the gradient at given draws.
+        Earlier sites keep their values, later sites are sampled anew. `from_guide`: each further draw alone has the
+        guide's distribution, so that its bound is averaged with the bound in the gradient at given draws.
         """
         count, given = len(values), {self.name: values.flatten(0, 1)}
         for name, site in self.terms.guide.items():
             if name == self.name:
                 break
             given[name] = site.value.expand(count, *site.value.shape).flatten(0, 1)
-        with buffer_copies(), torch.set_grad_enabled(self.rows is not None and torch.is_grad_enabled()):
+        rows = self.rows if from_guide else None
+        with buffer_copies(), torch.set_grad_enabled(rows is not None and torch.is_grad_enabled()):
             t = self.call.again(count * len(self.log_weight), given)
             log_weight = self.objective.log_weights(t).unflatten(0, (count, -1))
-        if self.rows is not None:
-            self.rows.append(log_weight.movedim(0, -1))
+        if rows is not None:
+            rows.append(log_weight.movedim(0, -1))
         return log_weight.detach()
 
     def bounds(self, log_weights: Tensor) -> Tensor:
@@ -212,7 +213,8 @@ def sites_surrogate(
     return total
 
 
-def _base(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
+    """The distribution of one element, without its event dims and masks."""
     while isinstance(fn, torch.distributions.Independent | MaskedDistribution):
         fn = fn.base_dist
     return fn

@@ -1,0 +1,188 @@
+"""REBAR and RELAX: control variates that are functions of relaxed draws, learned along with the pair."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppvae.errors import site_error
+from ppvae.errors.ranges import check_ranges
+from ppvae.inference.second_run import buffer_copies
+from ppvae.objectives.gradients.discrete.bits import family_of
+from ppvae.objectives.gradients.discrete.relaxation import logistic_given
+from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
+from ppvae.objectives.reductions import leave_one_out_sum
+from ppvae.rng import fork_rng
+
+_adam = functools.partial(torch.optim.Adam, lr=1e-2)
+WIDTH = 32  # hidden units of the network
+
+
+class _ControlVariate(nn.Module):
+    """c(y) = a share(y) + r(y, logits): the weight, the temperature, and the network with its optimizer."""
+
+    def __init__(self, temperature: float, size: int, optimizer: Callable[[Any], torch.optim.Optimizer]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.log_temperature = nn.Parameter(torch.tensor(temperature, dtype=torch.float64).log())
+        self.net = None
+        if size:
+            with fork_rng():
+                torch.manual_seed(0)
+                layers = nn.Linear(size, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1)
+            for p in layers[2].parameters():
+                nn.init.zeros_(p)
+            self.net = nn.Sequential(*layers).double()
+        self.optimizer = optimizer(self.parameters())
+
+    def forward(self, share: Tensor, features: Tensor) -> Tensor:
+        c = self.weight * share
+        return c if self.net is None else c + self.net(features).squeeze(-1)
+
+    def learn(self, variance: Tensor) -> None:
+        """A step down the gradient of the estimator's squared norm."""
+        params = list(self.parameters())
+        found = torch.autograd.grad(variance, params, allow_unused=True, materialize_grads=True)
+        for p, gradient in zip(params, found, strict=True):
+            p.grad = torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
+        self.optimizer.step()
+
+
+@final
+class REBAR(SiteEstimator):
+    """The score function with the bound at relaxed draws as control variate, whose gradient has a path; unbiased.
+
+    (R - c(y~)) d log q(z) + d c(y) - d c(y~): y = sigmoid(logistic / t) is the relaxed value whose hard value is the
+    guide's draw z, y~ a further one given z, and c(y) = a R(y) the bound with draw k replaced by y, less the bound
+    without draw k. Weight a and temperature t follow the gradient of the estimator's squared norm, which has the same
+    expectation for all of them, and are part of the checkpoint. RELAX (`network=True`) adds a network of y and the
+    logits to c. The densities of model and guide are evaluated at numbers in (0, 1), where they have to be
+    differentiable: for a model that rounds its latent the estimator is biased. A step evaluates 3 K draws of the pair
+    for one site, and second derivatives.
+
+    Args:
+        temperature: t in the first step.
+        network: whether c has a network.
+        optimizer: a function of the parameters of c that returns a torch optimizer.
+
+    Raises:
+        ContractError: a site that is not Bernoulli, by its name.
+
+    Source: Tucker et al. 2017 (arXiv 1703.07370); Grathwohl et al. 2018 (arXiv 1711.00123).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        network: bool = False,
+        optimizer: Callable[[Any], torch.optim.Optimizer] = _adam,
+    ):
+        check_ranges(temperature=temperature)
+        self.temperature, self.network, self._optimizer_factory = temperature, network, optimizer
+        self._control_variates: dict[str, _ControlVariate] = {}
+
+    @property
+    def has_learned_baseline(self) -> bool:
+        return True
+
+    def site_surrogate(self, site: SiteDraws) -> Tensor:
+        family_of(site, repr(self), (dist.Bernoulli,))
+        logits = site.particles(lambda fn, value: fn.logits.expand(value.shape))
+        z, kept, w = site.value.double(), site.kept, site.log_weight
+        a = logits.detach().double().requires_grad_()
+        without = site.objective.leave_one_out_bound(w, leave_one_out_sum(w) / max(1, len(w) - 1))
+        if len(w) == 1:
+            without = torch.zeros_like(w)
+        with torch.enable_grad():
+            noise = logistic_given(z, a.detach()) - a.detach()
+            logistic = torch.stack([a + noise, logistic_given(z, a)])  # y of a constant noise, y~ of one given z
+            features = _per_datum(torch.stack([logistic, torch.stack([a, a]).detach()], -1), site)
+            control = self._control_variate(site.name, features)
+            y = (logistic / control.log_temperature.exp()).sigmoid()
+            share = [site.objective.leave_one_out_bound(w, at) - without for at in _log_weights(site, y)]
+            features = _per_datum(torch.stack([y, torch.stack([a, a]).detach()], -1), site)
+            c = control(torch.stack(share), features)  # [2, K, batch]
+            (path,) = torch.autograd.grad((c[0] - c[1]).sum(), a, create_graph=True)
+            score = z - a.detach().sigmoid()
+            signal = site.spread(site.objective.reduce(w) - without - c[1], z)
+            gradient = (signal * score + path) * kept
+            control.learn(gradient.square().sum() / w.numel())
+        return (gradient.detach() * logits).sum()
+
+    def _control_variate(self, name: str, features: Tensor) -> _ControlVariate:
+        if name not in self._control_variates:
+            size = features.shape[-1] if self.network else 0
+            self._control_variates[name] = self._built(size)
+        return self._control_variates[name].to(features.device)
+
+    def _built(self, size: int) -> _ControlVariate:
+        return _ControlVariate(self.temperature, size, self._optimizer_factory)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {
+                "parameters": {n: p.detach().cpu().clone() for n, p in one.named_parameters()},
+                "optimizer": one.optimizer.state_dict(),
+            }
+            for name, one in self._control_variates.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._control_variates = {}
+        for name, saved in state.items():
+            first = saved["parameters"].get("net.0.weight")
+            one = self._built(0 if first is None else first.shape[1])
+            one.load_state_dict(saved["parameters"])
+            one.optimizer.load_state_dict(saved["optimizer"])
+            self._control_variates[name] = one
+
+    def __repr__(self) -> str:
+        return f"{'RELAX' if self.network else 'REBAR'}({self.temperature})"
+
+
+def relax() -> REBAR:
+    """RELAX: REBAR with a network in the control variate.
+
+    Source: Grathwohl et al. 2018 (arXiv 1711.00123).
+    """
+    return REBAR(network=True)
+
+
+def _per_datum(values: Tensor, site: SiteDraws) -> Tensor:
+    """[2, K, *inner plates, batch, *event, 2] -> [2, K, batch, elements]."""
+    data = values.dim() - site.event_dims - 2
+    values = values.movedim(data, 2)
+    return values.reshape(*values.shape[:3], -1)
+
+
+def _log_weights(site: SiteDraws, y: Tensor) -> Tensor:
+    """The log-weights at relaxed values [2, K, *shape of the value], with their gradient: [2, K, batch] nats.
+
+    Earlier sites keep their values; later ones have the values of further draws of this site, which do not depend on
+    the guide's draw.
+    """
+    names, call, count = list(site.terms.guide), site.call, len(site.log_weight)
+    earlier = {n: site.terms.guide[n].value.detach() for n in names[: names.index(site.name)]}
+    later = names[names.index(site.name) + 1 :]
+    if later:
+        with torch.no_grad(), buffer_copies():
+            further = call.again(count, earlier).guide
+        earlier |= {n: further[n].value for n in later}
+    given = {n: torch.cat([value, value]) for n, value in earlier.items()}
+    given[site.name] = y.flatten(0, 1).to(site.value)
+    try:
+        with buffer_copies(), pyro.validation_enabled(False):
+            t = call.again(2 * count, given)
+    except ValueError as error:
+        raise site_error(
+            site.name, "densities that are evaluated at numbers in (0, 1), for REBAR and RELAX",
+            "a distribution that validates its values", "make the distribution inside model and guide, or with "
+            "validate_args=False",
+        ) from error  # fmt: skip
+    return site.objective.log_weights(t).unflatten(0, (2, count))
