@@ -13,12 +13,12 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae.objectives import Objective
 from ppvae.objectives.gradients import REBAR, DoubleCV, ScoreFunction
 from tests.laws.objectives import EstimatorCase, ObjectiveCase, inspected_once
-from tests.programs.toys import AFTER, BITS, ENUMERATED, MIXED, ONE, SHARED, TWO, Toy
+from tests.programs.toys import AFTER, BITS, DATUM, ENUMERATED, MIXED, ONE, SHARED, TWO, Toy
 
 FAILURE, COORDINATES = 1e-6, 2000
 LIMIT = NormalDist().inv_cdf(1 - FAILURE / (2 * COORDINATES))
@@ -41,6 +41,32 @@ def samples(toy: Toy, objective: Objective, size: int = SIZE, seed: int = 0, sha
                 p.grad = None
             objective.loss_and_grads(model, guide, x)
     return {n: torch.zeros(size) if p.grad is None else -p.grad for n, p in params.items()}
+
+
+def folded_samples(toy: Toy, objective: Objective, size: int = 500, runs: int = 150) -> Gradients:
+    """Estimates from many runs over parameters that all data share."""
+    pyro.clear_param_store()
+    params = {n: nn.Parameter(torch.tensor(v)) for n, v in toy.values.items()}
+
+    def side(body, names):
+        def run(x):
+            own = {n: pyro.param(f"folded.{n}", params[n]) for n in names}
+            with pyro.plate("data", len(x)):
+                body(own, x)
+
+        return run
+
+    model, guide = side(toy.model, toy.model_params), side(toy.guide, toy.guide_params)
+    x = torch.full((size,), DATUM)
+    torch.manual_seed(0)
+    found = {n: [] for n in params}
+    for _ in range(runs):
+        for p in params.values():
+            p.grad = None
+        objective.loss_and_grads(model, guide, x)
+        for n, p in params.items():
+            found[n].append(-p.grad / size)
+    return {n: torch.stack(g) for n, g in found.items()}
 
 
 def _pair(toy: Toy, size: int) -> Any:

@@ -83,6 +83,9 @@ RESUMED = {
     "average": lambda: IWAE(3, ScoreFunction(MovingAverage(0.8))),
     "learned": lambda: IWAE(3, ScoreFunction(Learned(nn.Linear(4, 1)))),
     "vimco": lambda: IWAE(3, "vimco"),
+    "double_cv": lambda: ELBO(3, gradient="double_cv"),
+    "relax": lambda: IWAE(2, {"z": "relax"}),
+    "arms": lambda: IWAE(2, "arms"),
     "sleep": lambda: ReweightedWakeSleep(3, 1.0, 0.5),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -80,6 +81,52 @@ def _vector_points(p: Params) -> Points:
 
 
 VECTOR = Toy(VECTOR_PARAMS, ("f", "g", "h"), _VECTOR, _vector_model, _vector_guide, _vector_points)
+
+
+# -- the same bits in an inner plate, and with one of them masked and not read ----------------------------------------
+
+
+def _plate_model(p: Params, x: Tensor) -> None:
+    with pyro.plate("inner", 3, dim=-2):
+        z = pyro.sample("z", dist.Bernoulli(logits=_vector_prior(p).T))
+    pyro.sample("x", normal(_vector_loc(p, z.movedim(-2, -1).unsqueeze(-3)), p["e"]), obs=x)
+
+
+def _plate_guide(p: Params, x: Tensor) -> None:
+    with pyro.plate("inner", 3, dim=-2):
+        pyro.sample("z", dist.Bernoulli(logits=_vector_logits(p).T))
+
+
+PLATE = replace(VECTOR, model=_plate_model, guide=_plate_guide)
+_KEPT = torch.tensor([True, True, False])
+
+
+def _masked_loc(p: Params, z: Tensor) -> Tensor:
+    return p["d"] * (z[..., 0] + 2 * z[..., 1] * z[..., 0]) - z[..., 1]
+
+
+def _masked_model(p: Params, x: Tensor) -> None:
+    with pyro.plate("inner", 3, dim=-2):
+        z = pyro.sample("z", dist.Bernoulli(logits=_vector_prior(p).T).mask(_KEPT[:, None]))
+    pyro.sample("x", normal(_masked_loc(p, z.movedim(-2, -1).unsqueeze(-3)), p["e"]), obs=x)
+
+
+def _masked_guide(p: Params, x: Tensor) -> None:
+    with pyro.plate("inner", 3, dim=-2):
+        pyro.sample("z", dist.Bernoulli(logits=_vector_logits(p).T).mask(_KEPT[:, None]))
+
+
+def _masked_points(p: Params) -> Points:
+    z = torch.stack(_values(2, 2), -1)
+    log_q = bernoulli_log_prob(z, _vector_logits(p)[:2]).sum(-1)
+    prior = bernoulli_log_prob(z, _vector_prior(p)[:2]).sum(-1)
+    return Points(log_q, log_normal(X, _masked_loc(p, z), p["e"]), prior, log_q)
+
+
+MASKED = Toy(
+    VECTOR_PARAMS, ("f", "g", "h"), _VECTOR, _masked_model,
+    _masked_guide, _masked_points,
+)  # fmt: skip
 
 
 # -- the same bits, whose prior is the guide at another datum: model and guide share parameters -----------------------
@@ -180,5 +227,5 @@ LAYERS = Toy(
 
 TOYS = {
     "bit": BIT, "vector": VECTOR, "shared": SHARED_BITS, "category": CATEGORY, "one hot": ONE_HOT, "layers": LAYERS,
-    "bits": BITS, "mixed": MIXED, "after": AFTER,
+    "plate": PLATE, "masked": MASKED, "bits": BITS, "mixed": MIXED, "after": AFTER,
 }  # fmt: skip

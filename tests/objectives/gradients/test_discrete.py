@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
+from torch import Tensor, nn
 
+from ppvae.errors import ContractError, UsageError
+from ppvae.inference import SVI
+from ppvae.inference.param_store import ParamScope
 from ppvae.objectives import ELBO, IWAE
-from ppvae.objectives.gradients import ARMS, REBAR, DoubleCV, UnorderedSet, VarGrad, disarm, relax
-from tests.laws.gradients import LIMIT, errors, samples
+from ppvae.objectives.gradients import (
+    ARMS,
+    REBAR,
+    DoubleCV,
+    ScoreFunction,
+    StraightThrough,
+    UnorderedSet,
+    VarGrad,
+    disarm,
+    relax,
+)
+from ppvae.objectives.gradients.control_variates import NoBaseline
+from tests.laws.gradients import LIMIT, errors, folded_samples, samples
 from tests.laws.objectives import log_mean_exp, mean
 from tests.programs.discrete_toys import TOYS
+from tests.programs.toys import MIXED
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -24,14 +45,19 @@ ESTIMATORS = {
     "unordered_set": lambda: UnorderedSet(3),
 }
 CATEGORICAL = ("category", "layers")  # whose values are integers
-REFUSES = {"double_cv": CATEGORICAL, **dict.fromkeys(("rebar", "relax"), (*CATEGORICAL, "one hot"))}
+REFUSES = {
+    "double_cv": CATEGORICAL,
+    "unordered_set": ("masked",),
+    **dict.fromkeys(("rebar", "relax"), (*CATEGORICAL, "one hot")),
+}
 BOUNDS = {"elbo": (lambda g: ELBO(2, gradient=g), 1, mean), "iwae": (lambda g: IWAE(2, g), 2, log_mean_exp)}
 CASES = [
     (name, toy, bound)
     for name in ESTIMATORS
     for toy in TOYS
-    for bound in BOUNDS
-    if toy not in REFUSES.get(name, ()) and (name, bound) != ("vargrad", "iwae")
+    for bound in ("elbo", "iwae")
+    if toy not in REFUSES.get(name, ())
+    and (bound == "elbo" if name == "vargrad" else bound == "iwae" or toy in ("vector", "layers", "mixed"))
 ]
 
 
@@ -40,8 +66,198 @@ def exact(toy: str, bound: str) -> dict[str, float]:
     return TOYS[toy].gradient(*BOUNDS[bound][1:])
 
 
+def largest_error(toy: str, gradient: Any, bound: str, shared: bool = True) -> float:
+    objective = BOUNDS[bound][0](gradient)
+    return max(errors(samples(TOYS[toy], objective, shared=shared), exact(toy, bound)).values())
+
+
 @pytest.mark.parametrize(("name", "toy", "bound"), CASES)
 def test_the_mean_is_the_enumerated_gradient(name, toy, bound):
     """Fails by chance with probability 1e-6 for each of 2000 coordinates, of which there are fewer."""
-    found = errors(samples(TOYS[toy], BOUNDS[bound][0](ESTIMATORS[name]())), exact(toy, bound))
-    assert max(found.values()) < LIMIT, found
+    assert largest_error(toy, ESTIMATORS[name](), bound) < LIMIT
+
+
+@pytest.mark.parametrize("layout", ["folded", "one by one"])
+@pytest.mark.parametrize("name", ["arms", "double_cv", "unordered_set", "rebar"])
+def test_the_mean_is_right_in_every_layout(name, layout, monkeypatch):
+    monkeypatch.setattr("ppvae.inference.inspection.find_particle_placement", lambda *_: layout)
+    for toy in ("plate", "vector", "one hot") if layout == "one by one" else ("vector", "one hot"):
+        if toy in REFUSES.get(name, ()):
+            continue
+        if layout == "one by one":
+            assert largest_error(toy, ESTIMATORS[name](), "iwae", shared=False) < LIMIT
+        else:  # a parameter per datum does not fold
+            found = folded_samples(TOYS[toy], BOUNDS["iwae"][0](ESTIMATORS[name]()))
+            assert max(errors(found, exact(toy, "iwae")).values()) < LIMIT
+
+
+PER_SITE = [
+    ("mixed", {"a": "arms", "z": "dreg"}, "iwae"),
+    ("mixed", {"a": "double_cv", "z": "dreg"}, "elbo"),
+    ("mixed", {"a": "rebar", "z": "stl"}, "elbo"),
+    ("mixed", {"a": "vimco"}, "iwae"),
+    ("after", {"a": "unordered_set", "z": "pathwise"}, "iwae"),
+    ("layers", {"c": "arms", "b": "double_cv"}, "iwae"),
+    ("bits", {"a": "relax", "b": "disarm"}, "elbo"),
+]
+
+
+@pytest.mark.parametrize(("toy", "gradient", "bound"), PER_SITE)
+def test_sites_with_estimators_of_their_own_have_the_enumerated_gradient(toy, gradient, bound):
+    assert largest_error(toy, gradient, bound) < LIMIT
+
+
+def test_dreg_beside_a_discrete_latent_leaves_less_noise_than_the_pathwise_gradient():
+    """Measured for the location of z given a at K = 16: variance 0.004 of the pathwise one."""
+    variances = [
+        float(samples(MIXED, IWAE(16, {"a": "vimco", "z": paths}))["g"].var()) for paths in ("pathwise", "dreg")
+    ]
+    assert variances[1] < 0.1 * variances[0], variances
+
+
+@pytest.mark.filterwarnings("ignore:the straight-through")
+def test_straight_through_is_biased_in_the_guide_alone():
+    found = errors(samples(TOYS["vector"], ELBO(2, gradient=StraightThrough())), exact("vector", "elbo"))
+    guides = TOYS["vector"].guide_params
+    assert max(found[n] for n in guides) > 1.5 * LIMIT, found
+    assert all(found[n] < LIMIT for n in found if n not in guides), found
+
+
+def test_straight_through_says_that_it_is_biased():
+    with pytest.warns(UserWarning, match="biased"):
+        ELBO(gradient="straight_through")
+
+
+def quadratic(size: int, dims: int = 12) -> Any:
+    """z_i ~ Bernoulli(1/2), x ~ N(z W, 1) and a guide with logits of its own for each of `size` equal data."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(dims, dims, generator=generator) / 2
+    logits = nn.Parameter((1.5 * torch.randn(dims, generator=generator)).expand(size, dims).clone())
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(dims)).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("logits", logits)).to_event(1))
+
+    return model, guide, torch.randn(dims, generator=generator).expand(size, dims), logits
+
+
+def logit_variance(objective: Any, size: int = 2000, steps: int = 3) -> float:
+    """The variance of a datum's gradient of its logits, averaged over logits, after some steps of learned parts."""
+    with ParamScope().entered():
+        model, guide, x, logits = quadratic(size)
+        torch.manual_seed(1)
+        for _ in range(steps):
+            logits.grad = None
+            objective.loss_and_grads(model, guide, x)
+    return float(logits.grad.var(0).mean())
+
+
+def test_variances_at_equal_cost_are_in_the_order_of_the_papers():
+    """Measured with four evaluations: score 36.5, two pairs of DisARM 1.54, leave-one-out 1.13, ARMS 1.03, Double CV
+    0.52; with three, REBAR 1.31 and RELAX 1.19; with two, leave-one-out 3.35 and DisARM 3.02."""
+    four = {
+        "score": ELBO(4, gradient=ScoreFunction(NoBaseline())),
+        "disarm": ELBO(2, gradient="disarm"),
+        "vargrad": ELBO(4, gradient="vargrad"),
+        "arms": ELBO(1, gradient=ARMS(4)),
+        "double_cv": ELBO(4, gradient=DoubleCV()),
+    }
+    found = [logit_variance(objective) for objective in four.values()]
+    assert found == sorted(found, reverse=True), dict(zip(four, found, strict=True))
+    two = logit_variance(ELBO(2, gradient="vargrad"))
+    assert logit_variance(ELBO(1, gradient="disarm")) < two
+    for three in (REBAR(), relax()):  # with three evaluations
+        assert logit_variance(ELBO(1, gradient=three)) < 2 / 3 * two
+
+
+def test_a_set_of_all_values_is_the_exact_gradient():
+    found = samples(TOYS["vector"], ELBO(1, gradient=UnorderedSet(8)))
+    assert all(float(found[n].std()) < 1e-9 for n in TOYS["vector"].guide_params)
+
+
+@pytest.mark.parametrize("name", ["arms", "unordered_set", "vargrad", "double_cv"])
+def test_a_captured_step_is_the_eager_one(name):
+    ends = []
+    for kernels in ("eager", "graph"):
+        with ParamScope().entered():
+            model, guide, x, logits = quadratic(8)
+            estimator = VarGrad() if name == "vargrad" else ESTIMATORS[name]()
+            gradient = UnorderedSet(3) if name == "unordered_set" else estimator
+            if name == "unordered_set":
+                model, guide, x, logits = quadratic(8, 4)
+            svi = SVI(model, guide, functools.partial(torch.optim.Adam, lr=0.1), ELBO(2, gradient=gradient))
+            svi.use(kernels)
+            torch.manual_seed(0)
+            losses = [svi.step(x) for _ in range(4)]
+            assert svi.kernels == kernels
+            ends.append((losses, logits.detach().clone()))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def two_latents(x: Tensor) -> tuple[Any, Any]:
+    """A Poisson and a normal latent."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            n = pyro.sample("n", dist.Poisson(1.0))
+            z = pyro.sample("z", dist.Normal(n, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            n = pyro.sample("n", dist.Poisson(pyro.param("rate", torch.tensor(1.5))))
+            pyro.sample("z", dist.Normal(n + x, pyro.param("scale", torch.tensor(1.0))))
+
+    return model, guide
+
+
+REFUSED = {
+    "another family": ("arms", r"'n'.*Bernoulli.*found Poisson.*'vimco'"),
+    "a gradient in the value": ("double_cv", r"'n'.*Bernoulli"),
+    "no such site": ({"m": "arms", "n": "vimco"}, r"'m'.*expected a latent of the guide.*name one of|'m'.*Name one of"),
+    "a path": ({"n": "vimco", "z": "arms"}, r"'z'.*without a reparameterised sample"),
+    "no path": ({"n": "dreg"}, r"'n'.*with a reparameterised sample"),
+    "a site left out": ({"z": "dreg"}, r"'n'.*estimator for every latent"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_estimator_that_does_not_fit_a_site_is_refused_by_its_name(case):
+    gradient, message = REFUSED[case]
+    x = torch.zeros(3)
+    with ParamScope().entered():
+        model, guide = two_latents(x)
+        with pytest.raises(ContractError, match=message):
+            ELBO(2, gradient=gradient).loss_and_grads(model, guide, x)
+        cure = ELBO(2, gradient={"n": "vimco", "z": "dreg"})  # what the messages name
+        assert math.isfinite(cure.loss_and_grads(model, guide, x))
+
+
+def test_dreg_of_a_latent_that_a_discrete_one_depends_on_is_refused():
+    with pytest.raises(ContractError, match=r"'a'.*depends on 'z'.*Give 'z' 'pathwise'"):
+        samples(TOYS["after"], IWAE(2, {"a": "arms", "z": "dreg"}))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ELBO(1, gradient="vargrad"),
+        lambda: IWAE(4, "vargrad"),
+        lambda: ELBO(1, gradient="double_cv"),
+        lambda: ARMS(1),
+        lambda: UnorderedSet(1),
+        lambda: ELBO(2, gradient={"z": "dreg", "y": "pathwise"}),
+        lambda: ELBO(2, gradient={"z": "gdreg"}),
+        lambda: ELBO(2, gradient={"z": "antithetic"}),
+        lambda: ELBO(2, gradient="arms", free_bits=0.1),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(build):
+    with pytest.raises(UsageError, match="expected"):
+        build()

@@ -29,6 +29,7 @@ from tests.laws.gradients import (
     errors,
     exact,
     exact_of_surrogate,
+    folded_samples,
     samples,
     wake,
 )
@@ -44,7 +45,6 @@ from tests.laws.objectives import (
 from tests.programs.toys import (
     BITS,
     COARSE,
-    DATUM,
     DETACHED,
     ENUMERATED,
     MIXED,
@@ -259,31 +259,6 @@ def test_hierarchical_gradients_are_right_in_every_layout(layout, gradient, monk
     iwae, elbo = exact("two", 2, log_mean_exp), exact("two", 1, mean)
     target = {n: (elbo if gradient == "piwae" and n in TWO.guide_params else iwae)[n] for n in iwae}
     assert max(errors(found, target).values()) < LIMIT
-
-
-def folded_samples(toy, objective, size=500, runs=150):
-    """Estimates from many runs over parameters that all data share."""
-    params = {n: nn.Parameter(torch.tensor(v)) for n, v in toy.values.items()}
-
-    def side(body, names):
-        def run(x):
-            own = {n: pyro.param(f"folded.{n}", params[n]) for n in names}
-            with pyro.plate("data", len(x)):
-                body(own, x)
-
-        return run
-
-    model, guide = side(toy.model, toy.model_params), side(toy.guide, toy.guide_params)
-    x = torch.full((size,), DATUM)
-    torch.manual_seed(0)
-    found = {n: [] for n in params}
-    for _ in range(runs):
-        for p in params.values():
-            p.grad = None
-        objective.loss_and_grads(model, guide, x)
-        for n, p in params.items():
-            found[n].append(-p.grad / size)
-    return {n: torch.stack(g) for n, g in found.items()}
 
 
 # -- noise ------------------------------------------------------------------------------------------------------------

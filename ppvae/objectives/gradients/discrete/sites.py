@@ -126,7 +126,7 @@ class SiteDraws:
         rows = self.rows if from_guide else None
         with buffer_copies(), torch.set_grad_enabled(rows is not None and torch.is_grad_enabled()):
             t = self.call.again(count * len(self.log_weight), given)
-            log_weight = self.objective.log_weights(t).unflatten(0, (count, -1))
+            log_weight = without_scores(self.objective, t).unflatten(0, (count, -1))
         if rows is not None:
             rows.append(log_weight.movedim(0, -1))
         return log_weight.detach()
@@ -138,17 +138,6 @@ class SiteDraws:
         """
         bound = self.objective.reduce(self.log_weight).expand_as(self.log_weight)
         return torch.stack([bound, *(self.objective.leave_one_out_bound(self.log_weight, w) for w in log_weights)])
-
-    def without_direct_score(self) -> Tensor:
-        """What the bound's own gradient has of the score of the site's draws, to subtract from it, [K, batch].
-
-        d bound / d log q, which is a constant, and its product with the score of mean zero, for a mean of log-weights.
-        """
-        bound = self.objective.bound(self.terms).sum()
-        if not bound.requires_grad or not self.site.log_prob.requires_grad:
-            return torch.zeros_like(self.log_weight)
-        (gradient,) = torch.autograd.grad(bound, self.site.log_prob, retain_graph=True, materialize_grads=True)
-        return gradient.double()
 
 
 class SiteEstimator(GradientEstimator):
@@ -199,18 +188,35 @@ def sites_surrogate(
     With `paths`, the further draws of the estimators are averaged with the guide's own in the gradient of the bound.
     """
     rows: list[Tensor] | None = [] if paths else None
-    log_weight = objective.log_weights(t).detach()
-    total = log_weight.new_zeros(())
+    log_weight = without_scores(objective, t)
+    bound = objective.bound(t).sum()
+    held = objective.reduce(log_weight).sum() if objective.stl_unbiased else bound
+    total = held - bound
     for name in t.guide:
         if name in t.structure.non_reparameterized:
-            total = total + estimator_of(name).site_surrogate(
-                SiteDraws(name, objective, call, t, log_weight, leaves, rows)
-            )
+            site = SiteDraws(name, objective, call, t, log_weight.detach(), leaves, rows)
+            total = total + estimator_of(name).site_surrogate(site)
     if rows:
         further = torch.cat(rows, -1)  # [K, batch, further draws]
         count = further.shape[-1]
-        total = total + (objective.reduce(further).sum() - count * objective.bound(t).sum()) / (1 + count)
+        total = total + (objective.reduce(further).sum() - count * held) / (1 + count)
     return total
+
+
+def without_scores(objective: LogWeightBound, t: Terms) -> Tensor:
+    """The log-weights; where the bound is their mean, without the gradient of log q of the sites without a path.
+
+    At the guide's draws it is a constant times the score, whose mean is zero: it would add variance alone.
+    """
+    log_weight = objective.log_weights(t)
+    scores = [q.log_prob for name, q in t.guide.items() if name in t.structure.non_reparameterized]
+    scores = [q for q in scores if q.requires_grad]
+    if not (objective.stl_unbiased and scores and log_weight.requires_grad):
+        return log_weight
+    found = torch.autograd.grad(log_weight.sum(), scores, retain_graph=True, allow_unused=True, materialize_grads=True)
+    for coefficient, log_q in zip(found, scores, strict=True):
+        log_weight = log_weight - gradient_only(coefficient * log_q)
+    return log_weight
 
 
 def base_distribution(fn: Any) -> Any:

@@ -1,5 +1,6 @@
 """The straight-through Gumbel-softmax gradient, which is biased."""
 
+import warnings
 from typing import final
 
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ from ppvae.errors.ranges import check_ranges
 from ppvae.objectives.gradients.discrete.bits import family_of
 from ppvae.objectives.gradients.discrete.relaxation import relaxed
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
+from ppvae.objectives.protocol import LogWeightBound
 
 
 @final
@@ -34,6 +36,9 @@ class StraightThrough(SiteEstimator):
     def __init__(self, temperature: float = 0.5):
         check_ranges(temperature=temperature)
         self.temperature = temperature
+
+    def check_objective(self, objective: LogWeightBound) -> None:
+        warnings.warn("the straight-through gradient is biased: take gradient='arms' or 'vimco'", stacklevel=4)
 
     def site_surrogate(self, site: SiteDraws) -> Tensor:
         family_of(site, repr(self), (dist.Bernoulli, dist.OneHotCategorical))

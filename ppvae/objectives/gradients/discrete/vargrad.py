@@ -34,5 +34,4 @@ class VarGrad(SiteEstimator):
 
     def site_surrogate(self, site: SiteDraws) -> Tensor:
         w = site.log_weight
-        signal = (w - w.mean(0)) / (len(w) - 1)
-        return ((signal - site.without_direct_score()) * site.log_prob).sum()
+        return ((w - w.mean(0)) / (len(w) - 1) * site.log_prob).sum()
