@@ -1,7 +1,7 @@
 """A bound plus an auxiliary loss of the batch, such as the classification loss of a semi-supervised VAE."""
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Self, final
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_ranges
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
+from ppvae.objectives.gradients import Gradient
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.protocol import PairCall
 
@@ -65,6 +66,11 @@ class AuxiliaryLoss(Objective):
 
     def global_bound(self, t: Terms) -> Tensor:
         return self.objective.global_bound(t)
+
+    def with_gradient(self, gradient: Gradient) -> Self:
+        new = super().with_gradient(gradient)
+        new.objective = self.objective.with_gradient(new.gradient)
+        return new
 
     def check_estimator(self) -> None:
         """The bound's own constructor has checked it."""

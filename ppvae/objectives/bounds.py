@@ -9,7 +9,7 @@ from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_ranges
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
-from ppvae.objectives.gradients import DReG, GradientEstimator, Pathwise
+from ppvae.objectives.gradients import DReG, Gradient, Pathwise
 from ppvae.objectives.gradients.estimator import gradient_only
 from ppvae.objectives.gradients.latent_leaves import LatentLeaves
 from ppvae.objectives.objective import Objective
@@ -41,7 +41,7 @@ class IWAE(Objective):
     True
     """
 
-    def __init__(self, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
+    def __init__(self, num_particles: int = 50, gradient: Gradient = "pathwise"):
         check_ranges(num_particles=num_particles)
         super().__init__(num_particles, gradient)
 
@@ -75,7 +75,7 @@ class Renyi(Objective):
     True
     """
 
-    def __init__(self, alpha: float = 0.5, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
+    def __init__(self, alpha: float = 0.5, num_particles: int = 50, gradient: Gradient = "pathwise"):
         check_ranges(alpha=alpha, num_particles=num_particles)
         self.alpha = alpha
         super().__init__(num_particles, gradient)
@@ -109,7 +109,7 @@ class Renyi(Objective):
 class GroupedBounds(Objective):
     """An objective of M K draws per datum, in M groups of K consecutive draws."""
 
-    def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
+    def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: Gradient = "pathwise"):
         check_ranges(num_particles=num_particles, num_bounds=num_bounds)
         super().__init__(num_particles, gradient)
         self.num_bounds = num_bounds
@@ -178,7 +178,7 @@ class CIWAE(Objective):
     True
     """
 
-    def __init__(self, beta: float = 0.05, num_particles: int = 50, gradient: str | GradientEstimator = "pathwise"):
+    def __init__(self, beta: float = 0.05, num_particles: int = 50, gradient: Gradient = "pathwise"):
         check_ranges(beta=beta, num_particles=num_particles)
         if not beta <= 1:
             raise UsageError(f"beta: expected a number in [0, 1], found {beta}")
@@ -234,9 +234,12 @@ class PIWAE(GroupedBounds):
     True
     """
 
-    def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: str | GradientEstimator = "pathwise"):
+    def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: Gradient = "pathwise"):
         check_ranges(num_particles=num_particles, num_bounds=num_bounds)
         super().__init__(num_particles, num_bounds, gradient)
+
+    def check_estimator(self) -> None:
+        super().check_estimator()
         if not isinstance(self.gradient, Pathwise | DReG):
             raise UsageError(f"PIWAE: expected gradient 'pathwise' or 'dreg', found {type(self.gradient).__name__}")
 

@@ -9,7 +9,7 @@ from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_ranges
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
-from ppvae.objectives.gradients import GradientEstimator, Pathwise, ScoreFunction
+from ppvae.objectives.gradients import Gradient, Pathwise, ScoreFunction
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.reductions import leave_one_out_mean
 from ppvae.objectives.requirements import require_rate_per_latent, require_separable_rate
@@ -69,17 +69,20 @@ class ELBO(RateDistortionObjective):
         beta: float | Schedule = 1.0,
         free_bits: float = 0.0,
         analytic_kl: bool = False,
-        gradient: str | GradientEstimator = "pathwise",
+        gradient: Gradient = "pathwise",
         warmup: int = 0,
     ):
         check_ranges(num_particles=num_particles, beta=beta, free_bits=free_bits, warmup=warmup)
         self.beta, self.free_bits, self.analytic_kl, self.warmup = beta, free_bits, analytic_kl, warmup
         super().__init__(num_particles, gradient)
         self._schedules["beta"] = ScheduledScalar(beta, warmup)
-        if free_bits:
+
+    def check_estimator(self) -> None:
+        if self.free_bits:
             require_gradient(self, Pathwise, "free_bits, whose maximum depends on the draws")
-        elif analytic_kl:
+        elif self.analytic_kl:
             require_gradient(self, Pathwise | ScoreFunction, "analytic_kl, in which the guide has no score")
+        super().check_estimator()
 
     @property
     def _is_standard(self) -> bool:

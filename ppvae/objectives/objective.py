@@ -1,8 +1,9 @@
 """The base class of objectives: a bound per datum as a loss in Pyro's convention."""
 
+import copy
 from abc import ABCMeta, abstractmethod
 from inspect import Signature, signature
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -14,7 +15,7 @@ from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.inference.tracing import Program, trace_pair
-from ppvae.objectives.gradients import GradientEstimator, Pathwise, resolve_gradient
+from ppvae.objectives.gradients import Gradient, Pathwise, resolve_gradient
 from ppvae.objectives.protocol import PairCall
 from ppvae.objectives.requirements import (
     check_reduce,
@@ -97,7 +98,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
     factorizes_over_data = True
     homogeneity: float | None = 1.0
 
-    def __init__(self, num_particles: int, gradient: str | GradientEstimator = "pathwise"):
+    def __init__(self, num_particles: int, gradient: Gradient = "pathwise"):
         check_ranges(num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.gradient = resolve_gradient(gradient)
@@ -170,6 +171,18 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
         self.gradient.check_structure(self, s)
         if not self.takes_guide_factors or any(name in s.guide_roles for name in s.enumerated):
             require_no_guide_factor(s, type(self).__name__)
+
+    def with_gradient(self, gradient: Gradient) -> Self:
+        """The same objective with another gradient estimator, from its first step on.
+
+        Raises:
+            UsageError: an estimator that is not defined for the objective.
+        """
+        new = copy.copy(self)
+        new.gradient, new._inspected, new._step = resolve_gradient(gradient), None, torch.zeros_like(self._step)
+        new._schedules = {name: ScheduledScalar(s.schedule, s.warmup) for name, s in self._schedules.items()}
+        new.check_estimator()
+        return new
 
     def value(self, call: PairCall) -> Tensor:
         return self.total(call.terms())

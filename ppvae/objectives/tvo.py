@@ -9,7 +9,7 @@ from torch import Tensor
 from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_ranges
 from ppvae.inference.structure import Structure
-from ppvae.objectives.gradients import GradientEstimator
+from ppvae.objectives.gradients import Gradient
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.reductions import leave_one_out_tempered_mean
 from ppvae.objectives.requirements import require_sampled_latents
@@ -45,7 +45,7 @@ class TVO(Objective):
         num_particles: int = 50,
         num_partitions: int = 2,
         first: float = 0.1,
-        gradient: str | GradientEstimator = "covariance",
+        gradient: Gradient = "covariance",
     ):
         check_ranges(num_particles=num_particles, num_partitions=num_partitions, first=first)
         if num_partitions < 1 or not 0 < first < 1:

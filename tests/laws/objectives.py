@@ -98,6 +98,7 @@ ESTIMATORS = {
         for name in ("vargrad", "disarm", "arms", "double_cv", "rebar", "relax", "unordered_set")
     },
     "straight_through": EstimatorCase(GRADIENTS["straight_through"], unbiased=False, general=False),
+    "enumerated": EstimatorCase(GRADIENTS["enumerated"], unbiased=False, general=False),
     "own": EstimatorCase(lambda: None, unbiased=False, general=False),  # of objectives that define `surrogate`
 }
 OF_DISCRETE = ("vargrad", "arms", "double_cv", "rebar", "unordered_set")

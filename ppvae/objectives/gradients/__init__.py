@@ -9,6 +9,7 @@ from ppvae.errors import UsageError
 from ppvae.objectives.gradients.covariance import Covariance
 from ppvae.objectives.gradients.discrete.arms import ARMS, disarm
 from ppvae.objectives.gradients.discrete.double_cv import DoubleCV
+from ppvae.objectives.gradients.discrete.enumerated import Enumerated
 from ppvae.objectives.gradients.discrete.per_site import PerSite
 from ppvae.objectives.gradients.discrete.rebar import REBAR, relax
 from ppvae.objectives.gradients.discrete.sites import SiteEstimator
@@ -22,9 +23,9 @@ from ppvae.objectives.gradients.pathwise import STL, Pathwise
 from ppvae.objectives.gradients.score_function import ScoreFunction, vimco
 
 __all__ = [
-    "ARMS", "GRADIENTS", "REBAR", "STL", "Covariance", "DReG", "DoubleCV", "GDReG", "GradientEstimator", "Pathwise",
-    "PerSite", "ScoreFunction", "SiteEstimator", "StraightThrough", "UnorderedSet", "VarGrad", "disarm", "relax",
-    "resolve_gradient", "vimco",
+    "ARMS", "GRADIENTS", "REBAR", "STL", "Covariance", "DReG", "DoubleCV", "Enumerated", "GDReG", "Gradient",
+    "GradientEstimator", "Pathwise", "PerSite", "ScoreFunction", "SiteEstimator", "StraightThrough", "UnorderedSet",
+    "VarGrad", "disarm", "relax", "resolve_gradient", "vimco",
 ]  # fmt: skip
 
 GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
@@ -43,6 +44,7 @@ GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
     "relax": relax,
     "unordered_set": UnorderedSet,
     "straight_through": StraightThrough,
+    "enumerated": Enumerated,
 }
 
 

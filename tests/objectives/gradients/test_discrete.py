@@ -77,6 +77,14 @@ def test_the_mean_is_the_enumerated_gradient(name, toy, bound):
     assert largest_error(toy, ESTIMATORS[name](), bound) < LIMIT
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("toy", [toy for toy in TOYS if toy not in ("masked", "mixed", "after")])
+def test_the_enumerated_gradient_is_exact(toy, bound):
+    found = samples(TOYS[toy], BOUNDS[bound][0]("enumerated"), size=3)
+    for name, gradient in exact(toy, bound).items():
+        torch.testing.assert_close(found[name], torch.full((3,), gradient), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("layout", ["folded", "one by one"])
 @pytest.mark.parametrize("name", ["arms", "double_cv", "unordered_set", "rebar"])
 def test_the_mean_is_right_in_every_layout(name, layout, monkeypatch):

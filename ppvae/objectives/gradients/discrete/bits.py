@@ -86,6 +86,11 @@ class Bits:
         return self.site.spread(weights, self.logits[0], self.event_dims)[:, None]
 
 
+def count_of(site: SiteDraws, family: type) -> int:
+    """The number of values of an element of a site."""
+    return 2 if family is dist.Bernoulli else int(_base_of(site).logits.shape[-1])
+
+
 def value_of_index(index: Tensor, family: type, count: int) -> Tensor:
     """The values of a family, of `count` each, of their numbers."""
     return torch.nn.functional.one_hot(index, count) if family is dist.OneHotCategorical else index
@@ -118,4 +123,4 @@ def log_probs_of(site: SiteDraws, family: type) -> Tensor:
         ones = site.particles(lambda base, value: torch.nn.functional.logsigmoid(base.logits).expand(value.shape))
         zeros = site.particles(lambda base, value: torch.nn.functional.logsigmoid(-base.logits).expand(value.shape))
         return torch.stack([zeros, ones])
-    return torch.stack([column(c) for c in range(_base_of(site).logits.shape[-1])])
+    return torch.stack([column(c) for c in range(count_of(site, family))])
