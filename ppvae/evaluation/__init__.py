@@ -2,7 +2,8 @@
 
 `evidence` holds what reports log p(x) (`log_marginal`, `bracket`, `interval`), `global_latents` what is given latents
 that all data share (predictive densities, cross-validation), `predictive` predictive checks, `importance` importance
-sampling, `proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum. The
+sampling, `proposals` the densities it may draw from, `annealing` AIS and BDMC, `local` guides fitted to one datum,
+`gradient_audit` the comparison of gradient estimators. The
 other modules are an evaluation each, results and their files (`estimate`, `results`, `arviz`), and `blocks`, the
 scaffold of all evaluations. A new one is a function of one block of data, `run_blocks`, and a result:
 
@@ -27,6 +28,8 @@ from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.evaluation.evidence.refined import refined_log_marginal
 from ppvae.evaluation.global_latents.cross_validation import kfold, loo, waic
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
+from ppvae.evaluation.gradient_audit.audit import gradients
+from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.evaluation.imputation import Imputations, impute
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.predictive.check import predictive_check
@@ -37,8 +40,9 @@ from ppvae.evaluation.results import load_estimate
 from ppvae.evaluation.topics import coherence, perplexity
 
 __all__ = [
-    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "Imputations", "Interval", "PredictiveAccuracy",
-    "PredictiveCheck", "ProposalBracket", "Quadrature", "Representation", "annealed", "bdmc", "bracket", "calibration",
-    "coherence", "compare", "gaps", "impute", "interval", "kfold", "load_estimate", "log_marginal", "loo", "looseness",
-    "perplexity", "predictive_check", "quadrature", "refined_log_marginal", "representation", "waic",
+    "Bracket", "Calibration", "Comparison", "Estimate", "Gaps", "GradientAudit", "Imputations", "Interval",
+    "PredictiveAccuracy", "PredictiveCheck", "ProposalBracket", "Quadrature", "Representation", "annealed", "bdmc",
+    "bracket", "calibration", "coherence", "compare", "gaps", "gradients", "impute", "interval", "kfold",
+    "load_estimate", "log_marginal", "loo", "looseness", "perplexity", "predictive_check", "quadrature",
+    "refined_log_marginal", "representation", "waic",
 ]  # fmt: skip

@@ -82,7 +82,7 @@ def _joint_values(objective: LogWeightBound, call: PairCall, own: Terms) -> dict
         if math.prod(sizes) * count**elements > MAX_DRAWS:
             raise ContractError(
                 f"enumerated: expected at most {MAX_DRAWS} joint values of the latents of a datum, found {count}^"
-                f"{elements} of {site.name!r} and those before it. Take fewer latents, or compare with an unbiased estimator"
+                f"{elements} of {site.name!r} and those before it. Take fewer latents, or compare with 'vimco'"
             )
         sizes += [count] * elements
         numbers.append((family, count, shape, elements))
