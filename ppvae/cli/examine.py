@@ -1,4 +1,4 @@
-"""`ppvae examine RUN`: inference gaps, information in the latents, calibration on simulated data, predictive checks."""
+"""`ppvae examine RUN`: inference gaps, information in the latents, calibration, predictive checks, gradient noise."""
 
 import functools
 import shutil
@@ -22,10 +22,16 @@ from ppvae.cli.options import Examine
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.calibration import MIN_REPLICATIONS, calibration
 from ppvae.evaluation.evidence.refined import refined_log_marginal, why_not_refined
+from ppvae.evaluation.gradient_audit.audit import MIN_DRAWS, gradients
+from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.evaluation.local.gaps import Gaps, gaps
 from ppvae.evaluation.predictive.check import predictive_check
 from ppvae.evaluation.representation import representation
+from ppvae.objectives import ELBO, IWAE
+from ppvae.objectives.gradients import ARMS, UnorderedSet
 from ppvae.training.run import Run
+
+AUDITED = 50  # test data in the batch of the audit of gradients
 
 
 def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
@@ -37,11 +43,23 @@ def _gaps(trained: Run, rows: Any, *, directory: Path, **options: Any) -> Gaps:
     return gaps(*pair, log_px=log_px, directory=directory, **options)
 
 
+def _gradients(trained: Run, rows: Any, draws: int, **options: Any) -> GradientAudit:
+    """The estimators that the latents allow: of an ELBO of two draws if one has no path, else of IWAE with 8."""
+    pair, common = (trained.model, trained.guide, rows), {"draws": draws, **options}
+    try:
+        return gradients(*pair, IWAE(8), ["pathwise", "stl", "dreg", "gdreg"], **common)
+    except ContractError:
+        names = ["score", "vimco", "vargrad", "disarm", "double_cv", "rebar", "relax", "straight_through"]
+        return gradients(*pair, ELBO(2), [*names, ARMS(4), UnorderedSet(4)], **common)
+
+
 def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
     if 0 < settings.replications < MIN_REPLICATIONS:
         raise UsageError(f"replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
+    if 0 < settings.gradients < MIN_DRAWS:
+        raise UsageError(f"gradients: expected 0 or at least {MIN_DRAWS} steps, found {settings.gradients}")
     trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"
@@ -65,6 +83,9 @@ def run(args: list[str]) -> int:
         evaluations["predictive_check"] = functools.partial(
             predictive_check, trained.model, trained.guide, head(test, settings.checks), **options
         )
+    if settings.gradients:
+        rows = head(test, AUDITED)
+        evaluations["gradients"] = functools.partial(_gradients, trained, rows, settings.gradients, **options)
     with evaluation_of(trained, "examine"):
         last: tuple[str, Any] | None = None  # it appears together with the report
         for name, evaluate in evaluations.items():

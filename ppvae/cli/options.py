@@ -109,6 +109,7 @@ class Examine:
     latents: int = 1000  # test data for rate, active units and ELBO surgery; 0 for none
     replications: int = 2000  # of the calibration on simulated data; 0 for none
     checks: int = 200  # test data whose statistics are compared with replicated data; 0 for none
+    gradients: int = 0  # steps of each gradient estimator on 50 test data, to compare their noise; 0 for none
     seed: int = 0
     root: str | None = None
     device: str | None = None

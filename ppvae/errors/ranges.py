@@ -128,7 +128,9 @@ RANGES: Mapping[str, Range] = {
     "num_particles": DRAWS,
     **dict.fromkeys(("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws"), DRAWS),
     **dict.fromkeys(("local_particles", "max_particles", "beside", "bounds", "num_samples"), DRAWS),
-    **dict.fromkeys(("guide_particles", "replications", "posterior_draws", "surgery_draws"), DRAWS_OR_NONE),
+    **dict.fromkeys(
+        ("guide_particles", "replications", "posterior_draws", "surgery_draws", "gradients"), DRAWS_OR_NONE
+    ),
     **dict.fromkeys(("seed", "data_seed"), Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True)),
     "target_std_error": Range("a positive number of nats", 0, open=True),
     **dict.fromkeys(("clip", "temperature", "lengthscale", "max_gigabytes"), POSITIVE),

@@ -13,6 +13,7 @@ from ppvae.plots.compare import differences
 from ppvae.plots.density import density_maps, plane
 from ppvae.plots.estimates import bound_curve, diagnosis, log_px_histogram
 from ppvae.plots.gaps import gap_bars
+from ppvae.plots.gradients import gradient_noise
 from ppvae.plots.images import image_grid
 from ppvae.plots.latents import latent_map
 from ppvae.plots.parallel_coordinates import parallel_coordinates
@@ -23,6 +24,6 @@ from ppvae.plots.training import curves
 
 __all__ = [
     "DPI", "bound_curve", "bracket", "calibration_ranks", "curves", "density_maps", "diagnosis", "differences",
-    "gap_bars", "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve", "notes",
-    "parallel_coordinates", "plane", "predictive_checks", "rate_distortion", "to_png",
+    "gap_bars", "gradient_noise", "image_grid", "kl_per_dim", "latent_map", "log_px_histogram", "looseness_curve",
+    "notes", "parallel_coordinates", "plane", "predictive_checks", "rate_distortion", "to_png",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from ppvae import plots
 from ppvae.data.checks import one_line
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.calibration import Calibration
+from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.evaluation.local.gaps import Gaps
 from ppvae.evaluation.predictive.result import PredictiveCheck
 from ppvae.evaluation.representation import Representation
@@ -39,6 +40,9 @@ def results_sections(run_data: RunData) -> Iterator[Section]:
     if "PredictiveCheck" in paths:
         path, title = next(iter(paths["PredictiveCheck"].values())), "Predictive check"
         yield from _sections_of_sites("predictive_check", title, path, PredictiveCheck, _predictive_check)
+    if "GradientAudit" in paths:
+        path = next(iter(paths["GradientAudit"].values()))
+        yield build_section("gradients", "Noise of gradients", functools.partial(_gradients, path))
 
 
 def _variant(path: Path, kind: str) -> str:
@@ -105,6 +109,17 @@ def _calibration(calibration: Calibration, site: str) -> CaptionedFigure:
         f"Ranks of the latents of {table['data']} among {calibration.num_draws} draws of the guide, "
         f"{table['verdict']}: {table[site]}. Look for lines outside the band. The test concerns data simulated from "
         "the model, and a guide that ignores the data passes it.",
+    )
+
+
+def _gradients(path: Path) -> CaptionedFigure:
+    audit = GradientAudit.load(path)
+    notes = f" {len(audit.notes)} notes are in {path.name}." if audit.notes else ""
+    return CaptionedFigure(
+        plots.gradient_noise(audit),
+        f"Gradient estimators of {audit.objective} on one batch, {audit.draws} steps each. Look at the right: an "
+        "estimator with half the number needs half the time for the same noise. Rings are estimators that are biased "
+        f"against enumeration.{notes}",
     )
 
 

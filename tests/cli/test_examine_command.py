@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
 
 def test_examine_fills_the_run_folder_and_the_report(runs, capsys):
     words = ["--gaps", "6", "--num-particles", "60", "--steps", "10", "--latents", "50", "--replications", "40"]
-    words += ["--checks", "20"]
+    words += ["--checks", "20", "--gradients", "10"]
     assert main(["examine", "a", "--runs", str(runs), *words]) == 0
     out = capsys.readouterr().out
     for text in (
@@ -31,6 +31,7 @@ def test_examine_fills_the_run_folder_and_the_report(runs, capsys):
         "active units of z",
         "verdict",
         "step between neighbours",
+        "gdreg",
         "report:",
     ):
         assert text in out
@@ -41,10 +42,12 @@ def test_examine_fills_the_run_folder_and_the_report(runs, capsys):
         "representation.json",
         "calibration.npz",
         "predictive_check.nc",
+        "gradients.json",
     } <= results
     assert not any(name.endswith("_blocks") for name in results)
     page = (runs / "a" / "report.html").read_text()
     assert "Inference gaps" in page
+    assert "Noise of gradients" in page
     assert "Predictive check of step between neighbours" in page
     assert "Distribution of log p(x)" in page  # the estimate that was there stays in the report
     assert (runs / "a" / "pictures" / "log_px.png").exists()

@@ -13,8 +13,18 @@ from matplotlib.figure import Figure
 
 from ppvae import plots
 from ppvae.errors import UsageError
-from ppvae.evaluation import bracket, calibration, compare, gaps, log_marginal, predictive_check, representation
+from ppvae.evaluation import (
+    bracket,
+    calibration,
+    compare,
+    gaps,
+    gradients,
+    log_marginal,
+    predictive_check,
+    representation,
+)
 from ppvae.models import LinearGaussian
+from ppvae.objectives import ELBO
 
 
 def estimate(shift: float = 0.0, count: int = 40, seed: int = 0) -> Any:
@@ -37,6 +47,7 @@ def results() -> dict[str, Any]:
         "representation": representation(pair.model, pair.mean_field, x),
         "calibration": calibration(pair.model, pair.guide, x, replications=40),
         "check": predictive_check(pair.model, pair.guide, x, {"a": lambda x: x.mean(1)}, calibrations=0),
+        "gradients": gradients(pair.model, pair.mean_field, x, ELBO(2), ["pathwise", "stl"], draws=10),
         "bracket": bracket(pair.model, pair.mean_field, x, num_data=4, num_particles=30),
     }
 
@@ -53,6 +64,7 @@ PLOTS: dict[str, tuple[int, Callable[[dict[str, Any], Any], Figure]]] = {  # pan
     "diagnosis": (2, lambda r, ax: plots.diagnosis(r["one"], ax=ax)),
     "differences": (1, lambda r, ax: plots.differences(compare({"a": r["one"], "b": r["other"]}), ax=ax)),
     "gap_bars": (1, lambda r, ax: plots.gap_bars({"a": r["gaps"]}, ax=ax)),
+    "gradient_noise": (2, lambda r, ax: plots.gradient_noise(r["gradients"], ax=ax)),
     "image_grid": (1, lambda r, ax: plots.image_grid(torch.rand(3, 4), (2, 2), row_titles=["a"], ax=ax)),
     "kl_per_dim": (2, lambda r, ax: plots.kl_per_dim(r["representation"], "z", ax=ax)),
     "latent_map": (1, lambda r, ax: plots.latent_map(torch.rand(9, 2), torch.arange(9) % 3, ax=ax)),

@@ -6,6 +6,7 @@ import copy
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, Self, runtime_checkable
@@ -13,20 +14,23 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from ppvae.data.loader import data_digest
+from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.gradient_audit.result import GradientAudit
+from ppvae.inference.device import choose_device
 from ppvae.inference.inspection import inspect
+from ppvae.inference.param_store import bind_pair
 from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.sites import graph_leaves
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import evaluate_terms
-from ppvae.inference.tracing import Program, as_batch
+from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, fork_all_rngs, seed_all
 
 REFERENCE = "enumerated"  # the estimator that is exact
 MODEL = "model"
+MIN_DRAWS = 10
 
 
 @runtime_checkable
@@ -41,13 +45,14 @@ class AuditedObjective(Protocol):
 def gradients(
     model: Program,
     guide: Program,
-    batch: Tensor | Sequence[Any],
+    batch: Any,
     objective: AuditedObjective,
     estimators: Sequence[Any] | Mapping[str, Any],
     *,
     draws: int = 200,
     warmup: int = 20,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> GradientAudit:
     """The bias, variance, signal-to-noise ratio and cost of gradient estimators of an objective, by site.
 
@@ -57,12 +62,13 @@ def gradients(
 
     Args:
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
-        batch: one batch, a tensor [N, ...] or a tuple of them.
+        batch: one batch, a tensor [N, ...], a split, or a tuple of them.
         objective: an objective of `ppvae.objectives`; its own gradient estimator is not used.
         estimators: what `gradient=` takes (names, estimators, dicts by site), or {label: estimator}.
         draws: steps for each estimator, at least 10.
         warmup: steps before them.
         seed: of all noise; estimators of the same cost share it.
+        device: of the batch; by default that of the pair's parameters.
 
     Raises:
         UsageError: an objective without estimators of its own, as Pyro's.
@@ -77,14 +83,17 @@ def gradients(
     (('vimco', 'disarm'), ['model', 'z'])
     """
     check_ranges(draws=draws, warmup=warmup)
-    if draws < 10:
-        raise UsageError(f"draws: expected at least 10 for a variance, found {draws}")
+    if draws < MIN_DRAWS:
+        raise UsageError(f"draws: expected at least {MIN_DRAWS} for a variance, found {draws}")
     if not isinstance(objective, AuditedObjective):
         raise UsageError(
             f"objective: expected one of ppvae.objectives, whose gradient estimator can be exchanged, found "
             f"{type(objective).__name__}. Take objectives.ELBO or objectives.IWAE"
         )
-    columns = as_batch(batch)
+    model, guide = bind_pair(model, guide)
+    columns = data_columns(batch, seed, program=model)
+    place = choose_device(device, model, guide, columns)
+    columns = tuple(read_rows(column, None, place) for column in columns)
     labelled = dict(estimators) if isinstance(estimators, Mapping) else {_label(one): one for one in estimators}
     if not labelled:
         raise UsageError("estimators: expected at least one, as 'vimco', found none")
@@ -96,7 +105,9 @@ def gradients(
     notes = []
 
     def run(one: Any, count: int, skipped: int) -> _Moments:
-        audited = objective.with_gradient(copy.deepcopy(one))
+        with warnings.catch_warnings():  # the table says which are biased
+            warnings.filterwarnings("ignore", message=".*is biased", category=UserWarning)
+            audited = objective.with_gradient(copy.deepcopy(one))
         moments = _Moments(groups, -1 / represented)
         for step in range(-skipped, count):
             for p, _ in kept.values():
