@@ -5,8 +5,11 @@ p(x | z) and q(z | x) are independent Bernoullis from networks with one hidden l
 with learned probabilities. Every row of a data set has the same number of Adam steps: VIMCO maximises the
 importance-weighted bound of K draws (Mnih and Rezende 2016, arXiv 1602.06725), reweighted wake-sleep takes K draws for
 both phases (Bornschein and Bengio 2015, arXiv 1406.2751), and the score-function estimator maximises the ELBO with K
-draws and a moving-average baseline (Mnih and Gregor 2014, arXiv 1402.0030). With 8 latents, log p(x) and the ELBO are
-exact sums over 256 values; the row trained on the exact ELBO is the oracle."""
+draws and a moving-average baseline (Mnih and Gregor 2014, arXiv 1402.0030). The other rows maximise the ELBO at the same
+number of evaluations of the decoder: VarGrad and Double CV with K draws (arXiv 2010.10436, 2111.05300), DisARM with K / 2
+pairs (arXiv 2006.10680), ARMS with K antithetic draws (arXiv 2105.14141), REBAR and RELAX with K / 3 draws (arXiv
+1703.07370, 1711.00123), sets of K / 2 draws without replacement (arXiv 2002.06043), straight-through with K draws. With 8
+latents, log p(x) and the ELBO are exact sums over 256 values; the row trained on the exact ELBO is the oracle."""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from pyro.infer import config_enumerate
 from experiments import cells
 from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
+from ppvae.objectives import gradients
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Settings:
     rows: tuple[str, ...] = (
         *("mnist-200-VIMCO", "mnist-200-wake-sleep", "mnist-200-score"),
         *("digits-8-VIMCO", "digits-8-wake-sleep", "digits-8-score", "digits-8-enumerated"),
+        *(f"mnist-200-{name}" for name in ("VarGrad", "DisARM", "ARMS", "Double CV", "REBAR", "RELAX")),
+        *(f"digits-8-{name}" for name in ("VarGrad", "DisARM", "ARMS", "Double CV", "REBAR", "RELAX", "set")),
+        *(f"{of}-straight-through" for of in ("mnist-200", "digits-8")),
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     draws: int = 10
@@ -43,13 +50,21 @@ class Settings:
 
 
 MAX_BITS = 16  # binary latents that are summed out exactly
-SMOKE = {"rows": ("digits-8-VIMCO", "digits-8-wake-sleep", "digits-8-enumerated"), "seeds": (0,), "hidden": 8}
+SMOKE = {"rows": ("digits-8-VIMCO", "digits-8-ARMS", "digits-8-enumerated"), "seeds": (0,), "hidden": 8}
 SMOKE |= {"steps": 14, "num_test": 20, "particles": 50}
 ESTIMATORS: dict[str, Callable[[int], Any]] = {
     "VIMCO": lambda k: objectives.IWAE(k, gradient="vimco"),
     "wake-sleep": objectives.ReweightedWakeSleep,
     "score": lambda k: objectives.ELBO(k, gradient="score"),
     "enumerated": lambda k: objectives.ELBO(),
+    "VarGrad": lambda k: objectives.ELBO(k, gradient="vargrad"),
+    "DisARM": lambda k: objectives.ELBO(max(1, k // 2), gradient="disarm"),
+    "ARMS": lambda k: objectives.ELBO(1, gradient=gradients.ARMS(k)),
+    "Double CV": lambda k: objectives.ELBO(k, gradient="double_cv"),
+    "REBAR": lambda k: objectives.ELBO(max(1, k // 3), gradient="rebar"),
+    "RELAX": lambda k: objectives.ELBO(max(1, k // 3), gradient="relax"),
+    "set": lambda k: objectives.ELBO(2, gradient=gradients.UnorderedSet(max(2, k // 2))),
+    "straight-through": lambda k: objectives.ELBO(k, gradient="straight_through"),
 }
 
 

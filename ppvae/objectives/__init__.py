@@ -25,7 +25,9 @@ A new gradient estimator is a subclass of `GradientEstimator`, here the score fu
             signal = objective.learning_signal(objective.log_weights(t).detach())
             return objective.bound(t).sum() + gradient_only((signal * t.log_guide).sum())
 
-It is used as `IWAE(5, gradient=Reinforce())`. Named in `gradients.GRADIENTS`, it has a string for `gradient=`; named in
+One for the draws of discrete sites, of which reparameterised sites beside them need to know nothing, is a subclass of
+`SiteEstimator` with a method `site_surrogate`; both are audited by `evaluation.gradients`. It is used as
+`IWAE(5, gradient=Reinforce())`. Named in `gradients.GRADIENTS`, it has a string for `gradient=`; named in
 `ESTIMATORS` of tests/laws/objectives.py, it is put through the laws with every objective.
 """
 

@@ -28,7 +28,8 @@ class IWAE(Objective):
 
     Args:
         num_particles: K, draws per datum.
-        gradient: "pathwise", "stl" (biased for K > 1), "dreg", "gdreg", "score", "vimco", or an estimator.
+        gradient: "pathwise", "stl" (biased for K > 1), "dreg", "gdreg", "score", "vimco", one of discrete latents
+            ("arms", "double_cv", ...: `ppvae.objectives.gradients`), an estimator, or a dict of these by site.
 
     Raises:
         ContractError: a guide that is not absolutely continuous with its prior, by the site's name.

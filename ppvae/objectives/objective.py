@@ -90,7 +90,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
 
     Args:
         num_particles: draws per datum.
-        gradient: an estimator of the gradient, or its name: "pathwise", "stl", "dreg", "gdreg", "score", "vimco".
+        gradient: an estimator of the gradient, its name in `gradients.GRADIENTS`, or a dict of these by site.
 
     Raises UsageError for fewer than one particle, or an estimator that is not defined for the objective.
     """
