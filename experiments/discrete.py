@@ -5,11 +5,12 @@ p(x | z) and q(z | x) are independent Bernoullis from networks with one hidden l
 with learned probabilities. Every row of a data set has the same number of Adam steps: VIMCO maximises the
 importance-weighted bound of K draws (Mnih and Rezende 2016, arXiv 1602.06725), reweighted wake-sleep takes K draws for
 both phases (Bornschein and Bengio 2015, arXiv 1406.2751), and the score-function estimator maximises the ELBO with K
-draws and a moving-average baseline (Mnih and Gregor 2014, arXiv 1402.0030). The other rows maximise the ELBO at the same
-number of evaluations of the decoder: VarGrad and Double CV with K draws (arXiv 2010.10436, 2111.05300), DisARM with K / 2
-pairs (arXiv 2006.10680), ARMS with K antithetic draws (arXiv 2105.14141), REBAR and RELAX with K / 3 draws (arXiv
-1703.07370, 1711.00123), sets of K / 2 draws without replacement (arXiv 2002.06043), straight-through with K draws. With 8
-latents, log p(x) and the ELBO are exact sums over 256 values; the row trained on the exact ELBO is the oracle."""
+draws and a moving-average baseline (Mnih and Gregor 2014, arXiv 1402.0030). The other rows maximise the ELBO at the
+same number of evaluations of the decoder: VarGrad and Double CV with K draws (arXiv 2010.10436, 2111.05300), DisARM
+with K / 2 pairs (arXiv 2006.10680), ARMS with K antithetic draws (arXiv 2105.14141), REBAR and RELAX with K / 3 draws
+(arXiv 1703.07370, 1711.00123), two sets of K / 2 draws without replacement (arXiv 2002.06043), straight-through with K
+draws. With 8 latents, log p(x) and the ELBO are exact sums over 256 values; the row trained on the exact ELBO is the
+oracle."""
 
 from __future__ import annotations
 

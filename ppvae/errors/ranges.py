@@ -99,6 +99,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("epochs", "batch_size", "rows", "steps", "rounds", "count", "head", "folds"), COUNT),
     **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "num_data", "num_labels"), COUNT),
     **dict.fromkeys(("patience", "warmup", "labelled", "bracket", "bracket_data", "gaps", "latents"), COUNT_OR_NONE),
+    "checks": COUNT_OR_NONE,
     **dict.fromkeys(
         (
             "latent",
@@ -166,5 +167,6 @@ def check_ranges(**values: Any) -> None:
 def check_known_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
     """`check_ranges` of those numbers that the table knows, strings left out; `prefix` is put before their names."""
     for name, value in values.items():
-        if name in RANGES and not isinstance(value, str):
+        is_text = all(isinstance(v, str) for v in (value if isinstance(value, tuple | list) and value else (value,)))
+        if name in RANGES and not is_text:
             RANGES[name].check(f"{prefix}{name}", value)
