@@ -183,6 +183,52 @@ def test_variances_at_equal_cost_are_in_the_order_of_the_papers():
         assert logit_variance(ELBO(1, gradient=three)) < 2 / 3 * two
 
 
+@pytest.mark.parametrize("name", ["disarm", "arms", "double_cv", "rebar"])
+def test_a_masked_element_has_no_gradient(name):
+    assert not samples(TOYS["masked"], ELBO(2, gradient=ESTIMATORS[name]()))["h"].any()
+
+
+def test_a_latent_shared_by_all_data_is_refused():
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(len(x))))
+            pyro.sample("x", dist.Normal(z + loc, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("loc", dist.Normal(pyro.param("q", torch.tensor(0.5)), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3)) * x))
+
+    with ParamScope().entered():
+        with pytest.raises(ContractError, match=r"shared latent, found loc.*'vimco'"):
+            ELBO(2, gradient="arms").loss_and_grads(model, guide, torch.arange(3.0))
+        assert math.isfinite(ELBO(2, gradient="vimco").loss_and_grads(model, guide, torch.arange(3.0)))
+
+
+@pytest.mark.parametrize("name", ["arms", "unordered_set"])
+def test_further_draws_are_of_the_data_that_the_plate_has_drawn(name):
+    """Data differ by 5e5 nats or more, and draws of one datum by less than 50."""
+    x = torch.tensor([0.0, 1000.0, 2000.0, 3000.0])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 4, subsample_size=1) as index:
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(1)))
+            pyro.sample("x", dist.Normal(0.01 * z, 1.0), obs=x[index])
+
+    def guide(x: Tensor) -> None:
+        logit = pyro.param("logit", torch.tensor(0.3))
+        with pyro.plate("data", 4, subsample_size=1):
+            pyro.sample("z", dist.Bernoulli(logits=logit * torch.ones(1)))
+
+    with ParamScope().entered():
+        objective = ELBO(1, gradient=ESTIMATORS[name]())
+        for _ in range(10):
+            objective.loss_and_grads(model, guide, x)
+        (logit,) = (p for _, p in pyro.get_param_store().named_parameters())
+        assert float(logit.grad.abs()) < 10 * 4 * 50
+
+
 def test_a_set_of_all_values_is_the_exact_gradient():
     found = samples(TOYS["vector"], ELBO(1, gradient=UnorderedSet(8)))
     assert all(float(found[n].std()) < 1e-9 for n in TOYS["vector"].guide_params)

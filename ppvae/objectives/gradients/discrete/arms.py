@@ -28,6 +28,13 @@ class ARMS(SiteEstimator):
 
     Source: Dimitriev and Zhou 2021 (arXiv 2105.14141); for n = 2 Dong, Mnih and Tucker 2020 (arXiv 2006.10680), also
     for bounds of several draws, and Yin et al. 2020; categorical: Dong, Mnih and Tucker 2021 (arXiv 2106.08056).
+
+    >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
+    >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    >>> vae = VAE(priors.Bernoulli(2), likelihoods.Bernoulli(nets[0]), posteriors.Bernoulli(nets[1]))
+    >>> loss = objectives.ELBO(2, gradient=ARMS(4)).loss_and_grads(vae.model, vae.guide, torch.ones(4, 3))
+    >>> nets[1].weight.grad.shape
+    torch.Size([2, 3])
     """
 
     def __init__(self, draws: int = 4):

@@ -27,6 +27,13 @@ class DoubleCV(SiteEstimator):
         ContractError: a site that is neither Bernoulli nor one-hot categorical, by its name.
 
     Source: Titsias and Shi 2022 (arXiv 2111.05300), whose coefficients follow the gradient of the variance.
+
+    >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
+    >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    >>> vae = VAE(priors.Bernoulli(2), likelihoods.Bernoulli(nets[0]), posteriors.Bernoulli(nets[1]))
+    >>> loss = objectives.ELBO(2, gradient=DoubleCV()).loss_and_grads(vae.model, vae.guide, torch.ones(4, 3))
+    >>> nets[1].weight.grad.shape
+    torch.Size([2, 3])
     """
 
     needs_values = True

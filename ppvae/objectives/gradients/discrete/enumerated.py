@@ -31,6 +31,13 @@ class Enumerated(GradientEstimator):
     Raises:
         ContractError: a latent that is neither Bernoulli nor categorical, or has a mask, by its name; more than 65536
             joint draws.
+
+    >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
+    >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    >>> vae = VAE(priors.Bernoulli(2), likelihoods.Bernoulli(nets[0]), posteriors.Bernoulli(nets[1]))
+    >>> loss = objectives.ELBO(2, gradient=Enumerated()).loss_and_grads(vae.model, vae.guide, torch.ones(4, 3))
+    >>> nets[1].weight.grad.shape
+    torch.Size([2, 3])
     """
 
     holds_latents = False

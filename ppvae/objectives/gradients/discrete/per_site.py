@@ -32,6 +32,10 @@ class PerSite(GradientEstimator):
     Raises:
         UsageError: reparameterised sites with estimators that differ.
         ContractError: a name that is no latent of the guide; a site and an estimator that do not fit.
+
+    >>> from ppvae.objectives import IWAE
+    >>> IWAE(5, gradient={"y": "arms", "z": "dreg"}).gradient
+    PerSite({'y': ARMS(4), 'z': DReG()})
     """
 
     holds_latents = False

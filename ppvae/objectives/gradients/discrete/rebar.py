@@ -75,6 +75,13 @@ class REBAR(SiteEstimator):
         ContractError: a site that is not Bernoulli, by its name.
 
     Source: Tucker et al. 2017 (arXiv 1703.07370); Grathwohl et al. 2018 (arXiv 1711.00123).
+
+    >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
+    >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    >>> vae = VAE(priors.Bernoulli(2), likelihoods.Bernoulli(nets[0]), posteriors.Bernoulli(nets[1]))
+    >>> loss = objectives.ELBO(2, gradient=REBAR(0.5)).loss_and_grads(vae.model, vae.guide, torch.ones(4, 3))
+    >>> nets[1].weight.grad.shape
+    torch.Size([2, 3])
     """
 
     def __init__(

@@ -31,6 +31,13 @@ class UnorderedSet(SiteEstimator):
             for a datum, by its name.
 
     Source: Kool et al. 2020 (arXiv 2002.06043), with the built-in baseline.
+
+    >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
+    >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    >>> vae = VAE(priors.Bernoulli(2), likelihoods.Bernoulli(nets[0]), posteriors.Bernoulli(nets[1]))
+    >>> loss = objectives.ELBO(2, gradient=UnorderedSet(3)).loss_and_grads(vae.model, vae.guide, torch.ones(4, 3))
+    >>> nets[1].weight.grad.shape
+    torch.Size([2, 3])
     """
 
     def __init__(self, draws: int = 4):

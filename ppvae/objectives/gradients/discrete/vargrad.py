@@ -21,6 +21,14 @@ class VarGrad(SiteEstimator):
         UsageError: another bound, or fewer than two particles.
 
     Source: Richter et al. 2020 (arXiv 2010.10436); Kool et al. 2019.
+
+    >>> import torch
+    >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
+    >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    >>> vae = VAE(priors.Bernoulli(2), likelihoods.Bernoulli(nets[0]), posteriors.Bernoulli(nets[1]))
+    >>> loss = objectives.ELBO(2, gradient=VarGrad()).loss_and_grads(vae.model, vae.guide, torch.ones(4, 3))
+    >>> nets[1].weight.grad.shape
+    torch.Size([2, 3])
     """
 
     def check_objective(self, objective: LogWeightBound) -> None:
