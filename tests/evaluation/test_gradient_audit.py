@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ig
 
 
 def test_variance_and_signal_are_those_of_independent_estimates():
-    """One datum: the variance of 400 steps is within 35 % of that of 10,000 estimates (standard error 7 %)."""
+    """One datum: the variance of 200 steps is within half of that of 10,000 estimates (standard error 10 %)."""
     toy = TOYS["layers"]
     model, guide, x, _ = toy.pair(1)
-    found = evaluation.gradients(model, guide, x, ELBO(2), ["vimco", "arms"], draws=400)
+    found = evaluation.gradients(model, guide, x, ELBO(2), ["vimco", "arms"], draws=200)
     assert found.estimators == ("vimco", "arms")
     assert set(found.variance) == {"c", "b", "model"}  # h is of both sites
     of = {"c": ("f", "g", "h"), "b": ("k", "h"), "model": toy.model_params}
@@ -29,7 +29,7 @@ def test_variance_and_signal_are_those_of_independent_estimates():
         known = samples(toy, ELBO(2, gradient=name))
         for site, params in of.items():
             wanted = sum(float(known[n].var()) for n in params)
-            assert float(found.variance[site][i]) == pytest.approx(wanted, rel=0.35)
+            assert float(found.variance[site][i]) == pytest.approx(wanted, rel=0.5)
             exact = sum(toy.gradient(1, lambda w: w.mean(0))[n] ** 2 for n in params) ** 0.5
             assert float(found.signal[site][i]) == pytest.approx(exact, rel=1e-6)
         assert not any(bool(b[i]) for b in found.biased.values())  # by chance with probability 3e-4

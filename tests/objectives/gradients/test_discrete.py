@@ -95,7 +95,7 @@ def test_the_mean_is_right_in_every_layout(name, layout, monkeypatch):
         if layout == "one by one":
             assert largest_error(toy, ESTIMATORS[name](), "iwae", shared=False) < LIMIT
         else:  # a parameter per datum does not fold
-            found = folded_samples(TOYS[toy], BOUNDS["iwae"][0](ESTIMATORS[name]()))
+            found = folded_samples(TOYS[toy], BOUNDS["iwae"][0](ESTIMATORS[name]()), runs=50)
             assert max(errors(found, exact(toy, "iwae")).values()) < LIMIT
 
 

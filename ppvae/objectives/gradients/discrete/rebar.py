@@ -126,7 +126,11 @@ class REBAR(SiteEstimator):
         if name not in self._control_variates:
             size = features.shape[-1] if self.network else 0
             self._control_variates[name] = self._built(size)
-        return self._control_variates[name].to(features.device)
+        one = self._control_variates[name]
+        if one.weight.device != features.device:
+            one.to(features.device)
+            one.optimizer.load_state_dict(one.optimizer.state_dict())  # moves the state to its parameters
+        return one
 
     def _built(self, size: int) -> _ControlVariate:
         return _ControlVariate(self.temperature, size, self._optimizer_factory)
