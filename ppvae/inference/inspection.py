@@ -131,7 +131,8 @@ def terms(
     Args:
         batch: the tensors that the pair is called with, `model(*batch)`; a tensor is a batch of one.
         num_particles: K, the number of draws per datum, for each of `global_draws`.
-        values: latents [particles, (inner plates,) batch, *event] to evaluate at, instead of the guide's draws.
+        values: latents [particles, (inner plates,) batch, *event] to evaluate at, instead of the guide's draws; the
+            guide samples the others given them. Coupled draws, as antithetic ones, are given in this way.
         frozen: "guide" or "model": that side is run again with its parameters held constant, so that sampled values
             keep their gradient paths (sticking the landing: Roeder et al. 2017, arXiv 1703.09194). "latents": the
             guide's draws are held constant.
