@@ -18,7 +18,8 @@ def joint_block(s: Structure, total: int, inspected: int) -> tuple[Structure, in
     if s.full_size not in (total, inspected):
         raise ContractError(
             f"a latent is shared by all data, so that weights are joint: expected all {s.full_size} data of the plate "
-            f"{s.plate!r}, found {total}. Pass the whole data set"
+            f"{s.plate!r}, found {total}. Pass the whole data set (ppvae evaluate --split train), or conditional=True "
+            "(--conditional) for the predictive density of each datum"
         )
     return s, total
 

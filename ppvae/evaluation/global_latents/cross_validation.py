@@ -219,7 +219,7 @@ def _accuracy(
         )  # fmt: skip
         digest = data_digest(run.columns)
     guide_k_hat = smoothed(log_weight[:, None])[1]
-    numbers = {name: found[name] for name in ("elpd", "std_error", "k_hat")}
+    numbers: dict[str, Any] = {name: found[name] for name in ("elpd", "std_error", "k_hat")}
     if method == "waic":
         numbers = {"elpd": found["lpd"] - found["variance"], "std_error": found["waic_error"]}
         numbers["k_hat"] = guide_k_hat.expand(len(found["lpd"]))
