@@ -182,9 +182,9 @@ class HeldOutDensity:
         mean, lpd = (posterior * log_lik).sum(0), (self.posterior + log_again).logsumexp(0)
         variance, relative = (posterior * (log_lik - mean).square()).sum(0), (log_again - lpd).exp() - 1
         found = {
-            "elpd": elpd, "k_hat": k_hat, "lpd": lpd,
+            "elpd": elpd, "k_hat": k_hat, "lpd": lpd, "ess": 1 / weights.exp().square().sum(0),
             "std_error": (weights.exp() * ((log_lik - elpd).exp() - 1)).square().sum(0).sqrt(),
-            "variance": variance,
+            "variance": variance, "posterior_ess": (1 / posterior.square().sum()).expand(block.size),
             "waic_error": (posterior * (relative - (log_lik - mean).square() + variance)).square().sum(0).sqrt(),
         }  # fmt: skip
         return found | ({} if pooled is None else {"local_k_hat": pooled.result()["k_hat"]})
@@ -219,10 +219,10 @@ def _accuracy(
         )  # fmt: skip
         digest = data_digest(run.columns)
     guide_k_hat = smoothed(log_weight[:, None])[1]
-    numbers: dict[str, Any] = {name: found[name] for name in ("elpd", "std_error", "k_hat")}
+    numbers: dict[str, Any] = {name: found[name] for name in ("elpd", "std_error", "k_hat", "ess")}
     if method == "waic":
         numbers = {"elpd": found["lpd"] - found["variance"], "std_error": found["waic_error"]}
-        numbers["k_hat"] = guide_k_hat.expand(len(found["lpd"]))
+        numbers |= {"k_hat": guide_k_hat.expand(len(found["lpd"])), "ess": found["posterior_ess"]}
     return PredictiveAccuracy(
         **numbers, lpd=found["lpd"], guide_k_hat=float(guide_k_hat), local_k_hat=found.get("local_k_hat"),
         refitted=torch.zeros(len(found["lpd"]), dtype=torch.bool), method=method, num_draws=num_draws,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MAX_K_HAT = 0.7
+MIN_ESS = 50.0
 MAX_WAIC_VARIANCE = 0.4  # of log p(x_n | theta), above which WAIC of a datum is far off (Vehtari et al. 2017)
 
 
@@ -24,6 +25,7 @@ class PredictiveAccuracy:
         std_error: Monte-Carlo standard error of elpd, by the delta method.
         k_hat: Pareto shape of the weights of each datum over the draws of the global latents: of leave-one-out, that of
             p(theta, other data) / q(theta); where the datum is refitted, of the new guide's; of WAIC, `guide_k_hat`.
+        ess: effective sample size of these weights, [N].
         guide_k_hat: Pareto shape of p(theta, x) / q(theta), of K-fold the largest of a fold: above the limit, the guide
             is too far from the posterior for any of its numbers.
         local_k_hat: Pareto shape of the local latents' weights, [N]; None where they are summed out or there are none.
@@ -36,6 +38,7 @@ class PredictiveAccuracy:
     lpd: Tensor
     std_error: Tensor
     k_hat: Tensor
+    ess: Tensor
     guide_k_hat: float
     local_k_hat: Tensor | None
     refitted: Tensor
@@ -53,9 +56,10 @@ class PredictiveAccuracy:
 
     @property
     def reliable(self) -> Tensor:
-        """Which data have a finite elpd, and k-hat of their own, of their guide and of their local weights below the
-        limits, [N]; of WAIC also a variance of log p(x_n | theta) of at most 0.4."""
+        """Which data have a finite elpd, ess >= 50, and k-hat of their own, of their guide and of their local weights
+        below the limits, [N]; of WAIC also a variance of log p(x_n | theta) of at most 0.4."""
         good = self.elpd.isfinite() & (self.k_hat < self.k_hat_limit)
+        good &= self.ess >= min(MIN_ESS, 0.999 * self.num_draws)  # equal weights are enough however few there are
         good &= self.refitted | (self.guide_k_hat < self.k_hat_limit)
         if self.method == "waic":
             good &= self.lpd - self.elpd <= MAX_WAIC_VARIANCE
@@ -78,7 +82,7 @@ class PredictiveAccuracy:
 
     def with_data(self, which: Tensor, other: PredictiveAccuracy, refitted: bool = False) -> PredictiveAccuracy:
         """The same with the numbers of some data, [N] bool, from another one; their lpd stays that of all data."""
-        names = ("elpd", "std_error", "k_hat")
+        names = ("elpd", "std_error", "k_hat", "ess")
         new: dict[str, Any] = {name: torch.where(which, getattr(other, name), getattr(self, name)) for name in names}
         if self.local_k_hat is not None and other.local_k_hat is not None:
             new["local_k_hat"] = torch.where(which, other.local_k_hat, self.local_k_hat)
@@ -87,13 +91,14 @@ class PredictiveAccuracy:
     def summary(self) -> str:
         """The numbers over the data set, and how far they can be trusted, in words."""
         bad, count = int((~self.reliable).sum()), len(self.elpd)
+        limits = f"k-hat not below {self.k_hat_limit:.2f}, local k-hat not below {MAX_K_HAT}, or ess below {MIN_ESS:g}"
+        limits += f", or a variance above {MAX_WAIC_VARIANCE}" if self.method == "waic" else ""
         lines = [
             f"elpd {self.total:.2f} ± {self.total_std_error:.2f} nats over {count} data by {self.method}, "
             f"{self.effective_parameters:.2f} effective parameters ({self.num_draws} draws of the global latents, "
             f"{self.local_particles} local particles)",
             f"all {count} data are reliable" if not bad else
-            f"{bad} of {count} data are unreliable (k-hat not below {self.k_hat_limit:.2f}, or local k-hat not below "
-            f"{MAX_K_HAT}{', or a variance above 0.4' if self.method == 'waic' else ''}): {self._cure}",
+            f"{bad} of {count} data are unreliable ({limits}): {self._cure}",
         ]  # fmt: skip
         if not self.guide_k_hat < self.k_hat_limit:
             lines.append(
