@@ -18,6 +18,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.global_latents.evidence import JointWeights
 from ppvae.evaluation.global_latents.likelihood import ConditionalLikelihood
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.psis import smoothed
 from ppvae.inference.tracing import Program
 
@@ -171,23 +172,31 @@ class HeldOutDensity:
     def __call__(self, block: Block) -> dict[str, Tensor]:
         rows = slice(block.start, block.start + block.size)
         pooled = self.likelihood.pooled(block)
-        chunks = [(c.log_lik.cpu(), c.log_square.cpu()) for c in self.likelihood.chunks(block, pooled)]
-        log_lik, log_square = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        log_lik, moments = self._draws(block, pooled)
         among = torch.ones(block.size, dtype=torch.bool) if self.among is None else self.among[rows]
         weights, k_hat = smoothed(self.log_weight[:, None] - torch.where(among, log_lik, torch.zeros_like(log_lik)))
         elpd = (weights + log_lik).logsumexp(0)
-        posterior = self.posterior.exp()
-        # the weights hold the estimate of p(x_n | theta): its average over them takes one that is independent of it
-        log_again = log_square - log_lik
-        mean, lpd = (posterior * log_lik).sum(0), (self.posterior + log_again).logsumexp(0)
-        variance, relative = (posterior * (log_lik - mean).square()).sum(0), (log_again - lpd).exp() - 1
-        found = {
-            "elpd": elpd, "k_hat": k_hat, "lpd": lpd, "ess": 1 / weights.exp().square().sum(0),
-            "std_error": (weights.exp() * ((log_lik - elpd).exp() - 1)).square().sum(0).sqrt(),
-            "variance": variance, "posterior_ess": (1 / posterior.square().sum()).expand(block.size),
-            "waic_error": (posterior * (relative - (log_lik - mean).square() + variance)).square().sum(0).sqrt(),
+        weights = weights.exp_()
+        found = moments | {
+            "elpd": elpd, "k_hat": k_hat, "ess": 1 / weights.square().sum(0),
+            "std_error": (weights * ((log_lik - elpd).exp() - 1)).square().sum(0).sqrt(),
         }  # fmt: skip
         return found | ({} if pooled is None else {"local_k_hat": pooled.result()["k_hat"]})
+
+    def _draws(self, block: Block, pooled: LogWeightAccumulator | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p(x_n | theta) of all draws, [draws, N], and its averages over the posterior, [N] by name."""
+        chunks = [(c.log_lik.cpu(), c.log_square.cpu()) for c in self.likelihood.chunks(block, pooled)]
+        log_lik, log_again = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        del chunks
+        # the weights hold the estimate of p(x_n | theta): its average over them takes one that is independent of it
+        log_again -= log_lik
+        posterior = self.posterior.exp()
+        mean, lpd = (posterior * log_lik).sum(0), (self.posterior + log_again).logsumexp(0)
+        deviation = (log_lik - mean).square_()
+        variance = (posterior * deviation).sum(0)
+        error = (posterior * ((log_again - lpd).exp_() - 1 - deviation + variance)).square().sum(0).sqrt()
+        ess = (1 / posterior.square().sum()).expand(block.size)
+        return log_lik, {"lpd": lpd, "variance": variance, "waic_error": error, "posterior_ess": ess}
 
 
 def _accuracy(

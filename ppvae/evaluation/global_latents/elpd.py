@@ -22,7 +22,8 @@ class PredictiveAccuracy:
         elpd: log p(x_n | the other data), of leave-one-out or of the other folds; of WAIC its estimate of it.
         lpd: log p(x_n | all data), by the pair that is trained on all of them; NaN at one particle of sampled local
             latents, whose estimate of p(x_n | theta) no other one is beside.
-        std_error: Monte-Carlo standard error of elpd, by the delta method.
+        std_error: Monte-Carlo standard error of elpd, by the delta method. Data share draws, so that the errors of
+            different data are correlated.
         k_hat: Pareto shape of the weights of each datum over the draws of the global latents: of leave-one-out, that of
             p(theta, other data) / q(theta); where the datum is refitted, of the new guide's; of WAIC, `guide_k_hat`.
         ess: effective sample size of these weights, [N].
