@@ -1,6 +1,6 @@
 """`ppvae evaluate RUN`: log p(x) by importance sampling, from proposals refined to each datum, with L_K of the guide
 beside it; with annealing of the data that this fails on by `--method auto`; by the guide alone with `--proposal guide`;
-by annealing with `--method annealed | smc | bdmc`."""
+by annealing with `--method annealed | smc | bdmc`; predictive densities given global latents by `--conditional`."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ from ppvae.training.run import Run, cast_floating, default_dtype
 
 ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
 CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
+GIVEN_GLOBALS = ("conditional", "local_particles")
 REFINED = (*ADAPTIVE, "precision", "guide_particles", "bracket")
 OPTIONS = {  # of each method
-    "importance": (*REFINED, "proposal"),
+    "importance": (*REFINED, "proposal", *GIVEN_GLOBALS),
     "auto": REFINED,
     "annealed": (*CHAINS, "beside"),
     "smc": (*CHAINS, "resample", "beside"),
@@ -99,6 +100,14 @@ def check_options(settings: Evaluate) -> None:
         raise UsageError(f"--{alone[0].replace('_', '-')}: goes with --num-particles auto")
     if settings.proposal == "guide" and settings.guide_particles is not None:
         raise UsageError("--guide-particles: goes with --proposal refined; give --num-particles")
+    if given := [name for name in GIVEN_GLOBALS if name in changed]:
+        option = given[0].replace("_", "-")
+        if others := [name for name in changed if name not in GIVEN_GLOBALS and name != "num_particles"]:
+            raise UsageError(
+                f"--{others[0].replace('_', '-')}: does not go with --{option}, whose draws are the guide's"
+            )
+        if settings.num_particles == "auto":
+            raise UsageError(f"--num-particles auto: does not go with --{option}; give a number of draws")
     if settings.num_particles == "auto":
         make_allocation("auto", settings.target_std_error, settings.max_particles)
 
@@ -115,7 +124,10 @@ def _importance_sampling(
         "device": settings.device, "rows": settings.rows, "precision": settings.precision, "directory": blocks,
     }  # fmt: skip
     given, beside = settings.num_particles, settings.guide_particles
-    if settings.proposal == "guide":
+    shared = {key: getattr(settings, key) for key in GIVEN_GLOBALS}
+    if shared != {key: getattr(Evaluate(), key) for key in GIVEN_GLOBALS}:
+        est = log_marginal(model, guide, columns, num_particles=given or GUIDE_PARTICLES, **shared, **options)
+    elif settings.proposal == "guide":
         est = log_marginal(model, guide, columns, num_particles=given or GUIDE_PARTICLES, **options)
     else:
         if beside is None:

@@ -76,6 +76,10 @@ class Evaluate:
     num_particles: int | Literal["auto"] | None = None  # 3500 if refined, else 5000; auto: adaptive to each datum
     guide_particles: int | None = None  # for L_K of the guide, beside refined: num_particles, else 5000; 0 for none
     bracket: int = 50  # data simulated from the model, on which bounds of both sides certify the proposal; 0 for none
+    # of a pair whose parameters, or other latents, are shared by all data: the log predictive density of each datum, as
+    # of new data, in place of log p of all data at once; draws come from the guide
+    conditional: bool = False
+    local_particles: int = 1  # of such a pair: draws of a datum's own latents at each draw of the shared ones
     target_std_error: float = 0.05  # of auto: of log p(x) of each datum, in nats
     max_particles: int = 20_000  # of auto: the largest number for a datum
     split: Literal["test", "valid", "train"] = "test"

@@ -20,6 +20,7 @@ from ppvae.inference.contract.independence import (
     check_images_of_globals,
     check_independence,
     globals_read_rows,
+    has_full_size_of_its_own,
 )
 from ppvae.inference.contract.missing import check_missing, explain_missing_failure, tensors_with_missing
 from ppvae.inference.contract.plates_and_roles import (
@@ -179,6 +180,8 @@ def _inspect_single_particle(model: Program, guide: Program, batch: tuple[Any, .
     check_registered(model, guide, registration.params, p, q, batch)
     structure = replace(
         _structure(plate, p, q, p_roles, q_roles),
+        has_fixed_full_size=plate.full_size != plate.size
+        or (not plate.has_subsample_size and has_full_size_of_its_own(model, batch, plate.name)),
         model_params=params_of(model_trace),
         guide_params=params_of(guide_trace),
     )
@@ -224,14 +227,14 @@ def _find_local_weights(
     """Whether each datum has a weight of its own given the global latents, as fields of a pair's structure."""
     local = {n: node for n, node in latents.items() if n not in s.global_sites}
     roles = {n: s.guide_roles[n] for n in local}
-    found: dict[str, Any] = {"local_refusal": "", "global_guide_reads_rows": False}
+    found: dict[str, Any] = {"local_refusal": "", "globals_read_rows": False}
     try:
         check_globals_sampled(p, s)
-        check_images_of_globals(p, latents, s)
+        check_images_of_globals(p, guide, batch, s, rows)
         check_absolute_continuity(guide, batch, p, local, roles, plate.name, False)
         check_globals_first(model, guide, batch, s, rows)
         check_independence(model, batch, p, plate.name, rows)
-        found["global_guide_reads_rows"] = rows is None and globals_read_rows(guide, batch, latents, s)
+        found["globals_read_rows"] = globals_read_rows(model, guide, batch, s, rows)
     except ContractError as error:
         found["local_refusal"] = str(error)
     return found
@@ -294,7 +297,6 @@ def _structure(
         draws_subsample=plate.draws_subsample,
         subsample_size=plate.size if plate.draws_subsample else 0,
         has_subsample_size=plate.has_subsample_size,
-        has_fixed_full_size=plate.full_size != plate.size,
         has_global_latents=shared,
         global_sites=tuple(n for n, node in {**q, **p}.items() if shared and plate.name not in plates_of(node)),
         enumerated=tuple(enumerated),

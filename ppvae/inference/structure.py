@@ -76,7 +76,7 @@ class Structure:
     has_global_latents: bool = False  # a latent stands outside the data plate and is shared by all data
     global_sites: tuple[str, ...] = ()  # sites of either side outside the data plate
     local_refusal: str = ""  # why no datum has a log-weight of its own given the global latents
-    global_guide_reads_rows: bool = False  # the guide's density of a global latent depends on the rows of the batch
+    globals_read_rows: bool = False  # a density of a global latent depends on the rows of the batch
     lower_bound_only: bool = False  # the guide omits values of a discrete latent: estimates are lower bounds
     enumerated: tuple[str, ...] = ()  # sites of either side that are summed out
     model_roles: Mapping[str, Role] = field(default_factory=dict)

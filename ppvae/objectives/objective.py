@@ -209,13 +209,17 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
             self.check_structure(s)
             if s.bound_refusal:
                 raise ContractError(s.bound_refusal)
-            if s.full_size != s.batch_size(batch):
-                require_bound_of_batches(s, s.batch_size(batch))
+            self._check_batch_size(s, batch)
             self.check_gradient(s)
             if self.shares_globals:
                 require_reparameterized_globals(s, type(self).__name__)
             self._inspected = (model, guide, s)
+        self._check_batch_size(self._inspected[2], batch)
         return self._inspected[2]
+
+    def _check_batch_size(self, s: Structure, batch: tuple[Any, ...]) -> None:
+        if s.has_fixed_full_size and s.full_size != s.batch_size(batch):
+            require_bound_of_batches(s, s.batch_size(batch))
 
     def _call(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairCall:
         if kwargs:

@@ -72,11 +72,11 @@ def require_bound_of_batches(s: Structure, rows: int) -> None:
     found = f"a latent is shared by all data: expected all {s.full_size} of them in the batch, found {rows}"
     if s.local_refusal:
         raise ContractError(f"{found}, and no datum has a weight of its own: {s.local_refusal}")
-    if s.global_guide_reads_rows:
+    if s.globals_read_rows:
         raise ContractError(
-            f"{found}, and the guide's density of the shared latent depends on the rows of the batch: each batch has "
-            "another posterior, and a mean over batches is no bound. Give the guide parameters for it, as AutoNormal "
-            "does, or train on whole batches"
+            f"{found}, and a density of the shared latent, in model or guide, depends on the rows of the batch: each "
+            "batch has another prior or posterior, and a mean over batches is no bound. Give the guide parameters for "
+            "it, as AutoNormal does, and the prior statistics of all data; or train on whole batches"
         )
 
 

@@ -63,7 +63,8 @@ def fit(
         data: a tensor [N, *event], a split, or a tuple of them; the pair is called as model(*batch). Arrays, tables,
             sparse matrices, lists, data sets and loaders are taken too, in the precision that they have
             (`ppvae.data`). In data marked by `data.with_missing`, NaN is a missing value.
-        valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch.
+        valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch; where latents
+            are shared by all data, given a draw of these: a lower bound on the predictive log-density of new data.
         objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
         optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
         scheduler: a function of the torch optimizer that gives a learning-rate schedule, stepped every epoch.

@@ -37,13 +37,14 @@ class ValidationMetrics:
 
     rate = E[log q(z | x) - log p(z)], distortion = -E[log p(x | z)] (Alemi et al. 2018, arXiv 1711.00464). Without
     validation data the metrics are of the first training data, and named train_*. Pairs with several latents also get
-    the KL of each.
+    the KL of each. Given global latents theta the terms of a validation datum are those of its own sites, at a draw of
+    theta from the guide, or at its point: the mean is a lower bound on that of the predictive log-density of new data.
     """
 
     def __init__(
         self, model: Program, guide: Program, structure: Structure, loader: DataLoader, held_out: bool, seed: int
     ):
-        self.structure, self.loader, self.seed = structure, loader, seed
+        self.structure, self.loader, self.seed, self.held_out = structure, loader, seed, held_out
         self.prefix = "valid" if held_out else "train"
         self.key = f"{self.prefix}_elbo"
         self._function: CompiledFunction | None = None
@@ -58,8 +59,9 @@ class ValidationMetrics:
 
     @property
     def has_elbo(self) -> bool:
-        """Whether the pair has an ELBO per datum; joint weights and point masses have none."""
-        return not (self.structure.has_global_latents or self.structure.weights_refusal)
+        """Whether the pair has an ELBO per datum; joint weights and point masses on local latents have none."""
+        s = self.structure
+        return self.held_out and not s.local_refusal if s.has_global_latents else not s.weights_refusal
 
     def __call__(self, model: Program, guide: Program, products: Choices | None = None) -> dict[str, float]:
         """{valid_elbo, valid_rate, valid_distortion, valid_kl_z1, ...}, or the same with train_.
@@ -71,7 +73,7 @@ class ValidationMetrics:
         if not self.has_elbo:
             return {}
         size = s.subsample_size if s.draws_subsample else self._count if s.row_order else ROWS
-        latents = [name for name, role in s.guide_roles.items() if role is Role.LATENT]
+        latents = [n for n, role in s.guide_roles.items() if role is Role.LATENT and n not in s.global_sites]
         if s.enumerated or Role.AUXILIARY in s.guide_roles.values():
             latents = []  # their rates are no terms of their own
         totals = torch.zeros(3 + len(latents), dtype=torch.float64)
@@ -91,8 +93,8 @@ class ValidationMetrics:
                     ):
                         ((_, _, t),) = block.weights(model, guide, 1, self.seed, ROWS)
                     assert t is not None  # no compiled cells
-                    sums = _sums(t, latents, stop - start)
-                    self._warn_of_nonfinite(t.elbo[..., : stop - start], start)
+                    sums = _sums(t.local, latents, stop - start)
+                    self._warn_of_nonfinite(t.local.elbo[..., : stop - start], start)
                 totals += sums.cpu()
         elbo, log_lik, rate, *each = (totals / self._count).tolist()
         metrics = {self.key: elbo}
@@ -123,7 +125,7 @@ class ValidationMetrics:
             def run(*batch: Tensor) -> Outputs:
                 with pyro.validation_enabled(False):
                     t = evaluate_terms(model, guide, batch, 1, structure=self.structure)
-                    return [_sums(t, latents, ROWS)]
+                    return [_sums(t.local, latents, ROWS)]
 
             target = Target(
                 function=run,

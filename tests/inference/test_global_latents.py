@@ -135,9 +135,28 @@ def summed_out(x):
         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
+def image_beside_a_local_density(x):
+    """z is an image of a helper that all data share, whatever other latents are."""
+    helper = dist.MultivariateNormal(torch.zeros(len(x) + 1), 0.3 * torch.eye(len(x) + 1))
+    a = pyro.sample("a", helper, infer={"is_auxiliary": True})
+    pyro.sample("loc", dist.Delta(a[..., 0]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(a[..., 1:] if a.dim() == 1 else a[..., 0, 1:]))
+        e = pyro.sample("e", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("u", dist.Delta(0.3 * x + e))
+
+
+def two_locals(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        z, u = pyro.sample("z", dist.Normal(loc, 1.0)), pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + u, 0.5), obs=x)
+
+
 REFUSED = {
     "guided after the local ones": (model, after_local, r"'loc'.*depends on a local latent.*before the local ones"),
     "images of one helper": (model, AutoMultivariateNormal(model), r"'z'.*image of.*AutoGuideList"),
+    "an image beside a density": (two_locals, image_beside_a_local_density, r"'z'.*image of 'a'.*AutoGuideList"),
     "a point mass on a local one": (model, point_at_local, r"'z'.*Delta \(point mass\)"),
     "coupled data": (coupled, AutoNormal(model), r"'x'.*depends on its own row alone"),
     "summed out": (summed_out, local_guide, r"'k'.*summed out"),
@@ -153,6 +172,33 @@ def test_a_pair_without_local_weights_says_why(name):
     with pytest.raises(ContractError, match=message):
         terms(program, guide, X, structure=s).local  # noqa: B018
     assert torch.isfinite(terms(program, guide, X, structure=s).log_weight).all()
+
+
+def scaled_by_rows(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, x.std()))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def own_subsample(x):
+    with pyro.plate("data", len(x), subsample_size=4) as i:
+        loc = x[i].mean(-1)
+    pyro.sample("loc", dist.Normal(loc, 0.5))
+
+
+def of_a_subsample(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x), subsample_size=4) as i:
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x[i])
+
+
+@pytest.mark.parametrize("pair", [(scaled_by_rows, point_at_global), (of_a_subsample, own_subsample)])
+def test_a_prior_and_a_guide_of_a_subsample_that_read_rows_are_told(pair):
+    s = inspect(*pair, X, weights=False)
+    assert s.local_refusal == ""
+    assert s.globals_read_rows
+    assert "the density of a global latent depends on the rows" in "\n".join(s.description)
 
 
 class LocalGuide(AutoGuide):
@@ -199,7 +245,7 @@ def test_a_pair_with_local_weights_has_them_whatever_the_guide_of_its_global_lat
     guide(X)
     s = inspect(model, guide, X, weights=False)
     assert s.local_refusal == ""
-    assert s.global_guide_reads_rows == (name in ("reads rows", "by their number"))
+    assert s.globals_read_rows == (name in ("reads rows", "by their number"))
     assert bool(s.weights_refusal) == (name in ("point", "AutoDelta"))
     t = terms(model, guide, X, 3, structure=s, global_draws=2)
     loc, z = t.guide["loc"].value.reshape(6, 1), t.guide["z"].value

@@ -292,6 +292,50 @@ def test_without_weights_of_each_datum_batches_hold_all_data():
             objective.loss(local_pair, local_first, x[:3])
 
 
+@pytest.mark.parametrize("first", [4, 12])
+@pytest.mark.parametrize("kind", ["global and local", "local alone"])
+def test_the_scale_of_a_batch_does_not_depend_on_the_one_that_was_inspected(first, kind):
+    c, x = regression(), torch.randn(12, generator=torch.Generator().manual_seed(2)).double()
+
+    def model(x):
+        with pyro.plate("data", 12, subsample=x):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0 * x, 1.0)), 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 12, subsample=x):
+            pyro.sample("z", dist.Normal(0.7 * x, 0.5))
+
+    program, q, batch = (*c.pair, c.batch) if kind == "global and local" else (model, guide, (x,))
+    objective = ELBO()
+    objective.loss(program, q, *(t[:first] for t in batch))
+    for rows in (12, 5, 1):
+        losses = []
+        for loss in (objective, Trace_ELBO()):
+            torch.manual_seed(7)
+            losses.append(loss.loss(program, q, *(t[:rows] for t in batch)))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9), rows
+
+
+@pytest.mark.parametrize("reads", ["rows", "their number"])
+def test_a_prior_of_a_global_latent_that_depends_on_the_batch_wants_all_data(reads):
+    """Zellner's prior of the weights has the covariance of the inputs: that of a batch is another one."""
+    c = regression()
+
+    def model(y, f):
+        precision = f.mT @ f / 12 if reads == "rows" else len(y) * torch.eye(2).double()
+        w = pyro.sample("w", dist.MultivariateNormal(torch.zeros(2).double(), precision_matrix=precision))
+        with pyro.plate("data", 12, subsample=y):
+            z = pyro.sample("z", dist.Normal((w * f).sum(-1), 0.8))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    for whole_first in (False, True):
+        objective = IWAE(2)
+        if whole_first:
+            assert math.isfinite(objective.loss(model, c.guide, *c.batch))
+        with pytest.raises(ContractError, match=r"all 12 of them in the batch, found 4.*model or guide.*rows"):
+            objective.loss(model, c.guide, *(t[:4] for t in c.batch))
+
+
 def test_capacity_is_of_local_latents():
     """At the capacity that the local rate has, the bound is the ELBO of the same draws."""
     c = regression()

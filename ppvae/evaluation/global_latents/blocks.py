@@ -18,7 +18,8 @@ def joint_block(s: Structure, total: int, inspected: int) -> tuple[Structure, in
     if s.full_size not in (total, inspected):
         raise ContractError(
             f"a latent is shared by all data, so that weights are joint: expected all {s.full_size} data of the plate "
-            f"{s.plate!r}, found {total}. Pass the whole data set"
+            f"{s.plate!r}, found {total}. Pass the whole data set (ppvae evaluate --split train), or conditional=True "
+            "(--conditional) for the predictive density of each datum"
         )
     return s, total
 
@@ -26,7 +27,7 @@ def joint_block(s: Structure, total: int, inspected: int) -> tuple[Structure, in
 def local_blocks(s: Structure, total: int) -> tuple[Structure, int]:
     """(structure, number of data in a block) for weights of each datum given the global latents.
 
-    One block holds all data where the guide's density of the global latents depends on the rows of a batch.
+    One block holds all data where a density of the global latents depends on the rows of a batch.
     """
     if not s.has_global_latents:
         raise UsageError(
@@ -36,6 +37,6 @@ def local_blocks(s: Structure, total: int) -> tuple[Structure, int]:
     if s.local_refusal:
         raise ContractError(s.local_refusal)
     if s.draws_subsample:
-        size = min(LOCAL_BLOCK, s.full_size)
+        size = s.full_size if s.globals_read_rows else min(LOCAL_BLOCK, s.full_size)
         return replace(s, subsample_size=size), size
-    return s, total if s.global_guide_reads_rows else LOCAL_BLOCK
+    return s, total if s.globals_read_rows else LOCAL_BLOCK

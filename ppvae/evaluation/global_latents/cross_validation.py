@@ -18,6 +18,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.global_latents.evidence import JointWeights
 from ppvae.evaluation.global_latents.likelihood import ConditionalLikelihood
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.psis import smoothed
 from ppvae.inference.tracing import Program
 
@@ -107,6 +108,7 @@ def kfold(
     q(theta), which correct for it. Data are dealt to folds at random by the seed. Arguments and errors as of `loo`.
 
     Args:
+        model, guide: the pair trained on all data, whose log p(x_n | all data) the effective parameters count.
         refit: a function of the data of all other folds that trains the pair and returns (model, guide), or a run.
         folds: their number, from 2 to the number of data.
     """
@@ -116,15 +118,15 @@ def kfold(
     count = len(columns[0])
     if not 2 <= folds <= count:
         raise UsageError(f"folds: expected a number from 2 to the {count} data, found {folds}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    result: PredictiveAccuracy | None = None
+    result = _accuracy(model, guide, columns, "kfold", num_particles, local_particles, **options)
+    order, shapes = torch.randperm(count, generator=torch.Generator().manual_seed(seed)), []
     for fold in range(folds):
         left = torch.zeros(count, dtype=torch.bool)
         left[order[fold::folds]] = True
         again = _held_out(refit, columns, left, num_particles, local_particles, options)
-        result = again if result is None else result.with_data(left, again, refitted=True)
-    assert result is not None
-    return replace(result, method="kfold", refitted=torch.ones(count, dtype=torch.bool), num_folds=folds)
+        result = result.with_data(left, again, refitted=True)
+        shapes.append(again.guide_k_hat)
+    return replace(result, guide_k_hat=max(shapes), num_folds=folds)
 
 
 def waic(
@@ -170,18 +172,31 @@ class HeldOutDensity:
     def __call__(self, block: Block) -> dict[str, Tensor]:
         rows = slice(block.start, block.start + block.size)
         pooled = self.likelihood.pooled(block)
-        log_lik = torch.cat([chunk.log_lik.cpu() for chunk in self.likelihood.chunks(block, pooled)])
+        log_lik, moments = self._draws(block, pooled)
         among = torch.ones(block.size, dtype=torch.bool) if self.among is None else self.among[rows]
         weights, k_hat = smoothed(self.log_weight[:, None] - torch.where(among, log_lik, torch.zeros_like(log_lik)))
         elpd = (weights + log_lik).logsumexp(0)
-        posterior = self.posterior.exp()
-        mean = (posterior * log_lik).sum(0)
-        found = {
-            "elpd": elpd, "k_hat": k_hat, "lpd": (self.posterior + log_lik).logsumexp(0),
-            "std_error": (weights.exp() * ((log_lik - elpd).exp() - 1)).square().sum(0).sqrt(),
-            "variance": (posterior * (log_lik - mean).square()).sum(0),
+        weights = weights.exp_()
+        found = moments | {
+            "elpd": elpd, "k_hat": k_hat, "ess": 1 / weights.square().sum(0),
+            "std_error": (weights * ((log_lik - elpd).exp() - 1)).square().sum(0).sqrt(),
         }  # fmt: skip
         return found | ({} if pooled is None else {"local_k_hat": pooled.result()["k_hat"]})
+
+    def _draws(self, block: Block, pooled: LogWeightAccumulator | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p(x_n | theta) of all draws, [draws, N], and its averages over the posterior, [N] by name."""
+        chunks = [(c.log_lik.cpu(), c.log_square.cpu()) for c in self.likelihood.chunks(block, pooled)]
+        log_lik, log_again = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        del chunks
+        # the weights hold the estimate of p(x_n | theta): its average over them takes one that is independent of it
+        log_again -= log_lik
+        posterior = self.posterior.exp()
+        mean, lpd = (posterior * log_lik).sum(0), (self.posterior + log_again).logsumexp(0)
+        deviation = (log_lik - mean).square_()
+        variance = (posterior * deviation).sum(0)
+        error = (posterior * ((log_again - lpd).exp_() - 1 - deviation + variance)).square().sum(0).sqrt()
+        ess = (1 / posterior.square().sum()).expand(block.size)
+        return log_lik, {"lpd": lpd, "variance": variance, "waic_error": error, "posterior_ess": ess}
 
 
 def _accuracy(
@@ -212,11 +227,14 @@ def _accuracy(
             desc="held-out densities", directory=folders["densities"], progress=progress,
         )  # fmt: skip
         digest = data_digest(run.columns)
-    elpd = found["elpd"] if method != "waic" else found["lpd"] - found["variance"]
+    guide_k_hat = smoothed(log_weight[:, None])[1]
+    numbers: dict[str, Any] = {name: found[name] for name in ("elpd", "std_error", "k_hat", "ess")}
+    if method == "waic":
+        numbers = {"elpd": found["lpd"] - found["variance"], "std_error": found["waic_error"]}
+        numbers |= {"k_hat": guide_k_hat.expand(len(found["lpd"])), "ess": found["posterior_ess"]}
     return PredictiveAccuracy(
-        elpd=elpd, lpd=found["lpd"], std_error=found["std_error"], k_hat=found["k_hat"],
-        guide_k_hat=float(smoothed(log_weight[:, None])[1]), local_k_hat=found.get("local_k_hat"),
-        refitted=torch.zeros(len(elpd), dtype=torch.bool), method=method, num_draws=num_draws,
+        **numbers, lpd=found["lpd"], guide_k_hat=float(guide_k_hat), local_k_hat=found.get("local_k_hat"),
+        refitted=torch.zeros(len(found["lpd"]), dtype=torch.bool), method=method, num_draws=num_draws,
         local_particles=likelihood.local_particles, seed=seed, digest=digest,
     )  # fmt: skip
 

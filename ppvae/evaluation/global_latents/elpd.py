@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MAX_K_HAT = 0.7
+MIN_ESS = 50.0
+MAX_WAIC_VARIANCE = 0.4  # of log p(x_n | theta), above which WAIC of a datum is far off (Vehtari et al. 2017)
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,15 @@ class PredictiveAccuracy:
 
     Attributes:
         elpd: log p(x_n | the other data), of leave-one-out or of the other folds; of WAIC its estimate of it.
-        lpd: log p(x_n | all data that the weights count).
-        std_error: Monte-Carlo standard error of elpd, by the delta method.
-        k_hat: Pareto shape of the leave-one-out weights of each datum over the draws of the global latents.
-        guide_k_hat: Pareto shape of p(theta, x) / q(theta): above the limit, the guide is too far from the posterior
-            for any of the numbers.
+        lpd: log p(x_n | all data), by the pair that is trained on all of them; NaN at one particle of sampled local
+            latents, whose estimate of p(x_n | theta) no other one is beside.
+        std_error: Monte-Carlo standard error of elpd, by the delta method. Data share draws, so that the errors of
+            different data are correlated.
+        k_hat: Pareto shape of the weights of each datum over the draws of the global latents: of leave-one-out, that of
+            p(theta, other data) / q(theta); where the datum is refitted, of the new guide's; of WAIC, `guide_k_hat`.
+        ess: effective sample size of these weights, [N].
+        guide_k_hat: Pareto shape of p(theta, x) / q(theta), of K-fold the largest of a fold: above the limit, the guide
+            is too far from the posterior for any of its numbers.
         local_k_hat: Pareto shape of the local latents' weights, [N]; None where they are summed out or there are none.
         refitted: which data have a pair that was trained without them.
         method: "loo", "kfold" or "waic".
@@ -33,6 +39,7 @@ class PredictiveAccuracy:
     lpd: Tensor
     std_error: Tensor
     k_hat: Tensor
+    ess: Tensor
     guide_k_hat: float
     local_k_hat: Tensor | None
     refitted: Tensor
@@ -50,8 +57,13 @@ class PredictiveAccuracy:
 
     @property
     def reliable(self) -> Tensor:
-        """Which data have a finite elpd, and k-hat of their own and of their local weights below the limits, [N]."""
+        """Which data have a finite elpd, ess >= 50, and k-hat of their own, of their guide and of their local weights
+        below the limits, [N]; of WAIC also a variance of log p(x_n | theta) of at most 0.4."""
         good = self.elpd.isfinite() & (self.k_hat < self.k_hat_limit)
+        good &= self.ess >= min(MIN_ESS, 0.999 * self.num_draws)  # equal weights are enough however few there are
+        good &= self.refitted | (self.guide_k_hat < self.k_hat_limit)
+        if self.method == "waic":
+            good &= self.lpd - self.elpd <= MAX_WAIC_VARIANCE
         return good if self.local_k_hat is None else good & ~(self.local_k_hat >= MAX_K_HAT)
 
     @property
@@ -70,26 +82,24 @@ class PredictiveAccuracy:
         return float((self.lpd - self.elpd).sum())
 
     def with_data(self, which: Tensor, other: PredictiveAccuracy, refitted: bool = False) -> PredictiveAccuracy:
-        """The same with the numbers of some data, [N] bool, from another one."""
-        names = ("elpd", "lpd", "std_error", "k_hat")
+        """The same with the numbers of some data, [N] bool, from another one; their lpd stays that of all data."""
+        names = ("elpd", "std_error", "k_hat", "ess")
         new: dict[str, Any] = {name: torch.where(which, getattr(other, name), getattr(self, name)) for name in names}
         if self.local_k_hat is not None and other.local_k_hat is not None:
             new["local_k_hat"] = torch.where(which, other.local_k_hat, self.local_k_hat)
-        return replace(
-            self, **new, refitted=self.refitted | which if refitted else self.refitted,
-            guide_k_hat=max(self.guide_k_hat, other.guide_k_hat) if self.method == "kfold" else self.guide_k_hat,
-        )  # fmt: skip
+        return replace(self, **new, refitted=self.refitted | which if refitted else self.refitted)
 
     def summary(self) -> str:
         """The numbers over the data set, and how far they can be trusted, in words."""
         bad, count = int((~self.reliable).sum()), len(self.elpd)
+        limits = f"k-hat not below {self.k_hat_limit:.2f}, local k-hat not below {MAX_K_HAT}, or ess below {MIN_ESS:g}"
+        limits += f", or a variance above {MAX_WAIC_VARIANCE}" if self.method == "waic" else ""
         lines = [
             f"elpd {self.total:.2f} ± {self.total_std_error:.2f} nats over {count} data by {self.method}, "
             f"{self.effective_parameters:.2f} effective parameters ({self.num_draws} draws of the global latents, "
             f"{self.local_particles} local particles)",
             f"all {count} data are reliable" if not bad else
-            f"{bad} of {count} data are unreliable (k-hat not below {self.k_hat_limit:.2f}, or local k-hat not below "
-            f"{MAX_K_HAT}): pass refit=, or more draws",
+            f"{bad} of {count} data are unreliable ({limits}): {self._cure}",
         ]  # fmt: skip
         if not self.guide_k_hat < self.k_hat_limit:
             lines.append(
@@ -99,6 +109,10 @@ class PredictiveAccuracy:
         if bool(self.refitted.any()):
             lines.append(f"{int(self.refitted.sum())} data by pairs that were trained without them")
         return "\n".join(lines)
+
+    @property
+    def _cure(self) -> str:
+        return {"loo": "pass refit=, or more draws", "waic": "take loo"}.get(self.method, "take more draws")
 
     def to_arviz(self) -> Any:
         """An ArviZ `ELPDData` with pointwise values, as `arviz.compare({name: result.to_arviz(), ...})` takes it."""

@@ -23,11 +23,14 @@ class DrawChunk:
     Attributes:
         log_lik: log (1/K) sum_k p(x_n, z_nk | theta) / q(z_nk | x_n, theta), [draws, N]; exact without sampled local
             latents, else exp is unbiased for p(x_n | theta).
+        log_square: log of the mean of products of two different of the K weights, [draws, N]: exp is unbiased for
+            p(x_n | theta)^2; NaN for a single sampled particle.
         elbo: the mean of the K log-weights, [draws, N].
         log_ratio: log p(theta) - log q(theta), [draws].
     """
 
     log_lik: Tensor
+    log_square: Tensor
     elbo: Tensor
     log_ratio: Tensor
 
@@ -69,7 +72,17 @@ class ConditionalLikelihood:
                 end = len(whole[0]) // per_draw * per_draw
                 w, e, ratio = (part[:end].unflatten(0, (-1, per_draw)) for part in whole)
                 held = [(whole[0][end:], whole[1][end:], whole[2][end:])]
-                yield DrawChunk(w.logsumexp(1) - math.log(per_draw), e.mean(1), ratio[:, 0])
+                log_sum = w.logsumexp(1)
+                log_square = self._log_square(w, log_sum)
+                yield DrawChunk(log_sum - math.log(per_draw), log_square, e.mean(1), ratio[:, 0])
+
+    def _log_square(self, log_weight: Tensor, log_sum: Tensor) -> Tensor:
+        """log ((sum_k w_k)^2 - sum_k w_k^2) / (K (K - 1)), [draws, N], of log-weights [draws, K, N]."""
+        k = self.local_particles
+        if not self.has_local_draws:
+            return 2 * log_sum
+        share = ((2 * log_weight).logsumexp(1) - 2 * log_sum).clamp(max=0.0)
+        return 2 * log_sum + (-share.expm1()).log() - (math.log(k * (k - 1)) if k > 1 else math.nan)
 
     def pooled(self, block: Block) -> LogWeightAccumulator | None:
         """An accumulator of the local latents' weights at all draws; None where no local latent is sampled."""

@@ -61,8 +61,8 @@ def _describe_local_weights(s: Structure) -> Iterator[str]:
         "given the global latents each datum has a log-weight of its own: log_marginal(..., conditional=True) and loo "
         "give numbers per datum, log_marginal(..., local_particles=K) integrates local latents inside"
     )
-    if s.global_guide_reads_rows:
-        yield "the guide's density of global latents depends on the rows of a batch: bounds want all data in a batch"
+    if s.globals_read_rows:
+        yield "the density of a global latent depends on the rows of a batch: bounds want all data in a batch"
 
 
 def _site_facts(node: dict[str, Any], role: Role, data_plate: str, guide: bool) -> Iterator[str]:

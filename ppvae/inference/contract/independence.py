@@ -147,27 +147,34 @@ def check_globals_sampled(nodes: Nodes, s: Structure) -> None:
             )  # fmt: skip
 
 
-def check_images_of_globals(model: Nodes, guide: Nodes, s: Structure) -> None:
+def check_images_of_globals(
+    model: Nodes, guide: Program, batch: Sequence[Any], s: Structure, index: Tensor | None = None
+) -> None:
     """No local latent is the image of an auxiliary site of all data, as under one AutoMultivariateNormal for both."""
-    images = [n for n, node in guide.items() if isinstance(base_distribution(node["fn"]), Delta)]
-    local = [n for n in images if n not in s.global_sites and not isinstance(base_distribution(model[n]["fn"]), Delta)]
-    helpers = [n for n, role in s.guide_roles.items() if role is Role.AUXILIARY]
-    if local and helpers and all(n in s.global_sites for n in helpers):
-        raise site_error(
-            local[0], "a local latent with a density of its own in the guide, given the global latents",
-            f"an image of {helpers[0]!r}, which all data share, so that weights are joint",
-            "guide local latents by an amortised density or AutoNormal, and the global ones by a part of AutoGuideList",
-        )  # fmt: skip
+    helpers = [n for n, role in s.guide_roles.items() if role is Role.AUXILIARY and n in s.global_sites]
+    if not helpers:
+        return
+    first, second = _with_other_local_noise(guide, batch, s, index)
+    for name, node in first.items():
+        image = name in model and isinstance(base_distribution(node["fn"]), Delta) and name not in s.global_sites
+        if not image or isinstance(base_distribution(model[name]["fn"]), Delta):
+            continue
+        if bool(close(node["value"], second[name]["value"]).all()):
+            raise site_error(
+                name, "a local latent with a density of its own in the guide, given the global latents",
+                f"an image of {helpers[0]!r}, which all data share, so that weights are joint",
+                "guide local latents by an amortised density or AutoNormal, and the global ones by a part of "
+                "AutoGuideList",
+            )  # fmt: skip
 
 
 def check_globals_first(
     model: Program, guide: Program, batch: Sequence[Any], s: Structure, index: Tensor | None = None
 ) -> None:
     """The densities of global sites, in model and guide, depend on no local latent."""
-    first = run_at(guide, batch, {} if index is None else {s.plate: index})
+    first, second = runs = _with_other_local_noise(guide, batch, s, index)
     shared = {n: first[n]["value"] for n in first if n in s.global_sites} | ({} if index is None else {s.plate: index})
-    second = run_at(guide, batch, shared, seed=1)
-    values = [sampled_values(nodes) | shared for nodes in (first, second)]
+    values = [sampled_values(nodes) | shared for nodes in runs]
     pairs = [(first, second), tuple(run_at(model, batch, at) for at in values)]
     for one, two in pairs:
         for name in (n for n in one if n in s.global_sites and n in two):
@@ -179,19 +186,56 @@ def check_globals_first(
                 )  # fmt: skip
 
 
-def globals_read_rows(guide: Program, batch: Sequence[Any], latents: Nodes, s: Structure) -> bool:
-    """Whether the guide's density of a global latent depends on the rows of the batch, or on their number."""
-    size = len(batch[0])
-    shared = {n: node["value"] for n, node in latents.items() if n in s.global_sites}
-    before = run_at(guide, batch, shared)
-    for rows in (*replacements(size), torch.arange(size - 1)) if size > 1 else ():
+def _with_other_local_noise(
+    guide: Program, batch: Sequence[Any], s: Structure, index: Tensor | None
+) -> tuple[dict[str, dict[str, Any]], ...]:
+    """The guide's sites of two runs that differ in the noise of the local latents."""
+    drawn = {} if index is None else {s.plate: index}
+    first = run_at(guide, batch, drawn)
+    return first, run_at(guide, batch, {n: first[n]["value"] for n in first if n in s.global_sites} | drawn, seed=1)
+
+
+def globals_read_rows(
+    model: Program, guide: Program, batch: Sequence[Any], s: Structure, index: Tensor | None = None
+) -> bool:
+    """Whether a density of a global latent, in model or guide, depends on the rows of a batch, or on their number."""
+    drawn = {} if index is None else {s.plate: index}
+    shared = sampled_values(run_at(guide, batch, drawn))
+    values = {n: v for n, v in shared.items() if n in s.global_sites}
+    return any(_reads_rows(program, batch, s, values, index) for program in (guide, model))
+
+
+def _reads_rows(
+    program: Program, batch: Sequence[Any], s: Structure, values: Mapping[str, Tensor], index: Tensor | None
+) -> bool:
+    size = len(batch[0]) if index is None else len(index)
+
+    def densities(rows: Tensor) -> list[Tensor]:
+        taken = take_batch_rows(batch, rows, size) if index is None else batch
+        at = values if index is None else {**values, s.plate: index[rows.to(index.device)]}
+        return [node_log_prob(node) for name, node in run_at(program, taken, at).items() if name in values]
+
+    before = densities(torch.arange(size))
+    fewer = [torch.arange(size - 1)] if size > 1 and index is None else []
+    for rows in (*replacements(size), *fewer):
         try:
-            after = run_at(guide, take_batch_rows(batch, rows, size), shared)
+            after = densities(rows)
         except (ValueError, RuntimeError, IndexError, KeyError):
             continue
-        if not all(bool(close(node_log_prob(before[n]), node_log_prob(after[n])).all()) for n in shared):
+        if not all(bool(close(a, b).all()) for a, b in zip(before, after, strict=True)):
             return True
     return False
+
+
+def has_full_size_of_its_own(program: Program, batch: Sequence[Any], plate: str) -> bool:
+    """Whether the data plate of a batch of all data keeps its full size over fewer rows, as of `subsample=x`."""
+    size = len(batch[0])
+    try:
+        nodes = run_at(program, take_batch_rows(batch, torch.arange(size - 1), size), {}) if size > 1 else {}
+    except (ValueError, RuntimeError, IndexError, KeyError):
+        return False
+    sizes = {(f.size, f.full_size) for node in nodes.values() for f in node["cond_indep_stack"] if f.name == plate}
+    return (size - 1, size) in sizes
 
 
 # -- runs on other rows: a batch and its latents with rows taken anew --------------------------------------------------

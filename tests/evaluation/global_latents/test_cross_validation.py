@@ -3,6 +3,8 @@
 Numbers lie within five of their standard errors: false by chance with probability below 1e-4 in all.
 """
 
+import dataclasses
+
 import arviz as az
 import pyro
 import pyro.distributions as dist
@@ -37,6 +39,17 @@ def test_leave_one_out_is_exact_within_its_errors(name):
     exact = (c.posterior_predictive - c.loo).sum().item()
     assert abs(result.effective_parameters - exact) < 0.35
     assert "reliable" in result.summary()
+
+
+def test_few_particles_of_a_wide_local_guide_do_not_raise_the_density_of_fitted_data():
+    """The weights hold the noise of p(x_n | theta): times the same estimate it would count twice, 0.12 nats here."""
+    c = regression(local=2.2)
+    difference = loo(*c.pair, c.batch, num_particles=2000, local_particles=5).lpd - c.posterior_predictive
+    assert abs(difference.mean().item()) < 0.04
+    assert float(difference.abs().max()) < 0.12
+    single = loo(*c.pair, c.batch, num_particles=200, local_particles=1)
+    assert bool(single.lpd.isnan().all())
+    assert bool(single.elpd.isfinite().all())
 
 
 def test_the_guide_is_corrected_for():
@@ -98,6 +111,38 @@ def test_waic_is_near_leave_one_out(build):
     assert ours.to_arviz()["elpd_waic"] == ours.total
 
 
+def test_the_error_of_waic_is_that_of_its_own_number():
+    """Of 60 runs, of data that fit and of one that does not, whose variance term is most of it: false below 1e-2."""
+    x = torch.cat([normal_mean().batch[0][:19], torch.tensor([8.0]).double()])
+    pair = conjugate_refit(x)
+    runs = [waic(*pair, x, num_particles=200, seed=seed) for seed in range(60)]
+    spread = torch.stack([r.elpd for r in runs]).std(0)
+    ratio = spread / torch.stack([r.std_error for r in runs]).mean(0)
+    assert float((ratio[:-1] - 1).abs().median()) < 0.3
+    assert 0.72 < ratio[-1].item() < 1.35
+
+
+def test_what_is_reliable_depends_on_the_guide_and_on_the_effective_sample_size():
+    c = normal_mean()
+    good = loo(*c.pair, c.batch, num_particles=300)
+    assert bool(good.reliable.all())
+    far = dataclasses.replace(good, guide_k_hat=1.0)
+    assert not bool(far.reliable.any())
+    assert bool(dataclasses.replace(far, refitted=~far.refitted).reliable.all())  # their guides are others
+    assert dataclasses.replace(good, ess=torch.arange(35.0, 55.0)).reliable.tolist() == [False] * 15 + [True] * 5
+    raw = good.ess / 300
+    assert bool((raw < 1).all())
+    assert bool((raw > 0.5).all())
+
+
+def test_waic_of_an_outlier_is_unreliable():
+    x, _, pair = outlier()
+    result = waic(*pair, x, num_particles=1000)
+    assert result.reliable.tolist() == [True] * 19 + [False]
+    assert "variance above 0.4): take loo" in result.summary()
+    assert bool((result.k_hat == result.guide_k_hat).all())
+
+
 def test_blocks_rows_and_caches_do_not_change_the_result(monkeypatch, tmp_path):
     c = normal_mean()
     first = loo(*c.pair, c.batch, num_particles=200)
@@ -156,6 +201,11 @@ def test_a_datum_that_fails_is_told_and_refitted():
     assert bool(again.reliable.all())
     assert abs(again.elpd[-1].item() - exact) < 5 * again.std_error[-1].item() < 2.5
     assert bool((again.elpd[:-1] == plain.elpd[:-1]).all())
+    precision = 0.25 + 20 / 1.25
+    fitted = dist.Normal(x.sum() / 1.25 / precision, (1 / precision + 1.25) ** 0.5).log_prob(x)
+    assert (
+        float((again.lpd - fitted).abs().max()) < 0.5 < abs(fitted[-1].item() - exact)
+    )  # of all data, also where a datum is refitted
 
 
 @pytest.mark.parametrize("folds", [4, 20])
@@ -170,6 +220,9 @@ def test_k_fold_is_exact_within_its_errors(folds):
         exact = dist.Normal(rest.sum() / 1.25 / precision, (1 / precision + 1.25) ** 0.5).log_prob(x[left])
         assert float(((result.elpd[left] - exact).abs() / result.std_error[left]).max()) < 5
     assert bool(result.refitted.all())
+    precision = 0.25 + 20 / 1.25
+    fitted = dist.Normal(x.sum() / 1.25 / precision, (1 / precision + 1.25) ** 0.5).log_prob(x)
+    assert abs(result.effective_parameters - (fitted.sum() - result.elpd.sum()).item()) < 0.1
     with pytest.raises(UsageError, match="folds: expected a number from 2 to the 20 data, found 1"):
         kfold(*conjugate_refit(x), x, conjugate_refit, folds=1)
 
@@ -197,6 +250,7 @@ def test_a_guide_far_from_the_posterior_is_told():
     c = normal_mean(wide=0.15)
     result = loo(*c.pair, c.batch, num_particles=500)
     assert result.guide_k_hat > result.k_hat_limit
+    assert not bool(result.reliable.any())
     assert "far from the posterior" in result.summary()
     assert result.to_arviz()["warning"]
 
