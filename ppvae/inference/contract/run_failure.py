@@ -84,8 +84,8 @@ def _argument_cure(text: str, columns: int) -> str:
         )
     if columns == 1 and re.search(r"missing \d+ required positional argument", text):
         return (
-            "Data of one array or frame are one argument: pass a tuple (x, y), or a dict of the arguments' names, as "
-            "{name: frame[name] for name in frame}"
+            "model(*batch) and guide(*batch) get a batch of one tensor here: pass a tuple (x, y), or a dict of columns "
+            "by argument, as {name: frame[name] for name in frame}"
         )
     return ""
 
