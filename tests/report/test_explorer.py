@@ -8,6 +8,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -157,6 +158,29 @@ def sequence_page(tmp_path_factory):
     return report.write(run, data=x)
 
 
+@pytest.fixture(scope="module")
+def table_page(tmp_path_factory):
+    """The report of a pair of a data frame, whose columns have names and units of their own."""
+    torch.manual_seed(0)
+    u = torch.randn(120, 2)
+    columns = torch.stack([u[:, 0], 10 + 3 * u[:, 1], u.sum(1), u[:, 0] - u[:, 1]], -1) + 0.1 * torch.randn(120, 4)
+    frame = pd.DataFrame(columns.numpy(), columns=["age", "income", "weight", "height"])
+    vae = VAE(
+        priors.StandardNormal(3),
+        likelihoods.Normal(nn.mlp(3, 4, hidden=(16,)), scale=0.2),
+        posteriors.DiagonalNormal(nn.mlp(4, 6, hidden=(16,))),
+    )
+    run = fit(vae.model, vae.guide, frame, epochs=3, directory=tmp_path_factory.mktemp("table"))
+    return report.write(run, data=frame)
+
+
+def test_columns_of_a_table_are_named(table_page):
+    held = content(table_page)
+    assert held["kind"] == "curve"
+    assert held["names"] == ["age", "income", "weight", "height"]
+    assert held["decoder"] is not None
+
+
 def test_sequences_move_one_dim_at_a_time(sequence_page):
     held = content(sequence_page)
     assert held["decoder"] is None
@@ -164,14 +188,14 @@ def test_sequences_move_one_dim_at_a_time(sequence_page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "sequences"])
+@pytest.mark.parametrize("kind", ["images", "sequences", "table"])
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (380, "dark")])
-def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
+def test_the_explorer_in_a_browser(page, sequence_page, table_page, width, scheme, kind):
     """Pictures change with the pointer, the keyboard and the sliders; no error; nothing wider than the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if BROWSER is None:
         pytest.skip("no Chromium is installed")
-    path = page[-1] if kind == "images" else sequence_page
+    path = {"images": page[-1], "sequences": sequence_page, "table": table_page}[kind]
     held = content(path)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
@@ -215,7 +239,7 @@ def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
         values = [float(sliders.nth(i).input_value()) for i in (0, 1)]
         chosen = next(i for i, row in enumerate(held["rows"]) if f"#{row}" in title.replace(":", " ").split())
         moved = [abs(v - held["z"][chosen][i]) > 0.05 for i, v in enumerate(values)]
-        assert moved == ([True, True] if kind == "images" else [False, True])  # together, or one at a time
+        assert moved == ([False, True] if kind == "sequences" else [True, True])  # together, or one at a time
         assert ("one dim" in title.lower()) == (kind == "sequences")
         if kind == "images":
             z = torch.tensor(held["decoder"]["z"][chosen])
