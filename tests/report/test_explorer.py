@@ -21,6 +21,17 @@ from ppvae.report.decoder import decoder_numbers
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
+LABELS = """
+window.drawnLabels = [];
+const fillText = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const t = this.getTransform(), wide = this.measureText(text).width * t.a;
+  const left = t.a * x + t.e - wide * {left: 0, start: 0, center: 0.5, right: 1, end: 1}[this.textAlign];
+  if (t.b === 0) window.drawnLabels.push([text, left, left + wide, this.canvas.width]);
+  return fillText.call(this, text, x, y);
+};
+"""  # records each label that is not rotated, and where it begins and ends in its canvas
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
@@ -205,6 +216,7 @@ def test_the_explorer_in_a_browser(page, sequence_page, table_page, width, schem
         tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         tab.on("pageerror", lambda e: errors.append(str(e)))
         tab.on("request", lambda r: requests.append(r.url))
+        tab.add_init_script(LABELS)
         tab.goto(path.as_uri())
         tab.wait_for_selector("#explorer-app[data-ready]")
 
@@ -251,6 +263,9 @@ def test_the_explorer_in_a_browser(page, sequence_page, table_page, width, schem
             expected = 255 * decoded(held, z[None])[0]
             assert (torch.tensor(shown).reshape(-1, 4)[:, 0] - expected).abs().max() <= 1
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        labels = tab.evaluate("window.drawnLabels")
+        assert kind == "images" or {t for t, *_ in labels} >= set(held["names"] or ["0", "9"])
+        assert [t for t, left, right, edge in labels if left < 0 or right > edge] == []
         assert errors == []
         assert {url.split(":")[0] for url in requests} <= {"file", "data"}
         browser.close()
