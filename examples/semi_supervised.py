@@ -28,7 +28,7 @@ def main(epochs: int = 100, labels: int = 100, latent: int = 8, hidden: int = 20
 
     objective = AuxiliaryLoss(ELBO(), pair.log_label, weight=20.0)  # and log q(y | x) of the known labels
     run = fit(pair.model, pair.guide, (train, y), objective=objective, epochs=epochs, batch_size=200, seed=seed)
-    accuracy = (pair.classifier.net(test[:]).argmax(-1) == test.labels).double().mean()
+    accuracy = (pair.classify(test[:]).argmax(-1) == test.labels).double().mean()
     est = log_marginal(run.model, run.guide, test.head(50), num_particles=500, seed=seed)
     print(f"accuracy {accuracy:.1%} with {labels} labels; {est.nll:.2f} nats per image without its label")
     return float(accuracy)

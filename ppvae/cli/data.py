@@ -1,6 +1,7 @@
 """`ppvae data NAME`: loads a data set and describes its splits."""
 
 import dataclasses
+import sys
 
 from ppvae.cli.common import description, load_splits, print_columns
 from ppvae.cli.flags import parse
@@ -22,4 +23,11 @@ def run(args: list[str]) -> int:
         columns = "".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
         shapes = f"{list(split.shape)}, event {list(split.event_shape)}"
         print(f"{split.description}: {shapes}{labels}{columns}, sha256 {split.digest[:16]}")
+    info = splits[0].info
+    if not (info.binarize or info.dequantize or info.kinds) and (info.levels or 0) > 2:
+        print(
+            f"log p(x) of {info.levels} levels: take a likelihood of levels, as DiscretizedLogistic; or pass "
+            f"--dequantize, for a density that bounds it, or --binarize fixed, for bits",
+            file=sys.stderr,
+        )
     return 0

@@ -31,6 +31,32 @@ class ParametricDistribution(TorchDistribution):
     def _log_prob(self, value: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def mean(self) -> Tensor:
+        raise no_closed_form(self, "mean")
+
+    @property
+    def mode(self) -> Tensor:
+        raise no_closed_form(self, "mode")
+
+    @property
+    def variance(self) -> Tensor:
+        raise no_closed_form(self, "variance")
+
+
+def no_closed_form(fn: Any, moment: str) -> NotImplementedError:
+    """The error for a mean, mode or variance without a closed form, with the cure.
+
+    >>> from ppvae import priors
+    >>> priors.LogisticNormal(3)().mean
+    Traceback (most recent call last):
+        ...
+    NotImplementedError: LogisticNormalDistribution: its mean has no closed form; estimate it from .sample((1000,))
+    """
+    return NotImplementedError(
+        f"{type(fn).__name__}: its {moment} has no closed form; estimate it from .sample((1000,))"
+    )
+
 
 def expand_parameters(fn: Distribution, batch_shape: Sequence[int], **event_dims: int) -> Distribution:
     """A shallow copy of a distribution with parameters expanded to a batch shape, given as name=its event dims."""

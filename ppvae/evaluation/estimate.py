@@ -19,6 +19,7 @@ from ppvae.evaluation.reliability import (
     assess_chains,
     assess_mixed,
     assess_weights,
+    error_words,
     format_particles,
     k_hat_limit,
 )
@@ -168,6 +169,9 @@ class Estimate:
             return math.nan
         return self.nll / (self.dims * math.log(2)) + (math.log2(self.levels) if self.levels else 0.0)
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
         """The estimate in words: numbers, how many data are unreliable and why, and what to do about them.
 
@@ -183,7 +187,7 @@ their log p(x) may be far too low
         chains = self.reliable_override is not None
         sampler = f"{self.method}, {self.num_particles} chains" if chains else f"K = {format_particles(self.particles)}"
         lines = [
-            f"NLL {self.nll:.3f} ± {self.nll_std_error:.3f} {unit} over {len(self.log_px)} data ({sampler}), "
+            f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {len(self.log_px)} data ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
             f"ELBO {self._elbo:.3f}; Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
             self.reliability.summary,
@@ -207,7 +211,7 @@ their log p(x) may be far too low
         unit = JOINT_UNIT if self.joint else UNIT
         rows = {
             "data": f"{self.data or 'a tensor'}, {len(self.log_px)} data",
-            "NLL": f"{self.nll:.3f} ± {self.nll_std_error:.3f} {unit}",
+            "NLL": f"{error_words(self.nll, self.nll_std_error)} {unit}",
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
             "ELBO": f"{self._elbo:.3f}",
             "particles": format_particles(self.particles),

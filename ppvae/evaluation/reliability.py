@@ -252,6 +252,16 @@ def recommend_alternative(s: Structure) -> str:
     return annealing
 
 
+def error_words(mean: float, error: float) -> str:
+    """A mean and its standard error as a string, which says so where one number has no standard error.
+
+    >>> error_words(-2.0, 0.5), error_words(-2.0, math.nan), error_words(-1e-9, 1e-9)
+    ('-2.000 ± 0.500', '-2.000 (without error)', '0.000 ± 0.000')
+    """
+    error_text = " (without error)" if math.isnan(error) else f" ± {error:.3f}"
+    return f"{mean:z.3f}{error_text}"
+
+
 def format_particles(particles: Tensor, style: str = "") -> str:
     """The number of particles per datum, or its range, each number in a format's style.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ppvae.errors import CheckpointError
 from ppvae.evaluation.arviz import GROUP, SITE
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
+from ppvae.evaluation.reliability import error_words
 from ppvae.run_folder.identity import ORIGIN, read_result, write_result
 from ppvae.run_folder.together import written_together
 from ppvae.storage import read_json, write_bytes
@@ -111,6 +112,9 @@ class SavedResult:
             raise CheckpointError(f"{path}: not a saved {cls.__name__} ({type(error).__name__}: {error})") from error
         return cls(**values)
 
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {text}" for name, text in self.table().items())
+
     def table(self) -> dict[str, str]:
         """The numbers over the data set as strings, for printing."""
         raise NotImplementedError
@@ -131,9 +135,7 @@ def mean_words(values: Tensor | None) -> str:
     >>> mean_words(torch.tensor([1.0, 3.0]))
     '2.000 ± 1.000'
     """
-    if values is None:
-        return "not known"
-    return "{:.3f} ± {:.3f}".format(*mean_and_error(values))
+    return "not known" if values is None else error_words(*mean_and_error(values))
 
 
 def kind_of(path: Path) -> str:

@@ -1,11 +1,13 @@
 """The base class of models composed of parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
@@ -27,9 +29,21 @@ class ComposedModel(nn.Module):
 
     def register_part(self, part: str) -> Callable[..., Any]:
         """Registers a part and returns its call, for distributions that call it after the run of the pair."""
-        conditional = self.get_submodule(part)
+        conditional = attrgetter(part)(self)
+        require_module(part, conditional)
         pyro.module(f"{self._name}.{part}", conditional)
         return partial(call_conditional, conditional, "", name=f"{part}: ")
+
+
+def require_module(role: str, part: Any) -> None:
+    """Raises ContractError, by its role, for a part that is no module: a class, a function or a distribution."""
+    if isinstance(part, nn.Module):
+        return
+    expected = f"{role}: expected a torch.nn.Module whose forward returns a distribution, found "
+    if isinstance(part, type):
+        raise ContractError(f"{expected}the class {part.__name__}; pass an object of it, as {part.__name__}()")
+    kind = "the distribution " if isinstance(part, torch.distributions.Distribution) else "an object of "
+    raise ContractError(f"{expected}{kind}{type(part).__name__}; return the distribution from the forward of a module")
 
 
 class LearnedTensor(nn.Module):
@@ -55,9 +69,21 @@ def call_conditional(
         inputs = [f"{what} of {describe_tensor(t)}" if what else describe_tensor(t) for t in args]
         if context is not None and takes_context(part):
             inputs.append(f"a context of {describe_tensor(context)}")
-        what = " and ".join(inputs) or "nothing"
         text = " ".join(str(error).split())[:200]
-        raise ContractError(f"{name}{type(part).__name__} does not take {what}: {text}") from error
+        part_name = f"{name}{type(part).__name__}"
+        if not inputs:
+            raise ContractError(f"{part_name}: expected a forward without arguments, found: {text}") from error
+        raise ContractError(f"{part_name} does not take {' and '.join(inputs)}: {text}{_cast(part, args)}") from error
+
+
+def _cast(part: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """What to pass where inputs are floating-point numbers of another type than the part's parameters."""
+    types = {p.dtype for p in part.parameters() if p.is_floating_point()}
+    other = {t.dtype for t in inputs if t.is_floating_point()} - types
+    if len(types) != 1 or not other:
+        return ""
+    name = str(types.pop()).removeprefix("torch.")
+    return f". The parameters are {name}: pass x.to(torch.{name}) (of an array or frame, .astype('{name}'))"
 
 
 def as_diagonal_normal(fn: Any, part: str) -> Any:

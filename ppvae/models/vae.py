@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ppvae import posteriors
 from ppvae.errors import ContractError, support_name
 from ppvae.errors.ranges import check_ranges
-from ppvae.models.composed_model import ComposedModel, call_conditional, describe_tensor
+from ppvae.models.composed_model import ComposedModel, call_conditional, describe_tensor, require_module
 from ppvae.nn import Codebook, ConcatContext, Nearness
 from ppvae.rng import fork_rng
 
@@ -30,7 +30,8 @@ class VAE(ComposedModel):
     A relaxed posterior makes the pair a relaxed model: a discrete prior is relaxed too, by its `relaxed()`, with the
     same logits (Maddison et al. 2017, arXiv 1611.00712). Train that pair, evaluate `discrete`.
 
-    Raises `ContractError` at the first data for parts that do not fit together, naming them.
+    Raises `ContractError`, naming the part, for one that is no module, and at the first data for parts that do not fit
+    together.
     Source: Kingma and Welling 2014 (arXiv 1312.6114); Rezende et al. 2014 (arXiv 1401.4082).
 
     >>> from ppvae import likelihoods, nn, posteriors, priors
@@ -45,6 +46,8 @@ class VAE(ComposedModel):
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module):
         super().__init__("vae")
+        for role, part in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
+            require_module(role, part)
         if hasattr(posterior, "discrete") and hasattr(prior, "relaxed"):
             prior = prior.relaxed()  # type: ignore[operator]
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
@@ -181,7 +184,7 @@ def _without_side_effects(vae: VAE) -> Iterator[None]:
 def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
     """Raises ContractError for parts that do not fit together on a batch, naming them."""
     q = _require_distribution("posterior", call_conditional(vae.posterior, "data x", x, context=context), vae.posterior)
-    p = _require_distribution("prior", call_conditional(vae.prior, context=context), vae.prior)
+    p = _require_distribution("prior", call_conditional(vae.prior, context=context, name="prior "), vae.prior)
     if len(q.batch_shape) > 1:
         raise ContractError(
             f"posterior {type(vae.posterior).__name__}: expected batch shape [batch], found {list(q.batch_shape)} with "

@@ -11,6 +11,7 @@ from pyro.distributions import transforms
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
+from ppvae.distributions.batch_shape import no_closed_form
 from ppvae.errors.ranges import check_ranges
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
@@ -29,6 +30,14 @@ class GradientSafeTransformed(dist.TransformedDistribution):
             value = value[...]  # a new tensor with the same values, which is in no cache
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         return super().log_prob(value if value.shape == shape else value.expand(shape))
+
+    @property
+    def mean(self) -> Tensor:
+        raise no_closed_form(self, "mean")
+
+    @property
+    def mode(self) -> Tensor:
+        raise no_closed_form(self, "mode")
 
 
 @final

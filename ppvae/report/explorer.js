@@ -130,8 +130,8 @@
       canvas: () => make("canvas", { class: "picture curve", style: `aspect-ratio: ${named && length > 6 ? 1.7 : 2}` }),
       draw(canvas, blend, behind, small) {
         const [pen, width, tall] = fit(canvas);
-        const left = small ? 2 : 36, right = small ? 2 : 12, top = small ? 2 : 10;
-        const bottom = small ? 2 : named ? 62 : 24;
+        const left = small ? 2 : 44, right = small ? 2 : 12, top = small ? 2 : 10;
+        const bottom = small ? 2 : named && length > 4 ? 62 : 24;
         const place = (t, v) => [
           left + ((width - left - right) * (length === 1 ? 0.5 : t / (length - 1))),
           top + (tall - top - bottom) * (1 - v),
@@ -146,16 +146,22 @@
             const [, py] = place(0, v);
             pen.beginPath(); pen.moveTo(left, py); pen.lineTo(width - right, py); pen.stroke();
             const value = data.low[0] + v * (data.high[0] - data.low[0]);
-            const words = named ? ["low", "", "high"][2 * v] : String(Number(value.toPrecision(3)));
+            const words = named ? ["low", "", "high"][2 * v] : String(Number(value.toPrecision(3))).replace("-", "\u2212");
             pen.textAlign = "right"; pen.fillText(words, left - 5, py + 4);
           }
           if (named) {
             data.names.forEach((name, t) => {
               const [px] = place(t, 0);
               pen.beginPath(); pen.moveTo(px, top); pen.lineTo(px, tall - bottom); pen.stroke();
-              pen.save(); pen.translate(px + 3, tall - bottom + 10); pen.rotate(length > 4 ? -0.7 : 0);
-              pen.textAlign = length > 4 ? "right" : "center";
-              pen.fillText(name.length > 12 ? name.slice(0, 11) + "\u2026" : name, 0, length > 4 ? 4 : 6); pen.restore();
+              const words = name.length > 12 ? name.slice(0, 11) + "\u2026" : name;
+              if (length > 4) {
+                pen.save(); pen.translate(px + 3, tall - bottom + 10); pen.rotate(-0.7);
+                pen.textAlign = "right"; pen.fillText(words, 0, 4); pen.restore();
+              } else {
+                const half = pen.measureText(words).width / 2 + 1;
+                pen.textAlign = "center";
+                pen.fillText(words, Math.min(Math.max(px, half), width - half), tall - bottom + 16);
+              }
             });
           } else {
             pen.textAlign = "left"; pen.fillText("0", left, tall - 8);

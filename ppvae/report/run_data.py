@@ -133,7 +133,9 @@ class RunData:
     @property
     def no_estimate(self) -> str:
         reason = self.problem or (self.structure.weights_refusal if self.structure else "")
-        return f"No estimate of log p(x): {reason}" if reason else "No estimate of log p(x) was passed to the report."
+        if reason:
+            return f"No estimate of log p(x): {reason}"
+        return "No estimate of log p(x) yet: ppvae evaluate adds one, or estimate= of report.write."
 
     @functools.cached_property
     def digest(self) -> str:

@@ -109,8 +109,11 @@ def fit(
         check_ranges(num_particles=objective.num_particles)
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
-            f"optimizer: expected a function of parameters or a PyroOptim, found {type(optimizer).__name__}"
+            f"optimizer: expected a function of parameters, as functools.partial(torch.optim.Adam, lr=1e-3), or a "
+            f"PyroOptim; found an object of {type(optimizer).__name__}"
         )
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise UsageError(f"callbacks: expected a list of functions of (run, metrics), found {callbacks!r}")
     check_precision(precision)
     if patience is not None and valid is None:
         raise UsageError("patience: expected validation data to stop early on, found valid=None")

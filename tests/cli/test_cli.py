@@ -399,7 +399,10 @@ def test_data_says_what_the_data_are(cli):
     ]  # fmt: skip
     assert "[1257, 64]" in result.out
     assert "sha256" in result.out
-    assert "binarized fixed at seed 3" in cli("data", "digits", "--binarize", "fixed", "--data-seed", 3).out
+    assert "log p(x) of 17 levels: take a likelihood of levels" in result.err
+    binary = cli("data", "digits", "--binarize", "fixed", "--data-seed", 3)
+    assert "binarized fixed at seed 3" in binary.out
+    assert "levels" not in binary.err
 
 
 def test_a_strangers_own_file_of_data(cli, tmp_path):

@@ -823,3 +823,49 @@ def test_check_of_the_librarys_own_oracle():
         "3 registered parameters, 10 numbers",
         "particles are vectorised under a plate",
     ]
+
+
+def test_a_parameter_outside_its_range_is_cured_as_the_message_says():
+    net = nn.Linear(2, 2).requires_grad_(False)
+
+    def model(x, mapped=False):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            scale = net(z).exp() if mapped else -1 - net(z).square()
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    with pytest.raises(ContractError, match=r"Expected parameter scale.*Map the network's output .*: \.exp\(\)"):
+        check(model, normal_guide, data(2))
+    check(lambda x: model(x, mapped=True), normal_guide, data(2))
+
+
+def test_columns_of_one_array_are_named_as_arguments():
+    def model(a, b):
+        with pyro.plate("data", len(a)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("a", dist.Normal(z, 1.0), obs=a)
+            pyro.sample("b", dist.Normal(z, 1.0), obs=b)
+
+    def guide(a, b):
+        with pyro.plate("data", len(a)):
+            pyro.sample("z", dist.Normal((a + b) / 3, 1.0))
+
+    x = data(2)
+    with pytest.raises(ContractError, match=r"missing 1 required positional argument.*pass a tuple .* or a dict"):
+        check(model, guide, x)
+    check(model, guide, {"a": x[:, 0], "b": x[:, 1]})
+
+
+def test_the_description_of_torchs_modules_is_plain_text():
+    rnn, net = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 4)
+
+    def guide(x):
+        pyro.module("rnn", rnn)
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            loc, scale = net(rnn(x[:, None])[1][0]).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    text = str(check(normal_model, guide, data(2)))
+    assert "Linear, 20 parameters. Applies an affine linear transformation to the incoming data: y = xA^T + b." in text
+    assert "parameters. Apply a multi-layer gated recurrent unit (GRU) RNN" in text

@@ -17,6 +17,7 @@ from ppvae.cli.main import main
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference import check
 from ppvae.nn.context import needs_context, takes_context
+from tests.laws.parts import PRIORS
 
 LATENT, FEATURES, LABELS = 3, 6, 2
 
@@ -186,6 +187,19 @@ class Concatenated(torch.nn.Module):
 
     def forward(self, values: Tensor, context: Tensor) -> Tensor:
         return self.net(torch.cat([values, context], -1))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("moment", ["mean", "mode"])
+def test_a_moment_is_known_or_a_sentence_says_that_it_has_no_closed_form(name: str, moment: str) -> None:
+    case = PRIORS[name]
+    fn = case.make(case.size)(**case.given())
+    try:
+        shape, sentence = getattr(fn, moment).shape, "a closed form"
+    except NotImplementedError as error:
+        shape, sentence = fn.shape(), str(error)
+    assert shape == fn.shape()
+    assert "closed form" in sentence
 
 
 # ---------------------------------------------------------------------------------------- what does not fit together

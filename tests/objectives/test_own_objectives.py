@@ -214,3 +214,9 @@ def test_a_baseline_of_another_shape_is_refused(shape):
 
     with pytest.raises(ContractError, match=r"Flat: expected b_k of each draw, \[particles, batch\] = \[3, 50\]"):
         gradient_of_logit(Flat(), torch.randn(50))
+
+
+@pytest.mark.parametrize(("given", "found"), [(MovingAverage, "the class MovingAverage"), (lambda *_: 0, "a function")])
+def test_a_baseline_is_an_object_of_its_class(given, found):
+    with pytest.raises(UsageError, match=f"baseline: expected an object of a subclass of Baseline.*found {found}"):
+        ScoreFunction(given)

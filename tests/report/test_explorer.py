@@ -8,6 +8,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,6 +20,17 @@ from ppvae.report.decoder import decoder_numbers
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+LABELS = """
+window.drawnLabels = [];
+const fillText = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const t = this.getTransform(), wide = this.measureText(text).width * t.a;
+  const left = t.a * x + t.e - wide * {left: 0, start: 0, center: 0.5, right: 1, end: 1}[this.textAlign];
+  if (t.b === 0) window.drawnLabels.push([text, left, left + wide, this.canvas.width]);
+  return fillText.call(this, text, x, y);
+};
+"""  # records each label that is not rotated, and where it begins and ends in its canvas
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +169,29 @@ def sequence_page(tmp_path_factory):
     return report.write(run, data=x)
 
 
+@pytest.fixture(scope="module")
+def table_page(tmp_path_factory):
+    """The report of a pair of a data frame, whose columns have names and units of their own."""
+    torch.manual_seed(0)
+    u = torch.randn(120, 2)
+    columns = torch.stack([u[:, 0], 10 + 3 * u[:, 1], u.sum(1), u[:, 0] - u[:, 1]], -1) + 0.1 * torch.randn(120, 4)
+    frame = pd.DataFrame(columns.numpy(), columns=["age", "income", "weight", "height"])
+    vae = VAE(
+        priors.StandardNormal(3),
+        likelihoods.Normal(nn.mlp(3, 4, hidden=(16,)), scale=0.2),
+        posteriors.DiagonalNormal(nn.mlp(4, 6, hidden=(16,))),
+    )
+    run = fit(vae.model, vae.guide, frame, epochs=3, directory=tmp_path_factory.mktemp("table"))
+    return report.write(run, data=frame)
+
+
+def test_columns_of_a_table_are_named(table_page):
+    held = content(table_page)
+    assert held["kind"] == "curve"
+    assert held["names"] == ["age", "income", "weight", "height"]
+    assert held["decoder"] is not None
+
+
 def test_sequences_move_one_dim_at_a_time(sequence_page):
     held = content(sequence_page)
     assert held["decoder"] is None
@@ -164,14 +199,14 @@ def test_sequences_move_one_dim_at_a_time(sequence_page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "sequences"])
+@pytest.mark.parametrize("kind", ["images", "sequences", "table"])
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (380, "dark")])
-def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
+def test_the_explorer_in_a_browser(page, sequence_page, table_page, width, scheme, kind):
     """Pictures change with the pointer, the keyboard and the sliders; no error; nothing wider than the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if BROWSER is None:
         pytest.skip("no Chromium is installed")
-    path = page[-1] if kind == "images" else sequence_page
+    path = {"images": page[-1], "sequences": sequence_page, "table": table_page}[kind]
     held = content(path)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
@@ -181,6 +216,7 @@ def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
         tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         tab.on("pageerror", lambda e: errors.append(str(e)))
         tab.on("request", lambda r: requests.append(r.url))
+        tab.add_init_script(LABELS)
         tab.goto(path.as_uri())
         tab.wait_for_selector("#explorer-app[data-ready]")
 
@@ -215,7 +251,7 @@ def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
         values = [float(sliders.nth(i).input_value()) for i in (0, 1)]
         chosen = next(i for i, row in enumerate(held["rows"]) if f"#{row}" in title.replace(":", " ").split())
         moved = [abs(v - held["z"][chosen][i]) > 0.05 for i, v in enumerate(values)]
-        assert moved == ([True, True] if kind == "images" else [False, True])  # together, or one at a time
+        assert moved == ([False, True] if kind == "sequences" else [True, True])  # together, or one at a time
         assert ("one dim" in title.lower()) == (kind == "sequences")
         if kind == "images":
             z = torch.tensor(held["decoder"]["z"][chosen])
@@ -227,6 +263,9 @@ def test_the_explorer_in_a_browser(page, sequence_page, width, scheme, kind):
             expected = 255 * decoded(held, z[None])[0]
             assert (torch.tensor(shown).reshape(-1, 4)[:, 0] - expected).abs().max() <= 1
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        labels = tab.evaluate("window.drawnLabels")
+        assert kind == "images" or {t for t, *_ in labels} >= set(held["names"] or ["0", "9"])
+        assert [t for t, left, right, edge in labels if left < 0 or right > edge] == []
         assert errors == []
         assert {url.split(":")[0] for url in requests} <= {"file", "data"}
         browser.close()

@@ -265,6 +265,18 @@ def test_a_torch_schedule_needs_a_torch_optimizer():
         fit(oracle.model, oracle.guide, gaussian_data(), epochs=1, optimizer=adam, scheduler=steps)
 
 
+def test_an_optimizer_and_callbacks_of_another_form_are_named():
+    oracle, x = linear(), gaussian_data()
+    optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters())
+    with pytest.raises(UsageError, match=r"optimizer: .*partial\(torch.optim.Adam, lr=1e-3\).* an object of Adam"):
+        fit(oracle.model, oracle.guide, x, epochs=1, optimizer=optimizer)
+    seen = []
+    with pytest.raises(UsageError, match=r"callbacks: expected a list of functions of \(run, metrics\)"):
+        fit(oracle.model, oracle.guide, x, epochs=1, callbacks=lambda run, metrics: seen.append(metrics["epoch"]))
+    fit(oracle.model, oracle.guide, x, epochs=1, callbacks=[lambda run, metrics: seen.append(metrics["epoch"])])
+    assert seen == [1]
+
+
 # The gradient
 
 

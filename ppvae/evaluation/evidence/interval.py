@@ -62,13 +62,15 @@ class Interval(TwoSidedBounds):
 
         >>> one = torch.ones(2).double()
         >>> print(Interval(-one, -0.9 * one, 0 * one, 0 * one, 0 * one, 0 * one, one, 100, 0).summary())
-        log p(x) of 2 data lies in [-1.000, -0.900] nats on average: a width of 0.100 ± 0.000
+        log p(x) of 2 data lies in [-1.000, -0.900] nats on average, three standard errors added on either side
+        without these the bounds are 0.100 ± 0.000 nats apart
         the upper bound assumes that the chains have reached the posterior: a mode that none finds lowers it
         """
         unit = "nats for the whole data set" if self.joint else "nats on average"
         lines = [
-            f"log p(x) of {len(self.lower)} data lies in [{self.low:.3f}, {self.high:.3f}] {unit}: a width of "
-            f"{mean_words(self.gap)}"
+            f"log p(x) of {len(self.lower)} data lies in [{self.low:.3f}, {self.high:.3f}] {unit}, three "
+            f"standard errors added on either side",
+            f"without these the bounds are {mean_words(self.gap)} nats apart",
         ]
         if annealed := int((self.method == 1).sum()):
             lines.append(f"{annealed} of them by annealing in both directions")

@@ -85,6 +85,8 @@ def predictive_check(
             raise UsageError(f"{name}: expected at least {least}, found {value}")
     if not 0 < alpha < 1:
         raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
+    if not isinstance(statistics, Mapping | None):
+        raise UsageError(f"statistics: expected a dict of functions by name, as {{'mean': f}}; found {statistics!r}")
     over = OVER if over is None else over
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         statistics = default_statistics(run.block(0).batch) if statistics is None else statistics

@@ -186,7 +186,13 @@ class Replicator:
         columns = block_columns(block)
         found = {}
         for name, statistic in self.statistics.items():
-            value = torch.as_tensor(statistic(*columns))
+            value = statistic(*columns)
+            if isinstance(value, tuple):
+                raise UsageError(
+                    f"statistics[{name!r}]: expected one number per datum, shape [{block.size}], found a "
+                    f"{type(value).__name__}, as x.max(1) gives; return its .values, or take x.amax(1)"
+                )
+            value = torch.as_tensor(value)
             if value.shape != (block.size,):
                 raise UsageError(
                     f"statistics[{name!r}]: expected one number per datum, shape [{block.size}], found "

@@ -176,5 +176,6 @@ def _registered_name(module: nn.Module, params: Mapping[str, Tensor]) -> str:
 
 def _first_sentence(cls: type) -> str:
     """The first sentence of a class's own docstring, as ". ..."; empty where it has none."""
-    text = " ".join((cls.__dict__.get("__doc__") or "").split())
+    text = re.sub(r":\w+:`([^`]*)`", r"\1", " ".join((cls.__dict__.get("__doc__") or "").split()))
+    text = re.sub(r"^__init__\([^)]*\) *", "", text)  # torch's recurrent networks begin with their signature
     return f". {re.split(r'(?<=[^. ][.]) ', text)[0]}" if text else ""

@@ -67,10 +67,27 @@ def explain_failure(
             f"{text}. Expected one rightmost plate over the batch {sizes}; declare the dims of one event with "
             f".to_event(n), and size the plate by the batch, as in pyro.plate('data', len(x))"
         )
-    cure = find_cure(model, guide, batch, rows) or (
-        "Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments"
+    cure = (
+        find_cure(model, guide, batch, rows)
+        or _argument_cure(text, len(batch))
+        or ("Check that the networks fit the data and that model(*batch) and guide(*batch) take these arguments")
     )
     return ContractError(f"the pair could not run on {where} of shape {sizes}: {type(error).__name__}: {text}. {cure}")
+
+
+def _argument_cure(text: str, columns: int) -> str:
+    """The cure for a parameter outside its distribution's range, or for a program that takes more columns."""
+    if "to satisfy the constraint" in text:
+        return (
+            "Map the network's output to the range of the parameter: .exp() or softplus for a scale or a rate; "
+            "logits= in place of probs=, which takes any real number"
+        )
+    if columns == 1 and re.search(r"missing \d+ required positional argument", text):
+        return (
+            "model(*batch) and guide(*batch) get a batch of one tensor here: pass a tuple (x, y), or a dict of columns "
+            "by argument, as {name: frame[name] for name in frame}"
+        )
+    return ""
 
 
 def _other_number_of_rows(text: str, model: Program, guide: Program, batch: tuple[Any, ...]) -> str:

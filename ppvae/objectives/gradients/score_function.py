@@ -33,6 +33,7 @@ class ScoreFunction(GradientEstimator):
     Args:
         baseline: b_k, a control variate that does not depend on draw k; `MovingAverage()` by default.
 
+    Raises UsageError for a baseline that is no object of `Baseline`; ContractError for a b_k of another shape.
     Source: Williams 1992; Mnih and Gregor 2014 (arXiv 1402.0030); combined with paths: Schulman et al. 2015
     (arXiv 1506.05254).
     """
@@ -40,6 +41,12 @@ class ScoreFunction(GradientEstimator):
     holds_latents = False
 
     def __init__(self, baseline: Baseline | None = None):
+        if not isinstance(baseline, Baseline | None):
+            found = f"the class {baseline.__name__}" if isinstance(baseline, type) else f"a {type(baseline).__name__}"
+            raise UsageError(
+                f"baseline: expected an object of a subclass of Baseline, whose __call__(objective, log_weight, batch) "
+                f"returns b_k, [particles, batch]; found {found}"
+            )
         self.baseline = baseline if baseline is not None else MovingAverage()
 
     @property
@@ -93,7 +100,7 @@ def _signal(objective: LogWeightBound, baseline: Baseline, log_weight: Tensor, c
         shape = list(b.shape) if isinstance(b, Tensor) else type(b).__name__
         raise ContractError(
             f"{type(baseline).__name__}: expected b_k of each draw, [particles, batch] = {list(log_weight.shape)}, "
-            f"found {shape}"
+            f"found {shape}; signal_of_constant(objective, log_weight, b) gives it for a bound b [] or [batch]"
         )
     return objective.learning_signal(log_weight) - b.detach()
 

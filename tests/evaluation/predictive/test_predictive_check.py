@@ -281,6 +281,8 @@ def test_results_are_written_and_read(tmp_path):
     ("options", "message"),
     [
         ({"statistics": {}}, "statistics: expected one at least"),
+        ({"statistics": lambda x: x.mean(1)}, "statistics: expected a dict of functions by name"),
+        ({"statistics": {"a": lambda x: x.max(1)}}, r"statistics\['a'\]: .*found a max, as .*return its .values"),
         ({"statistics": {"a": lambda x: x}}, r"statistics\['a'\]: expected one number per datum, shape \[25\]"),
         ({"replications": 10}, "replications: expected at least 29, for 1 statistics and alpha = 0.2; found 10"),
         ({"num_draws": 0}, "num_draws: expected at least 1"),
