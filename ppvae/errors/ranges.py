@@ -11,7 +11,7 @@ from typing import Any, final
 from ppvae.errors import UsageError
 
 LARGEST = 2**63 - 1  # a whole number that torch takes
-MOST_DRAWS = 10**9  # for one datum; no computation with more ends
+MOST_DRAWS = 10**9  # for one datum, and steps of one chain; no computation with more ends
 BYTES = 4  # of one number, at the least
 
 
@@ -96,10 +96,8 @@ AT_LEAST_ZERO = Range("a finite number of at least 0", 0)
 SHARE = Range("a share from 0 to 1", 0, 1)
 
 RANGES: Mapping[str, Range] = {
-    **dict.fromkeys(("epochs", "batch_size", "rows", "steps", "rounds", "count", "head", "folds"), COUNT),
-    **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "num_data", "num_labels"), COUNT),
-    **dict.fromkeys(("patience", "warmup", "labelled", "bracket", "bracket_data", "gaps", "latents"), COUNT_OR_NONE),
-    "checks": COUNT_OR_NONE,
+    **dict.fromkeys(("epochs", "batch_size", "rows", "count", "head", "folds", "num_data", "num_labels"), COUNT),
+    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "latents", "checks"), COUNT_OR_NONE),
     **dict.fromkeys(
         (
             "latent",
@@ -129,9 +127,10 @@ RANGES: Mapping[str, Range] = {
     "num_particles": DRAWS,
     **dict.fromkeys(("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws"), DRAWS),
     **dict.fromkeys(("local_particles", "max_particles", "beside", "bounds", "num_samples"), DRAWS),
-    **dict.fromkeys(
-        ("guide_particles", "replications", "posterior_draws", "surgery_draws", "gradients"), DRAWS_OR_NONE
-    ),
+    **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "steps", "rounds"), DRAWS),
+    **dict.fromkeys(("bracket", "bracket_data"), DRAWS_OR_NONE),
+    **dict.fromkeys(("guide_particles", "replications", "posterior_draws"), DRAWS_OR_NONE),
+    **dict.fromkeys(("surgery_draws", "gradients"), DRAWS_OR_NONE),
     **dict.fromkeys(("seed", "data_seed"), Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True)),
     "target_std_error": Range("a positive number of nats", 0, open=True),
     **dict.fromkeys(("clip", "temperature", "lengthscale", "max_gigabytes"), POSITIVE),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ppvae.errors import CheckpointError
 from ppvae.factories.user_code import recorded_code
-from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity, identity_of, new_run_id
+from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity, identity_of, new_run_id
 from ppvae.run_folder.lock import lock_folder
 from ppvae.run_folder.trust import remember
 from ppvae.storage import json_text, read_json, remove_temporaries, write_bytes, write_json
@@ -101,10 +101,13 @@ def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, An
     identity = saved.get("identity", {})
     config[RUN_ID] = identity.get(RUN_ID) or config[RUN_ID]
     for name, now in identity_of(config).items():
-        if name in identity and json_text(now) != json_text(identity[name]):
+        before = identity.get(name, now)
+        if name == "pair" and isinstance(before, dict) and isinstance(now, dict):
+            before = now | before  # an earlier version has less in it
+        if name != CODE and json_text(now) != json_text(before):
             raise CheckpointError(
                 f"{directory}: cannot resume with {name} = {json_text(now)}: the run was started with "
-                f"{json_text(identity[name])}"
+                f"{json_text(before)}"
             )
 
 

@@ -21,7 +21,7 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, params_of, trace_pair
 from ppvae.rng import fork_rng
-from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity
+from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
 from ppvae.training.folder import read_config
@@ -143,7 +143,7 @@ def load(
         from ppvae.factories.pairs import rebuild
 
         with fork_rng(), default_dtype(dtype):
-            model, guide = rebuild(config, dtype, folder, trust)
+            model, guide = rebuild(config, dtype, folder, trust, saved.get("identity", {}).get(CODE))
     model, guide = unwrap(model), unwrap(guide)
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None
