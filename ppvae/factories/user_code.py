@@ -65,9 +65,10 @@ class _Policy:
         digest = sha256(content)
         if self.run is not None and not self.trust:
             if self.recorded is not None and digest not in self.recorded:
+                kind = "file" if isinstance(path, Path) else "name"
                 raise CheckpointError(
-                    f"{path}: is not what {self.run} was trained with: nothing of SHA-256 {digest[:12]}... was "
-                    f"recorded. Restore it from a copy, or pass --trust (trust=True) to run it as it is"
+                    f"{path}: is not a {kind} that {self.run} was trained with: no {kind} of SHA-256 {digest[:12]}... "
+                    f"was recorded. Restore it from a copy, or pass --trust (trust=True) to run it as it is"
                 )
             if not is_trusted(digest):
                 raise UntrustedCodeError(path, digest)
