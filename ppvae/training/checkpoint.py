@@ -1,6 +1,7 @@
 """Checkpoints: files named by their SHA-256 with a pointer to the last one, and the state of a pair in them."""
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def check_loadable(state: dict[str, Any]) -> None:
 
 def exists(folder: Path) -> bool:
     """Whether the folder holds a complete checkpoint."""
-    return (folder / POINTER).exists()
+    return os.path.exists(folder / POINTER)
 
 
 def current(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,9 @@ from ppvae.run_folder.lock import lock_folder
 from ppvae.run_folder.trust import remember
 from ppvae.storage import json_text, read_json, remove_temporaries, write_bytes, write_json
 from ppvae.training import checkpoint
+
+# of config.json, those that no digest covers, as paths may be edited
+ENTRIES = {"epochs": int, "data": dict, "code": dict, "pair": dict, "pair.name": str, "pair.path": list}
 
 
 class RunFolder:
@@ -79,6 +83,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("fit"), dict):
         raise CheckpointError(f"{path}: expected the configuration of a run, found something else")
+    pair = config.get("pair", {})
+    entries: dict[str, Any] = {"pair": pair, **{name: config[name] for name in ENTRIES if name in config}}
+    if isinstance(pair, dict) and pair:
+        entries |= {"pair.name": pair.get("name"), "pair.path": pair.get("path", [])}
+    for name, value in entries.items():
+        if not isinstance(value, ENTRIES[name]) or (
+            isinstance(value, list) and not all(isinstance(p, str) for p in value)
+        ):
+            raise CheckpointError(
+                f"{path}: expected a value of type {ENTRIES[name].__name__} under {name}, found "
+                f"{json_text(value)[:80]}. Restore it from a copy"
+            )
     return config
 
 
@@ -96,7 +112,7 @@ def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, An
         CheckpointError: the folder's config.json or metrics.jsonl is that of another run; or the pair has other
             arguments now.
     """
-    if (directory / "config.json").exists():
+    if os.path.exists(directory / "config.json"):
         check_identity(directory, read_config(directory), saved)
     identity = saved.get("identity", {})
     config[RUN_ID] = identity.get(RUN_ID) or config[RUN_ID]
@@ -113,7 +129,7 @@ def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, An
 
 def origin_of(directory: Path) -> dict[str, str]:
     """The identity of a run in a folder and of its last checkpoint, as `Run.origin`; empty where there is no run."""
-    if not (directory / "config.json").exists():
+    if not os.path.exists(directory / "config.json"):
         return {}
     found = {RUN_ID: read_config(directory).get(RUN_ID, ""), CHECKPOINT: checkpoint.current(directory / "checkpoints")}
     return {name: str(value) for name, value in found.items() if value}

@@ -133,6 +133,8 @@ def load(
         CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed, or a
         file that the run names is not trusted.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype: expected a floating type such as torch.float64, found {dtype!r}")
     folder = Path(directory)
     config = read_config(folder)
     digest, saved = checkpoint.read_with_digest(folder / "checkpoints")
