@@ -103,9 +103,14 @@ def read_with_digest(folder: Path) -> tuple[str, dict[str, Any]]:
     missing = sorted(KEYS - state.keys()) if isinstance(state, dict) else sorted(KEYS)
     if missing:
         raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {missing[0]!r}")
-    if where := _first_nan({name: state[name] for name in ("state", "best", "optimizer")}):
+    if where := find_nan(state):
         raise CheckpointError(f"{path}: {where} is NaN. Train again, with a smaller learning rate, or restore a copy")
     return digest, state
+
+
+def find_nan(state: Mapping[str, Any]) -> str:
+    """The first parameter or number of an optimizer in a checkpoint's state that is NaN, in words; else empty."""
+    return _first_nan({name: state[name] for name in ("state", "best", "optimizer")})
 
 
 def _first_nan(content: Any, place: str = "", buffers: bool = False) -> str:

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ppvae.errors import CheckpointError
+from ppvae.errors import CheckpointError, TrainingError
 from ppvae.factories.user_code import recorded_code
 from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity, identity_of, new_run_id
 from ppvae.run_folder.lock import lock_folder
 from ppvae.run_folder.trust import remember
 from ppvae.storage import json_text, read_json, remove_temporaries, write_bytes, write_json
 from ppvae.training import checkpoint
+from ppvae.training.metrics import last_good
 
 # of config.json, those that no digest covers, as paths may be edited
 ENTRIES = {"epochs": int, "data": dict, "code": dict, "pair": dict, "pair.name": str, "pair.path": list}
@@ -61,7 +62,16 @@ class RunFolder:
             raise CheckpointError(text) from error
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the last checkpoint; the first one is read back before anything is written."""
+        """Replaces the last checkpoint; the first one is read back before anything is written.
+
+        Raises:
+            TrainingError: a parameter, or a number of the optimizer, is NaN; the last checkpoint is kept.
+        """
+        if where := checkpoint.find_nan(state):
+            raise TrainingError(
+                f"epoch {state['epoch']}: {where} is NaN, as a callback or a schedule may have set it"
+                f"{last_good(self.path / 'checkpoints')}"
+            )
         if not self._checked:
             checkpoint.check_loadable(state)
             self._checked = True

@@ -120,6 +120,35 @@ def test_an_edited_config(two, capsys):
     assert main(["evaluate", str(two / "a"), *EVALUATE]) == 0
 
 
+def test_entries_that_no_digest_covers_are_what_they_should_be(two, capsys):
+    path = two / "a" / "config.json"
+    good = json.loads(path.read_text())
+    wrong = {
+        "epochs": [None, "3", [], {}], "data": [None, 0, [], {"no_such": 1}, {"data": None, "head": 3}],
+        "pair": [None, 7, []], "code": [7, []],
+        "pair.name": [None, 3, []], "pair.path": [None, 0, "x", [1]],
+        "data.data": [[]], "data.binarize": ["sometimes"], "data.flat": ["no"], "data.data_seed": ["x", 10**30],
+        "data.max_gigabytes": ["nan", -1.0],
+    }  # fmt: skip
+    for name, values in wrong.items():
+        first, _, second = name.partition(".")
+        for value in values:
+            edited = {**good, first: {**good[first], second: value} if second else value}
+            path.write_text(json.dumps(edited))
+            refused(capsys, ["evaluate", str(two / "a"), *EVALUATE], "config.json")
+
+
+def test_the_test_data_are_those_of_the_run(two, capsys):
+    path = two / "a" / "config.json"
+    good = json.loads(path.read_text())
+    for edit in ({"test": "0" * 64}, {"test": None}, {"pair": {**good["pair"], "columns": ["real"]}}):
+        path.write_text(json.dumps(good | edit))
+        refused(capsys, ["evaluate", str(two / "a"), *EVALUATE], "test" if "test" in edit else "pair.columns")
+    del good["test"]
+    path.write_text(json.dumps(good))
+    refused(capsys, ["evaluate", str(two / "a"), *EVALUATE], "expected test ", "found null")
+
+
 def test_every_edit_of_a_result_is_refused(two):
     path = two / "a" / "results" / "log_marginal.json"
     good, chance = path.read_text(), random.Random(0)
