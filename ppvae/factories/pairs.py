@@ -103,7 +103,7 @@ def build(
             raise
         except (Exception, SystemExit) as error:
             if memory_failure(error):
-                sizes = ", ".join(f"{n} = {v}" for n, v in arguments.items() if isinstance(v, int | float | tuple))
+                sizes = ", ".join(_sizes(given))
                 with explain_out_of_memory("building the pair", f"Lower its sizes ({sizes or 'none was given'})"):
                     raise
             name = getattr(factory, "__name__", factory)
@@ -160,6 +160,17 @@ def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None)
 def _convert(name: str, value: Any, kind: Any) -> Any:
     choice = class_choice(kind)
     return choice.build(value, name) if choice is not None and isinstance(value, Mapping) else as_kind(value, kind)
+
+
+def _sizes(given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The numbers among the arguments, those of chosen classes as `prior.components`, for a message."""
+    out = []
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            out += _sizes(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | tuple | list) and not isinstance(value, bool):
+            out.append(f"{prefix}{name} = {value}")
+    return out
 
 
 def _one_line(error: BaseException) -> str:

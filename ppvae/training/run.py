@@ -125,7 +125,7 @@ def load(
         dtype: a floating type for parameters, buffers and what a factory makes, instead of the run's own. Tensors that
             the pair makes as it runs are of torch's default dtype: set it, too, where the pair is called.
         trust: run the Python files that the run names, and remember that you trust them. Files that you trained with
-            on this machine, and installed modules, need no trust.
+            on this machine, and ppvae's own factories, need no trust.
 
     Results in the folder are not read, so that a run can be evaluated again where one of them is damaged.
 
