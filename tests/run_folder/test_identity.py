@@ -215,6 +215,20 @@ def test_nan_in_the_state_of_an_optimizer_is_named(two, capsys):
     refused(capsys, resumed, "'exp_avg'", "is NaN")
 
 
+def test_a_checkpoint_of_other_types_is_named(two):
+    folder = two / "a" / "checkpoints"
+    good = checkpoint.read(folder)
+    wrong = {
+        "state": ["x", {}, {"params": 3}, {"params": {"w": 1.0}, "buffers": {}}, {"params": {"w": torch.ones(2, device="meta")}, "buffers": {}}], "epoch": ["3", None],
+        "history": [None, [3]], "settings": ["x"], "best": [[], {"state": None}], "identity": [3], "optimizer": [None],
+    }  # fmt: skip
+    for name, values in wrong.items():
+        for value in values:
+            checkpoint.save(folder, good | {name: value})
+            with pytest.raises(CheckpointError, match=r"not the checkpoint of a run: it has no '\w+'"):
+                ppvae.load(two / "a")
+
+
 def test_runs_without_an_identity_are_taken_with_one_line(two, caplog):
     edited_checkpoint(two / "a", lambda state: state.pop("identity"))
     path = two / "a" / "config.json"
