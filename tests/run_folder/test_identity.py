@@ -218,8 +218,9 @@ def test_nan_in_the_state_of_an_optimizer_is_named(two, capsys):
 def test_a_checkpoint_of_other_types_is_named(two):
     folder = two / "a" / "checkpoints"
     good = checkpoint.read(folder)
+    meta = {"params": {"w": torch.ones(2, device="meta")}, "buffers": {}}
     wrong = {
-        "state": ["x", {}, {"params": 3}, {"params": {"w": 1.0}, "buffers": {}}, {"params": {"w": torch.ones(2, device="meta")}, "buffers": {}}], "epoch": ["3", None],
+        "state": ["x", {}, {"params": 3}, {"params": {"w": 1.0}, "buffers": {}}, meta], "epoch": ["3", None],
         "history": [None, [3]], "settings": ["x"], "best": [[], {"state": None}], "identity": [3], "optimizer": [None],
     }  # fmt: skip
     for name, values in wrong.items():
