@@ -377,7 +377,7 @@ def test_the_digests_of_the_checkpoint_count(place, capsys):
     trust.remember({str(other): sha256(other.read_bytes())})
     config = json.loads((place.run / "config.json").read_text())
     config["pair"]["name"] = f"{other}:pair"
-    codes = ({str(other): sha256(other.read_bytes())}, None, {}, config["code"])
+    codes = ({str(other): sha256(other.read_bytes())}, {}, config["code"])
     for code in codes:
         (place.run / "config.json").write_text(json.dumps(config | {"code": code}))
         assert evaluate(place) == 1
