@@ -78,6 +78,7 @@ class _Policy:
 
 
 _digests: dict[Path | str, str] = {}  # of the files that this process has run, and of names outside them
+_modules: set[str] = set()  # names of the modules that were run from these files
 _policies: dict[Path, _Policy] = {}  # by folder, for the modules in it
 _NAMED_BY_THE_USER = _Policy()
 _current: ContextVar[_Policy] = ContextVar("policy", default=_NAMED_BY_THE_USER)
@@ -94,6 +95,7 @@ class _Loader(SourceFileLoader):
         path = Path(self.path).resolve()
         content = read_bytes(path)
         self.policy.admit(path, content)
+        _modules.add(fullname)
         return self.source_to_code(content, self.path)
 
 
@@ -178,8 +180,8 @@ def admit_object(text: str, found: Any) -> None:
 
 def _is_admitted(place: str) -> bool:
     """Whether a file or a module is a part of ppvae, or was run from a source that was admitted."""
-    file = place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None)
-    return _is_part(place) or (file is not None and Path(file).resolve() in _digests)
+    own = Path(place).resolve() in _digests if place.endswith(".py") else place in _modules
+    return own or _is_part(place)
 
 
 def _is_part(module: str) -> bool:
