@@ -4,10 +4,13 @@ A cycle trains a pair in one process without interruption, and again in processe
 resumed until they finish; then both are evaluated, the second one again under kills. Parameters must be equal
 to the last bit, log p(x) up to rounding of compiled log-weights, and the folder must load in the end.
 
+The counts are stored in results/soak/counts.json.
+
     python -m experiments.soak --minutes 120
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.cells import RESULTS
 from ppvae import load
 from ppvae.evaluation import load_estimate
 from ppvae.training import checkpoint
@@ -111,6 +115,10 @@ def main() -> int:
         shutil.rmtree(root)
         done = ", ".join(f"{name} {value}" for name, value in counts.items())
         print(f"{(time.monotonic() - start) / 60:.1f} min: {done}", flush=True)
+    if not args.smoke:
+        (RESULTS / "soak").mkdir(parents=True, exist_ok=True)
+        stored = {"minutes": round((time.monotonic() - start) / 60, 1), **counts}
+        (RESULTS / "soak" / "counts.json").write_text(json.dumps(stored, indent=1) + "\n")
     return int(any(counts[name] for name in ("other parameters", "other log p(x)", "failures", "lost")))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ppvae import data as datasets
-from ppvae.cli.flags import check_flags_of, parse
+from ppvae.cli.flags import check_flags_of, parse, read_settings
 from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
 from ppvae.data.tables import KINDS, is_table
@@ -176,7 +176,9 @@ def run_data(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
     """
     if "data" not in run.config:
         raise UsageError(f"{run.directory}: the run was not started from the command line; evaluate it in Python")
-    chosen = Data(**run.config["data"] | ({} if settings.root is None else {"root": settings.root}))
+    chosen = read_settings(Data, run.config["data"], f"{run.directory}: config.json, data")
+    if settings.root is not None:
+        chosen = dataclasses.replace(chosen, root=settings.root)
     splits = {name: with_columns(s, chosen) for name, s in zip(SPLITS, load_splits(chosen), strict=True)}
     fit = run.config["fit"]
     for name, digest in zip(SPLITS, (fit.get("digest"), fit.get("valid"), run.config.get("test")), strict=True):

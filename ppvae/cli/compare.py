@@ -1,5 +1,6 @@
 """`ppvae compare RUN RUN ...`: paired differences of log p(x) between runs."""
 
+import os
 from pathlib import Path
 
 from ppvae.cli.common import description, find_run, print_table
@@ -50,7 +51,7 @@ def _result_file(name: str, settings: Compare) -> Path:
     folder = find_run(name, settings.runs)
     complete(folder)
     path = estimate_file(folder, settings.result)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"{path}: no such estimate; make it by `ppvae evaluate {name}`")
     check_result(path, origin_of(folder))
     return path

@@ -107,7 +107,7 @@ def _run_folder(settings: Fit, name: str) -> Path:
     if settings.resume:
         return runs / stem
     names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
-    return next(runs / n for n in names if not (runs / n).exists())
+    return next(runs / n for n in names if not os.path.exists(runs / n))
 
 
 def _class_names(arguments: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ppvae.errors import UsageError, did_you_mean
+from ppvae.errors import CheckpointError, UsageError, did_you_mean
 from ppvae.errors.ranges import check_known_ranges
 from ppvae.factories.constructor_flags import Argument, ClassChoice, class_choice
 from ppvae.storage import read_bytes
@@ -77,6 +77,19 @@ def parse(
         arguments[name] = {"name": arguments[name], **given}
     _check_settings(options.settings)
     return options.settings, arguments
+
+
+def read_settings(cls: type[Settings], content: Mapping[str, Any], place: str) -> Settings:
+    """The settings that a file holds as {name: value}, None for a default.
+
+    Raises:
+        CheckpointError: an unknown name, or a value of the wrong type or out of its range.
+    """
+    try:
+        flags = _as_flags(_flatten({name: value for name, value in content.items() if value is not None}))
+        return parse(cls, flags, place, "")[0]
+    except UsageError as error:
+        raise CheckpointError(f"{place}: {error}. Restore the file from a copy") from error
 
 
 def check_flags_of(function: Any, given: Mapping[str, Any], prefix: str = "") -> None:
@@ -211,6 +224,7 @@ def _one_line(text: str, prog: str) -> str:
     """tyro's boxed message as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [re.sub(r"[│╭╮╰╯─┃━]+", " ", line).strip() for line in text.splitlines()]
+    lines = lines[1:] or lines  # the first one is the title, which the text repeats
     message = takewhile(lambda line: not line.startswith(("Argument helptext", "Got errors")), lines)
     kept = [line for line in message if line.strip("-") and "helptext" not in line and "--help" not in line]
     return f"{' '.join(kept)[:400]} (`{prog} --help` lists the options)"

@@ -1,5 +1,6 @@
 """`ppvae new NAME`: writes a pair to start from, with a test, and says which three commands to run."""
 
+import importlib.util
 import keyword
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from ppvae.cli.flags import HelpShown
 from ppvae.errors import UsageError
 from ppvae.storage import write_bytes
 
+MAX_NAME = 200  # bytes; file systems take 255
 HELP = """usage: ppvae new NAME
 
 Writes NAME.py, a factory of a model and a guide to start from, and test_NAME.py, its test, into the current folder,
@@ -77,10 +79,16 @@ def run(args: list[str]) -> int:
     name = args[0].removesuffix(".py")
     if not name.isidentifier() or keyword.iskeyword(name):
         raise UsageError(f"ppvae new: expected a name of a Python module, such as my_pair; found {args[0]!r}")
+    if len(name.encode()) > MAX_NAME:
+        raise UsageError(f"ppvae new: expected a name of at most {MAX_NAME} bytes, found one of {len(name.encode())}")
     files = {Path(f"{name}.py"): PAIR, Path(f"test_{name}.py"): TEST}
     for path in files:
         if path.exists():
             raise UsageError(f"ppvae new: expected no file {path}, found one; give another name, or remove it")
+    if name.startswith("__") or importlib.util.find_spec(name) is not None:
+        raise UsageError(
+            f"ppvae new: expected a name that no module has, found {name!r}: its file would hide the module"
+        )
     for path, text in files.items():
         write_bytes(path, text.format(name=name).encode())
         print(f"wrote {path}")

@@ -55,12 +55,12 @@ def read_path(path: Path, missing: bool = False, max_gigabytes: float = MAX_GIGA
         return read_folder(path)
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder.")
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: expected a regular file, found a pipe, a socket or a device, which may never end.")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{path}: expected {', '.join((*SUFFIXES, *TABLES))} or a folder of images, found {path.suffix!r}."
         )
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: expected a regular file, found a pipe, a socket or a device, which may never end.")
     arrays = read_arrays(path, max_gigabytes)
     return _presplit_source(path, arrays, missing) or _unsplit_source(path, arrays, missing)
 

@@ -18,6 +18,7 @@ SUFFIXES = (".csv", ".tsv", ".parquet")
 KINDS = ("real", "count", "binary", "categorical", "label", "skip")
 LABEL_NAMES = ("label", "labels", "target", "class")
 MAX_LEVELS = 50  # of a column of text; one with more is left out, as names and identifiers are
+SHOWN = 6  # columns in an error
 SEPARATORS = (",", ";", "\t")
 
 ColumnKind = str | tuple[str, int]  # as `ppvae.likelihoods.Mixed` takes them
@@ -84,7 +85,9 @@ def read_table(
     used = [column for column in found if column.kind not in ("label", "skip")]
     labels = [column for column in found if column.kind == "label"]
     if not used:
-        raise DataError(f"{path}: expected a column of data, found {'; '.join(c.description for c in found) or 'none'}")
+        shown = "; ".join(c.description for c in found[:SHOWN]) or "none"
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise DataError(f"{path}: expected a column of data, found {shown}{more}")
     if len(labels) > 1:
         raise DataError(f"{path}: expected one column of labels, found {', '.join(c.name for c in labels)}")
     values = np.stack([column.values for column in used], 1).astype(np.float32)

@@ -3,15 +3,16 @@
 import functools
 import math
 import numbers
+import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from ppvae.errors import UsageError
 
 LARGEST = 2**63 - 1  # a whole number that torch takes
-MOST_DRAWS = 10**9  # for one datum; no computation with more ends
+MOST_DRAWS = 10**9  # for one datum, and steps of one chain; no computation with more ends
 BYTES = 4  # of one number, at the least
 
 
@@ -27,6 +28,8 @@ class Range:
         open: the bounds themselves are left out.
         size: memory grows with the number, so that those beyond the memory of this machine are left out.
         names: strings are taken too; the function checks which.
+        many: sequences of such numbers are taken too.
+        given: the argument has a number always, so that None is refused.
     """
 
     words: str
@@ -36,23 +39,27 @@ class Range:
     open: bool = False
     size: bool = False
     names: bool = False
+    many: bool = False
+    given: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raises UsageError, by the name of the argument, for a number out of the range, or for what is no number.
 
-        Each element of a sequence is checked; a function, such as a schedule, and a tensor are left to their users.
+        Each element of a sequence is checked; a function, such as a schedule, is left to its users.
         """
-        if isinstance(value, tuple | list):
+        if isinstance(value, tuple | list) and self.many:
             for element in value:
                 self.check(name, element)
             return
-        if (isinstance(value, str) and self.names) or _is_left_to_users(value):
+        if (value is None and not self.given) or callable(value) or (isinstance(value, str) and self.names):
+            return
+        if self.many and getattr(value, "ndim", None):  # a tensor
             return
         kind = "a whole number of " if self.whole and not self.words.startswith("a ") else ""
-        if self.whole and (isinstance(value, bool) or not hasattr(value, "__index__")):
-            raise UsageError(f"{name}: expected {kind}{self.words}, found {value!r}")
+        if self.whole and not _is_whole(value):
+            raise UsageError(f"{name}: expected {kind}{self.words}, found {_shown(value)}")
         if not self.whole and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-            raise UsageError(f"{name}: expected {self.words}, found {value!r}")
+            raise UsageError(f"{name}: expected {self.words}, found {_shown(value)}")
         number = int(value) if self.whole else float(value)
         inside = self.low < number < self.high if self.open else self.low <= number <= self.high
         if not inside or not (self.whole or math.isfinite(number)):
@@ -65,13 +72,19 @@ class Range:
             )
 
 
-def _is_left_to_users(value: Any) -> bool:
-    return value is None or callable(value) or getattr(value, "ndim", 0) > 0
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:
-    """A number for a message, whatever the number of its digits."""
-    text = str(value)
+    """A value for a message, whatever the number of its digits, on one line."""
+    text = str(value) if isinstance(value, numbers.Number) else " ".join(repr(value).split())
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
@@ -86,20 +99,19 @@ def memory() -> int:
 
 COUNT = Range("at least 1", 1, LARGEST, whole=True)
 COUNT_OR_NONE = Range("at least 0", 0, LARGEST, whole=True)
-SIZE = Range("at least 1", 1, LARGEST, whole=True, size=True)
+SIZE = Range("at least 1", 1, LARGEST, whole=True, size=True, many=True)
 DRAWS = Range("at least 1", 1, MOST_DRAWS, whole=True)
 DRAWS_OR_NONE = Range("at least 0", 0, MOST_DRAWS, whole=True)
 FINITE = Range("a finite number")
 POSITIVE = Range("a finite positive number", 0, open=True)
-POSITIVE_OR_WORD = Range("a finite positive number", 0, open=True, names=True)
 AT_LEAST_ZERO = Range("a finite number of at least 0", 0)
 SHARE = Range("a share from 0 to 1", 0, 1)
+SEED = Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True, given=True)
 
 RANGES: Mapping[str, Range] = {
-    **dict.fromkeys(("epochs", "batch_size", "rows", "steps", "rounds", "count", "head", "folds"), COUNT),
-    **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "num_data", "num_labels"), COUNT),
-    **dict.fromkeys(("patience", "warmup", "labelled", "bracket", "bracket_data", "gaps", "latents"), COUNT_OR_NONE),
-    "checks": COUNT_OR_NONE,
+    **dict.fromkeys(("epochs", "batch_size"), replace(COUNT, given=True)),
+    **dict.fromkeys(("rows", "count", "head", "folds", "num_data", "num_labels"), COUNT),
+    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "latents", "checks"), COUNT_OR_NONE),
     **dict.fromkeys(
         (
             "latent",
@@ -128,20 +140,23 @@ RANGES: Mapping[str, Range] = {
     "rank": Range("at least 0", 0, LARGEST, whole=True, size=True),
     "num_particles": DRAWS,
     **dict.fromkeys(("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws"), DRAWS),
-    **dict.fromkeys(("local_particles", "max_particles", "beside", "bounds", "num_samples"), DRAWS),
-    **dict.fromkeys(
-        ("guide_particles", "replications", "posterior_draws", "surgery_draws", "gradients"), DRAWS_OR_NONE
-    ),
-    **dict.fromkeys(("seed", "data_seed"), Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True)),
+    **dict.fromkeys(("local_particles", "max_particles", "num_samples"), DRAWS),
+    **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "rounds"), DRAWS),
+    **dict.fromkeys(("beside", "bounds", "steps"), replace(DRAWS, many=True)),
+    **dict.fromkeys(("bracket", "bracket_data"), DRAWS_OR_NONE),
+    **dict.fromkeys(("guide_particles", "replications", "posterior_draws"), DRAWS_OR_NONE),
+    **dict.fromkeys(("surgery_draws", "gradients"), DRAWS_OR_NONE),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
     "target_std_error": Range("a positive number of nats", 0, open=True),
-    **dict.fromkeys(("clip", "temperature", "lengthscale", "max_gigabytes"), POSITIVE),
-    **dict.fromkeys(("scale", "df", "concentration"), POSITIVE_OR_WORD),
+    **dict.fromkeys(("clip", "max_gigabytes"), POSITIVE),
+    **dict.fromkeys(("temperature", "lengthscale"), replace(POSITIVE, many=True)),
+    **dict.fromkeys(("scale", "df", "concentration"), replace(POSITIVE, many=True, names=True)),
     **dict.fromkeys(
         ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake"),
         AT_LEAST_ZERO,
     ),
     **dict.fromkeys(("sleep", "label_weight", "rate", "noise", "floor", "jitter", "beta"), AT_LEAST_ZERO),
-    **dict.fromkeys(("alpha", "weight", "capacity", "tail_adaptive_beta"), FINITE),
+    **dict.fromkeys(("alpha", "weight", "width", "capacity", "tail_adaptive_beta"), FINITE),
     "lr": Range("a finite learning rate of at least 0", 0),
     "first": Range("a number in (0, 1)", 0, 1, open=True),
     "target_acceptance": Range("a share between 0 and 1", 0, 1, open=True),

@@ -172,7 +172,7 @@ def estimate_file(path: str | os.PathLike[str], name: str = "log_marginal") -> P
     if path.suffix == ".json" and not path.is_dir():
         return path
     saved = path / f"{name}.json"
-    return saved if saved.exists() else path / "results" / f"{name}.json"
+    return saved if os.path.exists(saved) else path / "results" / f"{name}.json"
 
 
 def load_estimate(path: str | os.PathLike[str]) -> Estimate:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ppvae.errors import PpvaeError, UsageError, did_you_mean
-from ppvae.factories.user_code import guard_folder, import_file
+from ppvae.factories.user_code import admit_object, admit_place, guard_folder, import_file
 
 _loaded: dict[Path, tuple[bytes, ModuleType]] = {}  # files that were imported, with their source
 
@@ -24,12 +24,14 @@ def import_named(text: str, *, fresh: bool = False) -> Any:
     'UsageError'
     """
     place, _, name = text.partition(":")
+    admit_place(text)
     found = import_place(place, fresh=fresh)
     for part in name.split("."):
         if not hasattr(found, part):
             hint = did_you_mean(part, (n for n in vars(found) if not n.startswith("_")))
             raise UsageError(f"{text}: {place} has no {part!r}{hint}")
         found = getattr(found, part)
+    admit_object(portable_name(text), found)
     return found
 
 

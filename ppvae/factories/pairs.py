@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import CheckpointError, UsageError
 from ppvae.errors.memory import explain_out_of_memory, memory_failure
 from ppvae.factories.constructor_flags import Argument, as_kind, class_choice, constructor_arguments
-from ppvae.factories.imports import add_to_import_path, import_named, import_place
-from ppvae.factories.user_code import code_of_run
+from ppvae.factories.imports import add_to_import_path, import_named, import_place, portable_name
+from ppvae.factories.user_code import admit_object, admit_place, code_of_run
 
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
@@ -38,7 +38,12 @@ def resolve(text: str) -> Any:
         UsageError: it cannot be found or imported; the message names the nearest name.
     """
     place, _, name = text.partition(":")
-    return import_named(text, fresh=True) if name else _only_factory(import_place(place, fresh=True), place)
+    if name:
+        return import_named(text, fresh=True)
+    admit_place(place)
+    found = _only_factory(import_place(place, fresh=True), place)
+    admit_object(portable_name(place), found)
+    return found
 
 
 def _only_factory(module: Any, place: str) -> Any:
@@ -94,11 +99,11 @@ def build(
         accepted = inspect.signature(factory).parameters
         try:
             pair = factory(**arguments, **{name: value for name, value in supplied.items() if name in accepted})
-        except UsageError:
+        except (UsageError, CheckpointError):  # of an argument; of a module that may not be imported
             raise
         except (Exception, SystemExit) as error:
             if memory_failure(error):
-                sizes = ", ".join(f"{n} = {v}" for n, v in arguments.items() if isinstance(v, int | float | tuple))
+                sizes = ", ".join(_sizes(given))
                 with explain_out_of_memory("building the pair", f"Lower its sizes ({sizes or 'none was given'})"):
                     raise
             name = getattr(factory, "__name__", factory)
@@ -122,12 +127,17 @@ def _is_pair(thing: Any) -> bool:
 
 
 def rebuild(
-    config: Mapping[str, Any], dtype: torch.dtype | None = None, folder: Path | None = None, trust: bool = False
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    folder: Path | None = None,
+    trust: bool = False,
+    recorded: Sequence[str] | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The pair of a run from its configuration; a tensor of the same shape replaces the training data.
 
     That tensor only sets shapes: every parameter is read from the checkpoint afterwards. `dtype` is its floating type.
-    `folder` is that of the run, whose Python files are run only if they are trusted, or with `trust`.
+    `folder` is that of the run, whose code is run only if it is trusted and among the digests `recorded`, or with
+    `trust`; the digests are those in `config` by default.
 
     Raises:
         UntrustedCodeError, CheckpointError: the run would run code that is not trusted, or that has changed.
@@ -135,7 +145,7 @@ def rebuild(
     entry = config["pair"]
     columns = [_placeholder(shape, getattr(torch, kind), dtype) for shape, kind in entry["train"]]
     train = columns[0] if len(columns) == 1 else tuple(columns)
-    with code_of_run(folder, config, trust):
+    with code_of_run(folder, config, trust, recorded):
         add_to_import_path(entry.get("path", ()))
         torch.manual_seed(0)
         factory = resolve(entry["name"])
@@ -150,6 +160,17 @@ def _placeholder(shape: list[int], kind: torch.dtype, dtype: torch.dtype | None)
 def _convert(name: str, value: Any, kind: Any) -> Any:
     choice = class_choice(kind)
     return choice.build(value, name) if choice is not None and isinstance(value, Mapping) else as_kind(value, kind)
+
+
+def _sizes(given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The numbers among the arguments, those of chosen classes as `prior.components`, for a message."""
+    out = []
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            out += _sizes(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | tuple | list) and not isinstance(value, bool):
+            out.append(f"{prefix}{name} = {value}")
+    return out
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,6 +3,10 @@
 A file that a user names is run as it is, and its digest is kept for the run's configuration. A run that is loaded names
 files, too: these, and the modules that they import from their folder, are run if they are those that the run recorded
 and the user trusts them (`ppvae.run_folder.trust`). Compiled files beside a source, `__pycache__`, are never read.
+
+What a run names is called with arguments that lie in its folder. So it must be defined in such a file or be one of
+ppvae's own parts; a name of anything else, as `package.module:factory` of an installed package, is itself something
+that the run recorded and the user trusts, by the SHA-256 of the name.
 """
 
 from __future__ import annotations
@@ -10,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -28,13 +33,22 @@ from ppvae.storage import read_bytes, sha256
 log = logging.getLogger("ppvae")
 
 
-class UntrustedCodeError(UsageError):
-    """A run would run a file that the user has not trusted: `path`, with SHA-256 `digest`."""
+PARTS = ("models", "priors", "likelihoods", "posteriors", "nn", "distributions")  # rooms: their classes touch no file
 
-    def __init__(self, path: Path, digest: str):
+
+class UntrustedCodeError(UsageError):
+    """A run would run code that the user has not trusted.
+
+    Attributes:
+        path: a Python file, or the name of a function or class outside such files.
+        digest: the SHA-256 of the file or of the name.
+    """
+
+    def __init__(self, path: Path | str, digest: str):
         self.path, self.digest = path, digest
+        what = "run this file" if isinstance(path, Path) else "call this with arguments of its own"
         super().__init__(
-            f"{path}: the run would run this file, which you have not trusted (SHA-256 {digest[:12]}...). Read it; "
+            f"{path}: the run would {what}, which you have not trusted (SHA-256 {digest[:12]}...). Read it; "
             f"then pass --trust once (in Python load(..., trust=True)), or the pair: load(directory, model, guide)"
         )
 
@@ -47,13 +61,14 @@ class _Policy:
     recorded: frozenset[str] | None = None  # digests; None for runs that recorded none
     trust: bool = False
 
-    def admit(self, path: Path, content: bytes) -> None:
+    def admit(self, path: Path | str, content: bytes) -> None:
         digest = sha256(content)
         if self.run is not None and not self.trust:
             if self.recorded is not None and digest not in self.recorded:
+                kind = "file" if isinstance(path, Path) else "name"
                 raise CheckpointError(
-                    f"{path}: is not a file that {self.run} was trained with: no file of SHA-256 {digest[:12]}... was "
-                    f"recorded. Restore it from a copy, or pass --trust (trust=True) to run it as it is"
+                    f"{path}: is not a {kind} that {self.run} was trained with: no {kind} of SHA-256 {digest[:12]}... "
+                    f"was recorded. Restore it from a copy, or pass --trust (trust=True) to run it as it is"
                 )
             if not is_trusted(digest):
                 raise UntrustedCodeError(path, digest)
@@ -62,7 +77,8 @@ class _Policy:
         _digests[path] = digest
 
 
-_digests: dict[Path, str] = {}  # of the files that this process has run
+_digests: dict[Path | str, str] = {}  # of the files that this process has run, and of names outside them
+_modules: set[str] = set()  # names of the modules that were run from these files
 _policies: dict[Path, _Policy] = {}  # by folder, for the modules in it
 _NAMED_BY_THE_USER = _Policy()
 _current: ContextVar[_Policy] = ContextVar("policy", default=_NAMED_BY_THE_USER)
@@ -79,6 +95,7 @@ class _Loader(SourceFileLoader):
         path = Path(self.path).resolve()
         content = read_bytes(path)
         self.policy.admit(path, content)
+        _modules.add(fullname)
         return self.source_to_code(content, self.path)
 
 
@@ -135,18 +152,63 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
+def admit_place(text: str) -> None:
+    """Admits the module of a name "place:name" before it is imported: an installed one by the name.
+
+    Raises:
+        UntrustedCodeError, CheckpointError: inside `code_of_run`, it may not be imported.
+    """
+    policy, place = _current.get(), text.partition(":")[0]
+    if policy.run is None or os.path.exists(place) or _is_part(place):
+        return
+    spec = importlib.util.find_spec(place.partition(".")[0])
+    places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
+    if spec is not None and not any(p in _policies for path in places for p in Path(path).resolve().parents):
+        policy.admit(text, text.encode())
+
+
+def admit_object(text: str, found: Any) -> None:
+    """Admits what a name "place:name" leads to: by the name, unless place and object are in files that were admitted.
+
+    Raises:
+        UntrustedCodeError, CheckpointError: inside `code_of_run`, it may not be called.
+    """
+    module = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None) or ""
+    if not (_is_admitted(text.partition(":")[0]) and _is_admitted(module)):
+        _current.get().admit(text, text.encode())
+
+
+def _is_admitted(place: str) -> bool:
+    """Whether a file or a module is a part of ppvae, or was run from a source that was admitted."""
+    own = Path(place).resolve() in _digests if place.endswith(".py") else place in _modules
+    return own or _is_part(place)
+
+
+def _is_part(module: str) -> bool:
+    room, _, rest = module.partition(".")
+    return room == "ppvae" and rest.partition(".")[0] in PARTS
+
+
 @contextlib.contextmanager
-def code_of_run(folder: Path | None, config: Mapping[str, Any], trust: bool) -> Iterator[None]:
-    """Inside the block a run's files are run only if it recorded them and the user trusts them, or with `trust`."""
+def code_of_run(
+    folder: Path | None, config: Mapping[str, Any], trust: bool, recorded: Iterable[str] | None = None
+) -> Iterator[None]:
+    """Inside the block a run's code is run only if it recorded it and the user trusts it, or with `trust`.
+
+    Args:
+        recorded: the digests that the run's checkpoint holds; None where it holds none, and config.json has them.
+    """
     code, pair = config.get("code"), config.get("pair") or {}
-    recorded = None if code is None else frozenset(map(str, code.values()))
+    if recorded is None and code is not None:
+        recorded = map(str, code.values())
+    recorded = None if recorded is None else frozenset(recorded)
     token = _current.set(_Policy(folder or Path("the run"), recorded, trust))
     before, own = dict(_policies), {Path(place).resolve() for place in sys.path}
     try:
         for place in (folder, *map(Path, pair.get("path") or ())):
             if place is not None:
                 guard_folder(place)
-        if code is None and _files_of(pair):
+        if recorded is None and _files_of(pair):
             log.warning("ppvae: %s: recorded no digest of its code: whether the code has changed is not known", folder)
         yield
     finally:
@@ -159,13 +221,15 @@ def code_of_run(folder: Path | None, config: Mapping[str, Any], trust: bool) -> 
 
 
 def recorded_code(pair: Any) -> dict[str, str]:
-    """{path: SHA-256} of the Python files that an entry "pair" of a configuration names, and of what they imported."""
+    """{path: SHA-256} of the Python files that an entry "pair" of a configuration names and of what they imported, and
+    {name: SHA-256} of names outside them."""
     files = _files_of(pair)
     folders = {path.parent for path in files} | {Path(p).resolve() for p in _path_of(pair)}
-    code = {path: digest for path, digest in _digests.items() if folders & {*path.parents}}
+    code = {str(p): digest for p, digest in _digests.items() if isinstance(p, Path) and folders & {*p.parents}}
     for path in files:
-        code.setdefault(path, sha256(read_bytes(path)))
-    return {str(path): digest for path, digest in sorted(code.items())}
+        code.setdefault(str(path), sha256(read_bytes(path)))
+    code |= {name: _digests[name] for name in _texts_of(pair) if name in _digests}
+    return dict(sorted(code.items()))
 
 
 def _path_of(pair: Any) -> list[str]:
@@ -174,9 +238,14 @@ def _path_of(pair: Any) -> list[str]:
 
 def _files_of(entry: Any) -> set[Path]:
     """The Python files named in an entry: "file.py", "file.py:name", at any depth."""
+    places = (text.partition(":")[0] for text in _texts_of(entry))
+    return {Path(place).resolve() for place in places if place.endswith(".py") and Path(place).is_file()}
+
+
+def _texts_of(entry: Any) -> set[str]:
+    """The strings in an entry, at any depth."""
     if isinstance(entry, Mapping):
-        return set().union(*map(_files_of, entry.values()))
+        entry = list(entry.values())
     if isinstance(entry, list | tuple):
-        return set().union(*map(_files_of, entry))
-    place = entry.partition(":")[0] if isinstance(entry, str) else ""
-    return {Path(place).resolve()} if place.endswith(".py") and Path(place).is_file() else set()
+        return set().union(*map(_texts_of, entry))
+    return {entry} if isinstance(entry, str) else set()

@@ -14,8 +14,9 @@ from ppvae.run_folder.together import complete
 from ppvae.storage import json_digest, json_text, read_bytes, read_json, sha256, write_bytes
 
 RUN_ID, DIGEST, FILES, CHECKPOINT = "run_id", "sha256", "files", "checkpoint"  # keys in the JSON of runs and results
+CODE = "code"  # in config.json {place: digest}; in a checkpoint the digests, which are the ones that count
 ORIGIN = (RUN_ID, CHECKPOINT)  # in the JSON of a result
-PAIR_ENTRIES = ("arguments", "train", "num_labels")  # of a pair; its name is a path, which may move
+PAIR_ENTRIES = ("arguments", "train", "num_labels", "columns")  # of a pair; its name is a path, which may move
 
 log = logging.getLogger("ppvae")
 
@@ -32,6 +33,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         RUN_ID: config.get(RUN_ID, ""),
         "batch": config.get("batch"),
         "pair": {name: pair.get(name) for name in PAIR_ENTRIES} if isinstance(pair, Mapping) else None,
+        "test": config.get("test"),
+        CODE: sorted(set((config.get(CODE) or {}).values())),
     }
 
 
@@ -47,9 +50,12 @@ def check_identity(folder: Path, config: Mapping[str, Any], saved: Mapping[str, 
             "ppvae: %s: its checkpoint was written before runs had an identity; it is taken as it is", folder
         )  # fmt: skip
         return
+    of_fit = _entries("fit", config["fit"])
     expected = {**_entries("fit", saved["settings"]), **_flat(identity)}
-    found = {**_entries("fit", config["fit"]), **_flat(identity_of(config))}
-    for name in dict.fromkeys((RUN_ID, *expected, *found)):
+    found = {**of_fit, **_flat(identity_of(config))}
+    for name in dict.fromkeys((RUN_ID, *expected, *of_fit)):  # an earlier version has less in its identity
+        if name == CODE:
+            continue  # a resumed run, whose code may have changed, has not saved a checkpoint yet
         before, now = (json_text(entries.get(name)) for entries in (expected, found))
         if before != now:
             raise CheckpointError(

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ppvae.storage import read_bytes
+
 log = logging.getLogger("ppvae")
 
 
@@ -18,11 +20,7 @@ def trust_file() -> Path:
 
 def is_trusted(digest: str) -> bool:
     """Whether the user trusts the file with this SHA-256, wherever it lies."""
-    try:
-        lines = trust_file().read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    return any(line.partition(" ")[0] == digest for line in lines)
+    return any(line.partition(" ")[0] == digest for line in _read().splitlines())
 
 
 def remember(code: Mapping[str, str]) -> None:
@@ -33,7 +31,17 @@ def remember(code: Mapping[str, str]) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.exists() and not path.is_file():
+            raise OSError(None, "not a regular file")
+        end = "" if _read()[-1:] in ("", "\n") else "\n"  # of a last line that was written by hand
         with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{digest}  {name}\n" for digest, name in new.items()))
+            file.write(end + "".join(f"{digest}  {name}\n" for digest, name in new.items()))
     except OSError as error:
         log.warning("ppvae: %s: what is trusted could not be remembered (%s)", path, error.strerror)
+
+
+def _read() -> str:
+    try:
+        return read_bytes(trust_file()).decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,8 +1,10 @@
 """Checkpoints: files named by their SHA-256 with a pointer to the last one, and the state of a pair in them."""
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ from ppvae.parameter_names import canonical_names
 from ppvae.storage import read_bytes, sha256, write_bytes
 
 POINTER = "last"  # the file that holds the name of the last checkpoint
-KEYS = {"state", "epoch", "step", "history", "best", "finished", "stopped", "optimizer", "scheduler", "settings"}
+ENTRIES: Mapping[str, tuple[type, ...]] = {
+    "state": (dict,), "epoch": (int,), "step": (int,), "history": (list,), "best": (dict, NoneType),
+    "finished": (bool,), "stopped": (bool,), "optimizer": (dict,), "scheduler": (dict, NoneType), "settings": (dict,),
+}  # fmt: skip
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:
@@ -50,7 +55,7 @@ def check_loadable(state: dict[str, Any]) -> None:
 
 def exists(folder: Path) -> bool:
     """Whether the folder holds a complete checkpoint."""
-    return (folder / POINTER).exists()
+    return os.path.exists(folder / POINTER)
 
 
 def current(folder: Path) -> str:
@@ -99,12 +104,40 @@ def read_with_digest(folder: Path) -> tuple[str, dict[str, Any]]:
             f"({len(content)} bytes). Restore the file from a copy, or train again"
         )
     state = _unpickle_tensors(content, path)
-    missing = sorted(KEYS - state.keys()) if isinstance(state, dict) else sorted(KEYS)
-    if missing:
-        raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {missing[0]!r}")
-    if where := _first_nan({name: state[name] for name in ("state", "best", "optimizer")}):
+    if what := _wrong_entry(state):
+        raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {what}")
+    if where := find_nan(state):
         raise CheckpointError(f"{path}: {where} is NaN. Train again, with a smaller learning rate, or restore a copy")
     return digest, state
+
+
+def _wrong_entry(state: Any) -> str:
+    """The first entry that a state lacks, or that is not of its type, in words; else empty."""
+    if not isinstance(state, dict):
+        return repr(min(ENTRIES))
+    for name, kinds in sorted(ENTRIES.items()):
+        if name not in state or not isinstance(state[name], kinds):
+            return repr(name)
+    if not isinstance(state.get("identity"), dict | NoneType):
+        return "'identity' of a run"
+    if not all(isinstance(metrics, dict) for metrics in state["history"]):
+        return "'history' of metrics"
+    best = state["best"]
+    for pair in (state["state"], *([] if best is None else [best.get("state")])):
+        for kind in ("params", "buffers"):
+            tensors = pair.get(kind) if isinstance(pair, dict) else None
+            if not isinstance(tensors, dict) or not all(map(_is_dense, tensors.values())):
+                return f"{kind!r} of tensors"
+    return ""
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+
+
+def find_nan(state: Mapping[str, Any]) -> str:
+    """The first parameter or number of an optimizer in a checkpoint's state that is NaN, in words; else empty."""
+    return _first_nan({name: state[name] for name in ("state", "best", "optimizer")})
 
 
 def _first_nan(content: Any, place: str = "", buffers: bool = False) -> str:

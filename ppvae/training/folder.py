@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ppvae.errors import CheckpointError
+from ppvae.errors import CheckpointError, TrainingError
 from ppvae.factories.user_code import recorded_code
-from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity, identity_of, new_run_id
+from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity, identity_of, new_run_id
 from ppvae.run_folder.lock import lock_folder
 from ppvae.run_folder.trust import remember
 from ppvae.storage import json_text, read_json, remove_temporaries, write_bytes, write_json
 from ppvae.training import checkpoint
+from ppvae.training.metrics import last_good
+
+# of config.json, those that no digest covers, as paths may be edited
+ENTRIES = {"epochs": int, "data": dict, "code": dict, "pair": dict, "pair.name": str, "pair.path": list}
 
 
 class RunFolder:
@@ -57,7 +62,16 @@ class RunFolder:
             raise CheckpointError(text) from error
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the last checkpoint; the first one is read back before anything is written."""
+        """Replaces the last checkpoint; the first one is read back before anything is written.
+
+        Raises:
+            TrainingError: a parameter, or a number of the optimizer, is NaN; the last checkpoint is kept.
+        """
+        if where := checkpoint.find_nan(state):
+            raise TrainingError(
+                f"epoch {state['epoch']}: {where} is NaN, as a callback or a schedule may have set it"
+                f"{last_good(self.path / 'checkpoints')}"
+            )
         if not self._checked:
             checkpoint.check_loadable(state)
             self._checked = True
@@ -79,6 +93,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("fit"), dict):
         raise CheckpointError(f"{path}: expected the configuration of a run, found something else")
+    pair = config.get("pair", {})
+    entries: dict[str, Any] = {"pair": pair, **{name: config[name] for name in ENTRIES if name in config}}
+    if isinstance(pair, dict) and pair:
+        entries |= {"pair.name": pair.get("name"), "pair.path": pair.get("path", [])}
+    for name, value in entries.items():
+        if not isinstance(value, ENTRIES[name]) or (
+            isinstance(value, list) and not all(isinstance(p, str) for p in value)
+        ):
+            raise CheckpointError(
+                f"{path}: expected a value of type {ENTRIES[name].__name__} under {name}, found "
+                f"{json_text(value)[:80]}. Restore it from a copy"
+            )
     return config
 
 
@@ -96,21 +122,24 @@ def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, An
         CheckpointError: the folder's config.json or metrics.jsonl is that of another run; or the pair has other
             arguments now.
     """
-    if (directory / "config.json").exists():
+    if os.path.exists(directory / "config.json"):
         check_identity(directory, read_config(directory), saved)
     identity = saved.get("identity", {})
     config[RUN_ID] = identity.get(RUN_ID) or config[RUN_ID]
     for name, now in identity_of(config).items():
-        if name in identity and json_text(now) != json_text(identity[name]):
+        before = identity.get(name, now)
+        if name == "pair" and isinstance(before, dict) and isinstance(now, dict):
+            before = now | before  # an earlier version has less in it
+        if name != CODE and json_text(now) != json_text(before):
             raise CheckpointError(
                 f"{directory}: cannot resume with {name} = {json_text(now)}: the run was started with "
-                f"{json_text(identity[name])}"
+                f"{json_text(before)}"
             )
 
 
 def origin_of(directory: Path) -> dict[str, str]:
     """The identity of a run in a folder and of its last checkpoint, as `Run.origin`; empty where there is no run."""
-    if not (directory / "config.json").exists():
+    if not os.path.exists(directory / "config.json"):
         return {}
     found = {RUN_ID: read_config(directory).get(RUN_ID, ""), CHECKPOINT: checkpoint.current(directory / "checkpoints")}
     return {name: str(value) for name, value in found.items() if value}

@@ -22,17 +22,23 @@ def check_metrics(metrics: dict[str, Any], checkpoints: Path | None, source: str
         source: what has set the metrics, in words.
 
     Raises:
-        TrainingError: a metric is NaN, or is no number, string or list of them.
+        TrainingError: a metric is NaN or has NaN in it, or is no number, string or list of them; a name is no string.
     """
     for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise TrainingError(
+                f"epoch {metrics.get('epoch')}: name {name!r} of a metric{source}: expected a string, found "
+                f"{type(name).__name__}{last_good(checkpoints)}"
+            )
         plain = value.tolist() if hasattr(value, "tolist") else value
         if not _is_plain(plain):
             raise TrainingError(
                 f"epoch {metrics.get('epoch')}: metric {name!r}{source} is of type {type(value).__name__}: expected a "
                 f"number, a string or a list of them{last_good(checkpoints)}"
             )
-        if isinstance(plain, float) and math.isnan(plain):
-            raise TrainingError(f"epoch {metrics.get('epoch')}: metric {name!r}{source} is nan{last_good(checkpoints)}")
+        if _has_nan(plain):
+            what = "has nan in it" if isinstance(plain, list | tuple) else "is nan"
+            raise TrainingError(f"epoch {metrics.get('epoch')}: metric {name!r}{source} {what}{last_good(checkpoints)}")
         metrics[name] = plain
 
 
@@ -40,6 +46,10 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _has_nan(value: Any) -> bool:
+    return any(map(_has_nan, value)) if isinstance(value, list | tuple) else value != value
 
 
 def last_good(checkpoints: Path | None) -> str:

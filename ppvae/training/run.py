@@ -21,7 +21,7 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, params_of, trace_pair
 from ppvae.rng import fork_rng
-from ppvae.run_folder.identity import CHECKPOINT, RUN_ID, check_identity
+from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
 from ppvae.training.folder import read_config
@@ -125,7 +125,7 @@ def load(
         dtype: a floating type for parameters, buffers and what a factory makes, instead of the run's own. Tensors that
             the pair makes as it runs are of torch's default dtype: set it, too, where the pair is called.
         trust: run the Python files that the run names, and remember that you trust them. Files that you trained with
-            on this machine, and installed modules, need no trust.
+            on this machine, and ppvae's own factories, need no trust.
 
     Results in the folder are not read, so that a run can be evaluated again where one of them is damaged.
 
@@ -133,6 +133,8 @@ def load(
         CheckpointError: no run, a damaged checkpoint, or a pair that does not fit; UsageError: a pair is needed, or a
         file that the run names is not trusted.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype: expected a floating type such as torch.float64, found {dtype!r}")
     folder = Path(directory)
     config = read_config(folder)
     digest, saved = checkpoint.read_with_digest(folder / "checkpoints")
@@ -143,7 +145,7 @@ def load(
         from ppvae.factories.pairs import rebuild
 
         with fork_rng(), default_dtype(dtype):
-            model, guide = rebuild(config, dtype, folder, trust)
+            model, guide = rebuild(config, dtype, folder, trust, saved.get("identity", {}).get(CODE))
     model, guide = unwrap(model), unwrap(guide)
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None

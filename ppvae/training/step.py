@@ -55,7 +55,7 @@ class TrainingStep:
         objective = self.svi.objective
         splits = isinstance(objective, Objective) and objective.factorizes_over_data and not self.has_batch_norm
         lower = f"rows (now {self.rows}), batch_size or num_particles" if splits else "batch_size or num_particles"
-        return f"Lower {lower}{last_good(self.checkpoints)}"
+        return f"Lower {lower}, or the sizes of the pair{last_good(self.checkpoints)}"
 
     def __call__(self, batch: tuple[Tensor, ...], epoch: int, rows: Tensor | None = None) -> tuple[Number, Number]:
         """Takes one step in an epoch (counted from 1); returns loss and gradient norm, both per datum.

@@ -487,6 +487,19 @@ def test_values_of_the_wrong_kind(fails):
     fails("fit", "ppvae.models:vae", "--hidden", "wide", names=("hidden", "wide"), status=2)
 
 
+def test_names_that_no_file_system_has(fails, trained, tmp_path):
+    long = "x" * 300
+    error = fails("fit", "ppvae.models:vae", "--runs", str(tmp_path / long), "--epochs", "1", "--no-report")
+    assert "cannot be written to (File name too long)" in error
+    assert "no such estimate" in fails("compare", str(trained), f"b={trained}", "--result", long)
+    assert "File name too long" in fails("fit", f"{long}.py")
+
+
+def test_a_value_is_refused_without_a_title(fails):
+    assert fails("data", "digits", "3").startswith("ppvae: error: Unrecognized options: 3 (`ppvae data digits --help`")
+    assert fails("data", "digits", "--binarize", "x").startswith("ppvae: error: invalid choice 'x' for argument")
+
+
 def test_names_of_classes(fails):
     fails("fit", "ppvae.models:vae", "--optimizer.name", "Adm", names=("Adm", "did you mean 'Adam'"), status=2)
     fails("fit", "ppvae.models:vae", "--optimizer.name", "SGD", "--optimizer.eps", 1, names=("eps", "SGD"), status=2)

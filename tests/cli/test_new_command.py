@@ -38,6 +38,9 @@ def test_it_writes_a_pair_and_a_test_and_replaces_nothing(folder: Path, capsys: 
         (["class"], "found 'class'"),
         (["a/b"], "found 'a/b'"),
         (["a", "b"], "found a b"),
+        (["numpy"], "expected a name that no module has, found 'numpy'"),
+        (["__init__"], "expected a name that no module has"),
+        (["x" * 300], "expected a name of at most 200 bytes, found one of 300"),
     ],
 )
 def test_a_bad_name_is_refused(args: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

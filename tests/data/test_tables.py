@@ -1,6 +1,7 @@
 """Tables: each column gets its kind and its numbers, and what does not fit is refused by column and file."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,18 @@ def test_what_does_not_fit_is_refused_by_column(tmp_path, name):
 def test_files_that_are_no_table(tmp_path, content):
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(DataError, match="expected a table"):
+        data.load(tmp_path / "x.csv")
+
+
+def test_an_error_names_a_few_of_many_columns(tmp_path):
+    (tmp_path / "x.csv").write_text(",".join(f"c{i}" for i in range(100)) + "\n" + ",".join("1" * 100) + "\n")
+    with pytest.raises(DataError, match=r"found c0 left out \(one value\); .*; and 94 more$"):
+        data.load(tmp_path / "x.csv")
+
+
+def test_a_pipe_is_no_table(tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(DataError, match=r"x.csv: expected a regular file, found a pipe"):
         data.load(tmp_path / "x.csv")
 
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from ppvae import fit, load, log_marginal
+from ppvae import evaluation, fit, load, log_marginal
 from ppvae.errors.memory import OutOfMemoryError, memory_failure
 from ppvae.evaluation import annealed, bdmc, gaps
+from ppvae.evaluation.annealing import setup
 from ppvae.factories import pairs
 from ppvae.generate import samples
+from ppvae.models import LinearGaussian
 from ppvae.objectives import IWAE
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +126,23 @@ def test_a_pair_that_is_too_large_names_its_sizes():
     factory = pairs.resolve("ppvae.models:vae")
     with pytest.raises(OutOfMemoryError, match=r"building the pair: out of memory, .*Lower its sizes \(.*hidden = "):
         pairs.build(factory, {"hidden": (1 << 25, 1 << 25)}, torch.zeros(5, 3))
+
+
+def test_sizes_of_chosen_classes_are_named():
+    factory = pairs.resolve("ppvae.models:vae")
+    given = {"hidden": (1 << 25, 1 << 25), "missing": False, "prior": {"name": "MixtureOfNormals", "components": 7}}
+    with pytest.raises(OutOfMemoryError, match=r"Lower its sizes \(hidden = \(.*\), prior.components = 7\)"):
+        pairs.build(factory, given, torch.zeros(5, 3))
+
+
+def test_a_schedule_of_too_many_temperatures(monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    pair, x = LinearGaussian(3, 2), torch.randn(20, 3)
+    monkeypatch.setattr(setup, "named_schedule", fails)
+    with pytest.raises(OutOfMemoryError, match=r"the schedule of the annealing: out of memory. Lower num_temperatures"):
+        evaluation.annealed(pair.model, pair.mean_field, x)
 
 
 SCRIPT = """

@@ -12,7 +12,7 @@ import pyro.infer
 import pytest
 import torch
 
-from ppvae import data, evaluation, fit, generate, log_marginal, objectives, posteriors, priors
+from ppvae import data, evaluation, fit, generate, load, log_marginal, objectives, posteriors, priors, terms
 from ppvae.cli import common, options
 from ppvae.cli import compare as compare_command
 from ppvae.cli.fit import OBJECTIVES
@@ -218,6 +218,32 @@ def test_python_calls(name):
             with pytest.raises(UsageError, match=rf"{argument}: expected .*, found ") as error:
                 CALLS[name](**{argument: value})
             assert "\n" not in str(error.value)
+
+
+def test_one_number_is_no_sequence_and_no_default():
+    for argument in ("epochs", "batch_size", "seed"):
+        for value in (None, [], (1, 2), torch.tensor([1, 2]), torch.tensor(1.5)):
+            with pytest.raises(UsageError, match=rf"{argument}: expected a whole number of .*, found "):
+                CALLS["fit"](**{argument: value})
+    for value in (0, None, [], float("nan"), 1.5, 10**20, torch.ones(2)):
+        if value is not None:
+            with pytest.raises(UsageError, match=r"num_particles: expected .*, found "):
+                terms(PAIR.model, PAIR.mean_field, X, value)
+    with pytest.raises(UsageError, match=r"rows: expected .*, found "):
+        CALLS["log_marginal"](rows=[])
+    check_ranges(hidden=(), beside=[], scale=torch.ones(3), latent=(2, 3))
+
+
+def test_a_chain_that_would_never_end_is_refused():
+    for argument in ("num_temperatures", "num_leapfrog"):
+        with pytest.raises(UsageError, match=f"{argument}: expected at most 1000000000, found 9223372036854775807"):
+            CALLS["annealed"](**{argument: 2**63 - 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, "float64", 0, 2.5])
+def test_a_type_that_is_not_floating(dtype, tmp_path):
+    with pytest.raises(UsageError, match=r"dtype: expected a floating type such as torch.float64, found "):
+        load(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("cls", [pyro.infer.Trace_ELBO, pyro.infer.TraceGraph_ELBO, pyro.infer.TraceEnum_ELBO])

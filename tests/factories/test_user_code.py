@@ -6,11 +6,14 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import py_compile
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,7 @@ from ppvae.factories.user_code import UntrustedCodeError
 from ppvae.run_folder import trust
 from ppvae.run_folder.trust import is_trusted, trust_file
 from ppvae.storage import sha256
+from ppvae.training import checkpoint
 
 PAIR = """
 import pyro
@@ -88,6 +92,15 @@ def place(tmp_path, monkeypatch) -> Place:
     made = Place(tmp_path, "mine")
     made.fit()
     return made
+
+
+def edit_identity(run: Path, name: str, value: Any) -> None:
+    """Replaces an entry of the identity in a run's checkpoint, and removes it where the value is None."""
+    saved = checkpoint.read(run / "checkpoints")
+    saved["identity"] |= {name: value}
+    if value is None:
+        del saved["identity"][name]
+    checkpoint.save(run / "checkpoints", saved)
 
 
 def evaluate(place: Place, *words: str) -> int:
@@ -210,6 +223,7 @@ def test_a_run_that_recorded_no_digest_is_taken_with_one_line_once_it_is_trusted
     config = json.loads((place.run / "config.json").read_text())
     del config["code"]
     (place.run / "config.json").write_text(json.dumps(config))
+    edit_identity(place.run, "code", None)
     place.forget()
     assert evaluate(place) == 2
     assert evaluate(place, "--trust") == 0
@@ -276,3 +290,134 @@ def test_another_process_asks_for_trust(place):
     assert "which you have not trusted" in done.stderr
     with pytest.raises(CheckpointError, match="not a run folder"):
         ppvae.load(place.folder)
+
+
+CALLS = {  # what a folder might name, and the arguments; {evil} and {pickle} are files that would write {mark}
+    "os:system": {"command": "touch {mark}"},
+    "subprocess:call": {"args": ["touch", "{mark}"]},
+    "runpy:run_path": {"path_name": "{evil}"},
+    "builtins:open": {"file": "{mark}", "mode": "w"},
+    "torch:load": {"f": "{pickle}", "weights_only": False},
+    "{pair}:torch.load": {"f": "{pickle}", "weights_only": False},
+    "{pair}:width.__class__.__base__": {},
+    "ppvae.models.vae:torch.load": {"f": "{pickle}", "weights_only": False},
+    "ppvae.factories.imports:import_place": {"place": "{evil}"},
+    "ppvae.models:vae": {"likelihood": {"name": "torch.nn:Linear"}},
+    "antigravity": {},
+}
+
+
+def test_a_forged_folder_calls_nothing_but_factories(place, capsys):
+    """Config and checkpoint are both forged, so that they agree; the pair's own file is trusted."""
+    evil, unpickled = place.folder / "evil.py", place.folder / "evil.pt"
+    evil.write_text(place.evil)
+    unpickled.write_bytes(pickle.dumps(Opens(place.mark)))
+    words = {"evil": evil, "pickle": unpickled, "mark": place.mark, "pair": place.pair}
+    config = json.loads((place.run / "config.json").read_text())
+    identity = checkpoint.read(place.run / "checkpoints")["identity"]["pair"]
+    for name, arguments in CALLS.items():
+        given = json.loads(json.dumps(arguments), object_hook=lambda d: {k: filled(v, words) for k, v in d.items()})
+        entry = config["pair"] | {"name": filled(name, words), "arguments": given}
+        (place.run / "config.json").write_text(json.dumps(config | {"pair": entry}))
+        edit_identity(place.run, "pair", identity | {"arguments": given})
+        assert evaluate(place) in (1, 2), name
+        error = capsys.readouterr().err.strip()
+        assert not place.mark.exists(), name
+        assert re.search("is not a name that|which you have not trusted|is not a file that", error), (name, error)
+        assert len(error.splitlines()) == 1
+        sys.modules.pop(place.helper, None)
+    assert "antigravity" not in sys.modules
+
+
+def filled(value: Any, words: dict[str, Path]) -> Any:
+    if isinstance(value, list):
+        return [filled(v, words) for v in value]
+    return value.format(**words) if isinstance(value, str) else value
+
+
+class Opens:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["{module}:pair", "{module}"])
+def test_the_name_of_an_installed_factory_is_trusted(place, name, tmp_path_factory, monkeypatch, capsys):
+    """What this user trained with is; another one is asked once, and another function of the module is not taken."""
+    installed, module = tmp_path_factory.mktemp("site"), f"installed_{next(numbers)}"
+    shutil.copy(place.sibling, installed)
+    shutil.copy(place.pair, installed / f"{module}.py")
+    monkeypatch.syspath_prepend(str(installed))
+    text, run = name.format(module=module), place.folder / "other"
+    words = ["--epochs", "1", "--runs", str(place.folder), "--name", "other", "--no-report"]
+    assert main(["fit", text, *words]) == 0
+    assert json.loads((run / "config.json").read_text())["code"] == {text: sha256(text.encode())}
+    assert main(["evaluate", str(run), *EVALUATE]) == 0
+    trust_file().unlink()
+    assert main(["evaluate", str(run), *EVALUATE]) == 2
+    assert f"ppvae: error: {text}: the run would call this with arguments of its own" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *EVALUATE, "--trust"]) == 0  # the cure
+    (installed / f"{module}.py").write_text(place.pair.read_text() + "# a new version")
+    assert main(["evaluate", str(run), *EVALUATE]) == 0
+    config = json.loads((run / "config.json").read_text())
+    config["pair"]["name"] = f"{module}:torch.Generator"
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(run), *EVALUATE]) == 1
+    assert "is not a name that" in capsys.readouterr().err
+
+
+def test_the_digests_of_the_checkpoint_count(place, capsys):
+    """A config that is edited to name another file that the user trusts, with its digest, or with none."""
+    other = place.folder / "other.py"
+    other.write_text(place.pair.read_text() + place.evil)
+    trust.remember({str(other): sha256(other.read_bytes())})
+    config = json.loads((place.run / "config.json").read_text())
+    config["pair"]["name"] = f"{other}:pair"
+    codes = ({str(other): sha256(other.read_bytes())}, {}, config["code"])
+    for code in codes:
+        (place.run / "config.json").write_text(json.dumps(config | {"code": code}))
+        assert evaluate(place) == 1
+        assert "other.py: is not a file that" in capsys.readouterr().err
+    assert not place.mark.exists()
+
+
+def test_an_edited_file_is_taken_by_a_resumed_run_and_its_folder_loads_at_any_time(place):
+    """The user names the file; from the first checkpoint on it is the one that the run recorded."""
+    place.pair.write_text(place.pair.read_text() + "# a note")
+    assert evaluate(place) == 1
+    words = ["--runs", str(place.folder), "--name", "run", "--no-report", "--resume"]
+    sys.modules.pop(place.helper, None)
+    assert main(["fit", f"{place.pair}:pair", *words, "--epochs", "2"]) == 0
+    sys.modules.pop(place.helper, None)
+    assert evaluate(place) == 0
+
+
+def test_a_list_of_trusted_code_that_cannot_be_read_or_has_no_last_newline(place, caplog):
+    trust_file().unlink()
+    trust_file().write_text("written by hand")
+    assert evaluate(place, "--trust") == 0
+    sys.modules.pop(place.helper, None)
+    assert evaluate(place) == 0
+    trust_file().unlink()
+    os.mkfifo(trust_file())
+    assert evaluate(place) == 2
+    assert evaluate(place, "--trust") == 0
+    assert any("could not be remembered (not a regular file)" in r.message for r in caplog.records)
+
+
+def test_a_module_that_a_factory_imports_late_is_refused_as_itself(place, capsys):
+    late = place.folder / f"late_{next(numbers)}.py"
+    late.write_text("")
+    place.write()
+    place.pair.write_text(place.pair.read_text().replace("    down, up", f"    import {late.stem}\n    down, up"))
+    shutil.rmtree(place.run)
+    place.fit()
+    late.write_text(place.evil)
+    sys.modules.pop(late.stem)
+    assert evaluate(place) == 1
+    assert capsys.readouterr().err.startswith(f"ppvae: error: {late}: is not a file that")
+    assert not place.mark.exists()

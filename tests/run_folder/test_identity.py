@@ -120,6 +120,35 @@ def test_an_edited_config(two, capsys):
     assert main(["evaluate", str(two / "a"), *EVALUATE]) == 0
 
 
+def test_entries_that_no_digest_covers_are_what_they_should_be(two, capsys):
+    path = two / "a" / "config.json"
+    good = json.loads(path.read_text())
+    wrong = {
+        "epochs": [None, "3", [], {}], "data": [None, 0, [], {"no_such": 1}, {"data": None, "head": 3}],
+        "pair": [None, 7, []], "code": [7, []],
+        "pair.name": [None, 3, []], "pair.path": [None, 0, "x", [1]],
+        "data.data": [[]], "data.binarize": ["sometimes"], "data.flat": ["no"], "data.data_seed": ["x", 10**30],
+        "data.max_gigabytes": ["nan", -1.0],
+    }  # fmt: skip
+    for name, values in wrong.items():
+        first, _, second = name.partition(".")
+        for value in values:
+            edited = {**good, first: {**good[first], second: value} if second else value}
+            path.write_text(json.dumps(edited))
+            refused(capsys, ["evaluate", str(two / "a"), *EVALUATE], "config.json")
+
+
+def test_the_test_data_are_those_of_the_run(two, capsys):
+    path = two / "a" / "config.json"
+    good = json.loads(path.read_text())
+    for edit in ({"test": "0" * 64}, {"test": None}, {"pair": {**good["pair"], "columns": ["real"]}}):
+        path.write_text(json.dumps(good | edit))
+        refused(capsys, ["evaluate", str(two / "a"), *EVALUATE], "test" if "test" in edit else "pair.columns")
+    del good["test"]
+    path.write_text(json.dumps(good))
+    refused(capsys, ["evaluate", str(two / "a"), *EVALUATE], "expected test ", "found null")
+
+
 def test_every_edit_of_a_result_is_refused(two):
     path = two / "a" / "results" / "log_marginal.json"
     good, chance = path.read_text(), random.Random(0)
@@ -184,6 +213,21 @@ def test_nan_in_the_state_of_an_optimizer_is_named(two, capsys):
     edited_checkpoint(two / "a", lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan))
     resumed = [*FIT, "--epochs", "3", "--runs", str(two), "--name", "a", "--resume"]
     refused(capsys, resumed, "'exp_avg'", "is NaN")
+
+
+def test_a_checkpoint_of_other_types_is_named(two):
+    folder = two / "a" / "checkpoints"
+    good = checkpoint.read(folder)
+    meta = {"params": {"w": torch.ones(2, device="meta")}, "buffers": {}}
+    wrong = {
+        "state": ["x", {}, {"params": 3}, {"params": {"w": 1.0}, "buffers": {}}, meta], "epoch": ["3", None],
+        "history": [None, [3]], "settings": ["x"], "best": [[], {"state": None}], "identity": [3], "optimizer": [None],
+    }  # fmt: skip
+    for name, values in wrong.items():
+        for value in values:
+            checkpoint.save(folder, good | {name: value})
+            with pytest.raises(CheckpointError, match=r"not the checkpoint of a run: it has no '\w+'"):
+                ppvae.load(two / "a")
 
 
 def test_runs_without_an_identity_are_taken_with_one_line(two, caplog):

@@ -51,6 +51,28 @@ def test_a_callbacks_nan_stops_training(tmp_path, value):
     assert [m["epoch"] for m in strict(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("value", [[1.0, math.nan], (0.0, [math.nan]), np.array([0.0, math.nan])])
+def test_nan_in_a_list_stops_training(tmp_path, value):
+    with pytest.raises(TrainingError, match=r"epoch 3: metric 'mine' of a callback has nan in it; last good"):
+        trained(tmp_path, callbacks=[setting(value)])
+    assert [m["epoch"] for m in strict(tmp_path)] == [1, 2]
+
+
+def test_a_parameter_that_a_callback_makes_nan_is_not_saved(tmp_path):
+    def callback(run, metrics):
+        if metrics["epoch"] == 3:
+            next(iter(run.model.scope.params.values())).data.fill_(math.nan)
+
+    with pytest.raises(TrainingError, match=r"epoch 3: 'state' 'params' .* is NaN, as a callback .*; last good check"):
+        trained(tmp_path, callbacks=[callback])
+    assert checkpoint.read(tmp_path / "checkpoints")["epoch"] == 2
+
+
+def test_a_name_of_a_metric_that_json_has_not_is_named(tmp_path):
+    with pytest.raises(TrainingError, match=r"name \(1, 2\) of a metric of a callback: expected a string, found tuple"):
+        trained(tmp_path, callbacks=[lambda run, metrics: metrics.update({(1, 2): 0.5})])
+
+
 @pytest.mark.parametrize("value", [object(), {1: 2}, [object()], lambda: 0])
 def test_a_metric_that_is_no_number_is_named(tmp_path, value):
     with pytest.raises(TrainingError, match=r"metric 'mine' of a callback is of type \w+: expected a number"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.memory import explain_out_of_memory
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.annealing.chains import AnnealingPlan
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
@@ -51,7 +52,8 @@ class AnnealingSettings:
     @property
     def betas(self) -> Tensor:
         """Inverse temperatures [T + 1]; those of the pilot run under schedule "equal_ess"."""
-        return named_schedule(self.schedule, self.num_temperatures)
+        with explain_out_of_memory("the schedule of the annealing", "Lower num_temperatures"):
+            return named_schedule(self.schedule, self.num_temperatures)
 
     @property
     def chain_blocks(self) -> list[int]:
