@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 METHODS = {
     "guide": "guide, K = 5000",
-    "refined": "refined, K = 3500",
+    "refined": "refined, K = 3700",
     "annealed": "annealing, 8 chains, 500 temperatures",
 }
 
