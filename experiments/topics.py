@@ -1,6 +1,7 @@
 """Topic models on a simulated corpus of 25 words on a 5 x 5 grid with ten topics, its rows and columns (Griffiths and
 Steyvers 2004), and on digits as documents of pixels. ProdLDA is a product of experts; a topic counts as recovered if
-less than a tenth of its mass is misplaced. The rows "planted" and "scikit-learn LDA" are references."""
+less than a tenth of its mass is misplaced. Topics start at clusters of documents (`nn.Topics.from_data`), in the row
+"random start" at normal draws. The rows "planted" and "scikit-learn LDA" are references."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ from ppvae.evaluation import coherence, perplexity
 from ppvae.models import TopicModel
 from ppvae.plots.style import figure, styled
 
-PLANTED, LDA = "planted", "scikit-learn LDA"
-FITTED = ("LogisticNormal", "Dirichlet", "ProdLDA", LDA)
+PLANTED, LDA, RANDOM = "planted", "scikit-learn LDA", "Dirichlet, random start"
+FITTED = ("LogisticNormal", "Dirichlet", "ProdLDA", RANDOM, LDA)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def load_corpus(s: Settings, source: str) -> list[Tensor]:
 def build_model(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
     """The model of a name."""
     k, words = s.topics, x.shape[1]
-    topics: tnn.Module = tnn.Linear(k, words) if name == "ProdLDA" else nn.Topics(k, words)
+    topics: Any = nn.Topics(k, words) if name in (RANDOM, PLANTED, LDA) else nn.Topics.from_data(x, k, seed)
+    if name == "ProdLDA":
+        topics = product_of_experts(topics, x)
     encoder = functools.partial(nn.mlp, words, hidden=s.hidden)
     if name in ("LogisticNormal", "ProdLDA"):
         prior = priors.LogisticNormal.like_dirichlet(k, s.concentration, learned=True)
@@ -92,6 +95,15 @@ def build_model(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
         topics.register_buffer("logits", given.log())
     posterior = posteriors.Dirichlet(tnn.Sequential(nn.Log1p(), encoder(k)), floor=0.02)
     return TopicModel(priors.Dirichlet(k, s.concentration, learned=given is None), topics, posterior)
+
+
+def product_of_experts(topics: nn.Topics, x: Tensor) -> tnn.Linear:
+    """ProdLDA's decoder that starts at given topics, each where theta is all of one, and elsewhere between them."""
+    made, frequencies = tnn.Linear(*topics.logits.shape), (x.sum(0) / x.sum()).clamp(min=1e-6).log()
+    with torch.no_grad():
+        made.weight.copy_((topics.logits - frequencies).T)
+        made.bias.copy_(frequencies)
+    return made
 
 
 def fit_lda(s: Settings, x: Tensor, seed: int) -> Tensor:
