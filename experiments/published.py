@@ -1,7 +1,7 @@
 """Published results, row by row, beside ours and beside those of Pythae, another library's reproduction of them.
 
-Rows are in the order of nats gained per hour. Every row is one run folder, or a chain of them: a stage continues from the
-parameters of the one before it, and rows that begin alike share it, as in Table 2 of Burda et al. 2016 (arXiv
+Rows are in the order of nats gained per hour. Every row is one run folder, or a chain of them: a stage continues from
+the parameters of the one before it, and rows that begin alike share it, as in Table 2 of Burda et al. 2016 (arXiv
 1509.00519). Our schedules are shorter than the papers': larger batches, doubly reparameterised gradients (Tucker et al.
 2019, arXiv 1810.04152), cosine decay of the learning rate, matrix products in bfloat16; `--paper` takes the papers'
 schedules. Dynamically binarised MNIST has 59,600 training images, as in the code of Burda et al.; parameters are those
@@ -9,9 +9,9 @@ of the last epoch, or of the best validation ELBO where a schedule says so. Fixe
 Larochelle's file; OMNIGLOT and the split of Frey faces are ours, too. `--only ROW` computes a row, and `--again ROW`
 repeats a stored one.
 
-L_K of the guide, which papers print, and the refined estimate of log p(x) come from one call on the first `--num-refined`
-test images. L_100 of all test images carries both over to the whole set: mean of L_100 over all, plus the mean difference
-over the first (a difference estimator, whose standard error is given)."""
+L_K of the guide, which papers print, and the refined estimate of log p(x) come from one call on the first
+`--num-refined` test images. L_100 of all test images carries both over to the whole set: mean of L_100 over all, plus
+the mean difference over the first (a difference estimator, whose standard error is given)."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ ROWS = {
     "2-VAE-50": burda(84.78, "VAE-50", (VAE1, VAE5, VAE50), 2),
     "fixed-VAE-1": Row(88.71, BURDA, ONE, "mnist", "fixed", (STATIC,), by_paper("VAE-1", vae(1))),
     "fixed-IWAE-50": Row(
-        87.10, BURDA, ONE, "mnist", "fixed", (STATIC, IWAE50._replace(patience=5)), by_paper("IWAE-50", bound(50)), 86.82
+        87.10, BURDA, ONE, "mnist", "fixed", (STATIC, IWAE50._replace(patience=5)), by_paper("IWAE-50", bound(50)),
+        86.82,
     ),
     "fixed-VampPrior": Row(85.57, TOMCZAK, VAMP | PSEUDO, "mnist", "fixed", (STATIC,), by_vamp_paper(50_000), 85.79),
     "omniglot-VAE-1": Row(108.11, BURDA, ONE, "omniglot", "dynamic", (VAE1,), by_paper("VAE-1", vae(1))),
@@ -324,15 +325,16 @@ def table(found: Cells) -> str:
         refined = f"{r[f'refined_{key}']:.{digits}f} ± {scale * r['refined_error']:.{digits}f}" if r["refined"] else ""
         ours = f"{r[key]:.{digits}f} ± {scale * r['error']:.{digits}f} (K = {r['num_particles']})"
         lines.append((
-            name, c["cell"]["seed"], f"{row.published:.2f}{' bits per dim' * row.bits}", row.pythae or "", ours, refined,
+            name, c["cell"]["seed"], f"{row.published:.2f}{' bits per dim' * row.bits}", row.pythae or "", ours,
+            refined,
             "" if small_run else f"{behind(c):+.{digits}f}", "" if small_run else "yes" if is_reached(c) else "no",
             f"{100 * r['refined_reliable']:.0f} %", f"{r['first']:.3f}", f"{r['refined_first']:.3f}",
             f"{r['training_cpu_seconds'] / 60:.1f} + {r['evaluation_cpu_seconds'] / 60:.1f}",
         ))  # fmt: skip
         details.append(f"- {name} ({row.source}): {r['schedule']}.")
     says = (
-        "NLL in nats, or bits per dimension. ± is the error of the difference estimator, not that over test images, which "
-        "the published figures have, too. CPU minutes are of training and evaluation. \"First\" are the first "
+        "NLL in nats, or bits per dimension. ± is the error of the difference estimator, not that over test images, "
+        "which the published figures have, too. CPU minutes are of training and evaluation. \"First\" are the first "
         f"{max(c['result']['num_first'] for c in found)} test images, whose numbers `ppvae evaluate --head` prints; "
         "\"reliable\" is their share for which the refined estimate is."
     )  # fmt: skip

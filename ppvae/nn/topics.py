@@ -33,7 +33,7 @@ class Topics(nn.Module):
 
     @classmethod
     def from_data(cls, x: Tensor, topics: int, seed: int = 0) -> Topics:
-        """Topics that start at 0.9 c_k + 0.1 f, c_k the k-means centres of the documents' word frequencies, f their mean.
+        """Topics that start at 0.9 c_k + 0.1 f: c_k the k-means centres of documents' word frequencies, f their mean.
 
         Args:
             x: counts of words [N, words].
