@@ -1,10 +1,10 @@
 """Probabilistic PCA and factor analysis by SVI, compared with maximum likelihood: in closed form for PCA (Tipping and
 Bishop 1999), and by scikit-learn's FactorAnalysis, which is EM, for factor analysis. The ELBO is maximised with three
 guides: the exact posterior, for which the ELBO is log p(x); the best normal with independent dims for each row; and an
-amortised one, linear in x with one covariance for all rows, a family that contains the posterior. With it, weights start
-in units of each feature's standard deviation, in which the guide reads x, too: at weights of size one for features of
-scale 0.02, the first posterior is so narrow that an amortised guide does not find it, and training stopped up to 6.3 nats
-short. log p(x) is known in closed form; the gap is in nats per row of the fitted data."""
+amortised one, linear in x with one covariance for all rows, a family that contains the posterior. log p(x) is known in
+closed form; the gap is in nats per row of the fitted data. With the amortised guide, weights start in units of each
+feature's standard deviation, in which the guide reads x, too. From weights of size one, training stopped up to 6.3 nats
+short on digits, some of whose pixels have a scale of 0.02: the first posterior is too narrow for the guide to find."""
 
 from __future__ import annotations
 
