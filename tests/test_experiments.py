@@ -14,7 +14,7 @@ import pytest
 
 from experiments import cells, readme
 
-OTHERS = {"__init__", "cells", "readme", "load", "soak"}  # without cells
+OTHERS = {"__init__", "cells", "readme", "load", "soak", "published_rows", "release"}  # without cells
 NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - OTHERS)
 
 
