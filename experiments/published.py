@@ -166,7 +166,7 @@ def is_reached(cell: dict[str, Any]) -> bool:
 
 
 def line(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """Row, seed, published, Pythae's, ours by L_K and refined, the difference, and whether it is reached."""
+    """The values of `LINE` for a cell."""
     name, r = cell["cell"]["row"], cell["result"]
     row, small_run = ROWS[name], cell["settings"]["data"] not in (None, "mnist")
     key, digits = ("bits", 3) if row.bits else ("nll", 2)
@@ -178,12 +178,13 @@ def line(cell: dict[str, Any]) -> tuple[Any, ...]:
 
     return (
         name, cell["cell"]["seed"], f"{row.published:.2f}{' bits per dim' * row.bits}", row.pythae or "",
-        f"{number('')} (K = {r['num_particles']})", number("refined_") if r.get("refined") else "",
+        f"{number('')} (K = {r['num_particles']})", f"± {scale * r['nll_std_error']:.{digits}f}",
+        number("refined_") if r.get("refined") else "",
         "" if small_run else f"{behind(cell):+.{digits}f}", "" if small_run else "yes" if is_reached(cell) else "no",
     )  # fmt: skip
 
 
-LINE = ("row", "seed", "published", "Pythae", "ours, L_K", "ours, refined", "difference", "reached")
+LINE = ("row", "seed", "published", "Pythae", "ours, L_K", "over images", "ours, refined", "difference", "reached")
 
 
 def table(found: Cells) -> str:
@@ -200,8 +201,8 @@ def table(found: Cells) -> str:
     ]  # fmt: skip
     details = [f"- {c['cell']['row']} ({ROWS[c['cell']['row']].source}): {c['result']['schedule']}." for c in found]
     says = (
-        "NLL in nats, or bits per dimension. ± is the error of the difference estimator, not that over test images, "
-        "which the published figures have, too. CPU minutes are of training and evaluation. \"First\" are the first "
+        "NLL in nats, or bits per dimension. ± of ours is the error of the difference estimator; \"over images\" is the "
+        "standard error over test images, which published figures have, too. CPU minutes are of training and evaluation. \"First\" are the first "
         f"{max(c['result']['num_first'] for c in found)} test images, whose numbers `ppvae evaluate --head` prints; "
         "\"reliable\" is their share for which the refined estimate is."
     )  # fmt: skip

@@ -134,9 +134,7 @@ def test_estimates_of_the_first_data_carry_over_to_all(tmp_path):
     assert found["num_particles"] == 5000
     assert found["num_first"] == 200
     for name in ("", "refined_"):
-        assert (
-            abs(found[f"{name}nll"] - exact) < 5 * found[f"{name}error"] + 0.06
-        )  # of which L_5000 itself is 0.045 above
+        assert abs(found[f"{name}nll"] - exact) < 5 * found[f"{name}error"] + 0.06  # L_5000 is 0.045 above
         assert abs(float(coarse) - exact) > 5 * found[f"{name}error"] + 0.06  # which L_1 of all does not reach
         assert found[f"{name}error"] < 0.2
     assert sum(found["groups"]) / len(found["groups"]) == pytest.approx(-found["nll"], abs=1e-4)
