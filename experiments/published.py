@@ -201,7 +201,7 @@ def table(found: Cells) -> str:
     ]  # fmt: skip
     details = [f"- {c['cell']['row']} ({ROWS[c['cell']['row']].source}): {c['result']['schedule']}." for c in found]
     says = (
-        "NLL in nats, or bits per dimension. ± of ours is the error of the difference estimator; \"over images\" is the "
+        "NLL in nats, or bits per dimension. ± of ours is the error of the difference estimator, \"over images\" the "
         "standard error over test images, which published figures have, too. \"First\" are the first "
         f"{max(c['result']['num_first'] for c in found)} test images, whose numbers `ppvae evaluate --head` prints; "
         "\"reliable\" is their share for which the refined estimate is. CPU minutes are of training and evaluation."
