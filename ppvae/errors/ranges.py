@@ -45,7 +45,8 @@ class Range:
     def check(self, name: str, value: Any) -> None:
         """Raises UsageError, by the name of the argument, for a number out of the range, or for what is no number.
 
-        Each element of a sequence is checked; a function, such as a schedule, is left to its users.
+        Each element of a sequence is checked, and the number of a tensor without dims; a function, such as a schedule,
+        is left to its users.
         """
         if isinstance(value, tuple | list) and self.many:
             for element in value:
@@ -55,6 +56,8 @@ class Range:
             return
         if self.many and getattr(value, "ndim", None):  # a tensor
             return
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
         kind = "a whole number of " if self.whole and not self.words.startswith("a ") else ""
         if self.whole and not _is_whole(value):
             raise UsageError(f"{name}: expected {kind}{self.words}, found {_shown(value)}")
