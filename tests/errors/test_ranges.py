@@ -255,9 +255,9 @@ def test_objectives_of_pyro(cls, count):
 
 def test_a_tensor_without_dims_is_its_number():
     check_ranges(scale=torch.tensor(0.5), latent=torch.tensor(3))
-    with pytest.raises(UsageError, match="scale: expected a finite positive number, found -0.5"):
+    with pytest.raises(UsageError, match="scale: expected a finite positive number, found"):
         check_ranges(scale=torch.tensor(-0.5))
-    with pytest.raises(UsageError, match=r"latent: expected a whole number of at least 1, found 1.5"):
+    with pytest.raises(UsageError, match="latent: expected a whole number of at least 1, found"):
         check_ranges(latent=torch.tensor(1.5))
 
 
