@@ -71,7 +71,8 @@ def small(s: Settings, row: Row) -> Row:
         pair |= {"prior": pair["prior"] | {"components": 5}}
     if s.data == "digits" and "likelihood" in pair:
         pair |= {"likelihood": pair["likelihood"] | {"levels": 17}}
-    return row._replace(stages=stages, pair=pair, data=s.data or row.data)
+    particles = s.refined_particles if s.data else row.particles
+    return row._replace(stages=stages, pair=pair, data=s.data or row.data, particles=particles)
 
 
 def train_stage(row: Row, count: int, pair: Any, splits: Any, workspace: Workspace, seed: int) -> Run:
@@ -105,8 +106,7 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
     model, guide = pairs.build(pairs.resolve(r.factory), r.pair, train)
     pair: Any = type("Pair", (), {"model": staticmethod(model), "guide": staticmethod(guide)})
     runs = [train_stage(r, i + 1, pair, splits, workspace, seed) for i in range(len(r.stages))]
-    particles = 50 if s.epochs == 1 else r.particles
-    found = evaluate(s, runs[-1], test, particles, seed, workspace.folder)
+    found = evaluate(s, runs[-1], test, r.particles, seed, workspace.folder)
     curve, minutes = [], 0.0
     for epoch in (epoch for run in runs for epoch in run.history):
         minutes += epoch["cpu_seconds"] / 60
