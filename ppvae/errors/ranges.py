@@ -183,8 +183,11 @@ def check_ranges(**values: Any) -> None:
 
 
 def check_known_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
-    """`check_ranges` of those numbers that the table knows, strings left out; `prefix` is put before their names."""
+    """`check_ranges` of those numbers that the table knows; `prefix` is put before their names.
+
+    Strings are left out, and None, which only an argument whose type allows it has here.
+    """
     for name, value in values.items():
         is_text = all(isinstance(v, str) for v in (value if isinstance(value, tuple | list) and value else (value,)))
-        if name in RANGES and not is_text:
+        if name in RANGES and value is not None and not is_text:
             RANGES[name].check(f"{prefix}{name}", value)
