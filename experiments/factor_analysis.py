@@ -2,7 +2,9 @@
 Bishop 1999), and by scikit-learn's FactorAnalysis, which is EM, for factor analysis. The ELBO is maximised with three
 guides: the exact posterior, for which the ELBO is log p(x); the best normal with independent dims for each row; and an
 amortised one, linear in x with one covariance for all rows, a family that contains the posterior. log p(x) is known in
-closed form; the gap is in nats per row of the fitted data."""
+closed form; the gap is in nats per row of the fitted data. With the amortised guide, weights start in units of each
+feature's standard deviation, in which the guide reads x, too. From weights of size one, training stopped up to 6.3 nats
+short on digits, some of whose pixels have a scale of 0.02: the first posterior is too narrow for the guide to find."""
 
 from __future__ import annotations
 
@@ -57,19 +59,20 @@ def max_log_likelihood(s: Settings, model: str, x: Tensor) -> float:
 
 
 class LinearGuide(tnn.Module):
-    """A guide whose location is a linear map of x and whose covariance is a parameter."""
+    """A guide whose location is a linear map of standardised x and whose covariance is a parameter."""
 
-    def __init__(self, features: int, latent: int):
+    def __init__(self, x: Tensor, latent: int):
         super().__init__()
         outputs = posteriors.FullRank.outputs(latent)
-        self.net, self.covariance = tnn.Linear(features, latent), tnn.Parameter(torch.zeros(outputs - latent))
+        self.loc, self.scale = tnn.Buffer(x.mean(0)), tnn.Buffer(x.std(0))
+        self.net, self.covariance = tnn.Linear(x.shape[1], latent), tnn.Parameter(torch.zeros(outputs - latent))
         self.posterior = posteriors.FullRank(tnn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         pyro.module("amortised", self)
         covariance = self.covariance.expand(len(x), -1)
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", self.posterior(torch.cat([self.net(x), covariance], -1)))
+            return pyro.sample("z", self.posterior(torch.cat([self.net((x - self.loc) / self.scale), covariance], -1)))
 
 
 def compute(s: Settings, workspace: Workspace, table: str, model: str, guide: str, seed: int) -> dict[str, Any]:
@@ -78,7 +81,9 @@ def compute(s: Settings, workspace: Workspace, table: str, model: str, guide: st
     torch.manual_seed(seed)
     made = LinearGaussian(x.shape[1], s.latent, 1.0 if model == "PPCA" else x.std(0))
     made.loc.data.copy_(x.mean(0))
-    guides = {"exact": made.guide, "mean field": made.mean_field, "amortised": LinearGuide(x.shape[1], s.latent)}
+    guides = {"exact": made.guide, "mean field": made.mean_field, "amortised": LinearGuide(x, s.latent)}
+    if guide == "amortised":
+        made.weight.data.mul_(x.std(0)[:, None])
     pair = SimpleNamespace(model=made.model, guide=guides[guide])
     train(pair, x, None, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
     found = LinearGaussian(x.shape[1], s.latent, made.log_scale.detach().exp()).double()

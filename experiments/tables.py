@@ -1,6 +1,7 @@
 """scikit-learn's tables of real, count, binary and categorical columns with values removed at random: log p(x_observed)
 and imputed values (Mattei and Frellsen 2019, arXiv 1812.02633), compared with independent columns, which impute mean or
-mode."""
+mode, and with scikit-learn's imputers on the same rows: chained Bayesian ridge regressions (IterativeImputer) and the
+mean of five nearest rows (KNNImputer), of categories rounded."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn import datasets
+from sklearn.experimental import enable_iterative_imputer  # noqa: F401  without it the next line fails
+from sklearn.impute import IterativeImputer, KNNImputer
 from torch import Tensor
 from torch import nn as tnn
 
@@ -66,6 +69,17 @@ def fit_independent_columns(x: Tensor, columns: list[likelihoods.Column]) -> lik
     return likelihoods.Mixed(net, columns, floor=0.0)
 
 
+def impute_by_peers(train: Tensor, test: Tensor, unit: Tensor, discrete: Tensor, seed: int) -> dict[str, Tensor]:
+    """The test rows [N, columns] filled in by each of scikit-learn's imputers, fitted to the training rows."""
+    peers = {"chained": IterativeImputer(max_iter=50, tol=1e-3, random_state=seed), "nearest": KNNImputer()}
+    largest = train.nan_to_num(0.0).amax(0)
+    out = {}
+    for name, peer in peers.items():
+        filled = torch.from_numpy(peer.fit((train / unit).numpy()).transform((test / unit).numpy())).float() * unit
+        out[name] = torch.where(discrete, torch.minimum(filled.round().clamp(min=0), largest), filled)
+    return out
+
+
 def compute(s: Settings, workspace: Workspace, table: str, seed: int) -> dict[str, Any]:
     """Trains on the observed values of the training rows; evaluates observed and removed values of the test rows."""
     whole, removed, columns = load_table(table, s.missing)
@@ -92,7 +106,8 @@ def compute(s: Settings, workspace: Workspace, table: str, seed: int) -> dict[st
     own = torch.where(own.isnan(), filled.values.mode(0).values, own)  # the most frequent of a category's codes
     modes = torch.stack([column[~column.isnan()].mode().values for column in parts[0].T])
     alone = torch.where(real, 0.0, torch.where(count, centre, modes)).expand(own.shape)
-    for who, guess in (("", own), ("alone_", alone)):
+    peers = impute_by_peers(parts[0], parts[2], unit, ~real & ~count, seed)
+    for who, guess in (("", own), ("alone_", alone), *((f"{name}_", filled) for name, filled in peers.items())):
         result[f"{who}rmse"] = float(((guess - answer) / unit)[removed & (real | count)].square().mean().sqrt())
         result[f"{who}wrong"] = float((guess != answer)[removed & ~real & ~count].float().mean())
     np.savez(workspace.folder / "shown.npz", answer=answer[removed & real], guess=own[removed & real])
@@ -101,11 +116,15 @@ def compute(s: Settings, workspace: Workspace, table: str, seed: int) -> dict[st
 
 def table(cells: Cells) -> str:
     """One row per table: log p of observed values, and errors of imputed ones."""
-    header = ("table", "seeds", "NLL", "independent", "gain", "RMSE", "of means", "wrong", "of modes", "unreliable")
+    header = (
+        "table", "seeds", "NLL", "independent", "gain", "RMSE", "of means", "of chained", "of nearest", "wrong",
+        "of modes", "of chained", "of nearest", "unreliable",
+    )  # fmt: skip
     lines = []
     for (name,), r in group_cells(cells, "table").items():
         nll, gain = f"{mean(r):.2f} ± {standard_error(r):.2f}", f"{mean(r, 'gain'):+.2f} ± {mean(r, 'gain_error'):.2f}"
-        errors = (f"{mean(r, key):.3f}" for key in ("rmse", "alone_rmse", "wrong", "alone_wrong"))
+        who = ("", "alone_", "chained_", "nearest_")
+        errors = (f"{mean(r, f'{name}{key}'):.3f}" for key in ("rmse", "wrong") for name in who)
         doubt = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.0f} %"
         lines.append((name, len(r), nll, f"{mean(r) + mean(r, 'gain'):.2f}", gain, *errors, doubt))
     return markdown(header, lines)

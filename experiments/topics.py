@@ -1,10 +1,14 @@
 """Topic models on a simulated corpus of 25 words on a 5 x 5 grid with ten topics, its rows and columns (Griffiths and
-Steyvers 2004), and on digits as documents of pixels. ProdLDA is a product of experts; a topic counts as recovered if
-less than a tenth of its mass is misplaced. The rows "planted" and "scikit-learn LDA" are references."""
+Steyvers 2004), on digits as documents of pixels, and on text: "python" are paragraphs of the Python language reference,
+which comes with the interpreter (`pydoc_data.topics`), so that its documents depend on the version of Python. ProdLDA
+is a product of experts; a topic counts as recovered if less than a tenth of its mass is misplaced. Topics start at
+clusters of documents (`nn.Topics.from_data`), in the row "random start" at normal draws. The rows "planted" and
+"scikit-learn LDA" are references."""
 
 from __future__ import annotations
 
 import functools
+import pydoc_data.topics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import LatentDirichletAllocation
+from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor
 from torch import nn as tnn
 
@@ -29,20 +34,25 @@ from experiments.cells import (
     train,
 )
 from ppvae import data, log_marginal, nn, posteriors, priors
+from ppvae.data.unsplit import permutation_split
 from ppvae.distributions import Multinomial
 from ppvae.evaluation import coherence, perplexity
 from ppvae.models import TopicModel
 from ppvae.plots.style import figure, styled
 
-PLANTED, LDA = "planted", "scikit-learn LDA"
-FITTED = ("LogisticNormal", "Dirichlet", "ProdLDA", LDA)
+PLANTED, LDA, RANDOM = "planted", "scikit-learn LDA", "Dirichlet, random start"
+FITTED = ("LogisticNormal", "Dirichlet", "ProdLDA", RANDOM, LDA)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The rows, corpus/model, and the training budget, the same for every model."""
 
-    rows: tuple[str, ...] = (*(f"bars/{m}" for m in (*FITTED, PLANTED)), *(f"digits/{m}" for m in FITTED))
+    rows: tuple[str, ...] = (
+        *(f"bars/{m}" for m in (*FITTED, PLANTED)),
+        *(f"digits/{m}" for m in FITTED),
+        *(f"python/{m}" for m in FITTED),
+    )
     seeds: tuple[int, ...] = (0, 1, 2)
     topics: int = 10
     concentration: float = 0.3
@@ -65,8 +75,24 @@ def bars() -> Tensor:
     return 0.99 * rows / 5 + 0.01 / 25
 
 
+@functools.cache
+def python_reference() -> tuple[Tensor, list[str]]:
+    """Word counts [N, words] of paragraphs of the Python language reference, and the words.
+
+    Words have three letters or more, are no stop words, and are in ten paragraphs or more and in a fifth or less; a
+    paragraph has ten of them or more.
+    """
+    paragraphs = sorted({p for text in pydoc_data.topics.topics.values() for p in text.split("\n\n")})
+    counter = CountVectorizer(stop_words="english", token_pattern=r"[a-z]{3,}", min_df=10, max_df=0.2)
+    counts = torch.from_numpy(counter.fit_transform(paragraphs).toarray()).float()
+    return counts[counts.sum(1) >= 10], list(counter.get_feature_names_out())
+
+
 def load_corpus(s: Settings, source: str) -> list[Tensor]:
     """Word counts for training, validation and test."""
+    if source == "python":
+        counts, _ = python_reference()
+        return [counts[torch.from_numpy(rows)] for rows in permutation_split(len(counts))]
     if source == "digits":
         return [(16 * part.read()).round()[: s.num_train] for part in data.load("digits")]
     torch.manual_seed(0)
@@ -81,7 +107,9 @@ def load_corpus(s: Settings, source: str) -> list[Tensor]:
 def build_model(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
     """The model of a name."""
     k, words = s.topics, x.shape[1]
-    topics: tnn.Module = tnn.Linear(k, words) if name == "ProdLDA" else nn.Topics(k, words)
+    topics: Any = nn.Topics(k, words) if name in (RANDOM, PLANTED, LDA) else nn.Topics.from_data(x, k, seed)
+    if name == "ProdLDA":
+        topics = product_of_experts(topics, x)
     encoder = functools.partial(nn.mlp, words, hidden=s.hidden)
     if name in ("LogisticNormal", "ProdLDA"):
         prior = priors.LogisticNormal.like_dirichlet(k, s.concentration, learned=True)
@@ -92,6 +120,15 @@ def build_model(s: Settings, name: str, x: Tensor, seed: int) -> TopicModel:
         topics.register_buffer("logits", given.log())
     posterior = posteriors.Dirichlet(tnn.Sequential(nn.Log1p(), encoder(k)), floor=0.02)
     return TopicModel(priors.Dirichlet(k, s.concentration, learned=given is None), topics, posterior)
+
+
+def product_of_experts(topics: nn.Topics, x: Tensor) -> tnn.Linear:
+    """ProdLDA's decoder that starts at given topics, each where theta is all of one, and elsewhere between them."""
+    made, frequencies = tnn.Linear(*topics.logits.shape), (x.sum(0) / x.sum()).clamp(min=1e-6).log()
+    with torch.no_grad():
+        made.weight.copy_((topics.logits - frequencies).T)
+        made.bias.copy_(frequencies)
+    return made
 
 
 def fit_lda(s: Settings, x: Tensor, seed: int) -> Tensor:
@@ -116,8 +153,16 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
     trained = train(made, fitted, valid, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
     est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
     np.savez(workspace.folder / "shown.npz", words=(words := made.words.cpu()))
-    found = {"perplexity": perplexity(est.log_px, test), "npmi": float(coherence(words, test, s.top).mean())}
-    return estimate_summary(est) | found | ({"recovered": float(count_recovered(words))} if source == "bars" else {})
+    found: dict[str, Any] = {
+        "perplexity": perplexity(est.log_px, test),
+        "npmi": float(coherence(words, test, s.top).mean()),
+    }
+    if source == "bars":
+        found["recovered"] = float(count_recovered(words))
+    if source == "python":
+        names = python_reference()[1]
+        found["top_words"] = "; ".join(" ".join(names[i] for i in topic) for topic in words.topk(s.top).indices)
+    return estimate_summary(est) | found
 
 
 def table(cells: Cells) -> str:
@@ -132,13 +177,20 @@ def table(cells: Cells) -> str:
         doubt = f"{100 * mean(r, 'unreliable') / mean(r, 'num_data'):.0f} %"
         numbers = f"{mean(r, 'perplexity'):.2f}", f"{mean(r):.2f} ± {standard_error(r):.2f}", gain
         lines.append((source, model, len(r), *numbers, f"{mean(r, 'npmi'):.2f}", found, doubt))
-    return markdown(header, lines)
+    words = [
+        f"- {row.removeprefix('python/')}: {r[0]['result']['top_words']}."
+        for (row,), r in rows.items()
+        if row.startswith("python/")
+    ]
+    says = ['Likeliest words of each topic of "python", first seed:', "\n".join(words)] if words else []
+    return "\n\n".join([markdown(header, lines), *says])
 
 
 @styled
 def draw_figure(cells: Cells) -> Any:
-    """The topics as images, one row per model, for the first seed."""
-    rows = group_cells([c for c in cells if (Path(c["folder"]) / "shown.npz").exists()], "row")
+    """The topics of bars and digits as images, one row per model, for the first seed."""
+    images = [c for c in cells if not c["cell"]["row"].startswith("python/")]
+    rows = group_cells([c for c in images if (Path(c["folder"]) / "shown.npz").exists()], "row")
     fig = figure(7.5, 0.85 * len(rows))
     for axes, ((row,), r) in zip(fig.subplots(len(rows), 10, squeeze=False), rows.items(), strict=True):
         words = np.load(Path(r[0]["folder"]) / "shown.npz")["words"]

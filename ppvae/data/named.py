@@ -34,12 +34,20 @@ def mnist(root: Path, size: int) -> UnsplitData:
     return _mnist("mnist", root / "MNIST" / "raw")
 
 
+def mnist_59600(root: Path, size: int) -> UnsplitData:
+    """MNIST with 59,600 training images, the last 400 of the training file for validation, and 10,000 test images.
+
+    That is the split of the code of Burda et al. 2016 (arXiv 1509.00519).
+    """
+    return _mnist("mnist-59600", root / "MNIST" / "raw", 59_600)
+
+
 def fashion_mnist(root: Path, size: int) -> UnsplitData:
     """Fashion-MNIST, in MNIST's layout and sizes."""
     return _mnist("fashion-mnist", root / "FashionMNIST" / "raw")
 
 
-def _mnist(name: str, folder: Path) -> UnsplitData:
+def _mnist(name: str, folder: Path, num_train: int = 50_000) -> UnsplitData:
     counts = {"train": 60_000, "t10k": 10_000}
     stems = [f"{part}-{what}" for part in counts for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     missing = [stem for stem in stems if _find_file(folder, stem) is None]
@@ -53,7 +61,7 @@ def _mnist(name: str, folder: Path) -> UnsplitData:
             if path is None:
                 raise not_found(name, folder / f"{part}-{stem}-ubyte[.gz]")
             (labels if classes else images).append(read_idx(path, shape, classes))
-    rows = np.split(np.arange(70_000), [50_000, 60_000])
+    rows = np.split(np.arange(70_000), [num_train, 60_000])
     return UnsplitData(
         name, np.concatenate(images)[:, None], tuple(rows), labels=np.concatenate(labels).astype(np.int64)
     )
@@ -217,6 +225,7 @@ def cifar10(root: Path, size: int) -> UnsplitData:
 NAMES = {
     "digits": digits,
     "mnist": mnist,
+    "mnist-59600": mnist_59600,
     "fashion-mnist": fashion_mnist,
     "omniglot": omniglot,
     "celeba": celeba,

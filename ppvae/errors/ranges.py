@@ -45,7 +45,8 @@ class Range:
     def check(self, name: str, value: Any) -> None:
         """Raises UsageError, by the name of the argument, for a number out of the range, or for what is no number.
 
-        Each element of a sequence is checked; a function, such as a schedule, is left to its users.
+        Each element of a sequence is checked, and the number of a tensor without dims; a function, such as a schedule,
+        is left to its users.
         """
         if isinstance(value, tuple | list) and self.many:
             for element in value:
@@ -55,6 +56,8 @@ class Range:
             return
         if self.many and getattr(value, "ndim", None):  # a tensor
             return
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
         kind = "a whole number of " if self.whole and not self.words.startswith("a ") else ""
         if self.whole and not _is_whole(value):
             raise UsageError(f"{name}: expected {kind}{self.words}, found {_shown(value)}")
@@ -180,8 +183,11 @@ def check_ranges(**values: Any) -> None:
 
 
 def check_known_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
-    """`check_ranges` of those numbers that the table knows, strings left out; `prefix` is put before their names."""
+    """`check_ranges` of those numbers that the table knows; `prefix` is put before their names.
+
+    Strings are left out, and None, which only an argument whose type allows it has here.
+    """
     for name, value in values.items():
         is_text = all(isinstance(v, str) for v in (value if isinstance(value, tuple | list) and value else (value,)))
-        if name in RANGES and not is_text:
+        if name in RANGES and value is not None and not is_text:
             RANGES[name].check(f"{prefix}{name}", value)

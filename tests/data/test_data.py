@@ -20,6 +20,7 @@ from ppvae.errors import DataError, UsageError
 SETS = {  # name: (sizes, event shape, labels)
     "digits": ((1257, 180, 360), (1, 8, 8), True),
     "mnist": ((50_000, 10_000, 10_000), (1, 28, 28), True),
+    "mnist-59600": ((59_600, 400, 10_000), (1, 28, 28), True),
     "fashion-mnist": ((50_000, 10_000, 10_000), (1, 28, 28), True),
     "omniglot": ((17_352, 1_928, 13_180), (1, 28, 28), True),
     "freyfaces": ((1375, 197, 393), (1, 28, 20), False),
@@ -132,7 +133,10 @@ def test_environment_names_the_root_and_an_argument_goes_first(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"name": "mnits"}, "Did you mean 'mnist'.*digits, mnist, fashion-mnist, omniglot, celeba, freyfaces, smiles"),
+        (
+            {"name": "mnits"},
+            "Did you mean 'mnist'.*digits, mnist, mnist-59600, fashion-mnist, omniglot, celeba, freyfaces, smiles",
+        ),
         ({"name": "no such set"}, "Known: digits"),
         ({"name": 3}, "expected a name or a path, found int"),
         ({"name": "digits", "binarize": "static"}, "expected None, 'fixed' or 'dynamic', found 'static'"),

@@ -789,6 +789,7 @@ def test_the_known_names():
     assert set(named.NAMES) == {
         "digits",
         "mnist",
+        "mnist-59600",
         "fashion-mnist",
         "omniglot",
         "celeba",

@@ -253,6 +253,14 @@ def test_objectives_of_pyro(cls, count):
         fit(PAIR.model, PAIR.mean_field, X, epochs=1, objective=cls(num_particles=count))
 
 
+def test_a_tensor_without_dims_is_its_number():
+    check_ranges(scale=torch.tensor(0.5), latent=torch.tensor(3))
+    with pytest.raises(UsageError, match="scale: expected a finite positive number, found"):
+        check_ranges(scale=torch.tensor(-0.5))
+    with pytest.raises(UsageError, match="latent: expected a whole number of at least 1, found"):
+        check_ranges(latent=torch.tensor(1.5))
+
+
 def test_sizes_beyond_the_memory_are_named():
     with pytest.raises(UsageError, match=r"latent: expected at most \d+, as many numbers as fit into .* GB of memory"):
         priors.StandardNormal(10**13)

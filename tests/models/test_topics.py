@@ -106,6 +106,20 @@ def test_the_words_of_a_document_are_a_mixture_in_log_space():
     torch.testing.assert_close(out[:, 0], (theta.log() + net.logits.log_softmax(-1)[:, 0]).logsumexp(-1))
 
 
+def test_topics_start_at_the_clusters_of_documents():
+    of_topics = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.2, 0.4, 0.4]])  # documents have one topic each
+    which = torch.tensor([0, 1, 1, 0, 1, 1])
+    lengths = torch.tensor([10.0, 20.0, 40.0, 30.0, 10.0, 50.0])
+    net = nn.Topics.from_data(lengths[:, None] * of_topics[which], 2, seed=3)
+    found = net.logits.softmax(-1)
+    expected = 0.9 * of_topics + 0.1 * of_topics[which].mean(0)  # documents count alike, whatever their lengths
+    torch.testing.assert_close(found[found[:, 0].argsort(descending=True)], expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="topics: expected 1 to 3, as there are documents, found 4"):
+        nn.Topics.from_data(torch.ones(3, WORDS), 4)
+    with pytest.raises(ValueError, match="found none in row 1; leave it out"):
+        nn.Topics.from_data(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 1)
+
+
 def test_a_linear_layer_is_a_product_of_experts():
     model = TopicModel(PRIORS["Dirichlet"](2), torch.nn.Linear(2, WORDS, bias=False), POSTERIORS["Dirichlet"](2))
     weight = model.likelihood.net.weight.detach()

@@ -1,0 +1,160 @@
+"""The rows of `published`: published figures, the pairs and data that they are for, and how each is trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor
+
+from experiments import iwae, table1
+from ppvae import objectives
+from ppvae.models import HierarchicalVAE
+
+
+class Stage(NamedTuple):
+    """One run of training; its learning rate falls to zero along a cosine unless `decay` is another schedule."""
+
+    name: str
+    objective: Callable[[], PyroELBO]
+    epochs: int
+    batch: int
+    lr: float
+    patience: int | None = None
+    precision: str = "bf16"
+    decay: Callable[[torch.optim.Optimizer], Any] | None = None
+
+    @property
+    def text(self) -> str:
+        stop = f", best of validation (patience {self.patience})" if self.patience else ""
+        return f"{self.name}: {self.epochs} epochs x {self.batch} at {self.lr:g}{stop}"
+
+
+class Row(NamedTuple):
+    """A published number, in nats or (`bits`) bits per dimension, the pair and data that it is for, and schedules."""
+
+    published: float
+    source: str
+    pair: dict[str, Any]
+    data: str
+    binarize: str
+    stages: tuple[Stage, ...]
+    paper: tuple[Stage, ...]
+    pythae: float | None = None
+    factory: str = "ppvae.models:vae"
+    bits: bool = False
+    particles: int = 5000
+
+    @property
+    def family(self) -> str:
+        """The pair and the data in a word, by which rows share stages."""
+        sizes = "-".join(str(v["name"] if isinstance(v, dict) else v) for v in self.pair.values())
+        return "".join(c for c in f"{self.data}-{self.binarize}-{sizes}" if c.isalnum() or c in "-.")
+
+
+def two_layers(train: Tensor, hidden: tuple[int, ...] = (200, 200)) -> HierarchicalVAE:
+    """The two-layer networks of Burda et al. 2016.
+
+    Args:
+        train: the training data.
+        hidden: the widths of the encoder's first hidden layers.
+    """
+    pair = table1.build_pair(table1.Settings(hidden=hidden), 2, train.mean(0))
+    assert isinstance(pair, HierarchicalVAE)
+    return pair
+
+
+def vae(draws: int, **options: Any) -> Callable[[], PyroELBO]:
+    return functools.partial(objectives.ELBO, draws, **options)
+
+
+def bound(draws: int, **options: Any) -> Callable[[], PyroELBO]:
+    return functools.partial(objectives.IWAE, draws, **options)
+
+
+def by_paper(name: str, objective: Callable[[], PyroELBO], batch: int = 20) -> tuple[Stage]:
+    """The schedule of Burda et al. 2016: 3280 epochs in float32."""
+    decay = iwae.stepwise_decay(iwae.PAPER)
+    return (Stage(f"{name}, paper", objective, len(iwae.PAPER), batch, 1e-3, None, "float32", decay),)
+
+
+def by_vamp_paper(warmup: int) -> tuple[Stage]:
+    """The schedule of Tomczak and Welling 2018: early stopping, and a warm-up of beta in steps."""
+    constant = functools.partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
+    return (Stage("VAE-1, paper", vae(1, warmup=warmup), 2000, 100, 5e-4, 50, "float32", constant),)
+
+
+DYNAMIC = ("mnist-59600", "dynamic")
+ONE, TWO = {"latent": 50, "hidden": (200, 200)}, {"hidden": (200, 200)}
+VAMP = {"latent": 40, "hidden": (300, 300)}
+FREY = VAMP | {"likelihood": {"name": "DiscretizedLogistic"}}
+PSEUDO = {"prior": {"name": "VampPrior.from_data", "components": 500}}
+SPHERE = {"latent": 11, "hidden": (256, 128)}
+SPHERE |= {"prior": {"name": "UniformOnSphere"}, "posterior": {"name": "PowerSpherical"}}
+BURDA, TOMCZAK = "Burda et al. 2016 (arXiv 1509.00519)", "Tomczak and Welling 2018 (arXiv 1705.07120)"
+RAINFORTH, DAVIDSON = "Rainforth et al. 2018 (arXiv 1802.04537)", "Davidson et al. 2018 (arXiv 1804.00891)"
+TWO_LAYERS = "experiments.published_rows:two_layers"
+
+VAE1 = Stage("VAE-1", vae(1, gradient="stl"), 300, 100, 2e-3)
+VAE5 = Stage("VAE-5", vae(5, gradient="stl"), 50, 100, 1e-3)
+VAE50 = Stage("VAE-50", vae(50, gradient="stl"), 10, 50, 5e-4)
+IWAE5 = Stage("IWAE-5", bound(5, gradient="dreg"), 100, 100, 1e-3)
+IWAE50 = Stage("IWAE-50", bound(50, gradient="dreg"), 20, 50, 5e-4)
+CIWAE = functools.partial(objectives.CIWAE, 0.05, 64)
+STATIC = Stage("VAE-1", vae(1, gradient="stl"), 200, 100, 1e-3, 30)
+FREY1 = Stage("VAE-1", vae(1), 600, 100, 1e-3, 150, "float32")
+
+
+def burda(published: float, name: str, stages: tuple[Stage, ...], layers: int = 1) -> Row:
+    """A cell of Burda's Table 1 on dynamically binarised MNIST."""
+    kind, draws = name.split("-")
+    paper = by_paper(name, (vae if kind == "VAE" else bound)(int(draws)))
+    factory, pair = ("ppvae.models:vae", ONE) if layers == 1 else (TWO_LAYERS, TWO)
+    return Row(published, BURDA, pair, *DYNAMIC, stages, paper, factory=factory)
+
+
+ROWS = {
+    "frey": Row(4.63, TOMCZAK, FREY, "freyfaces", "none", (FREY1,), by_vamp_paper(1600), bits=True),
+    "frey-VampPrior": Row(
+        4.57, TOMCZAK, FREY | PSEUDO, "freyfaces", "none", (FREY1,), by_vamp_paper(1600), bits=True
+    ),
+    "S-VAE": Row(
+        93.16, DAVIDSON, SPHERE, *DYNAMIC, (Stage("S-VAE", vae(1, analytic_kl=True), 120, 100, 2e-3),),
+        (Stage("S-VAE, paper", vae(1, analytic_kl=True), 1000, 64, 1e-3, 50, "float32"),), 93.13, particles=500,
+    ),
+    "1-VAE-1": burda(86.76, "VAE-1", (VAE1,)),
+    "1-IWAE-5": burda(85.54, "IWAE-5", (VAE1, IWAE5)),
+    "1-VAE-5": burda(86.47, "VAE-5", (VAE1, VAE5)),
+    "1-IWAE-50": burda(84.78, "IWAE-50", (VAE1, IWAE5, IWAE50)),
+    "1-VAE-50": burda(86.35, "VAE-50", (VAE1, VAE5, VAE50)),
+    "CIWAE": Row(
+        84.57, RAINFORTH, ONE, *DYNAMIC, (VAE1, IWAE5, Stage("CIWAE", functools.partial(CIWAE, gradient="dreg"), 15, 50,
+        5e-4)), by_paper("CIWAE", CIWAE, 64), 84.74,
+    ),
+    "MIWAE": Row(
+        84.97, RAINFORTH, ONE, *DYNAMIC, (VAE1, IWAE5, Stage("MIWAE", functools.partial(objectives.MIWAE, 8, 8,
+        gradient="dreg"), 15, 50, 5e-4)), by_paper("MIWAE", functools.partial(objectives.MIWAE, 8, 8), 64), 85.09,
+    ),
+    "PIWAE": Row(
+        84.46, RAINFORTH, ONE, *DYNAMIC, (VAE1, IWAE5, Stage("PIWAE", functools.partial(objectives.PIWAE, 8, 8,
+        gradient="dreg"), 15, 50, 5e-4)), by_paper("PIWAE", functools.partial(objectives.PIWAE, 8, 8), 64), 84.58,
+    ),
+    "2-VAE-1": burda(85.33, "VAE-1", (VAE1,), 2),
+    "2-IWAE-5": burda(83.89, "IWAE-5", (VAE1, IWAE5), 2),
+    "2-VAE-5": burda(85.01, "VAE-5", (VAE1, VAE5), 2),
+    "2-IWAE-50": burda(82.90, "IWAE-50", (VAE1, IWAE5, IWAE50), 2),
+    "2-VAE-50": burda(84.78, "VAE-50", (VAE1, VAE5, VAE50), 2),
+    "fixed-VAE-1": Row(88.71, BURDA, ONE, "mnist", "fixed", (STATIC,), by_paper("VAE-1", vae(1))),
+    "fixed-IWAE-50": Row(
+        87.10, BURDA, ONE, "mnist", "fixed", (STATIC, IWAE50._replace(patience=5)), by_paper("IWAE-50", bound(50)),
+        86.82,
+    ),
+    "fixed-VampPrior": Row(85.57, TOMCZAK, VAMP | PSEUDO, "mnist", "fixed", (STATIC,), by_vamp_paper(50_000), 85.79),
+    "omniglot-VAE-1": Row(108.11, BURDA, ONE, "omniglot", "dynamic", (VAE1,), by_paper("VAE-1", vae(1))),
+    "omniglot-IWAE-50": Row(
+        104.67, BURDA, ONE, "omniglot", "dynamic", (VAE1, IWAE5, IWAE50), by_paper("IWAE-50", bound(50))
+    ),
+}  # fmt: skip
