@@ -214,11 +214,24 @@ def test_data_that_have_changed_are_refused(tmp_path, monkeypatch, capsys):
         assert len(now) == 64
     np.save("mine.npy", x)
     assert main(command) == 0
-    config["test"] = "0" * 64
-    (run / "config.json").write_text(json.dumps(config))
+    (run / "config.json").write_text(json.dumps(config | {"test": "0" * 64}))
     capsys.readouterr()
     assert main(command) == 1
-    assert f"its test data are not what they were: expected SHA-256 {'0' * 64}" in capsys.readouterr().err
+    assert "config.json and the checkpoint" in capsys.readouterr().err  # which has the digest, too
+
+
+def test_test_data_that_have_changed_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    parts = {name: torch.bernoulli(torch.full((60, 12), 0.4)).numpy() for name in ("train", "valid", "test")}
+    np.savez("mine.npz", **parts)
+    run = fitted(tmp_path, PAIRS / "two_latents.py", "--data", "mine.npz", "--binarize", "none")
+    command = ["evaluate", str(run), "--num-particles", "30", "--no-report"]
+    np.savez("mine.npz", **parts | {"test": 1 - parts["test"]})
+    capsys.readouterr()
+    assert main(command) == 1
+    digest = json.loads((run / "config.json").read_text())["test"]
+    assert f"its test data are not what they were: expected SHA-256 {digest}" in capsys.readouterr().err
     assert main([*command, "--split", "valid"]) == 0  # which are what they were
 
 

@@ -1126,7 +1126,8 @@ def test_progress_shows_nats_per_datum(capsys):
     fit(oracle.model, oracle.guide, gaussian_data(), epochs=2, progress=True)
     shown = capsys.readouterr().err
     assert "2/2" in shown
-    assert "loss" in shown
+    assert "ELBO" in shown
+    assert "nats" in shown
     fit(oracle.model, oracle.guide, gaussian_data(), epochs=1)
     assert capsys.readouterr().err == ""
 
