@@ -114,7 +114,8 @@ SEED = Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True, given
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("epochs", "batch_size"), replace(COUNT, given=True)),
     **dict.fromkeys(("rows", "count", "head", "folds", "num_data", "num_labels"), COUNT),
-    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "latents", "checks"), COUNT_OR_NONE),
+    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "checks"), COUNT_OR_NONE),
+    "latents": replace(COUNT_OR_NONE, many=True),
     **dict.fromkeys(
         (
             "latent",

@@ -28,7 +28,7 @@ ZERO_IS_A_NUMBER = {  # flags whose 0 has a meaning: nothing of it, or a seed
     "seed", "data_seed", "labelled", "patience", "guide_particles", "bracket", "gaps", "latents", "replications",
     "lr", "eps", "weight_decay", "warmup", "beta", "alpha", "gamma", "free_bits", "capacity", "wake", "sleep", "weight",
     "width", "resample", "rank", "tail_adaptive_beta", "floor", "jitter", "noise", "start", "event_dim", "label_weight",
-    "rate",
+    "rate", "checks", "gradients",
 }  # fmt: skip
 MINUS_ONE_IS_A_NUMBER = {"seed", "data_seed", "alpha", "weight", "capacity", "width", "start", "tail_adaptive_beta"}
 NOT_OURS = {"max_plate_nesting"}  # of Pyro: infinity by default, and what Pyro makes of a number
