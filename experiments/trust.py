@@ -89,10 +89,11 @@ def compute(s: Settings, workspace: Workspace, layer: int, row: str, seed: int) 
             f"{name}_log_px": float(one.log_px.mean()), f"{name}_first": float(first.mean()),
             f"{name}_reliable": float(one.reliable.double().mean()), f"{name}_seconds": seconds / len(one.log_px),
             f"{name}_wall": wall / len(one.log_px), f"{name}_below": below, f"{name}_below_error": error,
+            f"{name}_std_error": float(one.std_error[: s.num_annealed].median()),
         }  # fmt: skip
     curve = {k: best.log_px - bound[: s.num_annealed] for k, bound in sorted(found["guide"][0].bounds.items())}
     result |= {"curve": {str(k): float(below.mean()) for k, below in curve.items()}}
-    return result | {"annealed_std_error": float(best.std_error.square().sum().sqrt()) / len(best.log_px)}
+    return result | {"annealed_mean_std_error": float(best.std_error.square().sum().sqrt()) / len(best.log_px)}
 
 
 def cpu_seconds() -> float:
@@ -132,11 +133,16 @@ def measure(folder: Path, name: str, method: Callable[[], Estimate]) -> tuple[Es
     return load_estimate(folder / f"{name}.json"), seconds["cpu"], seconds["wall"]
 
 
+def cost_at_equal_error(r: dict[str, float]) -> float:
+    """Seconds of annealing in those of refined, with as many chains as give it the standard error of refined."""
+    return r["annealed_seconds"] / r["refined_seconds"] * (r["annealed_std_error"] / r["refined_std_error"]) ** 2
+
+
 def table(found: Cells) -> str:
     """A row for each pair and method: log p(x), share of reliable data, cost, and distance from annealing."""
     header = (
         "pair", "log p(x) by", "mean, all images", "mean, annealed images", "below annealing", "reliable",
-        "CPU ms per image", "times the guide",
+        "std. error per image", "CPU ms per image", "times the guide",
     )  # fmt: skip
     lines = []
     for (layer, row), r in cells.group_cells(found, "layer", "row").items():
@@ -151,7 +157,8 @@ def table(found: Cells) -> str:
             lines.append((
                 f"{('one', 'two')[layer - 1]} layer{'s' * (layer > 1)}, {row}" if name == "guide" else "",
                 words[name], whole, f"{cells.mean(r, f'{name}_first'):.3f}", "" if name == "annealed" else below,
-                f"{100 * cells.mean(r, f'{name}_reliable'):.1f} %", f"{1000 * cells.mean(r, f'{name}_seconds'):.0f}",
+                f"{100 * cells.mean(r, f'{name}_reliable'):.1f} %", f"{cells.mean(r, f'{name}_std_error'):.3f}",
+                f"{1000 * cells.mean(r, f'{name}_seconds'):.0f}",
                 f"{cells.mean(r, f'{name}_seconds') / cells.mean(r, 'guide_seconds'):.2f}",
             ))  # fmt: skip
     first, says = found[0]["result"], []
@@ -159,9 +166,11 @@ def table(found: Cells) -> str:
         own = [c["result"] for c in found if c["cell"]["layer"] == layer]
         ratio = statistics.median(one["refined_seconds"] / one["guide_seconds"] for one in own)
         times = statistics.median(one["annealed_seconds"] / one["refined_seconds"] for one in own)
+        equal = statistics.median(cost_at_equal_error(one) for one in own)
         says.append(
             f"{('One layer', 'Two layers')[layer - 1]}: refined takes {ratio:.2f} times the CPU seconds of the guide "
-            f"(median over pairs), and annealing {times:.0f} times those of refined."
+            f"(median over pairs), and annealing {times:.0f} times those of refined; with as many chains as give it "
+            f"the standard error per image of refined, {equal:.0f} times."
         )
     count = first["num_data"]
     return f"{' '.join(says)} Means over all {count} images or those annealed.\n\n{cells.markdown(header, lines)}"
@@ -182,7 +191,7 @@ def draw_figure(found: Cells) -> Any:
             label = f"guide, K = {min(ks)} to {max(ks)} ({row})"
             ax.plot([k * per_draw for k in ks], [r["curve"][str(k)] for k in ks], line, color=VERMILLION, label=label)
             for name, color, marker in (("guide", VERMILLION, "o"), ("refined", BLUE, "s"), ("annealed", GREEN, "D")):
-                error = 2 * (r["annealed_std_error"] if name == "annealed" else r[f"{name}_below_error"])
+                error = 2 * (r["annealed_mean_std_error"] if name == "annealed" else r[f"{name}_below_error"])
                 words = None if name == "guide" else f"{name} ({row})"
                 ax.errorbar(
                     r[f"{name}_seconds"], r[f"{name}_below"], error, color=color, marker=marker, fillstyle=filled,
