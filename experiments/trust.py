@@ -209,7 +209,8 @@ def draw_figure(found: Cells) -> Any:
     for ax in axes:
         ax.minorticks_off()
     axes[0].set_ylabel("nats below annealing (± 2 std. errors)")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+    handles = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
+    axes[-1].legend(*handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     return fig
 
 
