@@ -11,7 +11,23 @@ from torch import Tensor
 Distribution = TypeVar("Distribution", bound=TorchDistribution)
 
 
-class ParametricDistribution(TorchDistribution):
+class WithoutMoments(TorchDistribution):
+    """A distribution that says where its mean, mode or variance has no closed form; a subclass defines those it has."""
+
+    @property
+    def mean(self) -> Tensor:
+        raise no_closed_form(self, "mean")
+
+    @property
+    def mode(self) -> Tensor:
+        raise no_closed_form(self, "mode")
+
+    @property
+    def variance(self) -> Tensor:
+        raise no_closed_form(self, "variance")
+
+
+class ParametricDistribution(WithoutMoments):
     """A distribution whose `expand` expands `parameter_dims`, {name: the event dims of a tensor; 0 of a distribution}.
 
     A subclass defines `_log_prob`, of a value that has been validated where validation is on.
@@ -30,18 +46,6 @@ class ParametricDistribution(TorchDistribution):
 
     def _log_prob(self, value: Tensor) -> Tensor:
         raise NotImplementedError
-
-    @property
-    def mean(self) -> Tensor:
-        raise no_closed_form(self, "mean")
-
-    @property
-    def mode(self) -> Tensor:
-        raise no_closed_form(self, "mode")
-
-    @property
-    def variance(self) -> Tensor:
-        raise no_closed_form(self, "variance")
 
 
 def no_closed_form(fn: Any, moment: str) -> NotImplementedError:

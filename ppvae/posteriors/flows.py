@@ -11,14 +11,14 @@ from pyro.distributions import transforms
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
-from ppvae.distributions.batch_shape import no_closed_form
+from ppvae.distributions.batch_shape import WithoutMoments
 from ppvae.errors.ranges import check_ranges
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
 
 
 @final
-class GradientSafeTransformed(dist.TransformedDistribution):
+class GradientSafeTransformed(WithoutMoments, dist.TransformedDistribution):
     """Pyro's TransformedDistribution, which uses the cached inverse only where gradients through it are right.
 
     The density of a value without a path (a draw made without gradients) depends on the parameters through the inverse;
@@ -30,14 +30,6 @@ class GradientSafeTransformed(dist.TransformedDistribution):
             value = value[...]  # a new tensor with the same values, which is in no cache
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         return super().log_prob(value if value.shape == shape else value.expand(shape))
-
-    @property
-    def mean(self) -> Tensor:
-        raise no_closed_form(self, "mean")
-
-    @property
-    def mode(self) -> Tensor:
-        raise no_closed_form(self, "mode")
 
 
 @final

@@ -190,7 +190,7 @@ class Concatenated(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", PRIORS)
-@pytest.mark.parametrize("moment", ["mean", "mode"])
+@pytest.mark.parametrize("moment", ["mean", "mode", "variance"])
 def test_a_moment_is_known_or_a_sentence_says_that_it_has_no_closed_form(name: str, moment: str) -> None:
     case = PRIORS[name]
     fn = case.make(case.size)(**case.given())
