@@ -1,12 +1,15 @@
 """Matrix products by the faster library, torch's default BLAS or oneDNN, measured for each shape."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 MIN_MULTIPLICATIONS = 2**20  # of a product that is timed
 TIMING_ROUNDS = 5
@@ -84,6 +87,11 @@ def _strides(t: Tensor) -> tuple[int, int]:
     return (columns, 1) if t.stride(-1) == 1 else (1, rows)
 
 
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return product
+
+
 _library: torch.library.Library | None = None
 
 
@@ -93,7 +101,49 @@ def onednn_linear() -> Any:
     if _library is None:
         _library = torch.library.Library("ppvae", "FRAGMENT")
         _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-        run = torch.ops.mkldnn._linear_pointwise.default
-        _library.impl("onednn_linear", lambda x, weight, bias: run(x, weight, bias, "none", [], ""), "CPU")
+        _library.impl("onednn_linear", _by_onednn, "CPU")
         _library.impl("onednn_linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)), "Meta")
     return torch.ops.ppvae.onednn_linear.default
+
+
+class FasterLinear(TorchFunctionMode):
+    """Computes large float32 linear layers of eager runs without gradients by oneDNN, where MKL is slower for certain.
+
+    A layer counts as large from `MIN_MULTIPLICATIONS`. Results are equal up to rounding. Layers of reduced precision
+    (`layer_precision`), and runs that are captured or mapped by `torch.func`, are left as they are.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs and _is_replaceable(*args):
+            return _by_onednn(*args[:2], *(args[2:] or (None,)))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_replaceable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    return (
+        not torch.compiler.is_compiling()
+        and mkl_is_slow()
+        and not torch.is_grad_enabled()
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and weight.dim() == 2
+        and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies by MKL on a processor of AMD, on which MKL takes up to twice as long as oneDNN.
+
+    This is not timed, so that results of one machine are equal to the last bit.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in processor and hasattr(torch.ops.mkldnn, "_linear_pointwise")

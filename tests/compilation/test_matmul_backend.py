@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae import fit
 from ppvae.compilation import matmul_backend as products
+from ppvae.compilation.precision import layer_precision
 from ppvae.models import LinearGaussian
 from ppvae.training import checkpoint
 
@@ -89,3 +90,55 @@ def test_choices_are_kept_with_a_run_and_used_when_it_goes_on(monkeypatch, tmp_p
     assert again.config["kernels"] == "compiled"
     pairs = zip(whole.model.scope.params.values(), again.model.scope.params.values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of the layers that oneDNN has computed, as on a processor on which MKL is slow."""
+    met = []
+    operation = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "_by_onednn", lambda *a: met.append(a[0].shape) or operation(*a, "none", [], ""))
+    return met
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(300, 40), (3, 100, 40)])
+def test_large_layers_of_eager_runs_are_computed_by_onednn(calls, shape, bias):
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(40, 100, bias=bias), torch.randn(shape)
+    exact = torch.nn.functional.linear(x.double(), net.weight.double(), net.bias.double() if bias else None)
+    with torch.no_grad(), products.FasterLinear():
+        found = net(x)
+    assert calls == [x.shape]
+    assert found.shape == exact.shape
+    assert float((found - exact).detach().abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["small", "double", "with gradients", "mapped", "captured", "MKL is fast"])
+def test_other_layers_are_left_alone(calls, monkeypatch, kind):
+    rows, dtype = 3 if kind == "small" else 300, torch.float64 if kind == "double" else torch.float32
+    net, x = torch.nn.Linear(40, 100, dtype=dtype), torch.randn(rows, 40, dtype=dtype)
+    if kind == "MKL is fast":
+        monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    with torch.set_grad_enabled(kind == "with gradients"), products.FasterLinear():
+        if kind == "mapped":
+            torch.func.vmap(net)(x.expand(2, 300, 40))
+        elif kind == "captured":
+            graph = make_fx(net)(x).graph
+            assert not [n for n in graph.nodes if "onednn" in str(n.target) or "mkldnn" in str(n.target)]
+        else:
+            net(x)
+    assert calls == []
+
+
+def test_reduced_precision_is_kept(calls):
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(40, 100), torch.randn(300, 40)
+    with torch.no_grad(), products.FasterLinear(), layer_precision("bf16"):
+        found = net(x)
+    with torch.no_grad(), layer_precision("bf16"):
+        expected = net(x)
+    assert torch.allclose(found, expected, rtol=2**-8, atol=1e-6)  # one rounding step
+    assert not torch.allclose(found, net(x), rtol=2**-12, atol=1e-6)
