@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.reliability import (
+    FILTER_METHOD,
     Reliability,
     assess_chains,
+    assess_filters,
     assess_mixed,
     assess_weights,
     error_words,
@@ -58,6 +60,7 @@ class Estimate:
         remedy: the method that is recommended for data where importance sampling fails.
         log_likelihood: log p(x_n | theta) at the first draws of the global latents theta, [draws, N], where they were
             kept; `posterior` then has these draws, [draws, *event].
+        ess_by_step: of a particle filter, the ess at each step before resampling, [N, T], summed over its filters.
         guide_estimate: the same by draws from the guide, where proposals were refined: L_K, which papers print.
         seconds: of the computation, where it was timed; of its last part where it was resumed.
     """
@@ -86,6 +89,7 @@ class Estimate:
     reliable_override: Tensor | None = field(default=None, repr=False)
     remedy: str = ""
     log_likelihood: Tensor | None = field(default=None, repr=False)
+    ess_by_step: Tensor | None = field(default=None, repr=False)
     guide_estimate: Estimate | None = field(default=None, repr=False)
     seconds: float = math.nan
 
@@ -103,6 +107,9 @@ class Estimate:
             "joint": self.joint,
             "reliable": self.reliable_override,
         }
+        if self.method == FILTER_METHOD:
+            del common["joint"]
+            return assess_filters(**common, filter_ess=self.diagnostics["filter_ess"], particles=self.particles)
         acceptance = self.diagnostics.get("acceptance", torch.ones_like(self.ess))
         if self.method == MIXED_METHOD:
             return assess_mixed(

@@ -17,6 +17,8 @@ MIN_ESS = 50.0
 MAX_K_HAT = 0.6  # whatever the number of particles; of the upper limit, see `k_hat_upper`
 Z_95 = 1.645  # the 95 % quantile of a standard normal
 MIN_ACCEPTANCE = 0.2  # HMC chains that accept fewer proposals do not follow the tempered densities
+FILTER_METHOD = "particle filter"
+NUM_FILTERS = 10  # independent ones, whose spread is the standard error
 MAX_AFFORDABLE_PARTICLES = 100_000  # per datum; above it another method is recommended
 MAX_QUADRATURE_DIMS = 3
 
@@ -173,6 +175,34 @@ def assess_chains(
     return Reliability(
         reliable, reasons, _summary(reliable, reasons, joint), "; ".join(advice + _advice_on_nonfinite(broken))
     )
+
+
+def assess_filters(
+    *, ess: Tensor, filter_ess: Tensor, nonfinite: Tensor, particles: Tensor, reliable: Tensor | None = None
+) -> Reliability:
+    """Reliability of particle filters: finite estimates, whose effective number is at least half the number of filters.
+
+    The estimates Z of p(x) by the filters are then weights whose relative variance is at most about 1, as log Z has
+    when its standard deviation is under 0.8 nats; and at every step at least 10 particles, over all filters, count.
+
+    Args:
+        ess: the smallest ess of a step, summed over the filters, [N].
+        filter_ess: (sum Z)^2 / sum Z^2 over the filters, [N].
+    """
+    enough = NUM_FILTERS / 2
+    if reliable is None:
+        reliable = (nonfinite == 0) & (filter_ess >= enough) & (ess >= NUM_FILTERS)
+    broken = ~reliable & (nonfinite > 0)
+    spread = ~reliable & ~broken & ~(filter_ess >= enough)
+    reasons = {
+        f"estimates of {NUM_FILTERS} filters that disagree (effective number below {enough:g})": spread,
+        "a step at which no more than one particle of a filter counts": ~reliable & ~broken & ~spread,
+        "non-finite weights": broken,
+    }
+    advice = (
+        [f"more than {int(particles.max())} particles, or a better guide"] if bool((~reliable & ~broken).any()) else []
+    )
+    return Reliability(reliable, reasons, _summary(reliable, reasons, False), "; ".join(advice))
 
 
 def assess_mixed(
