@@ -16,10 +16,9 @@ from ppvae.evaluation.block_cache import concatenate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
-from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
 from ppvae.inference.contract.support import base_measure_of, missing_values_note
-from ppvae.inference.sequences.particle_filter import FilterResult, particle_filter
+from ppvae.inference.sequences.particle_filter import particle_filter
 from ppvae.inference.sequences.steps import require_sequence
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program
@@ -71,7 +70,7 @@ def log_marginal_by_filter(
     base, levels, notes = base_measure_of(run.columns[0], s)
     dims = s.observed_dims - missing / run.num_data
     return Estimate(
-        log_px=found["log_px"], std_error=found["std_error"], ess=found["smallest_ess"], k_hat=found["k_hat"],
+        log_px=found["log_px"], std_error=found["std_error"], ess=found["ess"], k_hat=found["k_hat"],
         elbo=found["elbo"], nonfinite=found["nonfinite"],
         num_particles=num_particles // NUM_FILTERS * NUM_FILTERS,
         seed=seed,
@@ -99,43 +98,43 @@ class FilterBlocks:
     posterior_draws: int
 
     def __call__(self, block: Block) -> dict[str, Tensor]:
-        rows = torch.arange(block.size)
-        size = block.size if self.run.structure.draws_subsample else DATA_BLOCK * PARTICLE_BLOCK // self.num_particles
-        parts = [self._filter(block.select_rows(part)[0], i) for i, part in enumerate(rows.split(max(1, size)))]
-        return concatenate(parts)
-
-    def _filter(self, block: Block, number: int) -> dict[str, Tensor]:
-        run, s = self.run, self.run.structure
+        whole = self.run.structure.draws_subsample  # the pair takes no other rows
+        size = block.size if whole else max(1, DATA_BLOCK * PARTICLE_BLOCK // self.num_particles)
+        rows = torch.arange(block.size).repeat(NUM_FILTERS)
+        parts = concatenate([self._filter(block, part, i) for i, part in enumerate(rows.split(size))])
+        by_filter = {n: value.unflatten(0, (NUM_FILTERS, block.size)) for n, value in parts.items()}
         filters = LogWeightAccumulator(NUM_FILTERS, (), block.eps)
-        draws = None
-        if self.posterior_draws:
-            draws = PosteriorReservoir(
-                self.posterior_draws, derive_seed(run.seed, block.number, number, "posterior"), s
-            )
-        ess: Tensor | float = 0.0
-        resampled: Tensor | float = 0.0
-        for i in range(NUM_FILTERS):
-            seed_all(derive_seed(run.seed, block.number, "filter", number, i))
-            f = particle_filter(
-                run.model, run.guide, block.batch, self.num_particles, structure=s, threshold=THRESHOLD,
-                index=block.index,
-            )  # fmt: skip
-            if not i:
-                block.check_supports(f.first)
-            filters.add(f.log_px[None], f.first.elbo.mean(0)[None])
-            ess, resampled = ess + f.ess.T, resampled + f.resampled / NUM_FILTERS
-            if draws is not None:
-                draws.add(*_trajectories(f))
-        assert isinstance(ess, Tensor)
-        assert isinstance(resampled, Tensor)
+        filters.add(by_filter["log_px"], by_filter["elbo"])
         found = filters.result()
-        found |= {"filter_ess": found.pop("ess"), "ess_by_step": ess.cpu(), "smallest_ess": ess.amin(1).cpu()}
-        held = draws.values if draws is not None else {}
-        found |= {"resampled": resampled.cpu(), "missing": torch.tensor(block.num_missing)}
-        return found | {f"posterior/{n}": v.transpose(0, 1) for n, v in held.items()}
+        ess = by_filter["ess_by_step"].sum(0)
+        found |= {"filter_ess": found.pop("ess"), "ess_by_step": ess, "ess": ess.nan_to_num(torch.inf).amin(1)}
+        if self.posterior_draws:  # a filter in proportion to its estimate, then its trajectory
+            seed_all(derive_seed(self.run.seed, block.number, "posterior"))
+            share = by_filter["log_px"].nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
+            chosen = share.T.multinomial(self.posterior_draws, replacement=True)  # [N, draws]
+            data, draws = torch.arange(block.size)[:, None], torch.arange(self.posterior_draws)
+            found |= {n: v[chosen, data, draws] for n, v in by_filter.items() if n.startswith("posterior/")}
+        return found | {"resampled": by_filter["resampled"].mean(0), "missing": torch.tensor(block.num_missing)}
 
-
-def _trajectories(f: FilterResult) -> tuple[Tensor, dict[str, Tensor]]:
-    """(log-weights [K, N] that sum to the filter's estimate, the latents): draws from the particles at the end."""
-    log_weight = f.log_weight.log_softmax(0) + f.log_px
-    return log_weight, {n: site.value for n, site in f.last.guide.items() if site.role is Role.LATENT}
+    def _filter(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
+        """One particle filter for each of these rows of a block; draws are [rows, draws, (inner plates,) *event]."""
+        run = self.run
+        part, _ = block.select_rows(rows)
+        seed_all(derive_seed(run.seed, block.number, "filter", number))
+        f = particle_filter(
+            run.model, run.guide, part.batch, self.num_particles, structure=run.structure, threshold=THRESHOLD,
+            index=part.index,
+        )  # fmt: skip
+        if not number:
+            block.check_supports(f.first)
+        found = {
+            "log_px": f.log_px, "elbo": f.first.elbo.mean(0), "ess_by_step": f.ess.T, "resampled": f.resampled.double(),
+        }  # fmt: skip
+        if self.posterior_draws:
+            share = f.log_weight.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
+            chosen = share.T.multinomial(self.posterior_draws, replacement=True)  # [rows, draws]
+            for name, site in f.last.guide.items():
+                if site.role is Role.LATENT:
+                    value = site.value.movedim(site.value.dim() - f.last.structure.event_dims[name] - 1, 0)
+                    found[f"posterior/{name}"] = value[torch.arange(len(rows))[:, None], chosen.to(value.device)]
+        return {name: value.cpu() for name, value in found.items()}
