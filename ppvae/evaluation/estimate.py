@@ -191,8 +191,10 @@ their log p(x) may be far too low
         what to do: for 2: a better guide
         """
         unit = JOINT_UNIT if self.joint else UNIT
-        chains = self.reliable_override is not None
-        sampler = f"{self.method}, {self.num_particles} chains" if chains else f"K = {format_particles(self.particles)}"
+        sampler = f"K = {format_particles(self.particles)}"
+        if self.method == FILTER_METHOD or self.reliable_override is not None:
+            count = sampler if self.method == FILTER_METHOD else f"{self.num_particles} chains"
+            sampler = f"{self.method}, {count}"
         lines = [
             f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {len(self.log_px)} data ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
@@ -230,7 +232,7 @@ their log p(x) may be far too low
         if math.isfinite(self.seconds):
             guide = self.guide_estimate
             rows["seconds"] = f"{self.seconds:.1f}" + (f", and {guide.seconds:.1f} of the guide" if guide else "")
-        if self.reliable_override is not None:
+        if self.method == FILTER_METHOD or self.reliable_override is not None:
             rows |= {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
         if bracket := self.bracket_summary:
             rows["bracket"] = bracket

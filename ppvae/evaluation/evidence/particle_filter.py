@@ -35,7 +35,8 @@ def require_filter_options(num_particles: Any, options: dict[str, tuple[Any, Any
                 f"{name}: expected {default!r} beside method='particle_filter', found {value!r}. Leave it out; or take "
                 f"method='importance'"
             )
-    check_ranges(num_particles=num_particles)
+    if num_particles != "auto":
+        check_ranges(num_particles=num_particles)
     if num_particles == "auto" or num_particles < 2 * NUM_FILTERS:
         raise UsageError(
             f"num_particles: expected at least {2 * NUM_FILTERS}, two for each of {NUM_FILTERS} particle filters, "

@@ -82,7 +82,7 @@ def continue_guide(
         for site in at:
             step = steps.of_guide[site]
             upto = last if step is None else step <= last
-            kept[site] = piece.broadcast_weights(upto.expand(piece.num_particles, -1), site)
+            kept[site] = piece.broadcast_weights(upto.expand(count, -1), site)
             if step is None:
                 kept[site] = times <= kept[site].flatten(kept[site].dim() - structure.event_dims[site])
         with ContinueSequences(at, kept):

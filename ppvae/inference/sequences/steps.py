@@ -123,7 +123,7 @@ def _steps_of_chain(t: Terms, chain: str, site: Site) -> Steps:
             if by_step is None and name == chain:
                 raise site_error(
                     name, "a density by step in model and guide, for weights by step", "one of the whole sequence",
-                    "give it a chain of the same length, as distributions.MarkovChain",
+                    "give it a chain of the same length, as ppvae.distributions.markov_chain.MarkovChain",
                 )  # fmt: skip
             if by_step is None:
                 at = count - 1 if each.role in (Role.OBSERVED, Role.FACTOR) else 0
