@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pyro
@@ -24,12 +25,12 @@ def bound(objective: Any, pair: Any, x: Any) -> float:
 
 
 def test_between_the_bound_of_importance_sampling_and_log_px():
-    """Means over 300 filters, whose standard errors are under 0.1: the order holds by over 10 of them."""
-    pair, x = linear_pair(shift=0.3), draw_linear(1, 40, seed=3)
-    rows = x.expand(300, 40).contiguous()
-    iwae, fivo, exact = bound(IWAE(20), pair, rows), bound(FIVO(20), pair, rows), float(kalman(x))
-    assert iwae + 1 < fivo < exact - 0.2
-    assert fivo < bound(FIVO(80), pair, rows) < exact
+    """Means over 150 filters: the differences are over 5 of their standard errors."""
+    pair, x = linear_pair(shift=0.3), draw_linear(1, 25, seed=3)
+    rows = x.expand(150, 25).contiguous()
+    iwae, fivo, exact = bound(IWAE(10), pair, rows), bound(FIVO(10), pair, rows), float(kalman(x))
+    assert iwae + 0.8 < fivo < exact - 0.3
+    assert fivo + 0.2 < bound(FIVO(40), pair, rows) < exact
 
 
 def test_without_resampling_it_is_iwae():
@@ -51,30 +52,25 @@ def gradients(objective: Any, x: Any, a: float, shift: float) -> tuple[float, di
         return -loss / len(x), {name: -float(store._params[name].grad) / len(x) for name in ("a", "shift")}
 
 
-@pytest.mark.parametrize("gradient", ["pathwise", "ancestor_score"])
-def test_gradient_with_the_resampling_term_is_that_of_the_bound(gradient: str):
-    """Against central differences of the mean of 40,000 filters that resample at every step, within 5 standard errors;
-    the pathwise gradient leaves a term out, and is off by more."""
-    x, at, step = draw_linear(1, 3, seed=9).expand(40_000, 3).contiguous(), {"a": 0.6, "shift": 0.5}, 0.1
-    objective = FIVO(2, resample=1.0, gradient=gradient)
-    _, found = gradients(objective, x, **at)
-    errors = {}
+def test_gradient_with_the_resampling_term_is_that_of_the_bound():
+    """Against central differences of the mean of 20,000 filters that resample at every step, of a standard error of
+    0.04; the pathwise gradient leaves a term of 0.5 out."""
+    x, at, step = draw_linear(1, 4, seed=9).expand(20_000, 4).contiguous(), {"a": 0.4, "shift": 0.7}, 0.1
+    exact = {}
     for name in at:
-        up, down = (gradients(objective, x, **(at | {name: at[name] + d}))[0] for d in (step, -step))
-        errors[name] = abs(found[name] - (up - down) / (2 * step))
-    print(gradient, found, errors)
-    if gradient == "ancestor_score":
-        assert max(errors.values()) < 0.05
-    else:
-        assert max(errors.values()) > 0.1
+        up, down = (gradients(FIVO(4, 1.0), x, **(at | {name: at[name] + d}))[0] for d in (step, -step))
+        exact[name] = (up - down) / (2 * step)
+    _, full = gradients(FIVO(4, 1.0, "ancestor_score"), x, **at)
+    _, paths = gradients(FIVO(4, 1.0), x, **at)
+    assert max(abs(full[name] - exact[name]) for name in at) < 0.2
+    assert abs(paths["shift"] - exact["shift"]) > 0.3
 
 
-def test_training_raises_the_bound_and_is_not_captured():
-    x = draw_linear(64, 8)
-    pair = linear_pair(shift=0.8, learned=True)
-    run = fit(*pair, x, objective=FIVO(8), epochs=3, batch_size=16, seed=0)
-    losses = [row["loss"] for row in run.history]
-    assert losses[-1] < losses[0]
+def test_training_raises_the_bound():
+    pair, x = linear_pair(shift=0.8, learned=True), draw_linear(64, 8)
+    optimizer = functools.partial(torch.optim.Adam, lr=0.05)
+    run = fit(*pair, x, objective=FIVO(8), optimizer=optimizer, epochs=6, batch_size=16, seed=0)
+    assert run.history[-1]["loss"] < run.history[0]["loss"] - 0.5
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
