@@ -180,10 +180,10 @@ def assess_chains(
 def assess_filters(
     *, ess: Tensor, filter_ess: Tensor, nonfinite: Tensor, particles: Tensor, reliable: Tensor | None = None
 ) -> Reliability:
-    """Reliability of particle filters: finite estimates, whose effective number is at least half the number of filters.
+    """Reliability of particle filters: finite estimates, an effective number of at least half the filters, ess >= 50.
 
     The estimates Z of p(x) by the filters are then weights whose relative variance is at most about 1, as log Z has
-    when its standard deviation is under 0.8 nats; and at every step at least 10 particles, over all filters, count.
+    when its standard deviation is under 0.8 nats.
 
     Args:
         ess: the smallest ess of a step, summed over the filters, [N].
@@ -191,12 +191,12 @@ def assess_filters(
     """
     enough = NUM_FILTERS / 2
     if reliable is None:
-        reliable = (nonfinite == 0) & (filter_ess >= enough) & (ess >= NUM_FILTERS)
+        reliable = (nonfinite == 0) & (filter_ess >= enough) & (ess >= MIN_ESS)
     broken = ~reliable & (nonfinite > 0)
     spread = ~reliable & ~broken & ~(filter_ess >= enough)
     reasons = {
         f"estimates of {NUM_FILTERS} filters that disagree (effective number below {enough:g})": spread,
-        "a step at which no more than one particle of a filter counts": ~reliable & ~broken & ~spread,
+        f"ess below {MIN_ESS:g} at a step": ~reliable & ~broken & ~spread,
         "non-finite weights": broken,
     }
     advice = (
