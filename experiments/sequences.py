@@ -2,10 +2,10 @@
 FIVO (Maddison et al. 2017, arXiv 1705.09279), and log p(x) by particle filters and by importance sampling of as many
 draws, as T grows.
 
-"linear": z_t = 0.9 z_(t-1) + 0.6 noise, x_t = z_t + 0.8 noise, whose log p(x) the Kalman filter gives. "nonlinear": z_t =
-z_(t-1) / 2 + 25 z_(t-1) / (1 + z_(t-1)^2) + noise of variance 10, x_t = z_t^2 / 20 + noise of variance 1 (after Gordon
-et al. 1993, without its drive). Of these two the model is known, and the guide q(z_t | z_(t-1), x_t), a network, is
-trained on 25 steps. "digits": eight rows of eight binary pixels, whose model is trained too."""
+"linear": z_t = 0.9 z_(t-1) + 0.6 noise, x_t = z_t + 0.8 noise, whose log p(x) the Kalman filter gives. "nonlinear":
+z_t = z_(t-1) / 2 + 25 z_(t-1) / (1 + z_(t-1)^2) + noise of variance 10, x_t = z_t^2 / 20 + noise of variance 1 (after
+Gordon et al. 1993, without its drive). Of these two the model is known, and the guide q(z_t | z_(t-1), x_t), a network,
+is trained on 25 steps. "digits": eight rows of eight binary pixels, whose model is trained too."""
 
 from __future__ import annotations
 
