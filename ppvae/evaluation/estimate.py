@@ -24,12 +24,12 @@ from ppvae.evaluation.reliability import (
     error_words,
     format_particles,
     k_hat_limit,
+    verdict_words,
 )
 from ppvae.run_folder.identity import write_result
 from ppvae.run_folder.together import written_together
 
 MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
-MOSTLY_RELIABLE = 0.95  # of the data
 UNIT, JOINT_UNIT = "nats per datum", "nats for the whole data set"
 
 
@@ -253,16 +253,9 @@ their log p(x) may be far too low
     @property
     def verdict(self) -> str:
         """Whether log p(x) can be relied on, in one sentence."""
-        good = float(self.reliable.double().mean())
         if self.settings.get("bracket_sufficient") is False:  # what no weight shows
             return "not reliable: the proposal is too far from posteriors of simulated data, see bracket"
-        if self.joint or good in (0.0, 1.0):
-            return "reliable" if good else "not reliable: log p(x) may be far too low"
-        rest = int((~self.reliable).sum())
-        share = f"reliable for {100 * good:.1f} % of the data"
-        if good >= MOSTLY_RELIABLE:
-            return f"{share}; log p(x) of the other {rest} may be too low"
-        return f"{share} only: log p(x) of the other {rest} may be far too low, and the mean with it"
+        return verdict_words(self.reliable, self.joint)
 
     @property
     def guide_comparison(self) -> str:

@@ -21,6 +21,7 @@ FILTER_METHOD = "particle filter"
 NUM_FILTERS = 10  # independent ones, whose spread is the standard error
 MAX_AFFORDABLE_PARTICLES = 100_000  # per datum; above it another method is recommended
 MAX_QUADRATURE_DIMS = 3
+MOSTLY_RELIABLE = 0.95  # of the data
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,22 @@ def recommend_alternative(s: Structure) -> str:
     if 0 < s.latent_dims <= MAX_QUADRATURE_DIMS and not s.has_global_latents:
         return f"quadrature (ppvae.evaluation.quadrature: {s.latent_dims} dims are few enough), or {annealing}"
     return annealing
+
+
+def verdict_words(reliable: Tensor, joint: bool) -> str:
+    """Whether log p(x) of these data, [N] bool, can be relied on.
+
+    >>> verdict_words(torch.tensor([True, False]), joint=False)
+    'reliable for 50.0 % of the data only: log p(x) of the other 1 may be far too low, and the mean with it'
+    """
+    good = float(reliable.double().mean())
+    if joint or good in (0.0, 1.0):
+        return "reliable" if good else "not reliable: log p(x) may be far too low"
+    rest = int((~reliable).sum())
+    share = f"reliable for {100 * good:.1f} % of the data"
+    if good >= MOSTLY_RELIABLE:
+        return f"{share}; log p(x) of the other {rest} may be too low"
+    return f"{share} only: log p(x) of the other {rest} may be far too low, and the mean with it"
 
 
 def error_words(mean: float, error: float) -> str:

@@ -76,7 +76,11 @@ SEQUENCES = {  # constructor of the pair, batch, steps
     "sites": (linear_pair, lambda: (draw_linear(4, 6),), 6),
     "lengths": (linear_pair, lambda: (draw_linear(4, 6), LENGTHS), 6),
     "folded": (lambda: linear_pair(require=lambda z, x: z.shape == x.shape[:1]), lambda: (draw_linear(4, 6),), 6),
-    "one by one": (lambda: linear_pair(require=lambda z, x: z.shape == (4,)), lambda: (draw_linear(4, 6),), 6),
+    "one by one": (
+        lambda: linear_pair(require=lambda z, x: z.shape == x.shape[:1] and len(x) <= 4),
+        lambda: (draw_linear(4, 6),),
+        6,
+    ),
     "discrete": (hmm_pair, lambda: (draw_linear(4, 6),), 6),
     "chain": (lambda: of(deep()), lambda: (torch.randn(4, 6, 3), LENGTHS), 6),
     "one step": (lambda: of(LinearGaussian(3, 2).double()), lambda: (torch.randn(4, 3),), 1),
