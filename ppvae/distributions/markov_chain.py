@@ -42,14 +42,27 @@ class MarkovChain(ParametricDistribution):
         super().__init__(known.shape[:-1], known.shape[-1:] + start.shape, validate_args=validate_args)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        z = self.start.expand(torch.Size(sample_shape) + self.batch_shape + self.start.shape)
+        shape = torch.Size(sample_shape) + self.batch_shape
+        return self._draw(self.start.expand(shape + self.start.shape), lambda t, z: z)
+
+    def continue_from(self, value: Tensor, kept: Tensor) -> Tensor:
+        """A draw [*batch, T, latent] given the steps of `value` where `kept` [*batch, T] is true."""
+        kept = kept.unsqueeze(-1)
+        start = self.start.expand(self.batch_shape + self.start.shape)
+        return self._draw(start, lambda t, z: torch.where(kept[..., t, :], value[..., t, :], z))
+
+    def _draw(self, z: Tensor, replace: Callable[[int, Tensor], Tensor]) -> Tensor:
         steps = []
         for t in range(self.event_shape[0]):
-            steps.append(z := self.step(z, t).rsample())
+            steps.append(z := replace(t, self.step(z, t).rsample()))
         return torch.where(self.known.unsqueeze(-1), torch.stack(steps, -2), 0.0)
 
-    def _log_prob(self, value: Tensor) -> Tensor:
+    def step_log_prob(self, value: Tensor) -> Tensor:
+        """log p(z_t | z_(t-1)), [*batch, T]; 0 for steps that are not known."""
         first = self.start.expand(*value.shape[:-2], 1, value.shape[-1])
         before = torch.cat([first, value[..., :-1, :]], -2)
-        log_prob = torch.where(self.known, self.step(before, slice(None)).log_prob(value), 0.0).sum(-1)
+        return torch.where(self.known, self.step(before, slice(None)).log_prob(value), 0.0)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        log_prob = self.step_log_prob(value).sum(-1)
         return log_prob.expand(torch.broadcast_shapes(self.batch_shape, log_prob.shape))

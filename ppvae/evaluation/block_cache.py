@@ -143,6 +143,16 @@ class BlockContext:
 
 
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Named tensors [N, ...] of several parts of the data, joined by the names that all have; scalars are stacked."""
+    """Named tensors [N, ...] of several parts of the data, joined by the names that all have; scalars are stacked.
+
+    Tensors [N, T] of different T are padded with NaN, as of sequences whose longest differ.
+    """
     names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: torch.cat([torch.atleast_1d(part[name]) for part in parts]) for name in names}
+    return {name: _join([torch.atleast_1d(part[name]) for part in parts]) for name in names}
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    if len({t.shape[1:] for t in tensors}) > 1:
+        longest = max(t.shape[1] for t in tensors)
+        tensors = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=torch.nan) for t in tensors]
+    return torch.cat(list(tensors))

@@ -15,19 +15,21 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.evaluation.reliability import (
+    FILTER_METHOD,
     Reliability,
     assess_chains,
+    assess_filters,
     assess_mixed,
     assess_weights,
     error_words,
     format_particles,
     k_hat_limit,
+    verdict_words,
 )
 from ppvae.run_folder.identity import write_result
 from ppvae.run_folder.together import written_together
 
 MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
-MOSTLY_RELIABLE = 0.95  # of the data
 UNIT, JOINT_UNIT = "nats per datum", "nats for the whole data set"
 
 
@@ -58,6 +60,7 @@ class Estimate:
         remedy: the method that is recommended for data where importance sampling fails.
         log_likelihood: log p(x_n | theta) at the first draws of the global latents theta, [draws, N], where they were
             kept; `posterior` then has these draws, [draws, *event].
+        ess_by_step: of a particle filter, the ess at each step before resampling, [N, T], summed over its filters.
         guide_estimate: the same by draws from the guide, where proposals were refined: L_K, which papers print.
         seconds: of the computation, where it was timed; of its last part where it was resumed.
     """
@@ -86,6 +89,7 @@ class Estimate:
     reliable_override: Tensor | None = field(default=None, repr=False)
     remedy: str = ""
     log_likelihood: Tensor | None = field(default=None, repr=False)
+    ess_by_step: Tensor | None = field(default=None, repr=False)
     guide_estimate: Estimate | None = field(default=None, repr=False)
     seconds: float = math.nan
 
@@ -103,6 +107,9 @@ class Estimate:
             "joint": self.joint,
             "reliable": self.reliable_override,
         }
+        if self.method == FILTER_METHOD:
+            del common["joint"]
+            return assess_filters(**common, filter_ess=self.diagnostics["filter_ess"], particles=self.particles)
         acceptance = self.diagnostics.get("acceptance", torch.ones_like(self.ess))
         if self.method == MIXED_METHOD:
             return assess_mixed(
@@ -184,8 +191,10 @@ their log p(x) may be far too low
         what to do: for 2: a better guide
         """
         unit = JOINT_UNIT if self.joint else UNIT
-        chains = self.reliable_override is not None
-        sampler = f"{self.method}, {self.num_particles} chains" if chains else f"K = {format_particles(self.particles)}"
+        sampler = f"K = {format_particles(self.particles)}"
+        if self.method == FILTER_METHOD or self.reliable_override is not None:
+            count = sampler if self.method == FILTER_METHOD else f"{self.num_particles} chains"
+            sampler = f"{self.method}, {count}"
         lines = [
             f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {len(self.log_px)} data ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
@@ -223,7 +232,7 @@ their log p(x) may be far too low
         if math.isfinite(self.seconds):
             guide = self.guide_estimate
             rows["seconds"] = f"{self.seconds:.1f}" + (f", and {guide.seconds:.1f} of the guide" if guide else "")
-        if self.reliable_override is not None:
+        if self.method == FILTER_METHOD or self.reliable_override is not None:
             rows |= {"method": self.method, **{k: str(v) for k, v in self.settings.items()}}
         if bracket := self.bracket_summary:
             rows["bracket"] = bracket
@@ -244,16 +253,9 @@ their log p(x) may be far too low
     @property
     def verdict(self) -> str:
         """Whether log p(x) can be relied on, in one sentence."""
-        good = float(self.reliable.double().mean())
         if self.settings.get("bracket_sufficient") is False:  # what no weight shows
             return "not reliable: the proposal is too far from posteriors of simulated data, see bracket"
-        if self.joint or good in (0.0, 1.0):
-            return "reliable" if good else "not reliable: log p(x) may be far too low"
-        rest = int((~self.reliable).sum())
-        share = f"reliable for {100 * good:.1f} % of the data"
-        if good >= MOSTLY_RELIABLE:
-            return f"{share}; log p(x) of the other {rest} may be too low"
-        return f"{share} only: log p(x) of the other {rest} may be far too low, and the mean with it"
+        return verdict_words(self.reliable, self.joint)
 
     @property
     def guide_comparison(self) -> str:

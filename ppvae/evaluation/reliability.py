@@ -17,8 +17,11 @@ MIN_ESS = 50.0
 MAX_K_HAT = 0.6  # whatever the number of particles; of the upper limit, see `k_hat_upper`
 Z_95 = 1.645  # the 95 % quantile of a standard normal
 MIN_ACCEPTANCE = 0.2  # HMC chains that accept fewer proposals do not follow the tempered densities
+FILTER_METHOD = "particle filter"
+NUM_FILTERS = 10  # independent ones, whose spread is the standard error
 MAX_AFFORDABLE_PARTICLES = 100_000  # per datum; above it another method is recommended
 MAX_QUADRATURE_DIMS = 3
+MOSTLY_RELIABLE = 0.95  # of the data
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,34 @@ def assess_chains(
     )
 
 
+def assess_filters(
+    *, ess: Tensor, filter_ess: Tensor, nonfinite: Tensor, particles: Tensor, reliable: Tensor | None = None
+) -> Reliability:
+    """Reliability of particle filters: finite estimates, an effective number of at least half the filters, ess >= 50.
+
+    The estimates Z of p(x) by the filters are then weights whose relative variance is at most about 1, as log Z has
+    when its standard deviation is under 0.8 nats.
+
+    Args:
+        ess: the smallest ess of a step, summed over the filters, [N].
+        filter_ess: (sum Z)^2 / sum Z^2 over the filters, [N].
+    """
+    enough = NUM_FILTERS / 2
+    if reliable is None:
+        reliable = (nonfinite == 0) & (filter_ess >= enough) & (ess >= MIN_ESS)
+    broken = ~reliable & (nonfinite > 0)
+    spread = ~reliable & ~broken & ~(filter_ess >= enough)
+    reasons = {
+        f"estimates of {NUM_FILTERS} filters that disagree (effective number below {enough:g})": spread,
+        f"ess below {MIN_ESS:g} at a step": ~reliable & ~broken & ~spread,
+        "non-finite weights": broken,
+    }
+    advice = (
+        [f"more than {int(particles.max())} particles, or a better guide"] if bool((~reliable & ~broken).any()) else []
+    )
+    return Reliability(reliable, reasons, _summary(reliable, reasons, False), "; ".join(advice))
+
+
 def assess_mixed(
     *,
     ess: Tensor,
@@ -250,6 +281,22 @@ def recommend_alternative(s: Structure) -> str:
     if 0 < s.latent_dims <= MAX_QUADRATURE_DIMS and not s.has_global_latents:
         return f"quadrature (ppvae.evaluation.quadrature: {s.latent_dims} dims are few enough), or {annealing}"
     return annealing
+
+
+def verdict_words(reliable: Tensor, joint: bool) -> str:
+    """Whether log p(x) of these data, [N] bool, can be relied on.
+
+    >>> verdict_words(torch.tensor([True, False]), joint=False)
+    'reliable for 50.0 % of the data only: log p(x) of the other 1 may be far too low, and the mean with it'
+    """
+    good = float(reliable.double().mean())
+    if joint or good in (0.0, 1.0):
+        return "reliable" if good else "not reliable: log p(x) may be far too low"
+    rest = int((~reliable).sum())
+    share = f"reliable for {100 * good:.1f} % of the data"
+    if good >= MOSTLY_RELIABLE:
+        return f"{share}; log p(x) of the other {rest} may be too low"
+    return f"{share} only: log p(x) of the other {rest} may be far too low, and the mean with it"
 
 
 def error_words(mean: float, error: float) -> str:

@@ -97,8 +97,8 @@ class CompiledStep:
             retries=1,
         )
         self.function = CompiledFunction(target, policy, "steps", FALLBACK, kernels)
-        if getattr(source.objective, "has_learned_baseline", False):
-            self.function.refuse("its objective has a baseline that learns")
+        if refusal := getattr(source.objective, "capture_refusal", ""):
+            self.function.refuse(refusal)
         if source.has_own_gradients:
             self.function.refuse("its gradients come from a function of the caller's")
 

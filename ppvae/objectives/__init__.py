@@ -34,11 +34,12 @@ One for the draws of discrete sites, of which reparameterised sites beside them 
 from ppvae.objectives.aggregate_posterior import TCVAE, InfoVAE
 from ppvae.objectives.bounds import CIWAE, IWAE, MIWAE, PIWAE, Renyi
 from ppvae.objectives.elbo import ELBO, Capacity
+from ppvae.objectives.fivo import FIVO
 from ppvae.objectives.objective import Objective
 from ppvae.objectives.tvo import TVO
 from ppvae.objectives.wake_sleep import ReweightedWakeSleep
 
 __all__ = [
-    "CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "TCVAE", "TVO", "Capacity", "InfoVAE", "Objective", "Renyi",
+    "CIWAE", "ELBO", "FIVO", "IWAE", "MIWAE", "PIWAE", "TCVAE", "TVO", "Capacity", "InfoVAE", "Objective", "Renyi",
     "ReweightedWakeSleep",
 ]  # fmt: skip

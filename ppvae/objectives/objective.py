@@ -278,6 +278,11 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
         return self.gradient.has_learned_baseline
 
     @property
+    def capture_refusal(self) -> str:
+        """Why a step is not captured as a graph; an empty string where it may be."""
+        return "its objective has a baseline that learns" if self.has_learned_baseline else ""
+
+    @property
     def steps_taken(self) -> int:
         """The number of steps taken, which the schedules follow."""
         return int(self._step)

@@ -25,6 +25,7 @@ from ppvae.inference.param_store import ParamScope
 from ppvae.objectives import (
     CIWAE,
     ELBO,
+    FIVO,
     IWAE,
     MIWAE,
     PIWAE,
@@ -99,6 +100,7 @@ ESTIMATORS = {
     },
     "straight_through": EstimatorCase(GRADIENTS["straight_through"], unbiased=False, general=False),
     "enumerated": EstimatorCase(GRADIENTS["enumerated"], unbiased=False, general=False),
+    "ancestor_score": EstimatorCase(GRADIENTS["ancestor_score"], DISCRETE, needs_paths=True, general=False),
     "own": EstimatorCase(lambda: None, unbiased=False, general=False),  # of objectives that define `surrogate`
 }
 OF_DISCRETE = ("vargrad", "arms", "double_cv", "rebar", "unordered_set")
@@ -138,6 +140,9 @@ OBJECTIVES = {
     "tvo": ObjectiveCase(
         lambda k, g: TVO(k, 3, gradient=g), (*SCORES, "covariance"), ENUMERATED_GUIDE,
         functools.partial(thermodynamic, partition=TVO(2, 3).partition()),
+    ),
+    "fivo": ObjectiveCase(
+        lambda k, g: FIVO(k, gradient=g), ("pathwise", "ancestor_score"), ENUMERATED | GLOBAL, log_mean_exp
     ),
     "wake": ObjectiveCase(lambda k, _: ReweightedWakeSleep(k), ("own",), ENUMERATED_GUIDE),
     "sleep": ObjectiveCase(

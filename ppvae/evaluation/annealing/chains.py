@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.evaluation.annealing.hmc import HMCKernel
+from ppvae.inference.sequences.resampling import effective_sample_size, systematic_resampling
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ def forward_chains(
         if t == len(path.betas) - 1:
             break
         if resample:
-            low = _ess(log_weight) < resample * count
+            low = effective_sample_size(log_weight) < resample * count
             uniform = torch.rand(low.shape, generator=noise, dtype=like.dtype, device=like.device)
             if bool(low.any()):
                 identity = torch.arange(count, device=low.device)[:, None]
-                index = torch.where(low, _systematic_resampling(log_weight, uniform), identity)
+                index = torch.where(low, systematic_resampling(log_weight, uniform), identity)
                 state, ancestor = state.select_chains(index), ancestor.gather(0, index)
                 log_past = torch.where(low, log_past + _log_mean(log_weight), log_past)
                 log_weight = torch.where(low, torch.zeros_like(log_weight), log_weight)
@@ -97,20 +98,8 @@ def run_reverse_chains(
     return log_weight
 
 
-def _ess(log_weight: Tensor) -> Tensor:
-    return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
-
-
 def _log_mean(log_weight: Tensor) -> Tensor:
     return log_weight.logsumexp(0) - torch.tensor(float(len(log_weight)), dtype=torch.float64).log()
-
-
-def _systematic_resampling(log_weight: Tensor, uniform: Tensor) -> Tensor:
-    """Indices [chains, batch] drawn in proportion to the weights, from one uniform number per datum."""
-    count = len(log_weight)
-    cdf = log_weight.nan_to_num(-torch.inf, torch.inf, -torch.inf).softmax(0).cumsum(0)
-    quantiles = (torch.arange(count, device=uniform.device)[:, None] + uniform) / count * cdf[-1]
-    return torch.searchsorted(cdf.T.contiguous(), quantiles.T.contiguous(), right=True).T.clamp(max=count - 1)
 
 
 def _sum_by_ancestor(log_weight: Tensor, ancestor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ppvae.evaluation.evidence.escalation import (
     escalation_note,
     refinable_run,
 )
+from ppvae.evaluation.evidence.particle_filter import log_marginal_by_filter, require_filter_options
 from ppvae.evaluation.global_latents.evidence import log_marginal_given_globals, require_guide_importance
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.evaluation.importance.sampler import ImportanceSampler
@@ -40,7 +41,7 @@ def log_marginal(
     *,
     num_particles: int | Literal["auto"] = 1000,
     proposal: Literal["guide", "refined"] = "guide",
-    method: Literal["importance", "auto"] = "importance",
+    method: Literal["importance", "auto", "particle_filter"] = "importance",
     target_std_error: float = 0.05,
     max_particles: int = 20_000,
     conditional: bool = False,
@@ -77,6 +78,14 @@ def log_marginal(
     std_error, ess, k_hat and posterior draws are then those of the chains; elbo and L_k are always those of the refined
     proposal. What neither sees is a mode that no draw reaches: `ppvae.evaluation.bracket` does.
 
+    With method="particle_filter" the latents of a datum are a sequence, sites z_1 .. z_T with observed sites between,
+    or a chain as `models.DeepMarkovModel` has, of which importance sampling has weights whose variance grows
+    exponentially with T. Ten independent filters have a tenth of the particles each, which are resampled where less
+    than half are effective (`ppvae.inference.sequences`): log p(x) is the log of the mean of their estimates, unbiased
+    for p(x), the standard error comes from their spread, ess is the smallest over the steps of `est.ess_by_step`. A
+    filter that resamples R times makes 1 + R runs of guide and model, each over the whole sequence, and holds its
+    K / 10 trajectories; posterior draws are trajectories, whose early steps have few distinct ancestors.
+
     With global latents theta, shared by all data, weights are joint, one number for the data set. With
     `local_particles` = K > 1 the local latents of each datum are integrated out inside by K particles at each of
     `num_particles` draws of theta: log w = log p(theta) - log q(theta) + sum_n log (1/K) sum_k w_nk(theta), whose mean
@@ -98,7 +107,7 @@ def log_marginal(
             defensive share of the guide. The fit uses noise of its own, so that the estimate of p(x) stays unbiased.
             All that is reported is of the proposal used; `est.diagnostics["family"]` says which it was per datum.
         method: "importance", or "auto" for annealing where refined importance sampling fails. Where the pair cannot be
-            refined the guide is the proposal, and the notes say why.
+            refined the guide is the proposal, and the notes say why. "particle_filter" for sequences.
         target_std_error, max_particles: for "auto": the target of the standard error of each datum, and the largest
             number of particles of its estimate.
         conditional: log p(x_n | theta) averaged over draws of the global latents theta, per datum, in place of the
@@ -127,6 +136,15 @@ def log_marginal(
     >>> bool((est.log_px - pair.log_px(x)).abs().max() < 1e-9), bool(est.reliable.all())
     (True, True)
     """
+    if method == "particle_filter":
+        require_filter_options(num_particles, {
+            "proposal": (proposal, "guide"), "conditional": (conditional, False), "bounds": (tuple(bounds), ()),
+            "local_particles": (local_particles, 1), "rows": (rows, None), "precision": (precision, "float32"),
+        })  # fmt: skip
+        return log_marginal_by_filter(
+            model, guide, data, num_particles=int(num_particles), seed=seed, posterior_draws=posterior_draws,
+            directory=directory, device=device, progress=progress,
+        )  # fmt: skip
     allocation = make_allocation(num_particles, target_std_error, max_particles)
     if conditional or local_particles != 1:
         require_guide_importance({
@@ -143,7 +161,7 @@ def log_marginal(
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
     if method not in ("importance", "auto"):
-        raise UsageError(f"method: expected 'importance' or 'auto', found {method!r}")
+        raise UsageError(f"method: expected 'importance', 'auto' or 'particle_filter', found {method!r}")
     escalates, refused, replaced = method == "auto", "", ""
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         check_precision(precision, run.device)

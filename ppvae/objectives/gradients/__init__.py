@@ -6,6 +6,7 @@ This module resolves the names that `gradient=` takes; the estimators are listed
 from collections.abc import Callable, Mapping
 
 from ppvae.errors import UsageError
+from ppvae.objectives.gradients.ancestor_score import AncestorScore
 from ppvae.objectives.gradients.covariance import Covariance
 from ppvae.objectives.gradients.discrete.arms import ARMS, disarm
 from ppvae.objectives.gradients.discrete.double_cv import DoubleCV
@@ -23,9 +24,9 @@ from ppvae.objectives.gradients.pathwise import STL, Pathwise
 from ppvae.objectives.gradients.score_function import ScoreFunction, vimco
 
 __all__ = [
-    "ARMS", "GRADIENTS", "REBAR", "STL", "Covariance", "DReG", "DoubleCV", "Enumerated", "GDReG", "Gradient",
-    "GradientEstimator", "Pathwise", "PerSite", "ScoreFunction", "SiteEstimator", "StraightThrough", "UnorderedSet",
-    "VarGrad", "disarm", "relax", "resolve_gradient", "vimco",
+    "ARMS", "GRADIENTS", "REBAR", "STL", "AncestorScore", "Covariance", "DReG", "DoubleCV", "Enumerated", "GDReG",
+    "Gradient", "GradientEstimator", "Pathwise", "PerSite", "ScoreFunction", "SiteEstimator", "StraightThrough",
+    "UnorderedSet", "VarGrad", "disarm", "relax", "resolve_gradient", "vimco",
 ]  # fmt: skip
 
 GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
@@ -45,6 +46,7 @@ GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {
     "unordered_set": UnorderedSet,
     "straight_through": StraightThrough,
     "enumerated": Enumerated,
+    "ancestor_score": AncestorScore,
 }
 
 

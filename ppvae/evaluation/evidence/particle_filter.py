@@ -1,0 +1,141 @@
+"""log p(x) of sequences per datum by particle filters over time, with the guide as the proposal."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae.data.loader import data_digest
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
+from ppvae.evaluation.block_cache import concatenate
+from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
+from ppvae.inference.contract.support import base_measure_of, missing_values_note
+from ppvae.inference.sequences.particle_filter import particle_filter
+from ppvae.inference.sequences.steps import require_sequence
+from ppvae.inference.structure import Role
+from ppvae.inference.tracing import Program
+from ppvae.rng import derive_seed, seed_all
+
+THRESHOLD = 0.5  # of the share of effective particles under which they are resampled
+
+
+def require_filter_options(num_particles: Any, options: dict[str, tuple[Any, Any]]) -> None:
+    """Raises UsageError for an argument that a particle filter does not take: {name: (value, default)}."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise UsageError(
+                f"{name}: expected {default!r} beside method='particle_filter', found {value!r}. Leave it out; or take "
+                f"method='importance'"
+            )
+    if num_particles != "auto":
+        check_ranges(num_particles=num_particles)
+    if num_particles == "auto" or num_particles < 2 * NUM_FILTERS:
+        raise UsageError(
+            f"num_particles: expected at least {2 * NUM_FILTERS}, two for each of {NUM_FILTERS} particle filters, "
+            f"found {num_particles!r}"
+        )
+
+
+def log_marginal_by_filter(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    num_particles: int,
+    seed: int,
+    posterior_draws: int,
+    directory: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    progress: bool | None,
+) -> Estimate:
+    """`log_marginal` with method="particle_filter"; arguments as there."""
+    check_ranges(posterior_draws=posterior_draws, seed=seed)
+    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
+        require_sequence(run.structure, "a particle filter")
+        key = {"what": "particle_filter", "num_particles": num_particles, "posterior_draws": posterior_draws}
+        found = run_blocks(
+            run, FilterBlocks(run, num_particles // NUM_FILTERS, posterior_draws), key,
+            desc="log p(x)", directory=directory, progress=progress,
+            figures={"nll": lambda statistics: -statistics["log_px"]},
+        )  # fmt: skip
+    s, missing = run.structure, int(found.pop("missing").sum())
+    posterior = {n.partition("/")[2]: found.pop(n).transpose(0, 1) for n in list(found) if n.startswith("posterior/")}
+    base, levels, notes = base_measure_of(run.columns[0], s)
+    dims = s.observed_dims - missing / run.num_data
+    return Estimate(
+        log_px=found["log_px"], std_error=found["std_error"], ess=found["ess"], k_hat=found["k_hat"],
+        elbo=found["elbo"], nonfinite=found["nonfinite"],
+        num_particles=num_particles // NUM_FILTERS * NUM_FILTERS,
+        seed=seed,
+        dims=dims,
+        base_measure=base,
+        levels=levels,
+        lower_bound_only=s.lower_bound_only,
+        data=getattr(run.columns[0], "description", ""),
+        digest=data_digest(run.columns),
+        posterior=posterior or None,
+        notes=notes + s.remarks + ((missing_values_note(dims, s),) if missing else ()),
+        method=FILTER_METHOD,
+        settings={"filters": NUM_FILTERS, "threshold": THRESHOLD},
+        diagnostics={name: found[name] for name in ("filter_ess", "resampled")},
+        ess_by_step=found["ess_by_step"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FilterBlocks:
+    """The statistics of a block of data: [N] by name, and the ess of each step, [N, T]."""
+
+    run: Evaluation
+    num_particles: int  # of each filter
+    posterior_draws: int
+
+    def __call__(self, block: Block) -> dict[str, Tensor]:
+        whole = self.run.structure.draws_subsample  # the pair takes no other rows
+        size = block.size if whole else max(1, DATA_BLOCK * PARTICLE_BLOCK // self.num_particles)
+        rows = torch.arange(block.size).repeat(NUM_FILTERS)
+        parts = concatenate([self._filter(block, part, i) for i, part in enumerate(rows.split(size))])
+        by_filter = {n: value.unflatten(0, (NUM_FILTERS, block.size)) for n, value in parts.items()}
+        filters = LogWeightAccumulator(NUM_FILTERS, (), block.eps)
+        filters.add(by_filter["log_px"], by_filter["elbo"])
+        found = filters.result()
+        ess = by_filter["ess_by_step"].sum(0)
+        found |= {"filter_ess": found.pop("ess"), "ess_by_step": ess, "ess": ess.nan_to_num(torch.inf).amin(1)}
+        if self.posterior_draws:  # a filter in proportion to its estimate, then its trajectory
+            seed_all(derive_seed(self.run.seed, block.number, "posterior"))
+            share = by_filter["log_px"].nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
+            chosen = share.T.multinomial(self.posterior_draws, replacement=True)  # [N, draws]
+            data, draws = torch.arange(block.size)[:, None], torch.arange(self.posterior_draws)
+            found |= {n: v[chosen, data, draws] for n, v in by_filter.items() if n.startswith("posterior/")}
+        return found | {"resampled": by_filter["resampled"].mean(0), "missing": torch.tensor(block.num_missing)}
+
+    def _filter(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
+        """One particle filter for each of these rows of a block; draws are [rows, draws, (inner plates,) *event]."""
+        run = self.run
+        part, _ = block.select_rows(rows)
+        seed_all(derive_seed(run.seed, block.number, "filter", number))
+        f = particle_filter(
+            run.model, run.guide, part.batch, self.num_particles, structure=run.structure, threshold=THRESHOLD,
+            index=part.index,
+        )  # fmt: skip
+        if not number:
+            block.check_supports(f.first)
+        found = {
+            "log_px": f.log_px, "elbo": f.first.elbo.mean(0), "ess_by_step": f.ess.T, "resampled": f.resampled.double(),
+        }  # fmt: skip
+        if self.posterior_draws:
+            share = f.log_weight.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
+            chosen = share.T.multinomial(self.posterior_draws, replacement=True)  # [rows, draws]
+            for name, site in f.last.guide.items():
+                if site.role is Role.LATENT:
+                    value = site.value.movedim(site.value.dim() - f.last.structure.event_dims[name] - 1, 0)
+                    found[f"posterior/{name}"] = value[torch.arange(len(rows))[:, None], chosen.to(value.device)]
+        return {name: value.cpu() for name, value in found.items()}

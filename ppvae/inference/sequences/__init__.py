@@ -1,0 +1,1 @@
+"""Pairs whose latents are sequences: log-weights by step, runs that continue others, and particle filters."""

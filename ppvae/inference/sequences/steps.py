@@ -1,0 +1,155 @@
+"""Log-weights of a pair by step of its sequence, in the order of its sites or along the first event dim of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppvae.errors import ContractError, site_error
+from ppvae.inference.particle_layout import ParticleLayout
+from ppvae.inference.sites import Site, event_factors
+from ppvae.inference.structure import ParticlePlacement, Role, Structure
+from ppvae.inference.terms import Terms
+
+COUNTED = (Role.LATENT, Role.OBSERVED, Role.FACTOR, Role.AUXILIARY)
+
+
+def is_chain(distribution: Any) -> bool:
+    """Whether a distribution is a sequence along its first event dim that can be drawn and weighed step by step.
+
+    It has `step_log_prob(value)`, [*batch, T], whose sum over T is `log_prob`, step t a function of value[..., :t + 1]
+    alone, and `continue_from(value, kept)`, a draw given the steps of `value` where `kept` [*batch, T] is true.
+    """
+    return hasattr(distribution, "step_log_prob") and hasattr(distribution, "continue_from")
+
+
+def require_sequence(s: Structure, consumer: str) -> None:
+    """The weights of a pair have steps: no site is summed out, and no latent is shared by all data.
+
+    Raises:
+        ContractError: a pair whose weights have none, by the site's name.
+    """
+    if s.weights_refusal:
+        raise ContractError(s.weights_refusal)
+    if s.enumerated:
+        raise site_error(
+            s.enumerated[0], f"latents that the guide samples, for {consumer}", "a site summed out over all steps",
+            "sample it in model and guide",
+        )  # fmt: skip
+    if s.has_global_latents:
+        raise ContractError(
+            f"{consumer}: expected latents of each datum alone, found latents shared by all data, "
+            f"{', '.join(s.global_sites)}. Take a point for them, or importance sampling"
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a sequence: the step of each site of the guide, or, of chains, each site's densities by step.
+
+    Attributes:
+        count: T, the number of steps.
+        of_guide: the step of each site of the guide; None for a chain, which has all steps.
+        log_weight: log w_t = log p(z_t, x_t | earlier) - log q(z_t | earlier, x), [T, K, batch] in float64; their sum
+            is `Terms.log_weight`.
+    """
+
+    count: int
+    of_guide: Mapping[str, int | None]
+    log_weight: Tensor
+
+
+def steps_of(t: Terms) -> Steps:
+    """The steps of a pair's terms, and its log-weights by step.
+
+    A step begins with a latent that the model samples after an observed site, and holds all sites up to the next such
+    latent: z_1, x_1 | z_2, x_2 | .... Of a chain (`is_chain`), the steps are those along its first event dim; an
+    observed site whose density is a product over a first event dim of the same size has a factor in each of them, any
+    other counts at the last step, and any other latent at the first.
+
+    Raises:
+        ContractError: the guide samples the latents in another order than the model, by the site's name.
+    """
+    for name, site in t.guide.items():
+        if is_chain(site.distribution):
+            return _steps_of_chain(t, name, site)
+    of_model, step, latent, observed = {}, 0, False, False
+    for name, site in t.model.items():
+        if site.role is Role.LATENT:
+            step, observed, latent = step + observed, False, True
+        observed |= latent and site.role in (Role.OBSERVED, Role.FACTOR)
+        of_model[name] = step
+    of_guide, following = {}, step
+    for name, site in reversed(t.guide.items()):
+        if site.role is Role.LATENT:
+            if of_model[name] > following:
+                raise site_error(
+                    name, "latents that the guide samples in the order of the model, for weights by step",
+                    "one that the guide samples before those of earlier steps",
+                    "let the guide sample them in the model's order, given all data",
+                )  # fmt: skip
+            following = of_model[name]
+        of_guide[name] = following
+    rows = [torch.zeros(t.num_particles, t.batch_size, dtype=torch.float64, device=_device(t)) for _ in range(step + 1)]
+    for sign, sites, of in ((1, t.model, of_model), (-1, t.guide, of_guide)):
+        for name, site in sites.items():
+            if _counts(site, sign):
+                rows[of[name]] = rows[of[name]] + sign * site.log_prob.double()
+    return Steps(step + 1, of_guide, torch.stack(rows))
+
+
+def _counts(site: Site, sign: int) -> bool:
+    """Whether a site is part of the weight: a guide's factor is a term of the loss alone."""
+    return site.role in COUNTED and not (sign < 0 and site.role is Role.FACTOR)
+
+
+def _device(t: Terms) -> torch.device:
+    return next(iter(t.model.values())).log_prob.device
+
+
+def _steps_of_chain(t: Terms, chain: str, site: Site) -> Steps:
+    count = int(site.distribution.event_shape[0])
+    total = torch.zeros(count, t.num_particles, t.batch_size, dtype=torch.float64, device=_device(t))
+    of_guide = {name: None if is_chain(q.distribution) else 0 for name, q in t.guide.items()}
+    for sign, sites in ((1, t.model), (-1, t.guide)):
+        for name, each in sites.items():
+            if not _counts(each, sign):
+                continue
+            by_step = _by_step(each, t, count)
+            if by_step is None and name == chain:
+                raise site_error(
+                    name, "a density by step in model and guide, for weights by step", "one of the whole sequence",
+                    "give it a chain of the same length, as ppvae.distributions.markov_chain.MarkovChain",
+                )  # fmt: skip
+            if by_step is None:
+                at = count - 1 if each.role in (Role.OBSERVED, Role.FACTOR) else 0
+                by_step = torch.zeros_like(total)
+                by_step[at] = each.log_prob.double()
+            total = total + sign * by_step
+    return Steps(count, of_guide, total)
+
+
+def _by_step(site: Site, t: Terms, count: int) -> Tensor | None:
+    """The log-density of a site by step, [T, K, batch]; None where it is no product over steps."""
+    one_by_one = t.structure.layout is ParticlePlacement.ONE_BY_ONE
+    layout = ParticleLayout(t.structure, 1 if one_by_one else t.num_particles, t.batch_size)
+    parts = []
+    for part in site.particle_sites or (site,):
+        fn, value = part.distribution, part.traced_value
+        dims = 1 if is_chain(fn) else event_factors(fn)[1]
+        if not dims or tuple(fn.event_shape[:1]) != (count,):
+            return None
+        factors = fn.step_log_prob(value) if is_chain(fn) else event_factors(fn)[0].log_prob(value)
+        if isinstance(part.mask, Tensor):
+            mask = part.mask
+            for _ in range(len(fn.event_shape) - dims):  # of each factor's own event, of size one
+                mask = mask[..., 0]
+            factors = torch.where(mask, factors, 0.0)
+        if dims > 1:
+            factors = factors.sum(tuple(range(1 - dims, 0)))
+        parts.append(layout.per_factor(factors, 1, None).double())
+    return torch.cat(parts, -2)

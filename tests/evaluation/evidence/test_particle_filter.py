@@ -1,0 +1,133 @@
+"""log p(x) of sequences by particle filters: a Kalman filter, reliability, draws, options."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppvae import log_marginal
+from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation import load_estimate
+from ppvae.evaluation.reliability import NUM_FILTERS, assess_filters
+from tests.programs.sequences import A, C, Q, R, draw_linear, forward_pass, hmm_pair, kalman, linear_pair
+from tests.programs.strangers import PAIRS
+
+pytestmark = pytest.mark.usefixtures("float64")
+filtered = functools.partial(log_marginal, method="particle_filter", progress=False)
+
+
+@pytest.mark.parametrize("steps", [5, 50, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_kalman_filter_within_its_errors(steps: int):
+    """Of the reliable data none is off by over 5 standard errors: each is with probability under 0.005."""
+    x = draw_linear(4, steps, seed=2)
+    est = filtered(*linear_pair(), x, num_particles=1000 if steps < 200 else 3000)
+    assert int(est.reliable.sum()) >= 3
+    off = (est.log_px - kalman(x)).abs()
+    assert bool((off < 5 * est.std_error)[est.reliable].all())
+    assert est.ess_by_step is not None
+    assert est.ess_by_step.shape == (4, steps)
+    torch.testing.assert_close(est.ess, est.ess_by_step.amin(1))
+
+
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_importance_sampling_is_flagged_where_a_filter_is_reliable(steps: int):
+    """The filter is within 5 standard errors; importance sampling is off by nats at T = 200, and says so at T = 40."""
+    x, pair = draw_linear(2, steps, seed=2), linear_pair()
+    plain = log_marginal(*pair, x, num_particles=1000, progress=False)
+    assert not bool(plain.reliable.any())
+    est = filtered(*pair, x, num_particles=1000 if steps < 200 else 3000)
+    assert bool(est.reliable.all())
+    assert bool(((est.log_px - kalman(x)).abs() < 5 * est.std_error).all())
+    if steps == 200:
+        assert float((plain.log_px - kalman(x)).max()) < -2
+    assert float((est.elbo - plain.elbo).abs().max()) < 0.02 * float(plain.elbo.abs().min())  # of the same guide
+
+
+def test_hidden_markov_model():
+    x = 2 * draw_linear(3, 12, seed=4)
+    est = filtered(*hmm_pair(), x, num_particles=500)
+    assert bool(est.reliable.all())
+    assert bool(((est.log_px - forward_pass(x)).abs() < 5 * est.std_error).all())
+
+
+def test_sequences_of_different_lengths():
+    x, lengths = draw_linear(3, 12, seed=6), torch.tensor([12, 3, 7])
+    est = filtered(*linear_pair(), (x, lengths), num_particles=1000)
+    assert bool(((est.log_px - kalman(x, lengths)).abs() < 5 * est.std_error).all())
+
+
+def test_few_particles_are_unreliable():
+    est = filtered(*linear_pair(shift=0.8), draw_linear(4, 60), num_particles=30)
+    assert not bool(est.reliable.any())
+    assert "filters that disagree" in est.reliability.summary
+    assert est.reliability.recommendation == "more than 30 particles, or a better guide"
+
+
+def test_rule_of_reliability():
+    one = torch.ones(4)
+    found = assess_filters(
+        ess=torch.tensor([100.0, 9.0, 100.0, 100.0]), filter_ess=torch.tensor([9.0, 9.0, 4.0, 9.0]),
+        nonfinite=torch.tensor([0, 0, 0, 1]), particles=100 * one,
+    )  # fmt: skip
+    assert found.reliable.tolist() == [True, False, False, False]
+    assert sum(int(which.sum()) for which in found.reasons.values()) == 3
+
+
+def test_draws_are_of_the_smoothing_distribution():
+    """Mean of z_1 given x_1, x_2 in closed form; off by 5 standard errors in one of 1e6 runs."""
+    x = draw_linear(1, 2, seed=7).expand(100, 2).contiguous()
+    est = filtered(*linear_pair(shift=0.2), x, num_particles=1000, posterior_draws=50)
+    assert est.posterior is not None
+    z = est.posterior["z_0"]
+    assert z.shape == (50, 100)
+    precision = torch.tensor([[1 / Q**2 + A**2 / Q**2 + C**2 / R**2, -A / Q**2], [-A / Q**2, 1 / Q**2 + C**2 / R**2]])
+    mean = torch.linalg.solve(precision, C * x[0] / R**2)[0]
+    by_datum = z.mean(0)
+    assert abs(float(by_datum.mean() - mean)) < 5 * float(by_datum.std()) / 10
+    variance = torch.linalg.inv(precision)[0, 0]
+    assert abs(float(z.var()) - float(variance)) < 0.05
+
+
+def test_a_result_is_a_function_of_its_seed_and_is_saved(tmp_path: Path):
+    pair, x = linear_pair(), draw_linear(60, 6)
+    first, again = (filtered(*pair, x, num_particles=50, seed=3) for _ in range(2))
+    assert torch.equal(first.log_px, again.log_px)
+    assert not torch.equal(first.log_px, filtered(*pair, x, num_particles=50, seed=4).log_px)
+    assert first.log_px[:50].std() > 0
+    held = load_estimate(first.save(tmp_path))
+    assert held.method == "particle filter"
+    assert torch.equal(held.reliable, first.reliable)
+    assert held.summary() == first.summary()
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {
+    "proposal": "refined", "conditional": True, "bounds": (5,), "local_particles": 2, "rows": 100, "precision": "bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_a_filter_does_not_take(name: str):
+    pair, x = linear_pair(), draw_linear(2, 3)
+    with pytest.raises(UsageError, match=rf"^{name}: expected .* beside method='particle_filter', found .* Leave it"):
+        filtered(*pair, x, num_particles=50, **{name: OPTIONS[name]})
+    assert filtered(*pair, x, num_particles=50).num_particles == 50
+
+
+@pytest.mark.parametrize("count", ["auto", 2 * NUM_FILTERS - 1])
+def test_too_few_particles(count: Any):
+    with pytest.raises(UsageError, match="num_particles: expected at least 20, two for each of 10 particle filters"):
+        filtered(*linear_pair(), draw_linear(2, 3), num_particles=count)
+
+
+def test_a_site_summed_out_has_no_steps():
+    model, guide, batch = PAIRS["markov"]()
+    model(*batch)  # its parameters exist
+    guide(*batch)
+    with pytest.raises(ContractError, match=r"expected latents that the guide samples, for a particle filter"):
+        filtered(model, guide, batch, num_particles=50)
