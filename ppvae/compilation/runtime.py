@@ -2,10 +2,16 @@
 
 import ctypes
 import functools
+import logging
 import os
+import time
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+log = logging.getLogger("ppvae")
+MIN_BUSY_SECONDS = 1.0  # of wall time in which the load of other processes is measured
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # their numbers in malloc.h
 MMAP_BYTES, TRIM_BYTES = (128 * 2**20, 32 * 2**20), 512 * 2**20  # from which memory is returned
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
@@ -37,3 +43,49 @@ def prepare_process() -> None:
     """
     keep_freed_memory()
     torch.lgamma(torch.ones(1, device="cpu"))
+
+
+class CpuTime(NamedTuple):
+    """Seconds since some start: of the wall, of all processes of normal priority on all cores, of this process."""
+
+    wall: float
+    machine: float
+    own: float
+
+
+def cpu_time() -> CpuTime | None:
+    """The time that has been used so far; None where the system does not report it."""
+    try:
+        user, _, system, _, _, interrupt, soft, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+    return CpuTime(time.monotonic(), (user + system + interrupt + soft) / ticks, time.process_time())
+
+
+_at_import = cpu_time()
+
+
+def busy_cores_note(before: CpuTime | None, now: CpuTime | None, threads: int, cores: int) -> str:
+    """A sentence for a process of more threads than there are idle cores, from its use of time between two moments.
+
+    Threads of one operation wait for each other: one thread without a core of its own stops all of them.
+    """
+    if before is None or now is None or threads < 2 or now.wall - before.wall < MIN_BUSY_SECONDS:
+        return ""
+    others = (now.machine - before.machine - (now.own - before.own)) / (now.wall - before.wall)
+    idle = cores - others
+    if threads < idle + 0.5:
+        return ""
+    return (
+        f"torch runs on {threads} threads, and other processes leave {max(idle, 0):.1f} of {cores} cores idle: threads "
+        f"that wait for each other can be slower than one. Set OMP_NUM_THREADS={max(1, int(idle + 0.5))}"
+    )
+
+
+@functools.cache
+def warn_of_busy_cores() -> None:
+    """Logs `busy_cores_note` once a process, from the time since this module was imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if note := busy_cores_note(_at_import, cpu_time(), torch.get_num_threads(), cores):
+        log.warning("ppvae: %s", note)

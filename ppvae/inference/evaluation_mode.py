@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ppvae.compilation.matmul_backend import FasterLinear
-from ppvae.compilation.runtime import prepare_process
+from ppvae.compilation.runtime import prepare_process, warn_of_busy_cores
 from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
 
@@ -101,6 +101,7 @@ def record_modules(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
 def evaluation_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
     """Evaluates a pair: modules in eval mode, no gradient, a forked param store in which no parameter is created."""
     prepare_process()
+    warn_of_busy_cores()
     with (
         fork_param_store(model, guide), eval_mode(model, guide), CheckRegistration(create=False), torch.no_grad(),
         FasterLinear(),

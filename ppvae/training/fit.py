@@ -11,6 +11,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.compilation.precision import check_precision
+from ppvae.compilation.runtime import warn_of_busy_cores
 from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
@@ -152,5 +153,6 @@ def fit(
         if folder is not None:
             trainer.open(folder, resume, epochs, stack)
         trainer.broadcast_parameters()
+        warn_of_busy_cores()
         with explain_out_of_memory("training", trainer.step.memory_cure):
             return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
