@@ -50,7 +50,7 @@ class Fit(Data):
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     clip: float | None = None  # the largest gradient norm, per datum
     compile: Literal["auto", "yes", "no"] = "auto"  # compiled steps; auto: where the run is long enough for it to pay
-    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products in layers; bf16 where hardware has it
+    precision: Literal["float32", "tf32", "bf16", "auto"] = "float32"  # of layers; auto: bf16 where faster
     rows: int = 20_000  # the most (datum, particle) rows at once; a larger batch accumulates gradients
     patience: int | None = None  # epochs without a better validation ELBO before stopping
     device: str | None = None
@@ -87,7 +87,7 @@ class Evaluate:
     seed: int = 0
     root: str | None = None
     rows: int | None = None  # the largest number of (datum, particle) rows at once; memory is proportional to it
-    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of matrix products in layers, in importance sampling
+    precision: Literal["float32", "tf32", "bf16", "auto"] = "float32"  # of layers, in importance sampling
     device: str | None = None
     num_chains: int = 16  # of annealing, per datum
     num_temperatures: int = 1000  # steps from the guide (or prior) to the posterior

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppvae.compilation.matmul_backend import FasterLinear
+from ppvae.compilation.matmul_backend import faster_linear_layers
 from ppvae.compilation.runtime import prepare_process, warn_of_busy_cores
 from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
@@ -104,6 +104,6 @@ def evaluation_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> Ite
     warn_of_busy_cores()
     with (
         fork_param_store(model, guide), eval_mode(model, guide), CheckRegistration(create=False), torch.no_grad(),
-        FasterLinear(),
+        faster_linear_layers(),
     ):  # fmt: skip
         yield

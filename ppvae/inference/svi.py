@@ -183,6 +183,15 @@ class SVI(PyroSVI):
         if kernels != "eager":
             self._compiled_step = CompiledStep(self, kernels, seconds, settled)
 
+    def computation(self) -> dict[str, Any]:
+        """What was chosen by speed: kernels, libraries of products, precision. A resumed run takes the same."""
+        return {"kernels": self.kernels, "products": self.products, "precision": self.precision}
+
+    def restore_computation(self, saved: dict[str, Any]) -> None:
+        """Sets products and precision from a `computation`, or what there is of it."""
+        self.products = saved.get("products", {})
+        self.precision = saved.get("precision", self.precision)
+
     def gradients(self, *args: Any, **kwargs: Any) -> float:
         """Leaves the loss's gradient in `.grad` of every parameter, and returns the loss."""
         return float(self.unread_gradients(*args, **kwargs))

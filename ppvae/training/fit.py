@@ -77,8 +77,8 @@ def fit(
             long enough for that to pay. The choice is kept in run.config["kernels"] and used again by a resumed run. As
             it is measured, two long runs of one seed may differ by rounding; False excludes that.
         precision: of matrix products in linear and convolutional layers and their gradients: "float32"; "bf16", which
-            is faster where the processor or GPU has it; "tf32" on a GPU. Densities, parameters and reported ELBOs stay
-            in float32.
+            is faster where the processor or GPU has it; "auto", for bf16 where the pair's own layers are faster in it;
+            "tf32" on a GPU. Densities, parameters and reported ELBOs stay in float32.
         rows: the largest number of (datum, particle) rows in one run of the pair; a larger batch is cut into
             micro-batches whose gradients are accumulated, so that memory does not grow with the number of particles.
             Not for Pyro's own objectives, those of a batch as a whole (TCVAE, InfoVAE), or batch norm.

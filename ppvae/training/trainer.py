@@ -15,7 +15,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ppvae.compilation.precision import check_precision
+from ppvae.compilation.precision import check_precision, faster_precision
 from ppvae.data.loader import DataLoader
 from ppvae.distributed import DistributedContext
 from ppvae.errors import CheckpointError, TrainingError, UsageError
@@ -138,7 +138,7 @@ class Trainer:
             self.context.broadcast_from_rank_zero(tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        optimizer, scheduler = self.svi.optimizer, self.scheduler
+        joint, scheduler = self.svi.optimizer, self.scheduler
         schedule = scheduler.state_dict() if scheduler is not None else None
         with self.scope.entered():
             return {
@@ -149,15 +149,12 @@ class Trainer:
                 "best": self.best,
                 "finished": self.finished,
                 "stopped": self.stopped,
-                "optimizer": (
-                    self.state.to_canonical(self.svi.optim.get_state()) if optimizer is None else optimizer.state_dict()
-                ),
+                "optimizer": joint.state_dict() if joint else self.state.to_canonical(self.svi.optim.get_state()),
                 "objective": self.objective.state_dict() if isinstance(self.objective, Objective) else None,
                 "scheduler": schedule and {k: copy.copy(v) for k, v in schedule.items() if not callable(v)},
                 "settings": self.config["fit"],
                 "identity": identity_of(self.config),
-                "kernels": self.svi.kernels,
-                "products": self.svi.products,
+                **self.svi.computation(),
             }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -173,7 +170,7 @@ class Trainer:
             self.epoch, self.step.count, self.history = saved["epoch"], saved["step"], saved["history"]
             self.best, self.stopped = saved["best"], saved["stopped"]
             self.resumed_kernels = self.config["kernels"] = saved.get("kernels", "eager")
-            self.svi.products = saved.get("products", {})
+            self.svi.restore_computation(saved)
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
             elif isinstance(self.svi.optim, PyroOptim):
@@ -323,7 +320,9 @@ class Trainer:
         return self.step.micro_batches(batch)
 
     def _choose_kernels(self, epochs: int) -> None:
-        """Sets the kernels of steps: those of the resumed run, those asked for, or compiled where that pays."""
+        """Sets precision and kernels of steps: those of the resumed run, those asked for, or what is faster."""
+        if self.svi.precision == "auto":
+            self.svi.precision = faster_precision(self._warm_up, True, self.context.any_rank)
         if self.compile is False:
             return
         if self.resumed_kernels is not None:

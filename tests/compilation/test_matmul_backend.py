@@ -109,7 +109,7 @@ def test_large_layers_of_eager_runs_are_computed_by_onednn(calls, shape, bias):
     torch.manual_seed(0)
     net, x = torch.nn.Linear(40, 100, bias=bias), torch.randn(shape)
     exact = torch.nn.functional.linear(x.double(), net.weight.double(), net.bias.double() if bias else None)
-    with torch.no_grad(), products.FasterLinear():
+    with torch.no_grad(), products.faster_linear_layers():
         found = net(x)
     assert calls == [x.shape]
     assert found.shape == exact.shape
@@ -122,7 +122,8 @@ def test_other_layers_are_left_alone(calls, monkeypatch, kind):
     net, x = torch.nn.Linear(40, 100, dtype=dtype), torch.randn(rows, 40, dtype=dtype)
     if kind == "MKL is fast":
         monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
-    with torch.set_grad_enabled(kind == "with gradients"), products.FasterLinear():
+    before = torch.nn.functional.linear
+    with torch.set_grad_enabled(kind == "with gradients"), products.faster_linear_layers():
         if kind == "mapped":
             torch.func.vmap(net)(x.expand(2, 300, 40))
         elif kind == "captured":
@@ -131,12 +132,13 @@ def test_other_layers_are_left_alone(calls, monkeypatch, kind):
         else:
             net(x)
     assert calls == []
+    assert torch.nn.functional.linear is before
 
 
 def test_reduced_precision_is_kept(calls):
     torch.manual_seed(0)
     net, x = torch.nn.Linear(40, 100), torch.randn(300, 40)
-    with torch.no_grad(), products.FasterLinear(), layer_precision("bf16"):
+    with torch.no_grad(), products.faster_linear_layers(), layer_precision("bf16"):
         found = net(x)
     with torch.no_grad(), layer_precision("bf16"):
         expected = net(x)

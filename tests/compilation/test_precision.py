@@ -18,6 +18,7 @@ from ppvae.compilation.precision import layer_precision
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation.importance import compiled_weights as compiled
 from ppvae.inference.svi import SVI
+from ppvae.training import checkpoint
 
 SGD = functools.partial(torch.optim.SGD, lr=1e-4)
 
@@ -264,3 +265,66 @@ def test_no_more_rows_than_asked_for_go_through_the_pair():
     fit(pair.model, pair.guide, x, epochs=1, batch_size=30, rows=100, objective=objectives.IWAE(40))
     assert 80 in rows
     assert max(rows) <= 100
+
+
+def test_the_layers_of_a_run_are_timed_by_shape(monkeypatch):
+    timed = []
+    cost = {"float32": 2.0, "bf16": 3.0}
+    seconds = lambda layer, inputs, settings, name: timed.append(inputs[0].shape) or cost[name]  # noqa: E731
+    monkeypatch.setattr(precision, "_seconds_of_layer", seconds)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 5))
+    before = torch.get_rng_state()
+    assert precision.slowdown_of_bfloat16(lambda: net(torch.zeros(3, 4)), gradients=True) == pytest.approx(1.5)
+    assert torch.equal(before, torch.get_rng_state())
+    assert set(timed) == {(3, 4)}
+    assert len(timed) == 2 * 2 * (precision.TIMING_ROUNDS + 1)  # two kinds of layers in two precisions
+    assert precision.slowdown_of_bfloat16(lambda: torch.zeros(3).exp(), gradients=True) == 1.0
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.Linear(6, 5, bias=False),
+        torch.nn.Conv2d(3, 2, 3, padding=1),
+        torch.nn.ConvTranspose2d(3, 2, 3, stride=2),
+    ],
+)
+def test_any_layer_can_be_timed(layer, gradients):
+    x = torch.zeros(4, 6) if isinstance(layer, torch.nn.Linear) else torch.zeros(4, 3, 6, 6)
+    assert precision.slowdown_of_bfloat16(lambda: layer(x), gradients) > 0
+
+
+@pytest.mark.parametrize(("slowdown", "taken"), [(9.0, "float32"), (0.5, "bf16")])
+def test_auto_takes_the_faster_precision_and_a_resumed_run_the_same(slowdown, taken, monkeypatch, caplog, tmp_path):
+    x, pair = images(60), vae()
+    auto = functools.partial(fit, pair.model, pair.guide, x, batch_size=20, precision="auto", directory=tmp_path / "a")
+    monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda run, gradients: (run() and None) or slowdown)
+    run = auto(epochs=1)
+    assert ("layers take 9.00 times as long in bf16 as in float32" in caplog.text) == (taken == "float32")
+    assert checkpoint.read_with_digest(tmp_path / "a" / "checkpoints")[1]["precision"] == taken
+    pair = vae()
+    expected = fit(pair.model, pair.guide, x, batch_size=20, precision=taken, epochs=2)
+    monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda run, gradients: pytest.fail("chosen again"))
+    pair = vae()
+    run = fit(
+        pair.model, pair.guide, x, batch_size=20, precision="auto", directory=tmp_path / "a", epochs=2, resume=True
+    )
+    assert run.metrics["loss"] == expected.metrics["loss"]
+
+
+@pytest.mark.parametrize(("slowdown", "taken"), [(9.0, "float32"), (0.5, "bf16")])
+def test_an_evaluation_takes_the_faster_precision(slowdown, taken, monkeypatch, caplog):
+    x, pair = images(60), vae()
+    monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda run, gradients: (run() and None) or slowdown)
+    found, expected = (
+        log_marginal(pair.model, pair.guide, x, num_particles=200, precision=p, progress=False) for p in ("auto", taken)
+    )
+    assert torch.equal(found.log_px, expected.log_px)
+    assert found.settings == expected.settings
+    assert ("9.00 times as long" in caplog.text) == (taken == "float32")
+
+
+def test_auto_is_no_precision_of_layers():
+    with pytest.raises(UsageError, match="expected one of float32, tf32, bf16; found 'auto'"), layer_precision("auto"):
+        pass

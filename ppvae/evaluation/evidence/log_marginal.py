@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppvae.compilation.precision import check_precision
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_ranges
@@ -26,7 +25,7 @@ from ppvae.evaluation.evidence.escalation import (
 from ppvae.evaluation.evidence.particle_filter import log_marginal_by_filter, require_filter_options
 from ppvae.evaluation.global_latents.evidence import log_marginal_given_globals, require_guide_importance
 from ppvae.evaluation.importance.allocation import make_allocation
-from ppvae.evaluation.importance.sampler import ImportanceSampler
+from ppvae.evaluation.importance.sampler import ImportanceSampler, choose_precision
 from ppvae.evaluation.proposals.fit import FAMILIES
 from ppvae.evaluation.proposals.log_weights import compiled_densities, with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
@@ -120,6 +119,7 @@ def log_marginal(
             it.
         precision: of the products in linear and convolutional layers, as in `fit`. With "bf16" the estimate is log p(x)
             of the model whose layers multiply in bfloat16; its notes give the difference from float32 on some data.
+            "auto" takes bf16 where the pair's layers are faster in it.
         compile: compile the run of the pair where enough computation remains; results agree up to rounding.
         directory: cache of finished blocks of data; the same call resumes from it after an interruption, with the same
             result (up to rounding where runs of the pair are compiled).
@@ -164,7 +164,7 @@ def log_marginal(
         raise UsageError(f"method: expected 'importance', 'auto' or 'particle_filter', found {method!r}")
     escalates, refused, replaced = method == "auto", "", ""
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
-        check_precision(precision, run.device)
+        precision = choose_precision(run, precision)
         refined = proposal == "refined" or escalates
         if refined:
             refinable, replaced = refinable_run(run)

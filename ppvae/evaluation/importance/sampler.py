@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.compilation.precision import layer_precision
+from ppvae.compilation.precision import check_precision, faster_precision, layer_precision
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, concatenate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.allocation import Allocation, FixedAllocation
@@ -18,7 +18,24 @@ from ppvae.evaluation.importance.guide_proposal import GuideProposal
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
 from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
+from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed
+
+
+def choose_precision(run: Evaluation, precision: str) -> str:
+    """The precision of layers: as given, or for "auto" the faster of float32 and bf16 for the layers of the pair.
+
+    Raises:
+        UsageError: a precision that is unknown, or that the device does not have.
+    """
+    check_precision(precision, run.device)
+    if precision != "auto":
+        return precision
+    block = run.block(0)
+    return faster_precision(
+        lambda: evaluate_terms(run.model, run.guide, block.batch, 1, structure=block.s, index=block.index), False,
+        run.context.any_rank,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
