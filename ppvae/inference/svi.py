@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from pyro.infer.svi import SVI as PyroSVI
 from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -80,6 +81,57 @@ class JointOptim(PyroOptim):
         self._state_waiting_to_be_consumed = state_dict
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state_dict)
+
+
+class GroupedSteps:
+    """Steps of a `PyroOptim`, which has one torch optimizer for each parameter, by one kernel for many of them.
+
+    Parameters whose Adam has the same settings are updated together. Optimizers, settings and state stay those of the
+    `PyroOptim`, with its clipping and schedules; other optimizers, and those with hooks, take their own steps.
+    """
+
+    def __init__(self, optim: PyroOptim):
+        self.optim = optim
+        self._joint: dict[tuple[int, ...], torch.optim.Optimizer] = {}
+
+    def __call__(self, params: Iterable[Tensor], fused: bool) -> None:
+        """One step of the given parameters, each given once; by torch's fused kernels up to rounding, if asked."""
+        optim = self.optim
+        groups: dict[Any, list[tuple[Tensor, torch.optim.Optimizer]]] = {}
+        for p in params:
+            if p not in optim.optim_objs:  # the first step makes the optimizer
+                optim([p])
+                continue
+            if (clip := optim.grad_clip[p]) is not None:
+                clip(p)
+            own = optim.optim_objs[p]
+            own = getattr(own, "optimizer", own)  # of a learning-rate schedule
+            settings = _settings(own)
+            if p.device.type == "cpu" and p.is_floating_point() and settings is not None:
+                groups.setdefault((type(own), p.dtype, settings), []).append((p, own))
+            else:
+                own.step()
+        for (kind, *_), members in groups.items():
+            ids = tuple(id(p) for p, _ in members)
+            joint = self._joint.get(ids) or self._joint.setdefault(ids, kind([p for p, _ in members]))
+            joint.param_groups[0] |= {k: v for k, v in members[0][1].param_groups[0].items() if k != "params"}
+            joint.param_groups[0]["fused"] = fused or None
+            for p, own in members:
+                joint.state[p] = own.state[p]
+                own._opt_called = True  # type: ignore[attr-defined] # which a schedule looks at
+            joint.step()
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
+    """The settings of an Adam of one group whose step is torch's; None for another optimizer."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) != 1:
+        return None
+    group = optimizer.param_groups[0]
+    given = group["foreach"] is not None or group["fused"] is not None or group["differentiable"]
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if given or hooks or isinstance(group["lr"], Tensor):
+        return None
+    return tuple(v for k, v in group.items() if k != "params")
 
 
 class _ParamRecorder(Messenger):
@@ -157,6 +209,8 @@ class SVI(PyroSVI):
         self._known: set[int] = set()
         self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
+        plain = type(self.optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
+        self._grouped_steps = GroupedSteps(self.optim) if plain else None
         prepare_process()
         if compile:
             self.use("compiled")
@@ -235,7 +289,13 @@ class SVI(PyroSVI):
         if self.optimizer is not None:
             self.optimizer.step()
         else:
-            self.optim([p for p in self.params if p.grad is not None])
+            self._step_optimizer([p for p in self.params if p.grad is not None])
+
+    def _step_optimizer(self, params: list[Tensor]) -> None:
+        if self._grouped_steps is None:
+            self.optim(params)
+        else:
+            self._grouped_steps(params, fused=self.kernels == "compiled")
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step on the loss; returns the loss, a number or a tuple of them, as Pyro's `step` does.
@@ -253,7 +313,7 @@ class SVI(PyroSVI):
                     p.grad = grad
                 elif not self._is_own_zero(p, grad):
                     p.grad += grad
-        self.optim(met)
+        self._step_optimizer(met)
         for p in met:
             if p.grad is not None and not self._is_own_zero(p, p.grad):
                 p.grad = self._zeros_like(p, p.grad)

@@ -196,7 +196,7 @@ def test_best_is_a_plain_flag(cli, trained, monkeypatch):
         "ppvae.cli.common.load", lambda folder, best, **options: asked.append(best) or load(folder, best=best)
     )
     for options in ([], ["--best"]):
-        result = cli("evaluate", trained, "--head", 3, "--num-particles", 2, "--no-report", *options)
+        result = cli("evaluate", trained, "--head", 3, "--num-particles", 100, "--no-report", *options)
         assert result.status == 0, result.err
     assert asked == [None, True]  # without it, what the run ended with
 
@@ -224,7 +224,7 @@ def test_the_pair_is_found_from_another_folder(cli, tmp_path, monkeypatch):
     assert cli("fit", "mine.py", "--epochs", 1, "--name", "run", "--no-report").status == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    result = cli("evaluate", tmp_path / "runs" / "run", "--num-particles", 1, "--head", 3, "--no-report")
+    result = cli("evaluate", tmp_path / "runs" / "run", "--num-particles", 100, "--head", 3, "--no-report")
     assert result.status == 0, result.err
 
 
@@ -244,7 +244,7 @@ def test_a_tuple_of_widths_survives_the_config(cli, tmp_path):
     options = ["--hidden", 12, 9, "--epochs", 1, "--name", "run", "--no-report"]
     assert cli("fit", "ppvae.models:vae", *options).status == 0
     assert json.loads((tmp_path / "runs/run/config.json").read_text())["pair"]["arguments"]["hidden"] == [12, 9]
-    assert cli("evaluate", "run", "--num-particles", 1, "--head", 3, "--no-report").status == 0
+    assert cli("evaluate", "run", "--num-particles", 100, "--head", 3, "--no-report").status == 0
 
 
 def test_the_librarys_own_factories(cli):
@@ -256,7 +256,7 @@ def test_the_librarys_own_factories(cli):
     ):
         result = cli("fit", pair, *options, "--epochs", 1, "--name", pair.split(":")[1], "--no-report")
         assert result.status == 0, result.err
-        result = cli("evaluate", pair.split(":")[1], "--num-particles", 2, "--head", 9, "--no-report")
+        result = cli("evaluate", pair.split(":")[1], "--num-particles", 100, "--head", 9, "--no-report")
         assert result.status == 0, result.err
 
 
@@ -298,7 +298,7 @@ def test_parts_by_name_go_all_the_way(cli, tmp_path, name):
     for role, own in expected.items():
         assert config[role]["name"] in options or f"--{role}={config[role]['name']}" in options
         assert own.items() <= config[role].items()
-    evaluated = cli("evaluate", "run", "--num-particles", 3, "--head", 20, "--no-report")
+    evaluated = cli("evaluate", "run", "--num-particles", 100, "--head", 20, "--no-report")
     assert evaluated.status == 0, evaluated.err
     run = load("runs/run")
     saved = torch.load(checkpoint_of(tmp_path / "runs" / "run"), weights_only=True)["state"]["params"]
@@ -795,7 +795,7 @@ def test_a_pickle_as_checkpoint_has_no_effect(fails, run_copy, mark):
 def test_a_pickle_beside_the_run_has_no_effect(cli, run_copy, mark):
     (run_copy / "checkpoints" / "state.pt").write_bytes(pickle.dumps(Evil(mark)))
     (run_copy / "config.pkl").write_bytes(pickle.dumps(Evil(mark)))
-    assert cli("evaluate", run_copy, "--num-particles", 1, "--head", 2, "--no-report").status == 0
+    assert cli("evaluate", run_copy, "--num-particles", 100, "--head", 2, "--no-report").status == 0
 
 
 # Damaged runs
@@ -934,7 +934,9 @@ def test_a_read_only_run(fails, run_copy):
             pytest.skip("this user may write anywhere")
         options = ["--hidden", 16, "--latent", 3, "--runs", run_copy.parent, "--name", run_copy.name, "--no-report"]
         fails("fit", "ppvae.models:vae", "--epochs", 3, *options, "--resume", names=(run_copy.name,), status=1)
-        fails("evaluate", run_copy, "--num-particles", 1, "--head", 2, "--no-report", names=(run_copy.name,), status=1)
+        fails(
+            "evaluate", run_copy, "--num-particles", 100, "--head", 2, "--no-report", names=(run_copy.name,), status=1
+        )
     finally:
         for folder in folders:
             folder.chmod(0o700)
@@ -976,6 +978,6 @@ def test_sequences_and_their_lengths_from_one_file(cli, fails, tmp_path):
     assert "event [12, 3], lengths [28]" in cli("data", "a.npz").out
     assert cli("check", "pair.py:pair", *options).status == 0
     assert cli("fit", "pair.py:pair", *options, "--epochs", 1, "--no-report", "--name", "run").status == 0
-    assert cli("evaluate", "run", "--num-particles", 5, "--no-report").status == 0
+    assert cli("evaluate", "run", "--num-particles", 100, "--no-report").status == 0
     wrong = (*options[:-1], "length")
     fails("fit", "pair.py:pair", *wrong, names=("--context", "'length'", "lengths"), status=2)
