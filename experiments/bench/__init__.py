@@ -3,9 +3,11 @@
 `python -m experiments.bench` (or `make bench`) runs each contender in a process of its own, so that none uses memory or
 threads that another has set up; it runs rounds of the contenders in turn, one row of the table after the other; prints
 medians and ratios with the machine and the number of threads; and writes JSON and a figure of cost by batch size,
-particles and latent size. "Hand-written, warm" is the hand-written contender in a process prepared by
-`compilation.runtime.prepare_process`, as ppvae's own runs are. NumPyro and Pythae are timed if they are installed
-(`pip install -e ".[bench]"`).
+particles and latent size. NumPyro and Pythae are timed if they are installed (`pip install -e ".[bench]"`).
+
+Contenders are in the strongest form that their users would write: hand-written steps and those under `torch.compile`
+take the fused Adam, in a process prepared by `compilation.runtime.prepare_process` as ppvae's own runs are; NumPyro
+donates its buffers. `torch.compile(mode="max-autotune")` gained nothing on a processor and is not used.
 
 The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of latents,
 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is loss, gradient and one update

@@ -92,7 +92,7 @@ def numpyro_step(kind: str, s: Settings, particles: int, scanned: bool) -> Timed
     state = svi.init(jax.random.PRNGKey(0), batch)
     if scanned:
 
-        @jax.jit
+        @functools.partial(jax.jit, donate_argnums=0)
         def epoch(state: Any, batches: Any) -> Any:
             return jax.lax.scan(lambda state, x: svi.update(state, x), state, batches)
 
@@ -107,7 +107,7 @@ def numpyro_step(kind: str, s: Settings, particles: int, scanned: bool) -> Timed
 
         run()
         return run
-    update = jax.jit(svi.update)
+    update = jax.jit(svi.update, donate_argnums=0)
 
     def one(x: Any) -> None:
         nonlocal state

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -25,12 +26,21 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.inference import inspect
 from ppvae.inference.svi import SVI
 
+ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
-def step(kind: str, s: Settings, particles: int, kernels: str, precision: str = "float32") -> Timed:
+
+def step(
+    kind: str,
+    s: Settings,
+    particles: int,
+    kernels: str,
+    precision: str = "float32",
+    optim: Callable[..., Any] = lambda: ADAM,
+) -> Timed:
     """Seconds per step of `ppvae.inference.SVI`, without the time of capture and compilation."""
     pair, batch = build(kind, s), data(kind, s.batch)
     loss = objectives.IWAE(particles) if particles > 1 else objectives.ELBO()
-    svi = SVI(pair.model, pair.guide, functools.partial(torch.optim.Adam, lr=1e-3), loss)
+    svi = SVI(pair.model, pair.guide, optim(), loss)
     svi.precision = precision
     svi.use(kernels, settled=True)
     one = _without_validation(svi)
