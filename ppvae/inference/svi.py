@@ -21,117 +21,12 @@ from ppvae.compilation.runtime import prepare_process
 from ppvae.errors import UsageError
 from ppvae.inference.compiled_step import CompiledStep
 from ppvae.inference.contract.validity import RecordValidity
+from ppvae.inference.optimizers.grouped import GroupedSteps
+from ppvae.inference.optimizers.joint import JointOptim
 from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
-
-
-class JointOptim(PyroOptim):
-    """One torch optimizer for all parameters, as a `PyroOptim`, which has one for each.
-
-    Parameters that are not in a call, and those without a gradient, are left as they are, with their state.
-
-    Attributes:
-        optimizer: the torch optimizer; None before the first parameter.
-    """
-
-    def __init__(self, factory: Callable[[list[Tensor]], torch.optim.Optimizer]):
-        super().__init__(factory, {})
-        self.optimizer: torch.optim.Optimizer | None = None
-        self._known: dict[int, Tensor] = {}
-
-    def add(self, params: Iterable[Tensor]) -> None:
-        """Adds those that are new."""
-        new = list({id(p): p for p in params if id(p) not in self._known}.values())
-        self._known |= {id(p): p for p in new}
-        if self.optimizer is not None and new:
-            self.optimizer.add_param_group({"params": new})
-        elif new:
-            self.optimizer = self.pt_optim_constructor(new)
-            if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-                for group in self.optimizer.param_groups:  # one kernel for all parameters, unless set otherwise
-                    if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
-                        group["fused"] = all(p.is_floating_point() for p in group["params"]) or None
-            if self._state_waiting_to_be_consumed:
-                self.optimizer.load_state_dict(self._state_waiting_to_be_consumed)
-
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """One step of the given parameters, each given once."""
-        params = list(params)
-        self.add(params)
-        if self.optimizer is None:
-            return
-        absent: list[tuple[Tensor, Tensor]] = []
-        if len(params) < len(self._known):
-            given = {id(p) for p in params}
-            absent = [(p, p.grad) for i, p in self._known.items() if p.grad is not None and i not in given]
-        for p, _ in absent:
-            p.grad = None
-        self.optimizer.step(*args, **kwargs)
-        for p, grad in absent:
-            p.grad = grad
-
-    def get_state(self) -> dict[str, Any]:
-        """The torch optimizer's state."""
-        return self.optimizer.state_dict() if self.optimizer is not None else {}
-
-    def set_state(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state from `get_state`."""
-        self._state_waiting_to_be_consumed = state_dict
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state_dict)
-
-
-class GroupedSteps:
-    """Steps of a `PyroOptim`, which has one torch optimizer for each parameter, by one kernel for many of them.
-
-    Parameters whose Adam has the same settings are updated together. Optimizers, settings and state stay those of the
-    `PyroOptim`, with its clipping and schedules; other optimizers, and those with hooks, take their own steps.
-    """
-
-    def __init__(self, optim: PyroOptim):
-        self.optim = optim
-        self._joint: dict[tuple[int, ...], torch.optim.Optimizer] = {}
-
-    def __call__(self, params: Iterable[Tensor], fused: bool) -> None:
-        """One step of the given parameters, each given once; by torch's fused kernels up to rounding, if asked."""
-        optim = self.optim
-        groups: dict[Any, list[tuple[Tensor, torch.optim.Optimizer]]] = {}
-        for p in params:
-            if p not in optim.optim_objs:  # the first step makes the optimizer
-                optim([p])
-                continue
-            if (clip := optim.grad_clip[p]) is not None:
-                clip(p)
-            own = optim.optim_objs[p]
-            own = getattr(own, "optimizer", own)  # of a learning-rate schedule
-            settings = _settings(own)
-            if p.device.type == "cpu" and p.is_floating_point() and settings is not None:
-                groups.setdefault((type(own), p.dtype, settings), []).append((p, own))
-            else:
-                own.step()
-        for (kind, *_), members in groups.items():
-            ids = tuple(id(p) for p, _ in members)
-            joint = self._joint.get(ids) or self._joint.setdefault(ids, kind([p for p, _ in members]))
-            joint.param_groups[0] |= {k: v for k, v in members[0][1].param_groups[0].items() if k != "params"}
-            joint.param_groups[0]["fused"] = fused or None
-            for p, own in members:
-                joint.state[p] = own.state[p]
-                own._opt_called = True  # type: ignore[attr-defined] # which a schedule looks at
-            joint.step()
-
-
-def _settings(optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
-    """The settings of an Adam of one group whose step is torch's; None for another optimizer."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) != 1:
-        return None
-    group = optimizer.param_groups[0]
-    given = group["foreach"] is not None or group["fused"] is not None or group["differentiable"]
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if given or hooks or isinstance(group["lr"], Tensor):
-        return None
-    return tuple(v for k, v in group.items() if k != "params")
 
 
 class _ParamRecorder(Messenger):
@@ -286,8 +181,8 @@ class SVI(PyroSVI):
 
     def update(self) -> None:
         """Takes one optimizer step from the gradients as they stand."""
-        if self.optimizer is not None:
-            self.optimizer.step()
+        if isinstance(self.optim, JointOptim):
+            self.optim.step()
         else:
             self._step_optimizer([p for p in self.params if p.grad is not None])
 

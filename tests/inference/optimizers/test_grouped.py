@@ -1,0 +1,77 @@
+"""One kernel for the parameters of a `PyroOptim`."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from pyro.optim import ClippedAdam, ExponentialLR
+
+from ppvae.inference.optimizers.grouped import GroupedSteps
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def by_name(name):
+    return {"lr": 0.1 if name == "a" else 0.02, "betas": (0.5, 0.9)}
+
+
+OPTIMIZERS = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.1, "weight_decay": 0.2}),
+    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.1, "amsgrad": True}),
+    "by parameter": lambda: pyro.optim.Adam(by_name),
+    "clipped": lambda: pyro.optim.Adam({"lr": 0.1, "eps": 1.0}, {"clip_norm": 0.5}),
+    "schedule": lambda: ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}),
+    "foreach": lambda: pyro.optim.Adam({"lr": 0.1, "foreach": True}),
+    "SGD": lambda: pyro.optim.SGD({"lr": 0.1, "momentum": 0.9}),
+    "ClippedAdam": lambda: ClippedAdam({"lr": 0.1, "clip_norm": 0.5, "lrd": 0.9}),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_grouped_steps_are_those_of_the_optimizers(name, fused):
+    """Ten steps, the state taken over after five; parameters without a gradient now and then, and a late one."""
+    found = []
+    for grouped in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        params = [pyro.param(n, torch.randn(3)) for n in "abc"]
+        optim = OPTIMIZERS[name]()
+        for i in range(10):
+            if i == 5:
+                state, optim = optim.get_state(), OPTIMIZERS[name]()
+                optim.set_state(state)
+            met = params if i > 2 else params[:2]
+            for j, p in enumerate(met):
+                p.grad = None if (i, j) in ((4, 1), (7, 0)) else torch.randn(3)
+            if grouped:
+                GroupedSteps(optim)(met, fused=fused)
+            else:
+                optim(met)
+            if name == "schedule":
+                optim.step()
+        found.append(([p.detach().clone() for p in params], optim.get_state()))
+    (expected, state), (values, own) = found
+    assert own.keys() == state.keys()
+    if fused:
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own, state, rtol=1e-5, atol=1e-6)
+    else:
+        torch.testing.assert_close(values, expected, rtol=0, atol=0)
+        torch.testing.assert_close(own, state, rtol=0, atol=0)
+
+
+def test_an_optimizer_with_a_hook_takes_its_own_steps():
+    p, optim, seen = pyro.param("a", torch.zeros(2)), pyro.optim.Adam({"lr": 0.1}), []
+    p.grad = torch.ones(2)
+    steps = GroupedSteps(optim)
+    steps([p], fused=True)
+    optim.optim_objs[p].register_step_post_hook(lambda *_: seen.append(1))
+    steps([p], fused=True)
+    assert seen == [1]
