@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 MIN_MULTIPLICATIONS = 2**20  # of a product that is timed
 TIMING_ROUNDS = 5
+CONTIGUOUS = {"memory_format": torch.contiguous_format}
 MARGIN = 0.95  # of the default library's time, below which oneDNN is used
 
 Choices = dict[str, bool]  # by kind of product, whether oneDNN computes it
@@ -43,6 +44,9 @@ def choose_matmul_backends(module: fx.GraphModule, choices: Choices) -> None:
             with module.graph.inserting_before(node):
                 transposed = module.graph.call_function(aten.t.default, (b,))
                 transposed.meta["val"] = _value(b).t()
+                if _value(a).stride(-1) != 1:  # oneDNN would copy it; here the kernel that computes it may write it so
+                    strided, a = a, module.graph.call_function(aten.clone.default, (a,), CONTIGUOUS)
+                    a.meta["val"] = _value(strided).contiguous()
                 product = module.graph.call_function(onednn_linear(), (a, transposed, bias))
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
