@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 MIN_MULTIPLICATIONS = 2**20  # of a product that is timed
 TIMING_ROUNDS = 5
-CONTIGUOUS = {"memory_format": torch.contiguous_format}
+CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 MARGIN = 0.95  # of the default library's time, below which oneDNN is used
 
 Choices = dict[str, bool]  # by kind of product, whether oneDNN computes it
