@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import cells, readme
+from experiments import cells, gpu, readme
+from experiments.bench import SMOKE
 
-OTHERS = {"__init__", "cells", "readme", "load", "soak", "published_rows", "release"}  # without cells
+OTHERS = {"__init__", "cells", "readme", "load", "soak", "published_rows", "release", "gpu"}  # without cells
 NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - OTHERS)
 
 
@@ -165,3 +166,35 @@ def test_what_runs_commands_of_its_own(name, tmp_path):
     command = [sys.executable, "-m", f"experiments.{name}", "--smoke"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+GPU = {
+    "exact log p(x)": gpu.exact, "compiled steps": lambda device: gpu.compiled_steps(device, SMOKE),
+    "precisions": lambda device: gpu.precisions(device, SMOKE), "resumed run": gpu.resumed,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_the_checks_of_a_gpu_hold_on_the_cpu(name):
+    assert GPU[name](torch.device("cpu")).startswith("right")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_the_checks_of_a_gpu_hold_on_it(name):
+    assert GPU[name](torch.device("cuda")).startswith("right")
+
+
+def test_without_a_gpu_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    assert end.value.code == 1
+    assert "expected a GPU that torch can use, found none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gpu_are_made(tmp_path, capsys):
+    gpu.main(["--device", "cpu", "--smoke", "--minutes", "0.1", "--output", str(tmp_path / "gpu.json")])
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 15

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from experiments.bench import Settings, Timed
 from experiments.bench.pairs import TwoLayers, build, data
+from ppvae import VAE
 from ppvae.compilation.matmul_backend import onednn_linear
 
 
 def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
     """Seconds per step on the ELBO of one draw, with the KL in closed form if there is one, or on the IWAE bound."""
-    pair = build(kind, s)
-    loss = _two_layers(pair) if isinstance(pair, TwoLayers) else _one_layer(pair, particles)
-    parameters = list((pair.networks if isinstance(pair, TwoLayers) else pair).parameters())
+    loss, parameters = loss_and_parameters(build(kind, s), particles)
     loss = torch.compile(loss) if compile else loss
     adam = torch.optim.Adam(parameters, lr=1e-3, fused=True)
 
@@ -33,6 +32,13 @@ def step(kind: str, s: Settings, particles: int, compile: bool) -> Timed:
         value.item()
 
     return per_step(one, data(kind, s.batch), s.steps_of(particles))
+
+
+def loss_and_parameters(pair: VAE | TwoLayers, particles: int) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """The loss of a batch, and what it is a function of."""
+    if isinstance(pair, TwoLayers):
+        return _two_layers(pair), list(pair.networks.parameters())
+    return _one_layer(pair, particles), list(pair.parameters())
 
 
 def per_step(one: Callable[[Tensor], object], batch: Tensor, steps: int) -> Timed:
@@ -52,7 +58,7 @@ def _one_layer(pair, particles: int) -> Callable[[Tensor], Tensor]:  # type: ign
 
     def loss(x: Tensor) -> Tensor:
         loc, log_scale = encoder(x).chunk(2, dim=-1)
-        noise = torch.randn(particles, *loc.shape) if particles > 1 else torch.randn_like(loc)
+        noise = torch.randn_like(loc.expand(particles, *loc.shape) if particles > 1 else loc)
         z = loc + log_scale.exp() * noise
         log_lik = _log_lik(decoder(z), x)
         if particles == 1:

@@ -207,6 +207,7 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
         assert module.to("meta")(x.to("meta")).expand([4, 5]).log_prob(z).device.type == "meta"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @law()
 def test_same_on_a_gpu(name: str) -> None:

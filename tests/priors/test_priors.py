@@ -147,6 +147,7 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
         assert moved.expand([5]).log_prob(z).device.type == "meta"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @law()
 def test_same_on_a_gpu(name: str) -> None:
