@@ -1,0 +1,84 @@
+"""Throughput of training and of log p(x) on one process and on several, of one thread each, in one run.
+
+The pair is the benchmark's (784-200-200-50): an epoch of IWAE-50 in batches of 100, which the processes share, by
+compiled steps; log p(x) at K = 5000, whose data they share, eagerly. Each measurement is a group of its own; its time
+is that of the slowest process. The rows are stored in results/scaling/rows.json.
+
+    python -m experiments.scaling
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from experiments.bench import SMOKE, Settings, processor
+from experiments.bench.pairs import build, data
+from experiments.cells import RESULTS, markdown
+from ppvae import fit, log_marginal, objectives
+
+EPOCHS = 4  # the first of which compiles
+HEADER = ("", "one process", "two processes", "speed-up")
+
+
+def measure(smoke: bool) -> dict[str, float]:
+    """Milliseconds of a step of IWAE-50 at batch 100, and microseconds of a (datum, particle) of log p(x)."""
+    s = SMOKE if smoke else Settings()
+    steps = 2 if smoke else 30
+    pair, x = build("one layer", s), data("one layer", steps * s.batch)
+    times: list[float] = []
+    run = fit(
+        pair.model, pair.guide, x, epochs=EPOCHS, batch_size=s.batch, objective=objectives.IWAE(s.iwae),
+        optimizer=functools.partial(torch.optim.Adam, lr=1e-3), compile=True, progress=False,
+        callbacks=[lambda *_: times.append(time.perf_counter())], valid=x[:10],
+    )  # fmt: skip
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(times))
+    few = data("one layer", 4 * s.num_eval)
+    start = time.perf_counter()
+    log_marginal(run.model, run.guide, few, num_particles=s.particles, compile=False, progress=False)
+    taken = time.perf_counter() - start
+    return {"IWAE-50 step, ms": seconds / steps * 1e3, "log p(x), us": taken / (len(few) * s.particles) * 1e6}
+
+
+def in_processes(count: int, smoke: bool) -> dict[str, float]:
+    """The measurements in a group of so many processes, by rank 0."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    command = [sys.executable, *launch, "-m", "experiments.scaling", "--worker", *(["--smoke"] if smoke else [])]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    found: dict[str, float] = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
+    return found
+
+
+def main() -> None:
+    """Prints the table, and stores it unless it is that of `--smoke`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small networks")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        found = measure(args.smoke)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found), flush=True)
+        return
+    one, two = (in_processes(count, args.smoke) for count in (1, 2))
+    rows = [(what, f"{one[what]:.2f}", f"{two[what]:.2f}", f"{one[what] / two[what]:.2f}") for what in one]
+    print(f"{processor()}, {os.cpu_count()} cores, one thread a process")
+    print(markdown(HEADER, rows))
+    if not args.smoke:
+        (RESULTS / "scaling").mkdir(parents=True, exist_ok=True)
+        content = {"machine": processor(), "cores": os.cpu_count(), "one": one, "two": two}
+        (RESULTS / "scaling" / "rows.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
