@@ -23,6 +23,7 @@ by which `check` describes it:
     )
 """
 
+from ppvae.models.annealed import Annealed
 from ppvae.models.bayesian.factor_analysis import BayesianFactorAnalysis
 from ppvae.models.bayesian.last_layer import LastLayerVAE
 from ppvae.models.bayesian.mixture import BayesianGaussianMixture
@@ -42,10 +43,10 @@ from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
 from ppvae.models.vae import VAE, ConditionalVAE, QuantizedVAE
 
 __all__ = [
-    "VAE", "BayesianFactorAnalysis", "BayesianGaussianMixture", "BayesianTopicModel", "Block", "ConditionalVAE",
-    "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "GaussianProcessVAE", "HierarchicalVAE",
-    "LadderVAE", "LastLayerVAE", "LinearGaussian", "MultimodalVAE", "QuantizedVAE", "SemiSupervisedVAE", "TableVAE",
-    "TopDownVAE", "TopicModel", "conditional_vae", "conv_vae", "factor_analysis", "gaussian_mixture",
-    "linear_gaussian", "mixture_of_experts", "product_of_experts", "semi_supervised_vae", "smoothed", "stepwise",
-    "table_vae", "vae", "very_deep_vae",
+    "VAE", "Annealed", "BayesianFactorAnalysis", "BayesianGaussianMixture", "BayesianTopicModel", "Block",
+    "ConditionalVAE", "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "GaussianProcessVAE",
+    "HierarchicalVAE", "LadderVAE", "LastLayerVAE", "LinearGaussian", "MultimodalVAE", "QuantizedVAE",
+    "SemiSupervisedVAE", "TableVAE", "TopDownVAE", "TopicModel", "conditional_vae", "conv_vae", "factor_analysis",
+    "gaussian_mixture", "linear_gaussian", "mixture_of_experts", "product_of_experts", "semi_supervised_vae",
+    "smoothed", "stepwise", "table_vae", "vae", "very_deep_vae",
 ]  # fmt: skip

@@ -48,6 +48,7 @@ CANNOT = {  # what needs something that the factory cannot know, and what the er
     ("likelihood", "Multinomial"): "second tensor",  # the total of each datum
     ("likelihood", "Mixed"): "'columns' cannot be given on the command line",  # the kind of each column of a table
     ("posterior", "PerDatum"): "the index of each datum",
+    ("posterior", "Mixture"): "'components' cannot be given on the command line",
 }
 
 
