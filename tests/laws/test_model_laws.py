@@ -28,6 +28,7 @@ from ppvae.models import (
     GaussianMixture,
     GaussianProcessVAE,
     HierarchicalVAE,
+    JointPosterior,
     LadderVAE,
     LastLayerVAE,
     LinearGaussian,
@@ -212,6 +213,12 @@ def last_layer() -> LastLayerVAE:
     return LastLayerVAE(6, priors.StandardNormal(2), features, likelihood, normal(4), hidden=5, outputs=4)
 
 
+def joint() -> JointPosterior:
+    full = posteriors.FullRank(nn.mlp(4, posteriors.FullRank.outputs(5), hidden=(5,)))
+    base = hierarchical().double()
+    return JointPosterior(base.model, lambda size: full, binary())
+
+
 def plain(posterior: torch.nn.Module) -> VAE:
     return VAE(priors.StandardNormal(2), bits(2), posterior)
 
@@ -281,6 +288,9 @@ MODELS = {
     "topics, latent": Case(bayesian_topics, counted, "site 'topics': latent, Dirichlet over event [3, 4], shared"),
     "VAE, annealed": Case(lambda: annealed(True), binary, "guide site 'z_noise': auxiliary, Normal over event [3, 2]"),
     "VAE, Hamiltonian": Case(lambda: annealed(False), binary, "model site 'z_momentum': latent, Normal"),
+    "hierarchy under a joint posterior": Case(
+        joint, binary, "guide site 'joint_latent': auxiliary, MultivariateNormal over event [5]"
+    ),
     "VAE of a mixture posterior": Case(
         lambda: plain(posteriors.Mixture([normal(4, 2), normal(4, 2)])), binary, "guide site 'z': latent, Stratified"
     ),

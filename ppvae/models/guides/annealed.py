@@ -11,14 +11,13 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.poutine.broadcast_messenger import BroadcastMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from ppvae.errors import site_error
 from ppvae.errors.ranges import check_ranges
 from ppvae.models.composed_model import ComposedModel
+from ppvae.models.guides.sites import GivenValues, LatentSites
 from ppvae.rng import fork_rng
 
 Program = Callable[..., Any]
@@ -76,7 +75,7 @@ class Annealed(ComposedModel):
 
     def model(self, *batch: Any) -> Any:
         """p(x, z) of the base model, and standard normal momenta."""
-        latents = _LatentSites(self.event_shapes)
+        latents = LatentSites(self.event_shapes)
         with latents:
             out = self.programs[0](*batch)
         for name in self.event_shapes:
@@ -88,7 +87,7 @@ class Annealed(ComposedModel):
         """q(z | x) moved by the steps."""
         self.register_part("kernel")
         kernel = self.kernel
-        latents = _LatentSites(self.event_shapes, "_start")
+        latents = LatentSites(self.event_shapes, "_start")
         with latents:
             self.programs[1](*batch)
         noise = {}
@@ -130,7 +129,7 @@ class Annealed(ComposedModel):
             at = {name: v if through and v.requires_grad else v.detach().requires_grad_() for name, v in z.items()}
             log_densities = []
             for share, program in zip((beta, 1 - beta), self.programs, strict=True):
-                with poutine.block(), poutine.trace() as tracer, _Given({**at, **subsamples}):
+                with poutine.block(), poutine.trace() as tracer, GivenValues({**at, **subsamples}):
                     program(*batch)
                 log_densities.append(share * _log_density(tracer.get_trace()))
             slopes = torch.autograd.grad(torch.stack(log_densities).sum(), list(at.values()), create_graph=through)
@@ -149,60 +148,6 @@ class _Kernel(nn.Module):
     def betas(self) -> Tensor:
         """b_1 < .. < b_steps = 1."""
         return self.temperatures.softmax(0).cumsum(0)
-
-
-class _LatentSites(Messenger):
-    """Records contexts and values of a program's latents and subsamples, and renames the latents to auxiliary sites."""
-
-    def __init__(self, names: Mapping[str, Any], suffix: str = ""):
-        super().__init__()
-        self.names, self.suffix = {f"{name}{suffix}": name for name in names}, suffix
-        self.contexts: dict[str, Any] = {}
-        self.values: dict[str, Tensor] = {}
-        self.subsamples: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if f"{name}{self.suffix}" not in self.names or msg["is_observed"] or isinstance(msg["fn"], _Subsample):
-            return
-        self.contexts[name] = msg["cond_indep_stack"], msg["scale"], msg["mask"]
-        if self.suffix:
-            msg["name"] = f"{name}{self.suffix}"
-            msg["infer"] = {**(msg["infer"] or {}), "is_auxiliary": True}
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample):
-            self.subsamples[msg["name"]] = msg["value"]
-        elif msg["name"] in self.names:
-            self.values[self.names[msg["name"]]] = msg["value"]
-
-    def context(self, name: str) -> _InContext:
-        return _InContext(*self.contexts[name])
-
-
-class _InContext(Messenger):
-    """Puts sites into the plates, scale and mask of another one."""
-
-    def __init__(self, frames: Any, scale: Any, mask: Any):
-        super().__init__()
-        self.frames, self.scale, self.mask = frames, scale, mask
-
-    def _pyro_sample(self, msg: Any) -> None:
-        msg["cond_indep_stack"] = (*self.frames, *msg["cond_indep_stack"])
-        msg["scale"], msg["mask"] = self.scale * msg["scale"], self.mask
-        BroadcastMessenger._pyro_sample(msg)
-
-
-class _Given(Messenger):
-    """Gives latents and subsamples their values."""
-
-    def __init__(self, values: Mapping[str, Tensor]):
-        super().__init__()
-        self.values_by_name = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values_by_name and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values_by_name[msg["name"]], True
 
 
 def _log_density(trace: Any) -> Tensor:
