@@ -214,9 +214,18 @@ def last_layer() -> LastLayerVAE:
 
 
 def joint() -> JointPosterior:
+    decoder = bits(5).double()
+
+    def model(x: Tensor) -> Any:
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", pyro.distributions.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            loc = top.sum(-1, keepdim=True).expand(*top.shape[:-1], 3)
+            z = pyro.sample("z", pyro.distributions.Normal(loc, 1.0).to_event(1))
+            pyro.module("joint_decoder", decoder)
+            return pyro.sample("x", decoder(torch.cat([top, z], -1)), obs=x)
+
     full = posteriors.FullRank(nn.mlp(4, posteriors.FullRank.outputs(5), hidden=(5,)))
-    base = hierarchical().double()
-    return JointPosterior(base.model, lambda size: full, binary())
+    return JointPosterior(model, lambda size: full, binary())
 
 
 def plain(posterior: torch.nn.Module) -> VAE:
@@ -288,7 +297,7 @@ MODELS = {
     "topics, latent": Case(bayesian_topics, counted, "site 'topics': latent, Dirichlet over event [3, 4], shared"),
     "VAE, annealed": Case(lambda: annealed(True), binary, "guide site 'z_noise': auxiliary, Normal over event [3, 2]"),
     "VAE, Hamiltonian": Case(lambda: annealed(False), binary, "model site 'z_momentum': latent, Normal"),
-    "hierarchy under a joint posterior": Case(
+    "two latents under a joint posterior": Case(
         joint, binary, "guide site 'joint_latent': auxiliary, MultivariateNormal over event [5]"
     ),
     "VAE of a mixture posterior": Case(

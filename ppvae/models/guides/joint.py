@@ -40,7 +40,7 @@ class JointPosterior(ComposedModel):
         size: of u, the number of unconstrained numbers of a datum.
 
     Raises ContractError, by the site's name, for a discrete latent, one outside the data plate or in a further plate,
-    or one whose support depends on other values; ValueError for a posterior of another size.
+    or one whose support depends on other values; ContractError for a posterior of another size.
     Source: Rezende and Mohamed 2015 (arXiv 1505.05770); Kucukelbir et al. 2017 (arXiv 1603.00788) for the maps.
 
     >>> import pyro, torch
@@ -77,7 +77,7 @@ class JointPosterior(ComposedModel):
         with pyro.plate(self.plate, len(batch[0])):
             fn = self.call_part("posterior", batch[0], context=batch[1] if len(batch) > 1 else None)
             if tuple(fn.event_shape) != (self.size,):
-                raise ValueError(
+                raise ContractError(
                     f"posterior: expected one over the {self.size} unconstrained numbers of "
                     f"{', '.join(name for name, _, _ in self.latents)}, found event shape {list(fn.event_shape)}"
                 )
