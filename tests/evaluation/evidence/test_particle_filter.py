@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from ppvae.evaluation.reliability import NUM_FILTERS, assess_filters
 from ppvae.inference.inspection import inspect
 from ppvae.inference.sequences.backward import sample_backward
 from ppvae.inference.sequences.particle_filter import particle_filter
-from tests.programs.sequences import draw_linear, forward_pass, hmm_pair, kalman, kalman_smoother, linear_pair
+from tests.programs.sequences import R, draw_linear, forward_pass, hmm_pair, kalman, kalman_smoother, linear_pair
 from tests.programs.strangers import PAIRS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -163,3 +165,26 @@ def test_a_site_summed_out_has_no_steps():
     guide(*batch)
     with pytest.raises(ContractError, match=r"expected latents that the guide samples, for a particle filter"):
         filtered(model, guide, batch, num_particles=50)
+
+
+def test_a_plate_that_draws_its_rows():
+    """Every datum once, the short last block too; draws are those of its own data."""
+    x = draw_linear(5, 4, seed=8) + 20 * torch.arange(5)[:, None]
+
+    def model(x: Tensor) -> None:
+        z = torch.zeros(())
+        with pyro.plate("data", 5, subsample_size=2) as rows:
+            for t in range(4):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 10.0))
+                pyro.sample(f"x_{t}", dist.Normal(z, R), obs=x[rows, t])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 5, subsample_size=2) as rows:
+            for t in range(4):
+                pyro.sample(f"z_{t}", dist.Normal(x[rows, t], R))
+
+    est = filtered(model, guide, x, num_particles=200, posterior_draws=6)
+    assert est.log_px.shape == (5,)
+    assert est.posterior is not None
+    assert est.posterior["z_3"].shape == (6, 5)
+    assert float((est.posterior["z_3"] - x[:, 3]).abs().max()) < 6 * R
