@@ -1,6 +1,7 @@
 """`ppvae evaluate RUN`: log p(x) by importance sampling, from proposals refined to each datum, with L_K of the guide
 beside it; with annealing of the data that this fails on by `--method auto`; by the guide alone with `--proposal guide`;
-by annealing with `--method annealed | smc | bdmc`; predictive densities given global latents by `--conditional`."""
+by annealing with `--method annealed | smc | bdmc`; of sequences by `--method particle_filter`; predictive densities
+given global latents by `--conditional`."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ OPTIONS = {  # of each method
     "annealed": (*CHAINS, "beside"),
     "smc": (*CHAINS, "resample", "beside"),
     "bdmc": CHAINS,
+    "particle_filter": (),
 }
+FILTER_PARTICLES = 1000
 
 
 def run(args: list[str]) -> int:
@@ -64,14 +67,14 @@ def run(args: list[str]) -> int:
         discrete = getattr(getattr(unwrap(trained.model), "__self__", None), "discrete", None)
         model, guide = (trained.model, trained.guide) if discrete is None else (discrete.model, discrete.guide)
         notes += _accuracy(model, columns[0])
-        samples = settings.method in ("importance", "auto")
+        samples = settings.method in ("importance", "auto", "particle_filter")
         method = "log_marginal" if samples else settings.method
         name = method if settings.split == "test" else f"{method}_{settings.split}"
         with evaluation_of(trained, name):
             if samples:
                 if discrete is not None:
                     notes.append("log p(x) of the discrete model, whose relaxed counterpart was trained")
-                return _importance_sampling(trained, model, guide, columns, settings, notes, name)
+                return _sampling(trained, model, guide, columns, settings, notes, name)
             return _annealing(trained, model, guide, columns, settings, discrete is not None, notes, name)
 
 
@@ -112,11 +115,11 @@ def check_options(settings: Evaluate) -> None:
         make_allocation("auto", settings.target_std_error, settings.max_particles)
 
 
-def _importance_sampling(
+def _sampling(
     trained: Run, model: Program, guide: Program, columns: tuple[Any, ...], settings: Evaluate, notes: list[str],
     name: str,
 ) -> int:  # fmt: skip
-    """Importance sampling; the cache of finished blocks is removed once the result is written."""
+    """Importance sampling or particle filters; the cache of finished blocks is removed once the result is written."""
     results = folder_of(trained) / "results"
     blocks = results / f"{name}_blocks" / _cache_key(trained, settings)
     options: dict[str, Any] = {
@@ -127,6 +130,9 @@ def _importance_sampling(
     shared = {key: getattr(settings, key) for key in GIVEN_GLOBALS}
     if shared != {key: getattr(Evaluate(), key) for key in GIVEN_GLOBALS}:
         est = log_marginal(model, guide, columns, num_particles=given or GUIDE_PARTICLES, **shared, **options)
+    elif settings.method == "particle_filter":
+        count = given or FILTER_PARTICLES
+        est = log_marginal(model, guide, columns, num_particles=count, method="particle_filter", **options)
     elif settings.proposal == "guide":
         est = log_marginal(model, guide, columns, num_particles=given or GUIDE_PARTICLES, **options)
     else:

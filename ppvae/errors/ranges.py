@@ -153,7 +153,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "target_std_error": Range("a positive number of nats", 0, open=True),
     **dict.fromkeys(("clip", "max_gigabytes"), POSITIVE),
-    **dict.fromkeys(("temperature", "lengthscale"), replace(POSITIVE, many=True)),
+    **dict.fromkeys(("temperature", "lengthscale", "step_size"), replace(POSITIVE, many=True)),
     **dict.fromkeys(("scale", "df", "concentration"), replace(POSITIVE, many=True, names=True)),
     **dict.fromkeys(
         ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake"),

@@ -80,7 +80,8 @@ class Block:
 
     def select_rows(self, rows: Tensor) -> tuple[Block, Tensor]:
         """(a block of these rows, their positions in it); the block itself where the pair takes no fewer rows."""
-        if len(rows) == self.size or self.s.has_global_latents or self.s.draws_subsample:
+        every = torch.arange(self.size, device=rows.device)
+        if self.s.has_global_latents or self.s.draws_subsample or torch.equal(rows, every):
             return self, rows
         out = Block.__new__(Block)
         vars(out).update(vars(self) | {"batch": tuple(t[rows.to(t.device)] for t in self.batch), "size": len(rows)})

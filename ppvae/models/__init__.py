@@ -33,6 +33,8 @@ from ppvae.models.deep_mixture import DeepMixture, SemiSupervisedVAE
 from ppvae.models.factories import conv_vae, factor_analysis, gaussian_mixture, linear_gaussian, vae
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.gaussian_process import GaussianProcessVAE, smoothed, stepwise
+from ppvae.models.guides.annealed import Annealed
+from ppvae.models.guides.joint import JointPosterior
 from ppvae.models.hierarchical import HierarchicalVAE, LadderVAE
 from ppvae.models.label_factories import conditional_vae, semi_supervised_vae
 from ppvae.models.linear_gaussian import LinearGaussian
@@ -42,10 +44,10 @@ from ppvae.models.top_down import Block, TopDownVAE, very_deep_vae
 from ppvae.models.vae import VAE, ConditionalVAE, QuantizedVAE
 
 __all__ = [
-    "VAE", "BayesianFactorAnalysis", "BayesianGaussianMixture", "BayesianTopicModel", "Block", "ConditionalVAE",
-    "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "GaussianProcessVAE", "HierarchicalVAE",
-    "LadderVAE", "LastLayerVAE", "LinearGaussian", "MultimodalVAE", "QuantizedVAE", "SemiSupervisedVAE", "TableVAE",
-    "TopDownVAE", "TopicModel", "conditional_vae", "conv_vae", "factor_analysis", "gaussian_mixture",
-    "linear_gaussian", "mixture_of_experts", "product_of_experts", "semi_supervised_vae", "smoothed", "stepwise",
-    "table_vae", "vae", "very_deep_vae",
+    "VAE", "Annealed", "BayesianFactorAnalysis", "BayesianGaussianMixture", "BayesianTopicModel", "Block",
+    "ConditionalVAE", "CountVAE", "DeepMarkovModel", "DeepMixture", "GaussianMixture", "GaussianProcessVAE",
+    "HierarchicalVAE", "JointPosterior", "LadderVAE", "LastLayerVAE", "LinearGaussian", "MultimodalVAE", "QuantizedVAE",
+    "SemiSupervisedVAE", "TableVAE", "TopDownVAE", "TopicModel", "conditional_vae", "conv_vae", "factor_analysis",
+    "gaussian_mixture", "linear_gaussian", "mixture_of_experts", "product_of_experts", "semi_supervised_vae",
+    "smoothed", "stepwise", "table_vae", "vae", "very_deep_vae",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ A new amortised posterior says how many outputs it reads and which distribution 
 from ppvae.posteriors.amortized import Delta
 from ppvae.posteriors.discrete import Bernoulli, Categorical, OneHot, RelaxedBernoulli, RelaxedOneHot
 from ppvae.posteriors.flows import IAF, SplineCoupling
+from ppvae.posteriors.mixture import Mixture
 from ppvae.posteriors.normal import DiagonalNormal, FullRank, LowRank
 from ppvae.posteriors.per_datum import PerDatum
 from ppvae.posteriors.semi_amortized import SemiAmortized
@@ -30,5 +31,6 @@ from ppvae.posteriors.sphere import PowerSpherical
 
 __all__ = [
     "IAF", "Bernoulli", "Categorical", "Delta", "DiagonalNormal", "Dirichlet", "FullRank", "LogisticNormal", "LowRank",
-    "OneHot", "PerDatum", "PowerSpherical", "RelaxedBernoulli", "RelaxedOneHot", "SemiAmortized", "SplineCoupling",
+    "Mixture", "OneHot", "PerDatum", "PowerSpherical", "RelaxedBernoulli", "RelaxedOneHot", "SemiAmortized",
+    "SplineCoupling",
 ]  # fmt: skip

@@ -31,8 +31,10 @@ class SemiAmortized(nn.Module):
         rate: the initial step size; 1 is Newton's step for a normal posterior at the right scale.
         num_particles: noise draws for the expectation, antithetic and with variance one in every dim; with at least
             2 * latent draws they are uncorrelated too, and expectations of quadratics are exact.
-        through: differentiate through the steps in training, as in the paper; otherwise the steps are a constant shift,
-            and the network gets the gradient at the refined parameters.
+        through: differentiate through the steps in training, as in the paper. Otherwise the derivative of the refined
+            parameters by the network's is approximated by its diagonal, the ratio of the ELBO's slope after the steps
+            to that before them, within [0, 1], at a third of the time. It is exact where dims are independent and L is
+            quadratic; with the identity in its place, nothing would hold the outputs along converged dims.
         seed: the seed of the noise.
 
     Returns batch shape [...], event shape [latent]. The steps enable gradients themselves, also under no_grad.
@@ -95,15 +97,18 @@ class SemiAmortized(nn.Module):
             )
         return prior
 
-    def _ascend_elbo(self, x: Tensor, best: Tensor, through: bool, context: Tensor | None) -> Tensor:
-        """The parameters after the steps from `best`, which requires a gradient."""
+    def _ascend_elbo(
+        self, x: Tensor, best: Tensor, through: bool, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(parameters after the steps, slopes there, slopes at the start) from `best`, which requires a gradient."""
 
         def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor]:
             value = self.elbo(x, point, context)
             (slope,) = torch.autograd.grad(value.sum(), point, create_graph=through)
             return value.detach(), slope
 
-        value, slope = value_and_gradient(best)
+        value, first = value_and_gradient(best)
+        slope = first
         rate = torch.full_like(value, self.rate)
         for _ in range(self.steps):
             to_loc, to_scale = slope.chunk(2, dim=-1)
@@ -117,15 +122,16 @@ class SemiAmortized(nn.Module):
             slope = torch.where(improved.unsqueeze(-1), new_slope, slope)
             value = torch.where(improved, new, value)
             rate = torch.where(improved, (1.5 * rate).clamp(max=self.rate), rate / 2)
-        return best
+        return best, slope, first
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         start = call_with_context(self.net, x, context=context)
         if torch.is_grad_enabled() and self.through and start.requires_grad:
-            return self.head(self._ascend_elbo(x, start, True, context))
+            return self.head(self._ascend_elbo(x, start, True, context)[0])
         with torch.enable_grad():
-            shift = self._ascend_elbo(x, start.detach().requires_grad_(), False, context).detach() - start.detach()
-        return self.head(start + shift)
+            end, slope, first = self._ascend_elbo(x, start.detach().requires_grad_(), False, context)
+        remaining = (slope / first).nan_to_num(1.0).clamp(0.0, 1.0).detach()  # as a step of Newton leaves none
+        return self.head(end.detach() + remaining * (start - start.detach()))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 
 from ppvae import plots
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import MIN_ESS
+from ppvae.evaluation.reliability import FILTER_METHOD, MIN_ESS
 from ppvae.plots.style import number
 from ppvae.report.run_data import RunData, SectionUnavailable
 from ppvae.report.section import CaptionedFigure, capitalized, image_grid
@@ -43,8 +43,9 @@ def diagnosis(run_data: RunData) -> CaptionedFigure:
     """k_hat and effective sample size of each datum, with the region of reliable estimates."""
     est = _estimate_per_datum(run_data)
     if est.method != "importance sampling":
+        by = "the spread of its filters and its effective sample size" if est.method == FILTER_METHOD else "its chains"
         raise SectionUnavailable(
-            f"The reliability of {est.method} is judged by its chains. {capitalized(est.reliability.summary)}."
+            f"The reliability of {est.method} is judged by {by}. {capitalized(est.reliability.summary)}."
         )
     limit = est.k_hat_limit
     if not math.isfinite(limit):

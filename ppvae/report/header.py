@@ -5,7 +5,7 @@ from typing import Any
 
 from ppvae.errors import PpvaeError
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.reliability import format_particles
+from ppvae.evaluation.reliability import FILTER_METHOD, format_particles
 from ppvae.plots.style import number
 from ppvae.report.annealing_section import annealing_cards, annealing_remarks
 from ppvae.report.html import Card, PageHeader
@@ -114,7 +114,7 @@ def _method(est: Estimate) -> str:
     median = "" if est.joint else " (median over data)"
     monte_carlo = "" if math.isnan(error) else f"; Monte-Carlo standard error {error:.4f} nats{median}"
     spread = "" if math.isnan(est.nll_std_error) else "; ± is the standard error of the mean over the data"
-    chains = est.method != "importance sampling"
+    chains = est.method not in ("importance sampling", FILTER_METHOD)
     draws = f"{est.num_particles:,} chains" if chains else f"K = {format_particles(est.particles, ',')} particles"
     source = "" if chains else f" from {'refined proposals' if est.settings.get('proposal') else 'the guide'}"
     how = f"{est.method}{source} with {draws}, seed {est.seed}"

@@ -21,7 +21,11 @@ import pytest
 import torch
 
 from ppvae import load
+from ppvae.cli.evaluate import check_options
 from ppvae.cli.main import COMMANDS, main
+from ppvae.cli.options import Evaluate
+from ppvae.errors import UsageError
+from ppvae.evaluation import load_estimate
 
 PAIRS = Path(__file__).parents[1] / "programs" / "factory_files"
 REPORT = importlib.util.find_spec("ppvae.report") is not None
@@ -979,5 +983,15 @@ def test_sequences_and_their_lengths_from_one_file(cli, fails, tmp_path):
     assert cli("check", "pair.py:pair", *options).status == 0
     assert cli("fit", "pair.py:pair", *options, "--epochs", 1, "--no-report", "--name", "run").status == 0
     assert cli("evaluate", "run", "--num-particles", 100, "--no-report").status == 0
+    done = cli("evaluate", "run", "--method", "particle_filter", "--num-particles", 40, "--no-report")
+    assert done.status == 0
+    assert "particle filter" in done.out
+    est = load_estimate(Path("runs/run/results/log_marginal.json"))
+    assert (est.method, est.num_particles, est.settings["filters"]) == ("particle filter", 40, 10)
+    for option in ({"max_particles": 50}, {"num_chains": 3}, {"num_particles": "auto"}, {"bracket": 5}):
+        with pytest.raises(UsageError, match=f"--{next(iter(option)).replace('_', '-')}.*: goes with"):
+            check_options(Evaluate(method="particle_filter", **option))
+    few = ("--method", "particle_filter", "--num-particles", 5)
+    fails("evaluate", "run", *few, names=("at least 20",), status=2)
     wrong = (*options[:-1], "length")
     fails("fit", "pair.py:pair", *wrong, names=("--context", "'length'", "lengths"), status=2)

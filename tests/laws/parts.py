@@ -96,6 +96,15 @@ POSTERIORS: dict[str, Part] = {
         lambda d: posteriors.PerDatum(9, posteriors.FullRank.outputs(d), posteriors.FullRank),
         context=torch.tensor([3, 1, 4, 0, 8]),
     ),
+    "Mixture": Part(lambda d: posteriors.Mixture([posteriors.DiagonalNormal(net(2 * d)) for _ in range(3)])),
+    "Mixture of families": Part(
+        lambda d: posteriors.Mixture(
+            [
+                posteriors.DiagonalNormal(net(2 * d)),
+                posteriors.FullRank(net(posteriors.FullRank.outputs(d))),
+            ]
+        )
+    ),
     "SemiAmortized": Part(semi),
     "SemiAmortized constant": Part(lambda d: semi(d, through=False)),
 }

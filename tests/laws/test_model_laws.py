@@ -15,6 +15,8 @@ from torch import Tensor
 from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.inspection import inspect
 from ppvae.models import (
+    VAE,
+    Annealed,
     BayesianFactorAnalysis,
     BayesianGaussianMixture,
     BayesianTopicModel,
@@ -26,6 +28,7 @@ from ppvae.models import (
     GaussianMixture,
     GaussianProcessVAE,
     HierarchicalVAE,
+    JointPosterior,
     LadderVAE,
     LastLayerVAE,
     LinearGaussian,
@@ -210,6 +213,30 @@ def last_layer() -> LastLayerVAE:
     return LastLayerVAE(6, priors.StandardNormal(2), features, likelihood, normal(4), hidden=5, outputs=4)
 
 
+def joint() -> JointPosterior:
+    decoder = bits(5).double()
+
+    def model(x: Tensor) -> Any:
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", pyro.distributions.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            loc = top.sum(-1, keepdim=True).expand(*top.shape[:-1], 3)
+            z = pyro.sample("z", pyro.distributions.Normal(loc, 1.0).to_event(1))
+            pyro.module("joint_decoder", decoder)
+            return pyro.sample("x", decoder(torch.cat([top, z], -1)), obs=x)
+
+    full = posteriors.FullRank(nn.mlp(4, posteriors.FullRank.outputs(5), hidden=(5,)))
+    return JointPosterior(model, lambda size: full, binary())
+
+
+def plain(posterior: torch.nn.Module) -> VAE:
+    return VAE(priors.StandardNormal(2), bits(2), posterior)
+
+
+def annealed(refresh: bool) -> Annealed:
+    base = plain(normal(4, 2)).double()
+    return Annealed(base.model, base.guide, binary(), steps=3, refresh=refresh)
+
+
 MODELS = {
     "probabilistic PCA": Case(lambda: LinearGaussian(4, 2), real, "site 'z': latent, MultivariateNormal"),
     "factor analysis": Case(lambda: LinearGaussian(4, 2, torch.ones(4)), real, "site 'z': latent, MultivariateNormal"),
@@ -268,6 +295,14 @@ MODELS = {
         lambda: BayesianFactorAnalysis(6, 4, 2, isotropic=True), real, "site 'precision': latent, Gamma over event [1]"
     ),
     "topics, latent": Case(bayesian_topics, counted, "site 'topics': latent, Dirichlet over event [3, 4], shared"),
+    "VAE, annealed": Case(lambda: annealed(True), binary, "guide site 'z_noise': auxiliary, Normal over event [3, 2]"),
+    "VAE, Hamiltonian": Case(lambda: annealed(False), binary, "model site 'z_momentum': latent, Normal"),
+    "two latents under a joint posterior": Case(
+        joint, binary, "guide site 'joint_latent': auxiliary, MultivariateNormal over event [5]"
+    ),
+    "VAE of a mixture posterior": Case(
+        lambda: plain(posteriors.Mixture([normal(4, 2), normal(4, 2)])), binary, "guide site 'z': latent, Stratified"
+    ),
     "VAE with a Bayesian last layer": Case(
         last_layer, binary, "site 'weight': latent, Normal over event [6, 4], shared"
     ),

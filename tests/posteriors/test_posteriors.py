@@ -770,6 +770,59 @@ def test_semi_amortized_gradient_goes_through_its_steps_or_past_them() -> None:
     assert not torch.allclose(slopes[True]["net.2.bias"], slopes[False]["net.2.bias"])
 
 
+def test_semi_amortized_past_its_steps_has_the_exact_derivative_of_independent_quadratics() -> None:
+    """A decoder with orthogonal columns: d loc after the steps / d loc before, and values, are those through them."""
+    decoder = torch.nn.Linear(3, 5).double()
+    with torch.no_grad():
+        decoder.weight.copy_(torch.linalg.qr(torch.randn(5, 3).double()).Q * torch.tensor([0.3, 1.0, 1.5]))
+    likelihood = likelihoods.Normal(decoder, scale=0.7).double()
+    x, outputs = torch.randn(4, 5).double(), torch.randn(4, 6).double()
+    outputs[:, 3:] = -1.0  # no step leaps over the optimum
+    outputs.requires_grad_()
+    found = {}
+    for through in (True, False):
+        posterior = posteriors.SemiAmortized(
+            torch.nn.Identity(), priors.StandardNormal(3), likelihood, steps=4, num_particles=6, through=through
+        ).double()
+        posterior.net = Constant(outputs)
+        loc = posterior(x).base_dist.loc
+        found[through] = loc, torch.autograd.grad((loc * torch.arange(12.0).reshape(4, 3)).sum(), outputs)[0][:, :3]
+    torch.testing.assert_close(found[True], found[False])
+    assert float(found[True][1].std()) > 0.1
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+def test_semi_amortized_past_its_steps_trains_its_network() -> None:
+    """Four draws of noise, far fewer than dims: the ELBO at the network's own outputs stays beside the refined one.
+
+    With a constant shift in place of the diagonal it falls hundreds of nats below, and training with it.
+    """
+    x = data.load("digits", binarize="fixed")[0].read()[:500].repeat(1, 8)
+    torch.manual_seed(0)
+    prior, likelihood = priors.StandardNormal(16), likelihoods.Bernoulli(nn.mlp(16, 512, hidden=(50,)))
+    net = nn.mlp(512, 32, hidden=(50,))
+    posterior = posteriors.SemiAmortized(net, prior, likelihood, num_particles=4, through=False)
+    vae = VAE(prior, likelihood, posterior)
+    fit(vae.model, vae.guide, x, epochs=15, batch_size=50, progress=False, compile=False)
+    with torch.no_grad():
+        start, fn = net(x), posterior(x).base_dist
+        torch.manual_seed(0)
+        bounds = [
+            float((likelihood(z := q.rsample()).log_prob(x) + prior().log_prob(z) - q.log_prob(z)).mean())
+            for q in (posterior.head(start), posterior.head(torch.cat([fn.loc, fn.scale.log()], -1)))
+        ]
+    assert bounds[0] > bounds[1] - 50
+    assert bounds[1] > -240
+
+
 def test_semi_amortized_pair_is_the_same_with_gradients_and_without() -> None:
     vae, (x,) = pair_of("SemiAmortized")
     z = torch.randn(3, 5, 2).double()

@@ -39,6 +39,23 @@ def kalman(x: Tensor, lengths: Tensor | None = None) -> Tensor:
     return total
 
 
+def kalman_smoother(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and variances of z_t given all of x, [N, T] each (Rauch, Tung and Striebel 1965)."""
+    mean, var, steps = torch.zeros(len(x)).double(), torch.zeros(len(x)).double(), []
+    for t in range(x.shape[1]):
+        mean, var = A * mean, A**2 * var + Q**2
+        gain = var * C / (C**2 * var + R**2)
+        mean, var = mean + gain * (x[:, t] - C * mean), var - gain * C * var
+        steps.append((mean, var))
+    smoothed = [steps[-1]]
+    for mean, var in reversed(steps[:-1]):
+        later_mean, later_var = smoothed[-1]
+        gain = var * A / (A**2 * var + Q**2)
+        smoothed.append((mean + gain * (later_mean - A * mean), var + gain**2 * (later_var - A**2 * var - Q**2)))
+    means, variances = zip(*reversed(smoothed), strict=True)
+    return torch.stack(means, 1), torch.stack(variances, 1)
+
+
 def linear_pair(
     shift: float = 0.0, learned: bool = False, require: Callable[[Tensor, Tensor], bool] = lambda z, x: True
 ) -> tuple[Program, Program]:

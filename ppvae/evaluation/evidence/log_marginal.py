@@ -83,7 +83,7 @@ def log_marginal(
     than half are effective (`ppvae.inference.sequences`): log p(x) is the log of the mean of their estimates, unbiased
     for p(x), the standard error comes from their spread, ess is the smallest over the steps of `est.ess_by_step`. A
     filter that resamples R times makes 1 + R runs of guide and model, each over the whole sequence, and holds its
-    K / 10 trajectories; posterior draws are trajectories, whose early steps have few distinct ancestors.
+    K / 10 trajectories; posterior draws are smoothing draws, by backward sampling (Godsill, Doucet and West 2004).
 
     With global latents theta, shared by all data, weights are joint, one number for the data set. With
     `local_particles` = K > 1 the local latents of each datum are integrated out inside by K particles at each of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
 from ppvae.inference.contract.support import base_measure_of, missing_values_note
-from ppvae.inference.sequences.particle_filter import particle_filter
+from ppvae.inference.sequences.backward import sample_backward
+from ppvae.inference.sequences.particle_filter import FilterResult, particle_filter
 from ppvae.inference.sequences.steps import require_sequence
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program
@@ -99,43 +101,79 @@ class FilterBlocks:
     posterior_draws: int
 
     def __call__(self, block: Block) -> dict[str, Tensor]:
-        whole = self.run.structure.draws_subsample  # the pair takes no other rows
-        size = block.size if whole else max(1, DATA_BLOCK * PARTICLE_BLOCK // self.num_particles)
-        rows = torch.arange(block.size).repeat(NUM_FILTERS)
-        parts = concatenate([self._filter(block, part, i) for i, part in enumerate(rows.split(size))])
+        rows = torch.arange(block.size, device="cpu").repeat(NUM_FILTERS)
+        runs = rows.split(self._num_rows(block))
+        parts = concatenate([self._statistics(block, part, i) for i, part in enumerate(runs)])
         by_filter = {n: value.unflatten(0, (NUM_FILTERS, block.size)) for n, value in parts.items()}
         filters = LogWeightAccumulator(NUM_FILTERS, (), block.eps)
         filters.add(by_filter["log_px"], by_filter["elbo"])
         found = filters.result()
         ess = by_filter["ess_by_step"].sum(0)
         found |= {"filter_ess": found.pop("ess"), "ess_by_step": ess, "ess": ess.nan_to_num(torch.inf).amin(1)}
-        if self.posterior_draws:  # a filter in proportion to its estimate, then its trajectory
-            seed_all(derive_seed(self.run.seed, block.number, "posterior"))
-            share = by_filter["log_px"].nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
-            chosen = share.T.multinomial(self.posterior_draws, replacement=True)  # [N, draws]
-            data, draws = torch.arange(block.size)[:, None], torch.arange(self.posterior_draws)
-            found |= {n: v[chosen, data, draws] for n, v in by_filter.items() if n.startswith("posterior/")}
+        if self.posterior_draws:
+            found |= self._smoothing_draws(block, runs, by_filter["log_px"])
         return found | {"resampled": by_filter["resampled"].mean(0), "missing": torch.tensor(block.num_missing)}
 
-    def _filter(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
-        """One particle filter for each of these rows of a block; draws are [rows, draws, (inner plates,) *event]."""
+    def _num_rows(self, block: Block) -> int:
+        """The number of rows in one run of the pair; all of them where the pair takes no fewer."""
+        if self.run.structure.draws_subsample:
+            return block.size
+        return max(1, DATA_BLOCK * PARTICLE_BLOCK // self.num_particles)
+
+    def _filter(self, block: Block, rows: Tensor, number: int, keep_history: bool = False) -> FilterResult:
+        """One particle filter for each of these rows of a block."""
         run = self.run
         part, _ = block.select_rows(rows)
         seed_all(derive_seed(run.seed, block.number, "filter", number))
-        f = particle_filter(
+        return particle_filter(
             run.model, run.guide, part.batch, self.num_particles, structure=run.structure, threshold=THRESHOLD,
-            index=part.index,
+            index=part.index, keep_history=keep_history,
         )  # fmt: skip
+
+    def _statistics(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
+        f = self._filter(block, rows, number)
         if not number:
             block.check_supports(f.first)
         found = {
             "log_px": f.log_px, "elbo": f.first.elbo.mean(0), "ess_by_step": f.ess.T, "resampled": f.resampled.double(),
         }  # fmt: skip
-        if self.posterior_draws:
-            share = f.log_weight.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
-            chosen = share.T.multinomial(self.posterior_draws, replacement=True)  # [rows, draws]
-            for name, site in f.last.guide.items():
-                if site.role is Role.LATENT:
-                    value = site.value.movedim(site.value.dim() - f.last.structure.event_dims[name] - 1, 0)
-                    found[f"posterior/{name}"] = value[torch.arange(len(rows))[:, None], chosen.to(value.device)]
-        return {name: value.cpu() for name, value in found.items()}
+        return {name: value[: len(rows)].cpu() for name, value in found.items()}
+
+    def _smoothing_draws(self, block: Block, runs: Sequence[Tensor], log_px: Tensor) -> dict[str, Tensor]:
+        """Sequences by backward sampling, each from a filter chosen in proportion to its estimate of p(x).
+
+        {"posterior/site": [N, draws, (inner plates,) *event]}. The filters are run again with the same noise.
+        """
+        run, whole = self.run, self.run.structure.draws_subsample
+        seed_all(derive_seed(run.seed, block.number, "posterior"))
+        share = log_px.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
+        chosen = share.T.multinomial(self.posterior_draws, replacement=True)
+        filters = chosen * block.size + torch.arange(block.size, device="cpu")[:, None]  # rows of all runs, [N, draws]
+        out: dict[str, Tensor] = {}
+        for number, rows in enumerate(runs):
+            first = sum(len(earlier) for earlier in runs[:number])
+            mine = (filters >= first) & (filters < first + len(rows))
+            if not bool(mine.any()):
+                continue
+            history = self._filter(block, rows, number, keep_history=True).history
+            assert history is not None
+            seed_all(derive_seed(run.seed, block.number, "smoothing", number))
+            pairs = mine.nonzero()  # (datum, draw)
+            groups = [pairs[pairs[:, 1] == i] for i in pairs[:, 1].unique()] if whole else pairs.split(len(rows))
+            for data, draw in (group.T for group in groups):
+                part, at, held = block, data, history
+                if not whole:
+                    part, at = block.select_rows(data)
+                    held = history.select_rows((filters[data, draw] - first).to(part.batch[0].device), run.structure)
+                values = sample_backward(
+                    run.model, run.guide, part.batch, held, structure=run.structure, index=part.index
+                )
+                for name, value in values.items():
+                    if held.sites[name].role is not Role.LATENT:
+                        continue
+                    dim = value.dim() - len(held.sites[name].distribution.event_shape) - 1
+                    found = value.movedim(dim, 0)[at.to(value.device), 0].cpu()
+                    if f"posterior/{name}" not in out:
+                        out[f"posterior/{name}"] = found.new_empty(*chosen.shape, *found.shape[1:])
+                    out[f"posterior/{name}"][data, draw] = found
+        return out

@@ -43,15 +43,25 @@ class ContinueSequences(Messenger):
         msg["done"] = True
 
 
-def select_ancestors(sites: Mapping[str, Site], index: Tensor, s: Structure) -> dict[str, Tensor]:
-    """The values of a guide's sites at the particles `index` [K, batch] of each datum."""
+def broadcast_steps(layout: ParticleLayout, by_step: Tensor, name: str, step: int | None) -> Tensor:
+    """Numbers of each step, [T, particles, batch], in a shape that broadcasts with a latent's value in the run.
+
+    `step` is that of the latent; None for a chain, whose steps are its first event dim.
+    """
+    if step is not None:
+        return layout.broadcast_weights(by_step[step], name)
+    return torch.cat([layout.broadcast_weights(each, name) for each in by_step], -layout.s.event_dims[name])
+
+
+def select_particles(sites: Mapping[str, Site], index: Tensor, steps: Steps, s: Structure) -> dict[str, Tensor]:
+    """The values of a guide's sites at the particles `index` [T, particles, batch] of each step and datum."""
     s = with_sampled_sites(s, sites)
-    layout = ParticleLayout(replace(s, layout=ParticlePlacement.VECTORIZED), *index.shape)
+    layout = ParticleLayout(replace(s, layout=ParticlePlacement.VECTORIZED), *index.shape[1:])
     out = {}
     for name, site in sites.items():
-        at = layout.broadcast_weights(index, name)
-        shape = torch.broadcast_shapes(site.value.shape, at.shape)
-        out[name] = site.value.expand(shape).gather(0, at.expand(shape))
+        at = broadcast_steps(layout, index, name, steps.of_guide[name])
+        shape = torch.broadcast_shapes(site.value.shape[1:], at.shape[1:])
+        out[name] = site.value.expand(-1, *shape).gather(0, at.expand(-1, *shape))
     return out
 
 
@@ -75,16 +85,15 @@ def continue_guide(
     name = next(iter(values))
     count = values[name].shape[particle_dim(values[name], structure, name)]
     layout = ParticleLayout(structure, count, len(last))
-    times = torch.arange(steps.count, device=last.device)
+    upto = (torch.arange(steps.count, device=last.device)[:, None, None] <= last).expand(-1, count, -1)
     runs = []
     for _, at, _, piece in layout.runs(batch, values):
         kept = {}
         for site in at:
             step = steps.of_guide[site]
-            upto = last if step is None else step <= last
-            kept[site] = piece.broadcast_weights(upto.expand(count, -1), site)
+            kept[site] = broadcast_steps(piece, upto, site, step)
             if step is None:
-                kept[site] = times <= kept[site].flatten(kept[site].dim() - structure.event_dims[site])
+                kept[site] = kept[site].flatten(kept[site].dim() - structure.event_dims[site])
         with ContinueSequences(at, kept):
             runs.append(sample_guide(guide, batch, piece.num_particles, structure=structure, index=index))
     return runs[0] if len(runs) == 1 else _join(runs, structure)

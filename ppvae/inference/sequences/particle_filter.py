@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ppvae.errors import ContractError
 from ppvae.inference.particle_layout import with_sampled_sites
-from ppvae.inference.sequences.continuation import continue_guide, select_ancestors
+from ppvae.inference.sequences.backward import FilterHistory
+from ppvae.inference.sequences.continuation import continue_guide, select_particles
 from ppvae.inference.sequences.resampling import effective_sample_size, systematic_ancestors
 from ppvae.inference.sequences.steps import steps_of
 from ppvae.inference.sites import Site
@@ -36,6 +37,7 @@ class FilterResult:
         resampled: the number of resampling steps of each datum, [batch].
         first: the terms of the draws before any resampling: those of importance sampling.
         last: the terms of the particles at the end, whose weights are log_weight, [K, batch].
+        history: the particles before they were resampled; None where it was not asked for.
     """
 
     log_px: Tensor
@@ -45,6 +47,7 @@ class FilterResult:
     first: Terms
     last: Terms
     log_weight: Tensor
+    history: FilterHistory | None
 
 
 def particle_filter(
@@ -57,6 +60,7 @@ def particle_filter(
     threshold: float = 0.5,
     ancestors: Callable[[Tensor], Tensor] = systematic_ancestors,
     index: Tensor | None = None,
+    keep_history: bool = False,
 ) -> FilterResult:
     """p(x) = prod_t E[w_t | earlier steps] by K particles, resampled at a step whose ess is under threshold * K.
 
@@ -69,6 +73,7 @@ def particle_filter(
     Args:
         threshold: of the share of effective particles; 0 is importance sampling, 1 resamples at every step.
         ancestors: indices [K, batch] drawn in proportion to the weights of log-weights [K, batch].
+        keep_history: for `sample_backward`; as much memory again.
 
     Raises:
         ContractError: the weight of a step depends on later latents; the guide's order of latents is not the model's.
@@ -91,6 +96,8 @@ def particle_filter(
     log_px = torch.zeros(shape[2:], dtype=torch.float64, device=device)
     ess, resampled = torch.zeros(shape[0], shape[2], dtype=torch.float64, device=device), torch.zeros_like(last)
     scores: list[tuple[Tensor, Tensor]] = []
+    history = FilterHistory.start(sites, steps) if keep_history else None
+    final = torch.zeros_like(steps.log_weight[0])
     while True:
         after = times > last
         log_weight = torch.where(after[:, None], steps.log_weight, 0.0).cumsum(0)
@@ -102,13 +109,16 @@ def particle_filter(
         at = torch.where(some, low.int().argmax(0), shape[0] - 1)
         reached = log_weight.gather(0, at.expand(1, *shape[1:]))[0]
         log_px = log_px + reached.logsumexp(0) - math.log(num_particles)
+        final = torch.where(last < shape[0] - 1, reached, final)
+        drawn = torch.where(some, ancestors(reached), own) if bool(some.any()) else own.expand(shape[1:])
+        if history is not None:
+            history = history.extend(sites, last, at, reached.detach(), drawn, s)
         if not bool(some.any()):
             break
-        drawn = torch.where(some, ancestors(reached), own)
         chosen = torch.where(some, reached.log_softmax(0).gather(0, drawn).sum(0), 0.0)
         scores.append((chosen, log_px.detach()))
         last, resampled = torch.where(some, at, shape[0] - 1), resampled + some
-        values = select_ancestors(sites, drawn, s)
+        values = select_particles(sites, drawn.expand(shape), steps, s)
         sites = continue_guide(guide, batch, values, last, steps, structure=with_sampled_sites(s, sites), index=index)
         before, t = steps, weigh(sites)
         steps = steps_of(t)
@@ -116,7 +126,7 @@ def particle_filter(
     score = torch.zeros_like(log_px)
     for chosen, so_far in scores:
         score = score + chosen * (log_px.detach() - so_far)
-    return FilterResult(log_px, score, ess, resampled, first, t, reached)
+    return FilterResult(log_px, score, ess, resampled, first, t, final, history)
 
 
 def _check_causal(before: Tensor, now: Tensor, drawn: Tensor, kept: Tensor) -> None:

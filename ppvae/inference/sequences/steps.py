@@ -74,63 +74,82 @@ def steps_of(t: Terms) -> Steps:
     Raises:
         ContractError: the guide samples the latents in another order than the model, by the site's name.
     """
-    for name, site in t.guide.items():
-        if is_chain(site.distribution):
-            return _steps_of_chain(t, name, site)
-    of_model, step, latent, observed = {}, 0, False, False
+    count, of_model = _model_steps(t)
+    of_guide = _guide_steps(t, count, of_model)
+    places = of_guide if _chain(t) is None else dict.fromkeys(t.guide)
+    return Steps(count, of_guide, _add_sites(log_joint_of(t), t, t.guide, -1, places))
+
+
+def log_joint_of(t: Terms) -> Tensor:
+    """log p(z_t, x_t | earlier steps) of a pair's terms by step, [T, K, batch] in float64."""
+    count, of_model = _model_steps(t)
+    device = next(iter(t.model.values())).log_prob.device
+    total = torch.zeros(count, t.num_particles, t.batch_size, dtype=torch.float64, device=device)
+    return _add_sites(total, t, t.model, 1, of_model)
+
+
+def _model_steps(t: Terms) -> tuple[int, dict[str, int | None]]:
+    """(number of steps, the step of each site of the model; None for all steps of a chain)."""
+    chain = _chain(t)
+    if chain is not None:
+        return int(t.guide[chain].distribution.event_shape[0]), dict.fromkeys(t.model)
+    of_model: dict[str, int | None] = {}
+    step, latent, observed = 0, False, False
     for name, site in t.model.items():
         if site.role is Role.LATENT:
             step, observed, latent = step + observed, False, True
         observed |= latent and site.role in (Role.OBSERVED, Role.FACTOR)
         of_model[name] = step
-    of_guide, following = {}, step
+    return step + 1, of_model
+
+
+def _chain(t: Terms) -> str | None:
+    return next((name for name, site in t.guide.items() if is_chain(site.distribution)), None)
+
+
+def _guide_steps(t: Terms, count: int, of_model: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The step of each site of the guide; None for a chain, which has all steps."""
+    if _chain(t) is not None:
+        return {name: None if is_chain(site.distribution) else 0 for name, site in t.guide.items()}
+    of_guide: dict[str, int | None] = {}
+    following = count - 1
     for name, site in reversed(t.guide.items()):
         if site.role is Role.LATENT:
-            if of_model[name] > following:
+            step = of_model[name]
+            assert step is not None
+            if step > following:
                 raise site_error(
                     name, "latents that the guide samples in the order of the model, for weights by step",
                     "one that the guide samples before those of earlier steps",
                     "let the guide sample them in the model's order, given all data",
                 )  # fmt: skip
-            following = of_model[name]
+            following = step
         of_guide[name] = following
-    rows = [torch.zeros(t.num_particles, t.batch_size, dtype=torch.float64, device=_device(t)) for _ in range(step + 1)]
-    for sign, sites, of in ((1, t.model, of_model), (-1, t.guide, of_guide)):
-        for name, site in sites.items():
-            if _counts(site, sign):
-                rows[of[name]] = rows[of[name]] + sign * site.log_prob.double()
-    return Steps(step + 1, of_guide, torch.stack(rows))
+    return of_guide
 
 
-def _counts(site: Site, sign: int) -> bool:
-    """Whether a site is part of the weight: a guide's factor is a term of the loss alone."""
-    return site.role in COUNTED and not (sign < 0 and site.role is Role.FACTOR)
-
-
-def _device(t: Terms) -> torch.device:
-    return next(iter(t.model.values())).log_prob.device
-
-
-def _steps_of_chain(t: Terms, chain: str, site: Site) -> Steps:
-    count = int(site.distribution.event_shape[0])
-    total = torch.zeros(count, t.num_particles, t.batch_size, dtype=torch.float64, device=_device(t))
-    of_guide = {name: None if is_chain(q.distribution) else 0 for name, q in t.guide.items()}
-    for sign, sites in ((1, t.model), (-1, t.guide)):
-        for name, each in sites.items():
-            if not _counts(each, sign):
-                continue
-            by_step = _by_step(each, t, count)
-            if by_step is None and name == chain:
-                raise site_error(
-                    name, "a density by step in model and guide, for weights by step", "one of the whole sequence",
-                    "give it a chain of the same length, as ppvae.distributions.markov_chain.MarkovChain",
-                )  # fmt: skip
-            if by_step is None:
-                at = count - 1 if each.role in (Role.OBSERVED, Role.FACTOR) else 0
-                by_step = torch.zeros_like(total)
-                by_step[at] = each.log_prob.double()
-            total = total + sign * by_step
-    return Steps(count, of_guide, total)
+def _add_sites(
+    total: Tensor, t: Terms, sites: Mapping[str, Site], sign: int, step_of: Mapping[str, int | None]
+) -> Tensor:
+    """`total` [T, K, batch] plus sign times the log-densities of sites, each at its step or by its factors."""
+    rows = list(total)
+    for name, site in sites.items():
+        if site.role not in COUNTED or (sign < 0 and site.role is Role.FACTOR):  # a term of the loss alone
+            continue
+        step = step_of[name]
+        by_step = _by_step(site, t, len(rows)) if step is None else None
+        if by_step is not None:
+            rows = [row + sign * each for row, each in zip(rows, by_step, strict=True)]
+            continue
+        if name == _chain(t):
+            raise site_error(
+                name, "a density by step in model and guide, for weights by step", "one of the whole sequence",
+                "give it a chain of the same length, as ppvae.distributions.markov_chain.MarkovChain",
+            )  # fmt: skip
+        if step is None:
+            step = len(rows) - 1 if site.role in (Role.OBSERVED, Role.FACTOR) else 0
+        rows[step] = rows[step] + sign * site.log_prob.double()
+    return torch.stack(rows)
 
 
 def _by_step(site: Site, t: Terms, count: int) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Guides for any model: annealed ones, and one posterior over several latents jointly."""
