@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.calls import shows_call
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 from ppvae.inference.structure import NOT_NORMALIZED
@@ -139,6 +140,7 @@ def _elpd(az: Any, total: float, error: float, pointwise: Any, warning: bool) ->
 Result = Estimate | str | os.PathLike[str]
 
 
+@shows_call("compare({'one': estimates, 'other': estimates})")
 def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     """Compares models by estimates of log p(x) of the same data, relative to the same base measure: paired differences.
 
@@ -157,6 +159,10 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     >>> found.names, found.difference("b", "a")
     (('a', 'b'), (-1.0, 0.0))
     """
+    if not isinstance(results, Mapping):
+        raise UsageError(
+            f"compare: expected a dict, as {{'one': estimates, 'other': estimates}}, found {type(results).__name__}"
+        )
     scores = {name: _load_estimates(given) for name, given in results.items()}
     if len(scores) < 2 or not all(scores.values()):
         raise UsageError(f"compare: expected two models or more with an estimate each, found {sorted(scores)}")
