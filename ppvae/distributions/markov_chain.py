@@ -41,6 +41,11 @@ class MarkovChain(ParametricDistribution):
         self.step, self.start, self.known = step, start, known
         super().__init__(known.shape[:-1], known.shape[-1:] + start.shape, validate_args=validate_args)
 
+    @property
+    def counted(self) -> Tensor:
+        """The elements of an event that the density depends on, [*batch, T, latent]."""
+        return self.known.unsqueeze(-1).expand(self.known.shape + self.start.shape)
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         z = self.start.expand(torch.Size(sample_shape) + self.batch_shape + self.start.shape)
         steps = []
