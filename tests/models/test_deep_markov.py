@@ -165,6 +165,7 @@ def test_padding_has_no_part_in_a_refined_estimate():
     assert bool(((found.log_px - exact).abs() < 0.05).all())
 
 
+@pytest.mark.slow
 def test_padding_has_no_part_in_the_gaps():
     """The richer family is exact for a linear model, for sequences that are shorter than the others, too."""
     model, guide, x = linear().model, deep().guide, padded()
