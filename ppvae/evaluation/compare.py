@@ -119,7 +119,8 @@ class Comparison(SavedResult):
             total, error = float(log_px.sum()), float(log_px.std() * math.sqrt(count))
             found[name] = _elpd(az, total, error, pointwise, bool(self.unreliable[i] > 0))
         if int(az.__version__.split(".")[0]) > 0:
-            return az.compare(found, method="stacking")
+            whole = {"round_to": "none"} if "round_to" in inspect.signature(az.compare).parameters else {}
+            return az.compare(found, method="stacking", **whole)
         return az.compare(found, ic="loo", method="stacking")
 
 
