@@ -4,8 +4,8 @@ Packages that are no dependency (pandas, SciPy, AnnData) are recognised by the m
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -179,9 +179,12 @@ def _numbers_of_series(series: Any, place: str) -> np.ndarray:
     """The numbers of a column of a table; a gap in a column of integers or bools is NaN, as pandas has it elsewhere."""
     kind = getattr(series.dtype, "kind", "O")
     if kind not in "biuf":
+        gaps = bool(series.isna().any())
+        numbers = "as by pandas.Series(pandas.factorize(x)[0]).replace(-1, float('nan')), where NaN is a gap"
         raise DataError(
             f"{place}: {'its values are' if series.name is None else f'column {str(series.name)!r} holds'} "
-            f"{series.dtype}, not numbers: leave them out, or give each value a number, as by pandas.factorize(x)[0]"
+            f"{series.dtype}, not numbers: leave them out, or give each value a number, "
+            f"{numbers if gaps else 'as by pandas.factorize(x)[0]'}"
         )
     if isinstance(series.dtype, np.dtype):
         return series.to_numpy()
@@ -201,8 +204,16 @@ def allow_missing(columns: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(with_missing(c) if gap else c for c, gap in zip(columns, gaps, strict=True))
 
 
-def with_missing(x: Any, name: str = "a table") -> Split:
+@overload
+def with_missing(x: Mapping[str, Any], name: str = "a table") -> dict[str, Split]: ...
+@overload
+def with_missing(x: tuple[Any, ...], name: str = "a table") -> tuple[Split, ...]: ...
+@overload
+def with_missing(x: Any, name: str = "a table") -> Split: ...
+def with_missing(x: Any, name: str = "a table") -> Any:
     """The data `x` [N, *event] as a split in which NaN stands for a missing value, for `fit` and `log_marginal`.
+
+    Of a dict or a tuple of columns, a dict or a tuple of splits.
 
     log p(x) is then that of the observed values (Mattei and Frellsen 2019, arXiv 1812.02633), for pairs whose model
     leaves missing values out and whose guide accepts them, such as `likelihoods.Mixed` and `nn.Missing`. Slices and
@@ -212,7 +223,13 @@ def with_missing(x: Any, name: str = "a table") -> Split:
     >>> x = with_missing(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
     >>> x.missing, x[:1].missing, x.description
     (True, True, 'a table, NaN missing, values as given')
+    >>> with_missing({"age": torch.tensor([31.0, torch.nan]), "visits": torch.tensor([2, 0])})["age"].missing
+    True
     """
+    if isinstance(x, Mapping):
+        return {key: with_missing(column, name) for key, column in x.items()}
+    if isinstance(x, tuple):
+        return tuple(with_missing(column, name) for column in x)
     x = x if isinstance(x, Tensor | list) else as_column(x, name)
     if not isinstance(x, Tensor) or x.ndim == 0:
         validated(x, name)  # raises

@@ -41,6 +41,11 @@ class MarkovChain(ParametricDistribution):
         self.step, self.start, self.known = step, start, known
         super().__init__(known.shape[:-1], known.shape[-1:] + start.shape, validate_args=validate_args)
 
+    @property
+    def counted(self) -> Tensor:
+        """The elements of an event that the density depends on, [*batch, T, latent]."""
+        return self.known.unsqueeze(-1).expand(self.known.shape + self.start.shape)
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         return self._draw(self.start.expand(shape + self.start.shape), lambda t, z: z)

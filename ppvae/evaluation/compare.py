@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.calls import shows_call
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 from ppvae.inference.structure import NOT_NORMALIZED
@@ -118,7 +119,8 @@ class Comparison(SavedResult):
             total, error = float(log_px.sum()), float(log_px.std() * math.sqrt(count))
             found[name] = _elpd(az, total, error, pointwise, bool(self.unreliable[i] > 0))
         if int(az.__version__.split(".")[0]) > 0:
-            return az.compare(found, method="stacking")
+            whole = {"round_to": "none"} if "round_to" in inspect.signature(az.compare).parameters else {}
+            return az.compare(found, method="stacking", **whole)
         return az.compare(found, ic="loo", method="stacking")
 
 
@@ -139,6 +141,7 @@ def _elpd(az: Any, total: float, error: float, pointwise: Any, warning: bool) ->
 Result = Estimate | str | os.PathLike[str]
 
 
+@shows_call("compare({'one': estimates, 'other': estimates})")
 def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     """Compares models by estimates of log p(x) of the same data, relative to the same base measure: paired differences.
 
@@ -157,6 +160,10 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     >>> found.names, found.difference("b", "a")
     (('a', 'b'), (-1.0, 0.0))
     """
+    if not isinstance(results, Mapping):
+        raise UsageError(
+            f"compare: expected a dict, as {{'one': estimates, 'other': estimates}}, found {type(results).__name__}"
+        )
     scores = {name: _load_estimates(given) for name, given in results.items()}
     if len(scores) < 2 or not all(scores.values()):
         raise UsageError(f"compare: expected two models or more with an estimate each, found {sorted(scores)}")

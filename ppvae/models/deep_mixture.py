@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from ppvae.errors import DataError
 from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, rows_of
 from ppvae.nn.context import needs_context
@@ -80,6 +81,11 @@ class DeepMixture(ComposedModel):
         logits = self.classifier.net(x)
         if label is not None:
             classes = logits.shape[-1]
+            if label.dim() != 1:
+                raise DataError(
+                    f"label: expected class numbers [batch], found shape {list(label.shape)}; of one-hot rows pass "
+                    f"y.argmax(-1)"
+                )
             certain = torch.eye(classes + 1, classes).roll(1, 0).to(logits).log()  # a row for -1 comes first
             rows = rows_of(certain, label, "label: expected {first} (unknown) or classes 0 to {last}", UNKNOWN_LABEL)
             logits = torch.where((label == UNKNOWN_LABEL).unsqueeze(-1), logits, rows)
@@ -94,7 +100,7 @@ class DeepMixture(ComposedModel):
         self.classifier.eval()
         try:
             with torch.no_grad():
-                return self.classifier(x).probs
+                return self.classifier(torch.as_tensor(x)).probs
         finally:
             self.classifier.train(training)
 

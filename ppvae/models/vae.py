@@ -222,8 +222,14 @@ def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
 
 
 def _require_distribution(role: str, fn: Any, part: nn.Module) -> Any:
-    if isinstance(fn, torch.distributions.Distribution):
+    if isinstance(fn, dist.Distribution):
         return fn
+    if isinstance(fn, torch.distributions.Distribution):
+        raise ContractError(
+            f"{role} {type(part).__name__}: expected a distribution of Pyro, found {type(fn).__name__} of "
+            f"{type(fn).__module__}; import it from pyro.distributions, which has those of torch under the same names, "
+            f"or derive one of your own from pyro.distributions.TorchDistribution"
+        )
     found = f"a tensor {describe_tensor(fn)}" if isinstance(fn, Tensor) else type(fn).__name__
     raise ContractError(
         f"{role} {type(part).__name__}: expected a distribution, found {found}; return one from its forward, as "

@@ -83,7 +83,8 @@ def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tens
     last = first + len(table) - 1
     expected = expected.format(first=first, last=last)
     if index.is_floating_point():
-        raise DataError(f"{expected} in whole numbers, found {index.dtype}")
+        cure = ".nan_to_num(nan=-1).long()" if first < 0 else ".long()"
+        raise DataError(f"{expected} in whole numbers, found {index.dtype}: pass it with {cure}")
     try:
         return table.index_select(0, index.reshape(-1) - first).reshape(*index.shape, *table.shape[1:])
     except (IndexError, RuntimeError):

@@ -98,7 +98,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
     factorizes_over_data = True
     homogeneity: float | None = 1.0
 
-    def __init__(self, num_particles: int, gradient: Gradient = "pathwise"):
+    def __init__(self, num_particles: int = 1, gradient: Gradient = "pathwise"):
         check_ranges(num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.gradient = resolve_gradient(gradient)

@@ -41,7 +41,7 @@ def decoder_numbers(decode: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, 
 
     hook = nn.modules.module.register_module_forward_hook(record)
     try:
-        means = decode(z).flatten(1).double()
+        means = decode(z).reshape(len(z), -1).double()  # one number a datum has no event dims
     finally:
         hook.remove()
     width = float(means.max() - means.min())

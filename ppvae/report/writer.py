@@ -134,6 +134,11 @@ def _render_sections(run_data: RunData, folder: Path) -> list[tuple[Section, byt
 
 
 def _output_folder(run: Run, directory: str | os.PathLike[str] | None) -> Path:
+    if not isinstance(run, Run):
+        raise UsageError(
+            f"run: expected the result of fit or load, found {type(run).__name__}. Of a pair that was trained by hand: "
+            f"training.Run(*inference.from_param_store(model, guide), history=[])"
+        )
     folder = directory if directory is not None else run.directory
     if folder is None:
         raise UsageError("directory: expected a folder to write to, found none, and the run has none either")

@@ -15,6 +15,7 @@ from ppvae.compilation.runtime import warn_of_busy_cores
 from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
+from ppvae.errors.calls import shows_call
 from ppvae.errors.memory import explain_out_of_memory
 from ppvae.errors.ranges import check_ranges
 from ppvae.inference.device import choose_device, default_device
@@ -29,6 +30,7 @@ from ppvae.training.trainer import Callback, Trainer
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
+@shows_call("fit(vae.model, vae.guide, x, epochs=10)")
 def fit(
     model: Program,
     guide: Program,

@@ -363,3 +363,21 @@ def test_the_cures_of_samples_names_and_dates_work():
         with pytest.raises(DataError, match=r"its values are .*pandas.factorize\(x\)\[0\]"):
             admit(values)
         assert len(admit(pd.factorize(values)[0])[0]) == 3
+
+
+def test_missing_values_of_named_columns():
+    marked = data.with_missing({"age": np.array([31.0, math.nan]), "visits": np.array([2, 0])})
+    assert list(marked) == ["age", "visits"]
+    assert all(column.missing for column in marked.values())
+    both = data.with_missing((torch.tensor([[1.0, math.nan], [0.0, 1.0]]), torch.tensor([1, 2])))
+    assert [column.missing for column in both] == [True, True]
+
+
+def test_the_cure_for_text_keeps_gaps():
+    frame = pd.DataFrame({"sex": ["f", None, "m"], "age": [1.0, 2.0, 3.0]})
+    with pytest.raises(DataError, match=r"as by (.*), where NaN is a gap") as raised:
+        data.with_missing(frame)
+    cure = re.search(r"as by (.*), where", str(raised.value))[1]
+    numbers = eval(cure, {"pandas": pd, "x": frame["sex"]})
+    marked = data.with_missing(frame.assign(sex=numbers).astype("float32"))
+    assert marked[:, 0].isnan().tolist() == [False, True, False]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ppvae import VAE, check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae.data import with_missing
 from ppvae.errors import DataError, PpvaeError, UsageError
 from ppvae.models import ConditionalVAE, DeepMixture, SemiSupervisedVAE
 from ppvae.objectives.auxiliary import AuxiliaryLoss
@@ -250,3 +251,15 @@ def test_a_label_outside_the_classes_is_named_in_a_captured_step_too(monkeypatch
     with pytest.raises(PpvaeError, match="labels: expected classes 0 to 2, found 3 at row"):
         fit(vae.model, vae.guide, (x, label), epochs=3, batch_size=4, compile=None, seed=seeds[0], progress=False)
     assert math.isfinite(sum(float(p.detach().sum()) for p in vae.parameters()))
+
+
+def test_labels_of_another_kind_are_named_and_the_cures_work():
+    vae, x = semi_supervised(), data()
+    rows = torch.arange(len(x)) % 2
+    with pytest.raises(DataError, match=r"found shape \[6, 2\]; of one-hot rows pass y.argmax"):
+        check(vae.model, vae.guide, (x, torch.nn.functional.one_hot(rows, 2)))
+    gaps = rows.float().masked_fill(rows == 1, torch.nan)
+    with pytest.raises(DataError, match=r"whole numbers.* pass it with \.nan_to_num\(nan=-1\)\.long\(\)"):
+        check(vae.model, vae.guide, (x, with_missing(gaps)))
+    check(vae.model, vae.guide, (x, gaps.nan_to_num(nan=-1).long()))
+    assert torch.equal(vae.classify(x.numpy()), vae.classify(x))

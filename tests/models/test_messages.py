@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
-from ppvae import VAE, likelihoods, posteriors, priors
+from ppvae import VAE, check, likelihoods, posteriors, priors
 from ppvae.errors import ContractError
 from ppvae.nn import mlp
 
@@ -74,3 +75,41 @@ def test_spaces_have_short_names():
     found = message(prior=Part(lambda: dist.Exponential(torch.ones(2)).to_event(1)))
     assert "prior Part (nonnegative numbers) and posterior DiagonalNormal (real)" in found
     assert "(real)" in message(prior=Part(lambda: mixture), posterior=Part(lambda x: normal((len(x), 3), 1)))
+
+
+class Own(torch.distributions.Distribution):
+    """A distribution of torch's interface alone, without `expand`."""
+
+    support = torch.distributions.constraints.real_vector
+
+    def __init__(self):
+        super().__init__(event_shape=torch.Size([2]), validate_args=False)
+
+    def sample(self, sample_shape=()):
+        return torch.randn(torch.Size(sample_shape) + self.event_shape)
+
+    def log_prob(self, value):
+        return dist.Normal(0.0, 1.0).log_prob(value).sum(-1)
+
+
+def test_a_part_that_returns_a_distribution_of_torch_is_named():
+    found = message(prior=Part(lambda: torch.distributions.Normal(torch.zeros(2), 1.0)))
+    assert found.startswith("prior Part: expected a distribution of Pyro, found Normal of torch.distributions")
+    assert "TorchDistribution" in message(prior=Part(Own))
+
+
+@pytest.mark.parametrize("fn", [lambda: torch.distributions.Normal(0.0, 1.0), Own], ids=["torch", "own"])
+def test_a_plain_model_with_a_distribution_of_torch_is_refused_by_its_site(fn):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", fn())
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    with pytest.raises(
+        ContractError, match=r"site 'z'.*derive one of your own from pyro.distributions.TorchDistribution"
+    ):
+        check(model, guide, torch.zeros(5, 2))

@@ -14,8 +14,23 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppvae import VAE, data, fit, generate, likelihoods, log_marginal, nn, posteriors, priors, report
+from ppvae import (
+    VAE,
+    data,
+    fit,
+    generate,
+    inference,
+    likelihoods,
+    log_marginal,
+    nn,
+    posteriors,
+    priors,
+    report,
+    training,
+)
 from ppvae.errors import UsageError
+from ppvae.inference import SVI
+from ppvae.objectives import ELBO
 from ppvae.report.decoder import decoder_numbers
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -269,3 +284,39 @@ def test_the_explorer_in_a_browser(page, sequence_page, table_page, width, schem
         assert errors == []
         assert {url.split(":")[0] for url in requests} <= {"file", "data"}
         browser.close()
+
+
+def test_numbers_of_one_column_each_have_an_explorer(tmp_path):
+    """A pair of named columns has no event dims."""
+    decoder, encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 4)
+
+    def model(age, income):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(age)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = decoder(z)
+            pyro.sample("age", dist.Normal(loc[..., 0], 1.0), obs=age)
+            pyro.sample("income", dist.Normal(loc[..., 1], 1.0), obs=income)
+
+    def guide(age, income):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(age)):
+            loc, log_scale = encoder(torch.stack([age, income], -1)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    columns = {"age": torch.randn(40), "income": torch.randn(40)}
+    run = fit(model, guide, columns, epochs=1)
+    held = content(report.write(run, data=columns, directory=tmp_path))
+    assert len(held["rows"]) == 40
+
+
+def test_a_report_of_a_pair_trained_by_hand(tmp_path):
+    vae = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(nn.mlp(2, 6)), posteriors.DiagonalNormal(nn.mlp(6, 4)))
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), ELBO())
+    x = (torch.rand(20, 6) > 0.5).float()
+    svi.step(x)
+    with pytest.raises(UsageError, match=r"expected the result of fit or load, found tuple") as raised:
+        report.write((vae.model, vae.guide), data=x, directory=tmp_path)
+    call = str(raised.value).split("by hand: ")[1]
+    run = eval(call, {"training": training, "inference": inference, "model": vae.model, "guide": vae.guide})
+    assert report.write(run, data=x, directory=tmp_path).exists()

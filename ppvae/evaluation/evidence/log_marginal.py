@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
+from ppvae.errors.calls import shows_call
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
@@ -33,6 +34,7 @@ from ppvae.inference.contract.support import base_measure_of, missing_values_not
 from ppvae.inference.tracing import Program
 
 
+@shows_call("log_marginal(vae.model, vae.guide, x)")
 def log_marginal(
     model: Program,
     guide: Program,

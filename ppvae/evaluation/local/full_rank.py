@@ -49,7 +49,7 @@ class FullRankGuide:
     Optimisation starts at the moments of draws from another guide.
 
     Raises:
-        ContractError: the guide enumerates a latent, a latent is masked, or one cannot be unconstrained.
+        ContractError: the guide enumerates a latent, or one cannot be unconstrained.
     """
 
     learning_rate, adam_eps = LEARNING_RATE, ADAM_EPS
@@ -64,9 +64,7 @@ class FullRankGuide:
         seed_all(derive_seed(seed, block.number, "moments"))
         with start.installed():
             self._potential = Potential(start.model, start.guide, block, rows)
-            u = self._potential.sample_start(MOMENT_DRAWS)
-        if self._potential.space.active is not None:
-            raise ContractError("a masked latent: its dims differ from datum to datum")
+            u = self._potential.space.fill_inactive(self._potential.sample_start(MOMENT_DRAWS))
         self._family = family(*_moments(u))
         self.params = self._family.params
         self.data_dims: Sequence[int | None] = [0] * len(self.params)
@@ -76,7 +74,8 @@ class FullRankGuide:
         u = self._family().rsample(torch.Size((num_particles,)))
         with frozen_params(self.params if path_derivative else ()):
             log_q = self._family().log_prob(u)
-        return (self._potential.log_densities(u)[1] - log_q.double())[:, : self._size]
+        log_joint = self._potential.log_densities(u)[1] + self._potential.space.inactive_log_density(u)
+        return (log_joint - log_q.double())[:, : self._size]
 
     def elbo(self, num_particles: int) -> Tensor:
         with torch.no_grad():

@@ -100,7 +100,7 @@ class RefinedProposal:
     def log_weight(self, u: Tensor) -> Tensor:
         """Log-weights [particles, batch] of states [particles, batch, dims]."""
         log_guide, log_joint = self._compiled.log_densities(self._potential, u)
-        extra = self._masked_log_density(u)
+        extra = self._potential.space.inactive_log_density(u)
         return log_joint + extra - self.fitted.log_prob(u, log_guide + extra)
 
     def state(self, latents: Mapping[str, Tensor]) -> Tensor:
@@ -109,8 +109,7 @@ class RefinedProposal:
         The coordinates of masked latents, which have no value, are drawn from their standard normal.
         """
         with torch.no_grad(), pyro.validation_enabled(False):
-            u, active = self._potential.space.expand(latents, 1), self._potential.space.active
-        return u if active is None else torch.where(active, u, torch.randn_like(u))
+            return self._potential.space.fill_inactive(self._potential.space.expand(latents, 1))
 
     def log_weights_at(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Log-weights [1, N] of given latents, as `state` takes them."""
@@ -135,8 +134,7 @@ class RefinedProposal:
 
     def sample_start(self, num_chains: int) -> Tensor:
         """Draws of the guide, [particles, batch, dims]."""
-        u, active = self._potential.sample_start(num_chains), self._potential.space.active
-        return u if active is None else torch.where(active, u, torch.randn_like(u))
+        return self._potential.space.fill_inactive(self._potential.sample_start(num_chains))
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """The latents of states [particles, batch, dims] by name, as the guide has them."""
@@ -147,7 +145,7 @@ class RefinedProposal:
         state, active = self._potential(u), self._potential.space.active
         if active is None:
             return state
-        extra = self._masked_log_density(u)
+        extra = self._potential.space.inactive_log_density(u)
         return ChainState(
             u, state.log_start + extra, state.log_joint + extra,
             torch.where(active, state.grad_start, -u), torch.where(active, state.grad_joint, -u),
@@ -155,7 +153,7 @@ class RefinedProposal:
 
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log q(u | x) and log p(x, u), [particles, batch]."""
-        extra = self._masked_log_density(u)
+        extra = self._potential.space.inactive_log_density(u)
         parts = [self._compiled.log_densities(self._potential, part) for part in self._split(u)]
         log_guide, log_joint = map(torch.cat, zip(*parts, strict=True))
         return log_guide + extra, log_joint + extra
@@ -163,7 +161,8 @@ class RefinedProposal:
     def log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u), [particles, batch]."""
         with torch.no_grad():
-            return torch.cat([self._potential.log_joint(part) for part in self._split(u)]) + self._masked_log_density(u)
+            log_joint = torch.cat([self._potential.log_joint(part) for part in self._split(u)])
+            return log_joint + self._potential.space.inactive_log_density(u)
 
     def gradient(self, u: Tensor) -> Tensor:
         """The gradient of log p(x, u), [particles, batch, dims]."""
@@ -173,14 +172,6 @@ class RefinedProposal:
 
     def _split(self, u: Tensor) -> Sequence[Tensor]:
         return u.split(max(1, FIT_ROWS // self.block.size))
-
-    def _masked_log_density(self, u: Tensor) -> Tensor | float:
-        """The standard normal log-density of the coordinates of masked latents, [particles, batch]."""
-        active = self._potential.space.active
-        if active is None:
-            return 0.0
-        log_normal = -0.5 * (u.double().square() + math.log(2 * math.pi))
-        return torch.where(active, torch.zeros_like(log_normal), log_normal).sum(-1)
 
 
 def with_larger_blocks(run: Evaluation) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,8 @@ class UnconstrainedSpace:
         latents: one `LatentColumns` per latent.
         nodes: the guide's trace nodes of these latents, for one particle.
         sites: the guide's sites for two particles, which give the latents' shapes.
-        active: [batch, dims], False for the coordinates of masked latents; None where no latent is masked.
+        active: [batch, dims], False for the coordinates of masked latents and of the elements of an event that its
+            density ignores (the attribute `counted` of a distribution on real numbers); None where all are True.
 
     Raises:
         ContractError: a latent that is discrete, whose support depends on another latent, or whose support has no
@@ -103,7 +105,23 @@ class UnconstrainedSpace:
         per_event = (mask & over_batch).expand(shape) if mask.dim() else mask.expand(shape)
         event_ndim = len(latent.shape) - (latent.batch_ndim - len({latent.chain_dim, latent.data_dim}))
         per_column = per_event.reshape(*shape, *(1,) * event_ndim)
-        return latent.flatten(per_column.expand(*shape, *latent.shape[len(latent.shape) - event_ndim :]))[0]
+        per_column = per_column.expand(*shape, *latent.shape[len(latent.shape) - event_ndim :])
+        counted = getattr(base_distribution(node["fn"]), "counted", None)
+        return latent.flatten(per_column if counted is None else per_column & counted)[0]
+
+    def inactive_log_density(self, u: Tensor) -> Tensor | float:
+        """The standard normal log-density of the coordinates that are not active, [chains, batch].
+
+        Added to log p(x, z) and to log q(z | x), it makes both densities of the whole state with the same log p(x).
+        """
+        if self.active is None:
+            return 0.0
+        log_normal = -0.5 * (u.double().square() + math.log(2 * math.pi))
+        return torch.where(self.active, torch.zeros_like(log_normal), log_normal).sum(-1)
+
+    def fill_inactive(self, u: Tensor) -> Tensor:
+        """A state whose coordinates that are not active are drawn from their standard normal."""
+        return u if self.active is None else torch.where(self.active, u, torch.randn_like(u))
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(latents by name as the pair has them, log |dz/du| [chains, batch] in float64)."""

@@ -6,13 +6,15 @@ from types import FrameType
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
+import torch
 from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppvae.errors import ContractError
+from ppvae.errors import ContractError, site_error
 from ppvae.inference.param_store import unconstrained, unwrap
 from ppvae.inference.sites import graph_leaves
 from ppvae.inference.tracing import Program, node_log_prob
@@ -28,6 +30,8 @@ def _name_conflict(name: str) -> ContractError:
 
 class CheckRegistration(Messenger):
     """Checks param sites: refuses one name for two tensors and, where `create` is false, names that do not exist.
+
+    Of sample sites it refuses distributions that are torch's and not Pyro's.
 
     `pyro.module` called again under a used name silently keeps the old parameters, so that the new module would never
     be trained; an evaluation that creates a parameter would report on an initial value. `params` collects the
@@ -62,6 +66,19 @@ class CheckRegistration(Messenger):
         if isinstance(module, PyroModule) and id(module) not in self._unconstrained:
             unconstrained = {n: p for n, p in module._parameters.items() if n.endswith("_unconstrained")}
             self._unconstrained[id(module)] = (module, unconstrained)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        """Refuses a distribution of torch's own, which Pyro cannot draw from or, where the guide does, cannot scale."""
+        fn = msg["fn"]
+        if isinstance(fn, torch.distributions.Distribution) and not isinstance(fn, dist.Distribution):
+            kind = type(fn)
+            raise site_error(
+                msg["name"],
+                "a distribution of Pyro",
+                f"{kind.__module__.rpartition('.')[0] or kind.__module__}.{kind.__name__}",
+                "import it from pyro.distributions, which has those of torch under the same names; derive one of your "
+                "own from pyro.distributions.TorchDistribution",
+            )
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
