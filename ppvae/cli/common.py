@@ -62,7 +62,7 @@ def parse_run(command: str, args: list[str], cls: type) -> tuple[Any, Path]:
 def _check_device(settings: Any) -> None:
     """Raises UsageError for a device that this machine does not have, before anything is loaded."""
     if getattr(settings, "device", None) is not None:
-        find_device(settings.device)
+        find_device(settings.device, "--device")
 
 
 def first_argument(

@@ -57,9 +57,9 @@ def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
     if 0 < settings.replications < MIN_REPLICATIONS:
-        raise UsageError(f"replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
+        raise UsageError(f"--replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
     if 0 < settings.gradients < MIN_DRAWS:
-        raise UsageError(f"gradients: expected 0 or at least {MIN_DRAWS} steps, found {settings.gradients}")
+        raise UsageError(f"--gradients: expected 0 or at least {MIN_DRAWS} steps, found {settings.gradients}")
     trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"

@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -144,7 +144,8 @@ RANGES: Mapping[str, Range] = {
     "rank": Range("at least 0", 0, LARGEST, whole=True, size=True),
     "num_particles": DRAWS,
     **dict.fromkeys(("num_chains", "num_bounds", "num_partitions", "num_draws", "draws", "global_draws"), DRAWS),
-    **dict.fromkeys(("local_particles", "max_particles", "num_samples"), DRAWS),
+    **dict.fromkeys(("local_particles", "num_samples"), DRAWS),
+    "max_particles": Range("at least 100", 100, MOST_DRAWS, whole=True),  # a block of particles
     **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "rounds"), DRAWS),
     **dict.fromkeys(("beside", "bounds", "steps"), replace(DRAWS, many=True)),
     **dict.fromkeys(("bracket", "bracket_data"), DRAWS_OR_NONE),
@@ -183,12 +184,12 @@ def check_ranges(**values: Any) -> None:
         RANGES[name].check(name, value)
 
 
-def check_known_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
-    """`check_ranges` of those numbers that the table knows; `prefix` is put before their names.
+def check_known_ranges(values: Mapping[str, Any], label: Callable[[str], str] = str) -> None:
+    """`check_ranges` of those numbers that the table knows; `label` turns a name into what messages call it.
 
     Strings are left out, and None, which only an argument whose type allows it has here.
     """
     for name, value in values.items():
         is_text = all(isinstance(v, str) for v in (value if isinstance(value, tuple | list) and value else (value,)))
         if name in RANGES and value is not None and not is_text:
-            RANGES[name].check(f"{prefix}{name}", value)
+            RANGES[name].check(label(name), value)

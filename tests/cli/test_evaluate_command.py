@@ -234,12 +234,12 @@ def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--num-chains", "0"], "num_chains: expected at least 1, found 0"),
-        (["--num-temperatures", "0"], "num_temperatures: expected at least 1"),
-        (["--num-leapfrog", "-1"], "num_leapfrog: expected at least 1"),
+        (["--num-chains", "0"], "--num-chains: expected at least 1, found 0"),
+        (["--num-temperatures", "0"], "--num-temperatures: expected at least 1"),
+        (["--num-leapfrog", "-1"], "--num-leapfrog: expected at least 1"),
         (["--head", "0"], "head"),
-        (["--num-particles", "0"], "num_particles: expected at least 1"),
-        (["--beside", "0"], "beside: expected at least 1"),
+        (["--num-particles", "0"], "--num-particles: expected at least 1"),
+        (["--beside", "0"], "--beside: expected at least 1"),
         (["--resample", "0.7"], "--resample: goes with --method smc; found annealed"),
         (["--start", "mode"], "start"),
         (["--method", "anealed"], "method"),
@@ -247,8 +247,8 @@ def test_an_interrupted_command_goes_on(run, capsys, monkeypatch, method):
         (["--method", "importance", "--num-temperatures", "5"], "goes with --method annealed, smc, bdmc"),
         (["--precision", "bf16"], "--precision: goes with --method importance, auto; found annealed"),
         (["--method", "bdmc", "--beside", "50"], "--beside: goes with --method annealed, smc; found bdmc"),
-        (["--method", "importance", "--num-particles", "0"], "num_particles: expected at least 1"),
-        (["--method", "smc", "--resample", "2"], "resample: expected a share from 0 to 1"),
+        (["--method", "importance", "--num-particles", "0"], "--num-particles: expected at least 1"),
+        (["--method", "smc", "--resample", "2"], "--resample: expected a share from 0 to 1"),
     ],
 )
 def test_options_that_cannot_be_used_are_one_short_error(run, capsys, options, words):

@@ -56,8 +56,6 @@ class AdaptiveAllocation:
 
     def __post_init__(self) -> None:
         check_ranges(target_std_error=self.target_std_error, max_particles=self.max_particles)
-        if self.max_particles < PARTICLE_BLOCK:
-            raise UsageError(f"max_particles: expected at least {PARTICLE_BLOCK}, found {self.max_particles}")
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""
