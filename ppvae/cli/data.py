@@ -5,6 +5,7 @@ import sys
 
 from ppvae.cli.common import description, load_splits, print_columns
 from ppvae.cli.flags import parse
+from ppvae.cli.option_checks import check_data
 from ppvae.cli.options import Data, DataSet
 
 SHOWN = 6  # columns beside the data
@@ -15,6 +16,7 @@ def run(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         args = ["digits", *args]
     settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))
+    check_data(settings, args[0])
     splits = load_splits(Data(data=args[0], **dataclasses.asdict(settings)))
     print_columns(splits[0])
     for split in splits:
