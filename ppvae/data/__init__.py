@@ -28,7 +28,7 @@ from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.data.split import Noise, Split, SplitInfo, check_seed
 from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
@@ -92,7 +92,7 @@ def load(
     if missing and (binarize or dequantize):
         raise UsageError("missing goes with neither binarize nor dequantize: a missing value has no noise. Choose one.")
     check_seed(seed)
-    check_ranges(max_gigabytes=max_gigabytes)
+    check_numbers(max_gigabytes=max_gigabytes)
     if columns and not tables.is_table(name):
         raise UsageError(f"columns: expected a table ({', '.join(tables.SUFFIXES)}), found {name}.")
     source = _source(name, root, size, missing, columns, max_gigabytes)

@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -48,14 +48,18 @@ class Range:
         Each element of a sequence is checked, and the number of a tensor without dims; a function, such as a schedule,
         is left to its users.
         """
+        if self.many and getattr(value, "ndim", None):  # a tensor
+            value = value.flatten().tolist()
         if isinstance(value, tuple | list) and self.many:
             for element in value:
                 self.check(name, element)
             return
         if (value is None and not self.given) or callable(value) or (isinstance(value, str) and self.names):
             return
-        if self.many and getattr(value, "ndim", None):  # a tensor
-            return
+        self.check_number(name, value)
+
+    def check_number(self, name: str, value: Any) -> None:
+        """Raises UsageError, by the name of the argument, for what is not one number of the range."""
         if getattr(value, "ndim", None) == 0:
             value = value.item()
         kind = "a whole number of " if self.whole and not self.words.startswith("a ") else ""
@@ -154,8 +158,9 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "target_std_error": Range("a positive number of nats", 0, open=True),
     **dict.fromkeys(("clip", "max_gigabytes"), POSITIVE),
-    **dict.fromkeys(("temperature", "lengthscale"), replace(POSITIVE, many=True)),
-    **dict.fromkeys(("scale", "df", "concentration"), replace(POSITIVE, many=True, names=True)),
+    **dict.fromkeys(("temperature", "lengthscale"), replace(POSITIVE, many=True, given=True)),
+    **dict.fromkeys(("scale", "df"), replace(POSITIVE, many=True, names=True, given=True)),
+    "concentration": replace(POSITIVE, many=True, names=True),
     **dict.fromkeys(
         ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake"),
         AT_LEAST_ZERO,
@@ -182,6 +187,32 @@ def check_ranges(**values: Any) -> None:
     """
     for name, value in values.items():
         RANGES[name].check(name, value)
+
+
+def check_numbers(**values: Any) -> None:
+    """`check_ranges` of arguments that are one number each: neither None nor a sequence or a function.
+
+    >>> check_numbers(epochs=None)
+    Traceback (most recent call last):
+    ppvae.errors.UsageError: epochs: expected a whole number of at least 1, found None
+    """
+    for name, value in values.items():
+        RANGES[name].check_number(name, value)
+
+
+def check_sequences(**values: Any) -> None:
+    """`check_ranges` of arguments that are sequences of numbers, such as sizes of layers.
+
+    >>> check_sequences(hidden=3)
+    Traceback (most recent call last):
+    ppvae.errors.UsageError: hidden: expected a sequence of numbers, found 3
+    """
+    for name, value in values.items():
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UsageError(f"{name}: expected a sequence of numbers, found {_shown(value)}")
+        for element in value:
+            RANGES[name].check_number(name, element)
 
 
 def check_known_ranges(values: Mapping[str, Any], label: Callable[[str], str] = str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
@@ -137,7 +137,7 @@ def calibration(
     >>> calibration(pair.model, pair.guide, x, replications=200).passed
     True
     """
-    check_ranges(replications=replications, num_draws=num_draws, seed=seed)
+    check_numbers(replications=replications, num_draws=num_draws, seed=seed)
     if replications < MIN_REPLICATIONS:
         raise UsageError(f"replications: expected at least {MIN_REPLICATIONS}, found {replications}")
     if not 0 < alpha < 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.aggregate_posterior import split_rate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult, mean_words
@@ -159,7 +159,7 @@ def representation(
     >>> bool((found.elbo.mean() - pair.log_px(x).mean()).abs() < 1e-6), found.active("z").shape
     (True, torch.Size([2]))
     """
-    check_ranges(num_particles=num_particles, surgery_draws=surgery_draws, seed=seed)
+    check_numbers(num_particles=num_particles, surgery_draws=surgery_draws, seed=seed)
     if num_particles < 2:
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:

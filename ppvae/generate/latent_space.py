@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppvae.data.holders import as_column
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
 
@@ -23,7 +23,7 @@ def posterior_means(model: Program, guide: Program, x: Any, *, seed: int = 0) ->
     >>> posterior_means(pair.model, pair.guide, torch.zeros(4, 3))["z"].shape
     torch.Size([4, 2])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         return pair.encode(mean=True)
 
@@ -36,7 +36,7 @@ def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: 
     >>> interpolations(pair.model, pair.guide, torch.zeros(4, 3), torch.ones(4, 3), steps=7).shape
     torch.Size([7, 4, 3])
     """
-    check_ranges(steps=steps, seed=seed)
+    check_numbers(steps=steps, seed=seed)
     if steps < 2:
         raise UsageError(f"steps: expected at least 2, found {steps}")
     with open_pair(model, guide, end, seed) as pair:
@@ -79,7 +79,7 @@ def traversals(
     >>> traversals(pair.model, pair.guide, torch.zeros(4, 3), values=(-1.0, 1.0)).shape
     torch.Size([2, 2, 3])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = {n: pair.first_datum(n, v) for n, v in pair.encode(mean=True).items()}
         site = pair.vector_site(means, site)
@@ -124,7 +124,7 @@ def decode(
     >>> decode(pair.model, pair.guide, torch.zeros(4, 3), torch.eye(2)).shape
     torch.Size([2, 3])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         site = pair.vector_site(means, site)
@@ -162,7 +162,7 @@ def attribute_vector(
     >>> attribute_vector(pair.model, pair.guide, x, x[:, 0] > 0).shape
     torch.Size([2])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         z = means[pair.vector_site(means, site)]
@@ -197,7 +197,7 @@ def moved(
     >>> moved(pair.model, pair.guide, torch.zeros(4, 3), torch.ones(2)).shape
     torch.Size([4, 3, 3])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         site = pair.vector_site(means, site)

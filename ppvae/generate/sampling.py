@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
 
@@ -20,7 +20,7 @@ def samples(model: Program, guide: Program, x: Any, count: int = 64, *, mean: bo
     >>> samples(pair.model, pair.guide, torch.zeros(4, 3), count=5).shape
     torch.Size([5, 3])
     """
-    check_ranges(count=count, seed=seed)
+    check_numbers(count=count, seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         return pair.decode({}, pair.repeat_rows(count), mean)
 
@@ -34,6 +34,6 @@ def reconstructions(model: Program, guide: Program, x: Any, *, mean: bool = True
     >>> reconstructions(pair.model, pair.guide, torch.zeros(4, 3)).shape
     torch.Size([4, 3])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         return pair.decode(pair.encode(mean=False), pair.batch, mean)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
     ParameterSource,
@@ -21,7 +21,8 @@ class _LocationScale(NetworkLikelihood):
     log_scale: Tensor
 
     def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        check_ranges(scale=scale, floor=floor)
+        check_numbers(floor=floor)
+        check_ranges(scale=scale)
         super().__init__(net)
         self.floor, self._scale_from_network = floor, scale == "network"
         self.parameters_per_element = 2 if self._scale_from_network else 1
@@ -116,7 +117,8 @@ class StudentT(_LocationScale):
     log_df: Tensor
 
     def __init__(self, net: nn.Module, df: ParameterSource = 4.0, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        check_ranges(df=df, scale=scale, floor=floor)
+        check_numbers(floor=floor)
+        check_ranges(df=df, scale=scale)
         super().__init__(net, scale, floor)
         if df == "network":
             raise ValueError("df: expected a number, 'learned' or the event's shape, found 'network'")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.errors import DataError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 Kind = Literal["real", "count", "binary", "categorical"]
 
@@ -116,7 +116,7 @@ class Mixed(nn.Module):
     """
 
     def __init__(self, net: nn.Module, columns: ColumnSpec, floor: float = 1e-3):
-        check_ranges(floor=floor)
+        check_numbers(floor=floor)
         super().__init__()
         self.net, self.columns, self.floor = net, parse_columns(columns), floor
         if not self.columns:

@@ -14,7 +14,7 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
 from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
 from ppvae.factories.pairs import trained_with
 from ppvae.likelihoods.tabular import ColumnSpec
@@ -77,7 +77,9 @@ def vae(
     >>> pair.prior.pseudo_inputs.shape
     torch.Size([20, 64])
     """
-    check_ranges(latent=latent, hidden=hidden, num_labels=num_labels)
+    check_numbers(latent=latent)
+    check_sequences(hidden=hidden)
+    check_ranges(num_labels=num_labels)
     features = train.shape[1:].numel()
     if train.dim() != 2:
         raise ValueError(f"expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat")
@@ -127,7 +129,9 @@ def conv_vae(
 
     Raises `UsageError`, by name, for parts that cannot be built from these arguments.
     """
-    check_ranges(latent=latent, channels=channels, hidden=hidden, num_labels=num_labels)
+    check_numbers(latent=latent, hidden=hidden)
+    check_sequences(channels=channels)
+    check_ranges(num_labels=num_labels)
     if train.dim() != 4:
         raise ValueError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
     event = tuple(train.shape[1:])
@@ -272,7 +276,8 @@ def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> Linea
         latent: the size of z.
         scale: the starting noise scale.
     """
-    check_ranges(latent=latent, scale=scale)
+    check_numbers(latent=latent)
+    check_ranges(scale=scale)
     return _linear_gaussian("linear_gaussian", train, latent, scale)
 
 
@@ -283,7 +288,7 @@ def factor_analysis(train: Tensor, latent: int = 2) -> LinearGaussian:
         train: the training data.
         latent: the size of z.
     """
-    check_ranges(latent=latent)
+    check_numbers(latent=latent)
     return _linear_gaussian("factor_analysis", train, latent)
 
 
@@ -305,7 +310,8 @@ def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = Non
         rank: None for any covariance, 0 for a diagonal one, r for a mixture of factor analysers.
         start: the seed of the rows that the clusters start at.
     """
-    check_ranges(components=components, rank=rank)
+    check_numbers(components=components)
+    check_ranges(rank=rank)
     _number_of_features("gaussian_mixture", train)
     return GaussianMixture.from_data(train, components, rank, start)
 

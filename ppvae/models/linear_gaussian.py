@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.parameter_names import unique_name
 
 
@@ -38,7 +38,8 @@ class LinearGaussian(nn.Module):
     """
 
     def __init__(self, features: int, latent: int, scale: float | Tensor = 1.0):
-        check_ranges(features=features, latent=latent, scale=scale)
+        check_numbers(features=features, latent=latent)
+        check_ranges(scale=scale)
         super().__init__()
         start = torch.as_tensor(scale, dtype=torch.get_default_dtype())
         if start.shape not in ((), (features,)):

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from ppvae import nn
 from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.likelihoods import MixtureOfDiscretizedLogistics
 from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.posteriors import DiagonalNormal
@@ -126,7 +126,8 @@ def very_deep_vae(
     >>> vae.guide(torch.zeros(5, 3, 8, 8)).shape
     torch.Size([5, 128])
     """
-    check_ranges(sides=sides, latent=latent, components=components)
+    check_numbers(latent=latent, components=components)
+    check_sequences(sides=sides)
     shape = tuple(train.shape[1:])
     if len(shape) != 3 or shape[1:] != (sides[-1], sides[-1]) or len(blocks) != len(sides):
         raise ValueError(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 class Codebook(nn.Module):
@@ -26,7 +26,7 @@ class Codebook(nn.Module):
     """
 
     def __init__(self, codes: int, size: int):
-        check_ranges(codes=codes, size=size)
+        check_numbers(codes=codes, size=size)
         super().__init__()
         if codes < 2:
             raise ValueError(f"codes: expected at least 2, found {codes}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import DataError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 def _context_parameter(part: nn.Module) -> inspect.Parameter | None:
@@ -66,7 +66,7 @@ class Labels(nn.Module):
     """
 
     def __init__(self, classes: int):
-        check_ranges(classes=classes)
+        check_numbers(classes=classes)
         super().__init__()
         self.table = nn.Buffer(torch.eye(classes), persistent=False)
 

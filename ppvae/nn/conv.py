@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.nn.dense import glorot
 
 Activation = Callable[[], nn.Module]
@@ -39,7 +39,7 @@ class Residual(nn.Module):
     """
 
     def __init__(self, channels: int, activation: Activation):
-        check_ranges(channels=channels)
+        check_numbers(channels=channels)
         super().__init__()
         self.change = nn.Sequential(
             activation(),
@@ -86,7 +86,8 @@ def conv_encoder(
     >>> conv_encoder((3, 64, 64), 16, channels=(32, 32, 64, 64))(torch.zeros(5, 3, 64, 64)).shape
     torch.Size([5, 16])
     """
-    check_ranges(outputs=outputs, channels=channels, hidden=hidden)
+    check_numbers(outputs=outputs, hidden=hidden)
+    check_sequences(channels=channels)
     image, h, w = _halved_shape(shape, channels)
     layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
     for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
@@ -114,7 +115,8 @@ def residual_encoder(
     >>> residual_encoder((3, 32, 32), 16)(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 16])
     """
-    check_ranges(outputs=outputs, channels=channels, hidden=hidden)
+    check_numbers(outputs=outputs, hidden=hidden)
+    check_sequences(channels=channels)
     return conv_encoder(shape, outputs, channels, hidden, activation, flat, blocks)
 
 
@@ -138,7 +140,8 @@ def conv_decoder(
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
     torch.Size([5, 3, 1, 32, 32])
     """
-    check_ranges(inputs=inputs, channels=channels, hidden=hidden)
+    check_numbers(inputs=inputs, hidden=hidden)
+    check_sequences(channels=channels)
     image, h, w = _halved_shape(shape, channels)
     first = channels[0]
     layers: list[nn.Module] = [
@@ -174,5 +177,6 @@ def residual_decoder(
     >>> residual_decoder(8, (3, 64, 64), channels=(32, 16, 8))(torch.zeros(5, 8)).shape
     torch.Size([5, 3, 64, 64])
     """
-    check_ranges(inputs=inputs, channels=channels, hidden=hidden)
+    check_numbers(inputs=inputs, hidden=hidden)
+    check_sequences(channels=channels)
     return conv_decoder(inputs, shape, channels, hidden, activation, flat, blocks)

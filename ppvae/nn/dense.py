@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_sequences
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -21,7 +21,8 @@ def mlp(
     >>> mlp(64, 16, hidden=(200,))(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
     """
-    check_ranges(inputs=inputs, outputs=outputs, hidden=hidden)
+    check_numbers(inputs=inputs, outputs=outputs)
+    check_sequences(hidden=hidden)
     layers: list[nn.Module] = []
     for width_in, width_out in zip((inputs, *hidden), (*hidden, outputs), strict=True):
         layers += [nn.Linear(width_in, width_out), activation()]
@@ -38,7 +39,7 @@ class Gated(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int):
-        check_ranges(inputs=inputs, outputs=outputs)
+        check_numbers(inputs=inputs, outputs=outputs)
         super().__init__()
         self.value, self.gate = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
 
@@ -54,7 +55,8 @@ def gated_mlp(inputs: int, outputs: int, hidden: Sequence[int] = (300, 300)) -> 
     >>> gated_mlp(64, 16)(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
     """
-    check_ranges(inputs=inputs, outputs=outputs, hidden=hidden)
+    check_numbers(inputs=inputs, outputs=outputs)
+    check_sequences(hidden=hidden)
     layers = [Gated(a, b) for a, b in zip((inputs, *hidden[:-1]), hidden, strict=True)] if hidden else []
     return glorot(nn.Sequential(*layers, nn.Linear((inputs, *hidden)[-1], outputs)))
 

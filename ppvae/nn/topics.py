@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 class Topics(nn.Module):
@@ -27,7 +27,7 @@ class Topics(nn.Module):
     """
 
     def __init__(self, topics: int, words: int):
-        check_ranges(topics=topics, words=words)
+        check_numbers(topics=topics, words=words)
         super().__init__()
         self.logits = nn.Parameter(torch.randn(topics, words))
 
@@ -47,7 +47,7 @@ class Topics(nn.Module):
         """
         from sklearn.cluster import KMeans
 
-        check_ranges(topics=topics, seed=seed)
+        check_numbers(topics=topics, seed=seed)
         if len(x) < topics:
             raise ValueError(f"topics: expected 1 to {len(x)}, as there are documents, found {topics}")
         if (empty := (x.sum(-1) == 0).nonzero()).numel():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
@@ -55,7 +55,7 @@ class Categorical(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int):
-        check_ranges(classes=classes)
+        check_numbers(classes=classes)
         super().__init__(net)
         self.classes = classes
 
@@ -83,7 +83,7 @@ class OneHot(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int):
-        check_ranges(classes=classes)
+        check_numbers(classes=classes)
         super().__init__(net)
         self.classes = classes
 
@@ -166,7 +166,8 @@ class RelaxedOneHot(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
-        check_ranges(classes=classes, temperature=temperature)
+        check_numbers(classes=classes)
+        check_ranges(temperature=temperature)
         super().__init__(net)
         self.classes = classes
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))

@@ -12,7 +12,7 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import WithoutMoments
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
 
@@ -74,7 +74,8 @@ class IAF(Amortized):
     """
 
     def __init__(self, net: nn.Module, latent: int, features: int = 16, flows: int = 2, hidden: Sequence[int] = (64,)):
-        check_ranges(latent=latent, features=features, flows=flows, hidden=hidden)
+        check_numbers(latent=latent, features=features, flows=flows)
+        check_sequences(hidden=hidden)
         super().__init__(net)
         self.latent, self.features = latent, features
         order = torch.arange(latent)
@@ -134,7 +135,8 @@ class SplineCoupling(Amortized):
         hidden: Sequence[int] = (64,),
         bins: int = 8,
     ):
-        check_ranges(latent=latent, features=features, transforms=transforms, hidden=hidden, bins=bins)
+        check_numbers(latent=latent, features=features, transforms=transforms, bins=bins)
+        check_sequences(hidden=hidden)
         super().__init__(net)
         self.latent, self.features = latent, features
         self.flow = start_at_identity(

@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import call_with_context
 
 
@@ -57,7 +57,7 @@ class SemiAmortized(nn.Module):
         through: bool = True,
         seed: int = 0,
     ):
-        check_ranges(steps=steps, rate=rate, num_particles=num_particles, seed=seed)
+        check_numbers(steps=steps, rate=rate, num_particles=num_particles, seed=seed)
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps: expected 0 or more, found {steps}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import call_with_context, needs_context, takes_context
 
 _MAX_ELEMENTS = 1 << 22  # the largest number of elements (rows x components x event) of a chunk
@@ -96,7 +96,7 @@ class MixtureOfNormals(nn.Module):
     """
 
     def __init__(self, latent: int, components: int = 10):
-        check_ranges(latent=latent, components=components)
+        check_numbers(latent=latent, components=components)
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent) if components > 1 else torch.zeros(1, latent))
@@ -177,7 +177,7 @@ class VampPrior(nn.Module):
         `context` [N, ...] holds the contexts of the rows, where the posterior declares one.
         Raises ValueError where there are fewer rows than components.
         """
-        check_ranges(components=components, noise=noise, seed=seed)
+        check_numbers(components=components, noise=noise, seed=seed)
         if not 1 <= components <= len(data):
             raise ValueError(f"components: expected 1 to {len(data)}, as there are rows of data, found {components}")
         generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
 from ppvae.errors.memory import explain_out_of_memory
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
@@ -100,14 +100,12 @@ def fit(
     >>> len(run.history), run.metrics["epoch"]
     (2, 2)
     """
-    check_ranges(
-        epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, clip=clip, patience=patience,
-        checkpoint_seconds=checkpoint_seconds,
-    )  # fmt: skip
+    check_numbers(epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, checkpoint_seconds=checkpoint_seconds)
+    check_ranges(clip=clip, patience=patience)
     if not isinstance(objective, ELBO | None):
         raise not_an_elbo(objective)
     if objective is not None:  # Pyro's own take any number
-        check_ranges(num_particles=objective.num_particles)
+        check_numbers(num_particles=objective.num_particles)
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
             f"optimizer: expected a function of parameters, as functools.partial(torch.optim.Adam, lr=1e-3), or a "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import read_rows
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible, simulated_rows
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.evidence.escalation import refinable_run
@@ -185,7 +185,8 @@ def bracket(
     >>> found.low < float(pair.log_px(found.data[0]).mean()) < found.high, found.sufficient
     (True, True)
     """
-    check_ranges(num_data=num_data, num_particles=num_particles, tolerance=tolerance, seed=seed, rows=rows)
+    check_numbers(num_data=num_data, num_particles=num_particles, tolerance=tolerance, seed=seed)
+    check_ranges(rows=rows)
     if num_particles < 2:
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if proposal not in ("guide", "refined"):

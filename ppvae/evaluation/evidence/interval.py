@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.evidence.escalation import find_weak, refinable_run
@@ -149,7 +149,8 @@ def interval(
     >>> found.low < float(pair.log_px(x).mean()) < found.high, found.width < 0.01
     (True, True)
     """
-    check_ranges(num_particles=num_particles, seed=seed, rows=rows)
+    check_numbers(num_particles=num_particles, seed=seed)
+    check_ranges(rows=rows)
     if num_particles < PARTICLE_BLOCK:
         raise UsageError(f"num_particles: expected at least {PARTICLE_BLOCK}, found {num_particles}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.evidence.escalation import (
@@ -156,7 +156,9 @@ def log_marginal(
             local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
-    check_ranges(bounds=bounds, local_particles=local_particles, posterior_draws=posterior_draws, rows=rows, seed=seed)
+    check_numbers(local_particles=local_particles, posterior_draws=posterior_draws, seed=seed)
+    check_sequences(bounds=bounds)
+    check_ranges(rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")

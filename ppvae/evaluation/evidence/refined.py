@@ -12,7 +12,7 @@ import torch
 
 from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
@@ -64,7 +64,7 @@ def refined_log_marginal(
     >>> est.settings["proposal"], est.guide_estimate.num_particles
     ('refined', 50)
     """
-    check_ranges(guide_particles=guide_particles, bracket_data=bracket_data, seed=seed)
+    check_numbers(guide_particles=guide_particles, bracket_data=bracket_data, seed=seed)
     common = options | {"seed": seed, "device": device}
     folders = {name: None if directory is None else Path(directory) / name for name in ("refined", "guide")}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.inference.device import choose_device
 from ppvae.inference.inspection import inspect
@@ -82,7 +82,7 @@ def gradients(
     >>> found.estimators, sorted(found.variance)
     (('vimco', 'disarm'), ['model', 'z'])
     """
-    check_ranges(draws=draws, warmup=warmup)
+    check_numbers(draws=draws, warmup=warmup)
     if draws < MIN_DRAWS:
         raise UsageError(f"draws: expected at least {MIN_DRAWS} for a variance, found {draws}")
     if not isinstance(objective, AuditedObjective):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.proposals.log_weights import Proposal
@@ -31,7 +31,7 @@ class FixedAllocation:
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_ranges(num_particles=self.max_particles)
+        check_numbers(num_particles=self.max_particles)
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""
@@ -55,7 +55,7 @@ class AdaptiveAllocation:
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_ranges(target_std_error=self.target_std_error, max_particles=self.max_particles)
+        check_numbers(target_std_error=self.target_std_error, max_particles=self.max_particles)
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""

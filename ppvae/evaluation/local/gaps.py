@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
@@ -161,7 +161,8 @@ def gaps(
     >>> bool((parts.inference - parts.approximation - parts.amortisation).abs().max() < 1e-12)
     True
     """
-    check_ranges(num_particles=num_particles, steps=steps, rounds=rounds, seed=seed, rows=rows)
+    check_numbers(num_particles=num_particles, steps=steps, rounds=rounds, seed=seed)
+    check_ranges(rows=rows)
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         _check_log_px(log_px, run.columns)
         s = run.structure
