@@ -76,9 +76,7 @@ def check_evaluate(settings: Evaluate) -> None:
         others = [name for name in ours if name not in GIVEN_GLOBALS and name != "num_particles"]
         _refuse(others, given, f"does not go with {flag(globals_given[0])}, whose draws are the guide's")
         if settings.num_particles == "auto":
-            raise UsageError(
-                f"--num-particles auto: does not go with {flag(globals_given[0])}; give a number of draws"
-            )
+            raise UsageError(f"--num-particles auto: does not go with {flag(globals_given[0])}; give a number of draws")
 
 
 def check_examine(settings: Examine) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.checks import digest
-from ppvae.errors import UsageError
+from ppvae.errors.ranges import COUNT, check_numbers
 
 Noise = Literal["binarize", "dequantize"]
 
@@ -234,13 +234,11 @@ def noise_seed(seed: int, name: str) -> int:
 
 def check_seed(seed: int) -> int:
     """The seed; raises UsageError unless it is an integer."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise UsageError(f"seed: expected a whole number, found {seed!r}.")
+    check_numbers(seed=seed)
     return int(seed)
 
 
 def check_head(n: int) -> int:
     """The number of rows; raises UsageError unless it is an integer of at least one."""
-    if isinstance(n, bool) or not hasattr(n, "__index__") or int(n) < 1:
-        raise UsageError(f"head: expected a number of rows of at least 1, found {n!r}.")
+    COUNT.check_number("head", n)
     return int(n)

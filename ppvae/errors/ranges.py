@@ -112,13 +112,14 @@ DRAWS_OR_NONE = Range("at least 0", 0, MOST_DRAWS, whole=True)
 FINITE = Range("a finite number")
 POSITIVE = Range("a finite positive number", 0, open=True)
 AT_LEAST_ZERO = Range("a finite number of at least 0", 0)
+PROBABILITY = Range("a probability between 0 and 1", 0, 1, open=True)
 SHARE = Range("a share from 0 to 1", 0, 1)
 SEED = Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True, given=True)
 
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("epochs", "batch_size"), replace(COUNT, given=True)),
     **dict.fromkeys(("rows", "count", "head", "folds", "num_data", "num_labels"), COUNT),
-    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "checks"), COUNT_OR_NONE),
+    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "checks", "step", "dims"), COUNT_OR_NONE),
     "latents": replace(COUNT_OR_NONE, many=True),
     **dict.fromkeys(
         (
@@ -144,6 +145,9 @@ RANGES: Mapping[str, Range] = {
         ),
         SIZE,
     ),
+    **dict.fromkeys(("blocks", "times"), replace(SIZE, words="at least 0", low=0)),
+    **dict.fromkeys(("shape", "event_shape", "side", "colours", "event_dim"), SIZE),
+    **dict.fromkeys(("cols", "period", "n", "k", "top"), COUNT),
     "levels": Range("at least 2", 2, LARGEST, whole=True, size=True),
     "rank": Range("at least 0", 0, LARGEST, whole=True, size=True),
     "num_particles": DRAWS,
@@ -154,23 +158,25 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("beside", "bounds", "steps"), replace(DRAWS, many=True)),
     **dict.fromkeys(("bracket", "bracket_data"), DRAWS_OR_NONE),
     **dict.fromkeys(("guide_particles", "replications", "posterior_draws"), DRAWS_OR_NONE),
-    **dict.fromkeys(("surgery_draws", "gradients"), DRAWS_OR_NONE),
+    **dict.fromkeys(("surgery_draws", "gradients", "calibrations"), DRAWS_OR_NONE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "target_std_error": Range("a positive number of nats", 0, open=True),
-    **dict.fromkeys(("clip", "max_gigabytes"), POSITIVE),
+    **dict.fromkeys(("clip", "max_gigabytes", "kappa", "smoothing", "reach"), POSITIVE),
     **dict.fromkeys(("temperature", "lengthscale"), replace(POSITIVE, many=True, given=True)),
     **dict.fromkeys(("scale", "df"), replace(POSITIVE, many=True, names=True, given=True)),
     "concentration": replace(POSITIVE, many=True, names=True),
     **dict.fromkeys(
-        ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake"),
+        ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake", "threshold"),
         AT_LEAST_ZERO,
     ),
-    **dict.fromkeys(("sleep", "label_weight", "rate", "noise", "floor", "jitter", "beta"), AT_LEAST_ZERO),
-    **dict.fromkeys(("alpha", "weight", "width", "capacity", "tail_adaptive_beta"), FINITE),
+    **dict.fromkeys(("sleep", "label_weight", "rate", "noise", "floor", "jitter"), AT_LEAST_ZERO),
+    "beta": replace(AT_LEAST_ZERO, given=True),
+    **dict.fromkeys(("alpha", "weight", "width", "tail_adaptive_beta", "values", "amounts", "limits"), FINITE),
+    "capacity": replace(FINITE, given=True),
     "lr": Range("a finite learning rate of at least 0", 0),
     "first": Range("a number in (0, 1)", 0, 1, open=True),
     "target_acceptance": Range("a share between 0 and 1", 0, 1, open=True),
-    "resample": SHARE,
+    **dict.fromkeys(("resample", "decay", "ramp"), SHARE),
 }
 
 

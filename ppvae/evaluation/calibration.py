@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_numbers
+from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
@@ -140,8 +140,7 @@ def calibration(
     check_numbers(replications=replications, num_draws=num_draws, seed=seed)
     if replications < MIN_REPLICATIONS:
         raise UsageError(f"replications: expected at least {MIN_REPLICATIONS}, found {replications}")
-    if not 0 < alpha < 1:
-        raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
+    PROBABILITY.check_number("alpha", alpha)
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         s, total = run.structure, run.num_data
         if s.has_global_latents:

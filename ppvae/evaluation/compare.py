@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 from ppvae.inference.structure import NOT_NORMALIZED
@@ -271,6 +272,7 @@ def looseness(tighter: Estimate, est: Estimate, k: int | None = None) -> Tensor:
     >>> looseness(tighter, log_marginal(pair.model, pair.mean_field, x, num_particles=50), 1).shape
     torch.Size([4])
     """
+    check_ranges(k=k)
     if (tighter.digest, len(tighter.log_px)) != (est.digest, len(est.log_px)):
         raise UsageError(
             f"looseness: expected estimates of the same data, found {len(tighter.log_px)} with SHA-256 "

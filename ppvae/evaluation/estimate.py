@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.reliability import (
     FILTER_METHOD,
     Reliability,
@@ -150,6 +151,7 @@ class Estimate:
         Raises:
             UsageError: k was not recorded; the message names the recorded ones.
         """
+        check_numbers(k=k)
         if k not in self.bounds:
             raise UsageError(
                 f"bound({k}): recorded are {sorted(self.bounds)}; for another k call log_marginal(..., bounds=({k},))"

@@ -97,6 +97,7 @@ class Representation(SavedResult):
 
     def active(self, site: str, threshold: float = ACTIVE) -> Tensor:
         """Which dims of a latent are active, [dims] bool."""
+        check_numbers(threshold=threshold)
         return self.variance[site] > threshold
 
     def table(self) -> dict[str, str]:

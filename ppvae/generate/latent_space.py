@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppvae.data.holders import as_column
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_numbers
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
 
@@ -79,6 +79,9 @@ def traversals(
     >>> traversals(pair.model, pair.guide, torch.zeros(4, 3), values=(-1.0, 1.0)).shape
     torch.Size([2, 2, 3])
     """
+    check_sequences(values=values)
+    if dims is not None:
+        check_sequences(dims=dims)
     check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = {n: pair.first_datum(n, v) for n, v in pair.encode(mean=True).items()}
@@ -197,6 +200,7 @@ def moved(
     >>> moved(pair.model, pair.guide, torch.zeros(4, 3), torch.ones(2)).shape
     torch.Size([4, 3, 3])
     """
+    check_sequences(amounts=amounts)
     check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)

@@ -32,6 +32,8 @@ class Column:
         kinds = ("real", "count", "binary", "categorical")
         if self.kind not in kinds:
             raise ValueError(f"column: expected one of {', '.join(kinds)}, found {self.kind!r}")
+        if self.levels != 0:
+            check_numbers(levels=self.levels)
         if (self.kind == "categorical") != (self.levels >= 2):
             raise ValueError(f"column: expected levels >= 2 for categories alone, found {self.kind!r}, {self.levels}")
 

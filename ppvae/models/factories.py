@@ -14,7 +14,7 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
+from ppvae.errors.ranges import SEED, check_numbers, check_ranges, check_sequences
 from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
 from ppvae.factories.pairs import trained_with
 from ppvae.likelihoods.tabular import ColumnSpec
@@ -312,6 +312,7 @@ def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = Non
     """
     check_numbers(components=components)
     check_ranges(rank=rank)
+    SEED.check_number("start", start)
     _number_of_features("gaussian_mixture", train)
     return GaussianMixture.from_data(train, components, rank, start)
 

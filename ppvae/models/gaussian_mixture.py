@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_numbers
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.parameter_names import unique_name
 
 
@@ -39,6 +39,7 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, features: int, components: int, rank: int | None = None):
         check_numbers(features=features, components=components)
+        check_ranges(rank=rank)
         super().__init__()
         if rank is not None and not 0 <= rank < features:
             raise ValueError(f"rank: expected None or 0 to {features - 1} for {features} features, found {rank}")

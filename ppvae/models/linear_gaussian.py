@@ -96,6 +96,7 @@ class LinearGaussian(nn.Module):
         >>> bool(best.log_px(x).mean() >= LinearGaussian(3, 1).log_px(x).mean())
         True
         """
+        check_numbers(latent=latent)
         if not 0 < latent < x.shape[1]:
             raise ValueError(f"latent: expected 1 to {x.shape[1] - 1} for {x.shape[1]} features, found {latent}")
         loc = x.mean(0)

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from ppvae import nn
 from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_numbers, check_sequences
+from ppvae.errors.ranges import SIZE, check_numbers, check_sequences
 from ppvae.likelihoods import MixtureOfDiscretizedLogistics
 from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.posteriors import DiagonalNormal
@@ -127,7 +127,9 @@ def very_deep_vae(
     torch.Size([5, 128])
     """
     check_numbers(latent=latent, components=components)
-    check_sequences(sides=sides)
+    SIZE.check_number("width", width)
+    check_sequences(sides=sides, blocks=blocks)
+    check_numbers(levels=levels)
     shape = tuple(train.shape[1:])
     if len(shape) != 3 or shape[1:] != (sides[-1], sides[-1]) or len(blocks) != len(sides):
         raise ValueError(

@@ -54,9 +54,8 @@ class Nearness(nn.Module):
     """
 
     def __init__(self, codebook: Codebook, scale: float = 1.0):
+        check_numbers(scale=scale)
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, found {scale}")
         self.codebook, self.log_scale = codebook, nn.Parameter(torch.tensor(math.log(scale)))
 
     def forward(self, e: Tensor) -> Tensor:

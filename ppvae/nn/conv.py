@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.nn.dense import glorot
 
@@ -19,6 +20,7 @@ class Leading(nn.Module):
     """
 
     def __init__(self, network: nn.Module, event_dim: int):
+        check_numbers(event_dim=event_dim)
         super().__init__()
         self.network, self.event_dim = network, event_dim
 
@@ -57,6 +59,8 @@ def _halved_shape(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, i
     if not channels:
         raise ValueError("channels: expected at least one number, one a halving of the image, found none")
     by = 2 ** len(channels)
+    if len(shape) != 3:
+        raise UsageError(f"shape: expected (C, H, W), found {tuple(shape)}")
     image, height, width = shape
     if height % by or width % by:
         raise ValueError(
@@ -86,8 +90,8 @@ def conv_encoder(
     >>> conv_encoder((3, 64, 64), 16, channels=(32, 32, 64, 64))(torch.zeros(5, 3, 64, 64)).shape
     torch.Size([5, 16])
     """
-    check_numbers(outputs=outputs, hidden=hidden)
-    check_sequences(channels=channels)
+    check_numbers(outputs=outputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     image, h, w = _halved_shape(shape, channels)
     layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
     for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
@@ -115,8 +119,8 @@ def residual_encoder(
     >>> residual_encoder((3, 32, 32), 16)(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 16])
     """
-    check_numbers(outputs=outputs, hidden=hidden)
-    check_sequences(channels=channels)
+    check_numbers(outputs=outputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     return conv_encoder(shape, outputs, channels, hidden, activation, flat, blocks)
 
 
@@ -140,8 +144,8 @@ def conv_decoder(
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
     torch.Size([5, 3, 1, 32, 32])
     """
-    check_numbers(inputs=inputs, hidden=hidden)
-    check_sequences(channels=channels)
+    check_numbers(inputs=inputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     image, h, w = _halved_shape(shape, channels)
     first = channels[0]
     layers: list[nn.Module] = [
@@ -177,6 +181,6 @@ def residual_decoder(
     >>> residual_decoder(8, (3, 64, 64), channels=(32, 16, 8))(torch.zeros(5, 8)).shape
     torch.Size([5, 3, 64, 64])
     """
-    check_numbers(inputs=inputs, hidden=hidden)
-    check_sequences(channels=channels)
+    check_numbers(inputs=inputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     return conv_decoder(inputs, shape, channels, hidden, activation, flat, blocks)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.nn.dense import glorot
 
@@ -89,7 +90,7 @@ class MaskedConv2d(nn.Conv2d):
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, colours: int, itself: bool):
-        check_numbers(inputs=inputs, outputs=outputs, size=size)
+        check_numbers(inputs=inputs, outputs=outputs, size=size, colours=colours)
         if size % 2 == 0:
             raise ValueError(f"size: expected an odd number, found {size}")
         super().__init__(inputs, outputs, size, padding=size // 2)
@@ -141,6 +142,9 @@ class PixelCNN(nn.Module):
         flat: bool = False,
     ):
         check_numbers(features=features, outputs=outputs, channels=channels, layers=layers, size=size)
+        check_sequences(shape=shape)
+        if len(shape) != 3:
+            raise UsageError(f"shape: expected (C, H, W), found {tuple(shape)}")
         super().__init__()
         colours, height, width = self.shape = tuple(shape)
         self.event_shape = (colours * height * width,) if flat else self.shape

@@ -296,6 +296,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
 
     def set_step(self, step: int) -> None:
         """Sets the number of steps taken, and the schedules to it."""
+        check_numbers(step=step)
         self._step.fill_(step)
         for scalar in self._schedules.values():
             scalar.set_step(step)

@@ -7,6 +7,8 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
+from ppvae.errors.ranges import COUNT_OR_NONE, FINITE, check_numbers
+
 Schedule: TypeAlias = Callable[[int], float]  # of the number of gradient steps taken before
 
 
@@ -24,6 +26,11 @@ class Linear:
     steps: int
     start: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        COUNT_OR_NONE.check_number("steps", self.steps)
+        FINITE.check_number("start", self.start)
+        FINITE.check_number("end", self.end)
 
     def __call__(self, step: int) -> float:
         fraction = min(1.0, step / self.steps) if self.steps > 0 else 1.0
@@ -46,6 +53,11 @@ class Cyclical:
     start: float = 0.0
     end: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_numbers(period=self.period, ramp=self.ramp)
+        FINITE.check_number("start", self.start)
+        FINITE.check_number("end", self.end)
+
     def __call__(self, step: int) -> float:
         return Linear(max(1, round(self.ramp * self.period)), self.start, self.end)(step % self.period)
 
@@ -60,11 +72,15 @@ class ScheduledScalar:
     """
 
     def __init__(self, schedule: float | Schedule, warmup: int = 0):
+        check_numbers(warmup=warmup)
+        if not callable(schedule):
+            FINITE.check_number("schedule", schedule)
         self.schedule, self.warmup = schedule, warmup
         self.current: Tensor = torch.zeros((), dtype=torch.float64)
         self.set_step(0)
 
     def set_step(self, step: int) -> None:
         """Sets the current value to that of a step, counted from 0."""
+        check_numbers(step=step)
         value = self.schedule(step) if callable(self.schedule) else self.schedule
         self.current.fill_(value * Linear(self.warmup)(step))

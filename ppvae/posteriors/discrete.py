@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_numbers, check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
@@ -30,6 +30,7 @@ class Bernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -60,6 +61,7 @@ class Categorical(Amortized):
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return latent * self.classes
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -88,6 +90,7 @@ class OneHot(Amortized):
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         if latent % self.classes:
             raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
         return latent
@@ -126,7 +129,7 @@ class RelaxedBernoulli(Amortized):
     """
 
     def __init__(self, net: nn.Module, temperature: float = 2 / 3):
-        check_ranges(temperature=temperature)
+        check_numbers(temperature=temperature)
         super().__init__(net)
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
 
@@ -137,6 +140,7 @@ class RelaxedBernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -166,8 +170,7 @@ class RelaxedOneHot(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
-        check_numbers(classes=classes)
-        check_ranges(temperature=temperature)
+        check_numbers(classes=classes, temperature=temperature)
         super().__init__(net)
         self.classes = classes
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
@@ -178,6 +181,7 @@ class RelaxedOneHot(Amortized):
         return OneHot(self.net, self.classes)
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return self.discrete.outputs(latent)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

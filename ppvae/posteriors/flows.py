@@ -92,6 +92,7 @@ class IAF(Amortized):
                 nn.init.zeros_(p)
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -144,6 +145,7 @@ class SplineCoupling(Amortized):
         )
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

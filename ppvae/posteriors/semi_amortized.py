@@ -69,6 +69,7 @@ class SemiAmortized(nn.Module):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

@@ -39,6 +39,7 @@ class Dirichlet(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -62,6 +63,7 @@ class LogisticNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_numbers, check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 from ppvae.priors.simplex import register_value
@@ -130,8 +130,7 @@ class RelaxedBernoulli(nn.Module):
     """
 
     def __init__(self, latent: int, temperature: float = 0.5, learned: bool = False):
-        check_numbers(latent=latent)
-        check_ranges(temperature=temperature)
+        check_numbers(latent=latent, temperature=temperature)
         super().__init__()
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
         self.discrete = Bernoulli(latent, learned)
@@ -160,8 +159,7 @@ class RelaxedOneHot(nn.Module):
     """
 
     def __init__(self, classes: int, variables: int = 1, temperature: float = 0.5, learned: bool = False):
-        check_numbers(classes=classes, variables=variables)
-        check_ranges(temperature=temperature)
+        check_numbers(classes=classes, variables=variables, temperature=temperature)
         super().__init__()
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
         self.discrete = OneHot(classes, variables, learned)

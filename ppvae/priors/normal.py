@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_numbers, check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 @final
@@ -103,8 +103,7 @@ class Laplace(nn.Module):
     """
 
     def __init__(self, latent: int, scale: float = 1.0):
-        check_numbers(latent=latent)
-        check_ranges(scale=scale)
+        check_numbers(latent=latent, scale=scale)
         super().__init__()
         self.scale = nn.Buffer(torch.full((latent,), positive("scale", scale)), persistent=False)
 
@@ -129,8 +128,7 @@ class StudentT(nn.Module):
     """
 
     def __init__(self, latent: int, df: float = 5.0, scale: float = 1.0):
-        check_numbers(latent=latent)
-        check_ranges(df=df, scale=scale)
+        check_numbers(latent=latent, df=df, scale=scale)
         super().__init__()
         self.df = nn.Buffer(torch.tensor(positive("df", df)), persistent=False)
         self.scale = nn.Buffer(torch.full((latent,), positive("scale", scale)), persistent=False)

@@ -14,7 +14,7 @@ from torch.distributions import biject_to, transforms
 
 from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_numbers, check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 class SimplexBlocksConstraint(constraints.Constraint):
@@ -124,8 +124,7 @@ class Dirichlet(nn.Module):
     log_concentration: Tensor
 
     def __init__(self, latent: int, concentration: float = 1.0, learned: bool = False):
-        check_numbers(latent=latent)
-        check_ranges(concentration=concentration)
+        check_numbers(latent=latent, concentration=concentration)
         super().__init__()
         start = torch.full((latent,), math.log(positive("concentration", concentration)))
         register_value(self, "log_concentration", start, learned)
@@ -167,8 +166,7 @@ class LogisticNormal(nn.Module):
 
         loc = 0 and scale^2 = (1 - 1 / latent) / concentration, by symmetry. Raises ValueError as `Dirichlet` does.
         """
-        check_numbers(latent=latent)
-        check_ranges(concentration=concentration)
+        check_numbers(latent=latent, concentration=concentration)
         log_scale = math.log((1 - 1 / latent) / positive("concentration", concentration)) / 2
         prior = cls(latent, learned)
         with torch.no_grad():

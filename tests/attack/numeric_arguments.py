@@ -84,11 +84,15 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         "priors.Bernoulli.relaxed": priors.Bernoulli(3).relaxed,
         "priors.OneHot.relaxed": priors.OneHot(3).relaxed,
         "priors.ConditionalNormal.of_labels": partial(priors.ConditionalNormal.of_labels, num_labels=2, latent=3),
-        "priors.LogisticNormal.like_dirichlet": partial(priors.LogisticNormal.like_dirichlet, latent=3, concentration=1.0),
+        "priors.LogisticNormal.like_dirichlet": partial(
+            priors.LogisticNormal.like_dirichlet, latent=3, concentration=1.0
+        ),
         "priors.VampPrior.from_data": partial(priors.VampPrior.from_data, POSTERIOR, X),
         "likelihoods.Mixed": partial(likelihoods.Mixed, NET, columns=("real",) * 3),
         "likelihoods.Column": partial(likelihoods.Column, kind="categorical", levels=3),
-        "likelihoods.MixtureOfDiscretizedLogistics": partial(likelihoods.MixtureOfDiscretizedLogistics, NET, components=2),
+        "likelihoods.MixtureOfDiscretizedLogistics": partial(
+            likelihoods.MixtureOfDiscretizedLogistics, NET, components=2
+        ),
         "likelihoods.DiscretizedLogistic": partial(likelihoods.DiscretizedLogistic, NET),
         "posteriors.PerDatum": partial(posteriors.PerDatum, size=20, outputs=6, family=posteriors.DiagonalNormal),
         "posteriors.SemiAmortized": partial(posteriors.SemiAmortized, NET, NORMAL, BERNOULLI),
@@ -134,7 +138,9 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         "models.conditional_vae": partial(models.conditional_vae, X, num_labels=2),
         "models.semi_supervised_vae": partial(models.semi_supervised_vae, X, num_labels=2),
         "models.conv_vae": partial(models.conv_vae, torch.rand(5, 1, 4, 4).round()),
-        "models.very_deep_vae": partial(models.very_deep_vae, torch.rand(5, 1, 4, 4), sides=(1, 2, 4), blocks=(1, 1, 1)),
+        "models.very_deep_vae": partial(
+            models.very_deep_vae, torch.rand(5, 1, 4, 4), sides=(1, 2, 4), blocks=(1, 1, 1)
+        ),
         "data.Split.head": data.load("digits")[0].head, "data.Split.fixed": data.load("digits")[0].fixed,
         "data.load": partial(data.load, "digits"), "data.first_rows": partial(data.first_rows, (X,), count=2),
         "plots.density_maps": partial(plots.density_maps, {"a": lambda z: -z.square().sum(-1)}),
@@ -205,12 +211,14 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def public() -> dict[str, tuple[Any, list[str]]]:
-    """{name: (function or class, its arguments that are numbers)} of all rooms, methods of public classes counted in."""
+    """{name: (function or class, its arguments that are numbers)} of all rooms, methods counted in."""
     found: dict[str, tuple[Any, list[str]]] = {}
     seen: set[int] = set()
     for room in ROOMS:
         module = importlib.import_module(room)
-        own = [n for n in dir(module) if not n.startswith("_") and getattr(getattr(module, n), "__module__", "") == room]
+        own = [
+            n for n in dir(module) if not n.startswith("_") and getattr(getattr(module, n), "__module__", "") == room
+        ]
         for name in getattr(module, "__all__", own):
             thing = getattr(module, name)
             label = f"{room}.{name}".removeprefix("ppvae.")

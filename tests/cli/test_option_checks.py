@@ -1,4 +1,4 @@
-"""An option that has no meaning beside the others is refused by its flag, before anything is loaded; none is ignored."""
+"""An option that has no meaning beside the others is refused by its flag; none is ignored."""
 
 from __future__ import annotations
 

@@ -146,6 +146,9 @@ def log_marginal(
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
     allocation = make_allocation(num_particles, target_std_error, max_particles)
+    check_numbers(local_particles=local_particles, posterior_draws=posterior_draws, seed=seed)
+    check_sequences(bounds=bounds)
+    check_ranges(rows=rows)
     if conditional or local_particles != 1:
         require_guide_importance({
             "proposal": (proposal, "guide"), "method": (method, "importance"), "bounds": (tuple(bounds), ()),
@@ -156,9 +159,6 @@ def log_marginal(
             local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
-    check_numbers(local_particles=local_particles, posterior_draws=posterior_draws, seed=seed)
-    check_sequences(bounds=bounds)
-    check_ranges(rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_numbers, check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.global_latents.evidence import JointWeights
@@ -206,11 +206,7 @@ def _accuracy(
 ) -> PredictiveAccuracy:  # fmt: skip
     """The predictive accuracy of all data, by weights that count the data which are not `left` out."""
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    for name, value in {"num_particles": num_draws, "local_particles": local_particles, "rows": rows}.items():
-        if not hasattr(value, "__index__") or value < 1:
-            raise UsageError(f"{name}: expected a number of at least 1, found {value!r}")
-    check_numbers(num_particles=num_draws, local_particles=local_particles)
-    check_ranges(rows=rows)
+    check_numbers(num_particles=num_draws, local_particles=local_particles, rows=rows)
     with start_evaluation(model, guide, data, seed=seed, device=device, given_globals=True) as run:
         require_posterior(run)
         likelihood = ConditionalLikelihood(run, num_draws, local_particles, rows)

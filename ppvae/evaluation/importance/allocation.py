@@ -122,7 +122,8 @@ def make_allocation(
     Raises:
         UsageError: an argument that cannot be used, by its name.
     """
-    if num_particles == "auto":
+    check_numbers(target_std_error=target_std_error, max_particles=max_particles)
+    if isinstance(num_particles, str) and num_particles == "auto":
         return AdaptiveAllocation(target_std_error, max_particles)
     if not hasattr(num_particles, "__index__"):
         raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")

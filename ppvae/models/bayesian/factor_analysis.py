@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_numbers
 from ppvae.models.bayesian.plate import data_plate
 from ppvae.parameter_names import unique_name
 
@@ -39,6 +40,7 @@ class BayesianFactorAnalysis(nn.Module):
     """
 
     def __init__(self, size: int, features: int, latent: int, isotropic: bool = False):
+        check_numbers(size=size, features=features, latent=latent)
         super().__init__()
         self.size, start = size, 0.1
         shapes = {"alpha": (latent,), "weight": (features, latent), "loc": (features,)}
