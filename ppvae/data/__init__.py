@@ -119,7 +119,7 @@ def _source(
     plain = {_normalized(known): known for known in named.NAMES}
     known = plain.get(_normalized(name)) if isinstance(name, str) else None
     if size is not None and known != "celeba":
-        raise UsageError(f"size: only celeba is scaled; {name} keeps the size of its images.")
+        raise UsageError(f"size: expected None, as only celeba is scaled; found {size!r} for {name}.")
     if known:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 148):
             raise UsageError(f"size: expected a number of pixels from 1 to 148, found {size!r}.")

@@ -166,6 +166,7 @@ class Split(HasSplitInfo, Tensor):
 
     def fixed(self, seed: int) -> Split:
         """A split whose noise is drawn once, on the CPU, by a generator of `seed` and name; itself without noise."""
+        check_seed(seed)
         if not self.noise:
             return self
         generator = torch.Generator().manual_seed(noise_seed(seed, self.name))

@@ -164,7 +164,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("clip", "max_gigabytes", "kappa", "smoothing", "reach"), POSITIVE),
     **dict.fromkeys(("temperature", "lengthscale"), replace(POSITIVE, many=True, given=True)),
     **dict.fromkeys(("scale", "df"), replace(POSITIVE, many=True, names=True, given=True)),
-    "concentration": replace(POSITIVE, many=True, names=True),
+    "concentration": replace(POSITIVE, many=True, names=True, given=True),
     **dict.fromkeys(
         ("eps", "weight_decay", "checkpoint_seconds", "tolerance", "free_bits", "gamma", "wake", "threshold"),
         AT_LEAST_ZERO,

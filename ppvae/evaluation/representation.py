@@ -98,7 +98,7 @@ class Representation(SavedResult):
     def active(self, site: str, threshold: float = ACTIVE) -> Tensor:
         """Which dims of a latent are active, [dims] bool."""
         check_numbers(threshold=threshold)
-        return self.variance[site] > threshold
+        return self.variance[site] > float(threshold)
 
     def table(self) -> dict[str, str]:
         """The numbers over the data set with standard errors, as strings."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError
 from ppvae.errors.memory import memory_failure
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
 from ppvae.inference.contract.independence import (
@@ -157,6 +158,8 @@ def terms(
     >>> t.log_weight.shape, sorted(t.model)
     (torch.Size([5, 4]), ['x', 'z'])
     """
+    check_numbers(num_particles=num_particles)
+    check_ranges(global_draws=global_draws)
     return evaluate_terms(
         model, guide, batch, num_particles, structure=structure or inspect(model, guide, batch), values=values,
         frozen=frozen, index=index, guide_sites=drawn, latent_hook=entry, events=events, kl=kl,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
@@ -32,7 +33,7 @@ class _LocationScale(NetworkLikelihood):
     def at_floor(self) -> Tensor:
         """Which learned scales have reached the floor, in the shape of the scale. ValueError for predicted scales."""
         if self._scale_from_network:
-            raise ValueError("at_floor: expected a scale of its own; the network's depends on z")
+            raise UsageError("at_floor: expected a scale of its own; the network's depends on z")
         return self.log_scale.exp() <= 1.01 * self.floor
 
     def _loc_scale(self, z: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -121,7 +122,7 @@ class StudentT(_LocationScale):
         check_ranges(df=df, scale=scale)
         super().__init__(net, scale, floor)
         if df == "network":
-            raise ValueError("df: expected a number, 'learned' or the event's shape, found 'network'")
+            raise UsageError("df: expected a number, 'learned' or the event's shape, found 'network'")
         register_log_parameter(self, "df", df, start=4.0)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -152,7 +153,7 @@ def set_optimal_scale(likelihood: Normal | Laplace, x: Tensor, z: Tensor) -> Ten
     """
     log_scale = getattr(likelihood, "log_scale", None)
     if not isinstance(log_scale, nn.Parameter):
-        raise ValueError(f"likelihood: expected a learned scale, found a {type(likelihood).__name__} without one")
+        raise UsageError(f"likelihood: expected a learned scale, found a {type(likelihood).__name__} without one")
     residual = (x - likelihood.net(z)).abs().double()
     error = residual.square() if isinstance(likelihood, Normal) else residual
     dims = tuple(range(error.dim() - log_scale.dim()))

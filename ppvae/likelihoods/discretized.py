@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.discretized import check_levels
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
@@ -108,7 +109,7 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         check_numbers(components=components, channels=channels)
         super().__init__()
         if components < 1 or channels < 1:
-            raise ValueError(f"components, channels: expected 1 or more of each, found {components}, {channels}")
+            raise UsageError(f"components, channels: expected 1 or more of each, found {components}, {channels}")
         self.net, self.components, self.channels, self.levels = net, components, channels, check_levels(levels)
 
     @property

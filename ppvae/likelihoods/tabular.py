@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
 from ppvae.errors.ranges import check_numbers
 
 Kind = Literal["real", "count", "binary", "categorical"]
@@ -31,11 +31,11 @@ class Column:
     def __post_init__(self) -> None:
         kinds = ("real", "count", "binary", "categorical")
         if self.kind not in kinds:
-            raise ValueError(f"column: expected one of {', '.join(kinds)}, found {self.kind!r}")
-        if self.levels != 0:
+            raise UsageError(f"column: expected one of {', '.join(kinds)}, found {self.kind!r}")
+        if self.kind == "categorical":
             check_numbers(levels=self.levels)
-        if (self.kind == "categorical") != (self.levels >= 2):
-            raise ValueError(f"column: expected levels >= 2 for categories alone, found {self.kind!r}, {self.levels}")
+        elif self.levels != 0:
+            raise UsageError(f"levels: expected 0 for a column that is not categorical, found {self.levels!r}")
 
     @property
     def outputs(self) -> int:
@@ -51,6 +51,8 @@ def parse_columns(columns: ColumnSpec) -> tuple[Column, ...]:
     >>> parse_columns(["real", ("categorical", 5)])
     (Column(kind='real', levels=0), Column(kind='categorical', levels=5))
     """
+    if isinstance(columns, str) or not isinstance(columns, Sequence) or not columns:
+        raise UsageError(f"columns: expected a sequence of kinds, as ['real', ('categorical', 5)], found {columns!r}")
     return tuple(
         c if isinstance(c, Column) else Column(*c) if isinstance(c, tuple) else Column(c) for c in columns
     )  # fmt: skip
@@ -121,8 +123,6 @@ class Mixed(nn.Module):
         check_numbers(floor=floor)
         super().__init__()
         self.net, self.columns, self.floor = net, parse_columns(columns), floor
-        if not self.columns:
-            raise ValueError("columns: expected at least one, found none")
         start = [0]
         for column in self.columns:
             start.append(start[-1] + column.outputs)

@@ -62,7 +62,7 @@ class CountVAE(ComposedModel):
         check_numbers(batches=batches)
         super().__init__("count_vae")
         if (library is None) != (library_posterior is None):
-            raise ValueError("library, library_posterior: expected both of them or neither, found one")
+            raise UsageError("library, library_posterior: expected both of them or neither, found one")
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.library, self.library_posterior = library, library_posterior
         self.concat_batch = ConcatContext(nn.Identity(), Labels(batches))

@@ -17,7 +17,7 @@ from ppvae.errors import UsageError
 from ppvae.errors.ranges import SEED, check_numbers, check_ranges, check_sequences
 from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
 from ppvae.factories.pairs import trained_with
-from ppvae.likelihoods.tabular import ColumnSpec
+from ppvae.likelihoods.tabular import ColumnSpec, parse_columns
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
@@ -80,9 +80,13 @@ def vae(
     check_numbers(latent=latent)
     check_sequences(hidden=hidden)
     check_ranges(num_labels=num_labels)
+    if columns is not None:
+        parse_columns(columns)
     features = train.shape[1:].numel()
     if train.dim() != 2:
-        raise ValueError(f"expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat")
+        raise UsageError(
+            f"train: expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat"
+        )
 
     def encoder(outputs: int) -> Module:
         if missing:
@@ -133,7 +137,7 @@ def conv_vae(
     check_sequences(channels=channels)
     check_ranges(num_labels=num_labels)
     if train.dim() != 4:
-        raise ValueError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
+        raise UsageError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
     event = tuple(train.shape[1:])
 
     def encoder(outputs: int) -> Module:
@@ -319,5 +323,5 @@ def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = Non
 
 def _number_of_features(name: str, train: Tensor) -> int:
     if train.dim() != 2:
-        raise ValueError(f"{name}: expected flat data [N, features], found {list(train.shape)}")
+        raise UsageError(f"{name}: expected flat data [N, features], found {list(train.shape)}")
     return train.shape[1]

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.parameter_names import unique_name
 
@@ -42,7 +43,7 @@ class GaussianMixture(nn.Module):
         check_ranges(rank=rank)
         super().__init__()
         if rank is not None and not 0 <= rank < features:
-            raise ValueError(f"rank: expected None or 0 to {features - 1} for {features} features, found {rank}")
+            raise UsageError(f"rank: expected None or 0 to {features - 1} for {features} features, found {rank}")
         self.rank = rank
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, features))
@@ -61,7 +62,7 @@ class GaussianMixture(nn.Module):
         """
         check_numbers(components=components, seed=seed)
         if not 1 <= components <= len(x):
-            raise ValueError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
+            raise UsageError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
         pair = cls(x.shape[1], components, rank).to(x)
         rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:components]
         with torch.no_grad():

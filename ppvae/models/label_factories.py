@@ -89,7 +89,7 @@ def _sizes(name: str, train: Tensor, num_labels: int | None) -> tuple[int, int]:
     if train.dim() != 2:
         raise UsageError(f"{name}: expected flat data [N, features], found {list(train.shape)}; load them flat")
     if num_labels is None:
-        raise UsageError(f"{name}: expected the label of each datum; pass --labels, or num_labels")
+        raise UsageError(f"{name}: expected the label of each datum, found none; pass --labels, or num_labels")
     return train.shape[1], num_labels
 
 

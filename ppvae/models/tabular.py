@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
 from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.likelihoods import Mixed
 from ppvae.likelihoods.tabular import ColumnSpec, marginals, table_outputs
@@ -101,8 +101,8 @@ def table_vae(
     """
     check_numbers(latent=latent, floor=floor)
     check_sequences(hidden=hidden)
-    if not columns:
-        raise ValueError("table_vae: expected a table, whose columns have kinds: a .csv or .parquet file")
+    if columns is None:
+        raise UsageError("table_vae: expected a table, whose columns have kinds: a .csv or .parquet file")
     pair = TableVAE(columns, latent, hidden, floor)
     with torch.no_grad():
         likelihood: Any = pair.likelihood

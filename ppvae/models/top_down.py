@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ppvae import nn
-from ppvae.errors import ContractError
+from ppvae.errors import ContractError, UsageError
 from ppvae.errors.ranges import SIZE, check_numbers, check_sequences
 from ppvae.likelihoods import MixtureOfDiscretizedLogistics
 from ppvae.models.composed_model import ComposedModel, LearnedTensor
@@ -130,9 +130,11 @@ def very_deep_vae(
     SIZE.check_number("width", width)
     check_sequences(sides=sides, blocks=blocks)
     check_numbers(levels=levels)
+    if not sides:
+        raise UsageError("sides: expected at least one, found none")
     shape = tuple(train.shape[1:])
     if len(shape) != 3 or shape[1:] != (sides[-1], sides[-1]) or len(blocks) != len(sides):
-        raise ValueError(
+        raise UsageError(
             f"very_deep_vae: expected images [N, C, {sides[-1]}, {sides[-1]}] and a number of blocks for each of "
             f"{len(sides)} sides, found {list(train.shape)} and {len(blocks)} numbers; load with flat=False"
         )

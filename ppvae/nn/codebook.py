@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 
 
@@ -29,7 +30,7 @@ class Codebook(nn.Module):
         check_numbers(codes=codes, size=size)
         super().__init__()
         if codes < 2:
-            raise ValueError(f"codes: expected at least 2, found {codes}")
+            raise UsageError(f"codes: expected at least 2, found {codes}")
         self.table = nn.Parameter(torch.randn(codes, size))
 
     def forward(self, z: Tensor) -> Tensor:

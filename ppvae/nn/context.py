@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import DataError, UsageError
-from ppvae.errors.ranges import COUNT_OR_NONE, check_numbers
+from ppvae.errors.ranges import SEED, check_numbers
 
 
 def _context_parameter(part: nn.Module) -> inspect.Parameter | None:
@@ -80,7 +80,7 @@ def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tens
     Raises DataError, with the text `expected`, for an index outside. No value is read on the host unless an index is
     wrong, so that a step can be captured as a graph.
     """
-    COUNT_OR_NONE.check_number("first", first)
+    SEED.check_number("first", first)
     last = first + len(table) - 1
     expected = expected.format(first=first, last=last)
     if index.is_floating_point():

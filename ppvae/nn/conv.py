@@ -57,13 +57,13 @@ class Residual(nn.Module):
 def _halved_shape(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
     """The channels of an image, and its height and width after one halving for each of `channels`."""
     if not channels:
-        raise ValueError("channels: expected at least one number, one a halving of the image, found none")
+        raise UsageError("channels: expected at least one number, one a halving of the image, found none")
     by = 2 ** len(channels)
     if len(shape) != 3:
         raise UsageError(f"shape: expected (C, H, W), found {tuple(shape)}")
     image, height, width = shape
     if height % by or width % by:
-        raise ValueError(
+        raise UsageError(
             f"shape: expected height and width divisible by {by}, for {len(channels)} halvings, found {tuple(shape)}"
         )
     return image, height // by, width // by

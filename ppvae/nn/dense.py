@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers, check_sequences
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -119,8 +120,8 @@ def set_output_bias(network: nn.Module, value: Tensor) -> None:
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     bias = layers[-1].bias if layers else None
     if bias is None:
-        raise ValueError("network: expected a last linear layer with a bias, found none")
+        raise UsageError("network: expected a last linear layer with a bias, found none")
     if bias.numel() != value.numel():
-        raise ValueError(f"value: expected {bias.numel()} numbers for the last layer's bias, found {value.numel()}")
+        raise UsageError(f"value: expected {bias.numel()} numbers for the last layer's bias, found {value.numel()}")
     with torch.no_grad():
         bias.copy_(value.reshape(bias.shape))

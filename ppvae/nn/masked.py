@@ -59,7 +59,7 @@ class MADE(nn.Module):
         super().__init__()
         order = torch.arange(features) if order is None else torch.as_tensor(order)
         if sorted(order.tolist()) != list(range(features)):
-            raise ValueError(f"order: expected the positions 0..{features - 1}, each once, found {order.tolist()[:8]}")
+            raise UsageError(f"order: expected the positions 0..{features - 1}, each once, found {order.tolist()[:8]}")
         self.event_shape = (features,)
         self.order = nn.Buffer(order, persistent=False)
         rank = order.argsort()  # the position of each element in the order
@@ -92,7 +92,7 @@ class MaskedConv2d(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, size: int, colours: int, itself: bool):
         check_numbers(inputs=inputs, outputs=outputs, size=size, colours=colours)
         if size % 2 == 0:
-            raise ValueError(f"size: expected an odd number, found {size}")
+            raise UsageError(f"size: expected an odd number, found {size}")
         super().__init__(inputs, outputs, size, padding=size // 2)
         middle = size // 2
         mask = torch.zeros_like(self.weight)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import SIZE, check_numbers, check_sequences
 from ppvae.nn.conv import Activation, Leading, Residual
 from ppvae.nn.dense import glorot
@@ -67,10 +68,12 @@ class Pyramid(nn.Module):
         check_numbers(channels=channels, blocks=blocks)
         SIZE.check_number("width", width)
         check_sequences(sides=sides, times=times)
+        if not sides or len(times) != len(sides):
+            raise UsageError(f"sides, times: expected as many numbers of both, found {len(sides)} and {len(times)}")
         super().__init__()
         for small, large in itertools.pairwise(sides):
             if large % small:
-                raise ValueError(f"sides: expected each to divide the next, found {small} before {large}")
+                raise UsageError(f"sides: expected each to divide the next, found {small} before {large}")
         self.times = tuple(times)
         stages = []
         for side, smaller in zip(sides[::-1], (None, *sides[::-1]), strict=False):

@@ -142,7 +142,7 @@ class InfoVAE(AggregatePosteriorObjective):
     """
 
     def __init__(self, alpha: float = 0.0, weight: float = 100.0, width: float = 1.0, num_particles: int = 1):
-        check_numbers(alpha=alpha, weight=weight, num_particles=num_particles)
+        check_numbers(alpha=alpha, weight=weight, width=width, num_particles=num_particles)
         self.alpha, self.weight, self.width = alpha, weight, width
         super().__init__(num_particles)
 

@@ -20,7 +20,7 @@ def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
     [[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]
     """
     check_numbers(reach=reach, count=count)
-    line = torch.linspace(-reach, reach, count)
+    line = torch.linspace(-float(reach), float(reach), count)
     return torch.cartesian_prod(line, line).flip(1)
 
 
@@ -41,6 +41,7 @@ def density_maps(
         marks: {title: points [M, 2]}, drawn as crosses.
     """
     check_numbers(reach=reach, cols=cols)
+    reach = float(reach)
     if not panels:
         raise UsageError("panels: expected at least one, found none")
     arrays = {title: array(values).astype(float) for title, values in panels.items()}

@@ -43,6 +43,7 @@ def image_grid(
     check_sequences(event_shape=event_shape, limits=limits)
     if len(limits) != 2:
         raise UsageError(f"limits: expected two numbers, found {limits}")
+    limits = float(limits[0]), float(limits[1])
     pixels, shape = _to_grid(array(images), tuple(event_shape), rows, cols)
     (rows, cols), (height, width) = shape, pixels.shape[1:3]
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.concrete import BinaryConcrete, Concrete
@@ -92,7 +93,7 @@ class OneHot(Amortized):
     def outputs(self, latent: int) -> int:
         check_numbers(latent=latent)
         if latent % self.classes:
-            raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
+            raise UsageError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

@@ -12,6 +12,7 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import WithoutMoments
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
@@ -76,6 +77,8 @@ class IAF(Amortized):
     def __init__(self, net: nn.Module, latent: int, features: int = 16, flows: int = 2, hidden: Sequence[int] = (64,)):
         check_numbers(latent=latent, features=features, flows=flows)
         check_sequences(hidden=hidden)
+        if not hidden:
+            raise UsageError("hidden: expected at least one width, found none")
         super().__init__(net)
         self.latent, self.features = latent, features
         order = torch.arange(latent)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.kl import register_kl
 
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 
@@ -94,7 +95,7 @@ class LowRank(Amortized):
         check_numbers(rank=rank)
         super().__init__(net)
         if rank < 1:
-            raise ValueError(f"rank: expected at least 1, found {rank}")
+            raise UsageError(f"rank: expected at least 1, found {rank}")
         self.rank = rank
 
     def outputs(self, latent: int) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ppvae import data, evaluation, generate, likelihoods, models, nn, plots, posteriors, priors
-from ppvae.objectives import ELBO, gradients, schedules
+from ppvae import data, evaluation, generate, likelihoods, models, nn, plots, posteriors, priors, report
+from ppvae.objectives import ELBO, schedules
 
 ROOMS = (
     "ppvae", "ppvae.data", "ppvae.distributions", "ppvae.evaluation", "ppvae.generate", "ppvae.inference",
@@ -25,7 +25,12 @@ LEFT_OUT = {  # results and structures, which the library itself makes; distribu
     *(f"distributions.{name}" for name in (
         "Bernoulli", "Beta", "DiscretizedLogistic", "Levels", "MixtureOfDiscretizedLogistics", "StudentT")),
 }  # fmt: skip
-TAKEN_BY_TORCH = {"sample_shape", "batch_shape", "event"}
+LEFT_OUT |= {  # what only the library calls, an abstract class, and names of columns by their kinds
+    "inference.SVI", "inference.SVI.use", "inference.Structure.with_guide_sites", "inference.Structure.plate_scale",
+    "inference.Structure.represented_size", "objectives.Objective", "data.LazySplit.fixed", "data.LazySplit.head",
+    "evaluation.Calibration.verdict", "report.pictures", "report.write",
+}  # fmt: skip
+NOT_ONE_NUMBER = {"sample_shape", "batch_shape", "event", "options", "columns"}
 
 
 class Worked(BaseException):
@@ -37,9 +42,12 @@ def program(*_: Any) -> None:
     raise Worked
 
 
-def network(*_: Any) -> Any:
-    """A factory, a data set or a statistic of the same kind."""
-    raise Worked
+class Run:
+    """A run whose pair must not be asked for before the arguments are checked."""
+
+    @property
+    def model(self) -> Any:
+        raise Worked
 
 
 X = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)).round()
@@ -57,10 +65,14 @@ def estimate() -> evaluation.Estimate:
     return evaluation.log_marginal(pair.model, pair.guide, X, num_particles=30)
 
 
+def _representation() -> evaluation.Representation:
+    pair = models.LinearGaussian(6, 2)
+    return evaluation.representation(pair.model, pair.guide, X, surgery_draws=0)
+
+
 def calls() -> Mapping[str, Callable[..., Any]]:
     """{name: the function or constructor, with valid values of what it needs}; arguments are passed by name."""
     est = estimate()
-    part = {"outputs": {"latent": 3}}
     cases: dict[str, Callable[..., Any]] = {
         "fit": partial(_root("fit"), program, program, X, epochs=1),
         "log_marginal": of_pair(_root("log_marginal")), "terms": of_pair(_root("terms")),
@@ -68,14 +80,16 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         "evaluation.coherence": partial(evaluation.coherence, torch.rand(2, 6), X),
         "evaluation.looseness": partial(evaluation.looseness, est, est),
         "evaluation.gradients": of_pair(evaluation.gradients, ELBO(2), ["pathwise"]),
-        "evaluation.kfold": of_pair(evaluation.kfold, network),
+        "evaluation.kfold": of_pair(evaluation.kfold, program),
         "generate.attribute_vector": of_pair(generate.attribute_vector, torch.arange(20) % 2),
         "generate.decode": of_pair(generate.decode, torch.zeros(20, 2)),
         "generate.interpolations": of_pair(generate.interpolations, X),
         "generate.moved": of_pair(generate.moved, torch.ones(2)),
         "objectives.schedules.Cyclical": partial(schedules.Cyclical, period=5),
         "objectives.schedules.Linear": partial(schedules.Linear, steps=5),
-        "objectives.gradients.ARMS": gradients.ARMS, "objectives.gradients.UnorderedSet": gradients.UnorderedSet,
+        "objectives.schedules.ScheduledScalar": partial(schedules.ScheduledScalar, schedule=1.0),
+        "objectives.schedules.ScheduledScalar.set_step": schedules.ScheduledScalar(1.0).set_step,
+        "objectives.Objective.set_step": ELBO(1).set_step,
         "priors.AutoregressiveCategorical": partial(priors.AutoregressiveCategorical, classes=3, variables=2),
         "priors.AutoregressiveOneHot": partial(priors.AutoregressiveOneHot, classes=3, variables=2),
         "priors.Categorical": partial(priors.Categorical, classes=3),
@@ -87,7 +101,7 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         "priors.LogisticNormal.like_dirichlet": partial(
             priors.LogisticNormal.like_dirichlet, latent=3, concentration=1.0
         ),
-        "priors.VampPrior.from_data": partial(priors.VampPrior.from_data, POSTERIOR, X),
+        "priors.VampPrior.from_data": partial(priors.VampPrior.from_data, POSTERIOR, X, components=3),
         "likelihoods.Mixed": partial(likelihoods.Mixed, NET, columns=("real",) * 3),
         "likelihoods.Column": partial(likelihoods.Column, kind="categorical", levels=3),
         "likelihoods.MixtureOfDiscretizedLogistics": partial(
@@ -102,15 +116,15 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         "nn.Gated": partial(nn.Gated, inputs=3, outputs=2),
         "nn.MaskedConv2d": partial(nn.MaskedConv2d, inputs=3, outputs=3, size=3, colours=1, itself=True),
         "nn.Nearness": partial(nn.Nearness, nn.Codebook(4, 3)),
-        "nn.PixelCNN": partial(nn.PixelCNN, (1, 4, 4), torch.nn.Identity(), features=2),
+        "nn.PixelCNN": partial(nn.PixelCNN, shape=(1, 4, 4), decoder=NET, features=2),
         "nn.Pyramid": partial(nn.Pyramid, channels=1, width=4, sides=(1, 2, 4), times=(1, 1, 1)),
         "nn.Residual": partial(nn.Residual, channels=4, activation=torch.nn.ELU),
         "nn.Topics": partial(nn.Topics, topics=2, words=6),
-        "nn.Topics.from_data": partial(nn.Topics.from_data, X, topics=2),
-        "nn.conv_decoder": partial(nn.conv_decoder, 3, (1, 4, 4)),
-        "nn.conv_encoder": partial(nn.conv_encoder, (1, 4, 4), outputs=3),
-        "nn.residual_decoder": partial(nn.residual_decoder, 3, (1, 4, 4)),
-        "nn.residual_encoder": partial(nn.residual_encoder, (1, 4, 4), outputs=3),
+        "nn.Topics.from_data": partial(nn.Topics.from_data, X + 1, topics=2),
+        "nn.conv_decoder": partial(nn.conv_decoder, inputs=3, shape=(1, 4, 4)),
+        "nn.conv_encoder": partial(nn.conv_encoder, shape=(1, 4, 4), outputs=3),
+        "nn.residual_decoder": partial(nn.residual_decoder, inputs=3, shape=(1, 4, 4)),
+        "nn.residual_encoder": partial(nn.residual_encoder, shape=(1, 4, 4), outputs=3),
         "nn.known_times": partial(nn.known_times, steps=3, lengths=torch.tensor([1, 2])),
         "nn.mlp": partial(nn.mlp, inputs=3, outputs=2), "nn.gated_mlp": partial(nn.gated_mlp, inputs=3, outputs=2),
         "nn.on_images": partial(nn.on_images, channels=1, side=4),
@@ -134,6 +148,10 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         "models.QuantizedVAE": partial(models.QuantizedVAE, priors.OneHot(4), BERNOULLI, NET, nn.Codebook(4, 3)),
         "models.SemiSupervisedVAE": partial(models.SemiSupervisedVAE, priors.OneHot(2), NORMAL, BERNOULLI, POSTERIOR,
                                             posteriors.OneHot(NET, classes=2)),
+        "evaluation.Representation.active": partial(_representation().active, "z"),
+        "report.least_reliable": partial(report.least_reliable, est),
+        "report.write_generated": partial(report.write_generated, Run(), X, "."),
+        "nn.Labels": nn.Labels,
         "models.TableVAE": partial(models.TableVAE, columns=("real",) * 6),
         "models.conditional_vae": partial(models.conditional_vae, X, num_labels=2),
         "models.semi_supervised_vae": partial(models.semi_supervised_vae, X, num_labels=2),
@@ -143,7 +161,7 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         ),
         "data.Split.head": data.load("digits")[0].head, "data.Split.fixed": data.load("digits")[0].fixed,
         "data.load": partial(data.load, "digits"), "data.first_rows": partial(data.first_rows, (X,), count=2),
-        "plots.density_maps": partial(plots.density_maps, {"a": lambda z: -z.square().sum(-1)}),
+        "plots.density_maps": partial(plots.density_maps, {"a": torch.zeros(100)}),
         "plots.image_grid": partial(plots.image_grid, torch.rand(4, 6), event_shape=(1, 2, 3)),
         "plots.parallel_coordinates": partial(plots.parallel_coordinates, {"a": {"b": X}}),
         "plots.plane": plots.plane,
@@ -162,23 +180,27 @@ def calls() -> Mapping[str, Callable[..., Any]]:
         cases[f"likelihoods.{name}"] = partial(getattr(likelihoods, name), NET)
     for name in posteriors.__all__:
         cls = getattr(posteriors, name)
-        if hasattr(cls, "outputs"):
-            own = {"SemiAmortized": POSTERIOR}.get(name)
-            cases[f"posteriors.{name}.outputs"] = getattr(own, "outputs", None) or _outputs(cls, name)
+        if hasattr(cls, "outputs") and f"posteriors.{name}" not in public():
+            continue
         if name in ("IAF", "SplineCoupling"):
             cases[f"posteriors.{name}"] = partial(cls, NET, latent=3, features=3)
         elif name in ("Categorical", "OneHot", "RelaxedOneHot"):
             cases[f"posteriors.{name}"] = partial(cls, NET, classes=3)
         elif f"posteriors.{name}" not in cases:
             cases[f"posteriors.{name}"] = partial(cls, NET)
-    for name in ("vae", "linear_gaussian", "factor_analysis", "gaussian_mixture", "table_vae"):
+    cases["models.table_vae"] = partial(models.table_vae, X, columns=("real",) * 6)
+    for name in ("vae", "linear_gaussian", "factor_analysis", "gaussian_mixture"):
         cases[f"models.{name}"] = partial(getattr(models, name), X)
-    del part
+    with_sizes = ("IAF", "Categorical", "OneHot", "RelaxedOneHot", "SplineCoupling")
+    made = {name: cases[f"posteriors.{name}"]() for name in with_sizes}
+    made["LowRank"] = posteriors.LowRank(NET, rank=1)
+    for name in posteriors.__all__:
+        if hasattr(getattr(posteriors, name), "outputs"):
+            cases[f"posteriors.{name}.outputs"] = made.get(name, getattr(posteriors, name)).outputs
+    for name, (function, _) in public().items():
+        if name.startswith("objectives.") and name not in cases:
+            cases[name] = function
     return cases
-
-
-def _outputs(cls: Any, name: str) -> Callable[..., Any]:
-    return cls.outputs
 
 
 def _root(name: str) -> Callable[..., Any]:
@@ -190,12 +212,13 @@ def numbers(function: Any) -> list[str]:
     target = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(target, include_extras=True)
     return [name for name in inspect.signature(function).parameters
-            if _kinds(hints.get(name)) & {int, float} and name not in TAKEN_BY_TORCH]  # fmt: skip
+            if _kinds(hints.get(name)) & {int, float} and name not in NOT_ONE_NUMBER]  # fmt: skip
 
 
-def takes(function: Any, name: str, kind: type) -> bool:
+def kinds(function: Any, name: str) -> set[Any]:
+    """The types in the annotation of an argument."""
     target = function.__init__ if inspect.isclass(function) else function
-    return kind in _kinds(typing.get_type_hints(target, include_extras=True).get(name))
+    return _kinds(typing.get_type_hints(target, include_extras=True).get(name))
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -226,10 +249,12 @@ def public() -> dict[str, tuple[Any, list[str]]]:
                 continue
             seen.add(id(thing))
             methods = vars(thing) if inspect.isclass(thing) else {}
-            members = {label: thing} if label not in LEFT_OUT and name not in LEFT_OUT else {}
+            members = {label: thing} if name not in LEFT_OUT else {}
             members |= {f"{label}.{n}": getattr(thing, n) for n in methods
                         if not n.startswith("_") and inspect.isroutine(getattr(thing, n))}  # fmt: skip
             for member, function in members.items():
+                if member in LEFT_OUT:
+                    continue
                 try:
                     arguments = numbers(function)
                 except (TypeError, ValueError, NameError):

@@ -18,6 +18,7 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
 from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.log_marginal import log_marginal
+from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
 
 REFINED_PARTICLES, GUIDE_PARTICLES = 3700, 5000
@@ -65,6 +66,7 @@ def refined_log_marginal(
     ('refined', 50)
     """
     check_numbers(guide_particles=guide_particles, bracket_data=bracket_data, seed=seed)
+    make_allocation(num_particles)  # which refuses what is no number of them
     common = options | {"seed": seed, "device": device}
     folders = {name: None if directory is None else Path(directory) / name for name in ("refined", "guide")}
 

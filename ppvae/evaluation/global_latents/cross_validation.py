@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_numbers
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.global_latents.evidence import JointWeights
@@ -75,7 +75,8 @@ def loo(
     >>> result.elpd.shape, bool(result.reliable.all())
     (torch.Size([4]), True)
     """
-    check_numbers(seed=seed)
+    check_numbers(num_particles=num_particles, local_particles=local_particles, seed=seed)
+    check_ranges(rows=rows)
     options: dict[str, Any] = {"seed": seed, "rows": rows, "device": device, "progress": progress}
     result = _accuracy(model, guide, data, "loo", num_particles, local_particles, directory=directory, **options)
     if refit is None:
@@ -112,7 +113,8 @@ def kfold(
         refit: a function of the data of all other folds that trains the pair and returns (model, guide), or a run.
         folds: their number, from 2 to the number of data.
     """
-    check_numbers(seed=seed)
+    check_numbers(folds=folds, num_particles=num_particles, local_particles=local_particles, seed=seed)
+    check_ranges(rows=rows)
     options: dict[str, Any] = {"seed": seed, "rows": rows, "device": device, "progress": progress}
     columns = _columns(data, seed, device, model, guide)
     count = len(columns[0])

@@ -82,7 +82,7 @@ def gradients(
     >>> found.estimators, sorted(found.variance)
     (('vimco', 'disarm'), ['model', 'z'])
     """
-    check_numbers(draws=draws, warmup=warmup)
+    check_numbers(draws=draws, warmup=warmup, seed=seed)
     if draws < MIN_DRAWS:
         raise UsageError(f"draws: expected at least {MIN_DRAWS} for a variance, found {draws}")
     if not isinstance(objective, AuditedObjective):
