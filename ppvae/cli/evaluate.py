@@ -27,7 +27,7 @@ from ppvae.cli.common import (
 from ppvae.cli.option_checks import CHAINS, GIVEN_GLOBALS, check_evaluate
 from ppvae.cli.options import Evaluate
 from ppvae.distributed import leave_process_group
-from ppvae.errors import ContractError
+from ppvae.errors import ContractError, count_of
 from ppvae.evaluation import annealed, bdmc, log_marginal, refined_log_marginal
 from ppvae.evaluation.compare import looseness_notes
 from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, REFINED_PARTICLES
@@ -70,7 +70,8 @@ def _accuracy(model: Program, split: Any) -> list[str]:
     if not hasattr(pair, "classify") or labels is None:
         return []
     found = pair.classify(split.read().to(next(pair.parameters()).device)).argmax(-1).cpu()
-    return [f"the classifier gets {100 * float((found == labels).double().mean()):.1f} % of {len(labels)} labels right"]
+    share = float((found == labels).double().mean())
+    return [f"the classifier gets {100 * share:.1f} % of {count_of(len(labels), 'label')} right"]
 
 
 def _importance_sampling(

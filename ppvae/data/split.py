@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.checks import digest
+from ppvae.errors import UsageError
 from ppvae.errors.ranges import COUNT, check_numbers
 
 Noise = Literal["binarize", "dequantize"]
@@ -235,6 +236,8 @@ def noise_seed(seed: int, name: str) -> int:
 
 def check_seed(seed: int) -> int:
     """The seed; raises UsageError unless it is an integer."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise UsageError(f"seed: expected a whole number, found {seed!r}.")
     check_numbers(seed=seed)
     return int(seed)
 

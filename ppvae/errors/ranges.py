@@ -62,7 +62,7 @@ class Range:
         """Raises UsageError, by the name of the argument, for what is not one number of the range."""
         if getattr(value, "ndim", None) == 0:
             value = value.item()
-        kind = "a whole number of " if self.whole and not self.words.startswith("a ") else ""
+        kind = "a whole number of " if self.whole and self.words.startswith("at ") else ""
         if self.whole and not _is_whole(value):
             raise UsageError(f"{name}: expected {kind}{self.words}, found {_shown(value)}")
         if not self.whole and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
@@ -70,7 +70,7 @@ class Range:
         number = int(value) if self.whole else float(value)
         inside = self.low < number < self.high if self.open else self.low <= number <= self.high
         if not inside or not (self.whole or math.isfinite(number)):
-            words = f"at most {self.high}" if self.whole and number > self.high else self.words
+            words = f"at most {self.high}" if number > self.high in (LARGEST, MOST_DRAWS, 2**64 - 1) else self.words
             raise UsageError(f"{name}: expected {words}, found {_shown(value)}")
         if self.size and number > (most := memory() // BYTES):
             raise UsageError(
@@ -119,7 +119,7 @@ SEED = Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True, given
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("epochs", "batch_size"), replace(COUNT, given=True)),
     **dict.fromkeys(("rows", "count", "head", "folds", "num_data", "num_labels"), COUNT),
-    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "checks", "step", "dims"), COUNT_OR_NONE),
+    **dict.fromkeys(("patience", "warmup", "labelled", "gaps", "checks", "step"), COUNT_OR_NONE),
     "latents": replace(COUNT_OR_NONE, many=True),
     **dict.fromkeys(
         (
@@ -148,6 +148,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("blocks", "times"), replace(SIZE, words="at least 0", low=0)),
     **dict.fromkeys(("shape", "event_shape", "side", "colours", "event_dim"), SIZE),
     **dict.fromkeys(("cols", "period", "n", "k", "top"), COUNT),
+    "dims": Range("a whole number", -LARGEST, LARGEST, whole=True),
     "levels": Range("at least 2", 2, LARGEST, whole=True, size=True),
     "rank": Range("at least 0", 0, LARGEST, whole=True, size=True),
     "num_particles": DRAWS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, UsageError, count_of
 from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
@@ -80,13 +80,16 @@ class Calibration(SavedResult):
         """The diagnosis of every latent as strings, for printing."""
         count = len(next(iter(self.ranks.values()), ()))
         rows = {
-            "data": f"{count} data simulated from the model, like {self.data or 'a tensor'}",
+            "data": f"{count_of(count)} simulated from the model, like {self.data or 'a tensor'}",
             "verdict": ("no departure found" if self.passed else "the guide is not calibrated")
             + f" (an exact guide fails with probability {self.alpha:g} at most)",
         }
         for site, p in self.p_values.items():
             failed, worst = int((p < self.level).sum()), int(p.argmin())
-            rows[site] = f"{failed} of {len(p)} dims depart; smallest p-value {_p_words(float(p[worst]))}, dim {worst}"
+            rows[site] = (
+                f"{failed} of {count_of(len(p), 'dim')} depart{'s' * (failed == 1)}; smallest p-value "
+                f"{_p_words(float(p[worst]))}, dim {worst}"
+            )
             if failed:
                 rows[site] += f": the guide's draws are {self.verdict(site, worst)}"
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}

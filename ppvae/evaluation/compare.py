@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
@@ -89,11 +89,11 @@ class Comparison(SavedResult):
 
     def table(self) -> dict[str, str]:
         """A line for every model, best first, with its difference from the best, and the warnings."""
-        rows = {"data": f"{self.data or 'a tensor'}, {self.log_px.shape[1]} data, {self.base_measure}"}
+        rows = {"data": f"{self.data or 'a tensor'}, {count_of(self.log_px.shape[1])}, {self.base_measure}"}
         for i, name in enumerate(self.names):
             words = f"log p(x) {mean_words(self.log_px[i])}"
             if self.runs[i] > 1:
-                words += f" ({int(self.runs[i])} runs)"
+                words += f" ({count_of(int(self.runs[i]), 'run')})"
             if i:
                 delta, error = self.difference(name, self.names[0])
                 words += f", {delta:+.3f} ± {error:.3f} from {self.names[0]}: {self.verdict(name, self.names[0])}"
@@ -304,7 +304,8 @@ def looseness_notes(tighter: Estimate, est: Estimate, ks: Sequence[int] = ()) ->
     unit = "nats for the whole data set" if tighter.joint else "nats"
     found = [f"{_describe_looseness(*looseness_and_error(tighter, est, k), unit)} at K = {k}" for k in ks]
     return (
-        f"NLL of the same {len(tighter.log_px)} data: {', '.join(both)}: importance sampling is {', '.join(found)}",
+        f"NLL of the same {count_of(len(tighter.log_px))}: {', '.join(both)}: importance sampling is "
+        f"{', '.join(found)}",
         "both are lower bounds of log p(x) on average, so that the higher one is closer to it, and both miss a mode "
         "that none of their draws reach",
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, UsageError, count_of
 from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.aggregate_posterior import split_rate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
@@ -103,7 +103,7 @@ class Representation(SavedResult):
     def table(self) -> dict[str, str]:
         """The numbers over the data set with standard errors, as strings."""
         rows = {
-            "data": f"{self.data or 'a tensor'}, {len(self.rate)} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(self.rate))}",
             "rate": f"{mean_words(self.rate)} nats per datum",
             "distortion": f"{mean_words(self.distortion)} nats per datum",
             "ELBO": mean_words(self.elbo),

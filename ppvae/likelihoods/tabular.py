@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.errors import DataError, UsageError
+from ppvae.errors import DataError, UsageError, count_of
 from ppvae.errors.ranges import check_numbers
 
 Kind = Literal["real", "count", "binary", "categorical"]
@@ -78,7 +78,9 @@ def marginals(columns: ColumnSpec, x: Tensor) -> Tensor:
     """
     kinds = parse_columns(columns)
     if x.dim() != 2 or x.shape[1] != len(kinds):
-        raise DataError(f"x: expected rows [N, {len(kinds)}] of {len(kinds)} columns, found {list(x.shape)}")
+        raise DataError(
+            f"x: expected rows [N, {len(kinds)}] of {count_of(len(kinds), 'column')}, found {list(x.shape)}"
+        )
     out: list[Tensor] = []
     for d, (column, values) in enumerate(zip(kinds, x.T, strict=True)):
         values = values[~values.isnan()]
@@ -146,7 +148,9 @@ class Mixed(nn.Module):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out = self.net(z)
         if out.shape != (*z.shape[:-1], self.outputs):
-            raise ValueError(f"net: expected [..., {self.outputs}] for {len(self.columns)} columns, found {out.shape}")
+            raise ValueError(
+                f"net: expected [..., {self.outputs}] for {count_of(len(self.columns), 'column')}, found {out.shape}"
+            )
         groups = []
         for i, kind in enumerate(self._kinds):
             value = out.index_select(-1, getattr(self, f"_places{i}"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_numbers, check_ranges
+from ppvae.errors.ranges import Range, check_numbers
 from ppvae.parameter_names import unique_name
 
 
@@ -40,10 +40,10 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, features: int, components: int, rank: int | None = None):
         check_numbers(features=features, components=components)
-        check_ranges(rank=rank)
+        if rank is not None:
+            words = f"None or 0 to {features - 1} for {features} features"
+            Range(words, 0, features - 1, whole=True).check_number("rank", rank)
         super().__init__()
-        if rank is not None and not 0 <= rank < features:
-            raise UsageError(f"rank: expected None or 0 to {features - 1} for {features} features, found {rank}")
         self.rank = rank
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, features))

@@ -115,7 +115,7 @@ def test_the_pictures_show_the_numbers(both):
     assert plots.to_png(figure)
     one = torch.arange(5).double()
     broken = Bracket(-one, torch.where(one > 3, math.nan, 0.1 - one), 0 * one, 0 * one, one, 0 * one, 0)
-    assert "1 data that are not finite" in " ".join(plots.notes(plots.bracket(broken)))
+    assert "1 datum that is not finite" in " ".join(plots.notes(plots.bracket(broken)))
     assert plots.to_png(plots.bracket(broken))
 
 

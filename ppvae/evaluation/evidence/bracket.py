@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import read_rows
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible, simulated_rows
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
@@ -80,7 +80,7 @@ class ProposalBracket(TwoSidedBounds):
         error = "" if math.isnan(self.width_std_error) else f" ± {self.width_std_error:.3f}"
         words = f"{self.width:.3f}{error} nats"
         if not math.isfinite(self.width):
-            return f"not known: the bounds of {int((~self.gap.isfinite()).sum())} data are not finite"
+            return f"not known: the bounds of {count_of(int((~self.gap.isfinite()).sum()))} are not finite"
         if self.sufficient:
             return (
                 f"the {self.proposal} proposal at K = {self.num_particles} suffices: log p(x) is known within {words}"
@@ -88,14 +88,15 @@ class ProposalBracket(TwoSidedBounds):
         text = f"wide: log p(x) is known within {words} only"
         if self.missed:
             text += (
-                f", and the exact posterior draw of {self.missed} of {len(self.lower)} data outweighs all draws of the "
+                f", and the exact posterior draw of {self.missed} of {count_of(len(self.lower))} outweighs all draws of "
+                f"the "
                 f"proposal, which misses modes or tails that no weight of its own shows"
             )
         if not self.further:
             return text
         tried = ", ".join(f"{mean_words(gap)} by {FURTHER_RUNGS[name]}" for name, gap in self.further.items())
         closes = f"{self.remedy} closes it" if self.remedy else "nothing that was tried closes it: a better guide"
-        return f"{text}; {closes} (on {len(next(iter(self.further.values())))} data: {tried})"
+        return f"{text}; {closes} (on {count_of(len(next(iter(self.further.values()))))}: {tried})"
 
     def summary(self) -> str:
         """The bracket as text.
@@ -112,7 +113,7 @@ class ProposalBracket(TwoSidedBounds):
             self.verdict,
         ]
         if broken := int((self.nonfinite > 0).sum()):
-            lines.append(f"{broken} data have non-finite weights")
+            lines.append(count_of(broken, "datum has", "data have") + " non-finite weights")
         return "\n".join([*lines, *self.notes, HOLDS_FOR])
 
     def table(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
@@ -68,7 +68,7 @@ class Interval(TwoSidedBounds):
         """
         unit = "nats for the whole data set" if self.joint else "nats on average"
         lines = [
-            f"log p(x) of {len(self.lower)} data lies in [{self.low:.3f}, {self.high:.3f}] {unit}, three "
+            f"log p(x) of {count_of(len(self.lower))} lies in [{self.low:.3f}, {self.high:.3f}] {unit}, three "
             f"standard errors added on either side",
             f"without these the bounds are {mean_words(self.gap)} nats apart",
         ]
@@ -79,20 +79,20 @@ class Interval(TwoSidedBounds):
                 f"the upper bounds of {self.inverted} lie below the lower ones: their chains are not there yet"
             )
         if broken := int((self.nonfinite > 0).sum()):
-            lines.append(f"{broken} data have non-finite weights")
+            lines.append(count_of(broken, "datum has", "data have") + " non-finite weights")
         return "\n".join([*lines, ASSUMPTION])
 
     def table(self) -> dict[str, str]:
         """The means over the data set as strings, for printing."""
         return {
-            "data": f"{self.data or 'a tensor'}, {len(self.lower)} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(self.lower))}",
             "log p(x) in": f"[{self.low:.3f}, {self.high:.3f}] nats {'in all' if self.joint else 'per datum'}",
             "from below": mean_words(self.lower),
             "from above": mean_words(self.upper),
             "width": mean_words(self.gap),
-            "annealed": f"{int((self.method == 1).sum())} data",
+            "annealed": count_of(int((self.method == 1).sum())),
             "acceptance": f"{float(self.acceptance.mean()):.2f}",
-            "inverted": f"{self.inverted} data",
+            "inverted": count_of(self.inverted),
             "assumes": ASSUMPTION,
         }
 

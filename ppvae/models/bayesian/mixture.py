@@ -11,7 +11,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
 from ppvae.errors.ranges import POSITIVE, check_numbers
-from ppvae.models.bayesian.plate import data_plate
+from ppvae.models.bayesian.plate import NUM_DATA, data_plate
 from ppvae.parameter_names import unique_name
 
 
@@ -44,7 +44,8 @@ class BayesianGaussianMixture(nn.Module):
         self, size: int, features: int, components: int, concentration: float = 1.0, shape: float = 2.0,
         rate: float = 1.0, kappa: float = 0.1,
     ):  # fmt: skip
-        check_numbers(size=size, features=features, components=components, concentration=concentration, kappa=kappa)
+        NUM_DATA.check_number("size", size)
+        check_numbers(features=features, components=components, concentration=concentration, kappa=kappa)
         for name, value in (("shape", shape), ("rate", rate)):
             POSITIVE.check_number(name, value)
         super().__init__()
