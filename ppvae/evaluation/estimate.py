@@ -282,11 +282,7 @@ their log p(x) may be far too low
             return ""
         good, budget = int(self.on_target.sum()), self.settings["max_particles"]
         spent = int((~self.on_target & (self.particles >= budget)).sum())
-        who = (
-            "the estimate is"
-            if self.joint and good
-            else f"{good} of {count_of(len(self.log_px))} {'is' if good == 1 else 'are'}"
-        )
+        who = "the estimate is" if self.joint and good else f"{good} of {count_of(len(self.log_px))} are"
         text = f"{who} reliable and within a standard error of {self.settings['target_std_error']:g} nats"
         return f"{text}; {spent} of the others had all {budget} particles" if spent else text
 

@@ -88,9 +88,8 @@ class ProposalBracket(TwoSidedBounds):
         text = f"wide: log p(x) is known within {words} only"
         if self.missed:
             text += (
-                f", and the exact posterior draw of {self.missed} of {count_of(len(self.lower))} outweighs all draws of "
-                f"the "
-                f"proposal, which misses modes or tails that no weight of its own shows"
+                f", and the exact posterior draw of {self.missed} of {count_of(len(self.lower))} outweighs all "
+                f"draws of the proposal, which misses modes or tails that no weight of its own shows"
             )
         if not self.further:
             return text
