@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import ContractError, UsageError, count_of
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
@@ -99,6 +100,7 @@ def _p_words(p: float) -> str:
     return f"{p:.2g}" if p > 1e-10 else "below 1e-10"
 
 
+@explain_call
 def calibration(
     model: Program,
     guide: Program,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
@@ -51,6 +52,7 @@ class Imputations:
         return {name: value.cpu().numpy() for name, value in found.items()}
 
 
+@explain_call
 def impute(
     model: Program,
     guide: Program,

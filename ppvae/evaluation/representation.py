@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, count_of
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.aggregate_posterior import split_rate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
@@ -123,6 +124,7 @@ class Representation(SavedResult):
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
 
+@explain_call
 def representation(
     model: Program,
     guide: Program,

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ppvae.data.holders import as_column
 from ppvae.errors import UsageError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
 
 
+@explain_call
 def posterior_means(model: Program, guide: Program, x: Any, *, seed: int = 0) -> dict[str, Tensor]:
     """The guide's mean of every latent, {site: [N, *event]}; a draw where a distribution has no mean.
 
@@ -28,6 +30,7 @@ def posterior_means(model: Program, guide: Program, x: Any, *, seed: int = 0) ->
         return pair.encode(mean=True)
 
 
+@explain_call
 def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: int = 10, *, seed: int = 0) -> Tensor:
     """Means of p(x | z) along straight lines between the posterior means of two sets of data, [steps, N, *event].
 
@@ -52,6 +55,7 @@ def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: 
         return torch.stack(rows)
 
 
+@explain_call
 def traversals(
     model: Program,
     guide: Program,
@@ -101,6 +105,7 @@ def traversals(
         return out.reshape(len(dims), len(values), *out.shape[1:])
 
 
+@explain_call
 def decode(
     model: Program,
     guide: Program,
@@ -143,6 +148,7 @@ def decode(
         return pair.decode(latents | {site: values.to(means[site])}, batch, True)
 
 
+@explain_call
 def attribute_vector(
     model: Program, guide: Program, x: Any, attribute: Any, *, site: str | None = None, seed: int = 0
 ) -> Tensor:
@@ -178,6 +184,7 @@ def attribute_vector(
     return a @ (z - z.mean(0)) / a.square().sum()
 
 
+@explain_call
 def moved(
     model: Program,
     guide: Program,

@@ -4,11 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
 
 
+@explain_call
 def samples(model: Program, guide: Program, x: Any, count: int = 64, *, mean: bool = True, seed: int = 0) -> Tensor:
     """Ancestral samples from the model, [count, *event]: z ~ p(z), then the mean of (or a draw from) p(x | z).
 
@@ -25,6 +27,7 @@ def samples(model: Program, guide: Program, x: Any, count: int = 64, *, mean: bo
         return pair.decode({}, pair.repeat_rows(count), mean)
 
 
+@explain_call
 def reconstructions(model: Program, guide: Program, x: Any, *, mean: bool = True, seed: int = 0) -> Tensor:
     """Each datum encoded and decoded, [N, *event]: z ~ q(z | x), then the mean of (or a draw from) p(x | z).
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.memory import memory_failure
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
@@ -66,6 +67,7 @@ from ppvae.inference.tracing import (
 from ppvae.rng import fork_rng
 
 
+@explain_call
 def inspect(
     model: Program, guide: Program, batch: Tensor | Sequence[Any], weights: bool = True, particles: bool = True
 ) -> Structure:
@@ -92,6 +94,7 @@ def inspect(
             return replace(structure, layout=find_particle_placement(model, guide, batch, structure), draws_noise=noise)
 
 
+@explain_call
 def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
     """`ppvae.check` of the tensors of one batch: the pair against the contract, and a description of it.
 
@@ -112,6 +115,7 @@ def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
     return "\n".join((*s.description, *modules, describe_layout(s)))
 
 
+@explain_call
 def terms(
     model: Program,
     guide: Program,

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from numbers import Real
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from ppvae.errors.ranges import COUNT_OR_NONE, FINITE, check_numbers
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import COUNT_OR_NONE, FINITE, LARGEST, check_numbers
 
 Schedule: TypeAlias = Callable[[int], float]  # of the number of gradient steps taken before
 
@@ -79,8 +81,16 @@ class ScheduledScalar:
         self.current: Tensor = torch.zeros((), dtype=torch.float64)
         self.set_step(0)
 
+    def _at(self, step: int) -> Any:
+        """The value of the schedule, which is one number, finite or not."""
+        value: Any = self.schedule(step)  # type: ignore[operator]
+        number = value.dim() == 0 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
+        if not number or (isinstance(value, int) and abs(value) > LARGEST):
+            raise UsageError(f"schedule: expected a number at step {step}, found {value!r}"[:300])
+        return value
+
     def set_step(self, step: int) -> None:
         """Sets the current value to that of a step, counted from 0."""
         check_numbers(step=step)
-        value = self.schedule(step) if callable(self.schedule) else self.schedule
+        value = self._at(step) if callable(self.schedule) else self.schedule
         self.current.fill_(value * Linear(self.warmup)(step))

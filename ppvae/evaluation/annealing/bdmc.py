@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import count_of, site_error
+from ppvae.errors.calls import explain_call
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache, BlockContext
@@ -92,6 +93,7 @@ def simulated_rows(lower: Tensor, upper: Tensor, joint: bool) -> dict[str, str]:
     }
 
 
+@explain_call
 def bdmc(
     model: Program,
     guide: Program,

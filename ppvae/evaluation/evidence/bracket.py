@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import read_rows
 from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible, simulated_rows
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
@@ -126,6 +127,7 @@ class ProposalBracket(TwoSidedBounds):
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
 
+@explain_call
 def bracket(
     model: Program,
     guide: Program,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
@@ -97,6 +98,7 @@ class Interval(TwoSidedBounds):
         }
 
 
+@explain_call
 def interval(
     model: Program,
     guide: Program,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
@@ -33,6 +34,7 @@ from ppvae.inference.contract.support import base_measure_of, missing_values_not
 from ppvae.inference.tracing import Program
 
 
+@explain_call
 def log_marginal(
     model: Program,
     guide: Program,

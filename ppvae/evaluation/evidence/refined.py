@@ -12,6 +12,7 @@ import torch
 
 from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, UsageError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
@@ -24,6 +25,7 @@ from ppvae.inference.tracing import Program
 REFINED_PARTICLES, GUIDE_PARTICLES = 3700, 5000
 
 
+@explain_call
 def refined_log_marginal(
     model: Program,
     guide: Program,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import UsageError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
@@ -25,6 +26,7 @@ from ppvae.inference.tracing import Program
 Refit = Callable[[Any], Any]  # the data that are left -> a trained pair: (model, guide), or a run that has both
 
 
+@explain_call
 def loo(
     model: Program,
     guide: Program,
@@ -89,6 +91,7 @@ def loo(
     return result
 
 
+@explain_call
 def kfold(
     model: Program,
     guide: Program,
@@ -131,6 +134,7 @@ def kfold(
     return replace(result, guide_k_hat=max(shapes), num_folds=folds)
 
 
+@explain_call
 def waic(
     model: Program,
     guide: Program,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.inference.device import choose_device
@@ -42,6 +43,7 @@ class AuditedObjective(Protocol):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float: ...
 
 
+@explain_call
 def gradients(
     model: Program,
     guide: Program,

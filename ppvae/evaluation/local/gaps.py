@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, run_blocks, start_evaluation
@@ -117,6 +118,7 @@ class Gaps(SavedResult):
         return "\n".join([*lines, *self.notes])
 
 
+@explain_call
 def gaps(
     model: Program,
     guide: Program,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.calibration import p_value, pointwise_p_values
@@ -24,6 +25,7 @@ from ppvae.rng import derive_seed
 OVER: Mapping[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "standard deviation": torch.std}
 
 
+@explain_call
 def predictive_check(
     model: Program,
     guide: Program,

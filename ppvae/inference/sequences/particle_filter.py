@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError
+from ppvae.errors.calls import explain_call
 from ppvae.inference.particle_layout import with_sampled_sites
 from ppvae.inference.sequences.continuation import continue_guide, select_ancestors
 from ppvae.inference.sequences.resampling import effective_sample_size, systematic_ancestors
@@ -47,6 +48,7 @@ class FilterResult:
     log_weight: Tensor
 
 
+@explain_call
 def particle_filter(
     model: Program,
     guide: Program,
