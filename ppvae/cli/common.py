@@ -13,6 +13,7 @@ import torch
 
 from ppvae import data as datasets
 from ppvae.cli.flags import check_flags_of, parse, read_settings
+from ppvae.cli.option_checks import check_data
 from ppvae.cli.options import Data
 from ppvae.data.loader import column_digests
 from ppvae.data.tables import KINDS, is_table
@@ -45,6 +46,7 @@ def parse_pair(
         raise UsageError(f"{name}: its argument {clash!r} is an option of ppvae {command}; give it another name")
     settings: Any
     settings, arguments = parse(cls, args[1:], f"ppvae {command} {name}", description(cls), own | extra)
+    check_data(settings, settings.data)
     check_flags_of(factory, {key: value for key, value in arguments.items() if key in own})
     _check_device(settings)
     return name, factory, settings, arguments
@@ -62,7 +64,7 @@ def parse_run(command: str, args: list[str], cls: type) -> tuple[Any, Path]:
 def _check_device(settings: Any) -> None:
     """Raises UsageError for a device that this machine does not have, before anything is loaded."""
     if getattr(settings, "device", None) is not None:
-        find_device(settings.device)
+        find_device(settings.device, "--device")
 
 
 def first_argument(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ppvae.cli.common import description, find_run, print_table
 from ppvae.cli.flags import parse
+from ppvae.cli.option_checks import check_compare
 from ppvae.cli.options import Compare
 from ppvae.errors import UsageError
 from ppvae.evaluation.compare import compare
@@ -24,6 +25,7 @@ def run(args: list[str]) -> int:
     settings, _ = parse(Compare, args, "ppvae compare RUN RUN", description(Compare))
     if len(names) < 2:
         raise UsageError(f"ppvae compare: expected two runs or more; found {', '.join(names) or 'nothing'}")
+    check_compare(settings, [run for text in names for run in text.rpartition("=")[2].split(",")])
     results: dict[str, list[Path]] = {}
     for text in names:
         name, _, runs = text.rpartition("=")

@@ -5,7 +5,9 @@ import sys
 
 from ppvae.cli.common import description, load_splits, print_columns
 from ppvae.cli.flags import parse
+from ppvae.cli.option_checks import check_data
 from ppvae.cli.options import Data, DataSet
+from ppvae.errors import count_of
 
 SHOWN = 6  # columns beside the data
 
@@ -15,10 +17,11 @@ def run(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         args = ["digits", *args]
     settings, _ = parse(DataSet, args[1:], f"ppvae data {args[0]}", description(DataSet))
+    check_data(settings, args[0])
     splits = load_splits(Data(data=args[0], **dataclasses.asdict(settings)))
     print_columns(splits[0])
     for split in splits:
-        labels = "" if split.labels is None else f", {len(split.labels.unique())} labels"
+        labels = "" if split.labels is None else f", {count_of(len(split.labels.unique()), 'label')}"
         shown = [f", {name} {list(column.shape)}" for name, column in split.attributes.items()]
         columns = "".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
         shapes = f"{list(split.shape)}, event {list(split.event_shape)}"

@@ -25,37 +25,25 @@ from ppvae.cli.common import (
     write_report,
     write_report_of_results,
 )
+from ppvae.cli.option_checks import CHAINS, GIVEN_GLOBALS, check_evaluate
 from ppvae.cli.options import Evaluate
 from ppvae.distributed import leave_process_group
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, count_of
 from ppvae.evaluation import annealed, bdmc, log_marginal, refined_log_marginal
 from ppvae.evaluation.compare import looseness_notes
 from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, REFINED_PARTICLES
-from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
 from ppvae.storage import sha256
 from ppvae.training.run import Run, cast_floating, default_dtype
 
-ADAPTIVE = ("target_std_error", "max_particles")  # options of --num-particles auto
-CHAINS = ("num_chains", "num_temperatures", "start", "schedule", "num_leapfrog")
-GIVEN_GLOBALS = ("conditional", "local_particles")
-REFINED = (*ADAPTIVE, "precision", "guide_particles", "bracket")
-OPTIONS = {  # of each method
-    "importance": (*REFINED, "proposal", *GIVEN_GLOBALS),
-    "auto": REFINED,
-    "annealed": (*CHAINS, "beside"),
-    "smc": (*CHAINS, "resample", "beside"),
-    "bdmc": CHAINS,
-    "particle_filter": (),
-}
 FILTER_PARTICLES = 1000
 
 
 def run(args: list[str]) -> int:
     """Prints and writes the estimate, and the report with it, on rank 0; returns the exit status."""
     settings, directory = parse_run("evaluate", args, Evaluate)
-    check_options(settings)
+    check_evaluate(settings)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     with default_dtype(dtype):
         trained = load_trained(directory, settings, dtype=dtype)
@@ -85,34 +73,8 @@ def _accuracy(model: Program, split: Any) -> list[str]:
     if not hasattr(pair, "classify") or labels is None:
         return []
     found = pair.classify(split.read().to(next(pair.parameters()).device)).argmax(-1).cpu()
-    return [f"the classifier gets {100 * float((found == labels).double().mean()):.1f} % of {len(labels)} labels right"]
-
-
-def check_options(settings: Evaluate) -> None:
-    """Raises UsageError for options that the method does not take, alone or together."""
-    default = Evaluate()
-    names = (*CHAINS, "resample", "beside", *OPTIONS["importance"])
-    changed = [name for name in names if getattr(settings, name) != getattr(default, name)]
-    for name in changed:
-        if name not in OPTIONS[settings.method]:
-            methods = ", ".join(method for method, names in OPTIONS.items() if name in names)
-            raise UsageError(f"--{name.replace('_', '-')}: goes with --method {methods}; found {settings.method}")
-    if settings.num_particles == "auto" and settings.method not in ("importance", "auto"):
-        raise UsageError(f"--num-particles auto: goes with --method importance or auto; found {settings.method}")
-    if settings.num_particles != "auto" and (alone := [name for name in ADAPTIVE if name in changed]):
-        raise UsageError(f"--{alone[0].replace('_', '-')}: goes with --num-particles auto")
-    if settings.proposal == "guide" and settings.guide_particles is not None:
-        raise UsageError("--guide-particles: goes with --proposal refined; give --num-particles")
-    if given := [name for name in GIVEN_GLOBALS if name in changed]:
-        option = given[0].replace("_", "-")
-        if others := [name for name in changed if name not in GIVEN_GLOBALS and name != "num_particles"]:
-            raise UsageError(
-                f"--{others[0].replace('_', '-')}: does not go with --{option}, whose draws are the guide's"
-            )
-        if settings.num_particles == "auto":
-            raise UsageError(f"--num-particles auto: does not go with --{option}; give a number of draws")
-    if settings.num_particles == "auto":
-        make_allocation("auto", settings.target_std_error, settings.max_particles)
+    share = float((found == labels).double().mean())
+    return [f"the classifier gets {100 * share:.1f} % of {count_of(len(labels), 'label')} right"]
 
 
 def _sampling(

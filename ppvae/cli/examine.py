@@ -18,6 +18,7 @@ from ppvae.cli.common import (
     run_data,
     write_report_of_results,
 )
+from ppvae.cli.option_checks import check_examine
 from ppvae.cli.options import Examine
 from ppvae.errors import ContractError, UsageError
 from ppvae.evaluation.calibration import MIN_REPLICATIONS, calibration
@@ -56,10 +57,11 @@ def _gradients(trained: Run, rows: Any, draws: int, **options: Any) -> GradientA
 def run(args: list[str]) -> int:
     """Prints and writes the results, and the report with them; returns the exit status."""
     settings, directory = parse_run("examine", args, Examine)
+    check_examine(settings)
     if 0 < settings.replications < MIN_REPLICATIONS:
-        raise UsageError(f"replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
+        raise UsageError(f"--replications: expected 0 or at least {MIN_REPLICATIONS}, found {settings.replications}")
     if 0 < settings.gradients < MIN_DRAWS:
-        raise UsageError(f"gradients: expected 0 or at least {MIN_DRAWS} steps, found {settings.gradients}")
+        raise UsageError(f"--gradients: expected 0 or at least {MIN_DRAWS} steps, found {settings.gradients}")
     trained = load_trained(directory, settings)
     options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
     results = directory / "results"

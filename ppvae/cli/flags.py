@@ -10,7 +10,7 @@ import io
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -29,6 +29,7 @@ def parse(
     prog: str,
     description: str,
     extra: Mapping[str, Argument] | None = None,
+    label: Callable[[str], str] | None = None,
 ) -> tuple[Settings, dict[str, Any]]:
     """Reads flags, and those of `--config file.toml` that the command line leaves out, as (settings, arguments).
 
@@ -36,6 +37,7 @@ def parse(
         extra: further arguments {name: (type, default, help)}. One with the name of a field gets the field's value.
             One whose type is a `choices.ClassChoice` becomes a flag that names the class and flags `--name.argument` of
             its constructor, and is returned as {"name": ..., argument: ...}.
+        label: what messages on a range call an option of that name; by default its flag.
 
     Raises:
         UsageError: an unknown flag or key, with the nearest name; a value of the wrong type or out of its range; a
@@ -71,12 +73,19 @@ def parse(
     arguments = {name: getattr(options.settings if name in fields else options.extra, name) for name in extra or {}}
     for name in choices:
         given = vars(getattr(options.extra, f"{name}_arguments"))
-        check_flags_of(
-            choices[name].constructor(arguments[name], name), given, f"--{name.replace('_', '-')} {arguments[name]}: "
-        )
+        check_flags_of(choices[name].constructor(arguments[name], name), given, f"{name}.")
         arguments[name] = {"name": arguments[name], **given}
-    _check_settings(options.settings)
+    _check_settings(options.settings, label or flag)
     return options.settings, arguments
+
+
+def flag(name: str) -> str:
+    """The flag of an argument, or of an argument of a chosen class.
+
+    >>> flag("data_seed"), flag("objective.num_particles")
+    ('--data-seed', '--objective.num-particles')
+    """
+    return "--" + name.replace("_", "-")
 
 
 def read_settings(cls: type[Settings], content: Mapping[str, Any], place: str) -> Settings:
@@ -87,34 +96,38 @@ def read_settings(cls: type[Settings], content: Mapping[str, Any], place: str) -
     """
     try:
         flags = _as_flags(_flatten({name: value for name, value in content.items() if value is not None}))
-        return parse(cls, flags, place, "")[0]
+        return parse(cls, flags, place, "", label=str)[0]
     except UsageError as error:
         raise CheckpointError(f"{place}: {error}. Restore the file from a copy") from error
 
 
-def check_flags_of(function: Any, given: Mapping[str, Any], prefix: str = "") -> None:
-    """Checks the ranges of the flags of a function of ppvae, Pyro or torch; what a user's own takes is the user's."""
+def check_flags_of(function: Any, given: Mapping[str, Any], group: str = "") -> None:
+    """Checks the ranges of the flags of a function of ppvae, Pyro or torch; what a user's own takes is the user's.
+
+    Args:
+        group: the flag that chooses the function, with a dot, as `prior.`.
+    """
     if str(getattr(function, "__module__", "")).partition(".")[0] in ("ppvae", "pyro", "torch"):
-        check_known_ranges(given, prefix)
+        check_known_ranges(given, lambda name: flag(group + name))
 
 
-def _check_settings(settings: Any, prefix: str = "") -> None:
+def _check_settings(settings: Any, label: Callable[[str], str], group: str = "") -> None:
     """Checks the ranges of all numbers of a command's options, those of groups of options counted in."""
-    check_known_ranges(vars(settings), prefix)
+    check_known_ranges(vars(settings), lambda name: label(group + name))
     for name, value in vars(settings).items():
         if dataclasses.is_dataclass(value):
-            _check_settings(value, f"--{name} {vars(value)['name']}: ")
+            _check_settings(value, label, f"{name}.")
 
 
 def _choose(
     name: str, choice: ClassChoice, default: Any, args: list[str], content: Mapping[str, Any]
 ) -> tuple[str, dict[str, Argument]]:
     """(the name of the class chosen by flag, file or default, the arguments of its constructor)."""
-    flag, key = f"--{name.replace('_', '-')}", name.replace("_", "-")
-    values = [a.split("=", 1)[1] for a in args if a.startswith(f"{flag}=")]
-    values += [value for before, value in pairwise(args) if before == flag]
+    option, key = flag(name), name.replace("_", "-")
+    values = [a.split("=", 1)[1] for a in args if a.startswith(f"{option}=")]
+    values += [value for before, value in pairwise(args) if before == option]
     if not values and key not in content and default is inspect.Parameter.empty:
-        raise UsageError(f"{flag}: expected one of {', '.join(sorted(choice.classes))}; found nothing")
+        raise UsageError(f"{option}: expected one of {', '.join(sorted(choice.classes))}; found nothing")
     class_name = str((values or [content.get(key, getattr(default, "__qualname__", default))])[-1])
     return class_name, choice.flags(choice.constructor(class_name, key))
 
@@ -227,4 +240,28 @@ def _one_line(text: str, prog: str) -> str:
     lines = lines[1:] or lines  # the first one is the title, which the text repeats
     message = takewhile(lambda line: not line.startswith(("Argument helptext", "Got errors")), lines)
     kept = [line for line in message if line.strip("-") and "helptext" not in line and "--help" not in line]
-    return f"{' '.join(kept)[:400]} (`{prog} --help` lists the options)"
+    return f"{_expected_found(' '.join(kept))[:400]} (`{prog} --help` lists the options)"
+
+
+def _expected_found(text: str) -> str:
+    """tyro's message on the value of a flag in the words of those on its range: expected, found."""
+    option, value = r"Error parsing (?P<option>--[^ :]+): ", r"(?P<found>['\"].*)"  # int() cuts long ones
+    patterns = {
+        rf"{option}invalid literal for int.*: {value}": "a whole number",
+        rf"{option}could not convert string to float: {value}": "a number",
+        rf"{option}no type matching (?P<kinds>.*) could be instantiated from \[{value}\]\.": "",
+        rf"{option}Could not find valid parse for arguments: \[{value}\]": "numbers",
+        rf"invalid choice {value} for argument '(?P<option>.*)'\. Expected one of \((?P<names>.*)\)\.": "one of ",
+        r"Missing value for argument '(?P<option>.*)'\. Expected .*": "a value",
+    }
+    words = {"INT": "a whole number", "FLOAT": "a number", "[INT [INT ...]]": "whole numbers", "None": "None"}
+    for pattern, expected in patterns.items():
+        if (match := re.fullmatch(pattern, text)) is None:
+            continue
+        parts = match.groupdict()
+        kinds = [kind.strip("{}") for kind in parts.get("kinds", "").split("|")]
+        kinds.sort(key="None".__eq__)
+        expected += " or ".join(words.get(kind, kind) for kind in kinds) + parts.get("names", "").replace("'", "")
+        found = parts.get("found", "nothing")
+        return f"{parts['option']}: expected {expected}, found {found if len(found) < 80 else f'{found[:40]}...'}"
+    return text

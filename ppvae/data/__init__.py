@@ -28,7 +28,7 @@ from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.data.split import Noise, Split, SplitInfo, check_seed
 from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
@@ -92,7 +92,7 @@ def load(
     if missing and (binarize or dequantize):
         raise UsageError("missing goes with neither binarize nor dequantize: a missing value has no noise. Choose one.")
     check_seed(seed)
-    check_ranges(max_gigabytes=max_gigabytes)
+    check_numbers(max_gigabytes=max_gigabytes)
     if columns and not tables.is_table(name):
         raise UsageError(f"columns: expected a table ({', '.join(tables.SUFFIXES)}), found {name}.")
     source = _source(name, root, size, missing, columns, max_gigabytes)
@@ -119,7 +119,7 @@ def _source(
     plain = {_normalized(known): known for known in named.NAMES}
     known = plain.get(_normalized(name)) if isinstance(name, str) else None
     if size is not None and known != "celeba":
-        raise UsageError(f"size: only celeba is scaled; {name} keeps the size of its images.")
+        raise UsageError(f"size: expected None, as only celeba is scaled; found {size!r} for {name}.")
     if known:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 148):
             raise UsageError(f"size: expected a number of pixels from 1 to 148, found {size!r}.")

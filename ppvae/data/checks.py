@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import DataError
+from ppvae.errors.ranges import check_numbers
 
 MAX_GIGABYTES = 8.0  # that a compressed file may unpack to, unless `load` is given another limit
 FINITE_CURE = "Every value must be finite: remove the row or fill the gap."
@@ -100,6 +101,7 @@ def first_rows(columns: Sequence[Any], count: int) -> Tensor:
     >>> first_rows([x], 2), first_rows([x[:2]], 2)
     (tensor([0, 2]), tensor([0, 1]))
     """
+    check_numbers(count=count)
     total, rows = len(columns[0]), set()
     for column in columns:
         if getattr(column, "missing", False):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ppvae.data.checks import one_line, wrong_format_clause
 from ppvae.data.split import HasSplitInfo, SplitInfo, check_head, draw_noise, noise_seed
 from ppvae.errors import DataError
+from ppvae.errors.ranges import check_numbers
 
 CHANNELS = {"1": 1, "L": 1, "RGB": 3}
 
@@ -146,6 +147,7 @@ class LazySplit(HasSplitInfo, torch.utils.data.Dataset):
 
     def fixed(self, seed: int) -> LazySplit:
         """The same split with noise that is a function of seed and row; itself without noise."""
+        check_numbers(seed=seed)
         return self._like(slice(None), self.info.fixed(seed)) if self.noise else self
 
     def head(self, n: int) -> LazySplit:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.data.admission import admit
 from ppvae.data.checks import digest, first_rows, validated
 from ppvae.data.lazy import LazySplit
-from ppvae.errors import DataError
+from ppvae.errors import DataError, count_of
 from ppvae.rng import derive_seed
 
 
@@ -35,7 +35,9 @@ def data_columns(
         if isinstance(column, Tensor):
             column = validated(column, place)
         if len(column) != len(given[0]):
-            raise DataError(f"{place}: expected {len(given[0])} rows as in the first column, found {len(column)}")
+            raise DataError(
+                f"{place}: expected {count_of(len(given[0]), 'row')} as in the first column, found {len(column)}"
+            )
         columns.append(column)
     return tuple(columns)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.checks import digest
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import COUNT, check_numbers
 
 Noise = Literal["binarize", "dequantize"]
 
@@ -166,6 +167,7 @@ class Split(HasSplitInfo, Tensor):
 
     def fixed(self, seed: int) -> Split:
         """A split whose noise is drawn once, on the CPU, by a generator of `seed` and name; itself without noise."""
+        check_seed(seed)
         if not self.noise:
             return self
         generator = torch.Generator().manual_seed(noise_seed(seed, self.name))
@@ -236,11 +238,11 @@ def check_seed(seed: int) -> int:
     """The seed; raises UsageError unless it is an integer."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise UsageError(f"seed: expected a whole number, found {seed!r}.")
+    check_numbers(seed=seed)
     return int(seed)
 
 
 def check_head(n: int) -> int:
     """The number of rows; raises UsageError unless it is an integer of at least one."""
-    if isinstance(n, bool) or not hasattr(n, "__index__") or int(n) < 1:
-        raise UsageError(f"head: expected a number of rows of at least 1, found {n!r}.")
+    COUNT.check_number("head", n)
     return int(n)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ppvae.data.checks import MAX_GIGABYTES, check_unpacked_size, one_line
 from ppvae.data.unsplit import UnsplitData, check_numbers, permutation_split
-from ppvae.errors import DataError, UsageError, did_you_mean
+from ppvae.errors import DataError, UsageError, count_of, did_you_mean
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 KINDS = ("real", "count", "binary", "categorical", "label", "skip")
@@ -150,7 +150,9 @@ def _read_frame(path: Path) -> Any:
             f"{path}: expected a table with a header, found what cannot be read ({one_line(error)})"
         ) from None
     if not len(frame.columns) or not len(frame):
-        raise DataError(f"{path}: expected a table, found {len(frame)} rows of {len(frame.columns)} columns")
+        raise DataError(
+            f"{path}: expected a table, found {count_of(len(frame), 'row')} of {count_of(len(frame.columns), 'column')}"
+        )
     return frame
 
 

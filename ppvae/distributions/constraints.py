@@ -3,11 +3,13 @@
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from ppvae.errors import UsageError
+
 
 def positive(name: str, value: float) -> float:
-    """The value of an argument; ValueError, by its name, unless it is positive."""
+    """The value of an argument; UsageError, by its name, unless it is positive."""
     if not value > 0:
-        raise ValueError(f"{name}: expected a positive number, found {value}")
+        raise UsageError(f"{name}: expected a positive number, found {value}")
     return float(value)
 
 

@@ -11,12 +11,12 @@ from torch.distributions import constraints
 
 from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import EquallySpacedLevels
+from ppvae.errors.ranges import check_numbers
 
 
 def check_levels(levels: int) -> int:
-    """A number of levels, if it is at least 2; ValueError otherwise."""
-    if levels < 2:
-        raise ValueError(f"levels: expected at least 2, found {levels}")
+    """A number of levels, if it is at least 2; UsageError otherwise."""
+    check_numbers(levels=levels)
     return levels
 
 

@@ -35,6 +35,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def count_of(count: int, one: str = "datum", many: str = "") -> str:
+    """A number with what it counts, and a verb where there is one, in the singular for 1.
+
+    >>> count_of(1), count_of(0), count_of(1, "datum is", "data are"), count_of(3, "run")
+    ('1 datum', '0 data', '1 datum is', '3 runs')
+    """
+    plural = many or ("data" if one == "datum" else f"{one}s")
+    return f"{count} {one if count == 1 else plural}"
+
+
 def support_name(support: Any) -> str:
     """The short name of the support of one element of an event, for messages: real, positive numbers, {0, 1}, ...
 

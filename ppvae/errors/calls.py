@@ -1,4 +1,4 @@
-"""Calls with arguments that a function does not take, answered by a sentence that shows one it takes."""
+"""Calls with arguments missing or unknown, said in one sentence that shows how the function is called."""
 
 import functools
 import inspect
@@ -11,48 +11,45 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def shows_call(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a public function, whose wrong calls are UsageErrors that show the example of a right one.
+def explain_call(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a pair whose call without its arguments raises UsageError in one sentence, in place of TypeError.
 
-    Wrong are arguments that the signature does not take, and a `model` or `guide` that cannot be called.
-
-    >>> @shows_call("area(width, height)")
-    ... def area(width, height):
-    ...     return width * height
-    >>> area(2, 3)
-    6
-    >>> area(2)
+    >>> @explain_call
+    ... def f(model, guide, data, *, rows=None, epochs): ...
+    >>> f(print, print, epochs=3)
     Traceback (most recent call last):
-    ...
-    ppvae.errors.UsageError: area: missing a required argument: 'height'. Call it as area(width, height)
+    ppvae.errors.UsageError: f: expected f(model, guide, data, epochs=...), found a call without data
     """
+    signature = inspect.signature(function)
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    usage = ", ".join(p.name if p.kind is p.POSITIONAL_OR_KEYWORD else f"{p.name}=..." for p in needed)
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-        names = signature.parameters
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        name = function.__name__
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            given = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][: len(args)]
+            missing = [p.name for p in needed if p.name not in given and p.name not in kwargs]
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            if unknown:
+                found = f"{unknown[0]}={did_you_mean(unknown[0], signature.parameters)}"
+            else:
+                found = f"a call without {', '.join(missing)}" if missing else f"a call with {error}"
+            hint = _hint(args[0]) if args else ""
+            raise UsageError(f"{name}: expected {name}({usage}), found {found}{hint}") from None
+        for side in ("model", "guide"):
+            if side in arguments and not _is_program(program := arguments[side]):
+                found = f"found an object of {type(program).__name__}{_hint(program)}"
+                raise UsageError(f"{name}: {side}: expected a Pyro function, {found}")
+        return function(*args, **kwargs)
 
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            problem = next((f"it has no argument {k!r}{did_you_mean(k, names)}" for k in kwargs if k not in names), "")
-            if not problem:
-                try:
-                    given = signature.bind(*args, **kwargs).arguments
-                except TypeError as error:
-                    problem = str(error)
-                else:
-                    wrong = [side for side in ("model", "guide") if side in given and not _is_program(given[side])]
-                    problem = "".join(
-                        f"{side}: expected a Pyro function, found an object of {type(given[side]).__name__}"
-                        for side in wrong[:1]
-                    )
-            if problem:
-                end = "" if problem.endswith("?") else "."
-                raise UsageError(f"{function.__name__}: {problem}{end} Call it as {example}")
-            return function(*args, **kwargs)
+    return call
 
-        return call
 
-    return decorate
+def _hint(pair: Any) -> str:
+    return ". Pass a pair as pair.model, pair.guide" if hasattr(pair, "model") and hasattr(pair, "guide") else ""
 
 
 def _is_program(side: Any) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
-from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import ContractError, UsageError, count_of
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
@@ -80,13 +81,16 @@ class Calibration(SavedResult):
         """The diagnosis of every latent as strings, for printing."""
         count = len(next(iter(self.ranks.values()), ()))
         rows = {
-            "data": f"{count} data simulated from the model, like {self.data or 'a tensor'}",
+            "data": f"{count_of(count)} simulated from the model, like {self.data or 'a tensor'}",
             "verdict": ("no departure found" if self.passed else "the guide is not calibrated")
             + f" (an exact guide fails with probability {self.alpha:g} at most)",
         }
         for site, p in self.p_values.items():
             failed, worst = int((p < self.level).sum()), int(p.argmin())
-            rows[site] = f"{failed} of {len(p)} dims depart; smallest p-value {_p_words(float(p[worst]))}, dim {worst}"
+            rows[site] = (
+                f"{failed} of {count_of(len(p), 'dim')} depart{'s' * (failed == 1)}; smallest p-value "
+                f"{_p_words(float(p[worst]))}, dim {worst}"
+            )
             if failed:
                 rows[site] += f": the guide's draws are {self.verdict(site, worst)}"
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
@@ -96,6 +100,7 @@ def _p_words(p: float) -> str:
     return f"{p:.2g}" if p > 1e-10 else "below 1e-10"
 
 
+@explain_call
 def calibration(
     model: Program,
     guide: Program,
@@ -137,11 +142,10 @@ def calibration(
     >>> calibration(pair.model, pair.guide, x, replications=200).passed
     True
     """
-    check_ranges(replications=replications, num_draws=num_draws, seed=seed)
+    check_numbers(replications=replications, num_draws=num_draws, seed=seed)
     if replications < MIN_REPLICATIONS:
         raise UsageError(f"replications: expected at least {MIN_REPLICATIONS}, found {replications}")
-    if not 0 < alpha < 1:
-        raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
+    PROBABILITY.check_number("alpha", alpha)
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         s, total = run.structure, run.num_data
         if s.has_global_latents:

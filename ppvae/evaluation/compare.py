@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
-from ppvae.errors.calls import shows_call
+from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
 from ppvae.inference.structure import NOT_NORMALIZED
@@ -89,11 +90,11 @@ class Comparison(SavedResult):
 
     def table(self) -> dict[str, str]:
         """A line for every model, best first, with its difference from the best, and the warnings."""
-        rows = {"data": f"{self.data or 'a tensor'}, {self.log_px.shape[1]} data, {self.base_measure}"}
+        rows = {"data": f"{self.data or 'a tensor'}, {count_of(self.log_px.shape[1])}, {self.base_measure}"}
         for i, name in enumerate(self.names):
             words = f"log p(x) {mean_words(self.log_px[i])}"
             if self.runs[i] > 1:
-                words += f" ({int(self.runs[i])} runs)"
+                words += f" ({count_of(int(self.runs[i]), 'run')})"
             if i:
                 delta, error = self.difference(name, self.names[0])
                 words += f", {delta:+.3f} ± {error:.3f} from {self.names[0]}: {self.verdict(name, self.names[0])}"
@@ -141,7 +142,7 @@ def _elpd(az: Any, total: float, error: float, pointwise: Any, warning: bool) ->
 Result = Estimate | str | os.PathLike[str]
 
 
-@shows_call("compare({'one': estimates, 'other': estimates})")
+@explain_call
 def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
     """Compares models by estimates of log p(x) of the same data, relative to the same base measure: paired differences.
 
@@ -278,6 +279,7 @@ def looseness(tighter: Estimate, est: Estimate, k: int | None = None) -> Tensor:
     >>> looseness(tighter, log_marginal(pair.model, pair.mean_field, x, num_particles=50), 1).shape
     torch.Size([4])
     """
+    check_ranges(k=k)
     if (tighter.digest, len(tighter.log_px)) != (est.digest, len(est.log_px)):
         raise UsageError(
             f"looseness: expected estimates of the same data, found {len(tighter.log_px)} with SHA-256 "
@@ -309,7 +311,8 @@ def looseness_notes(tighter: Estimate, est: Estimate, ks: Sequence[int] = ()) ->
     unit = "nats for the whole data set" if tighter.joint else "nats"
     found = [f"{_describe_looseness(*looseness_and_error(tighter, est, k), unit)} at K = {k}" for k in ks]
     return (
-        f"NLL of the same {len(tighter.log_px)} data: {', '.join(both)}: importance sampling is {', '.join(found)}",
+        f"NLL of the same {count_of(len(tighter.log_px))}: {', '.join(both)}: importance sampling is "
+        f"{', '.join(found)}",
         "both are lower bounds of log p(x) on average, so that the higher one is closer to it, and both miss a mode "
         "that none of their draws reach",
     )

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.reliability import (
     FILTER_METHOD,
     Reliability,
@@ -150,6 +151,7 @@ class Estimate:
         Raises:
             UsageError: k was not recorded; the message names the recorded ones.
         """
+        check_numbers(k=k)
         if k not in self.bounds:
             raise UsageError(
                 f"bound({k}): recorded are {sorted(self.bounds)}; for another k call log_marginal(..., bounds=({k},))"
@@ -196,14 +198,14 @@ their log p(x) may be far too low
             count = sampler if self.method == FILTER_METHOD else f"{self.num_particles} chains"
             sampler = f"{self.method}, {count}"
         lines = [
-            f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {len(self.log_px)} data ({sampler}), "
+            f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {count_of(len(self.log_px))} ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
             f"ELBO {self._elbo:.3f}; Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
             self.reliability.summary,
         ]
         lines += [text for text in (self.guide_comparison, self._target_summary()) if text]
         if (broken := int((self.nonfinite > 0).sum())) and not self.reliability.reasons:
-            lines.append(f"{broken} data have non-finite weights")
+            lines.append(count_of(broken, "datum has", "data have") + " non-finite weights")
         if self.reliability.recommendation:
             lines.append(f"what to do: {self.reliability.recommendation}")
         if self.lower_bound_only:
@@ -219,7 +221,7 @@ their log p(x) may be far too low
         """
         unit = JOINT_UNIT if self.joint else UNIT
         rows = {
-            "data": f"{self.data or 'a tensor'}, {len(self.log_px)} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(self.log_px))}",
             "NLL": f"{error_words(self.nll, self.nll_std_error)} {unit}",
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
             "ELBO": f"{self._elbo:.3f}",
@@ -280,7 +282,7 @@ their log p(x) may be far too low
             return ""
         good, budget = int(self.on_target.sum()), self.settings["max_particles"]
         spent = int((~self.on_target & (self.particles >= budget)).sum())
-        who = "the estimate is" if self.joint and good else f"{good} of {len(self.log_px)} data are"
+        who = "the estimate is" if self.joint and good else f"{good} of {count_of(len(self.log_px))} are"
         text = f"{who} reliable and within a standard error of {self.settings['target_std_error']:g} nats"
         return f"{text}; {spent} of the others had all {budget} particles" if spent else text
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
@@ -51,6 +52,7 @@ class Imputations:
         return {name: value.cpu().numpy() for name, value in found.items()}
 
 
+@explain_call
 def impute(
     model: Program,
     guide: Program,
@@ -96,7 +98,8 @@ def impute(
     >>> filled.values.shape, bool(filled.values.isnan().any()), filled.values[:, 0, 0].tolist()
     (torch.Size([5, 2, 3]), False, [0.5, 0.5, 0.5, 0.5, 0.5])
     """
-    check_ranges(num_particles=num_particles, draws=draws, seed=seed, rows=rows)
+    check_numbers(num_particles=num_particles, draws=draws, seed=seed)
+    check_ranges(rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         s, columns = run.structure, run.columns

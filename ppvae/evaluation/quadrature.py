@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, site_error
+from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
@@ -40,6 +41,7 @@ class Quadrature:
     num_nodes: int
 
 
+@explain_call
 def quadrature(
     model: Program,
     guide: Program,

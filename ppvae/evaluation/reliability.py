@@ -254,7 +254,7 @@ def assess_mixed(
 def _summary(reliable: Tensor, reasons: Mapping[str, Tensor], joint: bool) -> str:
     count, bad = len(reliable), int((~reliable).sum())
     if not bad:
-        return "the estimate is reliable" if joint else f"all {count} data are reliable"
+        return "the estimate is reliable" if joint else all_reliable(count)
     counts = {reason: int(which.sum()) for reason, which in reasons.items() if bool(which.any())}
     if joint:
         why, who = " and ".join(counts), "the estimate is unreliable"
@@ -297,6 +297,15 @@ def verdict_words(reliable: Tensor, joint: bool) -> str:
     if good >= MOSTLY_RELIABLE:
         return f"{share}; log p(x) of the other {rest} may be too low"
     return f"{share} only: log p(x) of the other {rest} may be far too low, and the mean with it"
+
+
+def all_reliable(count: int) -> str:
+    """The words for data all of which are reliable.
+
+    >>> all_reliable(1), all_reliable(3)
+    ('the datum is reliable', 'all 3 data are reliable')
+    """
+    return "the datum is reliable" if count == 1 else f"all {count} data are reliable"
 
 
 def error_words(mean: float, error: float) -> str:

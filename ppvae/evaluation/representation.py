@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
-from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import ContractError, UsageError, count_of
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.aggregate_posterior import split_rate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.results import SavedResult, mean_words
@@ -97,12 +98,13 @@ class Representation(SavedResult):
 
     def active(self, site: str, threshold: float = ACTIVE) -> Tensor:
         """Which dims of a latent are active, [dims] bool."""
-        return self.variance[site] > threshold
+        check_numbers(threshold=threshold)
+        return self.variance[site] > float(threshold)
 
     def table(self) -> dict[str, str]:
         """The numbers over the data set with standard errors, as strings."""
         rows = {
-            "data": f"{self.data or 'a tensor'}, {len(self.rate)} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(self.rate))}",
             "rate": f"{mean_words(self.rate)} nats per datum",
             "distortion": f"{mean_words(self.distortion)} nats per datum",
             "ELBO": mean_words(self.elbo),
@@ -122,6 +124,7 @@ class Representation(SavedResult):
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
 
+@explain_call
 def representation(
     model: Program,
     guide: Program,
@@ -159,7 +162,7 @@ def representation(
     >>> bool((found.elbo.mean() - pair.log_px(x).mean()).abs() < 1e-6), found.active("z").shape
     (True, torch.Size([2]))
     """
-    check_ranges(num_particles=num_particles, surgery_draws=surgery_draws, seed=seed)
+    check_numbers(num_particles=num_particles, surgery_draws=surgery_draws, seed=seed)
     if num_particles < 2:
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if not 0 <= surgery_draws <= num_particles:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 
 
 def perplexity(log_px: Tensor, x: Tensor) -> float:
@@ -60,6 +61,7 @@ def coherence(topics: Tensor, x: Tensor, top: int = 10) -> Tensor:
         raise UsageError(
             f"coherence: expected topics [topics, V] and x [N, V], found {list(topics.shape)} and {list(x.shape)}"
         )
+    check_numbers(top=top)
     if not 2 <= top <= x.shape[1]:
         raise UsageError(f"top: expected 2 to {x.shape[1]} words, found {top}")
     words = topics.detach().topk(top, -1).indices.cpu()

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ppvae.data.holders import as_column
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.generate.pair import open_pair
 from ppvae.inference.tracing import Program
 
 
+@explain_call
 def posterior_means(model: Program, guide: Program, x: Any, *, seed: int = 0) -> dict[str, Tensor]:
     """The guide's mean of every latent, {site: [N, *event]}; a draw where a distribution has no mean.
 
@@ -23,11 +25,12 @@ def posterior_means(model: Program, guide: Program, x: Any, *, seed: int = 0) ->
     >>> posterior_means(pair.model, pair.guide, torch.zeros(4, 3))["z"].shape
     torch.Size([4, 2])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         return pair.encode(mean=True)
 
 
+@explain_call
 def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: int = 10, *, seed: int = 0) -> Tensor:
     """Means of p(x | z) along straight lines between the posterior means of two sets of data, [steps, N, *event].
 
@@ -36,7 +39,7 @@ def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: 
     >>> interpolations(pair.model, pair.guide, torch.zeros(4, 3), torch.ones(4, 3), steps=7).shape
     torch.Size([7, 4, 3])
     """
-    check_ranges(steps=steps, seed=seed)
+    check_numbers(steps=steps, seed=seed)
     if steps < 2:
         raise UsageError(f"steps: expected at least 2, found {steps}")
     with open_pair(model, guide, end, seed) as pair:
@@ -52,6 +55,7 @@ def interpolations(model: Program, guide: Program, start: Any, end: Any, steps: 
         return torch.stack(rows)
 
 
+@explain_call
 def traversals(
     model: Program,
     guide: Program,
@@ -79,7 +83,10 @@ def traversals(
     >>> traversals(pair.model, pair.guide, torch.zeros(4, 3), values=(-1.0, 1.0)).shape
     torch.Size([2, 2, 3])
     """
-    check_ranges(seed=seed)
+    check_sequences(values=values)
+    if dims is not None:
+        check_sequences(dims=dims)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = {n: pair.first_datum(n, v) for n, v in pair.encode(mean=True).items()}
         site = pair.vector_site(means, site)
@@ -98,6 +105,7 @@ def traversals(
         return out.reshape(len(dims), len(values), *out.shape[1:])
 
 
+@explain_call
 def decode(
     model: Program,
     guide: Program,
@@ -124,7 +132,7 @@ def decode(
     >>> decode(pair.model, pair.guide, torch.zeros(4, 3), torch.eye(2)).shape
     torch.Size([2, 3])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         site = pair.vector_site(means, site)
@@ -140,6 +148,7 @@ def decode(
         return pair.decode(latents | {site: values.to(means[site])}, batch, True)
 
 
+@explain_call
 def attribute_vector(
     model: Program, guide: Program, x: Any, attribute: Any, *, site: str | None = None, seed: int = 0
 ) -> Tensor:
@@ -162,7 +171,7 @@ def attribute_vector(
     >>> attribute_vector(pair.model, pair.guide, x, x[:, 0] > 0).shape
     torch.Size([2])
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         z = means[pair.vector_site(means, site)]
@@ -175,6 +184,7 @@ def attribute_vector(
     return a @ (z - z.mean(0)) / a.square().sum()
 
 
+@explain_call
 def moved(
     model: Program,
     guide: Program,
@@ -197,7 +207,8 @@ def moved(
     >>> moved(pair.model, pair.guide, torch.zeros(4, 3), torch.ones(2)).shape
     torch.Size([4, 3, 3])
     """
-    check_ranges(seed=seed)
+    check_sequences(amounts=amounts)
+    check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = pair.encode(mean=True)
         site = pair.vector_site(means, site)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.data.loader import as_single_batch, data_columns
 from ppvae.errors import UsageError
 from ppvae.errors.memory import explain_out_of_memory
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
@@ -47,7 +47,7 @@ class GenerativePair:
 
     def repeat_rows(self, count: int, first: bool = False) -> tuple[Tensor, ...]:
         """A batch of `count` rows: the rows of the batch cyclically, or its first row."""
-        check_ranges(count=count)
+        check_numbers(count=count)
         rows = torch.zeros(count, dtype=torch.long) if first else torch.arange(count) % len(self.batch[0])
         return tuple(t[rows.to(t.device)] for t in self.batch)
 

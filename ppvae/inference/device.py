@@ -21,8 +21,8 @@ def choose_device(
     return program_device(model, guide, data) if device is None else find_device(device)
 
 
-def find_device(device: str | int | torch.device) -> torch.device:
-    """The device of that name.
+def find_device(device: str | int | torch.device, label: str = "device") -> torch.device:
+    """The device of that name; `label` is what messages call the argument.
 
     Raises:
         UsageError: there is no such device on this machine.
@@ -34,7 +34,7 @@ def find_device(device: str | int | torch.device) -> torch.device:
         exists = False
     if not exists:
         raise UsageError(
-            f"device: expected one of this machine ({', '.join(available_devices())}), found {str(device)[:80]!r}"
+            f"{label}: expected one of this machine ({', '.join(available_devices())}), found {str(device)[:80]!r}"
         )
     return place
 

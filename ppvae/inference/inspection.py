@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, PpvaeError
+from ppvae.errors.calls import explain_call
 from ppvae.errors.memory import memory_failure
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
 from ppvae.inference.contract.independence import (
@@ -65,6 +67,7 @@ from ppvae.inference.tracing import (
 from ppvae.rng import fork_rng
 
 
+@explain_call
 def inspect(
     model: Program, guide: Program, batch: Tensor | Sequence[Any], weights: bool = True, particles: bool = True
 ) -> Structure:
@@ -91,6 +94,7 @@ def inspect(
             return replace(structure, layout=find_particle_placement(model, guide, batch, structure), draws_noise=noise)
 
 
+@explain_call
 def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
     """`ppvae.check` of the tensors of one batch: the pair against the contract, and a description of it.
 
@@ -111,6 +115,7 @@ def check(model: Program, guide: Program, batch: Tensor | Sequence[Any]) -> str:
     return "\n".join((*s.description, *modules, describe_layout(s)))
 
 
+@explain_call
 def terms(
     model: Program,
     guide: Program,
@@ -157,6 +162,8 @@ def terms(
     >>> t.log_weight.shape, sorted(t.model)
     (torch.Size([5, 4]), ['x', 'z'])
     """
+    check_numbers(num_particles=num_particles)
+    check_ranges(global_draws=global_draws)
     return evaluate_terms(
         model, guide, batch, num_particles, structure=structure or inspect(model, guide, batch), values=values,
         frozen=frozen, index=index, guide_sites=drawn, latent_hook=entry, events=events, kl=kl,

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.contract.absolute_continuity import check_same_mask
 from ppvae.inference.contract.dynamic_structure import with_dynamic_structure
 from ppvae.inference.enumeration import sum_out_enumerated
@@ -185,7 +185,7 @@ def evaluate_terms(
             local latent is evaluated at (`entry` there); the guide runs twice.
     """
     batch, s = as_batch(batch), structure
-    check_ranges(num_particles=num_particles, global_draws=global_draws)
+    check_numbers(num_particles=num_particles)
     if global_draws is not None and s.has_global_latents:
         drawn = sample_globals(guide, batch, global_draws, num_particles, structure=s, index=index)
         given = {**(values or {}), **{name: site.value for name, site in drawn.items()}}

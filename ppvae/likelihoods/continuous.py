@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
     ParameterSource,
@@ -21,7 +22,8 @@ class _LocationScale(NetworkLikelihood):
     log_scale: Tensor
 
     def __init__(self, net: nn.Module, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        check_ranges(scale=scale, floor=floor)
+        check_numbers(floor=floor)
+        check_ranges(scale=scale)
         super().__init__(net)
         self.floor, self._scale_from_network = floor, scale == "network"
         self.parameters_per_element = 2 if self._scale_from_network else 1
@@ -31,7 +33,7 @@ class _LocationScale(NetworkLikelihood):
     def at_floor(self) -> Tensor:
         """Which learned scales have reached the floor, in the shape of the scale. ValueError for predicted scales."""
         if self._scale_from_network:
-            raise ValueError("at_floor: expected a scale of its own; the network's depends on z")
+            raise UsageError("at_floor: expected a scale of its own; the network's depends on z")
         return self.log_scale.exp() <= 1.01 * self.floor
 
     def _loc_scale(self, z: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -116,10 +118,11 @@ class StudentT(_LocationScale):
     log_df: Tensor
 
     def __init__(self, net: nn.Module, df: ParameterSource = 4.0, scale: ParameterSource = 1.0, floor: float = 1e-3):
-        check_ranges(df=df, scale=scale, floor=floor)
+        check_numbers(floor=floor)
+        check_ranges(df=df, scale=scale)
         super().__init__(net, scale, floor)
         if df == "network":
-            raise ValueError("df: expected a number, 'learned' or the event's shape, found 'network'")
+            raise UsageError("df: expected a number, 'learned' or the event's shape, found 'network'")
         register_log_parameter(self, "df", df, start=4.0)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
@@ -150,7 +153,7 @@ def set_optimal_scale(likelihood: Normal | Laplace, x: Tensor, z: Tensor) -> Ten
     """
     log_scale = getattr(likelihood, "log_scale", None)
     if not isinstance(log_scale, nn.Parameter):
-        raise ValueError(f"likelihood: expected a learned scale, found a {type(likelihood).__name__} without one")
+        raise UsageError(f"likelihood: expected a learned scale, found a {type(likelihood).__name__} without one")
     residual = (x - likelihood.net(z)).abs().double()
     error = residual.square() if isinstance(likelihood, Normal) else residual
     dims = tuple(range(error.dim() - log_scale.dim()))

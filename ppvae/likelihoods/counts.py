@@ -25,7 +25,6 @@ class _CountLikelihood(NetworkLikelihood):
     def __init__(
         self, net: nn.Module, library: bool, names: tuple[str, ...], concentration: ParameterSource | None = None
     ):
-        check_ranges(concentration=concentration)
         super().__init__(net)
         self.library, self._parameter_names, self.parameters_per_element = library, names, len(names)
         if concentration is not None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.discretized import check_levels
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.likelihoods.network_outputs import (
     NetworkLikelihood,
     block_output_shape,
@@ -105,10 +106,10 @@ class MixtureOfDiscretizedLogistics(nn.Module):
     """
 
     def __init__(self, net: nn.Module, components: int = 5, channels: int = 1, levels: int = 256):
-        check_ranges(components=components, channels=channels)
+        check_numbers(components=components, channels=channels)
         super().__init__()
         if components < 1 or channels < 1:
-            raise ValueError(f"components, channels: expected 1 or more of each, found {components}, {channels}")
+            raise UsageError(f"components, channels: expected 1 or more of each, found {components}, {channels}")
         self.net, self.components, self.channels, self.levels = net, components, channels, check_levels(levels)
 
     @property

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
 
 ParameterSource = float | Literal["learned", "network"] | tuple[int, ...]
 
@@ -80,13 +80,13 @@ def register_log_parameter(part: nn.Module, name: str, value: ParameterSource, s
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, found {value}")
+            raise UsageError(f"{name}: expected a positive number, found {value}")
         part.register_buffer(f"log_{name}", torch.tensor(float(value)).log())
     elif value == "learned" or isinstance(value, tuple):
         shape = value if isinstance(value, tuple) else ()
         part.register_parameter(f"log_{name}", nn.Parameter(torch.full(shape, start).log()))
     elif value != "network":
-        raise ValueError(f"{name}: expected a number, 'learned', 'network' or the event's shape, found {value!r}")
+        raise UsageError(f"{name}: expected a number, 'learned', 'network' or the event's shape, found {value!r}")
 
 
 def context_per_datum(context: Tensor, z: Tensor, what: str, dtype: torch.dtype) -> Tensor:

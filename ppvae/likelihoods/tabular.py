@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
-from ppvae.errors import DataError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import DataError, UsageError, count_of
+from ppvae.errors.ranges import check_numbers
 
 Kind = Literal["real", "count", "binary", "categorical"]
 
@@ -31,9 +31,11 @@ class Column:
     def __post_init__(self) -> None:
         kinds = ("real", "count", "binary", "categorical")
         if self.kind not in kinds:
-            raise ValueError(f"column: expected one of {', '.join(kinds)}, found {self.kind!r}")
-        if (self.kind == "categorical") != (self.levels >= 2):
-            raise ValueError(f"column: expected levels >= 2 for categories alone, found {self.kind!r}, {self.levels}")
+            raise UsageError(f"column: expected one of {', '.join(kinds)}, found {self.kind!r}")
+        if self.kind == "categorical":
+            check_numbers(levels=self.levels)
+        elif self.levels != 0:
+            raise UsageError(f"levels: expected 0 for a column that is not categorical, found {self.levels!r}")
 
     @property
     def outputs(self) -> int:
@@ -49,6 +51,8 @@ def parse_columns(columns: ColumnSpec) -> tuple[Column, ...]:
     >>> parse_columns(["real", ("categorical", 5)])
     (Column(kind='real', levels=0), Column(kind='categorical', levels=5))
     """
+    if isinstance(columns, str) or not isinstance(columns, Sequence) or not columns:
+        raise UsageError(f"columns: expected a sequence of kinds, as ['real', ('categorical', 5)], found {columns!r}")
     return tuple(
         c if isinstance(c, Column) else Column(*c) if isinstance(c, tuple) else Column(c) for c in columns
     )  # fmt: skip
@@ -74,7 +78,9 @@ def marginals(columns: ColumnSpec, x: Tensor) -> Tensor:
     """
     kinds = parse_columns(columns)
     if x.dim() != 2 or x.shape[1] != len(kinds):
-        raise DataError(f"x: expected rows [N, {len(kinds)}] of {len(kinds)} columns, found {list(x.shape)}")
+        raise DataError(
+            f"x: expected rows [N, {len(kinds)}] of {count_of(len(kinds), 'column')}, found {list(x.shape)}"
+        )
     out: list[Tensor] = []
     for d, (column, values) in enumerate(zip(kinds, x.T, strict=True)):
         values = values[~values.isnan()]
@@ -116,11 +122,9 @@ class Mixed(nn.Module):
     """
 
     def __init__(self, net: nn.Module, columns: ColumnSpec, floor: float = 1e-3):
-        check_ranges(floor=floor)
+        check_numbers(floor=floor)
         super().__init__()
         self.net, self.columns, self.floor = net, parse_columns(columns), floor
-        if not self.columns:
-            raise ValueError("columns: expected at least one, found none")
         start = [0]
         for column in self.columns:
             start.append(start[-1] + column.outputs)
@@ -144,7 +148,9 @@ class Mixed(nn.Module):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         out = self.net(z)
         if out.shape != (*z.shape[:-1], self.outputs):
-            raise ValueError(f"net: expected [..., {self.outputs}] for {len(self.columns)} columns, found {out.shape}")
+            raise ValueError(
+                f"net: expected [..., {self.outputs}] for {count_of(len(self.columns), 'column')}, found {out.shape}"
+            )
         groups = []
         for i, kind in enumerate(self._kinds):
             value = out.index_select(-1, getattr(self, f"_places{i}"))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import DataError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.likelihoods import Multinomial
 from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, Labels
@@ -59,10 +59,10 @@ class CountVAE(ComposedModel):
         library: nn.Module | None = None,
         library_posterior: nn.Module | None = None,
     ):
-        check_ranges(batches=batches)
+        check_numbers(batches=batches)
         super().__init__("count_vae")
         if (library is None) != (library_posterior is None):
-            raise ValueError("library, library_posterior: expected both of them or neither, found one")
+            raise UsageError("library, library_posterior: expected both of them or neither, found one")
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.library, self.library_posterior = library, library_posterior
         self.concat_batch = ConcatContext(nn.Identity(), Labels(batches))

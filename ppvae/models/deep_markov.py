@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions.markov_chain import MarkovChain
 from ppvae.errors import DataError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.nn.sequences import known_times
 
@@ -47,7 +47,7 @@ class DeepMarkovModel(ComposedModel):
     def __init__(
         self, latent: int, transition: nn.Module, emission: nn.Module, encoder: nn.Module, combiner: nn.Module
     ):
-        check_ranges(latent=latent)
+        check_numbers(latent=latent)
         super().__init__("deep_markov")
         self.transition, self.emission, self.encoder, self.combiner = transition, emission, encoder, combiner
         self.start, self.guide_start = LearnedTensor(torch.zeros(latent)), LearnedTensor(torch.zeros(latent))

@@ -14,10 +14,10 @@ from torch.nn import Embedding, Flatten, Identity, Module, Sequential
 
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import SEED, check_numbers, check_ranges, check_sequences
 from ppvae.factories.constructor_flags import ClassChoice, accepted_arguments
 from ppvae.factories.pairs import trained_with
-from ppvae.likelihoods.tabular import ColumnSpec
+from ppvae.likelihoods.tabular import ColumnSpec, parse_columns
 from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import LinearGaussian
 from ppvae.models.vae import VAE
@@ -77,10 +77,16 @@ def vae(
     >>> pair.prior.pseudo_inputs.shape
     torch.Size([20, 64])
     """
-    check_ranges(latent=latent, hidden=hidden, num_labels=num_labels)
+    check_numbers(latent=latent)
+    check_sequences(hidden=hidden)
+    check_ranges(num_labels=num_labels)
+    if columns is not None:
+        parse_columns(columns)
     features = train.shape[1:].numel()
     if train.dim() != 2:
-        raise ValueError(f"expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat")
+        raise UsageError(
+            f"train: expected flat data [N, features], found {list(train.shape)}; use conv_vae, or load flat"
+        )
 
     def encoder(outputs: int) -> Module:
         if missing:
@@ -127,9 +133,11 @@ def conv_vae(
 
     Raises `UsageError`, by name, for parts that cannot be built from these arguments.
     """
-    check_ranges(latent=latent, channels=channels, hidden=hidden, num_labels=num_labels)
+    check_numbers(latent=latent, hidden=hidden)
+    check_sequences(channels=channels)
+    check_ranges(num_labels=num_labels)
     if train.dim() != 4:
-        raise ValueError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
+        raise UsageError(f"conv_vae: expected images [N, C, H, W], found {list(train.shape)}; load with flat=False")
     event = tuple(train.shape[1:])
 
     def encoder(outputs: int) -> Module:
@@ -272,7 +280,8 @@ def linear_gaussian(train: Tensor, latent: int = 2, scale: float = 1.0) -> Linea
         latent: the size of z.
         scale: the starting noise scale.
     """
-    check_ranges(latent=latent, scale=scale)
+    check_numbers(latent=latent)
+    check_ranges(scale=scale)
     return _linear_gaussian("linear_gaussian", train, latent, scale)
 
 
@@ -283,7 +292,7 @@ def factor_analysis(train: Tensor, latent: int = 2) -> LinearGaussian:
         train: the training data.
         latent: the size of z.
     """
-    check_ranges(latent=latent)
+    check_numbers(latent=latent)
     return _linear_gaussian("factor_analysis", train, latent)
 
 
@@ -305,12 +314,14 @@ def gaussian_mixture(train: Tensor, components: int = 10, rank: int | None = Non
         rank: None for any covariance, 0 for a diagonal one, r for a mixture of factor analysers.
         start: the seed of the rows that the clusters start at.
     """
-    check_ranges(components=components, rank=rank)
+    check_numbers(components=components)
+    check_ranges(rank=rank)
+    SEED.check_number("start", start)
     _number_of_features("gaussian_mixture", train)
     return GaussianMixture.from_data(train, components, rank, start)
 
 
 def _number_of_features(name: str, train: Tensor) -> int:
     if train.dim() != 2:
-        raise ValueError(f"{name}: expected flat data [N, features], found {list(train.shape)}")
+        raise UsageError(f"{name}: expected flat data [N, features], found {list(train.shape)}")
     return train.shape[1]

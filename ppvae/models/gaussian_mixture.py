@@ -9,7 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import Range, check_numbers
 from ppvae.parameter_names import unique_name
 
 
@@ -38,10 +39,11 @@ class GaussianMixture(nn.Module):
     """
 
     def __init__(self, features: int, components: int, rank: int | None = None):
-        check_ranges(features=features, components=components)
+        check_numbers(features=features, components=components)
+        if rank is not None:
+            words = f"None or 0 to {features - 1} for {features} features"
+            Range(words, 0, features - 1, whole=True).check_number("rank", rank)
         super().__init__()
-        if rank is not None and not 0 <= rank < features:
-            raise ValueError(f"rank: expected None or 0 to {features - 1} for {features} features, found {rank}")
         self.rank = rank
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, features))
@@ -58,9 +60,9 @@ class GaussianMixture(nn.Module):
 
         Raises ValueError where there are fewer rows than components.
         """
-        check_ranges(components=components, seed=seed)
+        check_numbers(components=components, seed=seed)
         if not 1 <= components <= len(x):
-            raise ValueError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
+            raise UsageError(f"components: expected 1 to {len(x)}, as there are rows of data, found {components}")
         pair = cls(x.shape[1], components, rank).to(x)
         rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:components]
         with torch.no_grad():

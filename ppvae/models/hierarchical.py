@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors import UsageError
 from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 
 
@@ -30,7 +31,7 @@ class _StochasticLayers(ComposedModel):
     def _check_lengths(self, **parts: Sequence[nn.Module]) -> None:
         for name, given in parts.items():
             if len(given) != len(self.layers) + 1:
-                raise ValueError(
+                raise UsageError(
                     f"{name}: expected {len(self.layers) + 1}, one for each latent of a prior and {len(self.layers)} "
                     f"layers, found {len(given)}"
                 )

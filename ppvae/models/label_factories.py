@@ -7,7 +7,7 @@ from torch.nn import Identity, Module
 
 from ppvae import likelihoods, nn, posteriors, priors
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
 from ppvae.factories.pairs import trained_with
 from ppvae.models.deep_mixture import SemiSupervisedVAE
 from ppvae.models.factories import Likelihood, build_part
@@ -40,7 +40,9 @@ def semi_supervised_vae(
     >>> pair.classify(torch.zeros(5, 64)).shape
     torch.Size([5, 10])
     """
-    check_ranges(latent=latent, hidden=hidden, label_weight=label_weight, num_labels=num_labels)
+    check_numbers(latent=latent, label_weight=label_weight)
+    check_sequences(hidden=hidden)
+    check_ranges(num_labels=num_labels)
     features, labels = _sizes("semi_supervised_vae", train, num_labels)
     pair = SemiSupervisedVAE(
         labels=priors.OneHot(labels),
@@ -71,7 +73,9 @@ def conditional_vae(
 
     Raises `UsageError` without labels, and for a likelihood that cannot be built, by name.
     """
-    check_ranges(latent=latent, hidden=hidden, num_labels=num_labels)
+    check_numbers(latent=latent)
+    check_sequences(hidden=hidden)
+    check_ranges(num_labels=num_labels)
     features, labels = _sizes("conditional_vae", train, num_labels)
     return ConditionalVAE(
         prior=priors.StandardNormal(latent),
@@ -85,7 +89,7 @@ def _sizes(name: str, train: Tensor, num_labels: int | None) -> tuple[int, int]:
     if train.dim() != 2:
         raise UsageError(f"{name}: expected flat data [N, features], found {list(train.shape)}; load them flat")
     if num_labels is None:
-        raise UsageError(f"{name}: expected the label of each datum; pass --labels, or num_labels")
+        raise UsageError(f"{name}: expected the label of each datum, found none; pass --labels, or num_labels")
     return train.shape[1], num_labels
 
 

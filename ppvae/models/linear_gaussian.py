@@ -9,7 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.parameter_names import unique_name
 
 
@@ -38,11 +39,15 @@ class LinearGaussian(nn.Module):
     """
 
     def __init__(self, features: int, latent: int, scale: float | Tensor = 1.0):
-        check_ranges(features=features, latent=latent, scale=scale)
+        check_numbers(features=features, latent=latent)
+        if isinstance(scale, Tensor):
+            check_ranges(scale=scale)
+        else:
+            check_numbers(scale=scale)
         super().__init__()
         start = torch.as_tensor(scale, dtype=torch.get_default_dtype())
         if start.shape not in ((), (features,)):
-            raise ValueError(f"scale: expected a number or [{features}], found {list(start.shape)}")
+            raise UsageError(f"scale: expected a number or [{features}], found {list(start.shape)}")
         self.weight = nn.Parameter(torch.randn(features, latent) / math.sqrt(latent))
         self.loc = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(start.log())
@@ -95,8 +100,9 @@ class LinearGaussian(nn.Module):
         >>> bool(best.log_px(x).mean() >= LinearGaussian(3, 1).log_px(x).mean())
         True
         """
+        check_numbers(latent=latent)
         if not 0 < latent < x.shape[1]:
-            raise ValueError(f"latent: expected 1 to {x.shape[1] - 1} for {x.shape[1]} features, found {latent}")
+            raise UsageError(f"latent: expected 1 to {x.shape[1] - 1} for {x.shape[1]} features, found {latent}")
         loc = x.mean(0)
         values, vectors = torch.linalg.eigh((x - loc).T @ (x - loc) / len(x))
         values, vectors = values.flip(0), vectors.flip(1)

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppvae.distributions.normal_mixture import NormalMixture
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
 from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 from ppvae.nn import rows_of
 
@@ -97,7 +97,7 @@ class MultimodalVAE(ComposedModel):
     ):
         super().__init__("multimodal_vae")
         if not 0 < len(likelihoods) == len(posteriors):
-            raise ValueError(
+            raise UsageError(
                 f"posteriors: expected one for each of {len(likelihoods)} likelihoods, found {len(posteriors)}"
             )
         self.experts = experts

@@ -8,8 +8,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import DataError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import DataError, UsageError
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.likelihoods import Mixed
 from ppvae.likelihoods.tabular import ColumnSpec, marginals, table_outputs
 from ppvae.models.vae import VAE
@@ -42,7 +42,8 @@ class TableVAE(VAE):
     """
 
     def __init__(self, columns: ColumnSpec, latent: int = 4, hidden: Sequence[int] = (32,), floor: float = 1e-2):
-        check_ranges(latent=latent, hidden=hidden, floor=floor)
+        check_numbers(latent=latent, floor=floor)
+        check_sequences(hidden=hidden)
         decoder = mlp(latent, table_outputs(columns), hidden=hidden)
         encoder = StandardizedInput(len(columns), Missing(mlp(2 * len(columns), 2 * latent, hidden=hidden)))
         super().__init__(StandardNormal(latent), Mixed(decoder, columns, floor=floor), DiagonalNormal(encoder))
@@ -98,9 +99,10 @@ def table_vae(
     >>> pair.likelihood(torch.zeros(4)).mean
     tensor([4.0000e+06, 6.0000e-01], grad_fn=<IndexSelectBackward0>)
     """
-    check_ranges(latent=latent, hidden=hidden, floor=floor)
-    if not columns:
-        raise ValueError("table_vae: expected a table, whose columns have kinds: a .csv or .parquet file")
+    check_numbers(latent=latent, floor=floor)
+    check_sequences(hidden=hidden)
+    if columns is None:
+        raise UsageError("table_vae: expected a table, whose columns have kinds: a .csv or .parquet file")
     pair = TableVAE(columns, latent, hidden, floor)
     with torch.no_grad():
         likelihood: Any = pair.likelihood

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ppvae import nn
-from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import ContractError, UsageError
+from ppvae.errors.ranges import SIZE, check_numbers, check_sequences
 from ppvae.likelihoods import MixtureOfDiscretizedLogistics
 from ppvae.models.composed_model import ComposedModel, LearnedTensor
 from ppvae.posteriors import DiagonalNormal
@@ -126,10 +126,15 @@ def very_deep_vae(
     >>> vae.guide(torch.zeros(5, 3, 8, 8)).shape
     torch.Size([5, 128])
     """
-    check_ranges(sides=sides, latent=latent, components=components)
+    check_numbers(latent=latent, components=components)
+    SIZE.check_number("width", width)
+    check_sequences(sides=sides, blocks=blocks)
+    check_numbers(levels=levels)
+    if not sides:
+        raise UsageError("sides: expected at least one, found none")
     shape = tuple(train.shape[1:])
     if len(shape) != 3 or shape[1:] != (sides[-1], sides[-1]) or len(blocks) != len(sides):
-        raise ValueError(
+        raise UsageError(
             f"very_deep_vae: expected images [N, C, {sides[-1]}, {sides[-1]}] and a number of blocks for each of "
             f"{len(sides)} sides, found {list(train.shape)} and {len(blocks)} numbers; load with flat=False"
         )

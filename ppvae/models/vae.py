@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ppvae import posteriors
 from ppvae.errors import ContractError, support_name
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.models.composed_model import ComposedModel, call_conditional, describe_tensor, require_module
 from ppvae.nn import Codebook, ConcatContext, Nearness
 from ppvae.rng import fork_rng
@@ -163,7 +163,7 @@ class QuantizedVAE(VAE):
         scale: float = 1.0,
         posterior: Callable[[nn.Module, int], nn.Module] = posteriors.OneHot,
     ):
-        check_ranges(scale=scale)
+        check_numbers(scale=scale)
         net = nn.Sequential(encoder, Nearness(codebook, scale))
         super().__init__(prior, nn.Sequential(codebook, likelihood), posterior(net, len(codebook.table)))
 

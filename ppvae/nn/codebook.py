@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 
 
 class Codebook(nn.Module):
@@ -26,10 +27,10 @@ class Codebook(nn.Module):
     """
 
     def __init__(self, codes: int, size: int):
-        check_ranges(codes=codes, size=size)
+        check_numbers(codes=codes, size=size)
         super().__init__()
         if codes < 2:
-            raise ValueError(f"codes: expected at least 2, found {codes}")
+            raise UsageError(f"codes: expected at least 2, found {codes}")
         self.table = nn.Parameter(torch.randn(codes, size))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -54,9 +55,8 @@ class Nearness(nn.Module):
     """
 
     def __init__(self, codebook: Codebook, scale: float = 1.0):
+        check_numbers(scale=scale)
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, found {scale}")
         self.codebook, self.log_scale = codebook, nn.Parameter(torch.tensor(math.log(scale)))
 
     def forward(self, e: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import DataError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import SEED, check_numbers
 
 
 def _context_parameter(part: nn.Module) -> inspect.Parameter | None:
@@ -66,7 +66,7 @@ class Labels(nn.Module):
     """
 
     def __init__(self, classes: int):
-        check_ranges(classes=classes)
+        check_numbers(classes=classes)
         super().__init__()
         self.table = nn.Buffer(torch.eye(classes), persistent=False)
 
@@ -80,6 +80,7 @@ def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tens
     Raises DataError, with the text `expected`, for an index outside. No value is read on the host unless an index is
     wrong, so that a step can be captured as a graph.
     """
+    SEED.check_number("first", first)
     last = first + len(table) - 1
     expected = expected.format(first=first, last=last)
     if index.is_floating_point():
@@ -115,6 +116,7 @@ class ConcatContext(nn.Module):
     """
 
     def __init__(self, module: nn.Module, of: nn.Module | None = None, event_dim: int = 1):
+        check_numbers(event_dim=event_dim)
         super().__init__()
         self.module, self.of, self.event_dim = module, nn.Identity() if of is None else of, event_dim
 

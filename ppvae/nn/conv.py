@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.nn.dense import glorot
 
 Activation = Callable[[], nn.Module]
@@ -19,6 +20,7 @@ class Leading(nn.Module):
     """
 
     def __init__(self, network: nn.Module, event_dim: int):
+        check_numbers(event_dim=event_dim)
         super().__init__()
         self.network, self.event_dim = network, event_dim
 
@@ -39,7 +41,7 @@ class Residual(nn.Module):
     """
 
     def __init__(self, channels: int, activation: Activation):
-        check_ranges(channels=channels)
+        check_numbers(channels=channels)
         super().__init__()
         self.change = nn.Sequential(
             activation(),
@@ -55,11 +57,13 @@ class Residual(nn.Module):
 def _halved_shape(shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
     """The channels of an image, and its height and width after one halving for each of `channels`."""
     if not channels:
-        raise ValueError("channels: expected at least one number, one a halving of the image, found none")
+        raise UsageError("channels: expected at least one number, one a halving of the image, found none")
     by = 2 ** len(channels)
+    if len(shape) != 3:
+        raise UsageError(f"shape: expected (C, H, W), found {tuple(shape)}")
     image, height, width = shape
     if height % by or width % by:
-        raise ValueError(
+        raise UsageError(
             f"shape: expected height and width divisible by {by}, for {len(channels)} halvings, found {tuple(shape)}"
         )
     return image, height // by, width // by
@@ -86,7 +90,8 @@ def conv_encoder(
     >>> conv_encoder((3, 64, 64), 16, channels=(32, 32, 64, 64))(torch.zeros(5, 3, 64, 64)).shape
     torch.Size([5, 16])
     """
-    check_ranges(outputs=outputs, channels=channels, hidden=hidden)
+    check_numbers(outputs=outputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     image, h, w = _halved_shape(shape, channels)
     layers: list[nn.Module] = [nn.Unflatten(-1, tuple(shape))] if flat else []
     for width_in, width_out in zip((image, *channels[:-1]), channels, strict=True):
@@ -114,7 +119,8 @@ def residual_encoder(
     >>> residual_encoder((3, 32, 32), 16)(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 16])
     """
-    check_ranges(outputs=outputs, channels=channels, hidden=hidden)
+    check_numbers(outputs=outputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     return conv_encoder(shape, outputs, channels, hidden, activation, flat, blocks)
 
 
@@ -138,7 +144,8 @@ def conv_decoder(
     >>> conv_decoder(8, (1, 32, 32))(torch.zeros(5, 3, 8)).shape
     torch.Size([5, 3, 1, 32, 32])
     """
-    check_ranges(inputs=inputs, channels=channels, hidden=hidden)
+    check_numbers(inputs=inputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     image, h, w = _halved_shape(shape, channels)
     first = channels[0]
     layers: list[nn.Module] = [
@@ -174,5 +181,6 @@ def residual_decoder(
     >>> residual_decoder(8, (3, 64, 64), channels=(32, 16, 8))(torch.zeros(5, 8)).shape
     torch.Size([5, 3, 64, 64])
     """
-    check_ranges(inputs=inputs, channels=channels, hidden=hidden)
+    check_numbers(inputs=inputs, hidden=hidden, blocks=blocks)
+    check_sequences(shape=shape, channels=channels)
     return conv_decoder(inputs, shape, channels, hidden, activation, flat, blocks)

@@ -6,7 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers, check_sequences
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -21,7 +22,8 @@ def mlp(
     >>> mlp(64, 16, hidden=(200,))(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
     """
-    check_ranges(inputs=inputs, outputs=outputs, hidden=hidden)
+    check_numbers(inputs=inputs, outputs=outputs)
+    check_sequences(hidden=hidden)
     layers: list[nn.Module] = []
     for width_in, width_out in zip((inputs, *hidden), (*hidden, outputs), strict=True):
         layers += [nn.Linear(width_in, width_out), activation()]
@@ -38,7 +40,7 @@ class Gated(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int):
-        check_ranges(inputs=inputs, outputs=outputs)
+        check_numbers(inputs=inputs, outputs=outputs)
         super().__init__()
         self.value, self.gate = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
 
@@ -54,7 +56,8 @@ def gated_mlp(inputs: int, outputs: int, hidden: Sequence[int] = (300, 300)) -> 
     >>> gated_mlp(64, 16)(torch.zeros(5, 3, 64)).shape
     torch.Size([5, 3, 16])
     """
-    check_ranges(inputs=inputs, outputs=outputs, hidden=hidden)
+    check_numbers(inputs=inputs, outputs=outputs)
+    check_sequences(hidden=hidden)
     layers = [Gated(a, b) for a, b in zip((inputs, *hidden[:-1]), hidden, strict=True)] if hidden else []
     return glorot(nn.Sequential(*layers, nn.Linear((inputs, *hidden)[-1], outputs)))
 
@@ -117,8 +120,8 @@ def set_output_bias(network: nn.Module, value: Tensor) -> None:
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     bias = layers[-1].bias if layers else None
     if bias is None:
-        raise ValueError("network: expected a last linear layer with a bias, found none")
+        raise UsageError("network: expected a last linear layer with a bias, found none")
     if bias.numel() != value.numel():
-        raise ValueError(f"value: expected {bias.numel()} numbers for the last layer's bias, found {value.numel()}")
+        raise UsageError(f"value: expected {bias.numel()} numbers for the last layer's bias, found {value.numel()}")
     with torch.no_grad():
         bias.copy_(value.reshape(bias.shape))

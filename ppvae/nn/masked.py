@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.nn.dense import glorot
 
 Activation = Callable[[], nn.Module]
@@ -53,11 +54,12 @@ class MADE(nn.Module):
         activation: Activation = nn.Tanh,
         order: Tensor | None = None,
     ):
-        check_ranges(features=features, latent=latent, outputs=outputs, hidden=hidden)
+        check_numbers(features=features, latent=latent, outputs=outputs)
+        check_sequences(hidden=hidden)
         super().__init__()
         order = torch.arange(features) if order is None else torch.as_tensor(order)
         if sorted(order.tolist()) != list(range(features)):
-            raise ValueError(f"order: expected the positions 0..{features - 1}, each once, found {order.tolist()[:8]}")
+            raise UsageError(f"order: expected the positions 0..{features - 1}, each once, found {order.tolist()[:8]}")
         self.event_shape = (features,)
         self.order = nn.Buffer(order, persistent=False)
         rank = order.argsort()  # the position of each element in the order
@@ -88,9 +90,9 @@ class MaskedConv2d(nn.Conv2d):
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, colours: int, itself: bool):
-        check_ranges(inputs=inputs, outputs=outputs, size=size)
+        check_numbers(inputs=inputs, outputs=outputs, size=size, colours=colours)
         if size % 2 == 0:
-            raise ValueError(f"size: expected an odd number, found {size}")
+            raise UsageError(f"size: expected an odd number, found {size}")
         super().__init__(inputs, outputs, size, padding=size // 2)
         middle = size // 2
         mask = torch.zeros_like(self.weight)
@@ -139,7 +141,10 @@ class PixelCNN(nn.Module):
         activation: Activation = nn.ELU,
         flat: bool = False,
     ):
-        check_ranges(features=features, outputs=outputs, channels=channels, layers=layers, size=size)
+        check_numbers(features=features, outputs=outputs, channels=channels, layers=layers, size=size)
+        check_sequences(shape=shape)
+        if len(shape) != 3:
+            raise UsageError(f"shape: expected (C, H, W), found {tuple(shape)}")
         super().__init__()
         colours, height, width = self.shape = tuple(shape)
         self.event_shape = (colours * height * width,) if flat else self.shape

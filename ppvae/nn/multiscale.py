@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import SIZE, check_numbers, check_sequences
 from ppvae.nn.conv import Activation, Leading, Residual
 from ppvae.nn.dense import glorot
 
@@ -35,7 +36,7 @@ def on_images(channels: int, side: int, *layers: nn.Module) -> nn.Module:
     >>> on_images(4, 8, nn.Conv2d(4, 2, 1))(torch.zeros(5, 3, 4 * 64)).shape
     torch.Size([5, 3, 128])
     """
-    check_ranges(channels=channels)
+    check_numbers(channels=channels, side=side)
     net = nn.Sequential(nn.Unflatten(-1, (channels, side, side)), *layers, nn.Flatten(1))
     return Leading(glorot(net), event_dim=1)
 
@@ -64,11 +65,15 @@ class Pyramid(nn.Module):
         self, channels: int, width: int, sides: Sequence[int], times: Sequence[int], blocks: int = 1,
         activation: Activation = nn.GELU,
     ):  # fmt: skip
-        check_ranges(channels=channels, sides=sides)
+        check_numbers(channels=channels, blocks=blocks)
+        SIZE.check_number("width", width)
+        check_sequences(sides=sides, times=times)
+        if not sides or len(times) != len(sides):
+            raise UsageError(f"sides, times: expected as many numbers of both, found {len(sides)} and {len(times)}")
         super().__init__()
         for small, large in itertools.pairwise(sides):
             if large % small:
-                raise ValueError(f"sides: expected each to divide the next, found {small} before {large}")
+                raise UsageError(f"sides: expected each to divide the next, found {small} before {large}")
         self.times = tuple(times)
         stages = []
         for side, smaller in zip(sides[::-1], (None, *sides[::-1]), strict=False):

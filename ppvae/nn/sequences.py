@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import rows_of
 
 
@@ -14,6 +15,7 @@ def known_times(steps: int, lengths: Tensor) -> Tensor:
     >>> known_times(3, torch.tensor([1, 3])).tolist()
     [[True, False, False], [True, True, True]]
     """
+    check_numbers(steps=steps)
     table = torch.ones(steps, steps, dtype=torch.bool, device=lengths.device).tril()
     return rows_of(table, lengths, "lengths: expected {first} to {last}, as there are steps", first=1)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 
 
 class Topics(nn.Module):
@@ -27,7 +28,7 @@ class Topics(nn.Module):
     """
 
     def __init__(self, topics: int, words: int):
-        check_ranges(topics=topics, words=words)
+        check_numbers(topics=topics, words=words)
         super().__init__()
         self.logits = nn.Parameter(torch.randn(topics, words))
 
@@ -47,13 +48,13 @@ class Topics(nn.Module):
         """
         from sklearn.cluster import KMeans
 
-        check_ranges(topics=topics, seed=seed)
+        check_numbers(topics=topics, seed=seed)
         if len(x) < topics:
-            raise ValueError(f"topics: expected 1 to {len(x)}, as there are documents, found {topics}")
+            raise UsageError(f"topics: expected 1 to {len(x)}, as there are documents, found {topics}")
         if (empty := (x.sum(-1) == 0).nonzero()).numel():
-            raise ValueError(f"x: expected documents with words, found none in row {int(empty[0])}; leave it out")
+            raise UsageError(f"x: expected documents with words, found none in row {int(empty[0])}; leave it out")
         frequencies = (x / x.sum(-1, keepdim=True)).cpu()
-        centres = KMeans(topics, n_init=3, random_state=seed).fit(frequencies.numpy()).cluster_centers_
+        centres = KMeans(topics, n_init=3, random_state=seed % 2**32).fit(frequencies.numpy()).cluster_centers_
         start = 0.9 * torch.from_numpy(centres).clamp(min=0) + 0.1 * frequencies.mean(0)
         made = cls(topics, x.shape[1])
         made.logits.data.copy_(start.clamp(min=1e-6).log())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, site_error
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms, sample_guide, simulate
@@ -73,7 +73,8 @@ class TCVAE(AggregatePosteriorObjective):
         num_data: int | None = None,
         num_particles: int = 1,
     ):
-        check_ranges(beta=beta, alpha=alpha, gamma=gamma, num_data=num_data, num_particles=num_particles)
+        check_numbers(beta=beta, alpha=alpha, gamma=gamma, num_particles=num_particles)
+        check_ranges(num_data=num_data)
         self.alpha, self.beta, self.gamma, self.num_data = alpha, beta, gamma, num_data
         super().__init__(num_particles)
 
@@ -141,7 +142,7 @@ class InfoVAE(AggregatePosteriorObjective):
     """
 
     def __init__(self, alpha: float = 0.0, weight: float = 100.0, width: float = 1.0, num_particles: int = 1):
-        check_ranges(alpha=alpha, weight=weight, num_particles=num_particles)
+        check_numbers(alpha=alpha, weight=weight, width=width, num_particles=num_particles)
         self.alpha, self.weight, self.width = alpha, weight, width
         super().__init__(num_particles)
 

@@ -6,7 +6,7 @@ from typing import Any, Self, final
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients import Gradient
@@ -41,7 +41,7 @@ class AuxiliaryLoss(Objective):
     """
 
     def __init__(self, bound: Objective, term: Callable[..., Tensor], weight: float = 1.0):
-        check_ranges(weight=weight)
+        check_numbers(weight=weight)
         if not isinstance(bound, Objective):
             raise UsageError(f"bound: expected an objective of ppvae, found {type(bound).__name__}")
         self.objective, self.term, self.weight = bound, term, weight

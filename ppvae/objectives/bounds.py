@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients import DReG, Gradient, Pathwise
@@ -43,7 +43,7 @@ class IWAE(Objective):
     """
 
     def __init__(self, num_particles: int = 50, gradient: Gradient = "pathwise"):
-        check_ranges(num_particles=num_particles)
+        check_numbers(num_particles=num_particles)
         super().__init__(num_particles, gradient)
 
     def reduce(self, log_weight: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Renyi(Objective):
     """
 
     def __init__(self, alpha: float = 0.5, num_particles: int = 50, gradient: Gradient = "pathwise"):
-        check_ranges(alpha=alpha, num_particles=num_particles)
+        check_numbers(alpha=alpha, num_particles=num_particles)
         self.alpha = alpha
         super().__init__(num_particles, gradient)
 
@@ -111,7 +111,7 @@ class GroupedBounds(Objective):
     """An objective of M K draws per datum, in M groups of K consecutive draws."""
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: Gradient = "pathwise"):
-        check_ranges(num_particles=num_particles, num_bounds=num_bounds)
+        check_numbers(num_particles=num_particles, num_bounds=num_bounds)
         super().__init__(num_particles, gradient)
         self.num_bounds = num_bounds
 
@@ -180,7 +180,7 @@ class CIWAE(Objective):
     """
 
     def __init__(self, beta: float = 0.05, num_particles: int = 50, gradient: Gradient = "pathwise"):
-        check_ranges(beta=beta, num_particles=num_particles)
+        check_numbers(beta=beta, num_particles=num_particles)
         if not beta <= 1:
             raise UsageError(f"beta: expected a number in [0, 1], found {beta}")
         self.beta = beta
@@ -236,7 +236,7 @@ class PIWAE(GroupedBounds):
     """
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8, gradient: Gradient = "pathwise"):
-        check_ranges(num_particles=num_particles, num_bounds=num_bounds)
+        check_numbers(num_particles=num_particles, num_bounds=num_bounds)
         super().__init__(num_particles, num_bounds, gradient)
 
     def check_estimator(self) -> None:

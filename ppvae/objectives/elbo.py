@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
 from ppvae.objectives.gradients import Gradient, Pathwise, ScoreFunction
@@ -72,7 +72,8 @@ class ELBO(RateDistortionObjective):
         gradient: Gradient = "pathwise",
         warmup: int = 0,
     ):
-        check_ranges(num_particles=num_particles, beta=beta, free_bits=free_bits, warmup=warmup)
+        check_numbers(num_particles=num_particles, free_bits=free_bits, warmup=warmup)
+        check_ranges(beta=beta)
         self.beta, self.free_bits, self.analytic_kl, self.warmup = beta, free_bits, analytic_kl, warmup
         super().__init__(num_particles, gradient)
         self._schedules["beta"] = ScheduledScalar(beta, warmup)
@@ -139,7 +140,8 @@ class Capacity(RateDistortionObjective):
         analytic_kl: bool = False,
         warmup: int = 0,
     ):
-        check_ranges(capacity=capacity, gamma=gamma, num_particles=num_particles, warmup=warmup)
+        check_numbers(gamma=gamma, num_particles=num_particles, warmup=warmup)
+        check_ranges(capacity=capacity)
         self.capacity, self.gamma, self.analytic_kl, self.warmup = capacity, gamma, analytic_kl, warmup
         super().__init__(num_particles)
         self._schedules["capacity"] = ScheduledScalar(capacity, warmup)

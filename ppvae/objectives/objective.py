@@ -10,7 +10,7 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.inspection import inspect
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
@@ -99,7 +99,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
     homogeneity: float | None = 1.0
 
     def __init__(self, num_particles: int = 1, gradient: Gradient = "pathwise"):
-        check_ranges(num_particles=num_particles)
+        check_numbers(num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.gradient = resolve_gradient(gradient)
         self._schedules: dict[str, ScheduledScalar] = {}
@@ -296,6 +296,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
 
     def set_step(self, step: int) -> None:
         """Sets the number of steps taken, and the schedules to it."""
+        check_numbers(step=step)
         self._step.fill_(step)
         for scalar in self._schedules.values():
             scalar.set_step(step)

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from numbers import Real
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
+
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import COUNT_OR_NONE, FINITE, LARGEST, check_numbers
 
 Schedule: TypeAlias = Callable[[int], float]  # of the number of gradient steps taken before
 
@@ -24,6 +28,11 @@ class Linear:
     steps: int
     start: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        COUNT_OR_NONE.check_number("steps", self.steps)
+        FINITE.check_number("start", self.start)
+        FINITE.check_number("end", self.end)
 
     def __call__(self, step: int) -> float:
         fraction = min(1.0, step / self.steps) if self.steps > 0 else 1.0
@@ -46,6 +55,11 @@ class Cyclical:
     start: float = 0.0
     end: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_numbers(period=self.period, ramp=self.ramp)
+        FINITE.check_number("start", self.start)
+        FINITE.check_number("end", self.end)
+
     def __call__(self, step: int) -> float:
         return Linear(max(1, round(self.ramp * self.period)), self.start, self.end)(step % self.period)
 
@@ -60,11 +74,23 @@ class ScheduledScalar:
     """
 
     def __init__(self, schedule: float | Schedule, warmup: int = 0):
+        check_numbers(warmup=warmup)
+        if not callable(schedule):
+            FINITE.check_number("schedule", schedule)
         self.schedule, self.warmup = schedule, warmup
         self.current: Tensor = torch.zeros((), dtype=torch.float64)
         self.set_step(0)
 
+    def _at(self, step: int) -> Any:
+        """The value of the schedule, which is one number, finite or not."""
+        value: Any = self.schedule(step)  # type: ignore[operator]
+        number = value.dim() == 0 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
+        if not number or (isinstance(value, int) and abs(value) > LARGEST):
+            raise UsageError(f"schedule: expected a number at step {step}, found {value!r}"[:300])
+        return value
+
     def set_step(self, step: int) -> None:
         """Sets the current value to that of a step, counted from 0."""
-        value = self.schedule(step) if callable(self.schedule) else self.schedule
+        check_numbers(step=step)
+        value = self._at(step) if callable(self.schedule) else self.schedule
         self.current.fill_(value * Linear(self.warmup)(step))

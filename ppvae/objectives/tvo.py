@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients import Gradient
 from ppvae.objectives.objective import Objective
@@ -47,7 +47,7 @@ class TVO(Objective):
         first: float = 0.1,
         gradient: Gradient = "covariance",
     ):
-        check_ranges(num_particles=num_particles, num_partitions=num_partitions, first=first)
+        check_numbers(num_particles=num_particles, num_partitions=num_partitions, first=first)
         if num_partitions < 1 or not 0 < first < 1:
             raise UsageError(
                 f"num_partitions and first: expected at least 1 and a number in (0, 1), found {num_partitions}, {first}"

@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, site_error
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.contract.scales_and_factors import check_normalized
 from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.structure import Role, Structure
@@ -46,7 +46,7 @@ class ReweightedWakeSleep(Objective):
     """
 
     def __init__(self, num_particles: int = 50, wake: float = 1.0, sleep: float = 0.0):
-        check_ranges(num_particles=num_particles, wake=wake, sleep=sleep)
+        check_numbers(num_particles=num_particles, wake=wake, sleep=sleep)
         if wake < 0 or sleep < 0 or wake + sleep == 0:
             raise UsageError(f"wake and sleep: expected weights, not both zero, found {wake} and {sleep}")
         self.wake, self.sleep = wake, sleep

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
 from ppvae.evaluation.annealing.bdmc import Bracket
 from ppvae.evaluation.compare import looseness, looseness_and_error
 from ppvae.evaluation.estimate import Estimate
@@ -48,7 +48,12 @@ def looseness_curve(tighter: Estimate, est: Estimate, *, ax: Any = None) -> Figu
     axes[1].axvline(mean, color=INK, linewidth=1.3, label=f"mean {number(mean, 3)} ± {number(error_at, 3)}")
     axes[1].set_xlabel(f"log p(x) by annealing − $L_{{{ks[-1]}}}$ (nats)")
     axes[1].legend()
-    caveat(axes[1], f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
+    caveat(
+        axes[1],
+        count_of(int((~shown).sum()), "datum that is", "data that are") + " not finite not shown"
+        if (~shown).any()
+        else "",
+    )
     return fig
 
 
@@ -74,5 +79,10 @@ def bracket(result: Bracket | TwoSidedBounds, *, ax: Any = None) -> Figure:
     ax.set_xlabel("log p(x) from below (nats)")
     ax.set_ylabel("upper − lower bound (nats)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    caveat(ax, f"{int((~shown).sum())} data that are not finite not shown" if (~shown).any() else "")
+    caveat(
+        ax,
+        count_of(int((~shown).sum()), "datum that is", "data that are") + " not finite not shown"
+        if (~shown).any()
+        else "",
+    )
     return fig

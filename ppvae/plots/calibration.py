@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
 from ppvae.evaluation.calibration import Calibration, band, bounds, pointwise_p_values
 from ppvae.plots.style import BLUE, FAINT, INK, VERMILLION, array, note, open_axes, styled
 
@@ -48,7 +48,9 @@ def calibration_ranks(result: Calibration, site: str, *, ax: Any = None) -> Figu
         axes[0].legend(loc="best")
     failed = int((p_values < result.level).sum())
     note(
-        axes[0], f"{failed} of {len(p_values)} dims depart (band: {100 * (1 - result.alpha):g} % for all dims together)"
+        axes[0],
+        f"{failed} of {count_of(len(p_values), 'dim')} depart{'s' * (failed == 1)} "
+        f"(band: {100 * (1 - result.alpha):g} % for all dims together)",
     )
     _histogram(axes[1], ranks[:, order[0]], result, f"{site}[{order[0]}]", float(p_values[order[0]]))
     return fig

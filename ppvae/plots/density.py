@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.plots.style import GREEN, INK, array, figure, open_axes, styled
 
 
@@ -18,7 +19,8 @@ def plane(reach: float = 4.0, count: int = 100) -> torch.Tensor:
     >>> plane(1.0, 2).tolist()
     [[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]
     """
-    line = torch.linspace(-reach, reach, count)
+    check_numbers(reach=reach, count=count)
+    line = torch.linspace(-float(reach), float(reach), count)
     return torch.cartesian_prod(line, line).flip(1)
 
 
@@ -38,6 +40,8 @@ def density_maps(
     Args:
         marks: {title: points [M, 2]}, drawn as crosses.
     """
+    check_numbers(reach=reach, cols=cols)
+    reach = float(reach)
     if not panels:
         raise UsageError("panels: expected at least one, found none")
     arrays = {title: array(values).astype(float) for title, values in panels.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, count_of
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.reliability import MIN_ESS, format_particles
 from ppvae.plots.style import (
@@ -230,4 +230,4 @@ def _shade_limits(ax: Any, limit: float) -> None:
 
 
 def _not_shown(count: int, what: str) -> str:
-    return f"{count} {'datum' if count == 1 else 'data'} with {what} not shown" if count else ""
+    return f"{count_of(count)} with {what} not shown" if count else ""

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_ranges, check_sequences
 from ppvae.plots.style import DPI, INK, VERMILLION, array, styled
 
 WIDTH = 1936  # pixels of a full-width figure
@@ -38,6 +39,11 @@ def image_grid(
 
     NaN pixels are vermillion; an image that is all NaN is left blank.
     """
+    check_ranges(rows=rows, cols=cols)
+    check_sequences(event_shape=event_shape, limits=limits)
+    if len(limits) != 2:
+        raise UsageError(f"limits: expected two numbers, found {limits}")
+    limits = float(limits[0]), float(limits[1])
     pixels, shape = _to_grid(array(images), tuple(event_shape), rows, cols)
     (rows, cols), (height, width) = shape, pixels.shape[1:3]
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.plots.style import BLUE, INK, ORDERED, array, figure, legend, open_axes, styled
 
 
@@ -18,6 +19,7 @@ def parallel_coordinates(panels: Mapping[str, Mapping[str, Any]], *, cols: int =
 
     Two labels differ in colour and marker; more labels are a sequence, from dark to bright.
     """
+    check_numbers(cols=cols)
     if not panels:
         raise UsageError("panels: expected at least one, found none")
     cols = min(cols, len(panels))

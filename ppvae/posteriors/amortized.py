@@ -5,6 +5,7 @@ from typing import final
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import call_with_context
 
 
@@ -44,6 +45,7 @@ class Delta(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

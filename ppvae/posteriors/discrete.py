@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
@@ -30,6 +31,7 @@ class Bernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -55,11 +57,12 @@ class Categorical(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int):
-        check_ranges(classes=classes)
+        check_numbers(classes=classes)
         super().__init__(net)
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return latent * self.classes
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -83,13 +86,14 @@ class OneHot(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int):
-        check_ranges(classes=classes)
+        check_numbers(classes=classes)
         super().__init__(net)
         self.classes = classes
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         if latent % self.classes:
-            raise ValueError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
+            raise UsageError(f"classes: expected a divisor of the latent's size {latent}, found {self.classes}")
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -126,7 +130,7 @@ class RelaxedBernoulli(Amortized):
     """
 
     def __init__(self, net: nn.Module, temperature: float = 2 / 3):
-        check_ranges(temperature=temperature)
+        check_numbers(temperature=temperature)
         super().__init__(net)
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
 
@@ -137,6 +141,7 @@ class RelaxedBernoulli(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -166,7 +171,7 @@ class RelaxedOneHot(Amortized):
     """
 
     def __init__(self, net: nn.Module, classes: int, temperature: float = 2 / 3):
-        check_ranges(classes=classes, temperature=temperature)
+        check_numbers(classes=classes, temperature=temperature)
         super().__init__(net)
         self.classes = classes
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
@@ -177,6 +182,7 @@ class RelaxedOneHot(Amortized):
         return OneHot(self.net, self.classes)
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return self.discrete.outputs(latent)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

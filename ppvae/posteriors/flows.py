@@ -12,7 +12,8 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import WithoutMoments
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.flows import ZukoDistribution, start_at_identity, zuko
 
@@ -74,7 +75,10 @@ class IAF(Amortized):
     """
 
     def __init__(self, net: nn.Module, latent: int, features: int = 16, flows: int = 2, hidden: Sequence[int] = (64,)):
-        check_ranges(latent=latent, features=features, flows=flows, hidden=hidden)
+        check_numbers(latent=latent, features=features, flows=flows)
+        check_sequences(hidden=hidden)
+        if not hidden:
+            raise UsageError("hidden: expected at least one width, found none")
         super().__init__(net)
         self.latent, self.features = latent, features
         order = torch.arange(latent)
@@ -91,6 +95,7 @@ class IAF(Amortized):
                 nn.init.zeros_(p)
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -134,7 +139,8 @@ class SplineCoupling(Amortized):
         hidden: Sequence[int] = (64,),
         bins: int = 8,
     ):
-        check_ranges(latent=latent, features=features, transforms=transforms, hidden=hidden, bins=bins)
+        check_numbers(latent=latent, features=features, transforms=transforms, bins=bins)
+        check_sequences(hidden=hidden)
         super().__init__(net)
         self.latent, self.features = latent, features
         self.flow = start_at_identity(
@@ -142,6 +148,7 @@ class SplineCoupling(Amortized):
         )
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent + self.features
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

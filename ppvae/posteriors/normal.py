@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.kl import register_kl
 
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 
 
@@ -26,6 +28,7 @@ class DiagonalNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -50,6 +53,7 @@ class FullRank(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent * (latent + 3) // 2
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -88,12 +92,14 @@ class LowRank(Amortized):
     """
 
     def __init__(self, net: nn.Module, rank: int):
+        check_numbers(rank=rank)
         super().__init__(net)
         if rank < 1:
-            raise ValueError(f"rank: expected at least 1, found {rank}")
+            raise UsageError(f"rank: expected at least 1, found {rank}")
         self.rank = rank
 
     def outputs(self, latent: int) -> int:
+        check_numbers(latent=latent)
         return latent * (2 + self.rank)
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

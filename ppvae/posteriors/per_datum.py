@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import DataError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.normal import DiagonalNormal
 
 
@@ -43,7 +43,7 @@ class PerDatum(nn.Module):
     requires_training_data = True  # `fit` reads it before it accepts validation data
 
     def __init__(self, size: int, outputs: int, family: Callable[[nn.Module], nn.Module] = DiagonalNormal):
-        check_ranges(size=size, outputs=outputs)
+        check_numbers(size=size, outputs=outputs)
         super().__init__()
         table = nn.Embedding(size, outputs)
         nn.init.normal_(table.weight, std=0.01)

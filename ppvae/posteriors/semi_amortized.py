@@ -8,8 +8,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import ContractError, UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import call_with_context
 
 
@@ -59,18 +59,19 @@ class SemiAmortized(nn.Module):
         through: bool = True,
         seed: int = 0,
     ):
-        check_ranges(steps=steps, rate=rate, num_particles=num_particles, seed=seed)
+        check_numbers(steps=steps, rate=rate, num_particles=num_particles, seed=seed)
         super().__init__()
         if steps < 0:
-            raise ValueError(f"steps: expected 0 or more, found {steps}")
+            raise UsageError(f"steps: expected 0 or more, found {steps}")
         if num_particles < 2 or num_particles % 2:
-            raise ValueError(f"num_particles: expected an even number, found {num_particles}")
+            raise UsageError(f"num_particles: expected an even number, found {num_particles}")
         self.net, self.prior, self.likelihood = net, prior, likelihood
         self.steps, self.rate, self.through = steps, rate, through
         self.num_particles, self.seed = num_particles, seed
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

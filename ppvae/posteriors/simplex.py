@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.simplex import DirichletDistribution, LogisticNormalDistribution
 
@@ -33,12 +33,13 @@ class Dirichlet(Amortized):
     """
 
     def __init__(self, net: nn.Module, floor: float = 1e-2):
-        check_ranges(floor=floor)
+        check_numbers(floor=floor)
         super().__init__(net)
         self.floor = positive("floor", floor)
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -62,6 +63,7 @@ class LogisticNormal(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return 2 * latent
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from ppvae.distributions.batch_shape import ParametricDistribution
+from ppvae.errors.ranges import check_numbers
 from ppvae.posteriors.amortized import Amortized
 from ppvae.priors.sphere import SphericalUniform, normalize
 
@@ -116,6 +117,7 @@ class PowerSpherical(Amortized):
 
     @staticmethod
     def outputs(latent: int) -> int:
+        check_numbers(latent=latent)
         return latent + 1
 
     def head(self, outputs: Tensor) -> dist.TorchDistribution:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import distributions
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_sequences
 from ppvae.priors.discrete_vectors import MAX_JOINT_VALUES, OneHotVector, enumerated_values, joint_values
 from ppvae.priors.flows import zuko
 
@@ -30,7 +30,7 @@ class AutoregressiveClasses(distributions.Autoregressive):
     """
 
     def __init__(self, conditionals: Callable[[Tensor], Any], variables: int, classes: int, device: Any = None):
-        check_ranges(variables=variables, classes=classes)
+        check_numbers(variables=variables, classes=classes)
         self.classes = classes
         start = torch.zeros(variables, dtype=torch.long, device=device)
         support = constraints.independent(constraints.integer_interval(0, classes - 1), 1)
@@ -49,7 +49,8 @@ class _AutoregressiveMLP(nn.Module):
     """A masked MLP, [..., variables * width] -> [..., variables, outputs]; row d depends on elements before d only."""
 
     def __init__(self, variables: int, width: int, outputs: int, hidden: Sequence[int]):
-        check_ranges(variables=variables, outputs=outputs, hidden=hidden)
+        check_numbers(variables=variables, outputs=outputs)
+        check_sequences(hidden=hidden)
         super().__init__()
         before = torch.ones(variables, variables).tril(-1).bool().repeat_interleave(width, 1)
         adjacency = torch.cat([torch.ones(variables, 1).bool(), before], 1)  # the first input is a constant one
@@ -83,7 +84,8 @@ class Autoregressive(nn.Module):
     """
 
     def __init__(self, latent: int, components: int = 5, hidden: Sequence[int] = (64, 64)):
-        check_ranges(latent=latent, components=components, hidden=hidden)
+        check_numbers(latent=latent, components=components)
+        check_sequences(hidden=hidden)
         super().__init__()
         self.net = _AutoregressiveMLP(latent, 1, 3 * components, hidden)
         self.loc = nn.Parameter(torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1))
@@ -119,7 +121,8 @@ class AutoregressiveCategorical(nn.Module):
     """
 
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
-        check_ranges(classes=classes, variables=variables, hidden=hidden)
+        check_numbers(classes=classes, variables=variables)
+        check_sequences(hidden=hidden)
         super().__init__()
         self.classes, self.net = classes, _AutoregressiveMLP(variables, classes, classes, hidden)
         self.like = nn.Buffer(torch.zeros(variables), persistent=False)
@@ -149,7 +152,8 @@ class AutoregressiveOneHot(nn.Module):
     """
 
     def __init__(self, classes: int, variables: int = 1, hidden: Sequence[int] = (64, 64)):
-        check_ranges(classes=classes, variables=variables, hidden=hidden)
+        check_numbers(classes=classes, variables=variables)
+        check_sequences(hidden=hidden)
         super().__init__()
         self.classes, self.index = classes, AutoregressiveCategorical(classes, variables, hidden)
 

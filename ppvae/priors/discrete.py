@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.priors.concrete import BinaryConcrete, Concrete
 from ppvae.priors.discrete_vectors import DiscreteVector, OneHotVector
 from ppvae.priors.simplex import register_value
@@ -34,7 +34,7 @@ class Bernoulli(nn.Module):
     logits: Tensor
 
     def __init__(self, latent: int, learned: bool = False):
-        check_ranges(latent=latent)
+        check_numbers(latent=latent)
         super().__init__()
         register_value(self, "logits", torch.zeros(latent), learned)
 
@@ -69,7 +69,7 @@ class Categorical(nn.Module):
     logits: Tensor
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
-        check_ranges(classes=classes, variables=variables)
+        check_numbers(classes=classes, variables=variables)
         super().__init__()
         register_value(self, "logits", torch.zeros(variables, classes), learned)
 
@@ -96,7 +96,7 @@ class OneHot(nn.Module):
     logits: Tensor
 
     def __init__(self, classes: int, variables: int = 1, learned: bool = False):
-        check_ranges(classes=classes, variables=variables)
+        check_numbers(classes=classes, variables=variables)
         super().__init__()
         register_value(self, "logits", torch.zeros(variables, classes), learned)
 
@@ -130,7 +130,7 @@ class RelaxedBernoulli(nn.Module):
     """
 
     def __init__(self, latent: int, temperature: float = 0.5, learned: bool = False):
-        check_ranges(latent=latent, temperature=temperature)
+        check_numbers(latent=latent, temperature=temperature)
         super().__init__()
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
         self.discrete = Bernoulli(latent, learned)
@@ -159,7 +159,7 @@ class RelaxedOneHot(nn.Module):
     """
 
     def __init__(self, classes: int, variables: int = 1, temperature: float = 0.5, learned: bool = False):
-        check_ranges(classes=classes, variables=variables, temperature=temperature)
+        check_numbers(classes=classes, variables=variables, temperature=temperature)
         super().__init__()
         self.temperature = nn.Buffer(torch.tensor(positive("temperature", temperature)))
         self.discrete = OneHot(classes, variables, learned)

@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import ParametricDistribution, expand_parameters
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_sequences
 
 
 @contextmanager
@@ -92,7 +92,8 @@ class RealNVP(nn.Module):
     """
 
     def __init__(self, latent: int, transforms: int = 6, hidden: Sequence[int] = (64, 64)):
-        check_ranges(latent=latent, transforms=transforms, hidden=hidden)
+        check_numbers(latent=latent, transforms=transforms)
+        check_sequences(hidden=hidden)
         super().__init__()
         self.flow = start_at_identity(zuko.flows.RealNVP(latent, transforms=transforms, hidden_features=hidden))
 
@@ -121,7 +122,8 @@ class MAF(nn.Module):
     """
 
     def __init__(self, latent: int, transforms: int = 3, hidden: Sequence[int] = (64, 64)):
-        check_ranges(latent=latent, transforms=transforms, hidden=hidden)
+        check_numbers(latent=latent, transforms=transforms)
+        check_sequences(hidden=hidden)
         super().__init__()
         self.flow = start_at_identity(zuko.flows.MAF(latent, transforms=transforms, hidden_features=hidden))
 
@@ -150,7 +152,8 @@ class NeuralSpline(nn.Module):
     """
 
     def __init__(self, latent: int, transforms: int = 2, hidden: Sequence[int] = (64, 64), bins: int = 8):
-        check_ranges(latent=latent, transforms=transforms, hidden=hidden, bins=bins)
+        check_numbers(latent=latent, transforms=transforms, bins=bins)
+        check_sequences(hidden=hidden)
         super().__init__()
         self.flow = start_at_identity(zuko.flows.NSF(latent, transforms=transforms, bins=bins, hidden_features=hidden))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 def rbf(r: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class GaussianProcess(nn.Module):
         kernel: Callable[[Tensor], Tensor] = rbf,
         jitter: float = 1e-4,
     ):
-        check_ranges(latent=latent, lengthscale=lengthscale, jitter=jitter)
+        check_numbers(latent=latent, jitter=jitter, lengthscale=lengthscale)
         super().__init__()
         self.log_lengthscale = nn.Parameter(torch.full((latent,), math.log(positive("lengthscale", lengthscale))))
         self.kernel, self.jitter = kernel, positive("jitter", jitter)

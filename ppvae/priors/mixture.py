@@ -11,8 +11,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import ParametricDistribution
-from ppvae.errors import ContractError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import ContractError, UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import call_with_context, needs_context, takes_context
 
 _MAX_ELEMENTS = 1 << 22  # the largest number of elements (rows x components x event) of a chunk
@@ -96,7 +96,7 @@ class MixtureOfNormals(nn.Module):
     """
 
     def __init__(self, latent: int, components: int = 10):
-        check_ranges(latent=latent, components=components)
+        check_numbers(latent=latent, components=components)
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent) if components > 1 else torch.zeros(1, latent))
@@ -139,11 +139,11 @@ class VampPrior(nn.Module):
         super().__init__()
         name = type(posterior).__name__
         if context is None and needs_context(posterior):
-            raise ValueError(
+            raise UsageError(
                 f"VampPrior: expected a context for each pseudo-input, which the posterior {name} declares, found none"
             )
         if context is not None and not (takes_context(posterior) and len(context) == len(pseudo_inputs)):
-            raise ValueError(
+            raise UsageError(
                 f"VampPrior: expected a context for each of {len(pseudo_inputs)} pseudo-inputs and a posterior that "
                 f"declares it, found {len(context)} for {name}"
             )
@@ -177,14 +177,14 @@ class VampPrior(nn.Module):
         `context` [N, ...] holds the contexts of the rows, where the posterior declares one.
         Raises ValueError where there are fewer rows than components.
         """
-        check_ranges(components=components, noise=noise, seed=seed)
+        check_numbers(components=components, noise=noise, seed=seed)
         if not 1 <= components <= len(data):
-            raise ValueError(f"components: expected 1 to {len(data)}, as there are rows of data, found {components}")
+            raise UsageError(f"components: expected 1 to {len(data)}, as there are rows of data, found {components}")
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(data), generator=generator)[:components]
         rows = data.read(index) if hasattr(data, "read") else data[index.to(data.device)]
         selected = None if context is None else context[index.to(context.device)]
-        return cls(posterior, rows + noise * torch.randn(rows.shape, generator=generator).to(rows), selected)
+        return cls(posterior, rows + float(noise) * torch.randn(rows.shape, generator=generator).to(rows), selected)
 
     def forward(self) -> dist.TorchDistribution:
         if _is_traced():

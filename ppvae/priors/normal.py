@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 @final
@@ -25,7 +25,7 @@ class StandardNormal(nn.Module):
     """
 
     def __init__(self, latent: int):
-        check_ranges(latent=latent)
+        check_numbers(latent=latent)
         super().__init__()
         self.loc = nn.Buffer(torch.zeros(latent), persistent=False)
 
@@ -45,7 +45,7 @@ class Normal(nn.Module):
     """
 
     def __init__(self, latent: int):
-        check_ranges(latent=latent)
+        check_numbers(latent=latent)
         super().__init__()
         self.loc = nn.Parameter(torch.zeros(latent))
         self.log_scale = nn.Parameter(torch.zeros(latent))
@@ -77,7 +77,7 @@ class ConditionalNormal(nn.Module):
     @classmethod
     def of_labels(cls, num_labels: int, latent: int) -> ConditionalNormal:
         """One normal for each label 0 .. num_labels - 1: locations start at standard normal draws, scales at one."""
-        check_ranges(num_labels=num_labels, latent=latent)
+        check_numbers(num_labels=num_labels, latent=latent)
         table = nn.Embedding(num_labels, 2 * latent)
         nn.init.zeros_(table.weight[:, latent:].detach())
         return cls(table)
@@ -103,7 +103,7 @@ class Laplace(nn.Module):
     """
 
     def __init__(self, latent: int, scale: float = 1.0):
-        check_ranges(latent=latent, scale=scale)
+        check_numbers(latent=latent, scale=scale)
         super().__init__()
         self.scale = nn.Buffer(torch.full((latent,), positive("scale", scale)), persistent=False)
 
@@ -128,7 +128,7 @@ class StudentT(nn.Module):
     """
 
     def __init__(self, latent: int, df: float = 5.0, scale: float = 1.0):
-        check_ranges(latent=latent, df=df, scale=scale)
+        check_numbers(latent=latent, df=df, scale=scale)
         super().__init__()
         self.df = nn.Buffer(torch.tensor(positive("df", df)), persistent=False)
         self.scale = nn.Buffer(torch.full((latent,), positive("scale", scale)), persistent=False)

@@ -14,7 +14,7 @@ from torch.distributions import biject_to, transforms
 
 from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import positive
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 
 
 class SimplexBlocksConstraint(constraints.Constraint):
@@ -124,7 +124,7 @@ class Dirichlet(nn.Module):
     log_concentration: Tensor
 
     def __init__(self, latent: int, concentration: float = 1.0, learned: bool = False):
-        check_ranges(latent=latent, concentration=concentration)
+        check_numbers(latent=latent, concentration=concentration)
         super().__init__()
         start = torch.full((latent,), math.log(positive("concentration", concentration)))
         register_value(self, "log_concentration", start, learned)
@@ -155,7 +155,7 @@ class LogisticNormal(nn.Module):
     log_scale: Tensor
 
     def __init__(self, latent: int, learned: bool = True):
-        check_ranges(latent=latent)
+        check_numbers(latent=latent)
         super().__init__()
         for name in ("loc", "log_scale"):
             register_value(self, name, torch.zeros(latent), learned, persistent=True)
@@ -166,7 +166,7 @@ class LogisticNormal(nn.Module):
 
         loc = 0 and scale^2 = (1 - 1 / latent) / concentration, by symmetry. Raises ValueError as `Dirichlet` does.
         """
-        check_ranges(latent=latent, concentration=concentration)
+        check_numbers(latent=latent, concentration=concentration)
         log_scale = math.log((1 - 1 / latent) / positive("concentration", concentration)) / 2
         prior = cls(latent, learned)
         with torch.no_grad():

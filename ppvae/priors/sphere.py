@@ -10,7 +10,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.distributions.batch_shape import ParametricDistribution
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 
 
 @final
@@ -68,10 +69,10 @@ class UniformOnSphere(nn.Module):
     """
 
     def __init__(self, latent: int):
-        check_ranges(latent=latent)
+        check_numbers(latent=latent)
         super().__init__()
         if latent < 2:
-            raise ValueError(f"latent: expected at least 2 elements of a unit vector, found {latent}")
+            raise UsageError(f"latent: expected at least 2 elements of a unit vector, found {latent}")
         self.like = nn.Buffer(torch.zeros(latent), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ppvae import plots
 from ppvae.data.checks import one_line
-from ppvae.errors import PpvaeError
+from ppvae.errors import PpvaeError, count_of
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, Bracket
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.results import kind_of, load_estimate
@@ -40,7 +40,7 @@ def annealing_cards(run_data: RunData) -> list[Card]:
         Card(
             f"NLL by {annealed.method}", number(annealed.nll, 3),
             "" if math.isnan(annealed.nll_std_error) else f"± {number(annealed.nll_std_error, 3)}",
-            f"over {len(est.log_px)} data; by L_{est.num_particles} on the same data {number(est.nll, 3)}",
+            f"over {count_of(len(est.log_px))}; by L_{est.num_particles} on the same data {number(est.nll, 3)}",
         )
         for annealed, est in pairs.values()
     ]  # fmt: skip
@@ -80,7 +80,7 @@ def _comparison(annealed: Estimate, est: Estimate) -> CaptionedFigure:
         f"{as_sentence('; '.join(annealed.notes))} Reliability of annealing: "
         f"{annealed.reliability.summary}{f' ({todo})' if todo else ''}. Look for a curve that still rises at its "
         "right end, for its distance from the line, and for whether importance sampling is loose on the data for "
-        f"which it is unreliable. {annealed.num_particles} chains, {_settings(annealed.settings)}.",
+        f"which it is unreliable. {count_of(annealed.num_particles, 'chain')}, {_settings(annealed.settings)}.",
     )
 
 

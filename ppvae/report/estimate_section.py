@@ -5,6 +5,7 @@ import math
 import torch
 
 from ppvae import plots
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.reliability import FILTER_METHOD, MIN_ESS
 from ppvae.plots.style import number
@@ -86,6 +87,7 @@ def least_reliable(est: Estimate, count: int) -> list[int]:
 
     A k_hat of NaN (fewer than 25 particles) counts as the largest.
     """
+    check_numbers(count=count)
     k_hat, ess, nonfinite = est.k_hat.tolist(), est.ess.tolist(), (est.nonfinite > 0).tolist()
 
     def reliability(i: int) -> tuple[bool, float, float]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ppvae import plots
 from ppvae.data.checks import one_line
-from ppvae.errors import PpvaeError
+from ppvae.errors import PpvaeError, count_of
 from ppvae.evaluation.calibration import Calibration
 from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.evaluation.local.gaps import Gaps
@@ -68,7 +68,7 @@ def _gaps(paths: dict[str, Path]) -> CaptionedFigure:
     summary = "; ".join(f"{name}: {one.summary().splitlines()[0]}" for name, one in gaps.items())
     bad = sum(int((~one.reliable).sum()) for one in gaps.values())
     count = sum(len(one.elbo) for one in gaps.values())
-    warning = f" log p(x) is unreliable for {bad} of {count} data: their gaps may be larger." if bad else ""
+    warning = f" log p(x) is unreliable for {bad} of {count_of(count)}: their gaps may be larger." if bad else ""
     return CaptionedFigure(
         plots.gap_bars(gaps),
         f"{summary}. Look for the larger part: an amortisation gap calls for a better encoder (for more data, if it "

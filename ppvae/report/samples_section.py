@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae import generate, plots
+from ppvae.errors import count_of
 from ppvae.evaluation.representation import ACTIVE
 from ppvae.plots.latents import MOST_CLASSES
 from ppvae.plots.style import number
@@ -152,7 +153,7 @@ def traversals(run_data: RunData, site: str) -> CaptionedFigure:
 def active_dims(run_data: RunData, site: str) -> str:
     """The number of active dims of a latent, as text."""
     variance = run_data.means[site].var(0, correction=0)
-    return f"{int((variance > ACTIVE).sum())} of {len(variance)} dims"
+    return f"{int((variance > ACTIVE).sum())} of {count_of(len(variance), 'dim')}"
 
 
 def latent_map(run_data: RunData, site: str) -> CaptionedFigure:
@@ -170,7 +171,11 @@ def latent_map(run_data: RunData, site: str) -> CaptionedFigure:
     if len(classes) > MOST_CLASSES:
         look += f"; {len(classes)} labels are too many for a colour each"
     names = getattr(run_data.columns[0], "classes", ())
-    which = f"all {count} data" if len(means) == count else f"the first {len(means)} data"
+    which = (
+        ("the datum" if count == 1 else f"all {count} data")
+        if len(means) == count
+        else f"the first {count_of(len(means))}"
+    )
     return CaptionedFigure(
         plots.latent_map(means, labels, log_px=per_datum, names=names, site=site),
         f"Posterior means of {site} for {which}. {look}.",

@@ -10,7 +10,7 @@ import numpy as np
 
 from ppvae import plots
 from ppvae.errors import PpvaeError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.imputation import impute
 from ppvae.report.contents import all_sections, sections_of_latents
@@ -89,7 +89,7 @@ def write_generated(
     Raises:
         UsageError: `count` is below 1, or there is no output folder; CheckpointError: a file cannot be written.
     """
-    check_ranges(count=count, seed=seed)
+    check_numbers(count=count, seed=seed)
     folder, run_data = _output_folder(run, directory) / "generated", RunData(run, data, None, seed)
     sections = [
         build_section("samples", "Samples", lambda: samples(run_data, count)),

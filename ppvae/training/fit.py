@@ -1,6 +1,7 @@
 """Training a pair with stochastic variational inference."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +16,9 @@ from ppvae.compilation.runtime import warn_of_busy_cores
 from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError
-from ppvae.errors.calls import shows_call
+from ppvae.errors.calls import explain_call
 from ppvae.errors.memory import explain_out_of_memory
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
@@ -30,7 +31,7 @@ from ppvae.training.trainer import Callback, Trainer
 _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
-@shows_call("fit(vae.model, vae.guide, x, epochs=10)")
+@explain_call
 def fit(
     model: Program,
     guide: Program,
@@ -102,20 +103,23 @@ def fit(
     >>> len(run.history), run.metrics["epoch"]
     (2, 2)
     """
-    check_ranges(
-        epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, clip=clip, patience=patience,
-        checkpoint_seconds=checkpoint_seconds,
-    )  # fmt: skip
+    check_numbers(epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, checkpoint_seconds=checkpoint_seconds)
+    check_ranges(clip=clip, patience=patience)
     if not isinstance(objective, ELBO | None):
         raise not_an_elbo(objective)
     if objective is not None:  # Pyro's own take any number
-        check_ranges(num_particles=objective.num_particles)
+        check_numbers(num_particles=objective.num_particles)
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
             f"optimizer: expected a function of parameters, as functools.partial(torch.optim.Adam, lr=1e-3), or a "
             f"PyroOptim; found an object of {type(optimizer).__name__}"
         )
-    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+    if scheduler is not None and not callable(scheduler):
+        raise UsageError(
+            f"scheduler: expected a function of the optimizer, as functools.partial(StepLR, step_size=10); found an "
+            f"object of {type(scheduler).__name__}"
+        )
+    if not isinstance(callbacks, Sequence) or not all(map(_takes_run_and_metrics, callbacks)):
         raise UsageError(f"callbacks: expected a list of functions of (run, metrics), found {callbacks!r}")
     check_precision(precision)
     if patience is not None and valid is None:
@@ -158,3 +162,18 @@ def fit(
         warn_of_busy_cores()
         with explain_out_of_memory("training", trainer.step.memory_cure):
             return trainer.run(epochs, patience, checkpoint_seconds, callbacks, progress)
+
+
+def _takes_run_and_metrics(callback: Any) -> bool:
+    """Whether a callback is a function of two arguments, as far as it has a signature."""
+    if not callable(callback):
+        return False
+    try:
+        signature = inspect.signature(callback)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True

@@ -15,7 +15,7 @@ from ppvae.data.holders import allow_missing
 from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.calls import shows_call
+from ppvae.errors.calls import explain_call
 from ppvae.inference import inspection
 from ppvae.inference.contract.describe import global_latent_caveat
 from ppvae.inference.contract.registration import CheckRegistration
@@ -33,7 +33,7 @@ from ppvae.rng import fork_rng
 log = logging.getLogger("ppvae")
 
 
-@shows_call("check(vae.model, vae.guide, x)")
+@explain_call
 def check(model: Program, guide: Program, data: Any) -> str:
     """Checks a pair against the contract on data, as one batch, and returns a description of it.
 

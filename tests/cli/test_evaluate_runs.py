@@ -174,9 +174,9 @@ def test_particles_by_need(run, capsys):
     ("options", "words"),
     [
         (["--num-particles", "some"], "num-particles"),
-        (["--num-particles", "0"], "num_particles: expected at least 1, found 0"),
-        (["--num-particles", "auto", "--target-std-error", "0"], "target_std_error: expected a positive number"),
-        (["--num-particles", "auto", "--max-particles", "99"], "max_particles: expected at least 100, found 99"),
+        (["--num-particles", "0"], "--num-particles: expected at least 1, found 0"),
+        (["--num-particles", "auto", "--target-std-error", "0"], "--target-std-error: expected a positive number"),
+        (["--num-particles", "auto", "--max-particles", "99"], "--max-particles: expected at least 100, found 99"),
         (["--max-particles", "5000"], "--max-particles: goes with --num-particles auto"),
         (["--method", "annealed", "--num-particles", "auto"], "--num-particles auto: goes with --method importance"),
         (["--dtype", "float16"], "dtype"),

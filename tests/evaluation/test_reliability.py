@@ -64,7 +64,7 @@ def test_the_particles_that_are_advised_are_those_that_ess_asks_for():
     few = estimate([10.0], [0.1], particles=20)
     assert few.reliability.recommendation == ""
     assert "non-finite" not in few.summary()
-    assert "1 data have non-finite weights" in estimate([10.0], [0.1], [3], particles=20).summary()
+    assert "1 datum has non-finite weights" in estimate([10.0], [0.1], [3], particles=20).summary()
     assert few.reliability.summary == "fewer than 25 particles (20): too few to judge any datum"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
+from ppvae.errors.calls import explain_call
 from ppvae.evaluation.annealing.chains import run_forward_chains
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockContext
@@ -23,6 +24,7 @@ from ppvae.inference.tracing import Program
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")
 
 
+@explain_call
 def annealed(
     model: Program,
     guide: Program,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import site_error
+from ppvae.errors import count_of, site_error
+from ppvae.errors.calls import explain_call
 from ppvae.evaluation.annealing.chains import run_forward_chains, run_reverse_chains
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache, BlockContext
@@ -66,7 +67,7 @@ class Bracket(SavedResult):
             f"{float(self.upper.mean()):.3f} nats on average: a gap of {mean_words(self.gap)}"
         ]
         if int((self.nonfinite > 0).sum()):
-            lines.append(f"{int((self.nonfinite > 0).sum())} data have non-finite weights")
+            lines.append(count_of(int((self.nonfinite > 0).sum()), "datum has", "data have") + " non-finite weights")
         lines.append(HOLDS_FOR)
         return "\n".join(lines)
 
@@ -78,7 +79,7 @@ class Bracket(SavedResult):
             "holds for": HOLDS_FOR,
         }
         broken = int((self.nonfinite > 0).sum())
-        return rows | ({"non-finite weights": f"{broken} data"} if broken else {})
+        return rows | ({"non-finite weights": count_of(broken)} if broken else {})
 
 
 def simulated_rows(lower: Tensor, upper: Tensor, joint: bool) -> dict[str, str]:
@@ -92,6 +93,7 @@ def simulated_rows(lower: Tensor, upper: Tensor, joint: bool) -> dict[str, str]:
     }
 
 
+@explain_call
 def bdmc(
     model: Program,
     guide: Program,

@@ -39,7 +39,12 @@ def named_schedule(schedule: str | Sequence[float] | Tensor, num_temperatures: i
         betas = (torch.sigmoid(SIGMOID_SCALE * (2 * linear - 1)) - ends[0]) / (ends[1] - ends[0])
         betas[0], betas[-1] = 0.0, 1.0
         return betas
-    betas = torch.as_tensor(schedule).double().flatten()
+    try:
+        betas = torch.as_tensor(schedule).double().flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(
+            f"schedule: expected one of {list(SCHEDULES)} or numbers from 0 to 1, found {schedule!r}"
+        ) from None
     increasing = len(betas) > 1 and bool((betas.diff() > 0).all()) and float(betas[0]) == 0 and float(betas[-1]) == 1
     if not increasing:
         raise UsageError(f"schedule: expected numbers that rise from 0 to 1, found {betas.tolist()[:8]}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.errors.memory import explain_out_of_memory
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.chains import AnnealingPlan
 from ppvae.evaluation.annealing.hmc import PILOT_CHAINS, HMCKernel, adapt_step_sizes
 from ppvae.evaluation.annealing.schedules import equal_ess, interpolate_step_sizes, named_schedule
@@ -43,8 +43,9 @@ class AnnealingSettings:
     compile: bool = True
 
     def __post_init__(self) -> None:
-        numbers = ("num_chains", "num_temperatures", "num_leapfrog", "seed", "rows", "target_acceptance", "resample")
-        check_ranges(**{name: getattr(self, name) for name in numbers})
+        numbers = ("num_chains", "num_temperatures", "num_leapfrog", "seed", "target_acceptance", "resample")
+        check_numbers(**{name: getattr(self, name) for name in numbers})
+        check_ranges(rows=self.rows)
         if self.start not in ("guide", "prior"):
             raise UsageError(f"start: expected 'guide' or 'prior', found {self.start!r}")
         _ = self.betas

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import read_rows
-from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.bdmc import HOLDS_FOR, bdmc, check_reversible, simulated_rows
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.evidence.escalation import refinable_run
@@ -80,7 +81,7 @@ class ProposalBracket(TwoSidedBounds):
         error = "" if math.isnan(self.width_std_error) else f" ± {self.width_std_error:.3f}"
         words = f"{self.width:.3f}{error} nats"
         if not math.isfinite(self.width):
-            return f"not known: the bounds of {int((~self.gap.isfinite()).sum())} data are not finite"
+            return f"not known: the bounds of {count_of(int((~self.gap.isfinite()).sum()))} are not finite"
         if self.sufficient:
             return (
                 f"the {self.proposal} proposal at K = {self.num_particles} suffices: log p(x) is known within {words}"
@@ -88,14 +89,14 @@ class ProposalBracket(TwoSidedBounds):
         text = f"wide: log p(x) is known within {words} only"
         if self.missed:
             text += (
-                f", and the exact posterior draw of {self.missed} of {len(self.lower)} data outweighs all draws of the "
-                f"proposal, which misses modes or tails that no weight of its own shows"
+                f", and the exact posterior draw of {self.missed} of {count_of(len(self.lower))} outweighs all "
+                f"draws of the proposal, which misses modes or tails that no weight of its own shows"
             )
         if not self.further:
             return text
         tried = ", ".join(f"{mean_words(gap)} by {FURTHER_RUNGS[name]}" for name, gap in self.further.items())
         closes = f"{self.remedy} closes it" if self.remedy else "nothing that was tried closes it: a better guide"
-        return f"{text}; {closes} (on {len(next(iter(self.further.values())))} data: {tried})"
+        return f"{text}; {closes} (on {count_of(len(next(iter(self.further.values()))))}: {tried})"
 
     def summary(self) -> str:
         """The bracket as text.
@@ -112,7 +113,7 @@ class ProposalBracket(TwoSidedBounds):
             self.verdict,
         ]
         if broken := int((self.nonfinite > 0).sum()):
-            lines.append(f"{broken} data have non-finite weights")
+            lines.append(count_of(broken, "datum has", "data have") + " non-finite weights")
         return "\n".join([*lines, *self.notes, HOLDS_FOR])
 
     def table(self) -> dict[str, str]:
@@ -126,6 +127,7 @@ class ProposalBracket(TwoSidedBounds):
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
 
+@explain_call
 def bracket(
     model: Program,
     guide: Program,
@@ -185,7 +187,8 @@ def bracket(
     >>> found.low < float(pair.log_px(found.data[0]).mean()) < found.high, found.sufficient
     (True, True)
     """
-    check_ranges(num_data=num_data, num_particles=num_particles, tolerance=tolerance, seed=seed, rows=rows)
+    check_numbers(num_data=num_data, num_particles=num_particles, tolerance=tolerance, seed=seed)
+    check_ranges(rows=rows)
     if num_particles < 2:
         raise UsageError(f"num_particles: expected at least 2, found {num_particles}")
     if proposal not in ("guide", "refined"):

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, UsageError, count_of
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
@@ -161,6 +161,6 @@ def escalation_note(escalated: Mapping[str, Tensor], refused: str) -> str:
     levels = escalated["num_temperatures"][chains]
     used = ", ".join(f"{int((levels == t).sum())} with {t} temperatures" for t in levels.unique().tolist())
     return (
-        f"by refined importance sampling: {int((~chains).sum())} data, by annealing from the refined proposal "
+        f"by refined importance sampling: {count_of(int((~chains).sum()))}, by annealing from the refined proposal "
         f"({NUM_CHAINS} chains): {int(chains.sum())} ({used})"
     )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
-from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.evidence.escalation import find_weak, refinable_run
@@ -68,7 +69,7 @@ class Interval(TwoSidedBounds):
         """
         unit = "nats for the whole data set" if self.joint else "nats on average"
         lines = [
-            f"log p(x) of {len(self.lower)} data lies in [{self.low:.3f}, {self.high:.3f}] {unit}, three "
+            f"log p(x) of {count_of(len(self.lower))} lies in [{self.low:.3f}, {self.high:.3f}] {unit}, three "
             f"standard errors added on either side",
             f"without these the bounds are {mean_words(self.gap)} nats apart",
         ]
@@ -79,24 +80,25 @@ class Interval(TwoSidedBounds):
                 f"the upper bounds of {self.inverted} lie below the lower ones: their chains are not there yet"
             )
         if broken := int((self.nonfinite > 0).sum()):
-            lines.append(f"{broken} data have non-finite weights")
+            lines.append(count_of(broken, "datum has", "data have") + " non-finite weights")
         return "\n".join([*lines, ASSUMPTION])
 
     def table(self) -> dict[str, str]:
         """The means over the data set as strings, for printing."""
         return {
-            "data": f"{self.data or 'a tensor'}, {len(self.lower)} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(self.lower))}",
             "log p(x) in": f"[{self.low:.3f}, {self.high:.3f}] nats {'in all' if self.joint else 'per datum'}",
             "from below": mean_words(self.lower),
             "from above": mean_words(self.upper),
             "width": mean_words(self.gap),
-            "annealed": f"{int((self.method == 1).sum())} data",
+            "annealed": count_of(int((self.method == 1).sum())),
             "acceptance": f"{float(self.acceptance.mean()):.2f}",
-            "inverted": f"{self.inverted} data",
+            "inverted": count_of(self.inverted),
             "assumes": ASSUMPTION,
         }
 
 
+@explain_call
 def interval(
     model: Program,
     guide: Program,
@@ -149,7 +151,8 @@ def interval(
     >>> found.low < float(pair.log_px(x).mean()) < found.high, found.width < 0.01
     (True, True)
     """
-    check_ranges(num_particles=num_particles, seed=seed, rows=rows)
+    check_numbers(num_particles=num_particles, seed=seed)
+    check_ranges(rows=rows)
     if num_particles < PARTICLE_BLOCK:
         raise UsageError(f"num_particles: expected at least {PARTICLE_BLOCK}, found {num_particles}")
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
-from ppvae.errors.calls import shows_call
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.evidence.escalation import (
@@ -34,7 +34,7 @@ from ppvae.inference.contract.support import base_measure_of, missing_values_not
 from ppvae.inference.tracing import Program
 
 
-@shows_call("log_marginal(vae.model, vae.guide, x)")
+@explain_call
 def log_marginal(
     model: Program,
     guide: Program,
@@ -148,6 +148,9 @@ def log_marginal(
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
     allocation = make_allocation(num_particles, target_std_error, max_particles)
+    check_numbers(local_particles=local_particles, posterior_draws=posterior_draws, seed=seed)
+    check_sequences(bounds=bounds)
+    check_ranges(rows=rows)
     if conditional or local_particles != 1:
         require_guide_importance({
             "proposal": (proposal, "guide"), "method": (method, "importance"), "bounds": (tuple(bounds), ()),
@@ -158,7 +161,6 @@ def log_marginal(
             local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
-    check_ranges(bounds=bounds, local_particles=local_particles, posterior_draws=posterior_draws, rows=rows, seed=seed)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")

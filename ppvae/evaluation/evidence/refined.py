@@ -12,17 +12,20 @@ import torch
 
 from ppvae.data.checks import one_line
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
 from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.log_marginal import log_marginal
+from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
 
 REFINED_PARTICLES, GUIDE_PARTICLES = 3700, 5000
 
 
+@explain_call
 def refined_log_marginal(
     model: Program,
     guide: Program,
@@ -64,7 +67,8 @@ def refined_log_marginal(
     >>> est.settings["proposal"], est.guide_estimate.num_particles
     ('refined', 50)
     """
-    check_ranges(guide_particles=guide_particles, bracket_data=bracket_data, seed=seed)
+    check_numbers(guide_particles=guide_particles, bracket_data=bracket_data, seed=seed)
+    make_allocation(num_particles)  # which refuses what is no number of them
     common = options | {"seed": seed, "device": device}
     folders = {name: None if directory is None else Path(directory) / name for name in ("refined", "guide")}
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest, read_rows
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.global_latents.elpd import PredictiveAccuracy
 from ppvae.evaluation.global_latents.evidence import JointWeights
@@ -25,6 +26,7 @@ from ppvae.inference.tracing import Program
 Refit = Callable[[Any], Any]  # the data that are left -> a trained pair: (model, guide), or a run that has both
 
 
+@explain_call
 def loo(
     model: Program,
     guide: Program,
@@ -75,7 +77,8 @@ def loo(
     >>> result.elpd.shape, bool(result.reliable.all())
     (torch.Size([4]), True)
     """
-    check_ranges(seed=seed)
+    check_numbers(num_particles=num_particles, local_particles=local_particles, seed=seed)
+    check_ranges(rows=rows)
     options: dict[str, Any] = {"seed": seed, "rows": rows, "device": device, "progress": progress}
     result = _accuracy(model, guide, data, "loo", num_particles, local_particles, directory=directory, **options)
     if refit is None:
@@ -88,6 +91,7 @@ def loo(
     return result
 
 
+@explain_call
 def kfold(
     model: Program,
     guide: Program,
@@ -112,7 +116,8 @@ def kfold(
         refit: a function of the data of all other folds that trains the pair and returns (model, guide), or a run.
         folds: their number, from 2 to the number of data.
     """
-    check_ranges(seed=seed)
+    check_numbers(folds=folds, num_particles=num_particles, local_particles=local_particles, seed=seed)
+    check_ranges(rows=rows)
     options: dict[str, Any] = {"seed": seed, "rows": rows, "device": device, "progress": progress}
     columns = _columns(data, seed, device, model, guide)
     count = len(columns[0])
@@ -129,6 +134,7 @@ def kfold(
     return replace(result, guide_k_hat=max(shapes), num_folds=folds)
 
 
+@explain_call
 def waic(
     model: Program,
     guide: Program,
@@ -150,7 +156,7 @@ def waic(
 
     Source: Watanabe 2010 (JMLR 11); Vehtari et al. 2017 (arXiv 1507.04544).
     """
-    check_ranges(seed=seed)
+    check_numbers(seed=seed)
     return _accuracy(
         model, guide, data, "waic", num_particles, local_particles, seed=seed, rows=rows, directory=directory,
         device=device, progress=progress,
@@ -206,10 +212,7 @@ def _accuracy(
 ) -> PredictiveAccuracy:  # fmt: skip
     """The predictive accuracy of all data, by weights that count the data which are not `left` out."""
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    for name, value in {"num_particles": num_draws, "local_particles": local_particles, "rows": rows}.items():
-        if not hasattr(value, "__index__") or value < 1:
-            raise UsageError(f"{name}: expected a number of at least 1, found {value!r}")
-    check_ranges(num_particles=num_draws, local_particles=local_particles, rows=rows)
+    check_numbers(num_particles=num_draws, local_particles=local_particles, rows=rows)
     with start_evaluation(model, guide, data, seed=seed, device=device, given_globals=True) as run:
         require_posterior(run)
         likelihood = ConditionalLikelihood(run, num_draws, local_particles, rows)

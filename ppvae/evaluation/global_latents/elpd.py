@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.errors import count_of
+from ppvae.evaluation.reliability import all_reliable
+
 MAX_K_HAT = 0.7
 MIN_ESS = 50.0
 MAX_WAIC_VARIANCE = 0.4  # of log p(x_n | theta), above which WAIC of a datum is far off (Vehtari et al. 2017)
@@ -95,11 +98,11 @@ class PredictiveAccuracy:
         limits = f"k-hat not below {self.k_hat_limit:.2f}, local k-hat not below {MAX_K_HAT}, or ess below {MIN_ESS:g}"
         limits += f", or a variance above {MAX_WAIC_VARIANCE}" if self.method == "waic" else ""
         lines = [
-            f"elpd {self.total:.2f} ± {self.total_std_error:.2f} nats over {count} data by {self.method}, "
+            f"elpd {self.total:.2f} ± {self.total_std_error:.2f} nats over {count_of(count)} by {self.method}, "
             f"{self.effective_parameters:.2f} effective parameters ({self.num_draws} draws of the global latents, "
             f"{self.local_particles} local particles)",
-            f"all {count} data are reliable" if not bad else
-            f"{bad} of {count} data are unreliable ({limits}): {self._cure}",
+            all_reliable(count) if not bad else
+            f"{bad} of {count_of(count)} {'is' if bad == 1 else 'are'} unreliable ({limits}): {self._cure}",
         ]  # fmt: skip
         if not self.guide_k_hat < self.k_hat_limit:
             lines.append(
@@ -107,7 +110,9 @@ class PredictiveAccuracy:
                 "richer guide, as AutoMultivariateNormal, or more draws"
             )
         if bool(self.refitted.any()):
-            lines.append(f"{int(self.refitted.sum())} data by pairs that were trained without them")
+            refitted = int(self.refitted.sum())
+            them = "it" if refitted == 1 else "them"
+            lines.append(f"{count_of(refitted)} by pairs that were trained without {them}")
         return "\n".join(lines)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.global_latents.likelihood import ConditionalLikelihood
@@ -59,7 +59,8 @@ def log_marginal_given_globals(
     for name, value in {"num_particles": num_draws, "local_particles": local_particles, "rows": rows}.items():
         if not hasattr(value, "__index__") or value < 1:
             raise UsageError(f"{name}: expected a number of at least 1, found {value!r}")
-    check_ranges(num_particles=num_draws, local_particles=local_particles, rows=rows)
+    check_numbers(local_particles=local_particles)
+    check_ranges(num_particles=num_draws, rows=rows)
     if posterior_draws > num_draws:
         raise UsageError(f"posterior_draws: expected at most the {num_draws} draws, found {posterior_draws}")
     settings = {"local_particles": local_particles} | ({"conditional": True} if conditional else {})

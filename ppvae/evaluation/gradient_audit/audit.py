@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_columns, data_digest, read_rows
 from ppvae.errors import ContractError, UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.gradient_audit.result import GradientAudit
 from ppvae.inference.device import choose_device
 from ppvae.inference.inspection import inspect
@@ -42,6 +43,7 @@ class AuditedObjective(Protocol):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float: ...
 
 
+@explain_call
 def gradients(
     model: Program,
     guide: Program,
@@ -82,7 +84,7 @@ def gradients(
     >>> found.estimators, sorted(found.variance)
     (('vimco', 'disarm'), ['model', 'z'])
     """
-    check_ranges(draws=draws, warmup=warmup)
+    check_numbers(draws=draws, warmup=warmup, seed=seed)
     if draws < MIN_DRAWS:
         raise UsageError(f"draws: expected at least {MIN_DRAWS} for a variance, found {draws}")
     if not isinstance(objective, AuditedObjective):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import PARTICLE_BLOCK
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.proposals.log_weights import Proposal
@@ -31,7 +31,7 @@ class FixedAllocation:
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_ranges(num_particles=self.max_particles)
+        check_numbers(num_particles=self.max_particles)
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""
@@ -55,9 +55,7 @@ class AdaptiveAllocation:
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_ranges(target_std_error=self.target_std_error, max_particles=self.max_particles)
-        if self.max_particles < PARTICLE_BLOCK:
-            raise UsageError(f"max_particles: expected at least {PARTICLE_BLOCK}, found {self.max_particles}")
+        check_numbers(target_std_error=self.target_std_error, max_particles=self.max_particles)
 
     def settings(self) -> dict[str, Any]:
         """The settings that an estimate reports beside its number of particles."""
@@ -124,7 +122,8 @@ def make_allocation(
     Raises:
         UsageError: an argument that cannot be used, by its name.
     """
-    if num_particles == "auto":
+    check_numbers(target_std_error=target_std_error, max_particles=max_particles)
+    if isinstance(num_particles, str) and num_particles == "auto":
         return AdaptiveAllocation(target_std_error, max_particles)
     if not hasattr(num_particles, "__index__"):
         raise UsageError(f"num_particles: expected a number or 'auto', found {num_particles!r}")

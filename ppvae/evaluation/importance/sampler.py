@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.compilation.precision import check_precision, faster_precision, layer_precision
+from ppvae.errors import count_of
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, concatenate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.importance.allocation import Allocation, FixedAllocation
@@ -93,7 +94,7 @@ class ImportanceSampler:
         if not difference.any():
             return (f"products in {self.precision} change nothing here: there is no layer in float32",)
         mean, largest = float(difference.mean()), float(difference.abs().max())
-        who = "all data" if self.run.structure.has_global_latents else f"the first {len(difference)} data"
+        who = "all data" if self.run.structure.has_global_latents else f"the first {count_of(len(difference))}"
         return (
             f"products in {self.precision}: with {PARTICLE_BLOCK} particles log p(x) of {who} is "
             f"{mean:+.4f} nats from float32 on average, {largest:.4f} at most",

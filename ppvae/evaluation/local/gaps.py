@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ppvae.data.loader import data_digest
-from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors import UsageError, count_of
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.block_cache import BlockContext
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
@@ -82,7 +83,7 @@ class Gaps(SavedResult):
     def table(self) -> dict[str, str]:
         """The means over the data with standard errors (of paired differences for the gaps), as strings."""
         rows = {
-            "data": f"{self.data or 'a tensor'}, {len(self.elbo)} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(self.elbo))}",
             "log p(x)": f"{mean_words(self.log_px)} nats per datum ({self.log_px_from})",
             "best ELBO": f"{mean_words(self.best_elbo)} ({self.refit})",
             "ELBO": mean_words(self.elbo),
@@ -93,7 +94,10 @@ class Gaps(SavedResult):
         if self.richer_elbo is not None:
             above = mean_words(self.richer_elbo - self.best_elbo)
             rows["richer family"] = f"{mean_words(self.richer_elbo)} ({self.richer}), {above} above the best"
-        rows["refit"] = f"{self.rounds} rounds of {self.steps} steps; the last gained {mean_words(self.gained)}"
+        rows["refit"] = (
+            f"{count_of(self.rounds, 'round')} of {count_of(self.steps, 'step')}; the last gained "
+            f"{mean_words(self.gained)}"
+        )
         return rows | {f"note {i}": note for i, note in enumerate(self.notes, 1)}
 
     def summary(self) -> str:
@@ -104,16 +108,17 @@ class Gaps(SavedResult):
         )
         lines = [
             f"inference gap {inference} = approximation gap {approximation} + amortisation gap {amortisation} nats per "
-            f"datum over {count} data",
+            f"datum over {count_of(count)}",
             f"refit: {self.refit}; the amortisation gap is a lower bound (the last round gained "
             f"{mean_words(self.gained)}), the approximation gap an upper bound up to the looseness of log p(x) "
             f"({self.log_px_from})",
         ]
         if bad:
-            lines.append(f"log p(x) of {bad} of {count} data is unreliable: their approximation gap may be larger")
+            lines.append(f"log p(x) of {bad} of {count_of(count)} is unreliable: their approximation gap may be larger")
         return "\n".join([*lines, *self.notes])
 
 
+@explain_call
 def gaps(
     model: Program,
     guide: Program,
@@ -161,7 +166,8 @@ def gaps(
     >>> bool((parts.inference - parts.approximation - parts.amortisation).abs().max() < 1e-12)
     True
     """
-    check_ranges(num_particles=num_particles, steps=steps, rounds=rounds, seed=seed, rows=rows)
+    check_numbers(num_particles=num_particles, steps=steps, rounds=rounds, seed=seed)
+    check_ranges(rows=rows)
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         _check_log_px(log_px, run.columns)
         s = run.structure

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
+from ppvae.errors.calls import explain_call
+from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.calibration import p_value, pointwise_p_values
 from ppvae.evaluation.predictive.p_values import jittered, predictive_p, random_ranks
@@ -23,6 +25,7 @@ from ppvae.rng import derive_seed
 OVER: Mapping[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "standard deviation": torch.std}
 
 
+@explain_call
 def predictive_check(
     model: Program,
     guide: Program,
@@ -78,13 +81,9 @@ def predictive_check(
     >>> check.passed, check.posterior["largest"].shape
     (False, torch.Size([100, 50]))
     """
-    for name, value, least in (
-        ("num_draws", num_draws, 1), ("num_particles", num_particles, 1), ("calibrations", calibrations, 0),
-    ):  # fmt: skip
-        if value < least:
-            raise UsageError(f"{name}: expected at least {least}, found {value}")
-    if not 0 < alpha < 1:
-        raise UsageError(f"alpha: expected a probability between 0 and 1, found {alpha:g}")
+    check_numbers(num_draws=num_draws, num_particles=num_particles, calibrations=calibrations, seed=seed)
+    check_numbers(replications=replications)
+    PROBABILITY.check_number("alpha", alpha)
     if not isinstance(statistics, Mapping | None):
         raise UsageError(f"statistics: expected a dict of functions by name, as {{'mean': f}}; found {statistics!r}")
     over = OVER if over is None else over

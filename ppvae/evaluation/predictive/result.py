@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ppvae.errors import count_of
 from ppvae.evaluation.predictive.p_values import two_sided
 from ppvae.evaluation.results import SavedResult
 
@@ -92,7 +93,7 @@ class PredictiveCheck(SavedResult):
         """The checks as strings, for printing."""
         failed = [name for name, p in self.tests.items() if p < self.level]
         rows = {
-            "data": f"{self.data or 'a tensor'}, {len(next(iter(self.observed.values())))} data",
+            "data": f"{self.data or 'a tensor'}, {count_of(len(next(iter(self.observed.values()))))}",
             "verdict": f"the model's data differ in {', '.join(failed)}" if failed else "no difference found",
         }
         rows["verdict"] += f" (the true model fails with probability {self.alpha:g} at most)"

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import support_name
+from ppvae.errors import count_of, support_name
 from ppvae.inference.contract.plates_and_roles import global_latents
 from ppvae.inference.contract.support import base_distribution, base_support, mask_of, same_mask
 from ppvae.inference.evaluation_mode import eval_mode
@@ -38,7 +38,7 @@ def describe_structure(s: Structure, model: Mapping[str, Any], guide: Mapping[st
             facts += ["shared by all data"] if name in shared else []
             yield f"{side} site {name!r}: {roles[name]}, {', '.join(facts)}"
     total = sum(p.numel() for p in {id(p): p for p in s.params.values()}.values())
-    yield f"{len(s.params)} registered parameters, {total} numbers"
+    yield f"{count_of(len(s.params), 'registered parameter', 'registered parameters')}, {count_of(total, 'number')}"
     if s.has_global_latents:
         yield "a latent is shared by all data: weights are joint, one for the whole data set and not one per datum"
         yield from _describe_local_weights(s)
@@ -122,7 +122,7 @@ def describe_modules(
     for module, result in sorted(calls, key=lambda call: order.get(id(call[0]), len(order))):
         if id(module) in inner:
             continue
-        facts = [f"{sum(p.numel() for p in module.parameters())} parameters"]
+        facts = [count_of(sum(p.numel() for p in module.parameters()), "parameter")]
         if isinstance(result, torch.distributions.Distribution):
             facts.insert(0, f"a distribution over event {list(result.event_shape)}{_space(result)}")
         cls = type(module)

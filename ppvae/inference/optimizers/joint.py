@@ -9,6 +9,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ppvae.errors import UsageError
 from ppvae.inference.optimizers.fused import FusedAdam
 
 
@@ -34,7 +35,7 @@ class JointOptim(PyroOptim):
         if self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": new})
         elif new:
-            self.optimizer = self.pt_optim_constructor(new)
+            self.optimizer = self._made(new)
             if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
                 for group in self.optimizer.param_groups:  # one kernel for all parameters, unless set otherwise
                     if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
@@ -42,6 +43,18 @@ class JointOptim(PyroOptim):
             self._kernel = FusedAdam(self.optimizer)
             if self._state_waiting_to_be_consumed:
                 self.optimizer.load_state_dict(self._state_waiting_to_be_consumed)
+
+    def _made(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        try:
+            made: Any = self.pt_optim_constructor(params)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"optimizer: it cannot be made ({error})") from error
+        if not isinstance(made, torch.optim.Optimizer):
+            raise UsageError(
+                f"optimizer: expected a function of parameters that gives a torch optimizer, found one that gives an "
+                f"object of {type(made).__name__}"
+            )
+        return made
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """One step of the given parameters, each given once."""

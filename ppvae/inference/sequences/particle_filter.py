@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError
+from ppvae.errors.calls import explain_call
 from ppvae.inference.particle_layout import with_sampled_sites
 from ppvae.inference.sequences.backward import FilterHistory
 from ppvae.inference.sequences.continuation import continue_guide, select_particles
@@ -50,6 +51,7 @@ class FilterResult:
     history: FilterHistory | None
 
 
+@explain_call
 def particle_filter(
     model: Program,
     guide: Program,

@@ -10,7 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.models.bayesian.plate import data_plate
+from ppvae.errors.ranges import check_numbers
+from ppvae.models.bayesian.plate import NUM_DATA, data_plate
 from ppvae.parameter_names import unique_name
 
 
@@ -39,6 +40,8 @@ class BayesianFactorAnalysis(nn.Module):
     """
 
     def __init__(self, size: int, features: int, latent: int, isotropic: bool = False):
+        NUM_DATA.check_number("size", size)
+        check_numbers(features=features, latent=latent)
         super().__init__()
         self.size, start = size, 0.1
         shapes = {"alpha": (latent,), "weight": (features, latent), "loc": (features,)}

@@ -9,7 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.models.bayesian.plate import data_plate
+from ppvae.errors.ranges import check_numbers
+from ppvae.models.bayesian.plate import NUM_DATA, data_plate
 from ppvae.models.composed_model import ComposedModel
 
 
@@ -45,6 +46,8 @@ class LastLayerVAE(ComposedModel):
         self, size: int, prior: nn.Module, features: nn.Module, likelihood: nn.Module, posterior: nn.Module,
         hidden: int, outputs: int, scale: float = 1.0,
     ):  # fmt: skip
+        NUM_DATA.check_number("size", size)
+        check_numbers(hidden=hidden, outputs=outputs, scale=scale)
         super().__init__("last_layer_vae")
         self.size, self.scale = size, scale * (hidden + 1) ** -0.5
         self.prior, self.features, self.likelihood, self.posterior = prior, features, likelihood, posterior

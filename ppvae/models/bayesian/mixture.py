@@ -10,7 +10,8 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
-from ppvae.models.bayesian.plate import data_plate
+from ppvae.errors.ranges import POSITIVE, check_numbers
+from ppvae.models.bayesian.plate import NUM_DATA, data_plate
 from ppvae.parameter_names import unique_name
 
 
@@ -43,9 +44,11 @@ class BayesianGaussianMixture(nn.Module):
         self, size: int, features: int, components: int, concentration: float = 1.0, shape: float = 2.0,
         rate: float = 1.0, kappa: float = 0.1,
     ):  # fmt: skip
+        NUM_DATA.check_number("size", size)
+        check_numbers(features=features, components=components, concentration=concentration, kappa=kappa)
+        for name, value in (("shape", shape), ("rate", rate)):
+            POSITIVE.check_number(name, value)
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components: expected at least 1, found {components}")
         self.size, self.concentration, self.shape, self.rate, self.kappa = size, concentration, shape, rate, kappa
         self.log_concentration = nn.Parameter(torch.full((components,), size / components).log())
         self.log_shape = nn.Parameter(torch.full((components, features), shape + size / components / 2).log())
@@ -57,6 +60,7 @@ class BayesianGaussianMixture(nn.Module):
     @classmethod
     def from_data(cls, x: Tensor, components: int, seed: int = 0, **options: float) -> BayesianGaussianMixture:
         """A mixture of the size of data [N, features], whose guide starts at rows far from each other (k-means++)."""
+        check_numbers(seed=seed)
         pair = cls(len(x), x.shape[1], components, **options).to(x)
         generator = torch.Generator().manual_seed(seed)
         rows = [int(torch.randint(len(x), (), generator=generator))]

@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors.ranges import check_numbers
 from ppvae.likelihoods import Multinomial
-from ppvae.models.bayesian.plate import data_plate
+from ppvae.models.bayesian.plate import NUM_DATA, data_plate
 from ppvae.models.composed_model import ComposedModel
 from ppvae.models.counts import validate_counts
 
@@ -42,6 +43,8 @@ class BayesianTopicModel(ComposedModel):
     """
 
     def __init__(self, size: int, words: int, prior: nn.Module, posterior: nn.Module, smoothing: float = 1.0):
+        NUM_DATA.check_number("size", size)
+        check_numbers(words=words, smoothing=smoothing)
         super().__init__("bayesian_topic_model")
         self.size, self.smoothing = size, smoothing
         self.prior, self.posterior = prior, posterior

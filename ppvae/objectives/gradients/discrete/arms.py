@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.objectives.gradients.discrete.bits import bits_of
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
 
@@ -38,6 +39,7 @@ class ARMS(SiteEstimator):
     """
 
     def __init__(self, draws: int = 4):
+        check_numbers(draws=draws)
         if draws < 2:
             raise UsageError(f"draws: expected at least 2 antithetic draws, found {draws}")
         self.draws = draws

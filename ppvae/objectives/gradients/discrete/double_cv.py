@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
+from ppvae.errors.ranges import check_numbers
 from ppvae.objectives.gradients.control_variates import ExponentialMovingAverage
 from ppvae.objectives.gradients.discrete.bits import family_of
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
@@ -39,6 +40,7 @@ class DoubleCV(SiteEstimator):
     needs_values = True
 
     def __init__(self, decay: float = 0.9):
+        check_numbers(decay=decay)
         self.decay = decay
         self._coefficients: dict[str, ExponentialMovingAverage] = {}
 

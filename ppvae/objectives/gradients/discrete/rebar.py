@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.errors import site_error
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.second_run import buffer_copies
 from ppvae.objectives.gradients.discrete.bits import family_of
 from ppvae.objectives.gradients.discrete.relaxation import logistic_given
@@ -90,7 +90,7 @@ class REBAR(SiteEstimator):
         network: bool = False,
         optimizer: Callable[[Any], torch.optim.Optimizer] = _adam,
     ):
-        check_ranges(temperature=temperature)
+        check_numbers(temperature=temperature)
         self.temperature, self.network, self._optimizer_factory = temperature, network, optimizer
         self._control_variates: dict[str, _ControlVariate] = {}
 

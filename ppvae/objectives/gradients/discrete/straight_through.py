@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.objectives.gradients.discrete.bits import family_of
 from ppvae.objectives.gradients.discrete.relaxation import relaxed
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
@@ -34,7 +34,7 @@ class StraightThrough(SiteEstimator):
     needs_values = True
 
     def __init__(self, temperature: float = 0.5):
-        check_ranges(temperature=temperature)
+        check_numbers(temperature=temperature)
         self.temperature = temperature
 
     def check_objective(self, objective: LogWeightBound) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError, site_error
+from ppvae.errors.ranges import check_numbers
 from ppvae.objectives.gradients.discrete.bits import family_of, log_probs_of, value_of_index
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
 
@@ -41,6 +42,7 @@ class UnorderedSet(SiteEstimator):
     """
 
     def __init__(self, draws: int = 4):
+        check_numbers(draws=draws)
         if not 2 <= draws <= 8:
             raise UsageError(f"draws: expected 2 to 8 draws without replacement, found {draws}")
         self.draws = draws
