@@ -26,10 +26,10 @@ SELECTION_DRAWS, VARIANCE_DRAWS = 100, 40  # per source of draws; of the last ca
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
 NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
-MAX_VARIANCE = 16.0  # along any direction: of a Laplace approximation in units of the guide's, of a round in the last's
+MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
 REGRESSIONS, AVERAGES = 3, 3  # rounds
 DRAWS_PER_DIM, MIN_DRAWS = 3, 40  # of a round
-MAX_CHANGE = 16.0  # of a precision in one round
+MAX_CHANGE, MAX_GROWTH = 16.0, 2.0  # of a precision and of a variance in one round; a scale far too wide never recovers
 MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
 
@@ -174,24 +174,24 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     hessian = (gradients[:dims] - gradients[dims:]).permute(1, 0, 2) / (2 * DIFFERENCE)
     curvature = -(hessian + hessian.mT).double() / 2
     curvature = torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature))
-    factor = scale_of(curvature)
+    factor = scale_of(curvature, MAX_VARIANCE)
     return (factor @ factor.mT).to(u)
 
 
-def scale_of(precision: Tensor, most: float = math.inf) -> Tensor:
+def scale_of(precision: Tensor, variance: float, most: float = math.inf) -> Tensor:
     """The lower Cholesky factors of the inverses of symmetric matrices, [batch, dims, dims].
 
-    Where a variance would be larger than `MAX_VARIANCE`, or a matrix is not positive definite, its eigenvalues are
-    clamped to at least 1 / `MAX_VARIANCE` and at most `most`: an eigendecomposition takes far longer than a factor.
+    Where a variance would be larger than `variance`, or a matrix is not positive definite, its eigenvalues are clamped
+    to at least 1 / `variance` and at most `most`: an eigendecomposition takes far longer than a factor.
     """
     factor, failed = torch.linalg.cholesky_ex(precision.flip((-2, -1)))  # of the reversed matrix: the inverse is lower
     identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     scale = torch.linalg.solve_triangular(factor.flip((-2, -1)).mT, identity.expand_as(precision), upper=False)
-    within = (failed == 0) & (scale.square().sum(-1).amax(-1) <= MAX_VARIANCE)
+    within = (failed == 0) & (scale.square().sum(-1).amax(-1) <= variance)
     within &= precision.diagonal(dim1=-2, dim2=-1).amax(-1) <= most
     if not bool(within.all()):
         values, vectors = torch.linalg.eigh(precision[~within])
-        values = values.clamp(1 / MAX_VARIANCE, most)
+        values = values.clamp(1 / variance, most)
         scale[~within] = torch.linalg.cholesky((vectors / values[:, None, :]) @ vectors.mT)
     return scale
 
@@ -222,7 +222,7 @@ def maximize_elbo(target: Target, start: Elliptical) -> tuple[Elliptical, Tensor
         else:
             residual = slopes + eps
             precision = identity - _outer(eps, residual) / (2 * half)
-        factor = scale_of(identity + weight * ((precision + precision.mT) / 2 - identity), MAX_CHANGE)
+        factor = scale_of(identity + weight * ((precision + precision.mT) / 2 - identity), MAX_GROWTH, MAX_CHANGE)
         move = weight * torch.einsum("nde,ne->nd", factor @ factor.mT, slopes.mean(0))
         move = move * (dims**0.5 / move.norm(dim=-1, keepdim=True)).clamp(max=1)
         loc = loc + torch.einsum("nde,ne->nd", scale, move.to(loc))
