@@ -73,7 +73,7 @@ class Evaluate:
 
     method: Literal["importance", "auto", "annealed", "smc", "bdmc"] = "importance"  # bdmc: a bracket of simulated data
     proposal: Literal["refined", "guide"] = "refined"  # density that draws come from
-    num_particles: int | Literal["auto"] | None = None  # 3700 if refined, else 5000; auto: adaptive to each datum
+    num_particles: int | Literal["auto"] | None = None  # 3000 if refined, else 5000; auto: adaptive to each datum
     guide_particles: int | None = None  # for L_K of the guide, beside refined: num_particles, else 5000; 0 for none
     bracket: int = 50  # data simulated from the model, on which bounds of both sides certify the proposal; 0 for none
     # of a pair whose parameters, or other latents, are shared by all data: the log predictive density of each datum, as

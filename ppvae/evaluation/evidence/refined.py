@@ -20,7 +20,7 @@ from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.inference.tracing import Program
 
-REFINED_PARTICLES, GUIDE_PARTICLES = 3700, 5000
+REFINED_PARTICLES, GUIDE_PARTICLES = 3000, 5000
 
 
 def refined_log_marginal(
