@@ -1,5 +1,5 @@
 """log p(x) of MNIST by three estimates, and what each costs: importance sampling from the guide (K = 5000, the number
-that papers print), importance sampling from a density refined to each image (K = 3700), and annealing.
+that papers print), importance sampling from a density refined to each image, and annealing.
 
 The networks of `table1` (Burda et al. 2016, arXiv 1509.00519), one and two stochastic layers, trained for 25 epochs on
 the ELBO (VAE-1) or the bound of five draws (IWAE-5). The guide and the refined proposal estimate log p(x) of the first
@@ -47,7 +47,7 @@ class Settings:
     num_test: int = 1000
     num_annealed: int = 100
     particles: int = 5000  # of the guide
-    refined_particles: int = 3700
+    refined_particles: int = 3000
     chains: int = 8
     temperatures: int = 500
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 METHODS = {
     "guide": "guide, K = 5000",
-    "refined": "refined, K = 3700",
+    "refined": "refined, K = {num_particles}",
     "annealed": "annealing, 8 chains, 500 temperatures",
 }
 
@@ -26,7 +26,7 @@ def trust() -> str:
             below, error = result[f"{method}_below"], result[f"{method}_below_error"]
             short = "" if method == "annealed" else f"{below:.3f} ± {error:.3f} nats"
             rows.append(
-                f"| {layers} | {name} | {result[f'{method}_first']:.3f} | {short} | "
+                f"| {layers} | {name.format(**result)} | {result[f'{method}_first']:.3f} | {short} | "
                 f"{result[f'{method}_reliable']:.1%} | {1000 * result[f'{method}_seconds']:.0f} |"
             )
     return "\n".join(rows) + "\n"

@@ -74,7 +74,7 @@ class Evaluate:
     # bdmc: a bracket of simulated data; particle_filter: of sequences, with the guide as the proposal
     method: Literal["importance", "auto", "annealed", "smc", "bdmc", "particle_filter"] = "importance"
     proposal: Literal["refined", "guide"] = "refined"  # density that draws come from
-    # 3700 if refined, 1000 of particle filters, else 5000; auto: adaptive to each datum
+    # 3000 if refined, 1000 of particle filters, else 5000; auto: adaptive to each datum
     num_particles: int | Literal["auto"] | None = None
     guide_particles: int | None = None  # for L_K of the guide, beside refined: num_particles, else 5000; 0 for none
     bracket: int = 50  # data simulated from the model, on which bounds of both sides certify the proposal; 0 for none

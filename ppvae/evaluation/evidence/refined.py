@@ -22,7 +22,7 @@ from ppvae.evaluation.evidence.log_marginal import log_marginal
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
 
-REFINED_PARTICLES, GUIDE_PARTICLES = 3700, 5000
+REFINED_PARTICLES, GUIDE_PARTICLES = 3000, 5000
 
 
 @explain_call

@@ -53,9 +53,15 @@ class Elliptical:
         direction = torch.linalg.solve_triangular(self.scale_tril.mT, whitened, upper=True).permute(2, 0, 1)
         return -_pull(whitened.square().sum(1).T, self.df, self.loc.shape[-1])[..., None] * direction
 
-    def with_tails(self, df: Tensor, factor: Tensor) -> Elliptical:
-        """The same location with these degrees of freedom [batch], and a scale larger by a factor [batch]."""
-        return Elliptical(self.loc, factor[:, None, None] * self.scale_tril, df)
+    def with_tails(self, df: Tensor, added: Tensor) -> Elliptical:
+        """The same location with these degrees of freedom [batch], and a larger scale matrix, by [batch, dims, dims].
+
+        Where the sum is not positive definite, as of values that are not finite, the scale stays as it is.
+        """
+        scale = self.scale_tril.to(added)
+        larger, failed = torch.linalg.cholesky_ex(scale @ scale.mT + added)
+        failed |= (~larger.isfinite()).flatten(1).any(1)
+        return Elliptical(self.loc, torch.where(failed[:, None, None] > 0, scale, larger).to(self.loc), df)
 
     def select(self, index: Tensor) -> Elliptical:
         """The densities of some of the data."""
@@ -186,9 +192,6 @@ class Density(Protocol):
 
     def grad_log_prob(self, u: Tensor) -> Tensor:
         """Their gradients."""
-
-    def with_tails(self, df: Tensor, factor: Tensor) -> Self:
-        """Other degrees of freedom [batch], and a scale larger by a factor [batch]."""
 
     def select(self, index: Tensor) -> Self:
         """Some of the data."""

@@ -14,20 +14,22 @@ from ppvae.evaluation.proposals.densities import D, Density, Elliptical, LowRank
 from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
 FAMILIES = ("guide", "Laplace", "full rank", "diagonal", "low rank")
-DEGREES = 20.0  # of freedom of every candidate: tails heavier than normal, as a fit has noise of its own
-MIN_DEGREES, DEGREES_PER_DIM = 4.0, 0.4  # of freedom where the posterior is not normal: the fewer the dims, the fewer
-MAX_INFLATION, MIN_INFLATED_DIMS = 0.2, 20  # of the scale where the posterior is not normal, in many dims
-DEGREES_VARIANCE, INFLATION_VARIANCE = 0.1, 0.8  # of log-weights, from which on it is not normal
+DEGREES = 20.0  # of freedom where the posterior is normal: tails heavier than normal, as a fit has noise of its own
+MIN_DEGREES, DEGREES_BY_DIMS = 4.0, 0.02  # of freedom where it is not: in few dims; in many, times dims^2
+NORMAL_VARIANCE = 0.1  # of log-weights, from which on it is not normal
+MAX_ADDED, HALF_ADDED = 0.9, 0.1  # the largest share of the variance that is added, and the roughness that adds half
+MAX_INFLATION, INFLATION_VARIANCE = 0.2, 0.8  # of a low-rank scale, and the variance of log-weights that takes it
+MIN_INFLATED_DIMS = 20  # fewer dims take less of both
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS, VARIANCE_DRAWS = 100, 40  # per source of draws; of the last candidate, for the variance of log-weights
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
 NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
-MAX_VARIANCE = 16.0  # along any direction: of a Laplace approximation in units of the guide's, of a round in the last's
+MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
 REGRESSIONS, AVERAGES = 3, 3  # rounds
 DRAWS_PER_DIM, MIN_DRAWS = 3, 40  # of a round
-MAX_CHANGE = 16.0  # of a precision in one round
+MAX_CHANGE, MAX_GROWTH = 16.0, 2.0  # of a precision and of a variance in one round; a scale far too wide never recovers
 MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
 
@@ -69,9 +71,10 @@ def fit_proposal(target: Target) -> FittedProposal:
 
     Candidates are the guide, a Laplace approximation at the mode that Adam and Newton's method find, and a full-rank
     density that climbs the ELBO in coordinates whitened by the better of Laplace approximation and guide moments; the
-    latter two as Student's t with 20 degrees of freedom, or wider where the posterior is not normal, see `tails`.
-    Beyond 256 dims they are a diagonal and a low-rank scale, see `fit_low_rank`. All are scored on common draws, which
-    no estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance sampling from the mixture of all candidates.
+    latter two as Student's t, see `degrees_of_freedom`, and wider along the directions in which the posterior is not
+    normal, see `added_covariance`. Beyond 256 dims they are a diagonal and a low-rank scale, see `fit_low_rank`, wider
+    along all. All are scored on common draws, which no estimate uses: E_q[w^2] = int p(x, u)^2 / q(u) du by importance
+    sampling from the mixture of all candidates.
 
     Noise is torch's generator's. Sources: Hjelm et al. 2016 (arXiv 1511.06382) and Cremer et al. 2018 (arXiv
     1801.03558) for fits per datum; Roeder et al. 2017 (arXiv 1703.09194) for the path gradient; Owen and Zhou 2000,
@@ -79,20 +82,24 @@ def fit_proposal(target: Target) -> FittedProposal:
     """
     loc, scale = mean_and_scale(target.sample_start(MOMENT_DRAWS))
     if loc.shape[-1] > MAX_FULL_RANK_DIMS:
-        return best_of(target, fit_low_rank(target, loc, scale), 2)
+        diagonal, low_rank = fit_low_rank(target, loc, scale)
+        variance = variance_of_log_weights(target, low_rank)
+        df = torch.full_like(variance, DEGREES)
+        factor = 1 + MAX_INFLATION * (variance / INFLATION_VARIANCE).clamp(max=1.0)
+        return best_of(target, [q.with_tails(df, factor) for q in (diagonal, low_rank)], 2)
     normal = torch.full(loc.shape[:1], math.inf, dtype=loc.dtype, device=loc.device)
     moments = Elliptical(loc, torch.diag_embed(scale), normal)
     mode, covariance = newton(target, ascend(target, loc, scale), scale)
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
-    full_rank = maximize_elbo(target, choose(better, [moments, laplace]))
-    return best_of(target, [laplace, full_rank])
+    full_rank, roughness = maximize_elbo(target, choose(better, [moments, laplace]))
+    df = degrees_of_freedom(variance_of_log_weights(target, full_rank), loc.shape[-1])
+    added = added_covariance(full_rank, roughness)
+    return best_of(target, [q.with_tails(df, added) for q in (laplace, full_rank)])
 
 
 def best_of(target: Target, candidates: list[D], first_family: int = 0) -> FittedProposal:
-    """For each datum the candidate with the smallest second moment, all with the tails of Student's t."""
-    df, factor = tails(target, candidates[-1])
-    candidates = [q.with_tails(df, factor) for q in candidates]
+    """For each datum the candidate with the smallest second moment."""
     scores = score(target, candidates)
     best = (scores <= scores.amin(0) + INDIFFERENCE).long().argmax(0)  # the first, and simplest, of those as good
     density = choose((best - 1).clamp(min=0), candidates)
@@ -100,20 +107,40 @@ def best_of(target: Target, candidates: list[D], first_family: int = 0) -> Fitte
     return FittedProposal(density, share, torch.where(best == 0, 0, first_family + best))
 
 
-def tails(target: Target, q: Density) -> tuple[Tensor, Tensor]:
-    """(degrees of freedom, factor of the scale) of a datum's candidates, [batch]: 20 and 1 where q is the posterior.
+def variance_of_log_weights(target: Target, q: Density) -> Tensor:
+    """Of each datum, [batch], from draws of q; infinite where a weight is not finite."""
+    u = q.sample(VARIANCE_DRAWS)
+    return (target.log_joint(u) - q.log_prob(u)).var(0).nan_to_num(nan=math.inf).to(q.loc)
 
-    Posteriors that are not normal, which the variance of the log-weights of q shows, have tails that a normal fit
-    misses. In few dims a Student's t of few degrees of freedom reaches them at a small loss of ess; in many, where its
-    radius would vary too much, a scale larger by up to a fifth.
+
+def degrees_of_freedom(variance: Tensor, dims: int) -> Tensor:
+    """Of a datum's candidates, [batch], from the variance of log-weights: at least 20 where q is the posterior.
+
+    Posteriors that are not normal, which the variance shows, have tails that a normal fit misses. In few dims a
+    Student's t of few degrees of freedom reaches them at a small loss of ess; in many its radius would vary too much.
     """
-    u, dims = q.sample(VARIANCE_DRAWS), q.loc.shape[-1]
-    variance = (target.log_joint(u) - q.log_prob(u)).var(0).nan_to_num(nan=math.inf)
-    fewest = min(max(MIN_DEGREES, DEGREES_PER_DIM * dims), DEGREES)
-    inflation = MAX_INFLATION * min(1.0, dims / MIN_INFLATED_DIMS)
-    df = DEGREES + (fewest - DEGREES) * (variance / DEGREES_VARIANCE).clamp(max=1.0)
-    factor = 1 + inflation * (variance / INFLATION_VARIANCE).clamp(max=1.0)
-    return df.to(q.loc), factor.to(q.loc)
+    fewest = max(MIN_DEGREES, DEGREES_BY_DIMS * dims**2)
+    most = max(DEGREES, fewest)
+    return most + (fewest - most) * (variance / NORMAL_VARIANCE).clamp(max=1.0)
+
+
+def added_covariance(q: Elliptical, roughness: Tensor) -> Tensor:
+    """What the covariance of a proposal gains where q is not the posterior, [batch, dims, dims].
+
+    Along a direction of roughness r it is 0.9 r / (r + 0.1) of the variance of q, less in fewer than 20 dims. The
+    directions that the likelihood does not inform, where the posterior is the prior, gain nothing: a larger scale there
+    would lose ess for no tail.
+
+    Args:
+        roughness: E_q[g g'] with g the gradient of log p(x, u) - log q(u) in coordinates whitened by q, [batch, dims,
+            dims]: the Fisher divergence of q from the posterior by direction, whose eigenvectors are the active
+            subspace of the log-weights (Constantine, Dow and Wang 2014, arXiv 1304.2070).
+    """
+    dims = roughness.shape[-1]
+    identity = torch.eye(dims, dtype=roughness.dtype, device=roughness.device)
+    share = identity - HALF_ADDED * torch.linalg.inv(roughness + HALF_ADDED * identity)
+    scale = q.scale_tril.to(share)
+    return MAX_ADDED * min(1.0, dims / MIN_INFLATED_DIMS) * (scale @ share @ scale.mT)
 
 
 def rows_of_fit(dims: int) -> tuple[int, int]:
@@ -147,35 +174,36 @@ def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
     hessian = (gradients[:dims] - gradients[dims:]).permute(1, 0, 2) / (2 * DIFFERENCE)
     curvature = -(hessian + hessian.mT).double() / 2
     curvature = torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature))
-    factor = scale_of(curvature)
+    factor = scale_of(curvature, MAX_VARIANCE)
     return (factor @ factor.mT).to(u)
 
 
-def scale_of(precision: Tensor, most: float = math.inf) -> Tensor:
+def scale_of(precision: Tensor, variance: float, most: float = math.inf) -> Tensor:
     """The lower Cholesky factors of the inverses of symmetric matrices, [batch, dims, dims].
 
-    Where a variance would be larger than `MAX_VARIANCE`, or a matrix is not positive definite, its eigenvalues are
-    clamped to at least 1 / `MAX_VARIANCE` and at most `most`: an eigendecomposition takes far longer than a factor.
+    Where a variance would be larger than `variance`, or a matrix is not positive definite, its eigenvalues are clamped
+    to at least 1 / `variance` and at most `most`: an eigendecomposition takes far longer than a factor.
     """
     factor, failed = torch.linalg.cholesky_ex(precision.flip((-2, -1)))  # of the reversed matrix: the inverse is lower
     identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     scale = torch.linalg.solve_triangular(factor.flip((-2, -1)).mT, identity.expand_as(precision), upper=False)
-    within = (failed == 0) & (scale.square().sum(-1).amax(-1) <= MAX_VARIANCE)
+    within = (failed == 0) & (scale.square().sum(-1).amax(-1) <= variance)
     within &= precision.diagonal(dim1=-2, dim2=-1).amax(-1) <= most
     if not bool(within.all()):
         values, vectors = torch.linalg.eigh(precision[~within])
-        values = values.clamp(1 / MAX_VARIANCE, most)
+        values = values.clamp(1 / variance, most)
         scale[~within] = torch.linalg.cholesky((vectors / values[:, None, :]) @ vectors.mT)
     return scale
 
 
-def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
-    """The full-rank normal with the largest ELBO, from `start`, by rounds of linear regression.
+def maximize_elbo(target: Target, start: Elliptical) -> tuple[Elliptical, Tensor]:
+    """The full-rank normal with the largest ELBO, from `start`, by rounds of linear regression, and its roughness.
 
     At the maximum E_q[grad log p] = 0, and the precision of q is -E_q[hess log p] (Opper and Archambeau 2009). Both are
     read off draws of q in coordinates whitened by its scale, where that precision is the identity: first by regressing
     grad log p on the draws, which is exact where log p(x, u) is quadratic (Salimans and Knowles 2013, arXiv
-    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over all rounds since.
+    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over all rounds since. The
+    roughness, see `added_covariance`, is that of the last round's draws, and an upper one: they come before its step.
     """
     loc, scale = start.loc, start.scale_tril
     count, dims = loc.shape
@@ -192,13 +220,14 @@ def maximize_elbo(target: Target, start: Elliptical) -> Elliptical:
             odd, eps = (slopes[:half] - slopes[half:]) / 2, eps[:half]
             precision = -torch.linalg.solve(_outer(eps, eps), _outer(eps, odd))
         else:
-            precision = identity - _outer(eps, slopes + eps) / (2 * half)
-        factor = scale_of(identity + weight * ((precision + precision.mT) / 2 - identity), MAX_CHANGE)
+            residual = slopes + eps
+            precision = identity - _outer(eps, residual) / (2 * half)
+        factor = scale_of(identity + weight * ((precision + precision.mT) / 2 - identity), MAX_GROWTH, MAX_CHANGE)
         move = weight * torch.einsum("nde,ne->nd", factor @ factor.mT, slopes.mean(0))
         move = move * (dims**0.5 / move.norm(dim=-1, keepdim=True)).clamp(max=1)
         loc = loc + torch.einsum("nde,ne->nd", scale, move.to(loc))
         scale = scale @ factor.to(loc)
-    return Elliptical(loc, scale, start.df)
+    return Elliptical(loc, scale, start.df), _outer(residual, residual) / (2 * half)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
