@@ -249,8 +249,8 @@ def _expected_found(text: str) -> str:
     patterns = {
         rf"{option}invalid literal for int.*: {value}": "a whole number",
         rf"{option}could not convert string to float: {value}": "a number",
-        rf"{option}no type matching (?P<kinds>.*) could be instantiated from \[{value}\]\.": "",
-        rf"{option}Could not find valid parse for arguments: \[{value}\]": "numbers",
+        rf"{option}no type matching (?P<kinds>.*) could be instantiated from \[ ?{value} ?\]\.": "",
+        rf"{option}Could not find valid parse for arguments: \[ ?{value} ?\]": "numbers",
         rf"invalid choice {value} for argument '(?P<option>.*)'\. Expected one of \((?P<names>.*)\)\.": "one of ",
         r"Missing value for argument '(?P<option>.*)'\. Expected .*": "a value",
     }

@@ -138,8 +138,9 @@ def _source(
         return _read_path(path, missing, columns, max_gigabytes)
     near = difflib.get_close_matches(_normalized(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
+    shown = name if len(name) <= 80 else f"{name[:80]}... ({len(name)} characters)"
     raise UsageError(
-        f"unknown data set {name!r}.{hint} Known: {', '.join(named.NAMES)};\n"
+        f"unknown data set {shown!r}.{hint} Known: {', '.join(named.NAMES)};\n"
         "or the path of a .npz, .npy, .pt, .csv or .parquet file or of a folder of images."
     )
 
