@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ppvae.errors import DataError
 from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import rows_of
 
@@ -16,6 +17,11 @@ def known_times(steps: int, lengths: Tensor) -> Tensor:
     [[True, False, False], [True, True, True]]
     """
     check_numbers(steps=steps)
+    if lengths.dtype == torch.bool or lengths.dim() != 1:
+        raise DataError(
+            f"lengths: expected a whole number for each sequence, [batch], found {lengths.dtype} "
+            f"{list(lengths.shape)}; of a mask [batch, steps] pass mask.sum(1)"
+        )
     table = torch.ones(steps, steps, dtype=torch.bool, device=lengths.device).tril()
     return rows_of(table, lengths, "lengths: expected {first} to {last}, as there are steps", first=1)
 

@@ -234,3 +234,11 @@ def test_a_length_that_is_none_is_refused_by_its_row(use, wrong):
 def test_flat_data_are_refused():
     with pytest.raises(DataError, match=r"x: expected sequences \[batch, T, \*event\], found \[4, 3\]"):
         check(deep().model, deep().guide, torch.randn(4, 3))
+
+
+def test_a_mask_in_place_of_lengths_is_named_and_its_sum_works():
+    pair, x = deep(), padded()
+    mask = torch.arange(STEPS) < LENGTHS[:, None]
+    with pytest.raises(DataError, match=r"found torch.bool \[4, 6\]; of a mask .* pass mask\.sum\(1\)"):
+        check(pair.model, pair.guide, (x, mask))
+    check(pair.model, pair.guide, (x, mask.sum(1)))

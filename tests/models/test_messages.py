@@ -113,3 +113,22 @@ def test_a_plain_model_with_a_distribution_of_torch_is_refused_by_its_site(fn):
         ContractError, match=r"site 'z'.*derive one of your own from pyro.distributions.TorchDistribution"
     ):
         check(model, guide, torch.zeros(5, 2))
+
+
+def test_a_missing_event_dim_of_images_is_not_taken_for_rows_of_a_layer():
+    """Eight channels, eight columns: the weight of the layer has as many rows as the pair would run on data."""
+    encoder, decoder = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(2, 64)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z).reshape(-1, 1, 8, 8), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x).mean((2, 3))[:, :2], 1.0).to_event(1))
+
+    with pytest.raises(ContractError, match=r"declare the dims of one event with \.to_event\(n\)"):
+        check(model, guide, torch.zeros(20, 1, 8, 8))

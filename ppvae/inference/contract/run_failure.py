@@ -98,8 +98,9 @@ def _other_number_of_rows(text: str, model: Program, guide: Program, batch: tupl
     size, numbers = len(batch[0]), {int(n) for n in sizes.groups() if n} if sizes else set()
     scopes = [f.scope.params for f in (model, guide) if isinstance(f, BoundProgram)]
     store = Structure(guide_params=dict(ChainMap(*scopes, pyro.get_param_store()._params)))
+    weights = _layer_weights(model, guide)
     for name, tensor in named_tensors(model, guide, store).items() if size in numbers else ():
-        count = len(tensor) if tensor.dim() else 0
+        count = len(tensor) if tensor.dim() and id(tensor) not in weights else 0
         if count in numbers - {size} and runs(model, guide, take_batch_rows(batch, torch.arange(count) % size, size)):
             return (
                 f"{name} of shape {list(tensor.shape)} has one row for each of {count} data; found a batch of {size}. "
@@ -107,6 +108,13 @@ def _other_number_of_rows(text: str, model: Program, guide: Program, batch: tupl
                 f"tensor[index] in model(x, index) and guide(x, index)"
             )
     return ""
+
+
+def _layer_weights(model: Program, guide: Program) -> set[int]:
+    """The weights of torch's layers, whose number of rows is a number of outputs; embeddings have a row a datum."""
+    layers = [m for m in reachable_modules(model, guide) if type(m).__module__.startswith("torch.nn.modules")]
+    tables = (torch.nn.Embedding, torch.nn.ParameterList, torch.nn.ParameterDict)
+    return {id(p) for m in layers if not isinstance(m, tables) for p in m.parameters(recurse=False)}
 
 
 @contextmanager
