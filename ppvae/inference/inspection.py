@@ -15,6 +15,7 @@ from ppvae.errors.calls import explain_call
 from ppvae.errors.memory import memory_failure
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
+from ppvae.inference.contract.change_of_variables import find_learned_maps
 from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
 from ppvae.inference.contract.independence import (
     check_globals_first,
@@ -215,6 +216,8 @@ def _find_weights(
         found["bound_refusal"] = found["weights_refusal"] = str(error)
     try:
         found["lower_bound_only"] = check_absolute_continuity(guide, batch, p, latents, roles, plate.name, joint)
+        auxiliary = [n for n, role in roles.items() if role is Role.AUXILIARY]
+        found["learned_maps"] = find_learned_maps(guide, batch, p, latents, auxiliary, plate.name)
         coupled = joint and plate.size == plate.full_size  # a joint weight may couple all data
         if not found["bound_refusal"] and not coupled:
             check_independence(model, batch, p, plate.name, rows)

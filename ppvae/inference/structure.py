@@ -90,6 +90,7 @@ class Structure:
     non_reparameterized: tuple[str, ...] = ()  # guide sites that are sampled without reparameterisation
     no_inverse: tuple[str, ...] = ()  # guide sites with a density at their own draws alone: flows without an inverse
     from_base: tuple[str, ...] = ()  # of these, the sites whose given values are draws of their base distributions
+    learned_maps: tuple[str, ...] = ()  # latents mapped from auxiliary sites by parameters of the map itself
     discrete: tuple[str, ...] = ()  # discrete latents that the guide samples, not enumerates
     latent_dims: int = 0  # numbers that the guide samples per datum
     relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution

@@ -89,6 +89,15 @@ def require_sampled_latents(s: Structure, consumer: str, cure: str = "take gradi
             )
 
 
+def require_fixed_maps(s: Structure, consumer: str) -> None:
+    """No latent is mapped from an auxiliary site by parameters, which a guide held constant leaves untrained."""
+    for name in s.learned_maps:
+        raise site_error(
+            name, f"a guide whose parameters are those of its densities, for {consumer}",
+            "a latent that parameters map an auxiliary site to", "take gradient='pathwise'",
+        )  # fmt: skip
+
+
 def require_separable_rate(s: Structure, consumer: str) -> None:
     """log-likelihood and rate are separate terms: no site is summed out across both."""
     if s.enumerated:

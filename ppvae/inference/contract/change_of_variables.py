@@ -19,6 +19,7 @@ from torch.distributions.transforms import Transform, identity_transform
 
 from ppvae.errors import ContractError, site_error
 from ppvae.inference.contract.support import base_distribution, base_support, mask_of
+from ppvae.inference.sites import graph_leaves
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Nodes, Program, event_dim, node_log_prob, sample_sites, support_of, trace_program
 
@@ -120,6 +121,18 @@ def check_change_of_variables(
             check_log_density(maps, helpers, images, jacobian)
             if jacobian.elementwise:
                 check_reaches_prior(images, maps, [run(partial(torch.add, other=far)) for far in (-FAR, FAR)])
+
+
+def find_learned_maps(
+    guide: Program, batch: Sequence[Any], model: Nodes, guide_nodes: Nodes, auxiliary: Sequence[str], plate: str
+) -> tuple[str, ...]:
+    """The Deltas that depend on parameters beside those of the auxiliary sites' distributions, by name."""
+    if not auxiliary:
+        return ()
+    maps = _run_on_leaves(guide, batch, guide_nodes, auxiliary, torch.clone, model, plate)
+    leaves = {id(leaf) for leaf in maps.leaves.values()}
+    points = (n for n, node in maps.nodes.items() if isinstance(base_distribution(node["fn"]), dist.Delta))
+    return tuple(n for n in points if any(id(v) not in leaves for v in graph_leaves(maps.nodes[n]["value"])))
 
 
 def _run_on_leaves(

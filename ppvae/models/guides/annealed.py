@@ -35,9 +35,10 @@ class Annealed(ComposedModel):
     p(x), and log p(x), bounds and gradients are valid as of any other pair. With `refresh=False` one momentum is drawn,
     and the guide is the flow of a Hamiltonian variational auto-encoder.
 
-    Trained are the temperatures b_i, the step sizes e_i of each dim, and the share of the momentum that is kept; and
-    through the steps the base pair itself, whose parameters are shared. Each step costs a forward and backward pass of
-    model and guide. Plots and samples of latents are better made with the base pair, whose sites have no momenta.
+    Trained are the temperatures b_i, the step sizes e_i of each dim, and the share of the momentum that is kept;
+    and through the steps the base pair itself, whose parameters are shared. Each step costs a forward and backward
+    pass of model and guide. Gradients are pathwise: "stl" and "dreg" hold a guide's maps constant. Plots and
+    samples of latents are better made with the base pair, whose sites have no momenta.
 
     Args:
         model, guide: the base pair; all its latents are over real numbers, and sampled with a density by the guide.

@@ -9,7 +9,11 @@ from ppvae.inference.particle_layout import ParticleLayout
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator
 from ppvae.objectives.protocol import LogWeightBound, PairCall
-from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
+from ppvae.objectives.requirements import (
+    require_fixed_maps,
+    require_reparameterized_latents,
+    require_sampled_latents,
+)
 
 
 class LatentGradientHook:
@@ -54,6 +58,7 @@ class DReG(GradientEstimator):
     def check_structure(self, objective: LogWeightBound, s: Structure) -> None:
         require_reparameterized_latents(s, "dreg")
         require_sampled_latents(s, "dreg")
+        require_fixed_maps(s, "dreg")
 
     def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         hook = LatentGradientHook()

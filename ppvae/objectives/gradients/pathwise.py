@@ -8,7 +8,11 @@ from torch import Tensor
 from ppvae.inference.structure import Structure
 from ppvae.objectives.gradients.estimator import GradientEstimator
 from ppvae.objectives.protocol import LogWeightBound, PairCall
-from ppvae.objectives.requirements import require_reparameterized_latents, require_sampled_latents
+from ppvae.objectives.requirements import (
+    require_fixed_maps,
+    require_reparameterized_latents,
+    require_sampled_latents,
+)
 
 
 @final
@@ -49,6 +53,7 @@ class STL(GradientEstimator):
     def check_structure(self, objective: LogWeightBound, s: Structure) -> None:
         require_reparameterized_latents(s, "stl")
         require_sampled_latents(s, "stl")
+        require_fixed_maps(s, "stl")
 
     def surrogate(self, objective: LogWeightBound, call: PairCall) -> Tensor:
         return objective.bound(call.terms(frozen=("guide",))).sum()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae import check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import ContractError
 from ppvae.inference.inspection import inspect
-from ppvae.models import VAE, Annealed, HierarchicalVAE, LinearGaussian
+from ppvae.models import VAE, Annealed, HierarchicalVAE, JointPosterior, LinearGaussian
 from tests.programs.strangers import PAIRS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -136,6 +136,18 @@ def test_a_base_pair_is_saved_moved_and_trained_with_it():
     names = {name for name, _ in pair.named_parameters()}
     assert len(names) == len(list(vae.parameters())) + 3
     assert {p.dtype for p in pair.float().parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_gradients_past_its_maps_are_refused(gradient: str):
+    """A guide held constant would leave temperatures and steps untrained; those of densities alone are taken."""
+    pair, x = Annealed(base().model, wrong, data(), steps=2), data()
+    assert set(inspect(pair.model, pair.guide, x).learned_maps) == {"z", "z_momentum"}
+    with pytest.raises(ContractError, match=r"site 'z.*': expected a guide whose parameters.*pathwise"):
+        objectives.ELBO(3, gradient=gradient).loss_and_grads(pair.model, pair.guide, x)
+    joint = JointPosterior(base().model, lambda d: posteriors.FullRank(nn.mlp(5, 5)), x).double()
+    assert inspect(joint.model, joint.guide, x).learned_maps == ()
+    objectives.ELBO(2, gradient=gradient).loss_and_grads(joint.model, joint.guide, x)
 
 
 def test_latents_that_leapfrog_steps_cannot_move():
