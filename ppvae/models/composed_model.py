@@ -73,13 +73,15 @@ def call_conditional(
         part_name = f"{name}{type(part).__name__}"
         if not inputs:
             raise ContractError(f"{part_name}: expected a forward without arguments, found: {text}") from error
-        raise ContractError(f"{part_name} does not take {' and '.join(inputs)}: {text}{_cast(part, args)}") from error
+        raise ContractError(
+            f"{part_name} does not take {' and '.join(inputs)}: {text}{_cast(part, args, text)}"
+        ) from error
 
 
-def _cast(part: nn.Module, inputs: Sequence[Tensor]) -> str:
-    """What to pass where inputs are floating-point numbers of another type than the part's parameters."""
+def _cast(part: nn.Module, inputs: Sequence[Tensor], text: str) -> str:
+    """What to pass where inputs are numbers of another type than the part's parameters, by the error's text."""
     types = {p.dtype for p in part.parameters() if p.is_floating_point()}
-    other = {t.dtype for t in inputs if t.is_floating_point()} - types
+    other = {t.dtype for t in inputs if t.is_floating_point() or "same dtype" in text} - types
     if len(types) != 1 or not other:
         return ""
     name = str(types.pop()).removeprefix("torch.")

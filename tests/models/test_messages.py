@@ -132,3 +132,11 @@ def test_a_missing_event_dim_of_images_is_not_taken_for_rows_of_a_layer():
 
     with pytest.raises(ContractError, match=r"declare the dims of one event with \.to_event\(n\)"):
         check(model, guide, torch.zeros(20, 1, 8, 8))
+
+
+def test_whole_numbers_in_a_network_of_floats_are_named_with_the_cast():
+    vae = VAE(priors.StandardNormal(2), likelihoods.Poisson(mlp(2, 6)), posteriors.DiagonalNormal(mlp(6, 4)))
+    counts = torch.arange(30).reshape(5, 6)
+    with pytest.raises(ContractError, match=r"The parameters are float32: pass x\.to\(torch\.float32\)"):
+        check(vae.model, vae.guide, counts)
+    check(vae.model, vae.guide, counts.to(torch.float32))

@@ -130,13 +130,17 @@ class PredictiveAccuracy:
         warning = bool((~self.reliable).any()) or not self.guide_k_hat < self.k_hat_limit
         kind = "waic" if self.method == "waic" else "loo"
         if int(az.__version__.split(".")[0]) > 0:
-            from arviz_stats.utils import ELPDData
+            from arviz_stats import utils
 
-            return ELPDData(
-                kind, self.total, self.total_std_error, self.effective_parameters, self.num_draws, len(self.elpd),
-                "log", warning, self.k_hat_limit, array("elpd_i", self.elpd), array("pareto_k", self.k_hat),
-                approx_posterior=True,
-            )  # fmt: skip
+            fields = {
+                "elpd": self.total, "se": self.total_std_error, "p": self.effective_parameters, "scale": "log",
+                "n_samples": self.num_draws, "n_data_points": len(self.elpd), "warning": warning,
+                "good_k": self.k_hat_limit, "elpd_i": array("elpd_i", self.elpd),
+                "pareto_k": array("pareto_k", self.k_hat),
+            }  # fmt: skip
+            if not hasattr(utils, "ELPDDataLOO"):  # before 1.3
+                return utils.ELPDData(kind=kind, approx_posterior=True, **fields)
+            return utils.ELPDData(**fields) if kind == "waic" else utils.ELPDDataLOO(approx_posterior=True, **fields)
         from arviz.stats.stats_utils import ELPDData
 
         values = {

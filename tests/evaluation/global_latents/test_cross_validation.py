@@ -4,6 +4,7 @@ Numbers lie within five of their standard errors: false by chance with probabili
 """
 
 import dataclasses
+import inspect
 
 import arviz as az
 import pyro
@@ -18,6 +19,7 @@ from ppvae.evaluation.global_latents import blocks
 from tests.programs.conjugate import CONJUGATE, normal_mean, regression
 from tests.programs.strangers import PAIRS
 
+ARVIZ_1 = int(az.__version__.split(".")[0]) > 0
 QUICK = [pytest.param(n, marks=pytest.mark.slow if n.endswith("plate") else ()) for n in CONJUGATE]
 
 
@@ -75,9 +77,14 @@ def test_arvizs_leave_one_out_of_posterior_draws_is_the_same():
 
     est = log_marginal(*c.pair, c.batch, num_particles=1000, conditional=True, posterior_draws=1000)
     theirs = az.loo(est.to_arviz(), pointwise=True, reff=1.0)
-    torch.testing.assert_close(result.elpd, torch.tensor(theirs.loo_i.values), rtol=0, atol=1e-5)
-    assert result.total_std_error == pytest.approx(theirs.se, rel=1e-4)
-    assert result.effective_parameters == pytest.approx(theirs.p_loo, abs=1e-3)
+    elpd, p_loo = (theirs.elpd_i, theirs.p) if ARVIZ_1 else (theirs.loo_i, theirs.p_loo)
+    digits = 2e-4 if ARVIZ_1 else 1e-5  # 1.x rounds the length of the tail in another way
+    torch.testing.assert_close(result.elpd, torch.tensor(elpd.values), rtol=0, atol=digits)
+    se = theirs.se * (19 / 20) ** 0.5 if ARVIZ_1 else theirs.se  # 1.x divides the squares of 20 data by 19
+    assert result.total_std_error == pytest.approx(se, rel=1e-4)
+    assert result.effective_parameters == pytest.approx(p_loo, abs=1e-3)
+    if ARVIZ_1:  # which has no waic
+        return
     theirs = az.waic(est.to_arviz(), pointwise=True)
     ours = waic(*c.pair, c.batch, num_particles=1000)
     torch.testing.assert_close(ours.elpd, torch.tensor(theirs.waic_i.values), rtol=0, atol=1e-5)
@@ -108,7 +115,7 @@ def test_waic_is_near_leave_one_out(build):
     c = build()
     ours = waic(*c.pair, c.batch, num_particles=2000, local_particles=100)
     assert abs(ours.total - c.loo.sum().item()) < 0.35
-    assert ours.to_arviz()["elpd_waic"] == ours.total
+    assert ours.to_arviz()["elpd" if ARVIZ_1 else "elpd_waic"] == ours.total
 
 
 def test_the_error_of_waic_is_that_of_its_own_number():
@@ -240,10 +247,11 @@ def test_arviz_compares_results():
             pyro.sample("x", dist.Normal(mu, 4.0), obs=x)
 
     results = {"right": loo(*c.pair, x, num_particles=500), "wrong": loo(wrong, c.guide, x, num_particles=500)}
-    table = az.compare({name: r.to_arviz() for name, r in results.items()})
+    whole = {"round_to": "none"} if "round_to" in inspect.signature(az.compare).parameters else {}
+    table = az.compare({name: r.to_arviz() for name, r in results.items()}, **whole)
     assert list(table.index) == ["right", "wrong"]
     difference = (results["right"].elpd - results["wrong"].elpd).sum().item()
-    assert table["elpd_diff"].iloc[1] == pytest.approx(difference, rel=1e-6)
+    assert table["elpd_diff"].iloc[1] == pytest.approx(-difference if ARVIZ_1 else difference, rel=1e-6)
 
 
 def test_a_guide_far_from_the_posterior_is_told():
