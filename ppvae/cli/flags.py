@@ -10,7 +10,7 @@ import io
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -73,7 +73,8 @@ def parse(
     arguments = {name: getattr(options.settings if name in fields else options.extra, name) for name in extra or {}}
     for name in choices:
         given = vars(getattr(options.extra, f"{name}_arguments"))
-        check_flags_of(choices[name].constructor(arguments[name], name), given, f"{name}.")
+        with _naming_class(f"{flag(name)} {arguments[name]}"):
+            check_flags_of(choices[name].constructor(arguments[name], name), given, f"{name}.")
         arguments[name] = {"name": arguments[name], **given}
     _check_settings(options.settings, label or flag)
     return options.settings, arguments
@@ -116,7 +117,17 @@ def _check_settings(settings: Any, label: Callable[[str], str], group: str = "")
     check_known_ranges(vars(settings), lambda name: label(group + name))
     for name, value in vars(settings).items():
         if dataclasses.is_dataclass(value):
-            _check_settings(value, label, f"{name}.")
+            with _naming_class(f"{label(name)}.name {vars(value)['name']}"):
+                _check_settings(value, label, f"{name}.")
+
+
+@contextlib.contextmanager
+def _naming_class(chosen: str) -> Iterator[None]:
+    """Errors in the block say of which chosen class the argument is."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{error} (of {chosen})") from None
 
 
 def _choose(

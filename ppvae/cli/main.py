@@ -95,24 +95,36 @@ def _dispatch(argv: Sequence[str] | None) -> int:
 
 
 def _run(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
-    from ppvae.cli.flags import HelpShown
-    from ppvae.errors import PpvaeError, UsageError
-    from ppvae.errors.memory import memory_failure
-
+    """Runs a command; its modules are loaded inside, so that signals meanwhile end it as they do later."""
     try:
-        return importlib.import_module(f"ppvae.cli.{command}").run(args)
-    except HelpShown:
-        return 0
-    except UsageError as error:
-        return fail(str(error), 2)
-    except PpvaeError as error:
-        return fail(str(error), 1)
+        return _run_command(command, args, fail)
     except Terminated:
         group = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun ends all processes where one has ended
         what = "terminated, as another process of the group ended, or on demand" if group else "terminated"
         return fail(what + RESUME_HINTS.get(command, ""), 143)
     except KeyboardInterrupt:
         return fail("interrupted" + RESUME_HINTS.get(command, ""), 130)
+    except (ImportError, MemoryError) as error:  # of torch, or another library
+        if os.environ.get("PPVAE_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        return fail(f"a library cannot be loaded ({text}): too little memory, or a damaged installation", 1)
+
+
+def _run_command(command: str, args: list[str], fail: Callable[[str, int], int]) -> int:
+    from ppvae.cli.flags import HelpShown
+    from ppvae.errors import PpvaeError, UsageError
+    from ppvae.errors.memory import memory_failure
+
+    module = importlib.import_module(f"ppvae.cli.{command}")
+    try:
+        return module.run(args)
+    except HelpShown:
+        return 0
+    except UsageError as error:
+        return fail(str(error), 2)
+    except PpvaeError as error:
+        return fail(str(error), 1)
     except BrokenPipeError:
         raise
     except Exception as error:

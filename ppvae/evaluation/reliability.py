@@ -256,12 +256,13 @@ def _summary(reliable: Tensor, reasons: Mapping[str, Tensor], joint: bool) -> st
     if not bad:
         return "the estimate is reliable" if joint else all_reliable(count)
     counts = {reason: int(which.sum()) for reason, which in reasons.items() if bool(which.any())}
-    if joint:
-        why, who = " and ".join(counts), "the estimate is unreliable"
+    if joint or count == 1:
+        why, who = " and ".join(counts), f"the {'estimate' if joint else 'datum'} is unreliable"
     else:
         why = ", ".join(f"{number} with {reason}" for reason, number in counts.items())
         who = f"{100 * bad / count:.1f} % of the data ({bad} of {count}) are unreliable"
-    return f"{who}{f': {why}' if why else ''}; {'' if joint else 'their '}log p(x) may be far too low"
+    whose = "" if joint else "its " if count == 1 else "their "
+    return f"{who}{f': {why}' if why else ''}; {whose}log p(x) may be far too low"
 
 
 def _advice_on_nonfinite(broken: Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ppvae import load
-from ppvae.cli.main import main
+from ppvae.cli.main import Terminated, main
 from ppvae.evaluation.importance import sampler
 from ppvae.training import trainer
 
@@ -88,6 +89,32 @@ def test_a_handler_of_the_caller_is_left_alone(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (Terminated, 143, "terminated; "), (KeyboardInterrupt, 130, "interrupted; "),
+    (ImportError("libtorch_cpu.so: failed to map segment"), 1, "a library cannot be loaded (libtorch"),
+])  # fmt: skip
+@pytest.mark.parametrize("module", ["ppvae.errors.memory", "ppvae.cli.fit", "ppvae.cli.flags"])
+def test_a_signal_while_modules_are_loaded(module, error, status, words, monkeypatch, capsys):
+    """The seconds that torch takes to load are those in which Ctrl-C comes: one line, and no traceback."""
+
+    class Loading(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == module:
+                raise error
+            return None
+
+    before = sys.modules.pop(module, None)
+    monkeypatch.setattr(sys, "meta_path", [Loading(), *sys.meta_path])
+    try:
+        assert main(["fit", "ppvae.models:vae"]) == status
+    finally:
+        if before is not None:
+            sys.modules[module] = before
+    error_line = capsys.readouterr().err
+    assert error_line.startswith(f"ppvae: error: {words}")
+    assert len(error_line.strip().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -171,3 +171,11 @@ def test_light_tails_of_a_good_guide_stay_reliable():
     found = weights.result()
     judged = assess_weights(**{n: found[n] for n in ("ess", "k_hat", "nonfinite")}, particles=torch.full((200,), 1000))
     assert float(judged.reliable.double().mean()) > 0.98
+
+
+def test_a_single_datum_is_said_in_the_singular():
+    """Not "all 1 data are reliable", nor "100.0 % of the data (1 of 1) are unreliable"."""
+    good, bad = (estimate([ess], [0.1], [nonfinite], particles=1000) for ess, nonfinite in ((900.0, 0), (10.0, 0)))
+    assert "over 1 datum (" in good.summary()
+    assert "the datum is reliable" in good.summary()
+    assert "the datum is unreliable: ess below 50; its log p(x) may be far too low" in bad.summary()
