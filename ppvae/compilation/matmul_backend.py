@@ -112,11 +112,12 @@ def onednn_linear() -> Any:
 
 @contextlib.contextmanager
 def faster_linear_layers() -> Iterator[None]:
-    """Computes large float32 linear layers of eager runs without gradients by oneDNN, where MKL is slower for certain.
+    """Computes large float32 linear layers of eager runs by oneDNN, where MKL is slower for certain.
 
-    A layer counts as large from `MIN_MULTIPLICATIONS`. Results are equal up to rounding. Layers of reduced precision
-    (`layer_precision`), and runs that are captured or mapped by `torch.func`, are left as they are. The function that
-    `torch.nn.Linear` calls is replaced meanwhile: a mode of torch's would take a third of the time of small runs.
+    Gradients are those of the layer's input; layers whose parameters need one are left alone. A layer counts as large
+    from `MIN_MULTIPLICATIONS`. Results are equal up to rounding. Layers of reduced precision (`layer_precision`), and
+    runs that are captured or mapped by `torch.func`, are left as they are. The function that `torch.nn.Linear` calls is
+    replaced meanwhile: a mode of torch's would take a third of the time of small runs.
     """
     if not mkl_is_slow():
         yield
@@ -124,8 +125,12 @@ def faster_linear_layers() -> Iterator[None]:
     before = torch.nn.functional.linear
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        by_onednn = _is_replaceable(input, weight, bias)
-        return _by_onednn(input, weight, bias) if by_onednn else before(input, weight, bias)
+        if not _is_replaceable(input, weight, bias):
+            return before(input, weight, bias)
+        if torch.is_grad_enabled() and input.requires_grad:
+            out: Tensor = _LinearOfInput.apply(input, weight, bias)
+            return out
+        return _by_onednn(input, weight, bias)
 
     torch.nn.functional.linear = linear
     try:
@@ -134,13 +139,27 @@ def faster_linear_layers() -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
+class _LinearOfInput(torch.autograd.Function):
+    """A linear layer that is differentiable, any number of times, with respect to its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _LinearOfInput.apply(gradient, ctx.weight.t(), None), None, None
+
+
 def _is_replaceable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if weight.dim() != 2 or x.numel() * len(weight) < MIN_MULTIPLICATIONS:
         return False
     tensors = [t for t in (x, weight, bias) if t is not None]
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors[1:]))
+        and torch.autograd.forward_ad._current_level < 0
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and not torch._C._len_torch_function_stack()
