@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.inference.sequences.particle_filter import FilterResult, particle_filter
 from ppvae.inference.sequences.resampling import multinomial_ancestors
 from ppvae.inference.sequences.steps import require_sequence
@@ -49,7 +49,7 @@ class FIVO(Objective):
     """
 
     def __init__(self, num_particles: int = 16, resample: float = 0.5, gradient: Gradient = "pathwise"):
-        check_ranges(num_particles=num_particles, resample=resample)
+        check_numbers(num_particles=num_particles, resample=resample)
         self.resample = resample
         super().__init__(num_particles, gradient)
 

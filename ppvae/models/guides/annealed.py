@@ -15,7 +15,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from ppvae.errors import site_error
-from ppvae.errors.ranges import check_ranges
+from ppvae.errors.ranges import check_numbers
 from ppvae.models.composed_model import ComposedModel
 from ppvae.models.guides.sites import GivenValues, LatentSites
 from ppvae.rng import fork_rng
@@ -63,7 +63,7 @@ class Annealed(ComposedModel):
     def __init__(
         self, model: Program, guide: Program, batch: Any, steps: int = 4, refresh: bool = True, step_size: float = 0.1
     ):
-        check_ranges(steps=steps, step_size=step_size)
+        check_numbers(steps=steps, step_size=step_size)
         super().__init__("annealed")
         batch = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
         with torch.no_grad(), fork_rng(), pyro.get_param_store().scope():
