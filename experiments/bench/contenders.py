@@ -10,7 +10,7 @@ from typing import TypeAlias
 import pyro
 
 from experiments.bench import Settings, Timed, hand_written, other_libraries, ppvae_and_pyro
-from ppvae.compilation.runtime import prepare_process
+from ppvae.compilation.process_setup import prepare_process
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK
 
 Key: TypeAlias = tuple[Hashable, ...]  # (row of the table, contender, ...)

@@ -23,9 +23,9 @@ from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument
 from ppvae.factories.user_code import UntrustedCodeError
 from ppvae.inference.device import find_device
+from ppvae.run_folder.atomic_commit import remove_stagings, written_together
 from ppvae.run_folder.identity import check_results
 from ppvae.run_folder.lock import lock_folder
-from ppvae.run_folder.together import remove_stagings, written_together
 from ppvae.run_folder.trust import remember
 from ppvae.training.run import Run, load
 

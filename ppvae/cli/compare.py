@@ -10,8 +10,8 @@ from ppvae.cli.options import Compare
 from ppvae.errors import UsageError
 from ppvae.evaluation.compare import compare
 from ppvae.evaluation.results import estimate_file
+from ppvae.run_folder.atomic_commit import complete
 from ppvae.run_folder.identity import check_result
-from ppvae.run_folder.together import complete
 from ppvae.storage import write_bytes
 from ppvae.training.folder import origin_of
 

@@ -133,7 +133,7 @@ class EagerResult:
 
 
 @final
-class TwoStageGraph:
+class HoistedGraph:
     """A graph in two parts: what is the same for all calls of a block, computed once, and the compiled remainder."""
 
     def __init__(self, graph: Graph, args: Sequence[Tensor], varying: tuple[int, ...], choices: Choices):
@@ -167,7 +167,7 @@ class CapturedGraph:
     """
 
     graph: Graph
-    run: Graph | TwoStageGraph
+    run: Graph | HoistedGraph
     guards: Guards | None
     calls: int = 0
     doubted: bool = False
@@ -242,7 +242,7 @@ class CompiledFunction:
         waited = self._calls[kind] >= self.policy.wait << min(self._changes, MAX_DOUBLINGS)
         return (self._first or waited) and len(self.graphs) < self.policy.most
 
-    def _run(self, graph: Graph | TwoStageGraph, args: Sequence[Tensor]) -> Outputs:
+    def _run(self, graph: Graph | HoistedGraph, args: Sequence[Tensor]) -> Outputs:
         return graph(*args) if isinstance(graph, Graph) else graph(self.block, args)
 
     def _advance(self, outputs: Outputs) -> Outputs:
@@ -289,7 +289,7 @@ class CompiledFunction:
         if policy.keeps_uncompiled:
             eager.restore_before()
             eager.compare(graph(*args))
-        run: Graph | TwoStageGraph = graph
+        run: Graph | HoistedGraph = graph
         if self.kernels == "compiled" and policy.is_worth_compiling(graph, first):
             run = self._compiled(graph, args, eager)
         elif not policy.keeps_uncompiled:
@@ -299,18 +299,18 @@ class CompiledFunction:
             self.kernels = "graph"
         return CapturedGraph(graph, run, guards)
 
-    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerResult) -> Graph | TwoStageGraph:
+    def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerResult) -> Graph | HoistedGraph:
         """The compiled form of a graph if it agrees and is faster; otherwise the graph, or the error."""
         varying, choices = self.target.varying, self.target.choices()
-        run: Graph | TwoStageGraph
+        run: Graph | HoistedGraph
         try:
             if varying is None:
                 run = graph.compile(args, choices)
             else:
-                run = TwoStageGraph(graph, args, varying, choices)
+                run = HoistedGraph(graph, args, varying, choices)
             eager.restore_before()
             eager.compare(self._run(run, args))
-            if isinstance(run, TwoStageGraph) or self.policy.is_faster(run, graph, args):
+            if isinstance(run, HoistedGraph) or self.policy.is_faster(run, graph, args):
                 return run
         except Exception as error:
             if not self.policy.keeps_uncompiled:

@@ -23,7 +23,7 @@ import torch
 
 from ppvae.data import files, named, tables
 from ppvae.data.checks import MAX_GIGABYTES, digest, first_rows, indexed, validated
-from ppvae.data.holders import with_missing
+from ppvae.data.column_conversion import with_missing
 from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.data.split import Noise, Split, SplitInfo, check_seed
 from ppvae.data.unsplit import PARTS, UnsplitData, check_unit

@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ppvae.data.holders import PAD, as_column
+from ppvae.data.column_conversion import PAD, as_column
 from ppvae.data.lazy import LazySplit
 from ppvae.errors import DataError, UsageError
 

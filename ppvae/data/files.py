@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ppvae.data.checks import MAX_GIGABYTES, check_unpacked_size, one_line, wrong_format_clause
-from ppvae.data.holders import check_dense_size
+from ppvae.data.column_conversion import check_dense_size
 from ppvae.data.lazy import CHANNELS, ImageFiles, open_image
 from ppvae.data.tables import SUFFIXES as TABLES
 from ppvae.data.unsplit import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppvae.distributions.batch_shape import collapse_expanded_dims
-from ppvae.distributions.special import log_rising_factorial_ratio
+from ppvae.distributions.log_gamma import log_rising_factorial_ratio
 
 
 class StudentT(dist.StudentT):

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from ppvae.distributions.batch_shape import ParametricDistribution, collapse_expanded_dims
 from ppvae.distributions.constraints import CountsWithTotal
-from ppvae.distributions.special import log_rising_factorial_ratio
+from ppvae.distributions.log_gamma import log_rising_factorial_ratio
 
 _MAX_DRAWS = 2**22  # categorical draws of a multinomial in memory at a time
 

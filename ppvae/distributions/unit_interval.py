@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from ppvae.distributions.batch_shape import ParametricDistribution
 from ppvae.distributions.constraints import open_unit_interval
-from ppvae.distributions.special import stirling_error
+from ppvae.distributions.log_gamma import stirling_error
 
 
 class Bernoulli(dist.Bernoulli):

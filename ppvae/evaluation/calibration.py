@@ -14,7 +14,7 @@ from ppvae.errors import ContractError, UsageError, count_of
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import PROBABILITY, check_numbers
 from ppvae.evaluation.blocks import Block, Evaluation, run_blocks, start_evaluation
-from ppvae.evaluation.results import SavedResult
+from ppvae.evaluation.results import SaveableResult
 from ppvae.evaluation.simulated_data import Assemble, simulate_data
 from ppvae.inference.contract.support import mask_of, same_mask
 from ppvae.inference.particle_layout import particle_dim
@@ -27,7 +27,7 @@ MIN_REPLICATIONS = 20
 
 
 @dataclass(frozen=True)
-class Calibration(SavedResult):
+class Calibration(SaveableResult):
     """Ranks of simulated latents among the guide's draws, and whether they are uniform.
 
     Attributes:

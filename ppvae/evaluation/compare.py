@@ -16,7 +16,7 @@ from ppvae.errors import UsageError, count_of
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
-from ppvae.evaluation.results import SavedResult, load_estimate, mean_and_error, mean_words
+from ppvae.evaluation.results import SaveableResult, load_estimate, mean_and_error, mean_words
 from ppvae.inference.structure import NOT_NORMALIZED
 
 MAX_UNRELIABLE_DIFFERENCE = 0.01  # of the shares of unreliable data of two models, without a warning
@@ -31,7 +31,7 @@ def _method(estimate: Estimate) -> str:
 
 
 @dataclass(frozen=True)
-class Comparison(SavedResult):
+class Comparison(SaveableResult):
     """Models compared on the same data, best first; nats per datum.
 
     Attributes:

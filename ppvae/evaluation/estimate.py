@@ -27,8 +27,8 @@ from ppvae.evaluation.reliability import (
     k_hat_limit,
     verdict_words,
 )
+from ppvae.run_folder.atomic_commit import written_together
 from ppvae.run_folder.identity import write_result
-from ppvae.run_folder.together import written_together
 
 MIXED_METHOD = "importance sampling and annealing"  # by datum, as `diagnostics["method"]` says: 0 and 1
 UNIT, JOINT_UNIT = "nats per datum", "nats for the whole data set"

@@ -17,7 +17,7 @@ from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.aggregate_posterior import split_rate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
-from ppvae.evaluation.results import SavedResult, mean_words
+from ppvae.evaluation.results import SaveableResult, mean_words
 from ppvae.inference.particle_layout import particle_dim, unfold_value
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
@@ -29,7 +29,7 @@ ACTIVE = 0.01  # Burda et al. 2016
 
 
 @dataclass(frozen=True)
-class Representation(SavedResult):
+class Representation(SaveableResult):
     """Information in the latents of a guide over a data set; nats, float64.
 
     Attributes:

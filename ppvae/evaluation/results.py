@@ -19,12 +19,12 @@ from ppvae.errors import CheckpointError
 from ppvae.evaluation.arviz import GROUP, SITE
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.reliability import error_words
+from ppvae.run_folder.atomic_commit import written_together
 from ppvae.run_folder.identity import ORIGIN, read_result, write_result
-from ppvae.run_folder.together import written_together
 from ppvae.storage import read_json, write_bytes
 
 
-class SavedResult:
+class SaveableResult:
     """Base of frozen dataclasses of tensors, dicts of tensors, numbers and strings that are saved and loaded.
 
     A field with metadata {"saved": False} is not saved, and has its default after loading.
@@ -80,7 +80,7 @@ class SavedResult:
 
     def netcdf_groups(self) -> Any:
         """What `<name>.nc` holds: all arrays in one group."""
-        return SavedResult.to_arviz(self)
+        return SaveableResult.to_arviz(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.data.holders import as_column
+from ppvae.data.column_conversion import as_column
 from ppvae.errors import UsageError
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_sequences

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ppvae.compilation.matmul_backend import faster_linear_layers
-from ppvae.compilation.runtime import prepare_process, warn_of_busy_cores
+from ppvae.compilation.process_setup import prepare_process, warn_of_busy_cores
 from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.param_store import BoundProgram, ParamScope, unwrap
 

@@ -17,12 +17,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppvae.compilation.precision import layer_precision
-from ppvae.compilation.runtime import prepare_process
+from ppvae.compilation.process_setup import prepare_process
 from ppvae.errors import UsageError
 from ppvae.inference.compiled_step import CompiledStep
 from ppvae.inference.contract.validity import RecordValidity
-from ppvae.inference.optimizers.grouped import GroupedSteps
 from ppvae.inference.optimizers.joint import JointOptim
+from ppvae.inference.optimizers.multi_tensor import MultiTensorSteps
 from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
 
@@ -105,7 +105,7 @@ class SVI(PyroSVI):
         self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
         plain = type(self.optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
-        self._grouped_steps = GroupedSteps(self.optim) if plain else None
+        self._grouped_steps = MultiTensorSteps(self.optim) if plain else None
         prepare_process()
         if compile:
             self.use("compiled")

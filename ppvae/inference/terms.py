@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.errors import ContractError
 from ppvae.errors.ranges import check_numbers
 from ppvae.inference.contract.absolute_continuity import check_same_mask
-from ppvae.inference.contract.dynamic_structure import with_dynamic_structure
+from ppvae.inference.contract.batch_dependent_sites import with_dynamic_structure
 from ppvae.inference.enumeration import sum_out_enumerated
 from ppvae.inference.particle_layout import (
     ParticleLayout,

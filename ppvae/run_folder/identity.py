@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppvae.errors import CheckpointError
-from ppvae.run_folder.together import complete
+from ppvae.run_folder.atomic_commit import complete
 from ppvae.storage import json_digest, json_text, read_bytes, read_json, sha256, write_bytes
 
 RUN_ID, DIGEST, FILES, CHECKPOINT = "run_id", "sha256", "files", "checkpoint"  # keys in the JSON of runs and results

@@ -12,7 +12,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from ppvae.compilation.precision import check_precision
-from ppvae.compilation.runtime import warn_of_busy_cores
+from ppvae.compilation.process_setup import warn_of_busy_cores
 from ppvae.data.admission import admit, check_argument_order, check_batch_size
 from ppvae.data.loader import column_digests
 from ppvae.errors import UsageError

@@ -11,7 +11,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from ppvae.data.admission import admit, check_argument_order
-from ppvae.data.holders import allow_missing
+from ppvae.data.column_conversion import allow_missing
 from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
 from ppvae.errors import ContractError, UsageError

@@ -14,8 +14,8 @@ import pytest
 
 from ppvae import load
 from ppvae.cli.main import main
+from ppvae.run_folder.atomic_commit import complete
 from ppvae.run_folder.identity import check_results, read_result
-from ppvae.run_folder.together import complete
 from tests.attack.kill_at_operation import count_operations
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 from ppvae import distributions
 from ppvae.compilation import graph as graphs
 from ppvae.compilation import inductor_passes as lowering
-from ppvae.compilation import runtime as memory
+from ppvae.compilation import process_setup as memory
 
 
 def test_log1p_by_the_logarithm_alone_keeps_all_digits():
@@ -260,7 +260,7 @@ def test_an_older_malloc_is_asked_for_less_and_else_left_alone(takes, asked, mon
 
 FAULTS = """
 import resource, torch, ppvae.inference
-from ppvae.compilation.runtime import keep_freed_memory
+from ppvae.compilation.process_setup import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -272,7 +272,7 @@ print(faults(), keep_freed_memory(), faults())
 WARM = """
 import pyro, torch, torch.nn.functional as F
 from ppvae.inference.svi import SVI
-from ppvae.compilation import runtime as warm
+from ppvae.compilation import process_setup as warm
 x = torch.linspace(-30, 30, 10_000)
 def found():
     entropy = F.binary_cross_entropy_with_logits(x, x, reduction="none")

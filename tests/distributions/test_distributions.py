@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppvae import distributions as D
-from ppvae.distributions.special import log_rising_factorial_ratio, stirling_error
+from ppvae.distributions.log_gamma import log_rising_factorial_ratio, stirling_error
 from tests.laws.goodness import FAILURE, TESTS, Support, bags, masses, p_value, points
 
 mp.mp.dps = 40

@@ -17,7 +17,7 @@ from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.block_cache import BlockCache, BlockContext
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, two_sided
-from ppvae.evaluation.results import SavedResult, mean_words
+from ppvae.evaluation.results import SaveableResult, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program
@@ -26,7 +26,7 @@ HOLDS_FOR = "it certifies these settings on data simulated from the model, and s
 
 
 @dataclass(frozen=True)
-class Bracket(SavedResult):
+class Bracket(SaveableResult):
     """Lower and upper bounds of log p(x) on simulated data; nats per datum, float64, all [N].
 
     Attributes:

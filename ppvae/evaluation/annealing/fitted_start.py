@@ -86,7 +86,7 @@ class FittedStart:
 
 @final
 @dataclass(frozen=True)
-class FittedPath:
+class PilotSchedule:
     """What a pilot run of a few chains plans, [T + 1, batch], for chains of its own noise.
 
     Attributes:
@@ -102,7 +102,7 @@ class FittedPath:
     num_temperatures: Tensor
 
     @classmethod
-    def by_pilot(cls, start: FittedStart, seed: int) -> FittedPath:
+    def by_pilot(cls, start: FittedStart, seed: int) -> PilotSchedule:
         """Plans with chains whose noise is a function of the seed."""
         noise, device = _noise(seed, start.loc.device), start.loc.device
         first = named_schedule("sigmoid", TEMPERATURES[0]).to(device)
@@ -122,7 +122,7 @@ class FittedPath:
         steps = with_steps(self.step_sizes.log(), num_temperatures).exp()
         return AnnealingPlan(betas, steps, HMCKernel(self.start, torch.ones_like(self.start.loc), NUM_LEAPFROG))
 
-    def select(self, rows: Tensor) -> tuple[FittedPath, Tensor]:
+    def select(self, rows: Tensor) -> tuple[PilotSchedule, Tensor]:
         """(the path of these rows of the block, their positions in it), as `Proposal.select`."""
         proposal, positions = self.start.proposal.select(rows)
         if proposal is self.start.proposal:
@@ -130,7 +130,7 @@ class FittedPath:
         start = FittedStart.__new__(FittedStart)
         index = rows.to(self.start.loc.device)
         start.proposal, start.loc, start.scale = proposal, self.start.loc[index], self.start.scale[index]
-        return FittedPath(
+        return PilotSchedule(
             start, self.betas[:, index], self.step_sizes[:, index], self.num_temperatures[rows]
         ), positions
 

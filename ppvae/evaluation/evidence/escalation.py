@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import ContractError, UsageError, count_of
-from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
+from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedStart, PilotSchedule
 from ppvae.evaluation.blocks import PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.allocation import Allocation
@@ -69,7 +69,7 @@ class EscalatingSampler:
         block, seed, draws = proposal.block, self.sampler.run.seed, self.sampler.posterior_draws
         chosen, positions = proposal.select(weak)
         seed_all(derive_seed(seed, block.number, "annealing start"))
-        path = FittedPath.by_pilot(FittedStart(chosen), derive_seed(seed, block.number, "annealing pilot"))
+        path = PilotSchedule.by_pilot(FittedStart(chosen), derive_seed(seed, block.number, "annealing pilot"))
         levels = path.num_temperatures[positions]
         parts, order = [], []
         for level in sorted(set(levels.tolist())):

@@ -14,7 +14,7 @@ from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError, count_of
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
-from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
+from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedStart, PilotSchedule
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.evidence.escalation import find_weak, refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, bounds_by_annealing, bounds_by_swap
@@ -215,7 +215,7 @@ def _bound_by_annealing(proposal: RefinedProposal, weak: Tensor) -> dict[str, Te
     seed, number = proposal.run.seed, proposal.block.number
     chosen, positions = proposal.select(weak)
     seed_all(derive_seed(seed, number, "interval start"))
-    path = FittedPath.by_pilot(FittedStart(chosen), derive_seed(seed, number, "interval pilot"))
+    path = PilotSchedule.by_pilot(FittedStart(chosen), derive_seed(seed, number, "interval pilot"))
     level = int(path.num_temperatures[positions].max())
     forward = path.run(level, derive_seed(seed, number, "interval forward"))
     log_weight = forward["log_weight"].nan_to_num(nan=-torch.inf)

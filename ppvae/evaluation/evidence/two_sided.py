@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedPath, FittedStart
+from ppvae.evaluation.annealing.fitted_start import NUM_CHAINS, FittedStart, PilotSchedule
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, two_sided
 from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
-from ppvae.evaluation.results import SavedResult, mean_and_error
+from ppvae.evaluation.results import SaveableResult, mean_and_error
 from ppvae.rng import derive_seed, seed_all
 
 Z_LIMITS = 3.0  # standard errors between a mean bound and its confidence limit
@@ -20,7 +20,7 @@ MOST_TEMPERATURES = 100  # of annealing from the refined proposal, where 'auto' 
 
 
 @dataclass(frozen=True)
-class TwoSidedBounds(SavedResult):
+class TwoSidedBounds(SaveableResult):
     """Lower and upper bounds of log p(x) in expectation; nats per datum, float64, all [N].
 
     Attributes:
@@ -101,7 +101,7 @@ def annealed_gap(proposal: RefinedProposal, latents: Mapping[str, Tensor]) -> Te
     """The gap of bidirectional Monte Carlo from a fitted proposal, with exact posterior draws; [N] nats."""
     block, seed = proposal.block, proposal.run.seed
     seed_all(derive_seed(seed, block.number, "bracket annealing"))
-    path = FittedPath.by_pilot(FittedStart(proposal), derive_seed(seed, block.number, "bracket annealing pilot"))
+    path = PilotSchedule.by_pilot(FittedStart(proposal), derive_seed(seed, block.number, "bracket annealing pilot"))
     level = min(int(path.num_temperatures.max()), MOST_TEMPERATURES)
     u = proposal.state(latents).expand(NUM_CHAINS, -1, -1)
     forward = path.run(level, derive_seed(seed, block.number, "bracket forward"))["log_weight"]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ppvae.evaluation.results import SavedResult
+from ppvae.evaluation.results import SaveableResult
 
 BIASED = 1e-4  # an unbiased estimator is called biased with at most this probability, for each site
 
 
 @dataclass(frozen=True)
-class GradientAudit(SavedResult):
+class GradientAudit(SaveableResult):
     """Gradient estimators of one objective on one batch of a pair, by site; float64, [estimators] for each site.
 
     The parameters of a site are those of the guide's density of this site, given the values of earlier ones;

@@ -18,7 +18,7 @@ from ppvae.evaluation.importance.compiled_weights import CompiledWeights
 from ppvae.evaluation.importance.guide_proposal import GuideProposal
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
-from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
+from ppvae.evaluation.unconstrained.compiled_potential import CompiledProposalTarget
 from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed
 
@@ -60,7 +60,7 @@ class ImportanceSampler:
     rows: int
     precision: str = "float32"
     refined: bool = False
-    densities: CompiledDensities | None = field(default=None, repr=False)
+    densities: CompiledProposalTarget | None = field(default=None, repr=False)
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that a block's result is a function of."""

@@ -20,13 +20,13 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, run_block
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.local.full_rank import JointNormalFamily
 from ppvae.evaluation.local.refit import ESTIMATE_FIELDS, LocalRefitter, check_refit
-from ppvae.evaluation.results import SavedResult, mean_words
+from ppvae.evaluation.results import SaveableResult, mean_words
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program
 
 
 @dataclass(frozen=True)
-class Gaps(SavedResult):
+class Gaps(SaveableResult):
     """The inference gap per datum and its parts; nats per datum, float64, all [N].
 
     log p(x) - ELBO = (log p(x) - best ELBO) + (best ELBO - ELBO): inference gap = approximation gap + amortisation

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ppvae.errors import count_of
 from ppvae.evaluation.predictive.p_values import two_sided
-from ppvae.evaluation.results import SavedResult
+from ppvae.evaluation.results import SaveableResult
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class PredictiveCheck(SavedResult):
+class PredictiveCheck(SaveableResult):
     """Statistics of observed and of replicated data, per datum and over the set, with p-values.
 
     A p-value is the probability that a replicate has a larger value than the data: near 0 the model's data have smaller

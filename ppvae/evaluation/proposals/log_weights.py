@@ -15,7 +15,7 @@ from ppvae.errors import site_error
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal, rows_of_fit
 from ppvae.evaluation.unconstrained.chain_state import ChainState
-from ppvae.evaluation.unconstrained.compiled_potential import CompiledDensities
+from ppvae.evaluation.unconstrained.compiled_potential import CompiledProposalTarget
 from ppvae.evaluation.unconstrained.potential import Potential
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
@@ -66,10 +66,10 @@ class RefinedProposal:
         rows: int,
         fitted: FittedProposal | None = None,
         independent: bool = False,
-        compiled: CompiledDensities | None = None,
+        compiled: CompiledProposalTarget | None = None,
     ):
         self.run, self.block, self.rows, self.independent = run, block, rows, independent
-        self._compiled = compiled or CompiledDensities(0, 0, 1)
+        self._compiled = compiled or CompiledProposalTarget(0, 0, 1)
         with pyro.validation_enabled(False):  # the contract was checked once, and supports are checked once a block
             self._potential = Potential(run.model, run.guide, block, FIT_ROWS, cache=True)
             if fitted is None:
@@ -185,10 +185,10 @@ def with_larger_blocks(run: Evaluation) -> Evaluation:
     return replace(run, block_size=size) if free and s.latent_dims <= MAX_DIMS else run
 
 
-def compiled_densities(run: Evaluation, num_particles: int) -> CompiledDensities:
+def compiled_densities(run: Evaluation, num_particles: int) -> CompiledProposalTarget:
     """The densities of all blocks, compiled where fits and draws of so many particles pay for it."""
     gradients, densities = rows_of_fit(run.structure.latent_dims)
-    return CompiledDensities(run.num_data * gradients, run.num_data * (densities + num_particles), FIT_ROWS)
+    return CompiledProposalTarget(run.num_data * gradients, run.num_data * (densities + num_particles), FIT_ROWS)
 
 
 def check_refinable(run: Evaluation, block: Block) -> None:

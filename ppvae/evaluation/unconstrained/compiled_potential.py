@@ -75,7 +75,7 @@ MIN_ROWS = 1_000_000  # (particle, datum) rows that pay for compiling, as `MIN_G
 
 
 @final
-class CompiledDensities:
+class CompiledProposalTarget:
     """`Potential.joint_gradient` and `Potential.log_densities`, for one block of data after another, without chains.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.inference.particle_layout import ParticleLayout, with_sampled_sites
-from ppvae.inference.sequences.continuation import broadcast_steps, select_particles
+from ppvae.inference.sequences.partial_replay import broadcast_steps, select_particles
 from ppvae.inference.sequences.steps import Steps, log_joint_of
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Structure

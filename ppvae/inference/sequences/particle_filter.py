@@ -14,7 +14,7 @@ from ppvae.errors import ContractError
 from ppvae.errors.calls import explain_call
 from ppvae.inference.particle_layout import with_sampled_sites
 from ppvae.inference.sequences.backward import FilterHistory
-from ppvae.inference.sequences.continuation import continue_guide, select_particles
+from ppvae.inference.sequences.partial_replay import continue_guide, select_particles
 from ppvae.inference.sequences.resampling import effective_sample_size, systematic_ancestors
 from ppvae.inference.sequences.steps import steps_of
 from ppvae.inference.sites import Site

@@ -15,8 +15,8 @@ import torch
 
 from ppvae.errors import CheckpointError
 from ppvae.evaluation import Estimate, load_estimate
+from ppvae.run_folder.atomic_commit import complete, written_together
 from ppvae.run_folder.identity import read_result, write_result
-from ppvae.run_folder.together import complete, written_together
 from ppvae.storage import write_bytes
 
 OPERATIONS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "symlink")

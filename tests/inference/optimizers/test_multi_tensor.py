@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.optim import ClippedAdam, ExponentialLR
 
-from ppvae.inference.optimizers.grouped import GroupedSteps
+from ppvae.inference.optimizers.multi_tensor import MultiTensorSteps
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_grouped_steps_are_those_of_the_optimizers(name, fused):
             for j, p in enumerate(met):
                 p.grad = None if (i, j) in ((4, 1), (7, 0)) else torch.randn(3)
             if grouped:
-                GroupedSteps(optim)(met, fused=fused)
+                MultiTensorSteps(optim)(met, fused=fused)
             else:
                 optim(met)
             if name == "schedule":
@@ -70,7 +70,7 @@ def test_grouped_steps_are_those_of_the_optimizers(name, fused):
 def test_an_optimizer_with_a_hook_takes_its_own_steps():
     p, optim, seen = pyro.param("a", torch.zeros(2)), pyro.optim.Adam({"lr": 0.1}), []
     p.grad = torch.ones(2)
-    steps = GroupedSteps(optim)
+    steps = MultiTensorSteps(optim)
     steps([p], fused=True)
     optim.optim_objs[p].register_step_post_hook(lambda *_: seen.append(1))
     steps([p], fused=True)

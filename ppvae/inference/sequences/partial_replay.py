@@ -19,7 +19,7 @@ from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program
 
 
-class ContinueSequences(Messenger):
+class PartialReplay(Messenger):
     """Draws each latent, and replaces the draw by a given value where its step is kept.
 
     Args:
@@ -94,7 +94,7 @@ def continue_guide(
             kept[site] = broadcast_steps(piece, upto, site, step)
             if step is None:
                 kept[site] = kept[site].flatten(kept[site].dim() - structure.event_dims[site])
-        with ContinueSequences(at, kept):
+        with PartialReplay(at, kept):
             runs.append(sample_guide(guide, batch, piece.num_particles, structure=structure, index=index))
     return runs[0] if len(runs) == 1 else _join(runs, structure)
 

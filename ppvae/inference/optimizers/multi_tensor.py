@@ -12,7 +12,7 @@ from torch import Tensor
 from ppvae.inference.optimizers.fused import FusedAdam, has_hooks
 
 
-class GroupedSteps:
+class MultiTensorSteps:
     """Steps of a `PyroOptim`, which has one torch optimizer for each parameter, by one kernel for many of them.
 
     Parameters whose Adam has the same settings are updated together. Optimizers, settings and state stay those of the

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppvae.compilation.runtime import CpuTime, busy_cores_note, cpu_time
+from ppvae.compilation.process_setup import CpuTime, busy_cores_note, cpu_time
 
 START = CpuTime(wall=100.0, machine=1000.0, own=5.0)
 
