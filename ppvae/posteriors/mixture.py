@@ -8,6 +8,7 @@ from typing import final
 from torch import Tensor, nn
 
 from ppvae.distributions.mixture import StratifiedMixture
+from ppvae.errors import UsageError
 from ppvae.nn.context import call_with_context
 
 
@@ -25,7 +26,7 @@ class Mixture(nn.Module):
             share layers. The batch's second tensor is given to those that declare `context`.
 
     Returns batch shape [...], event shape [latent]. Reparameterised if all components are.
-    Raises ValueError for fewer than two components, or for components over different spaces.
+    Raises UsageError for fewer than two components, or for components over different spaces.
     Source: Kviman et al. 2022, Multiple importance sampling ELBO and deep ensembles of variational approximations
     (arXiv 2202.10951); Kviman et al. 2023 (arXiv 2209.15514) for VAEs.
 
@@ -40,7 +41,7 @@ class Mixture(nn.Module):
     def __init__(self, components: Sequence[nn.Module]):
         super().__init__()
         if len(components) < 2:
-            raise ValueError(f"components: expected two or more posteriors, found {len(components)}")
+            raise UsageError(f"components: expected two or more posteriors, found {len(components)}")
         self.components = nn.ModuleList(components)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> StratifiedMixture:
