@@ -53,5 +53,7 @@ def _hint(pair: Any) -> str:
 
 
 def _is_program(side: Any) -> bool:
-    """Whether an object can be called as a program: a module without `forward` cannot."""
-    return callable(side) and getattr(getattr(side, "forward", None), "__name__", "") != "_forward_unimplemented"
+    """Whether an object can be called as a program: a module without `forward`, or a call of its own, cannot."""
+    without = getattr(getattr(side, "forward", None), "__name__", "") == "_forward_unimplemented"
+    of_module = getattr(type(side).__call__, "__qualname__", "").partition(".")[0] in ("Module", "PyroModule")
+    return callable(side) and not (without and of_module)

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from ppvae import load
-from ppvae.cli.evaluate import check_options
 from ppvae.cli.main import COMMANDS, main
+from ppvae.cli.option_checks import check_evaluate
 from ppvae.cli.options import Evaluate
 from ppvae.errors import UsageError
 from ppvae.evaluation import load_estimate
@@ -992,7 +992,7 @@ def test_sequences_and_their_lengths_from_one_file(cli, fails, tmp_path):
     assert (est.method, est.num_particles, est.settings["filters"]) == ("particle filter", 40, 10)
     for option in ({"max_particles": 50}, {"num_chains": 3}, {"num_particles": "auto"}, {"bracket": 5}):
         with pytest.raises(UsageError, match=f"--{next(iter(option)).replace('_', '-')}.*: goes with"):
-            check_options(Evaluate(method="particle_filter", **option))
+            check_evaluate(Evaluate(method="particle_filter", **option))
     few = ("--method", "particle_filter", "--num-particles", 5)
     fails("evaluate", "run", *few, names=("at least 20",), status=2)
     wrong = (*options[:-1], "length")

@@ -111,5 +111,5 @@ def test_a_pair_that_cannot_be_refined_keeps_its_guide_and_says_so():
     assert torch.equal(est.log_px, plain.log_px)
     assert "method='auto' kept to the guide's own draws" in est.summary()
     assert "site 'z'" in est.summary()
-    with pytest.raises(UsageError, match="method: expected 'importance' or 'auto', found 'best'"):
+    with pytest.raises(UsageError, match="method: expected 'importance', 'auto' or 'particle_filter', found 'best'"):
         log_marginal(coin, coin_guide, torch.zeros(3), method="best")

@@ -195,7 +195,7 @@ def test_a_datum_that_fails_is_told_and_refitted():
     plain = loo(*pair, x, num_particles=1000)
     assert plain.reliable.tolist() == [True] * 19 + [False]
     assert abs(plain.elpd[-1].item() - exact) > 0.3
-    assert "1 of 20 data are unreliable" in plain.summary()
+    assert "1 of 20 data is unreliable" in plain.summary()
     asked = []
 
     def refit(rest):

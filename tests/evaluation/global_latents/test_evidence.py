@@ -208,7 +208,7 @@ def test_what_weights_given_global_latents_do_not_take_is_refused():
     for options in ({"proposal": "refined"}, {"method": "auto"}, {"bounds": (3,)}, {"num_particles": "auto"}):
         with pytest.raises(UsageError, match=f"{next(iter(options))}: expected"):
             log_marginal(*c.pair, c.batch, conditional=True, **options)
-    with pytest.raises(UsageError, match="local_particles: expected a number of at least 1, found 0"):
+    with pytest.raises(UsageError, match="local_particles: expected at least 1, found 0"):
         log_marginal(*c.pair, c.batch, local_particles=0)
     with pytest.raises(UsageError, match="posterior_draws: expected at most the 20 draws"):
         log_marginal(*c.pair, c.batch, num_particles=20, conditional=True, posterior_draws=21)
