@@ -174,6 +174,7 @@ GPU = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GPU)
 def test_the_checks_of_a_gpu_hold_on_the_cpu(name):
     assert GPU[name](torch.device("cpu")).startswith("right")

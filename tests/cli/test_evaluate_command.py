@@ -305,4 +305,4 @@ def test_pairs_that_cannot_be_annealed_say_so(tmp_path, monkeypatch, capsys):
         assert len(err.strip().splitlines()) <= 3
         for word in words:
             assert word in err
-    assert main(["evaluate", "r", "--num-particles", "30", "--head", "10", "--no-report"]) == 0
+    assert main(["evaluate", "r", "--num-particles", "100", "--head", "10", "--no-report"]) == 0

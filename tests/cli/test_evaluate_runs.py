@@ -199,7 +199,7 @@ def test_data_that_have_changed_are_refused(tmp_path, monkeypatch, capsys):
     np.save("mine.npy", x)
     run = fitted(tmp_path, PAIRS / "two_latents.py", "--data", "mine.npy", "--binarize", "none")
     config = json.loads((run / "config.json").read_text())
-    command = ["evaluate", str(run), "--num-particles", "30", "--no-report"]
+    command = ["evaluate", str(run), "--num-particles", "100", "--no-report"]
     assert main(command) == 0
     capsys.readouterr()
     for changed in (1 - x, x[:200], np.tile(x, (1, 2))):
@@ -226,7 +226,7 @@ def test_test_data_that_have_changed_are_refused(tmp_path, monkeypatch, capsys):
     parts = {name: torch.bernoulli(torch.full((60, 12), 0.4)).numpy() for name in ("train", "valid", "test")}
     np.savez("mine.npz", **parts)
     run = fitted(tmp_path, PAIRS / "two_latents.py", "--data", "mine.npz", "--binarize", "none")
-    command = ["evaluate", str(run), "--num-particles", "30", "--no-report"]
+    command = ["evaluate", str(run), "--num-particles", "100", "--no-report"]
     np.savez("mine.npz", **parts | {"test": 1 - parts["test"]})
     capsys.readouterr()
     assert main(command) == 1
@@ -254,7 +254,7 @@ def test_a_run_that_has_not_finished_says_so(tmp_path, run, monkeypatch, capsys)
     half = tmp_path / "half"
     assert load(half).stopped == "the run stopped at epoch 2 of 50"
     capsys.readouterr()
-    assert main(["evaluate", str(half), "--num-particles", "30", "--head", "10", "--no-report"]) == 0
+    assert main(["evaluate", str(half), "--num-particles", "100", "--head", "10", "--no-report"]) == 0
     assert "the run stopped at epoch 2 of 50" in capsys.readouterr().out
     assert told(half)["notes"].endswith("; the run stopped at epoch 2 of 50")
 

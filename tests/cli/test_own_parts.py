@@ -116,7 +116,7 @@ def test_classes_of_ones_own_go_all_the_way(folder, tmp_path, monkeypatch, capsy
     for name in ("helper_of_parts", "parts_package", "parts_package.parts", "ppvae_pair_parts"):
         sys.modules.pop(name, None)
     sys.path[:] = [entry for entry in sys.path if str(folder) not in entry]
-    evaluate = ["evaluate", str(folder / "runs" / "run"), "--num-particles", "30", "--head", "20", "--no-report"]
+    evaluate = ["evaluate", str(folder / "runs" / "run"), "--num-particles", "100", "--head", "20", "--no-report"]
     assert main([*evaluate, "--proposal", "guide"]) == 0, capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_parts_that_have_changed_or_are_not_trusted_are_not_run(folder, tmp_path
     assert main([*fit, "--no-report"]) == 0, capsys.readouterr().err
     file = folder / Path(place) if place.endswith(".py") else folder / "parts_package" / "parts.py"
     source, mark = file.read_text(), tmp_path / "mark"
-    evaluate = ["evaluate", str(folder / "runs" / "run"), "--num-particles", "30", "--head", "20", "--no-report"]
+    evaluate = ["evaluate", str(folder / "runs" / "run"), "--num-particles", "100", "--head", "20", "--no-report"]
     evaluate += ["--proposal", "guide"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

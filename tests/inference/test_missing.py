@@ -551,7 +551,7 @@ def test_the_command_line_takes_a_table_with_gaps(tmp_path, monkeypatch, capsys)
     assert main(fitting) != 0
     assert "--missing" in capsys.readouterr().err
     assert main([*fitting, "--missing"]) == 0
-    assert main(["evaluate", "runs/a", "--num-particles", "50"]) == 0
+    assert main(["evaluate", "runs/a", "--num-particles", "100"]) == 0
     out = capsys.readouterr().out
     assert "of the values are missing" in out
     assert "(mixed)" in out

@@ -61,22 +61,24 @@ def test_a_funnel_is_annealed_and_agrees_with_quadrature(tmp_path):
 
 def test_the_result_does_not_depend_on_rows():
     x = torch.tensor([-4.0, 0.5, 3.0])
-    once = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=400)
-    again = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=400, rows=17)
+    once = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=200)
+    again = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=200, rows=17)
     assert torch.equal(once.diagnostics["method"], again.diagnostics["method"])
     torch.testing.assert_close(once.log_px, again.log_px, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("values", "most"), [((0.5, 1.5), 150), ((-6.0, 6.0), 100)], ids=["all annealed", "few"])
-def test_p_x_stays_unbiased_where_the_method_is_chosen_by_datum(values, most):
-    """75 copies of two data, each with its own noise, some annealed: six standard errors fail with p = 2e-9."""
-    x = torch.tensor(values).repeat_interleave(75)
-    exact = quadrature(funnel, funnel_guide, x[[0, -1]], num_nodes=385).log_px.repeat_interleave(75)
+@pytest.mark.parametrize(
+    ("values", "copies", "most"), [((0.5, 1.5), 30, 60), ((-6.0, 6.0), 75, 100)], ids=["all annealed", "few"]
+)
+def test_p_x_stays_unbiased_where_the_method_is_chosen_by_datum(values, copies, most):
+    """Copies of two data, each with its own noise, some annealed: six standard errors fail with p = 2e-9."""
+    x = torch.tensor(values).repeat_interleave(copies)
+    exact = quadrature(funnel, funnel_guide, x[[0, -1]], num_nodes=385).log_px.repeat_interleave(copies)
     est = log_marginal(funnel, funnel_guide, x, method="auto", num_particles=150)
     assert int(est.diagnostics["method"].sum()) <= most
-    assert most < 150 or bool(est.diagnostics["method"].all())
+    assert most < 2 * copies or bool(est.diagnostics["method"].all())
     ratio = (est.log_px - exact).exp()
-    assert abs(float(ratio.mean()) - 1) < 6 * float(ratio.std()) / math.sqrt(150)
+    assert abs(float(ratio.mean()) - 1) < 6 * float(ratio.std()) / math.sqrt(2 * copies)
     assert float(ratio.std()) < 0.5
 
 
