@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,3 +61,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"combinations: {len(covered['fitting'])} of {totals['all fitting']} fitting, trained and evaluated; "
             f"{len(covered['refused'])} of {totals['all refused']} misfits, refused"
         )
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what was imported and collected from garbage collection, which else visits it again and again."""
+    gc.collect()
+    gc.freeze()
