@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ppvae.distributed import DistributedContext
 from tests.distributed import processes_worker
 
 WORKER = Path(processes_worker.__file__)
@@ -92,3 +94,12 @@ def test_a_destroyed_group_leaves_no_threads(two):
 def test_processes_that_were_called_unlike_are_refused(two):
     for found in two[1]:
         assert "process 1 of 2 was called with other data or settings" in found["unlike"]["error"]
+
+
+def test_a_rank_has_its_rows_of_a_batch_without_gaps():
+    context, x = DistributedContext(), torch.arange(14.0).view(7, 2)
+    context.size = 2
+    for context.rank in (0, 1):
+        (rows,) = context.shard_batch((x,))
+        assert torch.equal(rows, x[context.rank :: 2])
+        assert rows.is_contiguous()
