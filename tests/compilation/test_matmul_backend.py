@@ -144,3 +144,24 @@ def test_reduced_precision_is_kept(calls):
         expected = net(x)
     assert torch.allclose(found, expected, rtol=2**-8, atol=1e-6)  # one rounding step
     assert not torch.allclose(found, net(x), rtol=2**-12, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+@pytest.mark.parametrize("activation", [torch.sin, lambda y: y], ids=["curved", "linear"])
+def test_gradients_of_an_input_are_those_of_the_layer(calls, activation):
+    """The gradient, and the product of the Hessian with a vector; backward of a gradient without memory of its own."""
+    torch.manual_seed(0)
+    weight, bias, v = torch.randn(100, 40), torch.randn(100), torch.randn(300, 40)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(-1, 1, 300 * 40).view(300, 40).to(dtype).requires_grad_()
+        with products.faster_linear_layers():
+            y = activation(torch.nn.functional.linear(x, weight.to(dtype), bias.to(dtype)))
+            (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            product = torch.zeros_like(x)
+            if activation is torch.sin:
+                (product,) = torch.autograd.grad((gradient * v.to(dtype)).sum(), x)
+        found.append((y.detach(), gradient.detach(), product))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
+    assert len(calls) >= 2  # forward and backward of the float32 run
