@@ -47,6 +47,7 @@ def in_two(*args):
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_result_of_one(run):
     command = ["evaluate", str(run), *FEW, "--dtype", "float64"]
     assert main(command) == 0

@@ -785,6 +785,7 @@ def test_compiled_log_weights_are_the_same_up_to_rounding(name, monkeypatch, cap
         torch.testing.assert_close(*(getattr(r, field) for r in results), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_validation_by_a_compiled_graph_is_that_of_the_pair(monkeypatch, caplog):
     monkeypatch.setattr(capture, "_seconds", lambda graph, _: 2.0 - ("compile_with_inductor" in repr(graph._forward)))
     monkeypatch.setattr(validation, "ROWS", 16)

@@ -692,6 +692,7 @@ def test_the_prior_of_enumerated_sites_is_refused():
         annealed(*registered("enumerated_model"), start="prior", **SHORT)
 
 
+@pytest.mark.slow
 def test_chains_on_a_compiled_graph_are_those_of_the_pair(monkeypatch, caplog):
     pair, x = LinearGaussian(3, 2).double(), torch.randn(110, 3, dtype=torch.float64)  # blocks of 50, 50 and 10
     plain = annealed(pair.model, pair.mean_field, x, num_temperatures=6, num_chains=3, num_leapfrog=2)

@@ -1045,6 +1045,7 @@ print(re.search(r"VmHWM:\\s+([0-9]+)", open("/proc/self/status").read())[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="its memory is read from /proc")
 def test_memory_grows_neither_with_particles_nor_with_data():
     """Peaks of processes of their own, whose malloc gives freed blocks back at once and leaves no holes.
