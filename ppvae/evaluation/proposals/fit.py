@@ -24,11 +24,11 @@ GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 
 MOMENT_DRAWS = 100  # of the guide, for the starting point and the scale
 SELECTION_DRAWS, VARIANCE_DRAWS = 100, 40  # per source of draws; of the last candidate, for the variance of log-weights
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
-NEWTON_STEPS = 1
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
 REGRESSIONS, AVERAGES = 3, 3  # rounds
-DRAWS_PER_DIM, MIN_DRAWS = 3, 40  # of a round
+DRAWS_PER_DIM, MIN_DRAWS = 2, 40  # of a round
+RIDGE = 0.3  # of a regression, times dims: of as many pairs of draws as dims the slope alone would be mostly noise
 MAX_CHANGE, MAX_GROWTH = 16.0, 2.0  # of a precision and of a variance in one round; a scale far too wide never recovers
 MAX_FULL_RANK_DIMS = 256  # beyond, the scale has a low rank beside its diagonal, and there is no Hessian
 
@@ -146,21 +146,18 @@ def added_covariance(q: Elliptical, roughness: Tensor) -> Tensor:
 def rows_of_fit(dims: int) -> tuple[int, int]:
     """(gradients, log-densities beside them) that the fit of one datum takes, about."""
     rounds = (REGRESSIONS + AVERAGES) * max(MIN_DRAWS, DRAWS_PER_DIM * dims)
-    return MODE_STEPS + 2 * (NEWTON_STEPS + 1) * dims + rounds, 3 * SELECTION_DRAWS
+    return MODE_STEPS + 2 * dims + rounds, 3 * SELECTION_DRAWS
 
 
 def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(mode [batch, dims], inverse of minus the Hessian there [batch, dims, dims], its eigenvalues bounded)."""
+    """(mode [batch, dims] after a step of Newton's, inverse of minus the Hessian before it [batch, dims, dims])."""
     lengths = torch.tensor([0.0, 0.1, 0.3, 1.0], dtype=u.dtype, device=u.device)[:, None, None]
-    for _ in range(NEWTON_STEPS):
-        covariance = inverse_hessian(target, u, scale)
-        gradient = target.gradient(u[None])[0] * scale
-        move = scale * torch.einsum("nde,ne->nd", covariance, gradient)
-        tried = u + lengths * move
-        best = target.log_joint(tried).nan_to_num(nan=-math.inf).argmax(0)
-        u = tried[best, torch.arange(len(u), device=u.device)]
     covariance = inverse_hessian(target, u, scale)
-    return u, scale[:, :, None] * covariance * scale[:, None, :]
+    move = scale * torch.einsum("nde,ne->nd", covariance, target.gradient(u[None])[0] * scale)
+    tried = u + lengths * move
+    best = target.log_joint(tried).nan_to_num(nan=-math.inf).argmax(0)
+    mode = tried[best, torch.arange(len(u), device=u.device)]
+    return mode, scale[:, :, None] * covariance * scale[:, None, :]
 
 
 def inverse_hessian(target: Target, u: Tensor, scale: Tensor) -> Tensor:
@@ -200,9 +197,9 @@ def maximize_elbo(target: Target, start: Elliptical) -> tuple[Elliptical, Tensor
     """The full-rank normal with the largest ELBO, from `start`, by rounds of linear regression, and its roughness.
 
     At the maximum E_q[grad log p] = 0, and the precision of q is -E_q[hess log p] (Opper and Archambeau 2009). Both are
-    read off draws of q in coordinates whitened by its scale, where that precision is the identity: first by regressing
-    grad log p on the draws, which is exact where log p(x, u) is quadratic (Salimans and Knowles 2013, arXiv
-    1206.6679), then by averages along the path, whose noise vanishes where q is exact, over all rounds since. The
+    read off draws of q in coordinates whitened by its scale, where that precision is the identity: first by ridge
+    regression of its distance from the identity on the draws (Salimans and Knowles 2013, arXiv 1206.6679), then by
+    averages along the path, whose noise vanishes where q is exact, over all rounds since. The
     roughness, see `added_covariance`, is that of the last round's draws, and an upper one: they come before its step.
     """
     loc, scale = start.loc, start.scale_tril
@@ -218,7 +215,8 @@ def maximize_elbo(target: Target, start: Elliptical) -> tuple[Elliptical, Tensor
         slopes, eps = torch.einsum("nde,knd->kne", scale, gradient).double(), eps.double()
         if regress:
             odd, eps = (slopes[:half] - slopes[half:]) / 2, eps[:half]
-            precision = -torch.linalg.solve(_outer(eps, eps), _outer(eps, odd))
+            square = _outer(eps, eps) + RIDGE * dims * identity
+            precision = identity - torch.linalg.solve(square, _outer(eps, odd + eps))
         else:
             residual = slopes + eps
             precision = identity - _outer(eps, residual) / (2 * half)
