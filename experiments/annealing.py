@@ -64,7 +64,7 @@ def compute(s: Settings, workspace: Workspace, objective: str, seed: int) -> dic
     )
     pair, images, folder = (trained.model, trained.guide), test.head(s.num_test), workspace.folder / "blocks"
     how = {"num_chains": s.chains, "num_temperatures": s.temperatures, "seed": seed}
-    est = log_marginal(*pair, images, num_particles=s.particles, seed=seed)
+    est = log_marginal(*pair, images, num_particles=s.particles, seed=seed, proposal="guide")
     tighter = annealed(*pair, images, directory=folder / "annealed", **how)
     both = bdmc(*pair, valid.head(s.num_simulated), directory=folder / "bdmc", **how)
     est.save(workspace.folder, "log_marginal")

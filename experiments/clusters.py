@@ -103,7 +103,9 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
         pair, train, valid, workspace, epochs=s.epochs, lr=s.lr, objective=objectives.ELBO(), batch_size=s.batch_size,
         seed=seed,
     )  # fmt: skip
-    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(
+        trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide"
+    )
     with torch.no_grad():
         if row == "GMVAE":
             cluster = pair.classifier.net(x).argmax(-1)

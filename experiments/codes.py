@@ -75,12 +75,14 @@ def compute(s: Settings, workspace: Workspace, row: str, prior: str, seed: int) 
     drawn = generate.samples(trained.model, trained.guide, test[:1].to(workspace.device or "cpu"), 16, seed=seed)
     np.save(workspace.folder / "samples.npy", drawn.reshape(16, *test.event_shape).cpu().numpy())
     test = test.head(s.num_test)
-    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
+    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed, proposal="guide")
     result = cells.estimate_summary(est) | cells.training_summary(trained)
     result["perplexity"] = perplexity(vae, test.read().to(workspace.device or "cpu"), values)
     result["scale"] = float(vae.posterior.net[1].log_scale.detach().exp())
     if values**codes <= MAX_CODES:
-        exact = log_marginal(trained.model, config_enumerate(trained.guide), test, num_particles=1, seed=seed)
+        exact = log_marginal(
+            trained.model, config_enumerate(trained.guide), test, num_particles=1, seed=seed, proposal="guide"
+        )
         off = est.log_px - exact.log_px
         result |= {"exact": exact.nll, "off": float(off.mean())}
         result |= {f"off_{word}": float(off[is_so].abs().mean()) if bool(is_so.any()) else 0.0

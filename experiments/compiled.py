@@ -52,7 +52,9 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
         vae, images, valid, workspace, epochs=s.epochs, lr=s.lr, objective=objectives.IWAE(s.draws),
         batch_size=s.batch_size, seed=seed, compile=compiled, precision=precision,
     )  # fmt: skip
-    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed, compile=False)
+    est = log_marginal(
+        trained.model, trained.guide, test, num_particles=s.particles, seed=seed, compile=False, proposal="guide"
+    )
     return cells.estimate_summary(est) | cells.training_summary(trained) | {"kernels": trained.config["kernels"]}
 
 

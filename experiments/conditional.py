@@ -54,7 +54,7 @@ def compute(s: Settings, workspace: Workspace, model: str, seed: int) -> dict[st
     if model == PLAIN:
         vae = VAE(*parts)
         trained = train(vae, fitted, valid, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
-        est = log_marginal(trained.model, trained.guide, images, num_particles=s.particles, seed=seed)
+        est = log_marginal(trained.model, trained.guide, images, num_particles=s.particles, seed=seed, proposal="guide")
         return estimate_summary(est) | {"marginal": -est.nll}
     vae = ConditionalVAE(*parts, nn.Labels(classes))
     (x, held), (y, of_held, of_test) = (fitted, valid), labels
@@ -62,7 +62,7 @@ def compute(s: Settings, workspace: Workspace, model: str, seed: int) -> dict[st
     pair, of_test = (trained.model, trained.guide), of_test[: s.num_test]
 
     def of_label(label: Tensor) -> Estimate:
-        return log_marginal(*pair, (images, label), num_particles=s.particles, seed=seed)
+        return log_marginal(*pair, (images, label), num_particles=s.particles, seed=seed, proposal="guide")
 
     each = torch.stack([of_label(torch.full_like(of_test, c)).log_px for c in range(classes)], -1)
     joint = each + (torch.bincount(y, minlength=classes) / len(y)).log()

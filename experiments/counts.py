@@ -102,7 +102,7 @@ def compute(s: Settings, workspace: Workspace, source: str, likelihood: str, see
         vae.model, vae.guide, train, valid=valid, optimizer=optimizer, epochs=s.epochs, seed=seed,
         device=workspace.device, directory=workspace.folder, resume=True, patience=10,
     )  # fmt: skip
-    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
+    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed, proposal="guide")
     result = estimate_summary(est) | {"valid_elbo": max(epoch["valid_elbo"] for epoch in trained.history)}
     if known:
         made = generate.reconstructions(trained.model, trained.guide, test, seed=seed)

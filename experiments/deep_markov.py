@@ -109,7 +109,7 @@ def compute(s: Settings, workspace: Workspace, source: str, model: str, seed: in
         objective=objectives.ELBO(warmup=s.warmup),
     )  # fmt: skip
     own, like = (trained.model, trained.guide), (test[0][:1], test[1].max()[None])
-    est = log_marginal(*own, test, num_particles=s.particles, seed=seed)
+    est = log_marginal(*own, test, num_particles=s.particles, seed=seed, proposal="guide")
     drawn = generate.samples(*own, like, 16, mean=False, seed=seed)
     np.save(workspace.folder / "samples.npy", torch.stack([test[0][:16], drawn[: len(test[0])]]).numpy())
     best = {"best": -float(kalman(*test).mean())} if source == "linear" else {}

@@ -86,10 +86,12 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
         batch_size=s.batch_size, seed=seed, objective=ESTIMATORS[estimator](s.draws),
     )  # fmt: skip
     valid, test = valid.head(s.num_test), test.head(s.num_test)
-    est, of_valid = (log_marginal(vae.model, vae.guide, x, num_particles=s.particles) for x in (test, valid))
+    est, of_valid = (
+        log_marginal(vae.model, vae.guide, x, num_particles=s.particles, proposal="guide") for x in (test, valid)
+    )
     result = cells.estimate_summary(est) | cells.training_summary(trained) | {"valid_nll": of_valid.nll}
     if latent <= MAX_BITS:
-        exact = log_marginal(vae.model, summed, test, num_particles=1)
+        exact = log_marginal(vae.model, summed, test, num_particles=1, proposal="guide")
         result |= {"exact": exact.nll, "exact_elbo": float(exact.elbo.mean())}
     return result
 

@@ -89,7 +89,7 @@ def compute(s: Settings, workspace: Workspace, table: str, model: str, guide: st
     found = LinearGaussian(x.shape[1], s.latent, made.log_scale.detach().exp()).double()
     found.load_state_dict(made.state_dict())
     reached, best = float(found.log_px(x.double()).mean().detach()), max_log_likelihood(s, model, x)
-    est = log_marginal(found.model, found.guide, test.double(), num_particles=30)
+    est = log_marginal(found.model, found.guide, test.double(), num_particles=30, proposal="guide")
     return estimate_summary(est) | {"reached": reached, "maximum": best, "gap": best - reached}
 
 

@@ -88,7 +88,7 @@ def compute(s: Settings, workspace: Workspace, guide: str, split: str, seed: int
         directory=workspace.folder / "blocks",
     )  # fmt: skip
     found.save(workspace.folder, "gaps")
-    est = log_marginal(*pair, images, num_particles=s.particles, seed=seed)
+    est = log_marginal(*pair, images, num_particles=s.particles, seed=seed, proposal="guide")
     parts = {"log_px": found.log_px, "elbo": found.elbo, "best_elbo": found.best_elbo, "inference": found.inference}
     parts |= {"approximation": found.approximation, "amortisation": found.amortisation, "gained": found.gained}
     if found.richer_elbo is not None:

@@ -99,7 +99,7 @@ def compute(s: Settings, workspace: Workspace, pair: str, seed: int) -> dict[str
     options = {"epochs": s.epochs, "lr": s.lr, "batch_size": s.batch_size, "seed": seed}
     trained = cells.train(vae, train, valid, workspace, objective=objectives.ELBO(), **options)
     (truth, known), own = made[2], (trained.model, trained.guide)
-    est, whole = (log_marginal(*own, x, num_particles=s.particles, seed=seed) for x in (test, truth))
+    est, whole = (log_marginal(*own, x, num_particles=s.particles, seed=seed, proposal="guide") for x in (test, truth))
     filled = impute(*own, test, num_particles=s.particles, draws=1, seed=seed).mean
     np.save(workspace.folder / "filled.npy", torch.stack([truth[:2], test[:2].as_subclass(Tensor), filled[:2]]).numpy())
     return cells.estimate_summary(est) | cells.training_summary(trained) | {

@@ -89,12 +89,12 @@ def compute(s: Settings, workspace: Workspace, likelihood: str, seed: int) -> di
     result = {}
     if plain:
         lies = VAE(prior, UnnormalizedLikelihood(decoder), posterior)
-        claim = log_marginal(lies.model, lies.guide, grey, num_particles=s.particles, seed=seed)
+        claim = log_marginal(lies.model, lies.guide, grey, num_particles=s.particles, seed=seed, proposal="guide")
         z = generate.posterior_means(lies.model, lies.guide, grey)["z"][:100]
         whole = log_integral(decoder(z).detach()).sum(-1).mean()
         result = {"claim": -claim.nll, "claim_elbo": float(claim.elbo.mean()), "integral": float(whole)}
         own = VAE(prior, likelihoods.ContinuousBernoulli(decoder), posterior)
-    est = log_marginal(own.model, own.guide, test, num_particles=s.particles, seed=seed)
+    est = log_marginal(own.model, own.guide, test, num_particles=s.particles, seed=seed, proposal="guide")
     pairs = [(vae, valid), (own, test)]
     drawn = [generate.samples(p.model, p.guide, x, 8, mean=m, seed=seed) for p, x in pairs for m in (True, False)]
     np.save(workspace.folder / "samples.npy", torch.stack(drawn).reshape(2, 16, *grey.event_shape).numpy())

@@ -91,7 +91,9 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
         vae, images, valid, workspace, epochs=s.epochs, lr=s.lr, objective=objectives.ELBO(free_bits=s.free_bits),
         batch_size=s.batch_size, seed=seed,
     )  # fmt: skip
-    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(
+        trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide"
+    )
     kl = {k.removeprefix("valid_"): v for k, v in trained.metrics.items() if k.startswith("valid_kl_")}
     return (
         cells.estimate_summary(est)

@@ -101,7 +101,9 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
         batch_size=s.batch_size,
         seed=seed,
     )
-    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(
+        trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide"
+    )
     means = generate.posterior_means(trained.model, trained.guide, test)["z"]
     return cells.estimate_summary(est) | cells.training_summary(trained) | {"active": int((means.var(0) > 0.01).sum())}
 

@@ -103,7 +103,9 @@ def compute(s: Settings, workspace: Workspace, name: str, fit: str, seed: int) -
         fit_by_em(x, pair)
     else:
         cells.train(pair, x, None, workspace, batch_size=s.batch_size, seed=seed, **options)
-    estimate = functools.partial(log_marginal, pair.model, pair.guide, num_particles=s.particles if fit == "VAE" else 1)
+    estimate = functools.partial(
+        log_marginal, pair.model, pair.guide, num_particles=s.particles if fit == "VAE" else 1, proposal="guide"
+    )
     workspace.folder.mkdir(parents=True, exist_ok=True)
     middles = generate.samples(pair.model, pair.guide, x, 100) if fit == "VAE" else pair.loc.detach()
     density = estimate(plots.plane(count=s.side).to(x)).log_px

@@ -93,8 +93,8 @@ def compute(s: Settings, workspace: Workspace, guide: str, seed: int) -> dict[st
         batch_size=s.batch_size, seed=seed, objective=objectives.ELBO(s.draws),
     )  # fmt: skip
     pair, of_image = (trained.model, trained.guide), with_modalities(x, truth, IMAGE)
-    est = log_marginal(*pair, with_modalities(x, truth, BOTH), num_particles=s.particles, seed=seed)
-    alone = log_marginal(*pair, of_image, num_particles=s.particles, seed=seed)
+    est = log_marginal(*pair, with_modalities(x, truth, BOTH), num_particles=s.particles, seed=seed, proposal="guide")
+    alone = log_marginal(*pair, of_image, num_particles=s.particles, seed=seed, proposal="guide")
     torch.manual_seed(seed)
     found = label_probabilities(vae, of_image)
     every = torch.arange(10).repeat_interleave(IMAGES_PER_LABEL)

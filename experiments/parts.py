@@ -88,7 +88,9 @@ def compute(s: Settings, workspace: Workspace, prior: str, posterior: str, seed:
     trained = cells.train(vae, images, valid, workspace, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size, seed=seed)
     drawn = generate.samples(trained.model, trained.guide, test[:1].to(workspace.device or "cpu"), 16, seed=seed)
     np.save(workspace.folder / "samples.npy", drawn.reshape(16, *test.event_shape).cpu().numpy())
-    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(
+        trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide"
+    )
     return (
         cells.estimate_summary(est)
         | cells.training_summary(trained)

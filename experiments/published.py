@@ -133,7 +133,9 @@ def evaluate(s: Settings, run: Run, test: Any, particles: int, seed: int, folder
         seed=seed,
         directory=folder / "first",
     )
-    coarse = log_marginal(*pair, test, num_particles=s.coarse_particles, seed=seed, directory=folder / "coarse")
+    coarse = log_marginal(
+        *pair, test, num_particles=s.coarse_particles, seed=seed, directory=folder / "coarse", proposal="guide"
+    )
     of_guide, mean = est.guide_estimate or est, float(coarse.log_px.mean())
     result = coarse.attributes() | {"num_particles": of_guide.num_particles}
     for name, one in (("", of_guide), ("refined_", est)):

@@ -122,7 +122,9 @@ def compute(s: Settings, workspace: Workspace, label: int, seed: int) -> dict[st
         vae, (x, y), (held, torch.full((len(held),), -1)), workspace, epochs=s.epochs, lr=s.lr,
         objective=AuxiliaryLoss(objectives.ELBO(), vae.log_label, s.weight), batch_size=s.batch_size, seed=seed,
     )  # fmt: skip
-    est = log_marginal(trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(
+        trained.model, trained.guide, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide"
+    )
     found = {"accuracy": accuracy(vae.classifier.net, test), "valid_accuracy": accuracy(vae.classifier.net, valid)}
     return estimate_summary(est) | cells.training_summary(trained) | found | {"alone": accuracy(by_itself, test)}
 

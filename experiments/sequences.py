@@ -141,7 +141,7 @@ def compute(s: Settings, workspace: Workspace, source: str, objective: str, seed
     for steps, x in tests.items():
         options: dict[str, Any] = {"num_particles": s.particles, "seed": seed}
         est = log_marginal(run.model, run.guide, x, method="particle_filter", **options)
-        plain = log_marginal(run.model, run.guide, x, **options)
+        plain = log_marginal(run.model, run.guide, x, proposal="guide", **options)
         found |= cells.estimate_summary(est)
         found |= {f"filter_{steps}": est.nll, f"filter_unreliable_{steps}": float((~est.reliable).double().mean())}
         found |= {f"plain_{steps}": plain.nll, f"plain_unreliable_{steps}": float((~plain.reliable).double().mean())}

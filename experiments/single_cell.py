@@ -112,7 +112,7 @@ def compute(
     )
     trained = train(vae, fitted, valid, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
     pair = trained.model, trained.guide
-    est = log_marginal(*pair, test, num_particles=s.particles, seed=seed)
+    est = log_marginal(*pair, test, num_particles=s.particles, seed=seed, proposal="guide")
     known, z = (generate.posterior_means(*pair, cells)["z"].cpu().numpy() for cells in (fitted, test))
     neighbours = KNeighborsClassifier(15).fit(known, of[0]["batch"])
     found = KMeans(s.types, n_init=10, random_state=0).fit_predict(z)

@@ -112,7 +112,9 @@ def compute(s: Settings, workspace: Workspace, layer: int, row: str, seed: int) 
         )
         for number, stage in enumerate(stages(s, row))
     ]  # fmt: skip
-    est = log_marginal(vae.model, vae.guide, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(
+        vae.model, vae.guide, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide"
+    )
     means = generate.posterior_means(vae.model, vae.guide, test)
     active = "+".join(str(int((z.var(0) > 0.01).sum())) for _, z in sorted(means.items()))
     return cells.estimate_summary(est) | cells.training_summary(*runs) | {"active": active}

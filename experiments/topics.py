@@ -151,7 +151,7 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
     torch.manual_seed(seed)
     made = build_model(s, model, fitted, seed)
     trained = train(made, fitted, valid, workspace, epochs=s.epochs, lr=s.lr, seed=seed)
-    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed)
+    est = log_marginal(trained.model, trained.guide, test, num_particles=s.particles, seed=seed, proposal="guide")
     np.savez(workspace.folder / "shown.npz", words=(words := made.words.cpu()))
     found: dict[str, Any] = {
         "perplexity": perplexity(est.log_px, test),

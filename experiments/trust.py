@@ -74,7 +74,7 @@ def compute(s: Settings, workspace: Workspace, layer: int, row: str, seed: int) 
             *pair, test.head(s.num_annealed), num_chains=s.chains, num_temperatures=s.temperatures,
             directory=blocks / "annealed", **how,
         ),
-        "guide": lambda: log_marginal(*pair, test.head(s.num_test), num_particles=s.particles, **how),
+        "guide": lambda: log_marginal(*pair, test.head(s.num_test), num_particles=s.particles, proposal="guide", **how),
         "refined": lambda: log_marginal(
             *pair, test.head(s.num_test), num_particles=s.refined_particles, proposal="refined", **how
         ),

@@ -87,7 +87,7 @@ def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str,
     pair = trained.model, trained.guide
     drawn = generate.samples(*pair, test[:1].to(workspace.device or "cpu"), 16, seed=seed)
     np.save(workspace.folder / "samples.npy", drawn.cpu().numpy())
-    est = log_marginal(*pair, test.head(s.num_test), num_particles=s.particles, seed=seed)
+    est = log_marginal(*pair, test.head(s.num_test), num_particles=s.particles, seed=seed, proposal="guide")
     numbers = {
         "latents": sum(s.blocks) if row == "VDVAE" else 1,
         "parameters": sum(p.numel() for p in vae.parameters()),

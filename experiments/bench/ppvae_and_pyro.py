@@ -75,7 +75,9 @@ def log_px(s: Settings) -> Timed:
 
     def run() -> float:
         start = time.perf_counter()
-        log_marginal(pair.model, pair.guide, x, num_particles=s.particles, progress=False, compile=False)
+        log_marginal(
+            pair.model, pair.guide, x, num_particles=s.particles, progress=False, compile=False, proposal="guide"
+        )
         return (time.perf_counter() - start) / (len(x) * s.particles) * 1e6
 
     return run

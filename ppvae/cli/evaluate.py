@@ -96,7 +96,8 @@ def _sampling(
         count = given or FILTER_PARTICLES
         est = log_marginal(model, guide, columns, num_particles=count, method="particle_filter", **options)
     elif settings.proposal == "guide":
-        est = log_marginal(model, guide, columns, num_particles=given or GUIDE_PARTICLES, **options)
+        count = given or GUIDE_PARTICLES
+        est = log_marginal(model, guide, columns, num_particles=count, proposal="guide", **options)
     else:
         if beside is None:
             beside = given if isinstance(given, int) else GUIDE_PARTICLES
@@ -156,8 +157,8 @@ def _annealing(
     else:
         ks = sorted({int(settings.num_particles or GUIDE_PARTICLES), *settings.beside})
         beside = log_marginal(
-            model, guide, columns, num_particles=ks[-1], bounds=ks, seed=settings.seed, rows=settings.rows,
-            device=settings.device,
+            model, guide, columns, num_particles=ks[-1], proposal="guide", bounds=ks, seed=settings.seed,
+            rows=settings.rows, device=settings.device,
         )  # fmt: skip
         if not leave_process_group():
             return 0

@@ -45,7 +45,7 @@ class Estimate:
         k_hat: Pareto shape of the weights' upper tail (Vehtari et al. 2024, arXiv 1507.02646); NaN for K < 25.
         reliable: no non-finite weight, ess >= 50, and the 95 % limit of k_hat, from all data of the estimate, below
             min(0.6, 1 - 1 / log10 K); see `ppvae.evaluation.reliability.k_hat_upper`.
-        elbo: the evidence lower bound from the same draws.
+        elbo: the evidence lower bound from the same draws; of the guide where `guide_estimate` is there.
         dims: observed numbers per datum, averaged where values are missing; of the whole data set where weights are
             joint.
         base_measure: what log p(x) is relative to: "binary", "256 levels", "discrete" for other masses, "density on
@@ -146,17 +146,18 @@ class Estimate:
         return self.reliable & (self.std_error <= self.settings["target_std_error"])
 
     def bound(self, k: int) -> Tensor:
-        """L_k, the importance-weighted bound with k particles, from the same draws; [N] nats.
+        """L_k, the importance-weighted bound with k particles, of the guide where it is known; [N] nats.
 
         Raises:
             UsageError: k was not recorded; the message names the recorded ones.
         """
         check_numbers(k=k)
-        if k not in self.bounds:
+        found = self.bounds if self.guide_estimate is None else self.guide_estimate.bounds
+        if k not in found:
             raise UsageError(
-                f"bound({k}): recorded are {sorted(self.bounds)}; for another k call log_marginal(..., bounds=({k},))"
+                f"bound({k}): recorded are {sorted(found)}; for another k call log_marginal(..., bounds=({k},))"
             )
-        return self.bounds[k]
+        return found[k]
 
     @property
     def nll(self) -> float:
@@ -200,7 +201,8 @@ their log p(x) may be far too low
         lines = [
             f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {count_of(len(self.log_px))} ({sampler}), "
             f"{self.bits_per_dim:.3f} bits per dim ({self.base_measure})",
-            f"ELBO {self._elbo:.3f}; Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
+            f"ELBO {float(self.elbo.mean()):.3f}; "
+            f"Monte-Carlo standard error {float(self.std_error.median()):.4f} (median)",
             self.reliability.summary,
         ]
         lines += [text for text in (self.guide_comparison, self._target_summary()) if text]
@@ -224,7 +226,7 @@ their log p(x) may be far too low
             "data": f"{self.data or 'a tensor'}, {count_of(len(self.log_px))}",
             "NLL": f"{error_words(self.nll, self.nll_std_error)} {unit}",
             "bits per dim": f"{self.bits_per_dim:.4f} ({self.base_measure})",
-            "ELBO": f"{self._elbo:.3f}",
+            "ELBO": f"{float(self.elbo.mean()):.3f}",
             "particles": format_particles(self.particles),
         }
         if "proposal" in self.settings:
@@ -270,11 +272,6 @@ their log p(x) may be far too low
         share = "" if self.joint else f", reliable for {100 * float(guide.reliable.double().mean()):.1f} % of the data"
         text = f"NLL {guide.nll:.3f} by L_{guide.num_particles} of the guide{share}"
         return f"{text}: log p(x) lower by {float(lower.mean()):.3f}{error} nats"
-
-    @property
-    def _elbo(self) -> float:
-        """The mean ELBO of the guide, where it is known."""
-        return float((self.elbo if self.guide_estimate is None else self.guide_estimate.elbo).mean())
 
     def _target_summary(self) -> str:
         """How many data are reliable and within the target standard error, where there is a target."""

@@ -41,7 +41,7 @@ def log_px_histogram(estimate: Estimates, *, ax: Any = None) -> Figure:
         log_px, good = array(estimate.log_px), array(estimate.reliable)
         finite = np.isfinite(log_px)
         reliability_histogram(ax, log_px[finite], good[finite], max_bins=60)
-        elbo = (estimate.guide_estimate or estimate).elbo
+        elbo = estimate.elbo
         for values, style, words in ((elbo, ":", "ELBO"), (estimate.log_px, "-", "log p(x)")):
             mean = float(array(values).mean())
             if math.isfinite(mean):
@@ -126,7 +126,7 @@ def _add_bound_curve(ax: Any, estimate: Estimate, color: str, name: str) -> None
     finite = np.isfinite(curve).all(0) & np.isfinite(array(estimate.elbo))
     if not finite.any():
         raise UsageError(f"{where}estimate: expected finite bounds for at least one datum, found none")
-    curve, elbo = curve[:, finite], float(array((estimate.guide_estimate or estimate).elbo)[finite].mean())
+    curve, elbo = curve[:, finite], float(array(estimate.elbo)[finite].mean())
     mean = curve.mean(1)
     if finite.sum() > 1:
         error = curve.std(1, ddof=1) / math.sqrt(finite.sum())

@@ -32,7 +32,7 @@ def _estimate_cards(est: Estimate) -> list[Card]:
     unit = "nats for the whole data set" if est.joint else "nats per datum"
     error = "" if math.isnan(est.nll_std_error) else f"± {number(est.nll_std_error, 3)}"
     guide = est.guide_estimate or est
-    elbo = float(guide.elbo.mean())
+    elbo = float(est.elbo.mean())
     gap = f"{number(-est.nll - elbo, 3)} nats below {'' if est.joint else 'mean '}log p(x)"
     beside = []
     if guide is not est:

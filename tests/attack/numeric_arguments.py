@@ -56,7 +56,7 @@ def of_pair(function: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
 
 def estimate() -> evaluation.Estimate:
     pair = models.LinearGaussian(6, 2)
-    return evaluation.log_marginal(pair.model, pair.guide, X, num_particles=30)
+    return evaluation.log_marginal(pair.model, pair.guide, X, num_particles=30, proposal="guide")
 
 
 def _representation() -> evaluation.Representation:

@@ -47,7 +47,7 @@ def both():
     words = {"num_chains": 8, "num_temperatures": 60, "num_leapfrog": 4}
     return (
         annealed(pair.model, pair.mean_field, x, **words),
-        log_marginal(pair.model, prior, x, num_particles=300, bounds=(30,)),
+        log_marginal(pair.model, prior, x, num_particles=300, bounds=(30,), proposal="guide"),
         pair.log_px(x),
     )
 

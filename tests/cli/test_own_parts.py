@@ -238,7 +238,7 @@ def test_compare_takes_the_folders_that_save_and_fit_write(folder, capsys):
     for seed in (0, 1):
         torch.manual_seed(seed)
         pair = vae(train, latent=2, hidden=(8,))
-        est = log_marginal(pair.model, pair.guide, test[:40], num_particles=30)
+        est = log_marginal(pair.model, pair.guide, test[:40], num_particles=30, proposal="guide")
         est.save(folder / f"saved{seed}")
         est.save(folder / "runs" / f"run{seed}" / "results")
     for names in (["saved0", "saved1"], ["runs/run0", "run1"], ["a=saved0", "b=saved1/log_marginal.json"]):
@@ -279,7 +279,7 @@ def test_a_conditional_pair_says_that_it_takes_labels(folder, capsys):
     train, _, _ = data.load("digits", binarize="fixed")
     pair = conditional_vae(train, num_labels=10)
     with pytest.raises(UsageError, match=r"pass \(x, labels\)"):
-        log_marginal(pair.model, pair.guide, train[:5], num_particles=2)
+        log_marginal(pair.model, pair.guide, train[:5], num_particles=2, proposal="guide")
 
 
 def test_a_factory_may_name_its_objective(folder, capsys):

@@ -154,7 +154,7 @@ def test_precisions_that_do_not_exist_are_refused():
         fit(pair.model, pair.guide, images(20), epochs=1, precision="tf32")
     for name in ("fp8", "tf32"):
         with pytest.raises(UsageError, match=f"precision: .*found .*({name}|cpu)"):
-            log_marginal(pair.model, pair.guide, images(20), precision=name)
+            log_marginal(pair.model, pair.guide, images(20), precision=name, proposal="guide")
 
 
 class Rounded(torch.nn.Module):
@@ -171,10 +171,10 @@ class Rounded(torch.nn.Module):
 
 def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
     x, pair = images(60), vae()
-    options = {"num_particles": 200, "posterior_draws": 2, "progress": False}
+    options = {"num_particles": 200, "posterior_draws": 2, "progress": False, "proposal": "guide"}
     found = log_marginal(pair.model, pair.guide, x, precision="bf16", **options)
     usual = log_marginal(pair.model, pair.guide, x, **options)
-    few = functools.partial(log_marginal, pair.model, pair.guide, x[:50], num_particles=100)
+    few = functools.partial(log_marginal, pair.model, pair.guide, x[:50], num_particles=100, proposal="guide")
     moved = few(precision="bf16").log_px - few().log_px
     for net in (pair.likelihood.net, pair.posterior.net):
         for name, layer in list(net.named_modules()):
@@ -199,7 +199,7 @@ def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precis
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
     monkeypatch.setattr(functions, "compile_module", lambda module, *_: lambda *a: [t + off for t in module(*a)])
     x, pair = images(50), vae()
-    options = {"num_particles": 600, "precision": precision, "progress": False}
+    options = {"num_particles": 600, "precision": precision, "progress": False, "proposal": "guide"}
     eager, found = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
     assert torch.allclose(eager.log_px, found.log_px, atol=1e-4)
     assert ("other weights" in caplog.text) != taken
@@ -213,9 +213,13 @@ def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypa
         for p in pair.posterior.parameters():
             p.mul_(4)
     pair.prior = priors.VampPrior.from_data(pair.posterior, x, components=10)
-    few = functools.partial(log_marginal, pair.model, pair.guide, x, num_particles=100, progress=False)
+    few = functools.partial(
+        log_marginal, pair.model, pair.guide, x, num_particles=100, progress=False, proposal="guide"
+    )
     moved = few(precision="bf16").log_px - few().log_px
-    found = log_marginal(pair.model, pair.guide, x, num_particles=600, precision="bf16", progress=False)
+    found = log_marginal(
+        pair.model, pair.guide, x, num_particles=600, precision="bf16", progress=False, proposal="guide"
+    )
     assert f"{float(moved.mean()):+.4f} nats" in found.notes[0]
     assert f"{float(moved.abs().max()):.4f} at most" in found.notes[0]
     assert not [r for r in caplog.records if r.name == "ppvae"]
@@ -227,7 +231,7 @@ def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, cap
     made, real = [], functions.compile_module
     monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(real(*a)) or made[-1])
     x, pair = images(100), vae()
-    options = {"num_particles": 1000, "precision": "bf16", "progress": False}
+    options = {"num_particles": 1000, "precision": "bf16", "progress": False, "proposal": "guide"}
     eager, graph = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
     assert len(made) == 1
     assert not [r for r in caplog.records if r.name == "ppvae"]
@@ -320,7 +324,8 @@ def test_an_evaluation_takes_the_faster_precision(slowdown, taken, monkeypatch, 
     x, pair = images(60), vae()
     monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda run, gradients: (run() and None) or slowdown)
     found, expected = (
-        log_marginal(pair.model, pair.guide, x, num_particles=200, precision=p, progress=False) for p in ("auto", taken)
+        log_marginal(pair.model, pair.guide, x, num_particles=200, precision=p, progress=False, proposal="guide")
+        for p in ("auto", taken)
     )
     assert torch.equal(found.log_px, expected.log_px)
     assert found.settings == expected.settings

@@ -24,11 +24,11 @@ def methods(directory=None):
     """{name: results by name}: three blocks of data, of which the last is short, or one, for two processes."""
     pair, x = oracle(130)
     both, short = (pair.model, pair.mean_field), {"num_chains": 3, "num_temperatures": 4, "num_leapfrog": 2}
-    words = {"num_particles": 150, "seed": 3}
+    words = {"num_particles": 150, "seed": 3, "proposal": "guide"}
     out = {
         "log_marginal": of_estimate(log_marginal(*both, x, posterior_draws=2, directory=directory, **words)),
         "one block": of_estimate(log_marginal(*both, x[:7], **words)),
-        "auto": of_estimate(log_marginal(*both, x, num_particles="auto", max_particles=800, seed=3)),
+        "auto": of_estimate(log_marginal(*both, x, num_particles="auto", max_particles=800, seed=3, proposal="guide")),
         "annealed": of_estimate(annealed(*both, x, **short)),
         "smc": of_estimate(annealed(*both, x, resample=0.9, **short)),
     }
@@ -69,10 +69,10 @@ def errors(rank):
     ):
         state += ["blocks"] if name == "block" else []
         try:
-            log_marginal(model_of, guide, of, num_particles=20)
+            log_marginal(model_of, guide, of, num_particles=20, proposal="guide")
         except (PpvaeError, RuntimeError) as error:
             out[name] = f"{type(error).__name__}: {error}"
-    out["after"] = str(len(log_marginal(pair.model, pair.mean_field, x, num_particles=20).log_px))
+    out["after"] = str(len(log_marginal(pair.model, pair.mean_field, x, num_particles=20, proposal="guide").log_px))
     return out
 
 

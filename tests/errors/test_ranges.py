@@ -222,7 +222,7 @@ PAIR = LinearGaussian(3, 2)
 X = torch.zeros(20, 3)
 CALLS = {
     "fit": lambda **k: fit(PAIR.model, PAIR.mean_field, X, **{"epochs": 1, **k}),
-    "log_marginal": lambda **k: log_marginal(PAIR.model, PAIR.guide, X, **k),
+    "log_marginal": lambda **k: log_marginal(PAIR.model, PAIR.guide, X, **{"proposal": "guide", **k}),
     "annealed": lambda **k: evaluation.annealed(PAIR.model, PAIR.guide, X, **k),
     "bdmc": lambda **k: evaluation.bdmc(PAIR.model, PAIR.guide, X, **k),
     "bracket": lambda **k: evaluation.bracket(PAIR.model, PAIR.guide, X, **k),

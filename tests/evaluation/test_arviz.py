@@ -176,7 +176,7 @@ def test_every_name_of_a_site_is_saved_and_read_back(names, tmp_path):
             for name in names:
                 pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    est = log_marginal(model, guide, torch.randn(6), num_particles=50, posterior_draws=4)
+    est = log_marginal(model, guide, torch.randn(6), num_particles=50, posterior_draws=4, proposal="guide")
     again = load_estimate(est.save(tmp_path))
     assert set(again.posterior) == set(names)
     for name in names:

@@ -45,6 +45,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(tmp_path, monkeyp
     monkeypatch.setattr(blocks, "SECONDS", seconds)
     pair, x = oracle()
     words = {"num_particles": particles, "max_particles": 800, "seed": 2, "posterior_draws": 2, "bounds": (7,)}
+    words |= {"proposal": "guide"}
     with pytest.raises(KeyboardInterrupt):
         log_marginal(pair.model, pair.mean_field, x, directory=tmp_path / "kept", **words)
     files = sorted(p.name for p in (tmp_path / "kept").iterdir())
@@ -64,7 +65,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(tmp_path, monkeyp
 
 def test_blocks_of_another_evaluation_are_refused(tmp_path):
     pair, x = oracle(60)
-    words = {"num_particles": 30, "directory": tmp_path / "kept"}
+    words = {"num_particles": 30, "directory": tmp_path / "kept", "proposal": "guide"}
     log_marginal(pair.model, pair.mean_field, x, **words)
     for changed, name in (
         ({"num_particles": 31}, "num_particles is 30 there and 31 here"),
@@ -93,10 +94,10 @@ def test_a_buffer_is_a_parameter_too(tmp_path):
             pyro.sample("z", pyro.distributions.Normal(norm(x)[:, :2] * 0.1, 1.0).to_event(1))
 
     guide(x)
-    log_marginal(pair.model, guide, x, num_particles=30, directory=tmp_path)
+    log_marginal(pair.model, guide, x, num_particles=30, directory=tmp_path, proposal="guide")
     norm.running_mean.add_(0.5)
     with pytest.raises(UsageError, match="parameters is"):
-        log_marginal(pair.model, guide, x, num_particles=30, directory=tmp_path)
+        log_marginal(pair.model, guide, x, num_particles=30, directory=tmp_path, proposal="guide")
 
 
 def test_short_parts_share_a_file(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_estimates_come_back_from_their_files(tmp_path):
     x = torch.randn(30, 4)
     paths, found = {}, {}
     for name, guide in (("exact", pair.guide), ("mean field", pair.mean_field)):
-        found[name] = log_marginal(pair.model, guide, x, num_particles=50)
+        found[name] = log_marginal(pair.model, guide, x, num_particles=50, proposal="guide")
         paths[name] = found[name].save(tmp_path, name)
     a, b = compare(found), compare(paths)
     for field in dataclasses.fields(Comparison):
@@ -131,7 +131,7 @@ def test_estimates_come_back_from_their_files(tmp_path):
 def test_an_estimate_is_read_back_whole(tmp_path):
     pair = LinearGaussian(4, 2).requires_grad_(False)
     x = torch.randn(12, 4)
-    est = log_marginal(pair.model, pair.mean_field, x, num_particles=60, posterior_draws=3)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=60, posterior_draws=3, proposal="guide")
     annealing = {"num_temperatures": 20, "start": "guide"}
     trusted = torch.arange(12) % 2 == 0
     other = dataclasses.replace(

@@ -80,11 +80,11 @@ def test_the_advice_holds():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.MultivariateNormal(fn.mean, 9 * fn.covariance_matrix))
 
-    est = log_marginal(pair.model, wide, x, num_particles=400)
+    est = log_marginal(pair.model, wide, x, num_particles=400, proposal="guide")
     assert int((~est.reliable).sum()) > 20
     assert est.reliability.reasons["ess below 50"].sum() > 15
     (found,) = re.findall(r"about K = ([\d,]+) particles", est.reliability.recommendation)
-    more = log_marginal(pair.model, wide, x, num_particles=int(found.replace(",", "")), seed=1)
+    more = log_marginal(pair.model, wide, x, num_particles=int(found.replace(",", "")), seed=1, proposal="guide")
     assert more.num_particles < 10_000
     assert more.reliable.double().mean() > 0.9
 
@@ -101,13 +101,15 @@ def guess(x):
 
 
 def test_what_helps_depends_on_the_latents(tmp_path):
-    est = log_marginal(discrete, guess, torch.full((5,), 16.0), num_particles=400)
+    est = log_marginal(discrete, guess, torch.full((5,), 16.0), num_particles=400, proposal="guide")
     assert not est.reliable.any()
     assert "'c' summed out by infer={'enumerate': 'parallel'}" in est.summary()
     assert "annealed" not in est.summary()
     for latent, word in ((2, "quadrature"), (5, "evaluate --method annealed")):
         pair = LinearGaussian(8, latent).double()
-        est = log_marginal(pair.model, prior_of(latent), 3 * torch.ones(20, 8).double(), num_particles=100)
+        est = log_marginal(
+            pair.model, prior_of(latent), 3 * torch.ones(20, 8).double(), num_particles=100, proposal="guide"
+        )
         assert not est.reliable.any()
         assert word in est.summary()
         assert ("quadrature" in est.summary()) == (latent < 4)

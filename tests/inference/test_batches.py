@@ -66,7 +66,7 @@ def test_a_longer_sequence_in_a_later_batch_is_weighed(by_handler, long):
     x, n, exact = sequences(long)
     run = fit(*sequence_pair(by_handler), (x, n), epochs=1, batch_size=20, compile=False, valid=(x, n))
     assert math.isfinite(run.metrics["valid_elbo"])
-    est = log_marginal(run.model, run.guide, (x, n), num_particles=1000, posterior_draws=2)
+    est = log_marginal(run.model, run.guide, (x, n), num_particles=1000, posterior_draws=2, proposal="guide")
     assert ((est.log_px - exact).abs() < 6 * est.std_error + 0.01)[est.reliable].all()
     assert abs((est.log_px - exact).mean()) < 0.03
 
@@ -124,7 +124,7 @@ def test_dynamic_structure_are_checked_as_the_first_ones():
     pyro.clear_param_store()
     x, n, _ = sequences(long=57)
     with pytest.raises(ContractError, match=r"'z_4'.*support"):
-        log_marginal(sequence_pair()[0], guide, (x, n), num_particles=10)
+        log_marginal(sequence_pair()[0], guide, (x, n), num_particles=10, proposal="guide")
 
 
 def test_further_enumerated_sites_are_summed_out():
@@ -137,7 +137,7 @@ def test_further_enumerated_sites_are_summed_out():
                     pyro.sample(f"x_{t}", dist.Normal(k, 1.0), obs=x[..., t])
 
     x, n, _ = sequences(long=57)
-    est = log_marginal(model, lambda x, n: None, (x, n), num_particles=1)
+    est = log_marginal(model, lambda x, n: None, (x, n), num_particles=1, proposal="guide")
     exact = []
     for v, k in zip(x.double(), n.tolist(), strict=True):
         alpha = torch.tensor([0.7, 0.3]).double().log()
@@ -177,7 +177,7 @@ def test_a_guide_that_draws_noise_outside_of_sites_is_vectorized(noise, caplog):
     with caplog.at_level(logging.WARNING, "ppvae"):
         assert inspect(normal_model, guide, X).layout is ParticlePlacement.VECTORIZED
     assert not caplog.records
-    est = log_marginal(normal_model, guide, X, num_particles=4000)
+    est = log_marginal(normal_model, guide, X, num_particles=4000, proposal="guide")
     assert ((est.log_px - EXACT).abs() < 5 * est.std_error).all()
     assert abs((est.log_px - EXACT).mean()) < 0.01
 
@@ -192,7 +192,7 @@ def test_a_model_that_draws_noise_outside_of_sites_draws_it_for_each_particle():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x / 1.5, 0.7))
 
-    est = log_marginal(model, guide, X[:10], num_particles=3000)
+    est = log_marginal(model, guide, X[:10], num_particles=3000, proposal="guide")
     assert (est.log_px - dist.Normal(0.0, 1.5**0.5).log_prob(X[:10].double())).abs().max() < 0.1
 
 
@@ -212,7 +212,7 @@ def test_a_noisy_guide_that_enumerates_is_weighed_by_the_density_it_sampled_from
             pyro.sample("y", dist.Bernoulli(logits=noisy), infer={"enumerate": "parallel"})
             pyro.sample("z", dist.Normal(0.8 * noisy, 0.9))
 
-    est = log_marginal(model, guide, X[:10], num_particles=3000, rows=rows)
+    est = log_marginal(model, guide, X[:10], num_particles=3000, rows=rows, proposal="guide")
     log_p = dist.Normal(locs.double(), 1.25**0.5).log_prob(X[:10, None].double())
     exact = (log_p + torch.tensor([0.6, 0.4]).double().log()).logsumexp(1)
     assert abs((est.log_px - exact).mean()) < 0.04
@@ -236,7 +236,7 @@ def test_a_mask_inside_an_event_is_the_same_as_one_of_rows(size):
             pyro.sample("z", dist.Normal(0.8 * x, 0.2**0.5).to_event(1))
 
     exact = torch.where(keep, dist.Normal(0.0, 1.25**0.5).log_prob(x.double()).sum(1), 0.0)
-    assert (log_marginal(model, guide, (x, keep), num_particles=10).log_px - exact).abs().max() < 1e-5
+    assert (log_marginal(model, guide, (x, keep), num_particles=10, proposal="guide").log_px - exact).abs().max() < 1e-5
     assert (annealed(model, guide, (x, keep), num_temperatures=5, num_leapfrog=3).log_px - exact).abs().max() < 1e-4
 
 
@@ -265,7 +265,7 @@ def test_a_mask_that_hides_nothing_is_none(mask, masking):
             pyro.sample("z", dist.Normal(0.8 * x, 0.2**0.5))
 
     exact = dist.Normal(0.0, 1.25**0.5).log_prob(x)
-    assert (log_marginal(model, guide, x, num_particles=10).log_px - exact).abs().max() < 1e-6
+    assert (log_marginal(model, guide, x, num_particles=10, proposal="guide").log_px - exact).abs().max() < 1e-6
     assert (quadrature(model, guide, x).log_px - exact).abs().max() < 1e-6
     assert terms(model, guide, x, 3, events=True, kl=True).rates()["z"].shape[-1] == 5
     assert not calibration(model, guide, x, replications=20, assemble=lambda s, b: (s["x"],), progress=False).notes
@@ -286,7 +286,7 @@ def test_a_mask_of_no_dims_that_hides_a_site_takes_it_out():
 
     for mask in (torch.tensor(False), False):
         off = mask
-        assert log_marginal(model, guide, x, num_particles=3).log_px.abs().max() < 1e-12
+        assert log_marginal(model, guide, x, num_particles=3, proposal="guide").log_px.abs().max() < 1e-12
         assert quadrature(model, guide, x).log_px.abs().max() < 1e-6
 
 
@@ -313,7 +313,7 @@ def test_a_mask_of_one_side_that_hides_the_latents_of_a_later_batch_is_refused(s
 
     assert "z" in check(model, guide, x[:400])
     with pytest.raises(ContractError, match=r"'z'.*same mask"):
-        log_marginal(model, guide, x, num_particles=3)
+        log_marginal(model, guide, x, num_particles=3, proposal="guide")
 
 
 def test_masks_of_other_elements_are_refused():
@@ -353,7 +353,7 @@ def test_an_enumerated_site_keeps_its_own_prior_where_it_is_masked(masking):
     p1 = 0.9 * 0.9 + 0.1 * 0.1
     p = p1 * 0.9 + (1 - p1) * 0.2
     exact = torch.tensor([p, p, 1 - p]).double().log()
-    est = log_marginal(model, lambda y: None, y, num_particles=1)
+    est = log_marginal(model, lambda y: None, y, num_particles=1, proposal="guide")
     assert (est.log_px - exact).abs().max() < 1e-6
     if masking is MASKINGS["poutine.mask"]:
         loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda y: None, y)
@@ -377,7 +377,7 @@ def test_a_site_that_the_guide_enumerates_keeps_the_guides_probabilities_where_i
     y = torch.tensor([0.0, 1.0]).double()
     log_lik = dist.Normal(y, 1.0).log_prob(x[:, None].double())
     log_p = torch.where(keep[:, None], torch.tensor([0.6, 0.4]).double().log(), torch.tensor([0.3, 0.7]).double().log())
-    est = log_marginal(model, guide, x, num_particles=1)
+    est = log_marginal(model, guide, x, num_particles=1, proposal="guide")
     assert (est.log_px - (log_lik + log_p).logsumexp(1)).abs().max() < 1e-6
     pyro_elbo = -TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, x)
     assert est.elbo.sum().item() == pytest.approx(pyro_elbo, abs=1e-5)
@@ -411,13 +411,13 @@ def test_one_common_scale_is_divided_out_of_weights_losses_and_metrics():
     for factor in (1.0, 1 / 784, 1000.0):
         start()
         model, guide = (poutine.scale(f, scale=factor) for f in scale_pair())
-        results.append(log_marginal(model, guide, X, num_particles=50).log_px)
+        results.append(log_marginal(model, guide, X, num_particles=50, proposal="guide").log_px)
         for objective in (Trace_ELBO(), objectives.ELBO()):
             pyro.clear_param_store()
             model, guide = (poutine.scale(f, scale=factor) for f in scale_pair())
             run = fit(model, guide, X, valid=X, epochs=2, objective=objective, batch_size=10, compile=False, patience=5)
             metrics.append((run.metrics["loss"], run.metrics["valid_elbo"], run.metrics["grad_norm"]))
-        assert (log_marginal(run.model, run.guide, X).log_px - EXACT).abs().max() < 0.1
+        assert (log_marginal(run.model, run.guide, X, proposal="guide").log_px - EXACT).abs().max() < 0.1
     assert all(torch.equal(result, results[0]) for result in results)
     assert (results[0] - EXACT).abs().max() < 1e-5
     for m in metrics:
@@ -435,7 +435,9 @@ def test_a_common_scale_beside_a_subsampled_plate_is_divided_out():
 
     cov = torch.eye(40, dtype=torch.float64) + 1
     exact = dist.MultivariateNormal(torch.zeros(40).double(), cov).log_prob(X.double())
-    est = log_marginal(poutine.scale(model, scale=0.1), poutine.scale(guide, scale=0.1), X, num_particles=10)
+    est = log_marginal(
+        poutine.scale(model, scale=0.1), poutine.scale(guide, scale=0.1), X, num_particles=10, proposal="guide"
+    )
     assert est.log_px.item() == pytest.approx(exact.item(), abs=1e-4)
 
 
@@ -462,7 +464,7 @@ def test_scales_that_differ_are_refused_in_one_sentence_and_train(scales, messag
 
     start()
     for attempt in (
-        lambda: log_marginal(model, guide, X, num_particles=10),
+        lambda: log_marginal(model, guide, X, num_particles=10, proposal="guide"),
         lambda: fit(model, guide, X, epochs=1, objective=objectives.ELBO()),
     ):
         with pytest.raises(ContractError, match=message):
@@ -474,7 +476,7 @@ def test_scales_that_differ_are_refused_in_one_sentence_and_train(scales, messag
 def test_a_scale_around_one_pair_leaves_other_pairs_alone():
     fit(*(poutine.scale(f, scale=0.1) for f in scale_pair()), X, epochs=1, compile=False)
     start()
-    est = log_marginal(*(poutine.scale(f, scale=0.2) for f in scale_pair()), X, num_particles=10)
+    est = log_marginal(*(poutine.scale(f, scale=0.2) for f in scale_pair()), X, num_particles=10, proposal="guide")
     assert (est.log_px - EXACT).abs().max() < 1e-5  # of the parameters in Pyro's store, no run has trained this pair
 
 
@@ -492,7 +494,7 @@ def test_a_subsample_that_the_guide_alone_draws_is_replayed_in_the_model():
             pyro.sample("z", dist.Normal(0.8 * x[i], 0.2**0.5))
 
     start()
-    assert (log_marginal(model, guide, X, num_particles=10).log_px - EXACT).abs().max() < 1e-5
+    assert (log_marginal(model, guide, X, num_particles=10, proposal="guide").log_px - EXACT).abs().max() < 1e-5
     assert (quadrature(model, guide, X).log_px - EXACT).abs().max() < 1e-5
     run = fit(model, guide, X, epochs=2, compile=False)
     assert run.metrics["step"] == 2 * math.ceil(40 / 7)
@@ -527,7 +529,7 @@ def test_effect_guides_are_taken(kind):
     svi = pyro.infer.SVI(local, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(300):
         svi.step(X)
-    est = log_marginal(local, guide, X, num_particles=2000)
+    est = log_marginal(local, guide, X, num_particles=2000, proposal="guide")
     assert (est.log_px - EXACT)[est.reliable].abs().max() < 0.05
     assert est.reliable.float().mean() > 0.9
     t = terms(local, guide, X, 4, frozen=("guide",))

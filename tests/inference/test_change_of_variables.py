@@ -89,7 +89,7 @@ def test_automatic_guides_are_densities_on_every_support(name, guide):
     svi = pyro.infer.SVI(model, auto, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO(2))
     for _ in range(150):
         svi.step(x)
-    est = log_marginal(model, auto, x, num_particles=10_000, seed=1)
+    est = log_marginal(model, auto, x, num_particles=10_000, seed=1, proposal="guide")
     error = abs(float(est.log_px.sum() - log_px(x)))
     assert error < 4 * float(est.std_error.max()) + 0.02
     assert error < 0.1
@@ -188,7 +188,7 @@ def test_a_helper_in_several_dims_whose_map_is_no_elementwise_one():
 def test_a_delta_that_is_no_change_of_variables_is_refused(model, make, words):
     """Each gave weights that look good: a density in which the Jacobian, or the helper, is missing."""
     with pytest.raises(ContractError, match=words):
-        log_marginal(model, guide_through(make), torch.randn(N), num_particles=10)
+        log_marginal(model, guide_through(make), torch.randn(N), num_particles=10, proposal="guide")
     assert inspect(model, guide_through(make), torch.randn(N), weights=False).weights_refusal
 
 
@@ -201,7 +201,7 @@ def test_one_helper_of_all_data_is_told_as_that_and_the_cure_works(guide):
         terms(real, auto, x)
     auto = AutoNormal(real, init_scale=0.7)
     auto(x)
-    assert log_marginal(real, auto, x, num_particles=10, progress=False).log_px.isfinite().all()
+    assert log_marginal(real, auto, x, num_particles=10, progress=False, proposal="guide").log_px.isfinite().all()
 
 
 @pytest.mark.parametrize("drawn_from", ["the latent", "the data, and the latent from it"])
@@ -231,7 +231,7 @@ def test_the_cures_of_a_helper_without_a_delta_give_exact_weights(drawn_from):
         terms(real, guide_with({}), x)
     with pytest.raises(ContractError, match=r"'h'.*Remove it where no latent is drawn from it; else sample it in the"):
         terms(real, guide_with({"is_auxiliary": True}), x)
-    est = log_marginal(with_helper, guide_with({}), x, num_particles=4000, progress=False)
+    est = log_marginal(with_helper, guide_with({}), x, num_particles=4000, progress=False, proposal="guide")
     assert (est.log_px - exact).abs().max() < (1e-9 if drawn_from == "the latent" else 0.1)
 
 

@@ -75,7 +75,7 @@ def test_a_user_s_class_gives_the_numbers_of_torch_s(side, expand):
     for sides in (pair(*[torch_laplace] * 3), pair(*(mine if side in (n, "all") else torch_laplace for n in names))):
         pyro.clear_param_store()
         run = fit(*sides, x, epochs=2)
-        results.append(log_marginal(run.model, run.guide, x, num_particles=250).log_px)
+        results.append(log_marginal(run.model, run.guide, x, num_particles=250, proposal="guide").log_px)
         assert "Laplace" in check(run.model, run.guide, x)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-10)
 
@@ -135,7 +135,7 @@ def test_zuko_s_flows_by_pyro_s_wrapper():
     x = torch.randn(N, D)
     run = fit(model, guide, x, epochs=100, optimizer=lambda p: torch.optim.Adam(p, lr=0.03))
     exact = log_px_on_a_grid(prior().log_prob, decoder, x)
-    est = log_marginal(run.model, run.guide, x, num_particles=3000)
+    est = log_marginal(run.model, run.guide, x, num_particles=3000, proposal="guide")
     assert bool(((est.log_px - exact).abs() < 5 * est.std_error + 0.01).all())
     assert inspect(run.model, run.guide, x).layout == "vectorized"
     for objective in (ELBO(gradient="stl"), IWAE(3, gradient="dreg")):
@@ -181,7 +181,7 @@ def test_flows_without_an_inverse_are_vectorised_and_right(name):
     run = fit(model, guide, x, epochs=60, optimizer=lambda p: torch.optim.Adam(p, lr=0.02))
     structure = inspect(run.model, run.guide, x)
     assert (structure.layout, structure.no_inverse) == ("vectorized", ("z",))
-    est = log_marginal(run.model, run.guide, x, num_particles=5000)
+    est = log_marginal(run.model, run.guide, x, num_particles=5000, proposal="guide")
     assert bool(((est.log_px - p.log_prob(x)).abs() < 5 * est.std_error + 0.01).all())
     assert float(est.std_error.max()) < 0.2
 
@@ -235,7 +235,7 @@ def test_a_flow_without_an_inverse_that_is_no_density_on_the_prior_s_space(flow,
             pyro.sample("z", dist.TransformedDistribution(dist.Normal(x, 1.0).to_event(1), [made]))
 
     with pytest.raises(ContractError, match=f"'z'.*{words}"):
-        log_marginal(model, guide, torch.randn(N, 2))
+        log_marginal(model, guide, torch.randn(N, 2), proposal="guide")
     assert inspect(model, guide, torch.randn(N, 2), weights=False).weights_refusal
 
 
@@ -254,7 +254,7 @@ def test_a_prior_without_an_inverse_has_no_density_at_the_guide_s_draws():
             pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
 
     with pytest.raises(ContractError, match=r"'z'.*evaluated at given values.*TransformedDistribution"):
-        log_marginal(model, guide, torch.randn(N, 2))
+        log_marginal(model, guide, torch.randn(N, 2), proposal="guide")
 
 
 class Shapeless(dist.Distribution):
@@ -300,7 +300,7 @@ def test_a_distribution_without_shapes_is_refused_and_the_cure_gives_exact_weigh
     for ask in (check, log_marginal):
         with pytest.raises(ContractError, match=r"site '[xz]'.*Shapeless, which has none. Derive it from pyro.dist"):
             ask(*pair_with(Shapeless), x)
-    est = log_marginal(*pair_with(WithShapes), x, num_particles=2000, progress=False).log_px
+    est = log_marginal(*pair_with(WithShapes), x, num_particles=2000, progress=False, proposal="guide").log_px
     assert (est - exact).abs().max() < (0.1 if place == "guide" else 1e-9)
 
 

@@ -54,7 +54,9 @@ def test_a_term_of_the_guide_is_left_out_of_weights_rates_and_metrics(term):
     assert torch.equal(t.log_guide, plain.log_guide)
     assert Role.FACTOR in [site.role for site in t.guide.values()]
     assert set(t.rates()) == {"z"}
-    est = log_marginal(model, guide, X, num_particles=200)  # more particles than a run of the guide takes
+    est = log_marginal(
+        model, guide, X, num_particles=200, proposal="guide"
+    )  # more particles than a run of the guide takes
     assert (est.log_px - EXACT).abs().max() < 1e-5
     assert est.reliable.all()
     assert est.notes == ()
@@ -136,7 +138,7 @@ def test_a_factor_of_the_model_counts_and_the_result_says_so(kind):
     pair = factor_model(kind), prior_guide
     pyro.clear_param_store()
     fit(*pair, BITS, epochs=1, optimizer=functools.partial(torch.optim.SGD, lr=0.0), compile=False)
-    est = log_marginal(*pair, BITS, num_particles=5000)
+    est = log_marginal(*pair, BITS, num_particles=5000, proposal="guide")
     assert ((est.log_px - exact).abs() < 5 * est.std_error).all()
     assert (quadrature(*pair, BITS).log_px - exact).abs().max() < 1e-5
     assert (annealed(*pair, BITS, num_temperatures=30, num_leapfrog=4).log_px - exact).abs().mean() < 0.1
@@ -157,7 +159,7 @@ def test_a_factor_beside_summed_out_sites_counts():
             pyro.factor("weight", 2.0 * k)
             pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
-    est = log_marginal(model, lambda x: None, X, num_particles=1)
+    est = log_marginal(model, lambda x: None, X, num_particles=1, proposal="guide")
     k = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     exact = (dist.Bernoulli(0.3).log_prob(k) + 2 * k + dist.Normal(k, 1.0).log_prob(X.double())).logsumexp(0)
     assert (est.log_px - exact).abs().max() < 1e-5
@@ -167,7 +169,7 @@ def test_a_factor_beside_summed_out_sites_counts():
 def test_a_factor_of_the_batch_is_refused_where_weights_are_asked_for_and_trains():
     pair = factor_model("batch"), prior_guide
     with pytest.raises(ContractError, match=r"'mmd'.*batch as a whole.*Trace_ELBO"):
-        log_marginal(*pair, BITS)
+        log_marginal(*pair, BITS, proposal="guide")
     with pytest.raises(ContractError, match="'mmd'"):
         fit(*pair, BITS, epochs=1, objective=objectives.ELBO())
     assert "train_elbo" not in fit(*pair, BITS, epochs=1, compile=False).metrics  # the cure
@@ -184,7 +186,7 @@ def test_a_factor_of_all_data_belongs_to_a_joint_weight():
         pyro.sample("mu", dist.Normal(x.sum() / (len(x) + 2), 1.2 * (len(x) + 2) ** -0.5))
 
     log_joint = LOG_PRIOR - 0.5 * U**2 + dist.Normal(U, 1.0).log_prob(X.double()[:, None]).sum(0)
-    est = log_marginal(model, guide, X, num_particles=5000)
+    est = log_marginal(model, guide, X, num_particles=5000, proposal="guide")
     assert abs(est.log_px.item() - log_joint.logsumexp(0).item()) < 5 * est.std_error.item()
 
 
@@ -198,6 +200,6 @@ def test_an_improper_prior_is_named():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x, 0.6))
 
-    est = log_marginal(improper, guide, X, num_particles=2000)
+    est = log_marginal(improper, guide, X, num_particles=2000, proposal="guide")
     assert est.log_px.abs().max() < 0.1  # the integral of the likelihood over z is one
     assert "site 'z' is no density" in est.summary()

@@ -68,7 +68,7 @@ def test_batch_norm_with_running_statistics_is_taken():
     """The cure of the refusal, followed: in eval mode, its initial statistics change nothing."""
     x = torch.randn(N, 1)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
-    est = log_marginal(model_with(batch_norm(track=True)), guide, x, num_particles=400)
+    est = log_marginal(model_with(batch_norm(track=True)), guide, x, num_particles=400, proposal="guide")
     torch.testing.assert_close(est.log_px, exact, rtol=0, atol=1e-3)  # the eps of batch norm
 
 
@@ -90,7 +90,9 @@ def test_noise_in_the_model_is_averaged_over_whatever_it_is_drawn_by(name):
     exact = dist.Normal(0.0, 2.25**0.5).log_prob(x[:, 0])
     model = model_with(lambda z, x: z + 0.5 * GLOBAL_NOISE[name](x.shape))
     before = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    first, second = (log_marginal(model, guide, x, num_particles=1000, progress=False).log_px for _ in range(2))
+    first, second = (
+        log_marginal(model, guide, x, num_particles=1000, progress=False, proposal="guide").log_px for _ in range(2)
+    )
     assert (first - exact).abs().max() < 0.2
     assert torch.equal(first, second)
     assert random.getstate() == before[0]
@@ -101,7 +103,7 @@ def test_noise_in_the_model_is_averaged_over_whatever_it_is_drawn_by(name):
 def test_noise_of_a_generator_of_its_own_is_refused_for_what_it_is(name):
     model, x = model_with(lambda z, x: z + 0.5 * OWN_NOISE[name](x.shape)), torch.randn(N, 1)
     with pytest.raises(ContractError, match=r"'x'.*two runs of the same rows at one seed.*as by torch.randn"):
-        log_marginal(model, guide, x, num_particles=3)
+        log_marginal(model, guide, x, num_particles=3, proposal="guide")
 
 
 def test_a_guide_may_look_at_other_rows():
@@ -111,7 +113,7 @@ def test_a_guide_may_look_at_other_rows():
 
     x = torch.randn(40, 1)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
-    est = log_marginal(model_with(lambda z, x: z), looks, x, num_particles=4000)
+    est = log_marginal(model_with(lambda z, x: z), looks, x, num_particles=4000, proposal="guide")
     assert float((est.log_px - exact).abs().max()) < 0.1
 
 
@@ -126,7 +128,7 @@ def test_a_pair_that_couples_rows_can_be_trained():
 
     run = fit(model, guide, torch.randn(N, 1), epochs=2)
     with pytest.raises(ContractError, match="its own row alone"):
-        log_marginal(run.model, run.guide, torch.randn(N, 1))
+        log_marginal(run.model, run.guide, torch.randn(N, 1), proposal="guide")
 
 
 # -- a graph as one observation ---------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def node_guide(adj):
 @pytest.mark.parametrize(("inside", "words"), [(True, "its own row alone"), (False, "couples all 3 rows")])
 def test_a_graph_as_one_observation_is_refused_for_what_it_is(inside, words):
     with pytest.raises(ContractError, match=f"'adj'.*{words}") as caught:
-        log_marginal(graph(inside), node_guide, ADJACENCY)
+        log_marginal(graph(inside), node_guide, ADJACENCY, proposal="guide")
     assert "pyro.plate" not in str(caught.value)
 
 
@@ -178,7 +180,7 @@ def test_a_graph_as_one_datum():
         (1, 2)
     )
     exact = joint.logsumexp(0) + 3 * math.log(float(t[1] - t[0]))
-    est = log_marginal(model, guide, ADJACENCY[None], num_particles=40_000)
+    est = log_marginal(model, guide, ADJACENCY[None], num_particles=40_000, proposal="guide")
     assert abs(float(est.log_px - exact)) < 5 * float(est.std_error)
     assert float(est.std_error) < 0.05
 
@@ -194,7 +196,7 @@ def test_rows_without_a_plate_are_told_to_open_one():
         pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(2))
 
     with pytest.raises(ContractError, match=r"'x'.*plates none.*with pyro.plate\('data', len\(x\)\)"):
-        log_marginal(model, guide, torch.randn(N, 1))
+        log_marginal(model, guide, torch.randn(N, 1), proposal="guide")
 
 
 # -- too few dims -----------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def circle_guide(x):
 def test_one_density_for_all_data_is_refused():
     model = circle_model(lambda n: Circle([n], declared=False).to_event(1))
     with pytest.raises(ContractError, match=r"'z'.*each of the 20 elements.*shape \[\].*event_shape"):
-        log_marginal(model, circle_guide, torch.randn(20, 3))
+        log_marginal(model, circle_guide, torch.randn(20, 3), proposal="guide")
 
 
 def test_a_density_with_its_event_declared_is_taken():
@@ -249,7 +251,9 @@ def test_a_density_with_its_event_declared_is_taken():
     angle = torch.arange(2000) * (2 * math.pi / 2000)
     grid = torch.stack([angle.cos(), angle.sin()], -1) @ WEIGHT.double()
     exact = dist.Normal(grid, 1.0).to_event(1).log_prob(x[:, None]).logsumexp(1) - math.log(2000)
-    est = log_marginal(circle_model(lambda n: Circle([n], declared=True)), circle_guide, x, num_particles=4000)
+    est = log_marginal(
+        circle_model(lambda n: Circle([n], declared=True)), circle_guide, x, num_particles=4000, proposal="guide"
+    )
     assert bool(((est.log_px - exact).abs() < 6 * est.std_error).all())
 
 
@@ -316,7 +320,7 @@ def plated(D, rows_dim):
 def test_rows_at_another_dim_are_refused_by_the_plate_s_name(features):
     model, guide, _ = plated(features, -2)
     with pytest.raises(ContractError, match=r"'features'.*'rows' over them at dim -2.*dim=-1"):
-        log_marginal(model, guide, torch.randn(N, features))
+        log_marginal(model, guide, torch.randn(N, features), proposal="guide")
 
 
 @pytest.mark.parametrize("features", [4, N])

@@ -194,7 +194,7 @@ def test_unmarked_nan_is_refused_with_its_place_and_the_way_out():
     for call in (
         lambda: fit(pair.model, pair.guide, x, epochs=1),
         lambda: fit(pair.model, pair.guide, data.with_missing(x), valid=x, epochs=1),
-        lambda: log_marginal(pair.model, pair.guide, x, num_particles=30),
+        lambda: log_marginal(pair.model, pair.guide, x, num_particles=30, proposal="guide"),
         lambda: data.validated(x, "x"),
     ):
         with pytest.raises(DataError, match=r"row 7, column 2 is nan.*data\.with_missing\(x\)"):
@@ -273,7 +273,7 @@ def test_exact_log_px_of_what_is_observed(how):
     pair = Gaussian(how)
     x = with_random_gaps(pair.draw(60))
     poutine.trace(pair.model).get_trace(x)
-    est = log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30)
+    est = log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30, proposal="guide")
     assert (est.log_px - pair.log_px(x)).abs().max() < 1e-9
     assert est.reliable.all()
     observed = float((~x.isnan()).double().sum(1).mean())
@@ -283,7 +283,7 @@ def test_exact_log_px_of_what_is_observed(how):
     assert "missing" in est.attributes()["notes"]
     whole = pair.draw(20)
     assert (
-        log_marginal(pair.model, pair.guide, whole, num_particles=30).log_px - pair.log_px(whole)
+        log_marginal(pair.model, pair.guide, whole, num_particles=30, proposal="guide").log_px - pair.log_px(whole)
     ).abs().max() < 1e-9
 
 
@@ -300,7 +300,7 @@ def test_a_mixed_table_of_real_columns_is_the_linear_gaussian():
             p.zero_()
     vae = VAE(priors.StandardNormal(2), likelihood, posteriors.DiagonalNormal(nn.Missing(encoder))).double()
     x = with_random_gaps(torch.randn(40, 4).double())
-    est = log_marginal(vae.model, vae.guide, data.with_missing(x), num_particles=5000)
+    est = log_marginal(vae.model, vae.guide, data.with_missing(x), num_particles=5000, proposal="guide")
     w, b = decoder.weight.detach(), decoder.bias.detach()
     cov = w @ w.T + torch.diag((2 * likelihood.log_scale.detach()).exp())
     for i, row in enumerate(x):
@@ -344,7 +344,7 @@ def test_enumerated_mixture_of_a_mixed_table():
     exact = (each + logits.log_softmax(0).unsqueeze(-1)).logsumexp(0)
     poutine.trace(model).get_trace(x)
     poutine.trace(guide).get_trace(x)
-    est = log_marginal(model, guide, data.with_missing(x), num_particles=1)
+    est = log_marginal(model, guide, data.with_missing(x), num_particles=1, proposal="guide")
     assert (est.log_px - exact).abs().max() < 1e-5
     assert est.base_measure == "mixed"
     assert any("units" in note for note in est.notes)
@@ -354,8 +354,8 @@ def test_a_row_does_not_depend_on_the_gaps_of_others():
     pair, x = mixed_table_vae(), table_with_gaps()
     poutine.trace(pair.model).get_trace(x)
     marked = data.with_missing(x)
-    alone = log_marginal(pair.model, pair.guide, marked, num_particles=30, rows=50)
-    together = log_marginal(pair.model, pair.guide, marked, num_particles=30)
+    alone = log_marginal(pair.model, pair.guide, marked, num_particles=30, rows=50, proposal="guide")
+    together = log_marginal(pair.model, pair.guide, marked, num_particles=30, proposal="guide")
     assert (alone.log_px - together.log_px).abs().max() < 1e-4
     assert alone.digest == together.digest == data.digest(x)
 
@@ -385,7 +385,7 @@ def test_training_raises_the_elbo_of_what_is_observed_and_resumes(tmp_path):
         assert torch.equal(p, q), name
     pair = mixed_table_vae()
     back = load_run(tmp_path / "a", pair.model, pair.guide)
-    est = log_marginal(back.model, back.guide, splits[1], num_particles=50)
+    est = log_marginal(back.model, back.guide, splits[1], num_particles=50, proposal="guide")
     est.save(tmp_path / "results")
     saved = json.loads((tmp_path / "results" / "log_marginal.json").read_text())
     assert (saved["base_measure"], saved["dims"]) == ("mixed", pytest.approx(est.dims))
@@ -418,12 +418,12 @@ def test_filled_gaps_are_no_data(how):
     x = with_random_gaps(pair.draw(30))
     count = int(x.isnan().sum())
     with pytest.raises(ContractError, match=rf"site 'x'.*{count} of them observed as the numbers that fill.*Mixed"):
-        log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30)
+        log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30, proposal="guide")
     with pytest.raises(ContractError, match="fill"):
         fit(pair.model, pair.guide, data.with_missing(x), epochs=1)
     whole = pair.draw(30)
     assert (
-        log_marginal(pair.model, pair.guide, whole, num_particles=30).log_px - pair.log_px(whole)
+        log_marginal(pair.model, pair.guide, whole, num_particles=30, proposal="guide").log_px - pair.log_px(whole)
     ).abs().max() < 1e-9
 
 
@@ -448,7 +448,7 @@ def test_likelihoods_that_take_no_gaps(name):
     x = torch.ones(300, 3)
     x[270, 1] = NAN
     for call in (
-        lambda: log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30),
+        lambda: log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30, proposal="guide"),
         lambda: fit(pair.model, pair.guide, data.with_missing(x), epochs=1),
         lambda: check(pair.model, pair.guide, x[250:]),
         lambda: terms(pair.model, pair.guide, x[250:]),
@@ -471,19 +471,19 @@ def test_a_density_that_makes_a_number_of_nan_is_none():
             pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
 
     x = torch.eye(3)[torch.arange(30) % 3]
-    assert log_marginal(model, guide, x, num_particles=30).reliable.all()
+    assert log_marginal(model, guide, x, num_particles=30, proposal="guide").reliable.all()
     x[4, 0] = NAN
     with pyro.validation_enabled(False):
         assert fn.log_prob(x).isfinite().all()
     with pytest.raises(ContractError, match=r"site 'x'.*OneHotCategorical, which does not take NaN"):
-        log_marginal(model, guide, data.with_missing(x), num_particles=30)
+        log_marginal(model, guide, data.with_missing(x), num_particles=30, proposal="guide")
 
 
 def test_a_guide_that_takes_no_gaps():
     pair, x = mixed_table_vae(), data.with_missing(table_with_gaps())
     pair.posterior = posteriors.DiagonalNormal(nn.mlp(5, 4, hidden=(4,)))
     for call in (
-        lambda: log_marginal(pair.model, pair.guide, x, num_particles=30),
+        lambda: log_marginal(pair.model, pair.guide, x, num_particles=30, proposal="guide"),
         lambda: fit(pair.model, pair.guide, x, epochs=1),
     ):
         with pytest.raises(ContractError, match=r"site 'z': .*guide that takes missing values.*nn\.Missing"):
@@ -494,7 +494,7 @@ def test_a_value_outside_its_column_is_refused_beside_gaps():
     pair, x = mixed_table_vae(), table_with_gaps()
     x[5] = torch.tensor([NAN, 2.0, 7.0, 1.0, NAN])
     with pytest.raises(DataError, match="found 7 at row 5"):
-        log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30)
+        log_marginal(pair.model, pair.guide, data.with_missing(x), num_particles=30, proposal="guide")
 
 
 def test_values_go_through_a_file_and_are_marked_again(tmp_path):
@@ -518,12 +518,12 @@ def test_labels_beside_the_data_are_not_taken_for_them():
 
     x, y = torch.ones(40).double(), torch.full((40,), NAN).double()
     y[0] = 1.0
-    est = log_marginal(model, guide, (x, data.with_missing(y)), num_particles=100)
+    est = log_marginal(model, guide, (x, data.with_missing(y)), num_particles=100, proposal="guide")
     exact = dist.Normal(0.0, math.sqrt(2)).log_prob(torch.tensor(1.0))
     assert est.reliable.all()
     assert (est.log_px[1:] - exact).abs().max() < 0.2
     with pytest.raises(DataError, match=r"data\[1\]: row 1 is nan"):
-        log_marginal(model, guide, (x, y), num_particles=100)
+        log_marginal(model, guide, (x, y), num_particles=100, proposal="guide")
 
 
 # The command line

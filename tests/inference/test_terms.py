@@ -511,7 +511,7 @@ def test_the_scale_of_the_data_plate_is_divided_out():
         assert t.scale == pytest.approx(full / SIZE)
         assert torch.isfinite(t.log_weight).all()
         found.append(t.log_weight)
-        whole = log_marginal(model, guide, batch, num_particles=30)
+        whole = log_marginal(model, guide, batch, num_particles=30, proposal="guide")
         found.append(whole.log_px)
     for other in (2, 4):
         torch.testing.assert_close(found[other], found[0], rtol=0, atol=1e-12)
@@ -527,7 +527,9 @@ def modules_of(*functions):
 
 
 @pytest.mark.parametrize("name", ["modules", "conv", "rnn", "classes", "flow"])
-@pytest.mark.parametrize("look", [inspect, check, lambda *pair: log_marginal(*pair, num_particles=30)])
+@pytest.mark.parametrize(
+    "look", [inspect, check, lambda *pair: log_marginal(*pair, num_particles=30, proposal="guide")]
+)
 def test_evaluation_leaves_modules_as_they_were(name, look):
     model, guide, batch = PAIRS[name]()
     modules = modules_of(model, guide)
@@ -568,7 +570,7 @@ def test_dropout_is_off_while_evaluating(method):
             pyro.sample("x", dist.Normal(call(x) + z[..., None], 1.0).to_event(1), obs=x)
 
     x = torch.randn(SIZE, 4)
-    found = [log_marginal(model, lambda x: None, x, num_particles=1, seed=s).log_px for s in (0, 1)]
+    found = [log_marginal(model, lambda x: None, x, num_particles=1, seed=s, proposal="guide").log_px for s in (0, 1)]
     assert torch.equal(*found)
     assert net.training
     net.eval()
@@ -694,9 +696,9 @@ def test_a_scope_changes_names_alone(prefix, plate):
     x = torch.randn(43, generator=torch.Generator().manual_seed(0))
     exact = dist.Normal(0.0, 1.25**0.5).log_prob(x)
     pair = scope(model, prefix=prefix), scope(guide, prefix=prefix)
-    est = log_marginal(*pair, x, num_particles=300)
+    est = log_marginal(*pair, x, num_particles=300, proposal="guide")
     assert (est.log_px - exact).abs().max() < 1e-5
-    assert torch.equal(est.log_px, log_marginal(model, guide, x, num_particles=300).log_px)
+    assert torch.equal(est.log_px, log_marginal(model, guide, x, num_particles=300, proposal="guide").log_px)
     if (prefix, plate) == ("enc", "data"):
         found = annealed(*pair, x[:16], num_chains=2, num_temperatures=3, compile=False).log_px
         assert torch.equal(

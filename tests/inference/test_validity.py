@@ -149,15 +149,17 @@ def test_draws_that_rounding_makes_equal_are_refused_as_a_point_mass(scale):
 
     x = torch.linspace(0.5, 2.0, 30)
     with pytest.raises(ContractError, match=r"site 'z': expected draws of the guide that differ.*float64"):
-        log_marginal(model, guide, x, num_particles=100)
-    assert not bool(log_marginal(model, guide, x.double(), num_particles=100).reliable.any())  # the cure, followed
+        log_marginal(model, guide, x, num_particles=100, proposal="guide")
+    assert not bool(
+        log_marginal(model, guide, x.double(), num_particles=100, proposal="guide").reliable.any()
+    )  # the cure, followed
 
     def partly(x):  # one datum's guide is a point mass, the others' are exact
         exact = (0.49 / 1.49) ** 0.5
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x / 1.49, torch.where(x < 1.99, exact, scale)))
 
-    est = log_marginal(model, partly, x, num_particles=100)
+    est = log_marginal(model, partly, x, num_particles=100, proposal="guide")
     assert est.reliable.tolist() == [True] * 29 + [False]
     assert est.log_px.isfinite().tolist() == [True] * 29 + [False]
 
@@ -212,7 +214,10 @@ def test_models_that_are_no_densities_are_not_ranked_without_a_word():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     x = torch.randn(20)
-    plain, factored = log_marginal(model, guide, x), log_marginal(functools.partial(model, constant=3.0), guide, x)
+    plain, factored = (
+        log_marginal(model, guide, x, proposal="guide"),
+        log_marginal(functools.partial(model, constant=3.0), guide, x, proposal="guide"),
+    )
     found = evaluation.compare({"plain": plain, "factored": factored}).warnings
     assert any(text.startswith("not comparable: factored ") for text in found)
     assert not evaluation.compare({"a": plain, "b": plain}).warnings
@@ -230,6 +235,6 @@ def test_a_dict_reaches_model_and_guide_in_one_order():
 
     data = {"c": torch.randn(20), "a": torch.randn(20)}
     exact = dist.Normal(data["c"], 2**0.5).log_prob(data["a"])
-    assert torch.allclose(log_marginal(model, guide, data).log_px.float(), exact, atol=1e-4)
+    assert torch.allclose(log_marginal(model, guide, data, proposal="guide").log_px.float(), exact, atol=1e-4)
     with pytest.raises(UsageError, match=r"argument 'c' is number 2 of the model \(a, c\) and number 1 of the guide"):
-        log_marginal(model, lambda c, a: guide(a, c), data)
+        log_marginal(model, lambda c, a: guide(a, c), data, proposal="guide")

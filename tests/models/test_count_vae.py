@@ -103,7 +103,7 @@ def by_quadrature(vae: CountVAE, x: Tensor, batch: Tensor, library: Tensor) -> T
 def test_log_px_of_a_known_library_is_the_quadrature(name):
     vae, batch = pair(name), data()
     exact = by_quadrature(vae, *batch).detach()
-    est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, seed=1, progress=False)
+    est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, seed=1, progress=False, proposal="guide")
     assert bool(est.reliable.all())
     assert bool(((est.log_px - exact).abs() < 4 * est.std_error + 1e-9).all())  # fails once in 2500
     assert bool((est.std_error < 0.02).all())
@@ -119,7 +119,7 @@ def test_log_px_of_a_latent_library_integrates_it_out():
         for n, w in zip(node, weight / weight.sum(), strict=True)
     ]
     exact = torch.stack(each).logsumexp(0).detach()
-    est = log_marginal(vae.model, vae.guide, (x, batch), num_particles=6000, seed=1, progress=False)
+    est = log_marginal(vae.model, vae.guide, (x, batch), num_particles=6000, seed=1, progress=False, proposal="guide")
     assert bool(est.reliable.all())
     assert bool(((est.log_px - exact).abs() < 4 * est.std_error + 1e-9).all())  # fails once in 2500
     assert bool((est.std_error < 0.02).all())
@@ -165,7 +165,7 @@ def test_the_prior_of_libraries_starts_at_the_sums_of_each_batch():
 USES = {
     "check": lambda p, d: check(p.model, p.guide, d),
     "fit": lambda p, d: fit(p.model, p.guide, d, epochs=1, batch_size=2, progress=False),
-    "log_marginal": lambda p, d: log_marginal(p.model, p.guide, d, num_particles=2, progress=False),
+    "log_marginal": lambda p, d: log_marginal(p.model, p.guide, d, num_particles=2, progress=False, proposal="guide"),
 }
 
 

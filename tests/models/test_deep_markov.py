@@ -104,7 +104,7 @@ def test_a_linear_model_is_a_kalman_filter():
     pair, x = linear(), padded()
     exact = torch.stack([kalman(row, int(n)) for row, n in zip(x, LENGTHS, strict=True)])
     with torch.no_grad():
-        est = log_marginal(pair.model, pair.guide, (x, LENGTHS), num_particles=30, progress=False)
+        est = log_marginal(pair.model, pair.guide, (x, LENGTHS), num_particles=30, progress=False, proposal="guide")
     assert float((est.log_px - exact).abs().max()) < 1e-6
     assert float((est.elbo - exact).abs().max()) < 1e-6
     assert bool(est.reliable.all())
@@ -210,7 +210,9 @@ def test_training_comes_near_the_kalman_filters_log_px():
     )  # fmt: skip
     with torch.no_grad():
         best = torch.stack([kalman(row, int(n)) for row, n in zip(x, lengths, strict=True)]).mean()
-        found = log_marginal(pair.model, pair.guide, (x, lengths), num_particles=100, progress=False).log_px.mean()
+        found = log_marginal(
+            pair.model, pair.guide, (x, lengths), num_particles=100, progress=False, proposal="guide"
+        ).log_px.mean()
     assert best - 0.5 < found < best + 0.1
 
 
@@ -219,7 +221,7 @@ def test_training_comes_near_the_kalman_filters_log_px():
 USES = {
     "check": lambda p, d: check(p.model, p.guide, d),
     "fit": lambda p, d: fit(p.model, p.guide, d, objective=objectives.ELBO(), epochs=1, batch_size=2, progress=False),
-    "log_marginal": lambda p, d: log_marginal(p.model, p.guide, d, num_particles=2, progress=False),
+    "log_marginal": lambda p, d: log_marginal(p.model, p.guide, d, num_particles=2, progress=False, proposal="guide"),
 }
 
 

@@ -66,7 +66,7 @@ def test_log_px_sums_the_label_out_and_a_label_picks_its_class():
     exact = log_joint(vae, x).detach()
     each = torch.where(label < 0, exact.logsumexp(-1), exact[torch.arange(6), label.clamp(min=0)])
     for batch, expected in ((x, exact.logsumexp(-1)), ((x, label), each)):
-        est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, seed=1, progress=False)
+        est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, seed=1, progress=False, proposal="guide")
         assert bool(est.reliable.all())
         assert bool(((est.log_px - expected).abs() < 4 * est.std_error + 1e-6).all())  # fails once in 2000
         assert bool((est.std_error < 0.02).all())
@@ -199,8 +199,8 @@ def test_images_take_labels_beside_their_channels():
         event_dim=3,
     )
     x, label = torch.rand(4, 1, 8, 8).lt(0.5).double(), torch.tensor([0, 1, 2, 0])
-    est = log_marginal(vae.model, vae.guide, (x, label), num_particles=5, progress=False)
-    other = log_marginal(vae.model, vae.guide, (x, (label + 1) % 3), num_particles=5, progress=False)
+    est = log_marginal(vae.model, vae.guide, (x, label), num_particles=5, progress=False, proposal="guide")
+    other = log_marginal(vae.model, vae.guide, (x, (label + 1) % 3), num_particles=5, progress=False, proposal="guide")
     assert bool((est.log_px != other.log_px).all())
 
 
@@ -213,7 +213,7 @@ SURE = {  # what the label is called, and a pair with labels for 0, 1, 2
 USES = {
     "check": lambda p, d: check(p.model, p.guide, d),
     "fit": lambda p, d: fit(p.model, p.guide, d, objective=objectives.ELBO(), epochs=1, batch_size=2, progress=False),
-    "log_marginal": lambda p, d: log_marginal(p.model, p.guide, d, num_particles=2, progress=False),
+    "log_marginal": lambda p, d: log_marginal(p.model, p.guide, d, num_particles=2, progress=False, proposal="guide"),
 }
 
 

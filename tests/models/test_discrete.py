@@ -48,12 +48,12 @@ def reached(name: str) -> tuple[VAE, float, float]:
     }[name]
     adam = functools.partial(torch.optim.Adam, lr=0.03)
     fit(own.model, guide, x, objective=objective, optimizer=adam, epochs=40, batch_size=100, compile=False)
-    exact = log_marginal(own.model, summed, x, num_particles=1)
+    exact = log_marginal(own.model, summed, x, num_particles=1, proposal="guide")
     return own, -exact.nll, float(exact.elbo.mean())
 
 
 def test_sums_learn():
-    start = log_marginal(vae().model, config_enumerate(vae().guide), images(), num_particles=1)
+    start = log_marginal(vae().model, config_enumerate(vae().guide), images(), num_particles=1, proposal="guide")
     assert reached("enumerated")[1] > -start.nll + 3
 
 
@@ -73,10 +73,10 @@ def test_importance_sampling_agrees_with_sums(name):
     with torch.no_grad():
         t = terms(own.model, own.guide, x, len(codes), values={"z": codes[:, None].expand(-1, SIZE, -1)})
     exact = (t.log_weight + t.log_guide).logsumexp(0)
-    summed = log_marginal(own.model, config_enumerate(own.guide), x, num_particles=1)
+    summed = log_marginal(own.model, config_enumerate(own.guide), x, num_particles=1, proposal="guide")
     torch.testing.assert_close(summed.log_px, exact, rtol=0, atol=1e-4)
     torch.testing.assert_close(summed.elbo, (t.log_guide.exp() * t.log_weight).sum(0), rtol=0, atol=1e-4)
     variance = ((t.log_guide + 2 * (t.log_weight - exact)).logsumexp(0).exp() - 1).clamp(min=0) / count
-    est = log_marginal(own.model, own.guide, x, num_particles=count, seed=0)
+    est = log_marginal(own.model, own.guide, x, num_particles=count, seed=0, proposal="guide")
     off = (est.log_px - exact).exp() - 1
     assert float(off.sum().abs()) < 6 * float(variance.sum().sqrt()) + 1e-4 * SIZE

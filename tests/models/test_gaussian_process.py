@@ -95,7 +95,7 @@ def test_a_linear_model_is_jointly_normal_whatever_is_missing(given):
     times = times + torch.rand(4, STEPS) / 2 if given else times
     batch = (data.with_missing(x), times) if given else data.with_missing(x)
     with torch.no_grad():
-        est = log_marginal(pair.model, pair.guide, batch, num_particles=30, progress=False)
+        est = log_marginal(pair.model, pair.guide, batch, num_particles=30, progress=False, proposal="guide")
     assert float((est.log_px - exact(pair, x, times)).abs().max()) < 1e-6
     assert float((est.elbo - exact(pair, x, times)).abs().max()) < 1e-6  # every draw: the guide is the posterior
     assert bool(est.reliable.all())
@@ -106,7 +106,7 @@ def test_importance_sampling_by_a_stepwise_guide_is_right():
     pair, x = linear(stepwise, 0.4, prior=1.0), sequences()  # nearly white noise, which the guide suits
     times = torch.arange(STEPS).double().expand(4, STEPS)
     with torch.no_grad():
-        est = log_marginal(pair.model, pair.guide, x, num_particles=6000, progress=False)
+        est = log_marginal(pair.model, pair.guide, x, num_particles=6000, progress=False, proposal="guide")
     off = (est.log_px - exact(pair, x.as_subclass(Tensor), times)) / est.std_error
     assert bool(est.reliable.all())
     assert float(est.std_error.max()) < 0.1

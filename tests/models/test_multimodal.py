@@ -69,8 +69,8 @@ def test_linear_modalities_are_jointly_normal_whichever_are_there():
     exact = dense(vae, whole, [0, 1])
     exact[1], exact[2] = dense(vae, x[0], [0])[1], dense(vae, x[1], [1])[2]
     with torch.no_grad():
-        est = log_marginal(vae.model, vae.guide, (*x, PRESENT), num_particles=30, progress=False)
-        full = log_marginal(vae.model, vae.guide, x, num_particles=30, progress=False)
+        est = log_marginal(vae.model, vae.guide, (*x, PRESENT), num_particles=30, progress=False, proposal="guide")
+        full = log_marginal(vae.model, vae.guide, x, num_particles=30, progress=False, proposal="guide")
     assert float((est.log_px - exact).abs().max()) < 1e-9  # the product of exact experts is the posterior
     assert float((full.log_px - dense(vae, whole, [0, 1])).abs().max()) < 1e-9
 
@@ -93,7 +93,7 @@ def test_importance_sampling_by_a_mixture_is_right_whichever_are_there():
     some = torch.stack([exact[0], dense(vae, x[0], [0])[1], dense(vae, x[1], [1])[2], exact[3]])
     with torch.no_grad():
         for batch, expected in (((*x, PRESENT), some), (x, exact)):
-            est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, progress=False)
+            est = log_marginal(vae.model, vae.guide, batch, num_particles=6000, progress=False, proposal="guide")
             assert bool(est.reliable.all())
             assert float(est.std_error.max()) < 0.1
             assert float(((est.log_px - expected) / est.std_error).abs().max()) < 5
@@ -184,7 +184,7 @@ def test_weights_with_a_gradient_are_refused():
 
 @pytest.mark.parametrize("use", [
     lambda v, d: check(v.model, v.guide, d),
-    lambda v, d: log_marginal(v.model, v.guide, d, num_particles=2, progress=False),
+    lambda v, d: log_marginal(v.model, v.guide, d, num_particles=2, progress=False, proposal="guide"),
 ])  # fmt: skip
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_a_datum_with_nothing_is_refused_by_its_row(use, experts):

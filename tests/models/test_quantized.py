@@ -64,8 +64,10 @@ def test_log_px_is_the_sum_over_all_codes(prior):
     vae, x = made(prior, scale=3.0), bits()  # a guide with mass on every code
     with torch.no_grad():
         exact = by_hand(vae, x)
-        summed = log_marginal(vae.model, config_enumerate(vae.guide), x, num_particles=1, progress=False)
-        drawn = log_marginal(vae.model, vae.guide, x, num_particles=2000, progress=False)
+        summed = log_marginal(
+            vae.model, config_enumerate(vae.guide), x, num_particles=1, progress=False, proposal="guide"
+        )
+        drawn = log_marginal(vae.model, vae.guide, x, num_particles=2000, progress=False, proposal="guide")
     torch.testing.assert_close(summed.log_px, exact)
     assert bool(drawn.reliable.all())  # 5 standard errors of 6 data: once in 300,000 draws
     assert float(((drawn.log_px - exact) / drawn.std_error).abs().max()) < 5
@@ -135,7 +137,9 @@ def test_the_relaxed_pair_shares_everything_with_the_discrete_one():
     vae, x = made("independent", posterior=posteriors.RelaxedOneHot), bits()
     assert "relaxed discrete latent" in str(check(vae.model, vae.guide, x))
     torch.testing.assert_close(
-        log_marginal(vae.discrete.model, config_enumerate(vae.discrete.guide), x, num_particles=1).log_px,
+        log_marginal(
+            vae.discrete.model, config_enumerate(vae.discrete.guide), x, num_particles=1, proposal="guide"
+        ).log_px,
         by_hand(made("independent"), x),
     )
 
@@ -159,7 +163,7 @@ def test_training_finds_codes_that_a_learned_prior_ties(objective):
     guide = config_enumerate(vae.guide) if isinstance(chosen, objectives.ELBO) else vae.guide
     adam = functools.partial(torch.optim.Adam, lr=0.02)
     fit(vae.model, guide, x, objective=chosen, optimizer=adam, epochs=30, batch_size=100, progress=False)
-    found = log_marginal(vae.model, config_enumerate(vae.guide), x, num_particles=1, progress=False)
+    found = log_marginal(vae.model, config_enumerate(vae.guide), x, num_particles=1, progress=False, proposal="guide")
     noise = torch.distributions.Bernoulli(torch.tensor(0.02)).entropy() * FEATURES
     assert float(found.nll) < float(torch.tensor(2.0).log() + noise) + 0.1
 

@@ -107,7 +107,7 @@ def test_log_px_and_imputations_of_a_linear_table_are_linear_algebra():
         exact[i] = torch.distributions.MultivariateNormal(loc[o], cov[o][:, o]).log_prob(row[o])
         filled[i, m] = loc[m] + cov[m][:, o] @ torch.linalg.solve(cov[o][:, o], row[o] - loc[o])
     marked = data.with_missing(x)
-    est = log_marginal(pair.model, pair.guide, marked, num_particles=6000, seed=1, progress=False)
+    est = log_marginal(pair.model, pair.guide, marked, num_particles=6000, seed=1, progress=False, proposal="guide")
     assert bool(est.reliable.all())
     assert bool(((est.log_px - exact).abs() < 4 * est.std_error).all())  # fails once in 2000
     assert bool((est.std_error < 0.03).all())
@@ -138,7 +138,7 @@ WRONG = {1: -1.0, 2: 0.5, 3: 3.0}
 USES = {
     "check": lambda p, x: check(p.model, p.guide, x),
     "fit": lambda p, x: fit(p.model, p.guide, x, epochs=1, batch_size=8, progress=False),
-    "log_marginal": lambda p, x: log_marginal(p.model, p.guide, x, num_particles=2, progress=False),
+    "log_marginal": lambda p, x: log_marginal(p.model, p.guide, x, num_particles=2, progress=False, proposal="guide"),
 }
 
 

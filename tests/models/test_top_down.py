@@ -82,7 +82,7 @@ def test_log_px_is_what_quadrature_gives():
         for each in vae.blocks:
             for p in [*each.prior.parameters(), *each.posterior.parameters()]:
                 p.mul_(0.3)
-        est = log_marginal(vae.model, vae.guide, x, num_particles=6000, seed=1, progress=False)
+        est = log_marginal(vae.model, vae.guide, x, num_particles=6000, seed=1, progress=False, proposal="guide")
         exact = log_px(vae, x)
     assert bool(est.reliable.all())
     assert bool((est.std_error < 0.02).all())
@@ -119,7 +119,7 @@ def test_linear_blocks_have_the_dense_normals_log_px():
         exact = torch.distributions.MultivariateNormal(
             out(h), out.weight @ cov @ out.weight.T + torch.eye(FEATURES)
         ).log_prob(x)
-        est = log_marginal(vae.model, vae.guide, x, num_particles=6000, progress=False)
+        est = log_marginal(vae.model, vae.guide, x, num_particles=6000, progress=False, proposal="guide")
     assert bool((est.std_error < 0.03).all())
     assert bool(((est.log_px - exact).abs() < 4.5 * est.std_error).all())
 
@@ -159,7 +159,7 @@ def test_log_px_of_a_vdvae_is_the_mean_over_its_prior():
         for each in vae.blocks:
             for p in [*each.prior.parameters(), *each.posterior.parameters(), *each.step.net.parameters()]:
                 p.mul_(0.5)
-        est = log_marginal(vae.model, vae.guide, x, num_particles=5000, seed=1, progress=False)
+        est = log_marginal(vae.model, vae.guide, x, num_particles=5000, seed=1, progress=False, proposal="guide")
         h, draws = vae.start(), 20000
         for each in vae.blocks:
             fn = each.prior(h)

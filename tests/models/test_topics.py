@@ -41,7 +41,7 @@ def test_one_topic_is_a_multinomial(name):
     model, x = pair(name, 1), documents()
     beta = model.likelihood.net.logits.detach().softmax(-1)[0]
     exact = [torch.distributions.Multinomial(int(row.sum()), beta).log_prob(row) for row in x]
-    est = log_marginal(model.model, model.guide, x, num_particles=30, progress=False)
+    est = log_marginal(model.model, model.guide, x, num_particles=30, progress=False, proposal="guide")
     torch.testing.assert_close(est.log_px, torch.stack(exact))
 
 
@@ -71,7 +71,7 @@ def test_log_px_of_two_topics_is_the_exact_sum():
         model.posterior.net[-1].weight.zero_()
         model.posterior.net[-1].bias.fill_(math.log(math.expm1(0.2)))
     exact = torch.tensor([of_two_topics(model.words, 0.8, row) for row in x])
-    est = log_marginal(model.model, model.guide, x, num_particles=6000, seed=1, progress=False)
+    est = log_marginal(model.model, model.guide, x, num_particles=6000, seed=1, progress=False, proposal="guide")
     assert bool(est.reliable.all())
     assert bool(((est.log_px - exact).abs() < 4 * est.std_error + 1e-9).all())  # fails once in 4000
     assert bool((est.std_error < 0.02).all())
@@ -151,7 +151,7 @@ def test_words_that_no_document_has_and_no_topic_likes_change_nothing(name):
 def test_perplexity_of_the_uniform_model_is_the_size_of_the_vocabulary():
     model, x = pair("Dirichlet", 3), documents(20)
     torch.nn.init.zeros_(model.likelihood.net.logits)
-    est = log_marginal(model.model, model.guide, x, num_particles=500, seed=0, progress=False)
+    est = log_marginal(model.model, model.guide, x, num_particles=500, seed=0, progress=False, proposal="guide")
     assert perplexity(est.log_px, x) == pytest.approx(WORDS, rel=0.02)  # the guide is not the prior: weights vary
     theta = priors.Dirichlet(3)().sample((20,))
     exact = likelihoods.Multinomial(model.likelihood.net)(theta, context=x.sum(-1)).log_prob(x)
@@ -199,7 +199,7 @@ def test_coherence_refuses_other_numbers_of_words(top):
 USES = {
     "check": lambda p, x: check(p.model, p.guide, x),
     "fit": lambda p, x: fit(p.model, p.guide, x, epochs=1, batch_size=2, progress=False),
-    "log_marginal": lambda p, x: log_marginal(p.model, p.guide, x, num_particles=2, progress=False),
+    "log_marginal": lambda p, x: log_marginal(p.model, p.guide, x, num_particles=2, progress=False, proposal="guide"),
 }
 
 

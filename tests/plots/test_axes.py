@@ -31,7 +31,7 @@ def estimate(shift: float = 0.0, count: int = 40, seed: int = 0) -> Any:
     torch.manual_seed(0)
     pair = LinearGaussian(3, 2)
     x = torch.randn(count, 3) + shift
-    return log_marginal(pair.model, pair.mean_field, x, num_particles=50, seed=seed)
+    return log_marginal(pair.model, pair.mean_field, x, num_particles=50, seed=seed, proposal="guide")
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_a_posterior_of_two_modes_is_weighed_right():
     x = torch.tensor([0.8, 1.5, 3.0, 5.0]).repeat_interleave(10)
     log_px, positive = exact(x)
     assert float(positive.min()) > 0.6
-    est = log_marginal(model, guide, x, num_particles=2000, posterior_draws=200, progress=False)
+    est = log_marginal(model, guide, x, num_particles=2000, posterior_draws=200, progress=False, proposal="guide")
     assert bool(est.reliable.all())
     assert bool(((est.log_px - log_px).abs() < 5 * est.std_error).all())  # one of 4e4 runs by chance
     assert est.posterior is not None

@@ -269,7 +269,7 @@ def test_trains_and_estimates(name: str) -> None:
     vae.float()
     data_ = tuple(t.float() if t.is_floating_point() else t for t in data_)
     run = fit(vae.model, vae.guide, data_ if len(data_) > 1 else data_[0], epochs=3, batch_size=3, progress=False)
-    est = log_marginal(run.model, run.guide, data_, num_particles=200, progress=False)
+    est = log_marginal(run.model, run.guide, data_, num_particles=200, progress=False, proposal="guide")
     assert bool(est.log_px.isfinite().all())
     assert bool((est.elbo <= est.log_px + 1e-6).all())
 
@@ -358,10 +358,10 @@ def test_full_rank_reaches_the_exact_posterior() -> None:
             optimizer=lambda ps, lr=lr: torch.optim.Adam(ps, lr=lr))  # fmt: skip
     gap = kl_divergence(posterior(x), pair.posterior(x)).detach()
     assert float(gap.mean()) < 2e-3
-    est = log_marginal(pair.model, guide, x, num_particles=500, progress=False)
+    est = log_marginal(pair.model, guide, x, num_particles=500, progress=False, proposal="guide")
     assert float((est.log_px - pair.log_px(x)).abs().max()) < 1e-2
     assert bool(est.reliable.all())
-    diagonal = log_marginal(pair.model, pair.mean_field, x, num_particles=2000, progress=False)
+    diagonal = log_marginal(pair.model, pair.mean_field, x, num_particles=2000, progress=False, proposal="guide")
     assert float((pair.log_px(x) - diagonal.elbo).mean()) > 0.1, "a diagonal cannot do it"
 
 
@@ -544,7 +544,7 @@ def test_enumerated_posterior_gives_log_p_exactly() -> None:
         torch.testing.assert_close(t.elbo[0], (log_q.exp() * (joint - log_q)).sum(0), rtol=0, atol=1e-10)
         loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(vae.model, guide, x)
         torch.testing.assert_close(-loss, t.elbo[0].sum(), rtol=1e-9, atol=1e-9)
-        sampled = log_marginal(vae.model, vae.guide, x, num_particles=3000, progress=False)
+        sampled = log_marginal(vae.model, vae.guide, x, num_particles=3000, progress=False, proposal="guide")
         assert float(((sampled.log_px - exact) / sampled.std_error.clamp(min=1e-4)).abs().max()) < 5
 
 
@@ -593,14 +593,14 @@ def test_relaxed_pair_trains_and_its_discrete_pair_is_evaluated(kind: str) -> No
     discrete = vae.discrete
     assert set(discrete.parameters()) == set(vae.parameters())
     assert not hasattr(discrete, "discrete")
-    est = log_marginal(discrete.model, discrete.guide, x, num_particles=500, progress=False)
+    est = log_marginal(discrete.model, discrete.guide, x, num_particles=500, progress=False, proposal="guide")
     values = discrete.prior().enumerate_support()
     with torch.no_grad():
         joint = discrete.prior().log_prob(values)[:, None] + discrete.likelihood(values[:, None]).log_prob(x)
     assert float(((est.log_px - joint.double().logsumexp(0)) / est.std_error).abs().max()) < 5
     given = VAE(vae.prior.discrete, vae.likelihood, vae.posterior)  # relaxes the prior itself, with the same logits
     told = "relaxed discrete latent: log p\\(x\\) is that of the relaxed model"
-    relaxed = log_marginal(vae.model, vae.guide, x, num_particles=5, progress=False)
+    relaxed = log_marginal(vae.model, vae.guide, x, num_particles=5, progress=False, proposal="guide")
     assert re.search(told, " ".join(relaxed.notes))
     assert re.search(told, check(vae.model, vae.guide, x))
     assert not re.search(told, " ".join(est.notes) + check(discrete.model, discrete.guide, x))
@@ -651,7 +651,7 @@ def test_per_datum_reaches_every_exact_posterior_and_refuses_new_data() -> None:
             optimizer=lambda ps, lr=lr: torch.optim.Adam(ps, lr=lr))  # fmt: skip
     gap = kl_divergence(posterior(x, context=torch.arange(20)), pair.posterior(x)).detach()
     assert float(gap.mean()) < 2e-2
-    est = log_marginal(model, guide, data.indexed(x), num_particles=500, progress=False)
+    est = log_marginal(model, guide, data.indexed(x), num_particles=500, progress=False, proposal="guide")
     assert float((est.log_px - pair.log_px(x)).abs().max()) < 2e-2
     for index in (torch.tensor([3, 20]), torch.tensor([-1, 3])):
         with pytest.raises(DataError, match=r"from 0 to 19.*Refit"):
@@ -660,7 +660,9 @@ def test_per_datum_reaches_every_exact_posterior_and_refuses_new_data() -> None:
         posterior(x[:2], context=torch.tensor([0.0, 1.0]))
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(nn.mlp(2, 5)), posteriors.PerDatum(20, 4))
     with pytest.raises((ContractError, DataError), match="Refit"):
-        log_marginal(vae.model, vae.guide, data.indexed(torch.randn(30, 5)), num_particles=5, progress=False)
+        log_marginal(
+            vae.model, vae.guide, data.indexed(torch.randn(30, 5)), num_particles=5, progress=False, proposal="guide"
+        )
 
 
 def per_datum(count: int) -> tuple[VAE, Tensor]:
@@ -681,10 +683,12 @@ def test_per_datum_takes_no_other_data_under_the_same_index(tmp_path: Path) -> N
     loaded = load(tmp_path / "run", again.model, again.guide)
     for model, guide in ((run.model, run.guide), (loaded.model, loaded.guide)):
         some = tuple(t[3:20] for t in train)
-        assert bool(log_marginal(model, guide, some, num_particles=5, progress=False).log_px.isfinite().all())
+        assert bool(
+            log_marginal(model, guide, some, num_particles=5, progress=False, proposal="guide").log_px.isfinite().all()
+        )
         for wrong in (other, (x.flip(0), train[1]), (x, train[1].roll(1))):
             with pytest.raises(DataError, match=r"PerDatum.*another datum at index.*Refit"):
-                log_marginal(model, guide, wrong, num_particles=5, progress=False)
+                log_marginal(model, guide, wrong, num_particles=5, progress=False, proposal="guide")
     with pytest.raises(DataError, match="another datum"):
         fit(vae.model, vae.guide, other, epochs=1, progress=False)
     load(tmp_path / "run", vae.model, vae.guide)
@@ -850,7 +854,7 @@ def test_delta_trains_and_is_refused_by_log_marginal() -> None:
               optimizer=lambda ps: torch.optim.Adam(ps, lr=0.02))  # fmt: skip
     assert run.history[-1]["loss"] < run.history[0]["loss"]
     with pytest.raises(ContractError, match=r"'z'.*Delta"):
-        log_marginal(run.model, run.guide, x, num_particles=5, progress=False)
+        log_marginal(run.model, run.guide, x, num_particles=5, progress=False, proposal="guide")
     per_datum = VAE(priors.StandardNormal(2), likelihood, posteriors.PerDatum(30, 2, family=posteriors.Delta))
     fit(per_datum.model, per_datum.guide, data.indexed(x), epochs=1, progress=False)
 

@@ -59,7 +59,7 @@ def page(tmp_path_factory):
         posterior=posteriors.DiagonalNormal(nn.mlp(64, 6, hidden=(32,))),
     )
     run = fit(vae.model, vae.guide, train, epochs=3, directory=tmp_path_factory.mktemp("run"))
-    est = log_marginal(run.model, run.guide, test, num_particles=30)
+    est = log_marginal(run.model, run.guide, test, num_particles=30, proposal="guide")
     return run, test, est, report.write(run, data=test, estimate=est)
 
 

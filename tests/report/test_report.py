@@ -49,7 +49,7 @@ def digits(tmp_path_factory):
     vae = small_vae()
     folder = tmp_path_factory.mktemp("run")
     run = fit(vae.model, vae.guide, train, valid=valid, epochs=2, directory=folder)
-    est = log_marginal(run.model, run.guide, test, num_particles=50)
+    est = log_marginal(run.model, run.guide, test, num_particles=50, proposal="guide")
     return run, test, est, report.write(run, data=test, estimate=est)
 
 
@@ -256,7 +256,7 @@ def test_data_that_are_no_images():
     x = torch.randn(120, 5)
     pair = LinearGaussian(5, 2)
     run = fit(pair.model, pair.mean_field, x, epochs=1)
-    est = log_marginal(run.model, run.guide, x, num_particles=30)
+    est = log_marginal(run.model, run.guide, x, num_particles=30, proposal="guide")
     parts = {part.key: part.content or part.markup for part in all_sections(RunData(run, x, est, 0))}
     assert len(parts) == 11
     assert '"kind":"curve"' in parts["explorer"]
@@ -314,7 +314,7 @@ def test_what_a_pair_does_not_allow_is_left_out_with_a_sentence(latents, drawn, 
     x = torch.randn(30, 6)
     objective = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1) if latents == "enumerated" else None
     run = fit(*plain(latents), x, epochs=1, objective=objective)
-    est = None if latents == "point" else log_marginal(run.model, run.guide, x, num_particles=30)
+    est = None if latents == "point" else log_marginal(run.model, run.guide, x, num_particles=30, proposal="guide")
     run_data = RunData(run, x, est, 0)
     parts = list(all_sections(run_data))
     assert words in " ".join([*(part.reason for part in parts), *(text for _, text in facts(run_data))])
@@ -366,7 +366,7 @@ def test_a_pair_with_labels():
 
     run = fit(model, guide, (train, train.labels), epochs=1)
     test = test[:60]
-    est = log_marginal(run.model, run.guide, (test, test.labels), num_particles=30)
+    est = log_marginal(run.model, run.guide, (test, test.labels), num_particles=30, proposal="guide")
     run_data = RunData(run, (test, test.labels), est, 0)
     assert run_data.digest == est.digest
     assert torch.equal(run_data.labels, test.labels)

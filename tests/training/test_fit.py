@@ -394,7 +394,7 @@ def test_a_strangers_ppca_reaches_the_closed_form_maximum():
     falling = functools.partial(lr_scheduler.CosineAnnealingLR, T_max=150)
     adam = functools.partial(torch.optim.Adam, lr=0.05)
     run = fit(mine.model, mine.guide, x, epochs=150, optimizer=adam, scheduler=falling)
-    est = log_marginal(run.model, run.guide, x, num_particles=200, seed=1)
+    est = log_marginal(run.model, run.guide, x, num_particles=200, seed=1, proposal="guide")
     assert float(est.log_px.mean()) == pytest.approx(best, abs=0.05)
     assert float(est.elbo.mean()) == pytest.approx(best, abs=0.05)
 
@@ -461,7 +461,7 @@ def test_a_callback_may_evaluate_and_changes_nothing():
     values = []
 
     def look(run, metrics):
-        values.append(log_marginal(run.model, run.guide, x, num_particles=10).nll)
+        values.append(log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide").nll)
         generate.samples(run.model, run.guide, x, count=3)
         torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
 
@@ -609,9 +609,9 @@ def test_two_experiments_do_not_leak():
     x, y = gaussian_data(100, 4, seed=1), gaussian_data(100, 7, seed=2)
     first, second = pair("params_only"), pair("params_only")  # the same names, other shapes
     run1 = fit(first.model, first.guide, x, epochs=2)
-    alone = log_marginal(run1.model, run1.guide, x, num_particles=20).log_px
+    alone = log_marginal(run1.model, run1.guide, x, num_particles=20, proposal="guide").log_px
     run2 = fit(second.model, second.guide, y, epochs=2)
-    assert torch.equal(log_marginal(run1.model, run1.guide, x, num_particles=20).log_px, alone)
+    assert torch.equal(log_marginal(run1.model, run1.guide, x, num_particles=20, proposal="guide").log_px, alone)
     assert run1.model.scope.params["loc"].shape == (4,)
     assert run2.model.scope.params["loc"].shape == (7,)
 
@@ -642,8 +642,8 @@ def test_the_bare_pair_is_the_trained_pair(name, digits):
     x = gaussian_data(100, 64) if name != "vae" else digits[0].head(100)
     mine = small_vae() if name == "vae" else pair(name) if name == "params_only" else pair(name)(x)
     run = fit(mine.model, mine.guide, x, epochs=2)
-    of_run = log_marginal(run.model, run.guide, x, num_particles=10)
-    bare = log_marginal(mine.model, mine.guide, x, num_particles=10)
+    of_run = log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide")
+    bare = log_marginal(mine.model, mine.guide, x, num_particles=10, proposal="guide")
     assert torch.equal(of_run.log_px, bare.log_px)
     assert torch.equal(
         generate.reconstructions(run.model, run.guide, x), generate.reconstructions(mine.model, mine.guide, x)
@@ -653,12 +653,12 @@ def test_the_bare_pair_is_the_trained_pair(name, digits):
 def test_the_first_run_after_a_second_fit_of_its_modules():
     x, oracle = gaussian_data(), linear()
     run1 = fit(oracle.model, oracle.mean_field, x, epochs=1)
-    before = log_marginal(run1.model, run1.guide, x, num_particles=5)
+    before = log_marginal(run1.model, run1.guide, x, num_particles=5, proposal="guide")
     run2 = fit(oracle.model, oracle.mean_field, x, epochs=1)
-    after = log_marginal(run2.model, run2.guide, x, num_particles=5)
+    after = log_marginal(run2.model, run2.guide, x, num_particles=5, proposal="guide")
     assert not torch.equal(before.log_px, after.log_px)
     for use in (
-        lambda: log_marginal(run1.model, run1.guide, x, num_particles=5),
+        lambda: log_marginal(run1.model, run1.guide, x, num_particles=5, proposal="guide"),
         lambda: generate.samples(run1.model, run1.guide, x),
     ):
         with pytest.raises(ContractError, match="changed after its run had ended"):
@@ -799,7 +799,7 @@ def test_a_delta_guide_trains():
     assert run.metrics["loss"] < run.history[0]["loss"] - 1
     assert not any("elbo" in name for name in run.metrics)
     with pytest.raises(ContractError, match=r"'z'.*Delta"):
-        log_marginal(run.model, run.guide, x)
+        log_marginal(run.model, run.guide, x, proposal="guide")
 
 
 def delta_pair():
@@ -865,7 +865,7 @@ def test_an_enumerated_model():
     assert means[0] == pytest.approx(-3, abs=0.3)
     assert means[1] == pytest.approx(3, abs=0.3)
     assert run.metrics["valid_elbo"] > run.history[0]["valid_elbo"] + 1
-    assert log_marginal(run.model, run.guide, x, num_particles=100).reliable.float().mean() > 0.9
+    assert log_marginal(run.model, run.guide, x, num_particles=100, proposal="guide").reliable.float().mean() > 0.9
 
 
 def subsampling(full: int, size: int):
@@ -898,7 +898,7 @@ def test_a_pair_whose_plate_draws_its_own_subsample(full, size):
     assert len(torch.cat(seen).unique()) == full
     assert run.metrics["train_elbo"] > run.history[0]["train_elbo"] + 1
     assert run.metrics["loss"] == pytest.approx(-run.metrics["train_elbo"], abs=2)  # both in nats per datum
-    assert len(log_marginal(run.model, run.guide, x, num_particles=10).log_px) == full
+    assert len(log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide").log_px) == full
 
 
 def test_all_strangers_train(digits):
@@ -992,15 +992,15 @@ def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 def test_load_with_the_pair(tmp_path):
     x, oracle = gaussian_data(), linear()
     run = fit(oracle.model, oracle.mean_field, x, epochs=3, optimizer=ADAM, directory=tmp_path)
-    want = log_marginal(run.model, run.guide, x, num_particles=10).log_px
+    want = log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide").log_px
     fresh = linear(seed=5)
     loaded = load(tmp_path, fresh.model, fresh.mean_field)
     assert same(weights(fresh), weights(oracle))
     assert loaded.history == run.history
     assert loaded.config == run.config
-    assert torch.equal(log_marginal(loaded.model, loaded.guide, x, num_particles=10).log_px, want)
-    assert torch.equal(log_marginal(fresh.model, fresh.mean_field, x, num_particles=10).log_px, want)
-    assert torch.equal(log_marginal(run.model, run.guide, x, num_particles=10).log_px, want)
+    assert torch.equal(log_marginal(loaded.model, loaded.guide, x, num_particles=10, proposal="guide").log_px, want)
+    assert torch.equal(log_marginal(fresh.model, fresh.mean_field, x, num_particles=10, proposal="guide").log_px, want)
+    assert torch.equal(log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide").log_px, want)
 
 
 def test_load_brings_buffers_back(tmp_path, digits):
@@ -1018,8 +1018,8 @@ def test_load_with_params_only(tmp_path):
     other = pair("params_only")
     loaded = load(tmp_path, other.model, other.guide)
     assert torch.equal(
-        log_marginal(loaded.model, loaded.guide, x, num_particles=10).log_px,
-        log_marginal(run.model, run.guide, x, num_particles=10).log_px,
+        log_marginal(loaded.model, loaded.guide, x, num_particles=10, proposal="guide").log_px,
+        log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide").log_px,
     )
 
 
@@ -1046,8 +1046,8 @@ def test_load_from_a_factory(tmp_path):
     run = fit(mine.model, mine.guide, x, epochs=2, directory=tmp_path, config={"pair": entry})
     loaded = load(tmp_path)
     assert torch.equal(
-        log_marginal(loaded.model, loaded.guide, x, num_particles=10).log_px,
-        log_marginal(run.model, run.guide, x, num_particles=10).log_px,
+        log_marginal(loaded.model, loaded.guide, x, num_particles=10, proposal="guide").log_px,
+        log_marginal(run.model, run.guide, x, num_particles=10, proposal="guide").log_px,
     )
 
 

@@ -153,7 +153,7 @@ def test_a_full_batch_keeps_the_order_of_rows(rows, batch_size):
     run = fit(model, guide, x, epochs=150, batch_size=rows + batch_size, optimizer=adam, compile=False)
     assert mean_error(run, x) < 0.2
     assert run.metrics["train_elbo"] == pytest.approx(float(log_px(x).mean()), abs=0.2)
-    est = log_marginal(run.model, run.guide, x, num_particles=1000)
+    est = log_marginal(run.model, run.guide, x, num_particles=1000, proposal="guide")
     assert bool(((est.log_px - log_px(x)).abs() < 6 * est.std_error + 0.01).all())
 
 
@@ -180,7 +180,7 @@ def test_the_index_column_of_the_refusal():
     guide = guide_at(lambda x, index: pyro.param("loc", torch.zeros(N))[index])
     run = fit(model, guide, (x, index), epochs=100, batch_size=10, optimizer=adam)
     assert mean_error(run, x) < 0.2
-    est = log_marginal(run.model, run.guide, (x, index), num_particles=1000)
+    est = log_marginal(run.model, run.guide, (x, index), num_particles=1000, proposal="guide")
     assert bool(((est.log_px - log_px(x)).abs() < 6 * est.std_error + 0.01).all())
 
 
@@ -212,7 +212,7 @@ def test_an_evaluation_keeps_rows_at_their_places(rows):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(posterior[: len(x)], 0.2**0.5))
 
-    est = log_marginal(model, guide, x, num_particles=30)
+    est = log_marginal(model, guide, x, num_particles=30, proposal="guide")
     torch.testing.assert_close(est.log_px, log_px(x), rtol=0, atol=1e-9)
 
 
@@ -225,7 +225,7 @@ def test_other_data_than_those_that_the_rows_belong_to_are_refused():
             pyro.sample("z", dist.Normal(posterior, 0.2**0.5))
 
     with pytest.raises(ContractError):
-        log_marginal(model, guide, torch.randn(120), num_particles=30)
+        log_marginal(model, guide, torch.randn(120), num_particles=30, proposal="guide")
 
 
 @pytest.mark.parametrize("uses", ["alone", "beside the data"])
@@ -246,8 +246,10 @@ def test_a_row_for_each_datum_on_another_number_of_data_is_told_as_that(uses):
     run = fit(model, guide, x, epochs=1, batch_size=120, progress=False)
     for rows in (50, 7):
         with pytest.raises(ContractError, match=rf"'loc' of shape \[120, 2\] has one row.*found a batch of {rows}\."):
-            log_marginal(run.model, run.guide, x[:rows], num_particles=3, progress=False)
-    assert len(log_marginal(run.model, run.guide, x, num_particles=3, progress=False).log_px) == 120
+            log_marginal(run.model, run.guide, x[:rows], num_particles=3, progress=False, proposal="guide")
+    assert len(log_marginal(run.model, run.guide, x, num_particles=3, progress=False, proposal="guide").log_px) == 120
     _, index = data.indexed(x)
-    by_index = log_marginal(run.model, run.guide, (x[:50], index[:50]), num_particles=3, progress=False)
+    by_index = log_marginal(
+        run.model, run.guide, (x[:50], index[:50]), num_particles=3, progress=False, proposal="guide"
+    )
     assert by_index.log_px.isfinite().all()

@@ -68,7 +68,7 @@ CALLS = {
 
 
 def evaluated(model, guide, x):
-    return log_marginal(model, guide, x, num_particles=5)
+    return log_marginal(model, guide, x, num_particles=5, proposal="guide")
 
 
 def generated(model, guide, x):
@@ -219,10 +219,10 @@ def test_a_later_block_is_explained_as_the_first_is():
     check(*sequence_pair(False), (x[:50], n[:50]))
     words = r"rows 150 to 199 of the data.*longest sequence here has 5 of 9 steps.*total_length=x\.shape\[1\]"
     with pytest.raises(ContractError, match=words):
-        log_marginal(*sequence_pair(False), (x, n), num_particles=10)
+        log_marginal(*sequence_pair(False), (x, n), num_particles=10, proposal="guide")
     with pytest.raises(ContractError, match=r"a batch of shape.*longest sequence here has 5 of 9 steps"):
         check(*sequence_pair(False), (x[150:], n[150:]))
-    assert log_marginal(*sequence_pair(True), (x, n), num_particles=10).log_px.isfinite().all()
+    assert log_marginal(*sequence_pair(True), (x, n), num_particles=10, proposal="guide").log_px.isfinite().all()
 
 
 def test_a_later_batch_and_validation_are_explained_too():
@@ -274,7 +274,9 @@ def test_a_network_under_torch_compile_is_taken_as_it_is(backend):
 
     x = torch.randn(150, 8)
     assert "vectorised" in check(*pair(compiled), x)
-    found, expected = (log_marginal(*pair(enc), x, num_particles=20).log_px for enc in (compiled, plain))
+    found, expected = (
+        log_marginal(*pair(enc), x, num_particles=20, proposal="guide").log_px for enc in (compiled, plain)
+    )
     assert torch.equal(found, expected)
     assert plain.training
     torch._dynamo.reset()

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.errors.calls import explain_call
-from ppvae.errors.ranges import check_numbers, check_ranges, check_sequences
-from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, run_blocks, start_evaluation
-from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
-from ppvae.evaluation.evidence.escalation import (
-    ESCALATION_FIELDS,
-    EscalatingSampler,
-    Sampler,
-    escalation_note,
-    refinable_run,
-)
+from ppvae.errors.ranges import check_numbers
+from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.evidence.importance import importance_estimate
 from ppvae.evaluation.evidence.particle_filter import log_marginal_by_filter, require_filter_options
+from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, refined_log_marginal
 from ppvae.evaluation.global_latents.evidence import log_marginal_given_globals, require_guide_importance
 from ppvae.evaluation.importance.allocation import make_allocation
-from ppvae.evaluation.importance.sampler import ImportanceSampler, choose_precision
-from ppvae.evaluation.proposals.fit import FAMILIES
-from ppvae.evaluation.proposals.log_weights import compiled_densities, with_larger_blocks
-from ppvae.evaluation.reliability import recommend_alternative
-from ppvae.inference.contract.support import base_measure_of, missing_values_note
 from ppvae.inference.tracing import Program
 
 
@@ -41,7 +27,7 @@ def log_marginal(
     data: Any,
     *,
     num_particles: int | Literal["auto"] = 1000,
-    proposal: Literal["guide", "refined"] = "guide",
+    proposal: Literal["guide", "refined"] | None = None,
     method: Literal["importance", "auto", "particle_filter"] = "importance",
     target_std_error: float = 0.05,
     max_particles: int = 20_000,
@@ -62,6 +48,12 @@ def log_marginal(
     log p(x) is estimated by log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x): a lower bound on average
     (Burda et al. 2016, arXiv 1509.00519; with missing values Mattei and Frellsen 2019, arXiv 1812.02633). Modules run
     in evaluation mode; no parameter is created.
+
+    q is a density refined to each datum, with the guide's estimate of as many particles beside it:
+    `est.guide_estimate`, whose L_k, the numbers that papers print, are `est.bound(k)`, and whose ELBO is `est.elbo`.
+    Where nothing can be refined, as of discrete latents or latents of all data, q is the guide, and the first note says
+    why. With `proposal` given, all that is reported is of that proposal alone, and takes its time alone: the guide's
+    draws cost a fraction of a fit where K is small.
 
     With num_particles="auto" the allocation is adaptive: a pilot run plans the particles of each datum, 100, 200, 400,
     ..., so that standard error, ess and k_hat probably suffice, and the estimate uses as many fresh draws. Stopping by
@@ -103,10 +95,10 @@ def log_marginal(
         data: a tensor [N, *event], a split, or a tuple of them: the pair is called as model(*batch). In data marked by
             `data.with_missing`, NaN is a missing value, and log p(x) that of the values observed.
         num_particles: K; or "auto" for an adaptive allocation.
-        proposal: "guide", or "refined" for a density fitted to each datum (`ppvae.evaluation.proposals`): of the
-            guide, a Laplace approximation and a full-rank density in unconstrained coordinates the best, with a
-            defensive share of the guide. The fit uses noise of its own, so that the estimate of p(x) stays unbiased.
-            All that is reported is of the proposal used; `est.diagnostics["family"]` says which it was per datum.
+        proposal: None for both; "guide"; or "refined" for a density fitted to each datum
+            (`ppvae.evaluation.proposals`): of the guide, a Laplace approximation and a full-rank density in
+            unconstrained coordinates the best, with a defensive share of the guide. The fit uses noise of its own, so
+            that the estimate of p(x) stays unbiased. `est.diagnostics["family"]` says which it was per datum.
         method: "importance", or "auto" for annealing where refined importance sampling fails. Where the pair cannot be
             refined the guide is the proposal, and the notes say why. "particle_filter" for sequences.
         target_std_error, max_particles: for "auto": the target of the standard error of each datum, and the largest
@@ -138,22 +130,24 @@ def log_marginal(
     >>> bool((est.log_px - pair.log_px(x)).abs().max() < 1e-9), bool(est.reliable.all())
     (True, True)
     """
+    if proposal not in (None, "guide", "refined"):
+        raise UsageError(f"proposal: expected 'guide', 'refined' or None, found {proposal!r}")
+    if method not in ("importance", "auto", "particle_filter"):
+        raise UsageError(f"method: expected 'importance', 'auto' or 'particle_filter', found {method!r}")
+    by_guide = (proposal or "guide", "guide")
     if method == "particle_filter":
         require_filter_options(num_particles, {
-            "proposal": (proposal, "guide"), "conditional": (conditional, False), "bounds": (tuple(bounds), ()),
+            "proposal": by_guide, "conditional": (conditional, False), "bounds": (tuple(bounds), ()),
             "local_particles": (local_particles, 1), "rows": (rows, None), "precision": (precision, "float32"),
         })  # fmt: skip
         return log_marginal_by_filter(
             model, guide, data, num_particles=int(num_particles), seed=seed, posterior_draws=posterior_draws,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
-    allocation = make_allocation(num_particles, target_std_error, max_particles)
-    check_numbers(local_particles=local_particles, posterior_draws=posterior_draws, seed=seed)
-    check_sequences(bounds=bounds)
-    check_ranges(rows=rows)
+    check_numbers(local_particles=local_particles)
     if conditional or local_particles != 1:
         require_guide_importance({
-            "proposal": (proposal, "guide"), "method": (method, "importance"), "bounds": (tuple(bounds), ()),
+            "proposal": by_guide, "method": (method, "importance"), "bounds": (tuple(bounds), ()),
             "precision": (precision, "float32"),
         })  # fmt: skip
         return log_marginal_given_globals(
@@ -161,71 +155,14 @@ def log_marginal(
             local_particles=local_particles, seed=seed, posterior_draws=posterior_draws, rows=rows,
             directory=directory, device=device, progress=progress,
         )  # fmt: skip
-    rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    if proposal not in ("guide", "refined"):
-        raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
-    if method not in ("importance", "auto"):
-        raise UsageError(f"method: expected 'importance', 'auto' or 'particle_filter', found {method!r}")
-    escalates, refused, replaced = method == "auto", "", ""
-    with start_evaluation(model, guide, data, seed=seed, device=device) as run:
-        precision = choose_precision(run, precision)
-        refined = proposal == "refined" or escalates
-        if refined:
-            refinable, replaced = refinable_run(run)
-            if refinable is None and escalates:  # the guide's own draws; proposal="refined" raises the error
-                refined, replaced, refused = False, "", replaced
-            run = with_larger_blocks(refinable or run) if refined else run
-        s, columns = run.structure, run.columns
-        sampler = ImportanceSampler(run, allocation, bounds, posterior_draws, rows, precision, refined)
-        if compile and refined:
-            sampler = replace(sampler, densities=compiled_densities(run, allocation.max_particles))
-        compiled = sampler.compile_weights() if compile else None
-        compute: Sampler = EscalatingSampler(sampler) if escalates else sampler
-        key = sampler.cache_key() | ({"method": method} if escalates else {})
-        found = run_blocks(
-            run, lambda block: compute(block, compiled), key,
-            desc="log p(x)", directory=directory, progress=progress,
-            figures={"nll": lambda statistics: -statistics["log_px"]},
-        )  # fmt: skip
-        precision_note = sampler.precision_note()
-    missing = int(found.pop("missing").sum())
-    found.pop("over_budget", None)
-    escalated: dict[str, Tensor] = {n: found.pop(n) for n in ESCALATION_FIELDS if n in found}
-    families: dict[str, Tensor] = {"family": found.pop("family")} if "family" in found else {}
-    counts: dict[str, Tensor] = {n: found.pop(n) for n in ("num_particles", "pilot_particles") if n in found}
-    posterior = {n.partition("/")[2]: found.pop(n).transpose(0, 1) for n in list(found) if n.startswith("posterior/")}
-    recorded = {int(n.removeprefix("bound_")): found.pop(n) for n in list(found) if n.startswith("bound_")}
-    base, levels, notes = base_measure_of(columns[0], s)
-    notes += s.remarks + precision_note
-    if families:
-        counts_of = zip(FAMILIES, families["family"].bincount(minlength=len(FAMILIES)).tolist(), strict=True)
-        notes += (f"proposals by datum: {', '.join(f'{name} {count}' for name, count in counts_of if count)}",)
-    if refined and replaced:
-        notes += (replaced,)
-    if escalates:
-        notes += (escalation_note(escalated, refused),)
-    dims: float = s.observed_dims
-    if missing:
-        dims -= missing / run.num_data
-        notes += (missing_values_note(dims, s),)
-    if posterior_draws and not posterior:
-        notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
-    return Estimate(
-        **found,  # type: ignore[arg-type]
-        num_particles=int(counts["num_particles"].max()),
-        seed=seed,
-        dims=dims * (run.num_data if s.has_global_latents else 1),
-        base_measure=base,
-        levels=levels,
-        lower_bound_only=s.lower_bound_only,
-        joint=s.has_global_latents,
-        data=getattr(columns[0], "description", ""),
-        digest=data_digest(columns),
-        bounds=recorded,
-        posterior=posterior or None,
-        notes=notes,
-        settings=sampler.settings() | ({"next_rung": "annealing"} if escalates and refined else {}),
-        method=MIXED_METHOD if escalates and bool(escalated["method"].any()) else "importance sampling",
-        diagnostics=(counts if allocation.adaptive or escalates else {}) | families | escalated,
-        remedy=recommend_alternative(s),
-    )
+    options: dict[str, Any] = {
+        "num_particles": num_particles, "method": method, "target_std_error": target_std_error,
+        "max_particles": max_particles, "seed": seed, "bounds": bounds, "posterior_draws": posterior_draws,
+        "rows": rows, "precision": precision, "compile": compile, "directory": directory, "device": device,
+        "progress": progress,
+    }  # fmt: skip
+    if proposal is not None:
+        return importance_estimate(model, guide, data, proposal=proposal, **options)
+    allocation = make_allocation(num_particles, target_std_error, max_particles)
+    count = min(GUIDE_PARTICLES, max_particles) if allocation.adaptive else allocation.max_particles
+    return refined_log_marginal(model, guide, data, guide_particles=count, **options)

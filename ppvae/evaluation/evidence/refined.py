@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
 from ppvae.evaluation.evidence.escalation import refinable_run
-from ppvae.evaluation.evidence.log_marginal import log_marginal
+from ppvae.evaluation.evidence.importance import importance_estimate
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
 
@@ -43,10 +43,11 @@ def refined_log_marginal(
     """log p(x) by proposals refined to each datum, with L_K of the guide from the same call beside it, both timed.
 
     The estimate is that of `log_marginal(..., proposal="refined")`, and `est.guide_estimate` that of
-    `log_marginal(..., num_particles=guide_particles)`: the bound L_K of Burda et al. 2016 (arXiv 1509.00519). Both are
-    lower bounds of log p(x) on average, in nats per datum, [N]. A pair whose latents have no refined proposals (a
-    discrete latent that is sampled, a latent of all data, none that is not summed out) is evaluated by draws from its
-    guide alone, `guide_particles` of them, or "auto"; the first note then says why.
+    `log_marginal(..., num_particles=guide_particles, proposal="guide")`: the bound L_K of Burda et al. 2016 (arXiv
+    1509.00519), of which are `est.bound(k)` and `est.elbo`. Both are lower bounds of log p(x) on average, in nats per
+    datum, [N]. A pair whose latents have no refined proposals (a discrete latent that is sampled, a latent of all data,
+    none that is not summed out) is evaluated by draws from its guide alone, `guide_particles` of them, or "auto"; the
+    first note then says why.
 
     Args:
         model, guide, data, seed, device: as `log_marginal` takes them.
@@ -74,7 +75,7 @@ def refined_log_marginal(
 
     def timed(name: str, count: int | Literal["auto"]) -> Estimate:
         start = time.perf_counter()
-        est = log_marginal(
+        est = importance_estimate(
             model, guide, data, num_particles=count, proposal="refined" if name == "refined" else "guide",
             method=method if name == "refined" else "importance", directory=folders[name], **common,
         )  # fmt: skip
@@ -89,7 +90,10 @@ def refined_log_marginal(
         est = timed("guide", num_particles if num_particles == "auto" else guide_particles or num_particles)
         est = replace(est, notes=(f"drawn from the guide, as no proposal can be refined: {why}", *est.notes))
     else:
-        est = replace(est, guide_estimate=timed("guide", guide_particles)) if guide_particles else est
+        if guide_particles:
+            common["posterior_draws"] = 0
+            beside = timed("guide", guide_particles)
+            est = replace(est, guide_estimate=beside, elbo=beside.elbo)
     return with_bracket(est, model, guide, data, bracket_data, device) if bracket_data else est
 
 

@@ -121,7 +121,7 @@ def test_an_exact_guide_has_no_spread():
 def test_one_temperature_is_log_marginal(name):
     model, guide, batch = registered(name)
     one = annealed(model, guide, batch, num_chains=130, num_temperatures=1, seed=4)
-    other = log_marginal(model, guide, batch, num_particles=130, seed=4)
+    other = log_marginal(model, guide, batch, num_particles=130, seed=4, proposal="guide")
     for value in ("log_px", "std_error", "ess", "elbo", "k_hat"):
         assert (getattr(one, value) - getattr(other, value)).abs().max() < 1e-9
     assert one.bounds.keys() == other.bounds.keys()
@@ -137,7 +137,9 @@ def test_one_temperature_from_the_prior_is_importance_sampling_from_it():
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     one = annealed(pair.model, pair.guide, x, num_chains=50, num_temperatures=1, start="prior")
-    assert (one.log_px - log_marginal(pair.model, prior, x, num_particles=50).log_px).abs().max() < 1e-9
+    assert (
+        one.log_px - log_marginal(pair.model, prior, x, num_particles=50, proposal="guide").log_px
+    ).abs().max() < 1e-9
 
 
 @pytest.mark.usefixtures("hasty")
@@ -208,7 +210,9 @@ def test_strangers_pairs_are_annealed_rightly(name):
         reference = dist.MultivariateNormal(torch.zeros(12), covariance).log_prob(batch[0].flatten(1))
         error = est.std_error
     else:
-        other = log_marginal(model, guide, batch, num_particles=80_000 if name == "supports" else 20_000)
+        other = log_marginal(
+            model, guide, batch, num_particles=80_000 if name == "supports" else 20_000, proposal="guide"
+        )
         assert other.ess.min() > 50
         reference, error = other.log_px, (est.std_error**2 + other.std_error**2).sqrt()
     assert ((est.log_px - reference).abs() < 5 * error + 0.02).all()
@@ -221,7 +225,7 @@ def test_strangers_pairs_are_annealed_rightly(name):
 def test_more_strangers_pairs_are_annealed_rightly(name):
     model, guide, batch = registered(name)
     est = annealed(model, guide, batch, num_chains=64, num_temperatures=100)
-    other = log_marginal(model, guide, batch, num_particles=50_000)
+    other = log_marginal(model, guide, batch, num_particles=50_000, proposal="guide")
     error = (est.std_error**2 + other.std_error**2).sqrt()
     assert ((est.log_px - other.log_px).abs() < 5 * error + 0.02)[other.ess > 50].all()
     assert est.ess.median() > 30

@@ -43,7 +43,7 @@ def test_a_kalman_filter_within_its_errors(steps: int):
 def test_importance_sampling_is_flagged_where_a_filter_is_reliable(steps: int):
     """The filter is within 5 standard errors; importance sampling is off by nats at T = 200, and says so at T = 40."""
     x, pair = draw_linear(2, steps, seed=2), linear_pair()
-    plain = log_marginal(*pair, x, num_particles=1000, progress=False)
+    plain = log_marginal(*pair, x, num_particles=1000, progress=False, proposal="guide")
     assert not bool(plain.reliable.any())
     est = filtered(*pair, x, num_particles=1000 if steps < 200 else 3000)
     assert bool(est.reliable.all())

@@ -46,7 +46,10 @@ def two_seeds():
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
     model, guide, columns, exact = uneven()
-    found = [log_marginal(model, guide, columns, num_particles="auto", max_particles=6400, seed=s) for s in (0, 1)]
+    found = [
+        log_marginal(model, guide, columns, num_particles="auto", max_particles=6400, seed=s, proposal="guide")
+        for s in (0, 1)
+    ]
     torch.set_default_dtype(before)
     return found, columns[1], exact
 
@@ -92,7 +95,10 @@ def test_exp_of_the_estimate_is_unbiased():
             pyro.sample("z", dist.Normal(exact.loc, scale).to_event(1))
 
     x = torch.randn(1, 3).expand(200, 3).contiguous()
-    found = [log_marginal(pair.model, narrow, x, num_particles="auto", max_particles=1600, seed=s) for s in range(10)]
+    found = [
+        log_marginal(pair.model, narrow, x, num_particles="auto", max_particles=1600, seed=s, proposal="guide")
+        for s in range(10)
+    ]
     ratio = torch.cat([(est.log_px - pair.log_px(x)).exp() for est in found])
     error = ratio.std() / math.sqrt(len(ratio))
     assert error < 0.0015
@@ -101,7 +107,9 @@ def test_exp_of_the_estimate_is_unbiased():
 
 def test_a_budget_that_is_not_enough_is_said():
     model, guide, columns, _ = uneven()
-    est = log_marginal(model, guide, columns, num_particles="auto", max_particles=300, target_std_error=0.02)
+    est = log_marginal(
+        model, guide, columns, num_particles="auto", max_particles=300, target_std_error=0.02, proposal="guide"
+    )
     hard = columns[1] > 0.8
     assert (est.particles[hard] == 300).all()
     assert not est.on_target[hard].any()
@@ -119,7 +127,7 @@ def test_a_hopeless_guide_is_not_trusted():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
 
-    est = log_marginal(pair.model, prior, x, num_particles="auto", max_particles=1000)
+    est = log_marginal(pair.model, prior, x, num_particles="auto", max_particles=1000, proposal="guide")
     assert (est.particles == 1000).all()
     assert not est.reliable.any()
     assert not est.on_target.any()
@@ -128,17 +136,17 @@ def test_a_hopeless_guide_is_not_trusted():
 def test_the_exact_guide_takes_the_least():
     pair = LinearGaussian(5, 2).requires_grad_(False)
     x = torch.randn(60, 5)
-    est = log_marginal(pair.model, pair.guide, x, num_particles="auto")
+    est = log_marginal(pair.model, pair.guide, x, num_particles="auto", proposal="guide")
     assert (est.particles == 100).all()
     assert est.on_target.all()
-    fixed = log_marginal(pair.model, pair.guide, x, num_particles=100)
+    fixed = log_marginal(pair.model, pair.guide, x, num_particles=100, proposal="guide")
     assert torch.equal(est.log_px, fixed.log_px)  # the pilot leaves the estimate's noise alone
     assert est.bounds.keys() == fixed.bounds.keys()
 
 
 def test_the_result_does_not_depend_on_how_memory_is_cut():
     model, guide, columns, _ = uneven(70)
-    words = {"num_particles": "auto", "max_particles": 1600, "posterior_draws": 3}
+    words = {"num_particles": "auto", "max_particles": 1600, "posterior_draws": 3, "proposal": "guide"}
     first = log_marginal(model, guide, columns, **words)
     for rows in (100, 10**6):
         again = log_marginal(model, guide, columns, rows=rows, **words)
@@ -152,7 +160,9 @@ def test_the_result_does_not_depend_on_how_memory_is_cut():
 
 def test_every_datum_has_the_bounds_that_are_told():
     model, guide, columns, exact = uneven(120)
-    est = log_marginal(model, guide, columns, num_particles="auto", max_particles=3200, bounds=(3, 90, 3000))
+    est = log_marginal(
+        model, guide, columns, num_particles="auto", max_particles=3200, bounds=(3, 90, 3000), proposal="guide"
+    )
     least = int(est.particles.min())
     assert max(est.bounds) <= least < est.num_particles
     assert {1, 3, 90} <= set(est.bounds)
@@ -166,7 +176,9 @@ def test_every_datum_has_the_bounds_that_are_told():
 
 def test_posterior_draws_are_of_their_own_data():
     model, guide, columns, _ = uneven(90)
-    est = log_marginal(model, guide, columns, num_particles="auto", max_particles=6400, posterior_draws=40)
+    est = log_marginal(
+        model, guide, columns, num_particles="auto", max_particles=6400, posterior_draws=40, proposal="guide"
+    )
     torch.manual_seed(1)
     exact = LinearGaussian(20, 4, 0.5).posterior(columns[0])
     z = est.posterior["z"]
@@ -178,7 +190,7 @@ def test_posterior_draws_are_of_their_own_data():
 
 def test_what_each_datum_got_is_kept(tmp_path):
     model, guide, columns, _ = uneven(60)
-    est = log_marginal(model, guide, columns, num_particles="auto", max_particles=1600)
+    est = log_marginal(model, guide, columns, num_particles="auto", max_particles=1600, proposal="guide")
     again = load_estimate(est.save(tmp_path))
     assert torch.equal(again.particles, est.particles)
     assert torch.equal(again.reliable, est.reliable)
@@ -190,7 +202,7 @@ def test_what_each_datum_got_is_kept(tmp_path):
     assert tree["marginal_likelihood"]["num_particles"].values.tolist() == est.particles.tolist()
     assert f"{int(est.particles.min())} to {est.num_particles}" in est.table()["particles"]
     with pytest.raises(UsageError, match="no target was set"):
-        _ = log_marginal(model, guide, columns, num_particles=30).on_target
+        _ = log_marginal(model, guide, columns, num_particles=30, proposal="guide").on_target
 
 
 def test_each_datum_is_judged_by_its_own_particles():
@@ -218,10 +230,12 @@ def test_strangers_pairs(name):
     model, guide, batch = PAIRS[name]()
     for fn in (guide, model):
         poutine.trace(fn).get_trace(*batch)
-    est = log_marginal(model, guide, batch, num_particles="auto", max_particles=400, target_std_error=0.1)
+    est = log_marginal(
+        model, guide, batch, num_particles="auto", max_particles=400, target_std_error=0.1, proposal="guide"
+    )
     assert torch.isfinite(est.log_px).all()
     assert ((est.particles >= 100) & (est.particles <= 400)).all()
-    other = log_marginal(model, guide, batch, num_particles=800, seed=5)
+    other = log_marginal(model, guide, batch, num_particles=800, seed=5, proposal="guide")
     near = 6 * (est.std_error**2 + other.std_error**2).sqrt() + 1e-6
     good = est.reliable & other.reliable
     assert ((est.log_px - other.log_px).abs() <= near)[good].all()
@@ -247,7 +261,8 @@ def test_gaps_are_counted_once():
 
     poutine.trace(model).get_trace(x)
     found = [
-        log_marginal(model, guide, datasets.with_missing(x), num_particles=k, max_particles=1600) for k in (50, "auto")
+        log_marginal(model, guide, datasets.with_missing(x), num_particles=k, max_particles=1600, proposal="guide")
+        for k in (50, "auto")
     ]
     assert found[0].dims == found[1].dims == 5 - 20 / 60
 
@@ -267,7 +282,7 @@ def test_a_broken_weight_does_not_eat_the_budget():
     x = torch.zeros(6, 1)
     x[4] = 9.0
     with pyro.validation_enabled(False):
-        est = log_marginal(model, guide, x, num_particles="auto")
+        est = log_marginal(model, guide, x, num_particles="auto", proposal="guide")
     assert est.particles.tolist() == [100] * 6
     assert est.on_target.tolist() == [True] * 4 + [False, True]
 

@@ -64,7 +64,7 @@ def registered(name):
 @pytest.mark.parametrize(("features", "latent"), [(5, 2), (784, 8)])
 def test_the_exact_guide_gives_log_px_with_one_particle(features, latent):
     pair, x = oracle(features, latent, 0.5, 60)
-    est = log_marginal(pair.model, pair.guide, x, num_particles=1)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=1, proposal="guide")
     assert (est.log_px - pair.log_px(x)).abs().max() < 1e-9
     assert est.nll == pytest.approx(-float(pair.log_px(x).mean()), abs=1e-9)
     assert est.bits_per_dim == pytest.approx(est.nll / (features * math.log(2)), abs=1e-12)
@@ -73,7 +73,7 @@ def test_the_exact_guide_gives_log_px_with_one_particle(features, latent):
 
 def test_the_exact_guide_is_never_flagged():
     pair, x = oracle(20, 4, 0.5, 60)
-    est = log_marginal(pair.model, pair.guide, x, num_particles=200)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=200, proposal="guide")
     assert est.reliable.all()
     assert (est.k_hat == -math.inf).all()
     assert (est.std_error < 1e-7).all()
@@ -83,13 +83,13 @@ def test_the_exact_guide_is_never_flagged():
 @pytest.mark.parametrize("count", [25, 30, 50])
 def test_equal_weights_are_reliable_from_25_draws_on(count):
     pair, x = oracle(5, 2, 0.5, 60)
-    assert log_marginal(pair.model, pair.guide, x, num_particles=count).reliable.all()
+    assert log_marginal(pair.model, pair.guide, x, num_particles=count, proposal="guide").reliable.all()
 
 
 def test_a_good_mean_field_guide_is_near_and_trusted():
     """D = 8, N = 200, K = 5000. The mean error's standard error is 0.0007: 0.02 is beyond 20 of them."""
     pair, x = oracle(40, 8, 2.0, 200)
-    est = log_marginal(pair.model, pair.mean_field, x, num_particles=5000)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=5000, proposal="guide")
     error = est.log_px - pair.log_px(x)
     assert error.mean().abs() < 0.02
     assert error.abs().mean() > 1e-4  # the guide is not exact: this is a test of averaging
@@ -102,7 +102,7 @@ def test_a_good_mean_field_guide_is_near_and_trusted():
 def test_the_prior_as_guide_is_flagged_where_it_fails():
     """Error about -13 nats (as large as RELIABILITY's -12), and more than 95 % flagged; measured: all."""
     pair, x = oracle(64, 8, 0.5, 100)
-    est = log_marginal(pair.model, from_prior(8), x, num_particles=5000)
+    est = log_marginal(pair.model, from_prior(8), x, num_particles=5000, proposal="guide")
     error = est.log_px - pair.log_px(x)
     assert error.mean() < -8
     assert (~est.reliable).double().mean() > 0.95
@@ -113,14 +113,16 @@ def test_bounds_rise_with_k_and_stay_below_log_px():
     """L_K <= L_2K + 4 se and L_K <= log p + 4 se over 200 data: each fails with p < 4e-5 where they were equal."""
     pair, x = oracle(20, 8, 0.5, 200)
     k = 512
-    est = log_marginal(pair.model, pair.mean_field, x, num_particles=k)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=k, proposal="guide")
     exact = pair.log_px(x)
     for small in [2**i for i in range(9)]:
         rise = est.bound(2 * small) - est.bound(small)
         assert (rise > -1e-9).all()  # groups of 2k are two groups of k: Jensen holds draw by draw
         slack = 4 * (est.bound(small) - exact).std() / math.sqrt(len(x))
         assert (est.bound(small) - exact).mean() < slack
-    other = log_marginal(pair.model, pair.mean_field, x, num_particles=2 * k, seed=5)  # independent draws
+    other = log_marginal(
+        pair.model, pair.mean_field, x, num_particles=2 * k, seed=5, proposal="guide"
+    )  # independent draws
     gap = est.log_px - other.log_px
     assert gap.mean() < 4 * gap.std() / math.sqrt(len(x))
     assert (est.bound(1) - exact).mean() < -0.3  # the law is not empty
@@ -134,7 +136,7 @@ def test_a_point_mass_is_refused():
             pyro.sample("z", dist.Delta(pair.posterior(x).mean, event_dim=1))
 
     with pytest.raises(ContractError, match="Delta"):
-        log_marginal(pair.model, guide, x)
+        log_marginal(pair.model, guide, x, proposal="guide")
 
 
 # -- discrete and shared latents --------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def binary_latents(features, latent, enumerate_):
 
 def test_enumerated_latents_are_summed_out_exactly():
     model, log_px, x, _ = binary_latents(6, 7, True)
-    est = log_marginal(model, lambda x: None, x, num_particles=1)
+    est = log_marginal(model, lambda x: None, x, num_particles=1, proposal="guide")
     assert (est.log_px - log_px(x)).abs().max() < 1e-10
 
 
@@ -182,7 +184,7 @@ def test_a_discrete_guide_agrees_with_enumeration():
             for d in range(5):
                 pyro.sample(f"z{d}", dist.Bernoulli(logits=logits[..., d]))
 
-    est = log_marginal(model, guide, x, num_particles=4000)
+    est = log_marginal(model, guide, x, num_particles=4000, proposal="guide")
     z = (est.log_px - log_px(x)) / est.std_error
     assert z.abs().max() < 5
     assert 0.3 < z.square().mean() < 2.2  # 60 squared z-scores have mean 1 and sd 0.18: p < 1e-6
@@ -204,7 +206,7 @@ def test_a_latent_enumerated_in_the_guide_is_summed_out_exactly():
     x = torch.randn(60)
     p = [math.log(w) + dist.Normal(m, 1.0).log_prob(x) for w, m in ((0.7, 0.0), (0.3, 2.0))]
     q = [torch.sigmoid(-x), torch.sigmoid(x)]
-    est = log_marginal(model, guide, x, num_particles=3)
+    est = log_marginal(model, guide, x, num_particles=3, proposal="guide")
     assert (est.log_px - torch.logaddexp(*p)).abs().max() < 1e-10
     elbo = sum(w * (v - w.log()) for w, v in zip(q, p, strict=True))
     assert (est.elbo - elbo).abs().max() < 1e-10
@@ -222,7 +224,7 @@ def test_a_shared_latent_gives_one_joint_number():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.8 * x + 0.2 * loc, 0.2**0.5).to_event(1))  # exact given loc
 
-    est = log_marginal(model, guide, x, num_particles=2000)
+    est = log_marginal(model, guide, x, num_particles=2000, proposal="guide")
     joint = dist.MultivariateNormal(torch.zeros(n), 1.25 * torch.eye(n) + 4 * torch.ones(n, n))
     exact = joint.log_prob(x.T).sum()
     assert est.joint
@@ -240,7 +242,7 @@ def test_a_shared_latent_gives_one_joint_number():
 def test_the_result_does_not_depend_on_chunks(name):
     """K over two particle blocks; rows: all at once, a few particles, and one."""
     model, guide, batch = registered(name)
-    options = {"num_particles": 120, "seed": 3}
+    options = {"num_particles": 120, "seed": 3, "proposal": "guide"}
     first = log_marginal(model, guide, batch, **options, rows=10**6)
     assert torch.isfinite(first.log_px).all()
     for rows in (100, 1):
@@ -256,7 +258,9 @@ def test_the_result_does_not_depend_on_chunks(name):
 def test_in_float32_the_result_does_not_depend_on_chunks_either(name):
     torch.set_default_dtype(torch.float32)
     model, guide, batch = registered(name)
-    found = [log_marginal(model, guide, batch, num_particles=120, rows=rows) for rows in (10**6, 100, 1)]
+    found = [
+        log_marginal(model, guide, batch, num_particles=120, rows=rows, proposal="guide") for rows in (10**6, 100, 1)
+    ]
     for est in found[1:]:
         assert est.log_px.dtype is torch.float64
         assert (est.log_px - found[0].log_px).abs().max() < 1e-4
@@ -284,7 +288,7 @@ def linear_helper(count):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_delta_at_a_matrix_product_does_not_depend_on_chunks(count):
     model, guide, x = linear_helper(count)
-    found = [log_marginal(model, guide, x, num_particles=100, rows=rows) for rows in (10**6, 7, 1)]
+    found = [log_marginal(model, guide, x, num_particles=100, rows=rows, proposal="guide") for rows in (10**6, 7, 1)]
     for est in found[1:]:
         assert (est.log_px - found[0].log_px).abs().max() < 1e-9
 
@@ -297,7 +301,9 @@ def test_imputed_values_do_not_disturb_the_noise_of_the_guide():
             z = pyro.sample("z", dist.Normal(0.0, 1.0)).view(6)  # neither vectorised nor folded
             pyro.sample("x", dist.Normal(z, 0.5), obs=x, obs_mask=seen)
 
-    found = [log_marginal(stubborn, guide, (x, seen), num_particles=50, rows=rows) for rows in (10**6, 6)]
+    found = [
+        log_marginal(stubborn, guide, (x, seen), num_particles=50, rows=rows, proposal="guide") for rows in (10**6, 6)
+    ]
     assert (found[0].log_px - found[1].log_px).abs().max() < 1e-9
 
 
@@ -311,7 +317,7 @@ def test_a_delta_beside_an_enumerated_site_does_not_depend_on_chunks():
             k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3)), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(0.1 * z @ net + k[..., None], 1.0).to_event(1), obs=x)
 
-    found = [log_marginal(model, guide, x, num_particles=100, rows=rows) for rows in (10**6, 7, 1)]
+    found = [log_marginal(model, guide, x, num_particles=100, rows=rows, proposal="guide") for rows in (10**6, 7, 1)]
     for est in found[1:]:
         assert (est.log_px - found[0].log_px).abs().max() < 1e-9
 
@@ -326,30 +332,34 @@ def test_a_flow_without_an_inverse_can_be_cut_in_chunks():
             pyro.sample("z", dist.TransformedDistribution(base, [steps]))
 
     pair, x = oracle(5, 2, 0.5, 6)
-    found = [log_marginal(pair.model, guide, x, num_particles=50, rows=rows) for rows in (10**6, 12)]
+    found = [log_marginal(pair.model, guide, x, num_particles=50, rows=rows, proposal="guide") for rows in (10**6, 12)]
     assert (found[0].log_px - found[1].log_px).abs().max() < 1e-9
 
 
 def test_noise_belongs_to_seed_block_and_particle():
     pair, x = oracle(20, 4, 0.5, 120)
-    whole = log_marginal(pair.model, pair.mean_field, x, num_particles=250)
-    again = log_marginal(pair.model, pair.mean_field, x, num_particles=250)
+    whole = log_marginal(pair.model, pair.mean_field, x, num_particles=250, proposal="guide")
+    again = log_marginal(pair.model, pair.mean_field, x, num_particles=250, proposal="guide")
     assert torch.equal(whole.log_px, again.log_px)
-    first = log_marginal(pair.model, pair.mean_field, x[:50], num_particles=250)  # the first block alone
+    first = log_marginal(
+        pair.model, pair.mean_field, x[:50], num_particles=250, proposal="guide"
+    )  # the first block alone
     torch.testing.assert_close(whole.log_px[:50], first.log_px, rtol=0, atol=1e-9)
-    fewer = log_marginal(pair.model, pair.mean_field, x, num_particles=100)  # the first particle block alone
-    longer = log_marginal(pair.model, pair.mean_field, x, num_particles=199, bounds=(100,))
+    fewer = log_marginal(
+        pair.model, pair.mean_field, x, num_particles=100, proposal="guide"
+    )  # the first particle block alone
+    longer = log_marginal(pair.model, pair.mean_field, x, num_particles=199, bounds=(100,), proposal="guide")
     torch.testing.assert_close(longer.bound(100), fewer.log_px, rtol=0, atol=1e-9)
-    other = log_marginal(pair.model, pair.mean_field, x, num_particles=250, seed=1)
+    other = log_marginal(pair.model, pair.mean_field, x, num_particles=250, seed=1, proposal="guide")
     assert (other.log_px - whole.log_px).abs().min() > 0
-    same = log_marginal(pair.model, pair.mean_field, torch.cat([x[:50], x[:50]]), num_particles=250)
+    same = log_marginal(pair.model, pair.mean_field, torch.cat([x[:50], x[:50]]), num_particles=250, proposal="guide")
     assert (same.log_px[:50] - same.log_px[50:]).abs().min() > 0  # blocks do not share their noise
 
 
 def test_evaluation_does_not_disturb_the_noise():
     pair, x = oracle(5, 2, 0.5, 60)
     state = torch.get_rng_state()
-    log_marginal(pair.model, pair.mean_field, x, num_particles=30, posterior_draws=2)
+    log_marginal(pair.model, pair.mean_field, x, num_particles=30, posterior_draws=2, proposal="guide")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -381,7 +391,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 30, 537, 4321])
 def test_every_number_is_that_of_the_weights(recorded, count):
     pair, x = oracle(20, 4, 0.5, 60)
-    est = log_marginal(pair.model, pair.mean_field, x, num_particles=count, bounds=(7, 300), rows=333)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=count, bounds=(7, 300), rows=333, proposal="guide")
     w, elbo = recorded()
     assert w.shape == (count, 60)
     z = w.exp() / w.amax(0).exp()
@@ -412,7 +422,7 @@ def test_every_number_is_that_of_the_weights(recorded, count):
 def test_the_weights_are_those_of_the_terms(recorded):
     """What is reduced is log p(x, z) - log q(z | x) of draws from q: by hand, for the recorded noise."""
     pair, x = oracle(5, 2, 0.5, 20)
-    log_marginal(pair.model, pair.mean_field, x, num_particles=300)
+    log_marginal(pair.model, pair.mean_field, x, num_particles=300, proposal="guide")
     w, _ = recorded()
     exact = pair.posterior(x)
     scale = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
@@ -428,14 +438,14 @@ def test_the_weights_are_those_of_the_terms(recorded):
 
 def test_a_bound_that_was_not_recorded():
     pair, x = oracle(5, 2, 0.5, 5)
-    est = log_marginal(pair.model, pair.guide, x, num_particles=30)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=30, proposal="guide")
     with pytest.raises(UsageError, match=r"bound\(3\).*\[1, 2, 4, 5, 8, 10, 16, 20, 30\].*bounds=\(3,\)"):
         est.bound(3)
 
 
 def test_few_particles_judge_nothing():
     pair, x = oracle(5, 2, 0.5, 5)
-    est = log_marginal(pair.model, pair.guide, x, num_particles=24)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=24, proposal="guide")
     assert not est.reliable.any()
     assert est.k_hat.isnan().all()
     assert "too few to judge" in est.summary()
@@ -462,7 +472,7 @@ def broken_pair(what, where):
 def test_some_weights_of_zero_are_legal(recorded):
     """The exact guide with half of its draws cut off: log p(x) + log of the fraction that is kept, for every datum."""
     model, guide, x = broken_pair(-torch.inf, lambda z, row: (z > 0) & (row > 2))
-    est = log_marginal(model, guide, x, num_particles=1000)
+    est = log_marginal(model, guide, x, num_particles=1000, proposal="guide")
     w, _ = recorded()
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     kept = (w > -torch.inf).double().mean(0)
@@ -488,7 +498,7 @@ def test_a_draw_outside_the_support_of_the_prior_has_weight_zero():
             pyro.sample("z", dist.Normal(0.5 + 0 * x, 0.5))
 
     x = torch.randn(6)
-    est = log_marginal(model, guide, x, num_particles=2000)
+    est = log_marginal(model, guide, x, num_particles=2000, proposal="guide")
     exact = (dist.Normal(0.0, 1.0).cdf(x) - dist.Normal(0.0, 1.0).cdf(x - 1)).log()
     assert (est.log_px - exact).abs().max() < 5 * est.std_error.max()
     assert est.reliable.all()
@@ -507,7 +517,7 @@ def test_an_observation_outside_a_support_that_a_latent_sets_has_weight_zero():
             pyro.sample("z", dist.LogNormal(x.log() + 0.5, 1.0))
 
     x = 0.2 + torch.rand(5)
-    est = log_marginal(model, guide, x, num_particles=4000)
+    est = log_marginal(model, guide, x, num_particles=4000, proposal="guide")
     assert ((est.log_px + x).abs() < 5 * est.std_error).all()
 
 
@@ -523,7 +533,7 @@ def test_draws_where_a_gamma_prior_has_no_mass_have_weight_zero():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(1 + 0 * x, 1.0))
 
-    est = log_marginal(model, guide, torch.zeros(2), num_particles=4000)
+    est = log_marginal(model, guide, torch.zeros(2), num_particles=4000, proposal="guide")
     grid = torch.linspace(0, 12, 200_001)
     exact = torch.trapezoid(grid * (-grid - grid**2 / 2).exp(), grid).log() - 0.5 * math.log(2 * math.pi)
     assert (est.nonfinite == 0).all()
@@ -533,7 +543,7 @@ def test_draws_where_a_gamma_prior_has_no_mass_have_weight_zero():
 @pytest.mark.parametrize("what", [-torch.inf, torch.inf, torch.nan])
 def test_data_without_a_usable_weight_are_flagged_and_counted(what):
     model, guide, x = broken_pair(what, lambda z, row: row == 2)
-    est = log_marginal(model, guide, x, num_particles=200)
+    est = log_marginal(model, guide, x, num_particles=200, proposal="guide")
     good = torch.arange(6) != 2
     assert torch.equal(est.reliable, good)
     assert torch.equal(est.nonfinite > 0, ~good)
@@ -560,7 +570,7 @@ def test_a_datum_whose_encoding_is_nan_is_flagged_wherever_it_stands(row):
             loc = x[:, :2].pow(3)
             pyro.sample("z", dist.Normal(loc - loc + pair.posterior(x).mean, 1.0).to_event(1))
 
-    est = log_marginal(pair.model, guide, x, num_particles=100)
+    est = log_marginal(pair.model, guide, x, num_particles=100, proposal="guide")
     bad = torch.arange(70) == row
     assert torch.equal(est.nonfinite > 0, bad)
     assert torch.isfinite(est.log_px[~bad]).all()
@@ -570,7 +580,7 @@ def test_one_bad_weight_of_many_is_enough():
     """A NaN or +inf for about one draw in five hundred of each datum."""
     for what in (torch.nan, torch.inf):
         model, guide, x = broken_pair(what, lambda z, row: (z.sin() * 1e4).frac() > 0.995)
-        est = log_marginal(model, guide, x, num_particles=2000)
+        est = log_marginal(model, guide, x, num_particles=2000, proposal="guide")
         assert ((est.nonfinite > 0) & (est.nonfinite < 200)).all()
         assert not est.reliable.any()
 
@@ -591,7 +601,7 @@ def test_posterior_draws_are_draws_from_the_posterior():
     own draws must fail by the same measure (24 measured).
     """
     pair, x = oracle(12, 3, 1.0, 60)
-    est = log_marginal(pair.model, pair.mean_field, x, num_particles=3000, posterior_draws=400)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=3000, posterior_draws=400, proposal="guide")
     z = est.posterior["z"]
     assert z.shape == (400, 60, 3)
     exact = pair.posterior(x)
@@ -612,7 +622,9 @@ def test_posterior_draws_are_draws_from_the_posterior():
 def test_posterior_draws_do_not_depend_on_chunks():
     pair, x = oracle(6, 3, 0.7, 20)
     found = [
-        log_marginal(pair.model, pair.mean_field, x, num_particles=300, posterior_draws=5, rows=rows).posterior["z"]
+        log_marginal(
+            pair.model, pair.mean_field, x, num_particles=300, posterior_draws=5, rows=rows, proposal="guide"
+        ).posterior["z"]
         for rows in (10**6, 400)
     ]
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
@@ -624,7 +636,7 @@ def test_posterior_draws_do_not_depend_on_chunks():
 )
 def test_posterior_draws_of_strangers(name):
     model, guide, batch = registered(name)
-    est = log_marginal(model, guide, batch, num_particles=50, posterior_draws=4)
+    est = log_marginal(model, guide, batch, num_particles=50, posterior_draws=4, proposal="guide")
     own = terms(model, guide, batch).guide
     assert est.posterior is not None
     assert set(est.posterior) == {n for n, s in own.items() if s.role == "latent"}
@@ -645,7 +657,7 @@ def opened(path):
 
 def test_files_come_back(tmp_path):
     pair, x = oracle(6, 3, 0.7, 20)
-    est = log_marginal(pair.model, pair.mean_field, x, num_particles=100, posterior_draws=3, seed=4)
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles=100, posterior_draws=3, seed=4, proposal="guide")
     path = est.save(tmp_path / "new", "test")
     content = json.loads(path.read_text())
     for key, value in est.per_datum().items():
@@ -666,7 +678,7 @@ def test_files_come_back(tmp_path):
 @pytest.mark.parametrize("particles", [1, 30])
 def test_files_hold_what_is_not_finite_per_datum(tmp_path, particles):
     pair, x = oracle(6, 3, 0.7, 4)
-    est = log_marginal(pair.model, pair.guide, x, num_particles=particles)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=particles, proposal="guide")
     content = json.loads(est.save(tmp_path).read_text())
     expected = ("k_hat", "nan") if particles == 1 else ("k_hat", "-inf")
     assert content["per_datum"][expected[0]] == [expected[1]] * 4
@@ -682,7 +694,7 @@ def test_files_hold_means_that_are_not_finite(tmp_path, case):
         value = {"one datum": 0.0, "zero": -torch.inf, "nan": torch.nan}[case]
         model, guide, batch = broken_pair(value, lambda z, row: row == 0)
         batch = batch[:1] if case == "one datum" else batch
-    est = log_marginal(model, guide, batch, num_particles=30)
+    est = log_marginal(model, guide, batch, num_particles=30, proposal="guide")
     content = json.loads(est.save(tmp_path).read_text())
     assert float(content["nll"]) == pytest.approx(est.nll, nan_ok=True)
 
@@ -703,13 +715,17 @@ def test_bits_per_dim_name_what_they_are_relative_to():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     coin, flat = dist.Bernoulli(0.5 * torch.ones(64)), dist.Uniform(torch.zeros(64), torch.ones(64))
-    binary = log_marginal(model_of(coin), guide, datasets.load("digits", binarize="fixed")[2], num_particles=2)
+    binary = log_marginal(
+        model_of(coin), guide, datasets.load("digits", binarize="fixed")[2], num_particles=2, proposal="guide"
+    )
     assert (binary.base_measure, binary.levels, binary.dims) == ("binary", None, 64)
     assert binary.bits_per_dim == pytest.approx(1.0, abs=1e-6)
-    levels = log_marginal(model_of(flat), guide, datasets.load("digits", dequantize=True)[2], num_particles=2)
+    levels = log_marginal(
+        model_of(flat), guide, datasets.load("digits", dequantize=True)[2], num_particles=2, proposal="guide"
+    )
     assert (levels.base_measure, levels.levels) == ("17 levels", 17)
     assert levels.bits_per_dim == pytest.approx(math.log2(17), abs=1e-6)
-    plain = log_marginal(model_of(flat), guide, torch.rand(10, 64), num_particles=2)
+    plain = log_marginal(model_of(flat), guide, torch.rand(10, 64), num_particles=2, proposal="guide")
     assert (plain.base_measure, plain.bits_per_dim) == ("density", pytest.approx(0.0, abs=1e-12))
     assert plain.nll_std_error == pytest.approx(0.0, abs=1e-12)
     assert binary.digest != levels.digest
@@ -785,7 +801,7 @@ UNIFORM = {  # a uniform mass: the pair's distribution, the data, the measure's 
 def test_bits_per_dim_of_uniform_masses(name):
     """log2 of the number of levels, exactly, with no offset: a mass is a mass already."""
     fn, x, measure, bits = UNIFORM[name]
-    est = log_marginal(*no_latent(fn()), x.double() if x.is_floating_point() else x, num_particles=30)
+    est = log_marginal(*no_latent(fn()), x.double() if x.is_floating_point() else x, num_particles=30, proposal="guide")
     assert est.base_measure == measure
     assert est.levels is None
     assert est.dims == 6
@@ -800,16 +816,20 @@ def test_256_levels_by_mass_and_by_density_are_the_same_bits(tmp_path):
     np.savez(tmp_path / "grey.npz", images=np.random.default_rng(0).integers(0, 256, (50, 6), dtype=np.uint8))
     plain = datasets.load(tmp_path / "grey.npz")[0]
     filled = datasets.load(tmp_path / "grey.npz", dequantize=True)[2]
-    mass = log_marginal(*no_latent(of(likelihoods.Categorical(Constant(6 * 256)))), plain[:20], num_particles=30)
+    mass = log_marginal(
+        *no_latent(of(likelihoods.Categorical(Constant(6 * 256)))), plain[:20], num_particles=30, proposal="guide"
+    )
     density = log_marginal(
-        *no_latent(dist.Uniform(torch.zeros(6), torch.ones(6)).to_event(1)), filled, num_particles=30
+        *no_latent(dist.Uniform(torch.zeros(6), torch.ones(6)).to_event(1)), filled, num_particles=30, proposal="guide"
     )
     assert mass.bits_per_dim == pytest.approx(8.0, abs=1e-5)
     assert density.bits_per_dim == pytest.approx(8.0, abs=1e-5)
     assert mass.base_measure == density.base_measure == "256 levels"
     assert mass.notes == ()
     assert "lower bound" in density.notes[0]
-    raw = log_marginal(*no_latent(dist.Normal(torch.zeros(6), 1.0).to_event(1)), plain, num_particles=30)
+    raw = log_marginal(
+        *no_latent(dist.Normal(torch.zeros(6), 1.0).to_event(1)), plain, num_particles=30, proposal="guide"
+    )
     assert raw.base_measure == "density on [0, 1]"
     assert "no ceiling" in raw.notes[0]
 
@@ -842,7 +862,7 @@ MEASURES = {
 @pytest.mark.parametrize("name", MEASURES)
 def test_what_a_log_density_is_relative_to(name):
     fn, x, measure = MEASURES[name]
-    est = log_marginal(*no_latent(fn()), x, num_particles=30)
+    est = log_marginal(*no_latent(fn()), x, num_particles=30, proposal="guide")
     assert (est.base_measure, est.levels) == (measure, None)
     assert ("units" in est.summary()) == (measure == "mixed")
     assert est.bits_per_dim == pytest.approx(est.nll / (6 * math.log(2)), abs=1e-12)
@@ -859,7 +879,7 @@ def test_sites_of_two_kinds_are_mixed():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
 
-    est = log_marginal(model, guide, (torch.randn(5), torch.ones(5)), num_particles=30)
+    est = log_marginal(model, guide, (torch.randn(5), torch.ones(5)), num_particles=30, proposal="guide")
     assert (est.base_measure, est.dims) == ("mixed", 2)
 
 
@@ -881,7 +901,7 @@ def test_a_plate_that_draws_its_rows_visits_every_one(subsample, count):
         with pyro.plate("rows", len(x), subsample_size=subsample) as index:
             pyro.sample("z", pair.posterior(x[index]))
 
-    est = log_marginal(model, guide, x, num_particles=count)
+    est = log_marginal(model, guide, x, num_particles=count, proposal="guide")
     assert est.log_px.shape == (70,)
     assert (est.log_px - pair.log_px(x)).abs().max() < 1e-9
 
@@ -900,7 +920,7 @@ def test_a_plate_of_fixed_size_takes_any_batch(full, count):
         with pyro.plate("rows", full, subsample=x):
             pyro.sample("z", pair.posterior(x))
 
-    est = log_marginal(model, guide, x, num_particles=count)
+    est = log_marginal(model, guide, x, num_particles=count, proposal="guide")
     assert (est.log_px - pair.log_px(x)).abs().max() < 1e-9
 
 
@@ -916,19 +936,23 @@ def test_a_plate_of_the_whole_size_gets_the_whole_data():
         with pyro.plate("rows", 70):
             pyro.sample("z", pair.posterior(x))
 
-    assert (log_marginal(model, guide, x, num_particles=30).log_px - pair.log_px(x)).abs().max() < 1e-9
+    assert (
+        log_marginal(model, guide, x, num_particles=30, proposal="guide").log_px - pair.log_px(x)
+    ).abs().max() < 1e-9
 
 
 def test_columns_go_together():
     model, guide, (x, label) = registered("labelled")
-    model_of = [log_marginal(model, guide, (x, (label + s) % 3), num_particles=2000, seed=1) for s in (0, 1)]
+    model_of = [
+        log_marginal(model, guide, (x, (label + s) % 3), num_particles=2000, seed=1, proposal="guide") for s in (0, 1)
+    ]
     assert (model_of[0].log_px - model_of[1].log_px).abs().max() > 0.01
-    tiled = log_marginal(model, guide, (x.repeat(10, 1), label.repeat(10)), num_particles=2000)
+    tiled = log_marginal(model, guide, (x.repeat(10, 1), label.repeat(10)), num_particles=2000, proposal="guide")
     # ten estimates of each datum: within 6 of their standard errors of the first (60 numbers, p < 1e-6)
     first = model_of[0].log_px.repeat(10)
     assert ((tiled.log_px - first).abs() < 6 * (tiled.std_error + model_of[0].std_error.repeat(10))).all()
     with pytest.raises(DataError, match=r"data\[1\]: expected 6 rows as in the first column, found 5"):
-        log_marginal(model, guide, (x, label[:5]))
+        log_marginal(model, guide, (x, label[:5]), proposal="guide")
 
 
 @pytest.mark.parametrize(
@@ -993,13 +1017,15 @@ def test_the_bare_pair_evaluates_as_the_run_does(build):
     model, guide = build()
     x = 1 + torch.randn(80, 3)
     run = fit(model, guide, x, epochs=3, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
-    found = [log_marginal(*pair, x, num_particles=40) for pair in ((run.model, run.guide), (model, guide))]
+    found = [
+        log_marginal(*pair, x, num_particles=40, proposal="guide") for pair in ((run.model, run.guide), (model, guide))
+    ]
     assert torch.equal(found[0].log_px, found[1].log_px)
     assert not list(pyro.get_param_store().keys())
     fresh = build()
     for fn in fresh:
         poutine.trace(fn).get_trace(x)
-    start = log_marginal(*fresh, x, num_particles=40)
+    start = log_marginal(*fresh, x, num_particles=40, proposal="guide")
     assert found[0].nll < start.nll - 0.05  # trained parameters are used, and not the initial ones
 
 
@@ -1008,14 +1034,14 @@ def test_two_experiments_under_the_same_names_do_not_leak(build):
     x, y = 3 + torch.randn(60, 3), -3 + torch.randn(60, 3)
     adam = {"epochs": 3, "optimizer": lambda p: torch.optim.Adam(p, lr=0.05)}
     first = fit(*build(), x, **adam)
-    before = log_marginal(first.model, first.guide, x, num_particles=40)
+    before = log_marginal(first.model, first.guide, x, num_particles=40, proposal="guide")
     second = fit(*build(), y, **adam)
-    after = log_marginal(first.model, first.guide, x, num_particles=40)
+    after = log_marginal(first.model, first.guide, x, num_particles=40, proposal="guide")
     assert torch.equal(before.log_px, after.log_px)
-    crossed = log_marginal(second.model, second.guide, x, num_particles=40)
+    crossed = log_marginal(second.model, second.guide, x, num_particles=40, proposal="guide")
     assert crossed.nll > after.nll + 0.05
-    alone = log_marginal(second.model, second.guide, y, num_particles=40)
-    assert alone.nll < log_marginal(first.model, first.guide, y, num_particles=40).nll
+    alone = log_marginal(second.model, second.guide, y, num_particles=40, proposal="guide")
+    assert alone.nll < log_marginal(first.model, first.guide, y, num_particles=40, proposal="guide").nll
 
 
 def test_a_run_of_one_pair_twice():
@@ -1023,16 +1049,21 @@ def test_a_run_of_one_pair_twice():
     x = torch.randn(60, 3)
     model, guide = param_pair()
     first = fit(model, guide, x, epochs=1)
-    before = log_marginal(first.model, first.guide, x, num_particles=30)
+    before = log_marginal(first.model, first.guide, x, num_particles=30, proposal="guide")
     second = fit(model, guide, x + 5, epochs=5, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
-    assert torch.equal(log_marginal(first.model, first.guide, x, num_particles=30).log_px, before.log_px)
-    newest = [log_marginal(*pair, x, num_particles=30) for pair in ((model, guide), (second.model, second.guide))]
+    assert torch.equal(
+        log_marginal(first.model, first.guide, x, num_particles=30, proposal="guide").log_px, before.log_px
+    )
+    newest = [
+        log_marginal(*pair, x, num_particles=30, proposal="guide")
+        for pair in ((model, guide), (second.model, second.guide))
+    ]
     assert torch.equal(newest[0].log_px, newest[1].log_px)
     model, guide = module_pair()
     first = fit(model, guide, x, epochs=1)
     fit(model, guide, x + 5, epochs=1)
     with pytest.raises(ContractError, match="was changed after its run had ended"):
-        log_marginal(first.model, first.guide, x)
+        log_marginal(first.model, first.guide, x, proposal="guide")
 
 
 PEAK = """

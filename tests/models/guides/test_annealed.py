@@ -54,9 +54,11 @@ def test_closes_the_gap_of_a_wrong_guide(refresh: bool):
         pair.model, pair.guide, x, objective=objectives.ELBO(4), epochs=100, batch_size=20, progress=False,
         compile=False, optimizer=lambda ps: torch.optim.Adam(ps, lr=0.08),
     )  # fmt: skip
-    est = log_marginal(run.model, run.guide, x, num_particles=1000, progress=False)
+    est = log_marginal(run.model, run.guide, x, num_particles=1000, progress=False, proposal="guide")
     exact = base().log_px(x)
-    before = float((exact - log_marginal(base().model, wrong, x, num_particles=1000, progress=False).elbo).mean())
+    before = float(
+        (exact - log_marginal(base().model, wrong, x, num_particles=1000, progress=False, proposal="guide").elbo).mean()
+    )
     assert float((exact - est.elbo).mean()) < 0.25 * before
     assert float(est.reliable.double().mean()) > 0.8
     assert bool(((est.log_px - exact).abs() < 5 * est.std_error)[est.reliable].all())  # 1e-5 by chance
@@ -122,8 +124,8 @@ def test_other_pairs(name: str):
     pair = Annealed(model, guide, x, steps=2, step_size=0.2)
     assert "_momentum': latent" in str(check(pair.model, pair.guide, x))
     assert inspect(pair.model, pair.guide, x).layout == ("folded" if name == "folded" else "vectorized")
-    ours = log_marginal(pair.model, pair.guide, x, num_particles=2000, progress=False)
-    theirs = log_marginal(model, guide, x, num_particles=2000, progress=False, seed=1)
+    ours = log_marginal(pair.model, pair.guide, x, num_particles=2000, progress=False, proposal="guide")
+    theirs = log_marginal(model, guide, x, num_particles=2000, progress=False, seed=1, proposal="guide")
     error = (ours.std_error**2 + theirs.std_error**2).sqrt()
     assert bool(((ours.log_px - theirs.log_px).abs() < 5 * error).all())
 

@@ -48,7 +48,7 @@ def test_equal_weights_under_the_exact_posterior():
     assert pair.size == 2
     t = terms(pair.model, pair.guide, x, 7)
     torch.testing.assert_close(t.log_weight, log_px(x).expand(7, 6))
-    est = log_marginal(pair.model, pair.guide, x, num_particles=50, progress=False)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=50, progress=False, proposal="guide")
     torch.testing.assert_close(est.log_px, log_px(x))
 
 
@@ -70,7 +70,7 @@ def test_flows_and_other_families(name: str):
         pair.model, pair.guide, x, epochs=60, progress=False, compile=False, objective=objectives.ELBO(5),
         optimizer=lambda ps: torch.optim.Adam(ps, lr=0.03),
     )  # fmt: skip
-    est = log_marginal(run.model, run.guide, x[:50], num_particles=2000, progress=False)
+    est = log_marginal(run.model, run.guide, x[:50], num_particles=2000, progress=False, proposal="guide")
     assert bool(((est.log_px - log_px(x[:50])).abs() < 5 * est.std_error)[est.reliable].all())  # 3e-5 by chance
     covariance = Exact()(x[:1]).covariance_matrix[0]
     correlation = covariance[0, 1] ** 2 / (covariance[0, 0] * covariance[1, 1])
@@ -97,8 +97,8 @@ def test_latents_on_other_supports():
     x = torch.rand(5, 3)
     pair = JointPosterior(model, lambda d: posteriors.DiagonalNormal(nn.mlp(3, 2 * d)), x).double()
     assert pair.size == 3
-    ours = log_marginal(pair.model, pair.guide, x, num_particles=5000, progress=False)
-    theirs = log_marginal(model, prior, x, num_particles=5000, progress=False)
+    ours = log_marginal(pair.model, pair.guide, x, num_particles=5000, progress=False, proposal="guide")
+    theirs = log_marginal(model, prior, x, num_particles=5000, progress=False, proposal="guide")
     error = (ours.std_error**2 + theirs.std_error**2).sqrt()
     assert bool(((ours.log_px - theirs.log_px).abs() < 5 * error).all())  # one of 3e5 runs by chance
 
