@@ -778,7 +778,7 @@ def test_a_bad_value_in_a_later_block_is_placed_whatever_the_layout(layout):
 
     guide = guide_of(lambda x: dist.Normal(x, 1.0).to_event(1))
     with pytest.raises(DataError, match=r"'pixels'.*0\.5 at row 63"):
-        log_marginal(model, guide, data_with_bad_row(), num_particles=20)
+        log_marginal(model, guide, data_with_bad_row(), num_particles=20, proposal="guide")  # blocks of 50
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def log_marginal(
     (True, True)
     """
     if proposal not in (None, "guide", "refined"):
-        raise UsageError(f"proposal: expected 'guide', 'refined' or None, found {proposal!r}")
+        raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
     if method not in ("importance", "auto", "particle_filter"):
         raise UsageError(f"method: expected 'importance', 'auto' or 'particle_filter', found {method!r}")
     by_guide = (proposal or "guide", "guide")

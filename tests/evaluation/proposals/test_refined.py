@@ -254,3 +254,32 @@ def test_compiled_fits_give_the_same(monkeypatch):
         for compile in (True, False)
     )
     torch.testing.assert_close(once.log_px, again.log_px, rtol=0, atol=1e-8)
+
+
+def test_the_default_is_refined_with_bounds_and_elbo_of_the_guide():
+    """In one call: log p(x) is that of the refined proposal alone, L_k and the ELBO those of the guide alone."""
+    pair, x = linear_gaussian()
+    est = log_marginal(pair.model, wrong_guide, x, num_particles=200)
+    refined = log_marginal(pair.model, wrong_guide, x, num_particles=200, proposal="refined")
+    guide = log_marginal(pair.model, wrong_guide, x, num_particles=200, proposal="guide")
+    for name in ("log_px", "ess", "k_hat", "std_error"):
+        assert torch.equal(getattr(est, name), getattr(refined, name)), name
+    assert torch.equal(est.elbo, guide.elbo)
+    assert torch.equal(est.bound(10), guide.bound(10))
+    assert torch.equal(est.bound(200), guide.log_px)
+    assert float((est.log_px - est.bound(200)).min()) > 0.1
+
+
+def test_the_default_draws_from_the_guide_where_nothing_can_be_refined():
+    est = log_marginal(coin, coin_guide, torch.zeros(3), num_particles=100)
+    guide = log_marginal(coin, coin_guide, torch.zeros(3), num_particles=100, proposal="guide")
+    assert torch.equal(est.log_px, guide.log_px)
+    assert est.guide_estimate is None
+    assert est.notes[0].startswith("drawn from the guide, as no proposal can be refined: site 'z'")
+
+
+def test_an_adaptive_default_has_the_guide_beside_it():
+    pair, x = linear_gaussian()
+    est = log_marginal(pair.model, pair.mean_field, x, num_particles="auto", max_particles=400)
+    assert int(est.particles.max()) <= 400
+    assert est.guide_estimate.num_particles == 400
