@@ -7,8 +7,8 @@ latent beside a continuous one, and good guides, whose data should stay reliable
 of its own. "Off" is the share of reliable data whose estimate is more than five of its standard errors from the
 truth, and z the mean error in standard errors. The last row is a mode that nothing proposes: no weight can show it,
 `bracket` does. "Bracket" is the width of `bracket`, in nats, for the proposal before annealing. In the funnel of 10
-dims a fit that climbs the ELBO can leave out the neck, which the guide does not propose either: it is partly a mode that
-no weight shows."""
+dims a fit that climbs the ELBO can leave out the neck, which the guide does not propose either: it is partly a mode
+that no weight shows."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ that papers print), importance sampling from a density refined to each image, an
 The networks of `table1` (Burda et al. 2016, arXiv 1509.00519), one and two stochastic layers, trained for 25 epochs on
 the ELBO (VAE-1) or the bound of five draws (IWAE-5). The guide and the refined proposal estimate log p(x) of the first
 1000 test images, annealing that of the first 100. All three are lower bounds on average: the highest is the closest.
-Seconds are CPU seconds of one thread per image, compilation of what is evaluated included; the difference from annealing is paired over
-the images that both have."""
+Seconds are CPU seconds of one thread per image, compilation of what is evaluated included; the difference from
+annealing is paired over the images that both have."""
 
 from __future__ import annotations
 
