@@ -12,7 +12,7 @@ from ppvae.errors import UsageError
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.evidence.importance import importance_estimate
+from ppvae.evaluation.evidence.importance_estimate import importance_estimate
 from ppvae.evaluation.evidence.particle_filter import log_marginal_by_filter, require_filter_options
 from ppvae.evaluation.evidence.refined import GUIDE_PARTICLES, refined_log_marginal
 from ppvae.evaluation.global_latents.evidence import log_marginal_given_globals, require_guide_importance

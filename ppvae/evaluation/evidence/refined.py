@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
 from ppvae.evaluation.evidence.escalation import refinable_run
-from ppvae.evaluation.evidence.importance import importance_estimate
+from ppvae.evaluation.evidence.importance_estimate import importance_estimate
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
 
