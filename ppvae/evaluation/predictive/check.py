@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.admission import column_names
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.errors.calls import explain_call
@@ -56,7 +57,8 @@ def predictive_check(
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: as `log_marginal` takes them.
         statistics: {name: function of a batch, called as the model is, [N, *event], ..., that gives [N]}; by default
-            the mean and the spread of a datum's numbers, and the mean step between neighbours.
+            the mean and the spread of a datum's numbers, and the mean step between neighbours; of a dict of columns
+            of one number each, every column.
         over: {name: function of the N values of a statistic that gives a number}; by default mean and standard
             deviation.
         num_draws: replicates of each datum at posterior draws of its latents, resampled from `num_particles` of the
@@ -88,7 +90,8 @@ def predictive_check(
         raise UsageError(f"statistics: expected a dict of functions by name, as {{'mean': f}}; found {statistics!r}")
     over = OVER if over is None else over
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
-        statistics = default_statistics(run.block(0).batch) if statistics is None else statistics
+        names = column_names(data, model)
+        statistics = default_statistics(run.block(0).batch, names) if statistics is None else statistics
         if not statistics:
             raise UsageError("statistics: expected one at least, found none")
         least = math.ceil(2 * len(statistics) * (1 + len(over)) / alpha) - 1  # else no p-value is below the level
