@@ -216,19 +216,23 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
     found = find_places(model, block.s, block)
     held: dict[str, list[Place]] = {}
     for i, column in x.items():
-        covered = torch.zeros(column[0].numel(), dtype=torch.bool, device=column.device)
+        gaps = column.reshape(len(column), -1).isnan().any(0)
         for name, (places, value) in found.items():
-            for place in (p for p in places if p.column == i and value.is_floating_point()):
+            own = [place for place in places if place.column == i]
+            covered = torch.zeros_like(gaps)
+            for place in own:
                 covered[slice(None) if place.of_column is None else place.of_column] = True
-                held.setdefault(name, []).append(place)
-        if bool((column.reshape(len(column), -1).isnan() & ~covered).any()):
+            if own and value.is_floating_point() and not bool((gaps & ~covered).any()):
+                held.setdefault(name, []).extend(own)
+                break
+        else:
             raise site_error(
                 next(iter(found)),
                 f"an observed site that holds the data, {list(column.shape)}, so that missing values "
                 "can be drawn from it",
                 f"none among {list(found)}",
                 "observe the data's first tensor as a whole, under a mask",
-            )  # fmt: skip
+            )
     return held
 
 

@@ -567,10 +567,9 @@ def two_sites():
     """x = z + noise [3], y = 10 + z_0 + noise, with a plate of features inside for y's copies [2, N]."""
 
     def model(x, y=None):
-        w = pyro.param("w", torch.zeros(3))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z + w, 0.1).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
             with pyro.plate("copies", 2):
                 pyro.sample("y", dist.Normal(10 + z[..., 0], 0.1), obs=y)
 
