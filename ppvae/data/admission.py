@@ -178,7 +178,7 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
     )
 
 
-def column_names(data: Any, program: Callable[..., Any]) -> tuple[str, ...]:
+def column_names(data: Any, program: Callable[..., Any] | None) -> tuple[str, ...]:
     """The names of the columns of a dict, in the order in which the model takes them; none for other data.
 
     >>> column_names({"y": [1.0], "x": [2.0]}, lambda x, y: None)

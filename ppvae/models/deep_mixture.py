@@ -2,13 +2,13 @@
 
 from typing import final
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.data.column_conversion import as_column
 from ppvae.errors import DataError, UsageError
 from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, rows_of
@@ -103,7 +103,7 @@ class DeepMixture(ComposedModel):
         self.classifier.eval()
         try:
             with torch.no_grad():
-                return self.classifier(as_column(x, "x")).probs
+                return self.classifier(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))).probs
         finally:
             self.classifier.train(training)
 

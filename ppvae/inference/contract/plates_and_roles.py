@@ -9,13 +9,7 @@ from torch import Tensor
 
 from ppvae.errors import ContractError, DataError, site_error
 from ppvae.inference.contract.independence import check_not_coupled, run_at, take_batch_rows
-from ppvae.inference.contract.support import (
-    base_distribution,
-    check_support,
-    check_type_of_values,
-    check_zero_inflation,
-    is_factor,
-)
+from ppvae.inference.contract.support import base_distribution, check_support, check_type_of_values, is_factor
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Node, Program, find_subsample, node_log_prob
 
@@ -272,7 +266,6 @@ def check_event(name: str, node: Node) -> None:
     """A site has one log-density per element of its plates: all other dims are declared as an event."""
     check_has_shapes(name, node)
     check_type_of_values(name, node)
-    check_zero_inflation(name, node["fn"])
     plates = {f.dim: f.size for f in node["cond_indep_stack"] if f.dim is not None}
     shape = _log_prob_shape(name, node)
     for i, size in enumerate(reversed(shape), 1):

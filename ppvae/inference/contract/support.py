@@ -65,7 +65,9 @@ def check_type_of_values(name: str, node: dict[str, Any]) -> None:
     """Observed bools and integers have the density of the same numbers in floating point.
 
     Some distributions compute with the type that they are given: a difference of bools raises, one of uint8 wraps.
+    A zero-inflated density is refused as one that adds numbers of two kinds.
     """
+    check_zero_inflation(name, node["fn"])
     value = node["value"]
     if not node["is_observed"] or not isinstance(value, Tensor) or value.is_floating_point():
         return
@@ -109,7 +111,9 @@ def _cure(fn: Any, zero: bool) -> str:
     if isinstance(support, constraints.interval):
         return f"{choose}Normal, Laplace and StudentT take any real number; or scale the data into it"
     if getattr(support, "lower_bound", None) == 0:
-        return _zeros(fn) if zero else f"{choose}Normal, Laplace and StudentT take any real number"
+        if zero:
+            return f"Choose a likelihood whose support holds the data. {_zeros(fn)}"
+        return f"{choose}Normal, Laplace and StudentT take any real number"
     return "Choose a likelihood whose support holds the data"
 
 
