@@ -140,7 +140,7 @@ def _numbers_of_columns(value: Tensor, columns: Sequence[Tensor], taken: set[tup
         options = _equal_numbers(value[:, j : j + 1], columns)
         following = after.get(found[-1]) if found else None
         if following in options:
-            found.append(following)  # type: ignore[arg-type]
+            found.append(following)
             continue
         free = [place for place in options if place not in taken and place not in found] or options
         if not free:
@@ -159,7 +159,8 @@ def _numbers_of_columns(value: Tensor, columns: Sequence[Tensor], taken: set[tup
 
 def _equal_numbers(value: Tensor, columns: Sequence[Tensor]) -> list[tuple[int, int]]:
     """(column, position) of the numbers that equal a value [N, 1] where they are known, fully missing ones last."""
-    known, missing = [], []
+    known: list[tuple[int, int]] = []
+    missing: list[tuple[int, int]] = []
     for i, column in enumerate(columns):
         if len(column) != len(value):
             continue
