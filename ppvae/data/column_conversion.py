@@ -57,6 +57,8 @@ def is_of(value: Any, package: str) -> bool:
 def _cure(value: Any) -> str:
     if isinstance(value, str):
         return f"Load it: data.load({value!r}) gives three splits"
+    if isinstance(value, int | float):
+        return "A number is no data: pass rows, [N, *event]"
     if hasattr(value, "__next__"):
         return "Pass torch.stack(list(x))"
     return "Pass torch.as_tensor(x), [N, *event]"

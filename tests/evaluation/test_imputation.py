@@ -331,6 +331,29 @@ def test_columns_by_name_are_imputed_as_those_of_a_matrix():
         assert {"values/age", "mean/visits", "missing/age"} <= set(filled.arrays())
 
 
+def test_the_order_in_which_a_model_joins_columns_does_not_matter():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    x[::3, 1] = NAN
+    x[1::3, 0] = NAN
+
+    def matrix(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            loc = z[..., None] * torch.tensor([1.0, 2.0, 3.0])
+            pyro.sample("x", _masked(loc, x).to_event(1), obs=x.nan_to_num())
+
+    joined = lambda both, one: torch.cat([both.flip(-1), one[:, None]], -1)  # noqa: E731
+    whole = impute(matrix, _guide, data.with_missing(x), num_particles=50, draws=4)
+    columns = data.with_missing({"both": x[:, :2].flip(-1), "one": x[:, 2]})
+    filled = impute(
+        lambda both, one: matrix(joined(both, one)), lambda both, one: _guide(joined(both, one)), columns,
+        num_particles=50, draws=4,
+    )  # fmt: skip
+    assert list(filled.values) == ["both"]
+    assert torch.equal(filled.values["both"].flip(-1), whole.values[..., :2])
+    assert torch.equal(filled.mean["both"].flip(-1), whole.mean[:, :2])
+
+
 def test_columns_by_name_without_gaps_are_refused():
     x = torch.ones(5, 2)
     with pytest.raises(UsageError, match="missing values in a column of age, visits; found none"):
