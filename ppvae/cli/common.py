@@ -136,7 +136,9 @@ def print_columns(split: Any) -> None:
 def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
     """The columns of a batch: the split, and its labels and further arrays where they are asked for."""
     if settings.labels and split.labels is None:
-        raise UsageError(f"--labels: {split.description} has no labels")
+        raise UsageError(
+            f"--labels: {split.description} has no labels. Of a table name their column, as --columns NAME=label"
+        )
     for name in settings.context:
         if name not in split.attributes:
             known = ", ".join(split.attributes) or "none"

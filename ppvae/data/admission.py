@@ -178,6 +178,19 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
     )
 
 
+def column_names(data: Any, program: Callable[..., Any] | None) -> tuple[str, ...]:
+    """The names of the columns of a dict, in the order in which the model takes them; none for other data.
+
+    >>> column_names({"y": [1.0], "x": [2.0]}, lambda x, y: None)
+    ('x', 'y')
+    """
+    if not isinstance(data, Mapping):
+        return ()
+    if len(data) == 1:
+        return tuple(map(str, data))
+    return tuple(p.name for p in _positional(program) or ())[: len(data)]
+
+
 def check_argument_order(data: Any, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
     """Raises UsageError where data with names would reach model and guide in different orders."""
     if not isinstance(data, Mapping) or len(data) == 1:

@@ -57,6 +57,8 @@ def is_of(value: Any, package: str) -> bool:
 def _cure(value: Any) -> str:
     if isinstance(value, str):
         return f"Load it: data.load({value!r}) gives three splits"
+    if isinstance(value, int | float):
+        return "A number is no data: pass rows, [N, *event]"
     if hasattr(value, "__next__"):
         return "Pass torch.stack(list(x))"
     return "Pass torch.as_tensor(x), [N, *event]"
@@ -149,7 +151,9 @@ def _from_list(values: Sequence[Any], place: str) -> Tensor:
     except (ValueError, TypeError, RuntimeError) as error:
         if "expected sequence of length" in str(error):
             raise DataError(f"{place}: a list of rows of different lengths: {PAD}") from None
-        raise DataError(f"{place}: expected a list of numbers, found {_first_other(values)} in it") from None
+        found = _first_other(values)
+        cure = ": give each value a number, as by pandas.factorize(x)[0]" if found == "str" else ""
+        raise DataError(f"{place}: expected a list of numbers, found {found} in it{cure}") from None
 
 
 def _shapes(rows: Sequence[Any]) -> str:

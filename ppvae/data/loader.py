@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.data.admission import admit
+from ppvae.data.admission import admit, column_names
 from ppvae.data.checks import digest, first_rows, validated
 from ppvae.data.lazy import LazySplit
 from ppvae.errors import DataError, count_of
@@ -27,9 +27,10 @@ def data_columns(
         UsageError: something that cannot be taken for data; DataError: other numbers of rows, or values not allowed.
     """
     given = admit(data, name, program)
+    names = column_names(data, program) or range(len(given))
     columns: list[Any] = []
-    for i, column in enumerate(given):
-        place = name if len(given) == 1 else f"{name}[{i}]"
+    for key, column in zip(names, given, strict=True):
+        place = name if len(given) == 1 else f"{name}[{key!r}]"
         if seed is not None and getattr(column, "noise", None):
             column = column.fixed(seed)
         if isinstance(column, Tensor):

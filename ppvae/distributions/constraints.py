@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from ppvae.errors import UsageError
+from ppvae.errors import UsageError, support_name
 
 
 def positive(name: str, value: float) -> float:
@@ -85,3 +85,19 @@ class CountsWithTotal(Constraint):
 
 
 open_unit_interval = OpenUnitInterval()
+
+
+class ZeroOr(Constraint):
+    """Zero, which has a mass of its own, beside the numbers of another support."""
+
+    has_point_mass = True
+
+    def __init__(self, others: Constraint):
+        self.others = others
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value == 0) | self.others.check(value)
+
+    def __repr__(self) -> str:
+        return f"0 or {support_name(self.others)}"

@@ -9,8 +9,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.distributions.batch_shape import ParametricDistribution, collapse_expanded_dims
-from ppvae.distributions.constraints import CountsWithTotal
+from ppvae.distributions.batch_shape import ParametricDistribution, collapse_expanded_dims, no_closed_form
+from ppvae.distributions.constraints import CountsWithTotal, ZeroOr
 from ppvae.distributions.log_gamma import log_rising_factorial_ratio
 
 _MAX_DRAWS = 2**22  # categorical draws of a multinomial in memory at a time
@@ -105,19 +105,23 @@ class NegativeBinomial(ParametricDistribution):
 
 
 class ZeroInflated(ParametricDistribution):
-    """Zero-inflated counts, p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid.
+    """Zero-inflated counts, p(x) = s(g) [x = 0] + s(-g) base(x), s the sigmoid; or a mass at zero beside a density.
 
-    As Pyro's, but exact at any gate: gate_logits = -inf gives the base, where Pyro's gives NaN. Raises ValueError
-    for a value outside the base's support, where validation is on.
+    As Pyro's, but exact at any gate: gate_logits = -inf gives the base, where Pyro's gives NaN. A continuous base, such
+    as Gamma or LogNormal, has no mass at zero: p(0) = s(g), a mass, and p(x) = s(-g) base(x) elsewhere, a density,
+    whether zero is in the base's support or not; Pyro's adds the base's density at zero to the mass. Raises
+    ValueError for a value outside the support, where validation is on.
 
     Args:
-        base: a distribution over counts, of event shape [].
+        base: a distribution over counts or real numbers, of event shape [].
         gate_logits: g, the log-odds of an extra zero.
 
     Source: Lambert 1992, "Zero-inflated Poisson regression".
 
     >>> ZeroInflated(Poisson(torch.zeros(2)), torch.tensor([0.0, -torch.inf])).log_prob(torch.zeros(2))
     tensor([-0.3799, -1.0000])
+    >>> ZeroInflated(torch.distributions.Exponential(torch.ones(2)), torch.zeros(2)).log_prob(torch.tensor([0.0, 1.0]))
+    tensor([-0.6931, -1.6931])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"gate_logits": constraints.real}
@@ -132,7 +136,11 @@ class ZeroInflated(ParametricDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        return self.base.support
+        return ZeroOr(self.base.support) if self._is_continuous else self.base.support
+
+    @property
+    def _is_continuous(self) -> bool:
+        return not self.base.support.is_discrete
 
     @property
     def mean(self) -> Tensor:
@@ -140,14 +148,20 @@ class ZeroInflated(ParametricDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """0, or the mode of the base where it has more mass."""
+        """0, or the mode of the base where it has more mass; a density has none."""
+        if self._is_continuous:
+            raise no_closed_form(self, "mode")
         mode = self.base.mode
         zero = torch.zeros_like(mode)
         return torch.where(self._log_prob(zero) >= self._log_prob(mode), zero, mode)
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        counted = self.base.log_prob(value) - F.softplus(self.gate_logits, threshold=40)
         extra = -F.softplus(-self.gate_logits, threshold=40)
+        if self._is_continuous:  # at zero the base is computed at another number, so that its gradient is finite
+            inside = torch.where(value == 0, _inner_number(self.base.support), value)
+            density = self.base.log_prob(inside) - F.softplus(self.gate_logits, threshold=40)
+            return torch.where(value == 0, extra, density)
+        counted = self.base.log_prob(value) - F.softplus(self.gate_logits, threshold=40)
         return torch.where(value == 0, torch.logaddexp(extra, counted), counted)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -155,6 +169,14 @@ class ZeroInflated(ParametricDistribution):
             counts = self.base.sample(torch.Size(sample_shape))
             inflated = torch.rand_like(counts) < torch.sigmoid(self.gate_logits)
             return torch.where(inflated, torch.zeros_like(counts), counts)
+
+
+def _inner_number(support: Any) -> float:
+    """A number inside a continuous support."""
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if isinstance(low, int | float):
+        return (low + high) / 2 if isinstance(high, int | float) else low + 1.0
+    return 1.0 if high is None else float(high) - 1.0
 
 
 class Multinomial(ParametricDistribution):

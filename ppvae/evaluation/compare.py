@@ -27,7 +27,8 @@ def _method(estimate: Estimate) -> str:
     """Method and settings of an estimate as a string; estimates of equal tightness have equal strings."""
     settings = {"num_particles": estimate.num_particles, **estimate.settings}
     method = MIXED_METHOD if "next_rung" in estimate.settings else estimate.method  # whether any datum needed it or not
-    return f"{method}, " + ", ".join(f"{k} {v}" for k, v in settings.items() if k != "seed")
+    same = {k: v for k, v in settings.items() if k != "seed" and not k.startswith("bracket")}  # which is a result
+    return f"{method}, " + ", ".join(f"{k} {v}" for k, v in same.items())
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppvae.data.admission import column_names
 from ppvae.data.loader import data_digest
 from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.errors.calls import explain_call
@@ -18,10 +19,10 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
-from ppvae.inference.contract.missing import align_missing
+from ppvae.evaluation.simulated_data import Place, find_places
 from ppvae.inference.contract.support import base_measure_of, missing_values_note
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import ParticlePlacement, Role, Structure
+from ppvae.inference.structure import ParticlePlacement, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, seed_all
@@ -34,22 +35,25 @@ class Imputations:
     """Data with imputed missing values; observed values are unchanged.
 
     Attributes:
-        values: multiple imputations, draws from p(x_missing | x_observed), [draws, N, *event].
+        values: multiple imputations, draws from p(x_missing | x_observed), [draws, N, *event]; of a dict of columns, as
+            `mean` and `missing`, a dict with each column that has missing values.
         mean: E[x_missing | x_observed] by self-normalised weights, [N, *event]; NaN where the likelihood has no mean,
             as for the codes of categories, of which `values.mode(0)` gives the most frequent.
         missing: which values are imputed, [N, *event] bool.
         estimate: log p(x_observed) by the same weights; its `ess` and `reliable` apply to the imputations too.
     """
 
-    values: Tensor
-    mean: Tensor
-    missing: Tensor
+    values: Tensor | dict[str, Tensor]
+    mean: Tensor | dict[str, Tensor]
+    missing: Tensor | dict[str, Tensor]
     estimate: Estimate
 
     def arrays(self) -> dict[str, Any]:
-        """Everything as numpy arrays by name, for `np.savez`."""
-        found = {"values": self.values, "mean": self.mean, "missing": self.missing, **self.estimate.per_datum()}
-        return {name: value.cpu().numpy() for name, value in found.items()}
+        """Everything as numpy arrays by name, for `np.savez`; those of a column "age" as "values/age"."""
+        found: dict[str, Tensor] = {}
+        for name, value in (("values", self.values), ("mean", self.mean), ("missing", self.missing)):
+            found |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        return {name: value.cpu().numpy() for name, value in (found | self.estimate.per_datum()).items()}
 
 
 @explain_call
@@ -76,7 +80,8 @@ def impute(
 
     Args:
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
-        data: marked by `data.with_missing`, [N, *event], or a tuple whose first is: called as model(*batch).
+        data: marked by `data.with_missing`, [N, *event], or a tuple whose first is, which is imputed; or a dict of
+            columns, of which all that have missing values are. Called as model(*batch).
         num_particles: K.
         draws: the number of imputations.
         seed: of every draw. The result does not depend on `rows`.
@@ -101,27 +106,34 @@ def impute(
     check_numbers(num_particles=num_particles, draws=draws, seed=seed)
     check_ranges(rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
+    names = column_names(data, model)
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         s, columns = run.structure, run.columns
         _check_structure(s)
+        wanted = {i: name for i, name in enumerate(names) if bool(torch.as_tensor(columns[i]).isnan().any())}
+        if names and not wanted:
+            raise UsageError(f"impute: expected missing values in a column of {', '.join(names)}; found none")
         found = run_blocks(
-            run, lambda block: _impute_block(run, block, num_particles, draws, rows),
+            run, lambda block: _impute_block(run, block, tuple(wanted) or (0,), num_particles, draws, rows),
             {"what": "impute", "num_particles": num_particles, "draws": draws},
             desc="imputations", progress=progress,
         )  # fmt: skip
-    values = found.pop("values").transpose(0, 1)
-    mean, missing = found.pop("mean"), found.pop("missing")
-    if not bool(missing.any()):
+    parts = {kind: {i: found.pop(f"{kind}/{i}") for i in wanted or (0,)} for kind in ("values", "mean", "missing")}
+    parts["values"] = {i: v.transpose(0, 1) for i, v in parts["values"].items()}
+    num_missing = sum(int(v.sum()) for v in parts["missing"].values())
+    if not num_missing:
         raise UsageError("impute: expected missing values in the data's first tensor, found none")
     base, levels, notes = base_measure_of(columns[0], s)
-    dims = s.observed_dims - int(missing.sum()) / len(missing)
+    dims = s.observed_dims - num_missing / run.num_data
     estimate = Estimate(
         **found,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
         notes=(*notes, *s.remarks, missing_values_note(dims, s)), lower_bound_only=s.lower_bound_only,
         data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=recommend_alternative(s),
     )  # fmt: skip
-    return Imputations(values, mean, missing, estimate)
+    if not names:
+        return Imputations(**{kind: v[0] for kind, v in parts.items()}, estimate=estimate)
+    return Imputations(**{k: {wanted[i]: x for i, x in v.items()} for k, v in parts.items()}, estimate=estimate)
 
 
 def _check_structure(s: Structure) -> None:
@@ -134,38 +146,45 @@ def _check_structure(s: Structure) -> None:
         raise ContractError("impute: expected latents of each datum; found one that is shared by all data")
 
 
-def _impute_block(run: Evaluation, block: Block, num_particles: int, draws: int, rows: int) -> dict[str, Tensor]:
-    """Imputations [N, draws, *event] of a block of data, their mean, and the statistics of the weights."""
+def _impute_block(
+    run: Evaluation, block: Block, wanted: Sequence[int], num_particles: int, draws: int, rows: int
+) -> dict[str, Tensor]:
+    """Imputations [N, draws, *event] of columns of a block, their means, and the statistics of the weights."""
     model, guide, seed = run.model, run.guide, run.seed
     s, size, index = block.s, block.size, block.index
-    x = block.batch[0] if index is None else block.batch[0][index]
-    weights, mean = LogWeightAccumulator(num_particles, [], block.eps), _WeightedMean()
+    x = {i: block.batch[i] if index is None else block.batch[i][index] for i in wanted}
+    sites = _sites_of_columns(model, block, x)
+    means = {i: _WeightedMean() for i in wanted}
+    weights = LogWeightAccumulator(num_particles, [], block.eps)
     reservoir = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
-    name, place = "", torch.empty(0)
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
         assert t is not None
         weights.add(log_weight, elbo)
         reservoir.add(log_weight, {name: site.value for name, site in t.guide.items()})
-        if not name:
-            name, place = _observed_site(t.model, s, x)
-        means = torch.cat([_in_shape_of(m, place, x) for m in _means(t.model[name], s, t.num_particles)])
-        mean.add(log_weight, means[:, :size])
-    values = []
-    latents = {n: _pad(v, len(x)) for n, v in reservoir.values.items()}
+        of_site = {name: torch.cat(list(_means(t.model[name], s, t.num_particles))) for name in sites}
+        for i in wanted:
+            means[i].add(log_weight, _in_shape_of(of_site, sites, i, x[i], s)[:, :size])
+    values: dict[int, list[Tensor]] = {i: [] for i in wanted}
+    width = len(x[wanted[0]])
+    latents = {n: _pad(v, width) for n, v in reservoir.values.items()}
     for number, first in enumerate(range(0, draws, DRAWS)):
         count = min(DRAWS, draws - first)
         at = {n: v[first : first + count].movedim(1, v.dim() - s.event_dims[n] - 1) for n, v in latents.items()}
-        at = {n: v.to(x.device) for n, v in at.items()}
+        at = {n: v.to(run.device) for n, v in at.items()}
         seed_all(derive_seed(seed, block.number, "imputed", number))
         t = evaluate_terms(model, guide, block.batch, count, values=at, structure=s, index=index)
-        values += [_in_shape_of(v, place, x) for v in _samples(t.model[name], s, count)]
-    x = x[:size]
-    missing = x.isnan()
-    return {
-        "values": torch.where(missing, torch.cat(values)[:, :size].to(x.dtype), x).transpose(0, 1).cpu(),
-        "mean": torch.where(missing, mean.value.to(x.dtype), x).cpu(), "missing": missing.cpu(),
-        **weights.result(),
-    }  # fmt: skip
+        of_site = {name: torch.cat(list(_samples(t.model[name], s, count))) for name in sites}
+        for i in wanted:
+            values[i].append(_in_shape_of(of_site, sites, i, x[i], s))
+    out: dict[str, Tensor] = {}
+    for i in wanted:
+        known = x[i][:size]
+        missing = known.isnan()
+        drawn = torch.cat(values[i])[:, :size].to(known.dtype)
+        out[f"values/{i}"] = torch.where(missing, drawn, known).transpose(0, 1).cpu()
+        out[f"mean/{i}"] = torch.where(missing, means[i].value.to(known.dtype), known).cpu()
+        out[f"missing/{i}"] = missing.cpu()
+    return out | weights.result()
 
 
 class _WeightedMean:
@@ -188,31 +207,50 @@ class _WeightedMean:
         self._log_total = total
 
 
-def _observed_site(model: dict[str, Site], s: Structure, x: Tensor) -> tuple[str, Tensor]:
-    """The site that observes the data, and the flat positions of its numbers in the data."""
-    position = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    for name, site in model.items():
-        if site.role is not Role.OBSERVED or not site.value.is_floating_point():
-            continue
-        value = site.value.narrow(
-            site.value.dim() - s.event_dims[name] - 1, 0, len(x)
-        )  # longer where particles are folded in
-        for like, at in zip(align_missing(value, x), align_missing(value, position), strict=True):
-            known = ~like.isnan()
-            if bool(known.any()) and bool((value == like)[known].all()):
-                return name, at.flatten()
-    names = [name for name, site in model.items() if site.role is Role.OBSERVED]
-    raise site_error(
-        names[0], f"an observed site that holds the data, {list(x.shape)}, so that missing values can be drawn from it",
-        f"none among {names}", "observe the data's first tensor as a whole, under a mask",
-    )  # fmt: skip
+def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> dict[str, list[Place]]:
+    """The places of each observed site that holds numbers of columns.
+
+    Raises:
+        ContractError: a missing number of a column [N, *event] is that of no site.
+    """
+    found = find_places(model, block.s, block)
+    held: dict[str, list[Place]] = {}
+    for i, column in x.items():
+        gaps = column.reshape(len(column), -1).isnan().any(0)
+        for name, (places, value) in found.items():
+            own = [place for place in places if place.column == i]
+            covered = torch.zeros_like(gaps)
+            for place in own:
+                covered[slice(None) if place.of_column is None else place.of_column] = True
+            if own and value.is_floating_point() and not bool((gaps & ~covered).any()):
+                held.setdefault(name, []).extend(own)
+                break
+        else:
+            raise site_error(
+                next(iter(found)),
+                f"an observed site that holds the data, {list(column.shape)}, so that missing values "
+                "can be drawn from it",
+                f"none among {list(found)}",
+                "observe the data's first tensor as a whole, under a mask",
+            )
+    return held
 
 
-def _in_shape_of(value: Tensor, place: Tensor, x: Tensor) -> Tensor:
-    """Values of a site [particles, ...], in the shape of the data, [particles, *x.shape]."""
-    out = torch.empty(len(value), x.numel(), dtype=value.dtype, device=value.device)
-    out[:, place] = value.reshape(len(value), -1)
-    return out.reshape(len(value), *x.shape)
+def _in_shape_of(
+    of_site: Mapping[str, Tensor], sites: Mapping[str, Sequence[Place]], column: int, x: Tensor, s: Structure
+) -> Tensor:
+    """Values of sites [particles, *inner, N, *event], in the shape of a column, [particles, *x.shape]."""
+    count = len(next(iter(of_site.values())))
+    out = x.reshape(len(x), -1).expand(count, len(x), -1).clone()
+    for name, places in sites.items():
+        value = of_site[name].movedim(of_site[name].dim() - s.event_dims[name] - 1, 1)
+        flat = value.reshape(count, value.shape[1], -1)[:, : len(x)].to(out)
+        for place in (p for p in places if p.column == column):
+            if place.of_column is None:
+                out = flat
+            else:
+                out[:, :, place.of_column] = flat[:, :, place.of_site]
+    return out.reshape(count, *x.shape)
 
 
 def _samples(site: Site, s: Structure, count: int) -> Iterator[Tensor]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
+from pyro.infer import ELBO
+
 from ppvae.errors import UsageError
 from ppvae.factories.imports import import_named
 
@@ -122,7 +124,9 @@ class ClassChoice:
         expected = f"a class derived from {self.kind.__module__.partition('.')[0]}'s {self.kind.__name__}"
         if not (isinstance(cls, type) and issubclass(cls, self.kind)):
             found = f"the class {cls.__name__}" if isinstance(cls, type) else f"a {type(cls).__name__}"
-            raise UsageError(f"--{flag} {name}: expected {expected}, found {found}")
+            in_python = inspect.isfunction(cls) and self.kind is ELBO
+            cure = ". In Python ppvae.fit(..., objective=function) takes it" if in_python else ""
+            raise UsageError(f"--{flag} {name}: expected {expected}, found {found}{cure}")
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
             raise UsageError(f"--{flag} {name}: expected {expected} that defines {missing}, found it not defined")

@@ -90,7 +90,19 @@ class GenerativePair:
 
     def decode(self, latents: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool) -> Tensor:
         """Means or draws of the site that observes the batch's first tensor, given latents: [rows, *event]."""
-        out = []
+        found, first = self._decode(latents, batch, mean, every=False)
+        return found[first]
+
+    def decode_sites(self, latents: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool) -> dict[str, Tensor]:
+        """Means or draws of every observed site, given latents: [rows, *inner, *event] each."""
+        return self._decode(latents, batch, mean, every=True)[0]
+
+    def _decode(
+        self, latents: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool, every: bool
+    ) -> tuple[dict[str, Tensor], str]:
+        """(values of observed sites by name, the site of the batch's first tensor)."""
+        out: dict[str, list[Tensor]] = {}
+        first = ""
         for rows, chunk, index in self._chunks(batch):
             width = rows.stop - rows.start
             given: dict[str, Tensor] = dict(index)
@@ -106,12 +118,14 @@ class GenerativePair:
                 given[name] = part
             with poutine.trace() as tracer, poutine.uncondition(), SubstituteValues(given):
                 self.model(*chunk)
-            nodes = [n for _, n in sample_sites(tracer.get_trace()) if n["infer"].get("was_observed")]
-            node = next((n for n in nodes if n["infer"].get("obs") is chunk[0]), nodes[0])
-            value = distribution_mean(node["fn"], node["value"]) if mean else node["value"]
-            axis = value.dim() - len(node["fn"].event_shape) - 1  # inner plates are to the left of the data plate
-            out.append(value.narrow(axis, 0, width).movedim(axis, 0))
-        return torch.cat(out)
+            sites = sample_sites(tracer.get_trace())
+            nodes = {name: node for name, node in sites if node["infer"].get("was_observed")}
+            first = next((name for name, n in nodes.items() if n["infer"].get("obs") is chunk[0]), next(iter(nodes)))
+            for name, node in nodes.items() if every else [(first, nodes[first])]:
+                value = distribution_mean(node["fn"], node["value"]) if mean else node["value"]
+                axis = value.dim() - len(node["fn"].event_shape) - 1  # inner plates are to the left of the data plate
+                out.setdefault(name, []).append(value.narrow(axis, 0, width).movedim(axis, 0))
+        return {name: torch.cat(values) for name, values in out.items()}, first
 
     def _data_dim(self, name: str, value: Tensor) -> int:
         return value.dim() - self.s.event_dims[name] - 1

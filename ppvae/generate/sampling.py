@@ -1,4 +1,4 @@
-"""Samples from the model, and reconstructions of data."""
+"""Samples from the model, and reconstructions of data: of the first observed site, or of all."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ from ppvae.inference.tracing import Program
 def samples(model: Program, guide: Program, x: Any, count: int = 64, *, mean: bool = True, seed: int = 0) -> Tensor:
     """Ancestral samples from the model, [count, *event]: z ~ p(z), then the mean of (or a draw from) p(x | z).
 
-    `x` gives the shape of the data and the covariates of the model.
+    `x` gives the shape of the data and the covariates of the model. The samples are those of the site that observes the
+    data's first tensor; `prior_predictive` gives every observed site.
 
     >>> import torch
     >>> from ppvae.models import LinearGaussian
@@ -31,6 +32,8 @@ def samples(model: Program, guide: Program, x: Any, count: int = 64, *, mean: bo
 def reconstructions(model: Program, guide: Program, x: Any, *, mean: bool = True, seed: int = 0) -> Tensor:
     """Each datum encoded and decoded, [N, *event]: z ~ q(z | x), then the mean of (or a draw from) p(x | z).
 
+    Of the site that observes the data's first tensor; `posterior_predictive` gives every observed site.
+
     >>> import torch
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)
@@ -40,3 +43,44 @@ def reconstructions(model: Program, guide: Program, x: Any, *, mean: bool = True
     check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         return pair.decode(pair.encode(mean=False), pair.batch, mean)
+
+
+@explain_call
+def prior_predictive(
+    model: Program, guide: Program, x: Any, count: int = 64, *, mean: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
+    """Ancestral samples of every observed site by its name, [count, *event] each: z ~ p(z), x ~ p(x | z).
+
+    What `pyro.infer.Predictive(model, num_samples=count)` gives of the observed sites, for any number of rows. `x`
+    gives the shapes of the data and the covariates of the model. With `mean=True`, means of p(x | z).
+
+    >>> import torch
+    >>> from ppvae.models import LinearGaussian
+    >>> pair = LinearGaussian(3, 2)
+    >>> {name: x.shape for name, x in prior_predictive(pair.model, pair.guide, torch.zeros(4, 3), count=5).items()}
+    {'x': torch.Size([5, 3])}
+    """
+    check_numbers(count=count, seed=seed)
+    with open_pair(model, guide, x, seed) as pair:
+        return pair.decode_sites({}, pair.repeat_rows(count), mean)
+
+
+@explain_call
+def posterior_predictive(
+    model: Program, guide: Program, x: Any, *, mean: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
+    """A replicate of every observed site by its name, [N, *event] each: z ~ q(z | x), x ~ p(x | z).
+
+    What `pyro.infer.Predictive(model, guide=guide)` gives of the observed sites, one draw of each datum. The guide
+    stands for the posterior; `evaluation.predictive_check(..., keep_data=True)` weights its draws. With `mean=True`,
+    means of p(x | z).
+
+    >>> import torch
+    >>> from ppvae.models import LinearGaussian
+    >>> pair = LinearGaussian(3, 2)
+    >>> posterior_predictive(pair.model, pair.guide, torch.zeros(4, 3))["x"].shape
+    torch.Size([4, 3])
+    """
+    check_numbers(seed=seed)
+    with open_pair(model, guide, x, seed) as pair:
+        return pair.decode_sites(pair.encode(mean=False), pair.batch, mean)

@@ -2,13 +2,14 @@
 
 from typing import final
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
 from ppvae.models.composed_model import ComposedModel
 from ppvae.nn import ConcatContext, rows_of
 from ppvae.nn.context import needs_context
@@ -94,13 +95,15 @@ class DeepMixture(ComposedModel):
     def classify(self, x: Tensor) -> Tensor:
         """q(y | x), the probability of each class, [batch, classes]; `.argmax(-1)` is the label.
 
-        The classifier is in evaluation mode, and there is no gradient.
+        The classifier is in evaluation mode, and there is no gradient. Raises UsageError for several tensors.
         """
+        if isinstance(x, tuple):
+            raise UsageError(f"classify: expected the data x without labels, found a tuple of {len(x)}: pass x alone")
         training = self.classifier.training
         self.classifier.eval()
         try:
             with torch.no_grad():
-                return self.classifier(torch.as_tensor(x)).probs
+                return self.classifier(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))).probs
         finally:
             self.classifier.train(training)
 

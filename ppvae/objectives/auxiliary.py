@@ -5,6 +5,7 @@ from typing import Any, Self, final
 
 from torch import Tensor
 
+from ppvae.data.admission import argument_counts
 from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 from ppvae.inference.structure import Structure
@@ -50,6 +51,13 @@ class AuxiliaryLoss(Objective):
         self.gradient = bound.gradient
 
     def _auxiliary_term(self, call: PairCall) -> Tensor:
+        required, most = argument_counts(self.term)
+        if not required <= len(call.batch) <= most:
+            name = getattr(self.term, "__name__", type(self.term).__name__)
+            raise UsageError(
+                f"term: {name} takes {required} tensors, and the batch has {len(call.batch)}: pass as data what "
+                "it takes, as (x, labels), or --labels on the command line; without labels train on the bound alone"
+            )
         values = self.term(*call.batch)
         if values.shape != (len(call.batch[0]),):
             raise UsageError(f"term: expected one number per datum [{len(call.batch[0])}], found {list(values.shape)}")

@@ -1,17 +1,20 @@
-"""Objectives of Pyro's as `fit` takes them: a loss that is one number, on batches of any size."""
+"""Objectives of Pyro's, and functions, as `fit` takes them: a loss that is one number, on batches of any size."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
 from pyro.infer import (
     ELBO,
+    EnergyDistance,
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
     JitTraceGraph_ELBO,
     JitTraceMeanField_ELBO,
     ReweightedWakeSleep,
+    Trace_MMD,
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
@@ -23,18 +26,86 @@ from ppvae.inference.tracing import Program, sample_sites, trace_program
 
 TRACED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 WITHOUT_LOSS = (TraceTailAdaptive_ELBO,)
+SIMULATED = (EnergyDistance, Trace_MMD)  # distances to simulated data, which are no sums over a batch
 
 
-def not_an_elbo(objective: Any) -> UsageError:
-    """The error for an objective of `fit` that is no `pyro.infer.ELBO`."""
+def as_elbo(objective: Any) -> ELBO:
+    """An objective of `fit` as an ELBO: an object of one, or a function of (model, guide, *batch).
+
+    Raises:
+        UsageError: a class, or anything else.
+    """
+    if isinstance(objective, ELBO):
+        return objective
     if isinstance(objective, type) and issubclass(objective, ELBO):
         found = f"the class {objective.__name__}. Pass an object of it, as {objective.__name__}()"
-    elif isinstance(objective, Callable) and not isinstance(objective, type):  # type: ignore[arg-type]
-        kind = "a function" if hasattr(objective, "__name__") else type(objective).__name__
-        found = f"{kind}. Train on it with ppvae.inference.SVI(model, guide, optimizer, loss), which takes any loss"
+    elif isinstance(objective, SIMULATED):
+        found = f"{type(objective).__name__}. Train on it with ppvae.inference.SVI(model, guide, optimizer, loss)"
+    elif callable(objective) and not isinstance(objective, type):
+        if _takes_pair_and_batch(objective):
+            return LossFunction(objective)
+        found = f"{getattr(objective, '__name__', type(objective).__name__)}{inspect.signature(objective)}"
     else:
         found = f"{objective!r}"
-    return UsageError(f"objective: expected an object of a pyro.infer.ELBO, as Trace_ELBO(); found {found}")
+    raise UsageError(
+        "objective: expected an object of a pyro.infer.ELBO, as Trace_ELBO(), or a function of (model, guide, *batch) "
+        f"that gives a loss; found {found}"
+    )
+
+
+def _takes_pair_and_batch(function: Callable[..., Any]) -> bool:
+    """Whether a function takes model, guide and a batch by position, as far as it has a signature."""
+    try:
+        kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) >= 3
+
+
+@final
+class LossFunction(ELBO):
+    """A loss of one's own, loss(model, guide, *batch), as `pyro.infer.SVI` takes it in place of an ELBO.
+
+    The loss is a tensor of one number with a gradient: minus a bound, summed over the batch, times the plate's scale.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        return float(self._call(model, guide, args, kwargs))
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self._call(model, guide, args, kwargs)
+        if not loss.requires_grad:
+            raise self._error("one without a gradient, as .item(), .detach() or torch.no_grad() leave it")
+        return loss
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss; its gradient is added to `.grad` of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.detach()
+
+    def _call(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        loss = self.function(model, guide, *args, **kwargs)
+        if not isinstance(loss, Tensor):
+            raise self._error(f"{type(loss).__name__}. Of an ELBO pass the object, or its differentiable_loss")
+        if loss.numel() != 1:
+            raise self._error(f"one of shape {list(loss.shape)}: sum it over the batch")
+        return loss.reshape(())
+
+    def _error(self, found: str) -> UsageError:
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        return UsageError(
+            f"objective: expected a function whose loss is a tensor of one number with a gradient, found {found} "
+            f"({name})"
+        )
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
 
 
 def check_guide_of_loss(objective: ELBO, guide: Program, batch: Sequence[Any], s: Structure) -> None:

@@ -24,7 +24,8 @@ def page_header(run_data: RunData) -> PageHeader:
     dataset = getattr(run_data.columns[0], "name", None)
     short = name.rsplit("/", 1)[-1]
     title = f"{short} on {dataset}" if dataset else short
-    return PageHeader(title, run_data.description, cards, remarks(run_data), facts(run_data))
+    calm = est is not None and bool(est.reliable.all()) and not (est.lower_bound_only or est.joint or run_data.mismatch)
+    return PageHeader(title, run_data.description, cards, remarks(run_data), facts(run_data), alarm=not calm)
 
 
 def _estimate_cards(est: Estimate) -> list[Card]:

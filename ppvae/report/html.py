@@ -35,6 +35,7 @@ nav a { color: var(--soft); margin-right: 14px; white-space: nowrap; }
 .card.warn { border-color: var(--mark); background: var(--ground); }
 .card.warn .value { color: var(--warn); }
 .remark { border-left: 3px solid var(--mark); background: var(--ground); margin: 0 0 12px; padding: 8px 14px; }
+.remark.note { border-color: var(--line); background: none; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 0; border-bottom: 1px solid var(--line); }
 th { width: 190px; padding-right: 16px; font-weight: normal; color: var(--soft); }
@@ -69,13 +70,17 @@ class Card:
 
 @dataclass(frozen=True)
 class PageHeader:
-    """The top of the page: title, description, cards, remarks, and a table of facts."""
+    """The top of the page: title, description, cards, remarks, and a table of facts.
+
+    `alarm` marks the remarks as warnings.
+    """
 
     title: str
     description: str
     cards: Sequence[Card]
     remarks: Sequence[str]
     facts: Sequence[tuple[str, str]]
+    alarm: bool = True
 
 
 def render_page(
@@ -108,7 +113,8 @@ def render_page(
 
 def _header_html(header: PageHeader) -> str:
     cards = "".join(_card_html(card) for card in header.cards)
-    remarks = "".join(f'<p class="remark">{escape(text)}</p>\n' for text in header.remarks)
+    kind = "remark" if header.alarm else "remark note"
+    remarks = "".join(f'<p class="{kind}">{escape(text)}</p>\n' for text in header.remarks)
     facts = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>\n" for name, text in header.facts)
     return f"""<h1>{escape(header.title)}</h1>
 <p class="lead">{escape(header.description)}</p>

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ppvae.errors import DataError, PpvaeError
 from ppvae.inference.contract.missing import LEAVE_OUT, tensors_with_missing
 from ppvae.inference.contract.run_failure import find_cure
+from ppvae.inference.contract.support import boundary_note
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, node_log_prob, sample_sites, trace_pair
@@ -39,10 +41,19 @@ def cure_for_step(
         return f"{SLOWER}; as values are missing (NaN), whose gradient is NaN even under a mask, {LEAVE_OUT}"
     if _is_finite(gradients):
         return what + SLOWER
-    cure = find_cure(model, guide, batch, rows)
+    cure = find_cure(model, guide, batch, rows) or _boundary_cure(model, guide, batch)
     if cure or what:
         return (what + cure).rstrip()
     return "Check that the networks fit the data" if failed else f"{FROM_THE_START}: {BOUND}"
+
+
+def _boundary_cure(model: Program, guide: Program, batch: tuple[Any, ...]) -> str:
+    """The cure for data at the end of a support, where their density is zero or infinite; empty for others."""
+    with suppress(Exception), torch.no_grad(), eval_mode(model, guide):
+        for name, node in sample_sites(trace_pair(model, guide, batch, Structure(), {})[0]):
+            if node["is_observed"] and (cure := boundary_note(name, node)):
+                return cure[0].upper() + cure[1:]
+    return ""
 
 
 def _is_finite(gradients: Callable[[], list[Tensor]]) -> bool:

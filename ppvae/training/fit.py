@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
+from torch import Tensor
 
 from ppvae.compilation.precision import check_precision
 from ppvae.compilation.process_setup import warn_of_busy_cores
@@ -22,7 +23,7 @@ from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.svi import Optimizer
 from ppvae.inference.tracing import Program
-from ppvae.objectives.pyro_losses import not_an_elbo
+from ppvae.objectives.pyro_losses import as_elbo
 from ppvae.rng import fork_all_rngs
 from ppvae.training.run import Run
 from ppvae.training.setting_text import setting_text
@@ -38,7 +39,7 @@ def fit(
     data: Any,
     *,
     valid: Any = None,
-    objective: ELBO | None = None,
+    objective: ELBO | Callable[..., Tensor] | None = None,
     optimizer: Optimizer = _adam,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     epochs: int,
@@ -69,7 +70,8 @@ def fit(
             (`ppvae.data`). In data marked by `data.with_missing`, NaN is a missing value.
         valid: held-out data of the same kind. Its ELBO (beta = 1, fixed noise) is reported every epoch; where latents
             are shared by all data, given a draw of these: a lower bound on the predictive log-density of new data.
-        objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
+        objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default. Or a function of (model, guide, *batch), as Pyro's
+            SVI takes: a differentiable loss, minus a bound summed over the batch, times the plate's scale.
         optimizer: a function of parameters that gives a torch optimizer, or a `PyroOptim`.
         scheduler: a function of the torch optimizer that gives a learning-rate schedule, stepped every epoch.
         seed: of the order of the data and of all noise. Initial weights are the caller's `torch.manual_seed`.
@@ -105,10 +107,8 @@ def fit(
     """
     check_numbers(epochs=epochs, batch_size=batch_size, seed=seed, rows=rows, checkpoint_seconds=checkpoint_seconds)
     check_ranges(clip=clip, patience=patience)
-    if not isinstance(objective, ELBO | None):
-        raise not_an_elbo(objective)
-    if objective is not None:  # Pyro's own take any number
-        check_numbers(num_particles=objective.num_particles)
+    elbo = as_elbo(Trace_ELBO() if objective is None else objective)
+    check_numbers(num_particles=elbo.num_particles)  # Pyro's own take any number
     if not (callable(optimizer) or isinstance(optimizer, PyroOptim)):
         raise UsageError(
             f"optimizer: expected a function of parameters, as functools.partial(torch.optim.Adam, lr=1e-3), or a "
@@ -134,7 +134,7 @@ def fit(
         stack.enter_context(default_device(choose_device(device, model, guide, data)))
         with explain_out_of_memory("the first look at the pair", "Lower batch_size, or the sizes of the pair"):
             trainer = Trainer(
-                model, guide, data, valid, objective or Trace_ELBO(), optimizer, scheduler, batch_size, seed, device,
+                model, guide, data, valid, elbo, optimizer, scheduler, batch_size, seed, device,
                 clip, compile, precision, rows,
             )  # fmt: skip
         settings = {

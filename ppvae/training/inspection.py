@@ -27,7 +27,7 @@ from ppvae.inference.param_store import BoundProgram, ParamScope, program_device
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, trace_pair
 from ppvae.objectives import Objective
-from ppvae.objectives.pyro_losses import check_guide_of_loss
+from ppvae.objectives.pyro_losses import LossFunction, check_guide_of_loss
 from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
@@ -104,7 +104,7 @@ def inspect_for_training(
     for caveat in filter(None, caveats):
         log.warning("ppvae: %s", caveat)
     check_guide_of_loss(objective, guide, batch, structure)
-    if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective):
+    if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective | LossFunction):
         raise ContractError(
             f"sites {list(structure.enumerated)} are enumerated: expected an objective that sums them out, found "
             f"{type(objective).__name__}. Pass objective=pyro.infer.TraceEnum_ELBO()"

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
-from ppvae.inference.param_store import BoundProgram, ParamScope, record_trained, unwrap
+from ppvae.inference.param_store import BoundProgram, ParamScope, bind_pair, from_param_store, record_trained, unwrap
 from ppvae.inference.structure import Structure
 from ppvae.inference.tracing import Program, params_of, trace_pair
 from ppvae.rng import fork_rng
@@ -43,7 +43,8 @@ class Run:
     """A trained pair.
 
     Attributes:
-        model, guide: the pair bound to this run's parameters; call, evaluate and sample them like the bare pair.
+        model, guide: the pair bound to this run's parameters; call, evaluate and sample them like the bare pair. Plain
+            functions are bound to those of the run that trained them, or else to Pyro's param store as it is now.
         history: a dict of metrics per epoch, nats per datum.
         directory: the run folder, or None.
         config: the resolved configuration.
@@ -58,6 +59,16 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     stopped: str = ""
     checkpoint: str = ""
+
+    def __post_init__(self) -> None:
+        for name, side in (("model", self.model), ("guide", self.guide)):
+            if not callable(side):
+                raise UsageError(f"{name}: expected a function with sample statements, found {type(side).__name__}")
+        sides = bind_pair(self.model, self.guide)
+        of_store = from_param_store(*sides)
+        self.model, self.guide = (
+            side if isinstance(side, BoundProgram) else other for side, other in zip(sides, of_store, strict=True)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         copied = memo[id(self)] = copy.copy(self)

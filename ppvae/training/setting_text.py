@@ -8,6 +8,8 @@ from typing import Any
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
+from ppvae.objectives.pyro_losses import LossFunction
+
 
 def setting_text(setting: Any) -> str:
     """An optimizer, scheduler or objective as text, without addresses in memory.
@@ -23,6 +25,8 @@ def setting_text(setting: Any) -> str:
         options = setting.pt_optim_args
         arguments = setting_text(options) if callable(options) else ", ".join(_keywords(options))
         return f"{type(setting).__name__}({setting_text(setting.pt_optim_constructor)}, {arguments})"
+    if isinstance(setting, LossFunction):
+        return setting_text(setting.function)
     if isinstance(setting, ELBO):
         try:
             defaults = vars(type(setting)())

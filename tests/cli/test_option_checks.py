@@ -82,3 +82,23 @@ def test_changed_names_what_differs_from_the_defaults():
     assert changed(fit) == ["context", "epochs", "optimizer"]
     assert all(changed(cls()) == [] for cls in (options.Evaluate, options.Examine, options.DataSet, options.Compare))
     assert {f.name for f in dataclasses.fields(options.DataSet)} < {f.name for f in dataclasses.fields(options.Data)}
+
+
+def test_labels_that_a_table_has_not_and_the_cure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "\n".join(f"{i / 7:.3f},{i % 5 / 3:.3f},{'abc'[i % 3]}" for i in range(40))
+    (tmp_path / "t.csv").write_text(f"a,b,kind\n{rows}\n")
+    fit = [
+        "fit",
+        "ppvae.models:semi_supervised_vae",
+        "--data",
+        "t.csv",
+        "--labels",
+        "--likelihood",
+        "Normal",
+        "--hidden",
+    ]
+    fit += ["4", "--epochs", "1", "--no-report", "--compile", "no"]
+    assert main(fit) == 2
+    assert "has no labels. Of a table name their column, as --columns NAME=label" in capsys.readouterr().err
+    assert main([*fit, "--columns", "kind=label"]) == 0

@@ -381,3 +381,13 @@ def test_the_cure_for_text_keeps_gaps():
     numbers = eval(cure, {"pandas": pd, "x": frame["sex"]})
     marked = data.with_missing(frame.assign(sex=numbers).astype("float32"))
     assert marked[:, 0].isnan().tolist() == [False, True, False]
+
+
+def test_a_gap_in_a_column_with_a_name_is_placed_by_the_name():
+    def model(age, visits):
+        with pyro.plate("data", len(age)):
+            pyro.sample("age", dist.Normal(0.0, 1.0), obs=age)
+
+    columns = {"visits": torch.ones(5), "age": torch.tensor([1.0, math.nan, 1.0, 1.0, 1.0])}
+    with pytest.raises(DataError, match=r"data\['age'\]: row 1 is nan.*with_missing"):
+        log_marginal(model, lambda age, visits: None, columns)

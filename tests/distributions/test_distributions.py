@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import integrate
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -556,3 +557,34 @@ def test_bernoulli_gradient_is_the_residual() -> None:
 def test_bad_arguments_are_refused(build_wrong: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build_wrong()
+
+
+DENSITIES = {
+    "Gamma that is infinite at zero": (lambda: torch.distributions.Gamma(torch.tensor(0.5), torch.tensor(1.0)), 0.0),
+    "Exponential": (lambda: torch.distributions.Exponential(torch.tensor(2.0)), 0.0),
+    "LogNormal": (lambda: torch.distributions.LogNormal(torch.tensor(0.0), torch.tensor(1.0)), 0.0),
+    "Normal": (lambda: torch.distributions.Normal(torch.tensor(0.5), torch.tensor(1.0)), -torch.inf),
+    "Uniform": (lambda: torch.distributions.Uniform(torch.tensor(0.0), torch.tensor(3.0)), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_a_mass_at_zero_beside_a_density(name):
+    make, low = DENSITIES[name]
+    gate = torch.tensor(-0.3, requires_grad=True)
+    fn = D.ZeroInflated(make(), gate)
+    zero = fn.log_prob(torch.tensor(0.0))
+    assert float(zero) == pytest.approx(math.log(1 / (1 + math.exp(0.3))), rel=1e-6)
+    zero.backward()
+    assert float(gate.grad) == pytest.approx(1 - 1 / (1 + math.exp(0.3)), rel=1e-5)
+    density = lambda x: float(fn.log_prob(torch.tensor(x)).exp())  # noqa: E731
+    high = 3.0 if name == "Uniform" else torch.inf
+    total = sum(integrate.quad(density, *ends)[0] for ends in ((low, 1.0), (1.0, high)))
+    assert total + float(zero.exp()) == pytest.approx(1, abs=1e-4)
+    x = fn.expand((20000,)).sample()  # 20,000 draws: a share off by 0.02 has p < 1e-7
+    assert abs(float((x == 0).double().mean()) - float(zero.exp())) < 0.02
+    with pytest.raises(NotImplementedError, match=r"mode .*\.sample"):
+        _ = fn.mode
+    if low == 0:
+        with pytest.raises(ValueError, match="within the support"):
+            D.ZeroInflated(make(), gate.detach(), validate_args=True).log_prob(torch.tensor(-1.0))

@@ -162,3 +162,15 @@ def test_arviz_compares_the_same_numbers():
     assert table.loc["b", "dse"] == pytest.approx(300 * error, rel=0.01)
     assert table["weight"].sum() == pytest.approx(1, abs=1e-6)
     assert table.loc["a", "weight"] > 0.9
+
+
+def test_what_a_bracket_found_is_no_setting_of_an_estimate():
+    made = [
+        estimate(
+            torch.randn(20), settings={"proposal": "refined", "bracket_width": width, "bracket": f"within {width}"}
+        )
+        for width in (0.1, 0.2)
+    ]
+    assert not compare({"a": made[0], "b": made[1]}).warnings
+    other = estimate(torch.randn(20), settings={"proposal": "guide"})
+    assert "unequal tightness" in compare({"a": made[0], "b": other}).warnings[0]

@@ -561,3 +561,42 @@ def test_a_map_pair_generates(x):
     run = fit(model, guide, x, epochs=1, objective=Trace_ELBO())
     want = (x @ slope).repeat_interleave(3, -1)[:, :5].detach()
     assert torch.allclose(generate.reconstructions(run.model, run.guide, x), want, atol=1e-6)
+
+
+def two_sites():
+    """x = z + noise [3], y = 10 + z_0 + noise, with a plate of features inside for y's copies [2, N]."""
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+            with pyro.plate("copies", 2):
+                pyro.sample("y", dist.Normal(10 + z[..., 0], 0.1), obs=y)
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 1.01, 0.1).to_event(1))
+
+    return model, guide
+
+
+def test_predictive_draws_hold_every_observed_site_and_are_joint():
+    (model, guide), x = two_sites(), torch.randn(600, 3)  # more rows than one run of the pair takes
+    data_of_both = (x, 10 + x[:, 0].expand(2, -1).T)
+
+    def transposed(program):
+        return lambda x, y: program(x, y.T)
+
+    own = [transposed(p) for p in (model, guide)]
+    prior = generate.prior_predictive(*own, data_of_both, count=700)
+    assert {name: list(v.shape) for name, v in prior.items()} == {"x": [700, 3], "y": [700, 2]}
+    # y - 10 - x_0 has variance 0.02 where both come from one z; 700 draws: a ratio beyond 1.4 has p < 1e-10
+    assert 0.02 / 1.4 < float((prior["y"][:, 0] - 10 - prior["x"][:, 0]).var()) < 0.02 * 1.4
+    assert 1.01 / 1.4 < float(prior["x"].var()) < 1.01 * 1.4
+    post = generate.posterior_predictive(*own, data_of_both)
+    assert {name: list(v.shape) for name, v in post.items()} == {"x": [600, 3], "y": [600, 2]}
+    assert float((post["x"] - x).var()) < 0.05
+    means = generate.posterior_predictive(*own, data_of_both, mean=True)
+    torch.testing.assert_close(means["y"][:, 0], means["y"][:, 1])  # the mean has no noise
+    assert torch.equal(generate.samples(*own, data_of_both, count=5), generate.samples(*own, data_of_both, count=5))
+    assert generate.samples(*own, data_of_both, count=5).shape == (5, 3)  # of the first site alone

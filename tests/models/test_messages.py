@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from ppvae import VAE, check, likelihoods, posteriors, priors
-from ppvae.errors import ContractError
+from ppvae import VAE, check, data, fit, likelihoods, posteriors, priors
+from ppvae.errors import ContractError, UsageError
+from ppvae.models import SemiSupervisedVAE
 from ppvae.nn import mlp
+from ppvae.objectives import ELBO
+from ppvae.objectives.auxiliary import AuxiliaryLoss
 
 
 class Part(nn.Module):
@@ -140,3 +143,31 @@ def test_whole_numbers_in_a_network_of_floats_are_named_with_the_cast():
     with pytest.raises(ContractError, match=r"The parameters are float32: pass x\.to\(torch\.float32\)"):
         check(vae.model, vae.guide, counts)
     check(vae.model, vae.guide, counts.to(torch.float32))
+
+
+def semi_supervised(likelihood=likelihoods.Bernoulli):
+    return SemiSupervisedVAE(
+        priors.OneHot(3), priors.StandardNormal(2), likelihood(mlp(5, 4)), posteriors.DiagonalNormal(mlp(7, 4)),
+        posteriors.OneHot(mlp(4, 3), 3),
+    )  # fmt: skip
+
+
+def test_an_auxiliary_loss_of_labels_says_that_the_data_have_none():
+    pair, x = semi_supervised(), torch.ones(20, 4)
+    objective = AuxiliaryLoss(ELBO(), pair.log_label)
+    with pytest.raises(UsageError, match=r"term: log_label takes 2 tensors, and the batch has 1: .*\(x, labels\)"):
+        fit(pair.model, pair.guide, x, objective=objective, epochs=1)
+    labels = torch.arange(20) % 3
+    assert fit(pair.model, pair.guide, (x, labels), objective=objective, epochs=1, compile=False).metrics["epoch"] == 1
+    assert fit(pair.model, pair.guide, x, objective=ELBO(), epochs=1, compile=False).metrics["epoch"] == 1
+    assert pair.classify(x.numpy()).shape == (20, 3)
+    with pytest.raises(UsageError, match=r"classify: .* found a tuple of 2: pass x alone"):
+        pair.classify((x, labels))
+
+
+@pytest.mark.parametrize("likelihood", [likelihoods.Bernoulli, likelihoods.Normal])
+def test_a_classifier_that_takes_no_gaps_is_named_whatever_the_likelihood(likelihood):
+    pair, x = semi_supervised(likelihood), torch.full((20, 4), 0.3)
+    x[::3, 1] = torch.nan
+    with pytest.raises(ContractError, match=r"site 'y': expected a guide that takes missing values .*nn\.Missing"):
+        fit(pair.model, pair.guide, data.with_missing(x), objective=ELBO(), epochs=1)

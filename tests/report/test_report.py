@@ -554,3 +554,15 @@ def test_an_annealed_estimate_is_judged_by_its_chains(digits, tmp_path):
     assert "particles to judge" not in text
     assert "is judged by its chains" in text
     assert "importance sampling with K" not in text
+
+
+def test_remarks_are_marked_as_warnings_only_where_there_is_one():
+    torch.manual_seed(0)
+    pair, x = LinearGaussian(3, 2), torch.randn(30, 3)
+    run = fit(pair.model, pair.guide, x, epochs=1, compile=False)
+    for particles, alarm in ((500, False), (20, True)):  # 20 are too few for a verdict
+        est = log_marginal(run.model, run.guide, x, num_particles=particles)
+        assert bool(est.reliable.all()) is not alarm
+        header = page_header(RunData(run, x, est, 0))
+        assert header.alarm is alarm
+        assert ('class="remark note">Verdict: reliable' in render_page(header, [], {})) is not alarm

@@ -23,6 +23,7 @@ from ppvae import nn as networks
 from ppvae.errors import CheckpointError, ContractError, DataError, PpvaeError, TrainingError, UsageError
 from ppvae.factories.pairs import resolve
 from ppvae.models import LinearGaussian
+from ppvae.training.run import Run
 from ppvae.training.step import TrainingStep
 
 PAIRS = Path(__file__).parents[1] / "programs" / "factory_files"
@@ -1170,3 +1171,35 @@ def test_validation_data_without_a_finite_elbo_are_named_once(caplog):
     assert [r.message for r in caplog.records if "row 7 of these data" in r.message] == [
         "ppvae: valid_elbo is not finite, as the ELBO of row 7 of these data: mend that row, or leave it out"
     ]
+
+
+def test_a_run_of_plain_functions_is_bound_to_their_parameters():
+    """Those of Pyro's store, as its own SVI leaves them, or those of the run that trained the functions."""
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] + loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ slope, 1.0))
+
+    x = torch.randn(20, 3)
+    pyro.clear_param_store()
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step(x)
+    run, loc = Run(model, guide, history=[]), pyro.param("loc").detach().clone()
+    pyro.clear_param_store()
+    assert run.model.scope.params.keys() == {"loc", "slope"}
+    assert torch.equal(run.model.scope.params["loc"], loc)
+    assert run.metrics == {}
+    trained = fit(model, guide, x, epochs=1, compile=False)
+    again = Run(model, guide, trained.history)
+    options = {"num_particles": 20, "seed": 0}
+    found, expected = (log_marginal(r.model, r.guide, x, **options).log_px for r in (again, trained))
+    assert torch.equal(found, expected)
+    with pytest.raises(UsageError, match="guide: expected a function with sample statements, found str"):
+        Run(model, "guide", history=[])

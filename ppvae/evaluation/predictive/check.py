@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.admission import column_names
 from ppvae.data.loader import data_digest
 from ppvae.errors import UsageError
 from ppvae.errors.calls import explain_call
-from ppvae.errors.ranges import PROBABILITY, check_numbers
+from ppvae.errors.ranges import PROBABILITY, check_numbers, check_ranges
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.calibration import p_value, pointwise_p_values
 from ppvae.evaluation.predictive.p_values import jittered, predictive_p, random_ranks
@@ -35,7 +36,7 @@ def predictive_check(
     over: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     num_draws: int = 100,
     num_particles: int = 100,
-    replications: int = 2000,
+    replications: int | None = None,
     calibrations: int = 100,
     alpha: float = 0.01,
     keep_data: bool = False,
@@ -56,13 +57,14 @@ def predictive_check(
         model, guide: a Pyro pair that keeps the contract, or run.model, run.guide.
         data: as `log_marginal` takes them.
         statistics: {name: function of a batch, called as the model is, [N, *event], ..., that gives [N]}; by default
-            the mean and the spread of a datum's numbers, and the mean step between neighbours.
+            the mean and the spread of a datum's numbers, and the mean step between neighbours; of a dict of columns
+            of one number each, every column.
         over: {name: function of the N values of a statistic that gives a number}; by default mean and standard
             deviation.
         num_draws: replicates of each datum at posterior draws of its latents, resampled from `num_particles` of the
             guide by weight.
-        replications: replicates from the prior, two times the number of tests over alpha at least. Memory grows with
-            replications x N, and calibrations x num_draws x N.
+        replications: replicates from the prior, two times the number of tests over alpha at least; by default that
+            number, or 2000 where it is less. Memory grows with replications x N, and calibrations x num_draws x N.
         calibrations: data sets simulated to calibrate posterior predictive p-values; most of the time is theirs; 0 for
             none.
         alpha: the probability that the true model fails, at most.
@@ -82,16 +84,18 @@ def predictive_check(
     (False, torch.Size([100, 50]))
     """
     check_numbers(num_draws=num_draws, num_particles=num_particles, calibrations=calibrations, seed=seed)
-    check_numbers(replications=replications)
+    check_ranges(replications=replications)
     PROBABILITY.check_number("alpha", alpha)
     if not isinstance(statistics, Mapping | None):
         raise UsageError(f"statistics: expected a dict of functions by name, as {{'mean': f}}; found {statistics!r}")
     over = OVER if over is None else over
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
-        statistics = default_statistics(run.block(0).batch) if statistics is None else statistics
+        names = column_names(data, model)
+        statistics = default_statistics(run.block(0).batch, names) if statistics is None else statistics
         if not statistics:
             raise UsageError("statistics: expected one at least, found none")
         least = math.ceil(2 * len(statistics) * (1 + len(over)) / alpha) - 1  # else no p-value is below the level
+        replications = max(2000, least) if replications is None else replications
         if replications < least:
             raise UsageError(
                 f"replications: expected at least {least}, for {len(statistics)} statistics and alpha = {alpha:g}; "

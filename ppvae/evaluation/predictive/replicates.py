@@ -14,7 +14,7 @@ from torch import Tensor
 from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
-from ppvae.evaluation.simulated_data import Assemble, block_columns, observed_columns, simulate_data
+from ppvae.evaluation.simulated_data import Assemble, Places, block_columns, observed_places, simulate_data
 from ppvae.inference.contract.row_order import find_row_order
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import evaluate_terms
@@ -24,15 +24,22 @@ Statistic = Callable[..., Tensor]
 ROWS = 2000  # of replicated data in one run of the model
 
 
-def default_statistics(columns: Sequence[Any]) -> dict[str, Statistic]:
+def default_statistics(columns: Sequence[Any], names: Sequence[str] = ()) -> dict[str, Statistic]:
     """Statistics of any data: mean and spread of a datum's numbers, and the mean step between neighbours.
 
     The spread is a standard deviation. Missing values (NaN) are left out. A datum of one number is a statistic by
-    itself.
+    itself, 0 where it is missing; of columns with names and one number each, every column is.
     """
-    if columns[0].dim() == 1 or columns[0][0].numel() == 1:
-        return {"value": lambda x, *_: x.reshape(len(x)).float()}
+    single = [i for i, c in enumerate(columns) if c.dim() == 1 or c[0].numel() == 1]
+    if names and 0 in single:
+        return {names[i]: functools.partial(_value, i) for i in single}
+    if 0 in single:
+        return {"value": functools.partial(_value, 0)}
     return {"mean": _mean, "spread": _deviation, "step between neighbours": _step}
+
+
+def _value(column: int, *columns: Tensor) -> Tensor:
+    return columns[column].reshape(len(columns[column])).float().nan_to_num()
 
 
 def _mean(x: Tensor, *_: Any) -> Tensor:
@@ -63,7 +70,7 @@ class Replicator:
     num_draws: int
     num_particles: int
     assemble: Assemble | None
-    _columns: dict[int, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    _places: dict[int, Places] = field(default_factory=dict)
     _dims: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,14 +155,14 @@ class Replicator:
     def _simulate(self, block: Block, latents: Mapping[str, Tensor] | None) -> Block:
         """The block with simulated data; latents [N, ...] if given. Simulated values are checked once a width."""
         width = len(block.batch[0])
-        columns = self._columns.get(width)
+        places = self._places.get(width)
         if latents is not None:
             shapes = self._value_dims(block)
             padded = {n: v[0] for n, v in self._padded(block, {n: v[None] for n, v in latents.items()}).items()}
             latents = {n: _without_lead(_data_to_its_place(v, 0, block.s, n), shapes[n]) for n, v in padded.items()}
-        made, _ = simulate_data(self.run.model, block.s, block, self.assemble, latents, columns)
-        if columns is None and self.assemble is None:
-            self._columns[width] = observed_columns(self.run.model, block.s, block)
+        made, _ = simulate_data(self.run.model, block.s, block, self.assemble, latents, places)
+        if places is None and self.assemble is None:
+            self._places[width] = observed_places(self.run.model, block.s, block)
         return made
 
     def _value_dims(self, block: Block) -> dict[str, int]:

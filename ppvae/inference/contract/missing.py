@@ -92,15 +92,18 @@ def explain_missing_failure(model: Program, guide: Program, batch: Sequence[Any]
     if not tensors_with_missing(batch):
         return None
     filled = [t.nan_to_num() if isinstance(t, Tensor) else t for t in batch]
-    try:
-        sites = [name for name, _ in sample_sites(trace_pair(model, guide, filled, Structure(), {})[1])]
-    except Exception:
-        return None
+    with poutine.trace() as of_filled, suppress(Exception):
+        guide(*filled)
+    sites = [name for name, _ in sample_sites(of_filled.trace)]
     with poutine.trace() as tracer, suppress(Exception):
         guide(*batch)
     unreached = [name for name in sites if name not in tracer.trace]
     if unreached:
         return site_error(unreached[0], "a guide that takes missing values (NaN)", "one that fails on them", TAKE_IN)
+    try:
+        trace_pair(model, guide, filled, Structure(), {})
+    except Exception:
+        return None
     return ContractError(f"the model fails on missing values (NaN), and runs where they are filled: {LEAVE_OUT}.")
 
 

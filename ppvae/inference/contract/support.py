@@ -32,7 +32,7 @@ def check_support(name: str, node: dict[str, Any], rows: Tensor | None = None) -
     raise DataError(
         f"site {name!r}: {type(base_distribution(fn)).__name__} takes values in "
         f"{support_name(base_support(support_of(fn)))}; found {value[tuple(at)].flatten()[0].item():g} at {where}. "
-        f"{_cure(fn)}"
+        f"{_cure(fn, zero=not bool(value[tuple(at)].flatten()[0]))}"
     )
 
 
@@ -65,7 +65,9 @@ def check_type_of_values(name: str, node: dict[str, Any]) -> None:
     """Observed bools and integers have the density of the same numbers in floating point.
 
     Some distributions compute with the type that they are given: a difference of bools raises, one of uint8 wraps.
+    A zero-inflated density is refused as one that adds numbers of two kinds.
     """
+    check_zero_inflation(name, node["fn"])
     value = node["value"]
     if not node["is_observed"] or not isinstance(value, Tensor) or value.is_floating_point():
         return
@@ -92,8 +94,8 @@ def base_support(support: Any) -> Any:
     return support
 
 
-def _cure(fn: Any) -> str:
-    """The cure for values outside the support of an observed site's distribution."""
+def _cure(fn: Any, zero: bool) -> str:
+    """The cure for values, `zero` or others, outside the support of an observed site's distribution."""
     support = base_support(support_of(fn))
     cure = getattr(support, "cure", None)  # a support of this library carries its cure
     if isinstance(cure, str):
@@ -108,7 +110,62 @@ def _cure(fn: Any) -> str:
         return f"{choose}Normal, Laplace and StudentT take negative and fractional numbers"
     if isinstance(support, constraints.interval):
         return f"{choose}Normal, Laplace and StudentT take any real number; or scale the data into it"
+    if getattr(support, "lower_bound", None) == 0:
+        if zero:
+            return f"Choose a likelihood whose support holds the data. {_zeros(fn)}"
+        return f"{choose}Normal, Laplace and StudentT take any real number"
     return "Choose a likelihood whose support holds the data"
+
+
+def _zeros(fn: Any) -> str:
+    """The cure for zeros under a density of positive numbers."""
+    inner = base_distribution(fn)
+    inner = getattr(inner, "base_dist", inner) if isinstance(inner, dist.ZeroInflatedDistribution) else inner
+    return (
+        "Zeros beside positive numbers have a mass of their own: "
+        f"ppvae.distributions.ZeroInflated({type(inner).__name__}(...), gate_logits)"
+    )
+
+
+def check_zero_inflation(name: str, fn: Any) -> None:
+    """Raises ContractError for Pyro's zero-inflated distribution over a density, which it adds to the mass at zero.
+
+    What it gives at zero is no mass and no density: it is infinite where the density is, and moves with the units.
+    """
+    fn = base_distribution(fn)
+    if isinstance(fn, dist.ZeroInflatedDistribution) and not is_discrete(fn.base_dist):
+        inner = type(base_distribution(fn.base_dist)).__name__
+        raise site_error(
+            name,
+            "a zero-inflated distribution over counts",
+            f"{type(fn).__name__} over {inner}, whose density at zero it adds to the mass of the gate",
+            f"use ppvae.distributions.ZeroInflated({inner}(...), gate_logits), a mass at zero beside the density",
+        )
+
+
+def boundary_note(name: str, node: dict[str, Any]) -> str:
+    """The cure for observed numbers at the end of their support, where the density is zero or infinite; else ""."""
+    support, value = base_support(support_of(node["fn"])), node["value"]
+    support = getattr(support, "base_constraint", support)  # of a mixture
+    ends = [
+        end
+        for end in (getattr(support, k, None) for k in ("lower_bound", "upper_bound"))
+        if isinstance(end, int | float)
+    ]
+    bad = ~torch.isfinite(node_log_prob(node))
+    shape = (*bad.shape, *(1,) * event_dim(node))
+    for end in ends if value.is_floating_point() and not support.is_discrete else ():
+        if bool(((value == end) & bad.reshape(shape)).any()):
+            family = type(base_distribution(node["fn"])).__name__
+            cure = (
+                _zeros(node["fn"])
+                if len(ends) == 1 and end == 0
+                else "Move the data off the ends, as by dequantisation"
+            )
+            return (
+                f"the density of {family} at site {name!r} is zero or infinite at {end:g}, which the data hold. {cure}"
+            )
+    return ""
 
 
 def base_distribution(fn: Any) -> Any:
@@ -195,6 +252,8 @@ def _measures_of(support: Any) -> set[str]:
     if support is None:
         return {"density"}
     support = base_support(support)
+    if getattr(support, "has_point_mass", False):
+        return {"discrete", "density"}
     if isinstance(parts := getattr(support, "cseq", None), Sequence):  # one support per column
         return {measure for part in parts for measure in _measures_of(part)}
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
