@@ -561,7 +561,7 @@ def test_remarks_are_marked_as_warnings_only_where_there_is_one():
     pair, x = LinearGaussian(3, 2), torch.randn(30, 3)
     run = fit(pair.model, pair.guide, x, epochs=1, compile=False)
     for particles, alarm in ((500, False), (20, True)):  # 20 are too few for a verdict
-        est = log_marginal(run.model, run.guide, x, num_particles=particles)
+        est = log_marginal(run.model, run.guide, x, num_particles=particles, proposal="guide")
         assert bool(est.reliable.all()) is not alarm
         header = page_header(RunData(run, x, est, 0))
         assert header.alarm is alarm
