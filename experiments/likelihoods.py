@@ -55,7 +55,7 @@ class Settings:
 
     names: tuple[str, ...] = ("freyfaces", "mnist", "fashion-mnist")
     likelihoods: tuple[str, ...] = (*MASSES, *DENSITIES)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     latent: int = 20
     encoder: tuple[int, ...] = (200, 200)
     decoder: tuple[int, ...] = (200, 100)
