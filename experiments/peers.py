@@ -6,7 +6,7 @@
 - cells: counts of human cells that celltypist ships (`sample_cell_by_gene.csv`), the most variable genes of the
   training cells; negative binomials with a latent library size, by `CountVAE` and by scvi-tools' `SCVI`, whose
   log p(x) is its own `get_marginal_ll`. Both stop early on validation data.
-- text: paragraphs of the Python language reference, as in `topics`; all topics are evaluated by `log_marginal`, those of
+- text: paragraphs of the Python language reference, as in `topics`; topics are evaluated by `log_marginal`, those of
   scikit-learn with a posterior that is fitted to them.
 - table: factor analysis of standardised wine rows; log p(x) is known in closed form.
 
