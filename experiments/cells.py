@@ -64,7 +64,8 @@ def run(
     Args:
         axes: the columns that tell cells apart, outermost first; axis "seed" runs over the field `seeds` of `cls`.
         compute: called as compute(settings, workspace, seed=..., ...); returns the numbers of one cell, with the
-            "digest" of the data. It trains in `workspace.folder` with `resume=True`.
+            "digest" of the data. It trains in `workspace.folder` with `resume=True`. A cell that needs a package which
+            is not installed, and raises ModuleNotFoundError, is skipped.
         table: cells as markdown.
         smoke: the settings of `--smoke`, which takes seconds on data that need no download. Its results are under
             runs/smoke, and are removed at the start.
@@ -108,7 +109,11 @@ def run(
             workspace = Workspace(runs / stem, given["root"] or _root(), given["device"])
             print(f"{name} {stem}", flush=True)
             start = time.perf_counter()
-            result = compute(one, workspace, **cell)
+            try:
+                result = compute(one, workspace, **cell)
+            except ModuleNotFoundError as error:
+                print(f"{name} {stem}: skipped, {error.name} is not installed", flush=True)
+                continue
             known = {
                 "experiment": name,
                 "cell": cell,

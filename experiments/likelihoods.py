@@ -4,7 +4,8 @@ each.
 A mass on the 256 levels is exact. A density is that of dequantised data, v -> (v + u) / 256; its bits per dim are an
 upper bound on those of the mass that it defines on the levels, P(v) = integral of p over the bin of v (Theis et al.
 2016, arXiv 1511.01844). The two have different base measures, so each kind is ranked separately. A Bernoulli takes
-binary data only and is refused here."""
+binary data only and is refused here. Parameters are those of the last step, also where a likelihood overfits: the
+categorical one has 143,360 outputs for some 1,200 Frey faces, and ends above the 8 bits of a uniform mass."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ class Settings:
 
     names: tuple[str, ...] = ("freyfaces", "mnist", "fashion-mnist")
     likelihoods: tuple[str, ...] = (*MASSES, *DENSITIES)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     latent: int = 20
     encoder: tuple[int, ...] = (200, 200)
     decoder: tuple[int, ...] = (200, 100)

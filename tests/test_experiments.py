@@ -106,6 +106,20 @@ def test_shards_fill_one_table(tmp_path, monkeypatch, capsys):
         parts.main(["--shard", "3/2"])
 
 
+def test_a_cell_that_needs_an_absent_package_is_skipped_by_name(tmp_path, monkeypatch, capsys):
+    from experiments import peers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peers.main(["--smoke", "--rows", "table/scikit-learn", "table/statsmodels"])
+    said = capsys.readouterr().out
+    assert "peers tablestatsmodels-0: skipped, statsmodels is not installed" in said
+    assert "| table | scikit-learn | 1 |" in said
+    assert [path.name for path in (tmp_path / "runs" / "smoke" / "peers").glob("*.json")] == [
+        "tablescikit-learn-0.json"
+    ]
+
+
 def test_published_rows_are_named_by_only_and_again():
     from experiments.published import rows_of
 
