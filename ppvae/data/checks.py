@@ -13,7 +13,7 @@ from ppvae.errors import DataError
 from ppvae.errors.ranges import check_numbers
 
 MAX_GIGABYTES = 8.0  # that a compressed file may unpack to, unless `load` is given another limit
-BLOCK = 1 << 24  # the size of the blocks in which a large array is checked
+BLOCK = 1 << 20  # the size of the blocks in which a large array is checked
 FINITE_CURE = "Every value must be finite: remove the row or fill the gap."
 
 

@@ -63,7 +63,8 @@ def test_a_mapped_array_is_used_in_place_and_never_written_to(numbers):
     x = as_column(mapped, "x")
     before = numbers.read_bytes()
     x[0] = 7.0
-    assert x.dtype == torch.float64 and float(x[0, 0]) == 7.0
+    assert x.dtype == torch.float64
+    assert float(x[0, 0]) == 7.0
     assert float(mapped[0, 0]) != 7.0
     assert numbers.read_bytes() == before
     assert torch.equal(x[1:], torch.from_numpy(np.load(numbers))[1:])
