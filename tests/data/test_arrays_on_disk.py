@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppvae import data, fit, log_marginal
+from ppvae import data, fit, load, log_marginal
+from ppvae.cli.main import main
 from ppvae.data.column_conversion import as_column
 from ppvae.errors import UsageError
 from ppvae.models import LinearGaussian
@@ -72,3 +73,15 @@ def test_a_mapped_array_is_used_in_place_and_never_written_to(numbers):
     loss = trained_on(mapped.astype(np.float32))[0]
     np.save(numbers, np.load(numbers).astype(np.float32))
     assert trained_on(np.load(numbers, mmap_mode="r"))[0] == loss
+
+
+def test_commands_read_rows_on_demand(numbers, tmp_path, capsys):
+    for name, lazy in (("held", []), ("stored", ["--lazy"])):
+        data_flags = ["--data", str(numbers), "--binarize", "none", *lazy]
+        pair = ["ppvae.models:linear_gaussian", "--latent", "2"]
+        small = ["--epochs", "2", "--no-report", "--runs", str(tmp_path / "runs"), "--name", name]
+        assert main(["fit", *pair, *data_flags, *small]) == 0
+        assert main(["evaluate", str(tmp_path / "runs" / name), "--num-particles", "20"]) == 0
+    held, stored = (load(tmp_path / "runs" / name) for name in ("held", "stored"))
+    assert held.config["fit"]["digest"] == stored.config["fit"]["digest"]
+    assert held.metrics["valid_elbo"] == stored.metrics["valid_elbo"]
