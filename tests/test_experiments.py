@@ -16,7 +16,18 @@ import torch
 from experiments import cells, gpu, readme
 from experiments.bench import SMOKE
 
-OTHERS = {"__init__", "cells", "readme", "load", "soak", "published_rows", "release", "gpu", "scaling"}  # without cells
+OTHERS = {
+    "__init__",
+    "cells",
+    "readme",
+    "load",
+    "soak",
+    "published_rows",
+    "release",
+    "gpu",
+    "scaling",
+    "streaming",
+}  # without cells
 NAMES = sorted({p.stem for p in Path(cells.__file__).parent.glob("*.py")} - OTHERS)
 
 
@@ -176,7 +187,7 @@ def test_a_released_run_evaluates_to_the_figures_of_its_row(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["load", "soak", "scaling"])
+@pytest.mark.parametrize("name", ["load", "soak", "scaling", "streaming"])
 def test_what_runs_commands_of_its_own(name, tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(cells.__file__).parents[1]), "XDG_CONFIG_HOME": str(tmp_path)}
     command = [sys.executable, "-m", f"experiments.{name}", "--smoke"]

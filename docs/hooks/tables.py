@@ -64,6 +64,22 @@ def load() -> str:
     return "\n".join(rows) + "\n"
 
 
+def scaling() -> str:
+    """Speed-ups on two processes, and time and memory on data that stay on disk."""
+    from experiments import scaling as processes
+    from experiments import streaming
+    from experiments.cells import markdown
+
+    content = json.loads((RESULTS / "scaling" / "rows.json").read_text())
+    rows = json.loads((RESULTS / "streaming" / "rows.json").read_text())["rows"]
+    speed_ups = markdown(processes.HEADER, processes.speed_ups(content))
+    return (
+        f"On {content['cores']} cores, one thread a process:\n\n{speed_ups}\n\n"
+        f"One epoch and log p(x) at K = {streaming.PARTICLES} of N rows of {streaming.DIMS} numbers in a file:"
+        f"\n\n{streaming.table(rows)}\n"
+    )
+
+
 def published() -> str:
     """Published figures beside ours, sorted by the difference, with samples and learning curves."""
     from experiments import published as experiment
@@ -75,6 +91,7 @@ TABLES = {
     "docs/howto/trust_table.md": trust,
     "docs/howto/load_table.md": load,
     "docs/results/published_table.md": published,
+    "docs/results/scaling_table.md": scaling,
 }
 
 if __name__ == "__main__":

@@ -16,15 +16,39 @@ from experiments.bench import SMOKE, Settings, __doc__, ppvae_and_pyro, processo
 from experiments.bench.contenders import CURVES, Key, contenders, flops
 from experiments.bench.cost_figure import costs
 from experiments.bench.processes import rounds
+from experiments.cells import markdown
 from ppvae import plots
 
+HEADER = ("", "contender", "median", "of hand-written", "of the fastest other", "GFLOP/s")
 
-def table_row(what: str, who: str, times: list[float], ratio: float, count: float | None) -> str:
-    """A row of the table."""
-    median = statistics.median(times)
-    unit = f"{median:8.2f} us per (datum, particle)" if "log p(x)" in what else f"{median * 1e3:8.2f} ms per step"
-    rate = "" if count is None else f"{count / (median * (1e-6 if 'log p(x)' in what else 1)) / 1e9:6.0f} GFLOP/s"
-    return f"{what:20} {who:21} {unit:36} {ratio:5.2f} of hand-written {rate}"
+
+def is_baseline(who: str) -> bool:
+    """Whether a contender is another library or a hand-written step: neither ppvae nor products alone."""
+    return not who.startswith(("ppvae", "products"))
+
+
+def rows_of(what: str, times: dict[str, list[float]], count: float | None) -> list[dict[str, Any]]:
+    """The rows of one kind of step: medians and ratios to the hand-written one and to the fastest of all baselines."""
+    medians = {who: statistics.median(taken) for who, taken in times.items()}
+    fastest = min(median for who, median in medians.items() if is_baseline(who))
+    return [
+        {
+            "what": what, "who": who, "median": median, "ratio": median / medians["hand-written"],
+            "ratio_to_fastest": median / fastest, "rounds": times[who],
+            "gflops": None if count is None else count / (median * (1e-6 if "log p(x)" in what else 1)) / 1e9,
+        }
+        for who, median in medians.items()
+    ]  # fmt: skip
+
+
+def table_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a row of the table."""
+    in_us = "log p(x)" in row["what"]
+    return (
+        row["what"], row["who"], f"{row['median']:.2f} us" if in_us else f"{row['median'] * 1e3:.2f} ms",
+        f"{row['ratio']:.2f}", f"{row['ratio_to_fastest']:.2f}",
+        "" if row["gflops"] is None else f"{row['gflops']:.0f}",
+    )  # fmt: skip
 
 
 def main(args: list[str] | None = None) -> None:
@@ -54,11 +78,12 @@ def main(args: list[str] | None = None) -> None:
     print(f"{processor()}, {given.threads} threads, torch {torch.__version__}")
     for what in table:
         times = timed(what)
-        base = statistics.median(times[what, "hand-written"])
-        for (_, who), taken in times.items():
-            ratio = statistics.median(taken) / base
-            rows.append({"what": what, "who": who, "ratio": ratio, "rounds": taken})
-            print(table_row(what, str(who), taken, ratio, flops(s).get(what)), flush=True)
+        found_now = rows_of(what, {str(who): taken for (_, who), taken in times.items()}, flops(s).get(what))
+        rows += found_now
+        print(
+            "\n".join(markdown(HEADER, map(table_cells, found_now)).splitlines()[0 if what == table[0] else 2 :]),
+            flush=True,
+        )
     if given.only:
         return
     memory = {k: ppvae_and_pyro.peak_memory(k) for k in ((25, 50) if given.smoke else (500, 5000, 50_000))}
@@ -71,7 +96,8 @@ def main(args: list[str] | None = None) -> None:
     content = {"settings": dataclasses.asdict(s), "machine": processor(), "threads": given.threads, "rows": rows}
     given.output.write_text(json.dumps(content | {"peak_memory_mb": memory, "curves": found}, indent=2) + "\n")
     given.output.with_suffix(".png").write_bytes(plots.to_png(costs(found)))
-    print(f"results: {given.output} and .png")
+    given.output.with_suffix(".md").write_text(markdown(HEADER, map(table_cells, rows)) + "\n")
+    print(f"results: {given.output}, .md and .png")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ from experiments.bench.pairs import build, data
 from ppvae import log_marginal
 torch.set_num_threads(1)
 pair = build("one layer", Settings())
-log_marginal(pair.model, pair.guide, data("one layer", 50), num_particles={particles}, compile=False)
+log_marginal(pair.model, pair.guide, data("one layer", 50), num_particles={particles}, compile=False,
+    proposal="guide")
 try:  # getrusage includes the memory of the parent process
     print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 except OSError:

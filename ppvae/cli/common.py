@@ -115,6 +115,7 @@ def load_splits(settings: Any) -> Any:
         settings.data, root=settings.root, binarize=None if plain else settings.binarize,
         dequantize=settings.dequantize, flat=settings.flat, seed=settings.data_seed, missing=settings.missing,
         columns=_kinds(settings.columns), max_gigabytes=settings.max_gigabytes,
+        lazy=settings.lazy,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Data:
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0  # of binarisation and dequantisation
     max_gigabytes: float = 8.0  # that a compressed file (.npz, .pt, .parquet) may unpack to
+    lazy: bool = False  # read images or the rows of a .npy file on demand; by itself where they need more than 4 GiB
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -161,3 +162,4 @@ class DataSet:
     columns: tuple[str, ...] = ()  # of a table, NAME=KIND: real, count, binary, categorical, label, skip; else guessed
     data_seed: int = 0
     max_gigabytes: float = 8.0  # that a compressed file (.npz, .pt, .parquet) may unpack to
+    lazy: bool = False  # read images or the rows of a .npy file on demand; by itself where they need more than 4 GiB

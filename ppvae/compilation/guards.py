@@ -20,6 +20,7 @@ _CONSTANT_PACKAGES = set(sys.stdlib_module_names) - {"__main__"}
 _CONSTANT_PACKAGES |= {"torch", "pyro", "numpy", "scipy", "pandas", "sklearn", "tqdm", "ppvae"}
 _PLAIN_TYPES = (int, float, complex, str, bytes, type(None), range, slice, enum.Enum, torch.dtype, torch.device)
 _TRAINING_TYPES = (SVI, PyroOptim, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # change at each step
+_LISTS = (list, set, deque)
 _MAX_VALUES = 20_000  # values
 
 
@@ -40,6 +41,8 @@ class Guards:
 
     def __init__(self, **roots: Any):
         self._dicts: dict[str, dict[Any, Any]] = {}  # by name; they hold most of the values
+        self._empty: list[Any] = []  # dicts, lists and sets that are: most of all, such as the hooks of modules
+        self._names_of_empty: list[str] = []
         self._values: tuple[Any, ...] = ()
         self._readings: list[_Reading] = []
         self._visited: dict[int, Any] = {}
@@ -48,13 +51,20 @@ class Guards:
         count, waiting = 0, deque(roots.items())
         while waiting:
             name, thing = waiting.popleft()
+            if isinstance(thing, tuple | frozenset):  # it cannot change; whatever holds it is guarded
+                waiting.extend((name, value) for value in self._once(thing))
+                continue
             for where, own in self._state_of(name, thing):
-                if isinstance(own, dict):
+                if isinstance(own, (dict, *_LISTS)) and not own:
+                    self._empty.append(own)
+                    self._names_of_empty.append(where)
+                elif isinstance(own, dict):
                     count += len(own)
                     self._dicts[where if where not in self._dicts else f"{where} ({len(self._dicts)})"] = own
                     waiting.extend((f"{where}.{key}", value) for key, value in own.items())
                 else:
-                    self._readings.append(reading := _Reading(where, *own))
+                    reading = _Reading(where, *((functools.partial(tuple, own),) if isinstance(own, _LISTS) else own))
+                    self._readings.append(reading)
                     count += len(reading.seen)
                     waiting.extend((reading.place(i), value) for i, value in enumerate(reading.seen))
             if count > _MAX_VALUES:
@@ -74,6 +84,8 @@ class Guards:
         for t, version in self.read:
             if t._version != version:
                 return "a tensor whose values were read into Python"
+        if any(self._empty):
+            return next(name for name, own in zip(self._names_of_empty, self._empty, strict=True) if own)
         now = self._now()
         same = len(now) == len(self._values) and all(map(is_, now, self._values))
         if not same and (what := self._changed_in_dicts()):
@@ -118,6 +130,12 @@ class Guards:
             return bool(id(seen) not in self._visited)
         return self._equal(vars(now), vars(seen), depth - 1)
 
+    def _once(self, thing: Any) -> Iterable[Any]:
+        """What a tuple or a set that cannot change holds, if it was not visited before."""
+        known = id(thing) in self._visited
+        self._visited[id(thing)] = thing
+        return () if known else thing
+
     def _state_of(self, name: str, thing: Any) -> Iterator[tuple[str, Any]]:
         """The state that an object holds directly: a dict, or (a function that reads values, their labels)."""
         if isinstance(thing, (*_PLAIN_TYPES, *_TRAINING_TYPES, Tensor, types.ModuleType)) or id(thing) in self._visited:
@@ -127,8 +145,8 @@ class Guards:
             yield name, thing
         elif isinstance(thing, Mapping):
             yield name, (lambda: tuple(thing.values()), [*map(str, thing)])
-        elif isinstance(thing, tuple | list | set | frozenset | deque):
-            yield name, (lambda: tuple(thing), None)
+        elif isinstance(thing, _LISTS):
+            yield name, thing
         elif isinstance(thing, functools.partial):
             yield name, (lambda: (thing.func, thing.args, thing.keywords), None)
         elif isinstance(thing, types.MethodType):

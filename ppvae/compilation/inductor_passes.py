@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ppvae.compilation.matmul_backend import Choices, choose_matmul_backends
+from ppvae.compilation.matmul_backend import Choices, choose_matmul_backends, lower_onednn_linear, onednn_linear
 
 MIN_NUMBERS = 2**18  # in a sum over rows that is computed in blocks
 ROWS_PER_BLOCK = 100
@@ -25,11 +25,14 @@ def compile_with_inductor(
 
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
     choose_matmul_backends(rest, choices)
+    if any(node.target is onednn_linear() for node in rest.graph.nodes):
+        lower_onednn_linear()
     keep_bfloat16_roundings(rest)
     _sum_rows_in_blocks(rest)
     _fuse_logarithms(rest)
     name = "use_decompose_tanh"  # by exp: several times faster than inductor's vectorised tanh
-    options = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
+    options: dict[str, Any] = {f"cpp.{name}": True} if hasattr(config.cpp, name) else {}
+    options |= {"size_asserts": False, "alignment_asserts": False}  # at every call, of what does not change
     inputs = [t.detach() for t in inputs]
     on_gpu = any(t.device.type == "cuda" for t in inputs)
     if on_gpu:

@@ -24,7 +24,7 @@ import torch
 from ppvae.data import files, named, tables
 from ppvae.data.checks import MAX_GIGABYTES, digest, first_rows, indexed, validated
 from ppvae.data.column_conversion import with_missing
-from ppvae.data.lazy import ImageFiles, LazySplit
+from ppvae.data.lazy import ArrayFile, ImageFiles, LazySplit
 from ppvae.data.split import Noise, Split, SplitInfo, check_seed
 from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
@@ -32,7 +32,7 @@ from ppvae.errors.ranges import check_numbers
 
 __all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
 
-MEMORY_LIMIT = 4 << 30  # bytes; image files that would take more as float32 become a LazySplit
+MEMORY_LIMIT = 4 << 30  # bytes; image and .npy files that would take more as float32 become a LazySplit
 
 
 def load(
@@ -47,6 +47,7 @@ def load(
     missing: bool = False,
     columns: Mapping[str, str] | None = None,
     max_gigabytes: float = MAX_GIGABYTES,
+    lazy: bool = False,
 ) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
@@ -64,8 +65,9 @@ def load(
 
     `binarize="fixed"` draws Bernoulli(pixel) once; `"dynamic"` draws train afresh at every read. `dequantize=True`
     gives (v + u) / levels in [0, 1), u uniform, train afresh at every read; a density of it bounds the log-mass of the
-    levels. `size` is the side of CelebA's images, 64 by default. Images that need more than 4 GiB are read on demand
-    (`LazySplit`). With `missing=True`, NaN in a file stands for a missing value (`with_missing`).
+    levels. `size` is the side of CelebA's images, 64 by default. Images and .npy files that need more than 4 GiB are
+    read on demand (`LazySplit`), with `lazy=True` smaller ones, too. With `missing=True`, NaN in a file stands for a
+    missing value (`with_missing`).
 
     The columns of a table (.csv, .tsv, .parquet) become numbers by their kind, which `columns` gives, {name: kind}, or
     which is guessed: `real`, `count`, `binary`, `categorical`, `label` (the labels), `skip`. The split has their names
@@ -96,14 +98,20 @@ def load(
     if columns and not tables.is_table(name):
         raise UsageError(f"columns: expected a table ({', '.join(tables.SUFFIXES)}), found {name}.")
     source = _source(name, root, size, missing, columns, max_gigabytes)
+    stored = _stored(source)
+    if lazy and stored is None:
+        raise UsageError(
+            f"lazy: expected images, or a .npy file of numbers without missing values, found {name}. Save the data by "
+            "numpy.save(path, x), or leave lazy out."
+        )
     if binarize and not source.unit and isinstance(source.images, np.ndarray):
         check_unit(source.images, str(name), "binarize")
     if dequantize and source.levels is None:
         raise UsageError(f"{name}: dequantize needs whole grey levels; save them as uint8 0..255, not as floats.")
     kind: Noise | None = "binarize" if binarize else "dequantize" if dequantize else None
-    images = source.images
-    lazy = isinstance(images, ImageFiles) and 4 * len(images) * math.prod(images.event_shape) > MEMORY_LIMIT
-    train, valid, test = (_split(source, part, kind, flat, seed, lazy) for part in range(3))
+    if stored is not None and not lazy and 4 * len(stored) * math.prod(stored.event_shape) <= MEMORY_LIMIT:
+        stored = None
+    train, valid, test = (_split(source, part, kind, flat, seed, stored) for part in range(3))
     redrawn = binarize == "dynamic" or dequantize
     return train if redrawn else train.fixed(seed), valid.fixed(seed), test.fixed(seed)
 
@@ -160,8 +168,18 @@ def _root(root: str | os.PathLike[str] | None) -> Path:
     return Path(given).expanduser() if given else named.CACHE.expanduser()
 
 
-def _split(source: UnsplitData, part: int, kind: Noise | None, flat: bool, seed: int, lazy: bool) -> Split | LazySplit:
-    """One part of the source, with noise at every read where there is any."""
+def _stored(source: UnsplitData) -> ImageFiles | ArrayFile | None:
+    """What rows can be read from on demand: image files, or an array that is mapped from a file."""
+    if isinstance(source.images, ImageFiles):
+        return source.images
+    mapped = isinstance(source.images, np.memmap) and not source.missing
+    return ArrayFile(source.images, source.levels) if mapped else None
+
+
+def _split(
+    source: UnsplitData, part: int, kind: Noise | None, flat: bool, seed: int, stored: ImageFiles | ArrayFile | None
+) -> Split | LazySplit:
+    """One part of the source, with noise at every read where there is any; read on demand where it is stored."""
     rows, images = source.rows[part], source.images
     index = torch.from_numpy(rows.astype(np.int64))
     info = SplitInfo(
@@ -182,6 +200,6 @@ def _split(source: UnsplitData, part: int, kind: Noise | None, flat: bool, seed:
     )
     labels = None if source.labels is None else torch.from_numpy(source.labels[rows])
     attributes = {key: torch.from_numpy(column[rows]) for key, column in source.attributes.items()}
-    if lazy and isinstance(images, ImageFiles):
-        return LazySplit(images, info, index, labels, attributes, flat)
+    if stored is not None:
+        return LazySplit(stored, info, index, labels, attributes, flat)
     return Split(source.values(rows, flat), info, index, labels, attributes)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ppvae.errors import DataError
 from ppvae.errors.ranges import check_numbers
 
 MAX_GIGABYTES = 8.0  # that a compressed file may unpack to, unless `load` is given another limit
+BLOCK = 1 << 20  # the size of the blocks in which a large array is checked
 FINITE_CURE = "Every value must be finite: remove the row or fill the gap."
 
 
@@ -48,9 +49,9 @@ def check_finite(
     The message ends with the cure `finite`; on NaN it says `how` to mark it as missing. A vector [N], as of labels, may
     have NaN anywhere.
     """
-    is_finite = torch.isfinite(x)
-    if bool(is_finite.all()):
+    if all(bool(torch.isfinite(block).all()) for block in row_blocks(x)):
         return
+    is_finite = torch.isfinite(x)
     gaps = x.isnan()
     if not missing:
         cure = f"{finite} If NaN stands for a missing value, say so: {how}." if bool(gaps.any()) else finite
@@ -132,12 +133,23 @@ def digest(x: Tensor) -> str:
     >>> digest(torch.zeros(2, 3)) == digest(torch.zeros(2, 3)), digest(torch.zeros(2, 3)) == digest(torch.zeros(3, 2))
     (True, False)
     """
-    flat = x.detach().cpu().contiguous().reshape(-1)
-    if flat.is_floating_point() and bool(flat.isnan().any()):  # NaN has many bit patterns
-        flat = torch.where(flat.isnan(), torch.nan, flat)
-    sha = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
-    sha.update(flat.view(torch.uint8).numpy().data)
+    return digest_of_blocks(x.shape, x.dtype, row_blocks(x.detach()))
+
+
+def digest_of_blocks(shape: Sequence[int], dtype: torch.dtype, blocks: Iterable[Tensor]) -> str:
+    """The `digest` of a tensor of such a shape and type that consists of blocks of rows."""
+    sha = hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+    for block in blocks:
+        flat = block.cpu().contiguous().reshape(-1)
+        if flat.is_floating_point() and bool(flat.isnan().any()):  # NaN has many bit patterns
+            flat = torch.where(flat.isnan(), torch.nan, flat)
+        sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def row_blocks(x: Tensor) -> Sequence[Tensor]:
+    """A tensor in blocks of rows of about `BLOCK` numbers each, so that checks use little memory."""
+    return x.split(max(1, BLOCK // max(1, x[:1].numel()))) if x.ndim else [x]
 
 
 def check_unpacked_size(path: Path, size: float, max_gigabytes: float) -> None:

@@ -4,6 +4,7 @@ Packages that are no dependency (pandas, SciPy, AnnData) are recognised by the m
 """
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -116,7 +117,7 @@ def from_array(a: np.ndarray, place: str) -> Tensor:
         raise DataError(
             f"{place}: a masked array: mark its gaps as missing, data.with_missing(a.astype(float).filled(numpy.nan))"
         )
-    a = np.asarray(a)
+    a = np.asarray(_copied_on_write(a))
     if a.dtype.kind not in "biuf":
         raise DataError(f"{place}: expected real numbers, found {_kind_of(a)}")
     wide_unsigned = a.dtype.kind == "u" and a.dtype.itemsize > 1  # torch has the type, and no arithmetic for it
@@ -126,6 +127,13 @@ def from_array(a: np.ndarray, place: str) -> Tensor:
         raise DataError(f"{place}: a number beyond 2^63 - 1, which no tensor holds: pass a.astype(float)")
     borrow = dtype == a.dtype and a.flags.writeable and all(stride >= 0 for stride in a.strides)
     return torch.from_numpy(a if borrow else np.array(a, dtype=dtype, order="C"))
+
+
+def _copied_on_write(a: np.ndarray) -> np.ndarray:
+    """An array that a file holds, open for reading, mapped so that a page is copied where it is written to."""
+    if isinstance(a, np.memmap) and a.mode == "r" and isinstance(a.base, mmap.mmap) and a.flags.c_contiguous:
+        return np.memmap(a.filename, a.dtype, "c", a.offset, a.shape)
+    return a
 
 
 def _kind_of(a: np.ndarray) -> str:

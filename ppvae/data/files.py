@@ -118,7 +118,7 @@ def _check_declared_size(path: Path, key: str, file: IO[bytes], size: int) -> No
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     _check_declared_sizes(path)
-    held = np.load(path, allow_pickle=False)
+    held = np.load(path, mmap_mode="r", allow_pickle=False)  # an array alone is mapped: only what is used is read
     if isinstance(held, np.ndarray):
         return {"": held}
     with held:

@@ -1,11 +1,11 @@
-"""Image files, and `LazySplit`: a split whose rows are read from them on demand."""
+"""Image files, arrays on disk, and `LazySplit`: a split whose rows are read from them on demand."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.data.checks import one_line, wrong_format_clause
+from ppvae.data.checks import BLOCK, digest_of_blocks, one_line, wrong_format_clause
 from ppvae.data.split import HasSplitInfo, SplitInfo, check_head, draw_noise, noise_seed
 from ppvae.errors import DataError
 from ppvae.errors.ranges import check_numbers
@@ -41,6 +41,11 @@ class ImageFiles:
         width, height = (self.side, self.side) if self.side else self.size
         return CHANNELS[self.mode], height, width
 
+    @property
+    def levels(self) -> int:
+        """2 for bits, 256 for grey levels and colours."""
+        return 2 if self.mode == "1" else 256
+
     def read(self, rows: Any) -> np.ndarray:
         """The rows as [n, C, H, W], uint8 (bool for mode '1'), decoded by a pool of threads."""
         out = np.empty((len(rows), *self.event_shape), bool if self.mode == "1" else np.uint8)
@@ -62,6 +67,28 @@ class ImageFiles:
             image = image.resize((self.side, self.side), 2)  # 2: bilinear, which Pillow antialiases
         array = np.asarray(image)
         return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """An array [N, *event] that a .npy file holds, mapped into memory: the system reads the pages that are used.
+
+    `levels` as in `UnsplitData`. The file must not be made shorter while it is in use.
+    """
+
+    array: np.ndarray
+    levels: int | None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.array.shape[1:]
+
+    def read(self, rows: Any) -> np.ndarray:
+        """A copy of the rows."""
+        return np.asarray(self.array[np.asarray(rows)])
 
 
 def open_image(path: Path, mode: str | None = None, size: tuple[int, int] | None = None) -> Any:
@@ -87,10 +114,11 @@ def open_image(path: Path, mode: str | None = None, size: tuple[int, int] | None
 
 @final
 class LazySplit(HasSplitInfo, torch.utils.data.Dataset):
-    """A split whose images stay on disk; `read` and indexing return plain float32 tensors [n, *event] in [0, 1].
+    """A split whose images, or rows of a .npy file, stay on disk; `read` and indexing return plain float32 tensors.
 
-    It has the metadata of a `Split` and is a torch `Dataset`. Fixed noise is a function of seed, name and row, so that
-    any order of reads gives the same values. A damaged or replaced image raises `DataError` with its path.
+    These are [n, *event], grey levels in [0, 1]. It has the metadata of a `Split` and is a torch `Dataset`. Fixed noise
+    is a function of seed, name and row, so that any order of reads gives the same values. A damaged or replaced image
+    raises `DataError` with its path.
 
     >>> from ppvae import data
     >>> train, valid, test = data.load("celeba", size=64)              # doctest: +SKIP
@@ -100,7 +128,7 @@ class LazySplit(HasSplitInfo, torch.utils.data.Dataset):
 
     def __init__(
         self,
-        pictures: ImageFiles,
+        pictures: ImageFiles | ArrayFile,
         info: SplitInfo,
         index: Tensor,
         labels: Tensor | None = None,
@@ -131,9 +159,9 @@ class LazySplit(HasSplitInfo, torch.utils.data.Dataset):
         rows = self.index
         if index is not None:
             rows = rows[index if isinstance(index, slice) else torch.as_tensor(index).cpu()]
-        values = torch.from_numpy(self.pictures.read(rows.tolist())).to(torch.float32)
-        if self.pictures.mode != "1":
-            values.div_(255)
+        values = torch.from_numpy(self.pictures.read(rows.tolist()).astype(np.float32))
+        if self.pictures.levels is not None and self.pictures.levels > 2:
+            values.div_(self.pictures.levels - 1)
         if self.flat:
             values = values.flatten(1)
         kind, levels, info = self.info.kind, self.info.levels or 2, self.info
@@ -156,8 +184,16 @@ class LazySplit(HasSplitInfo, torch.utils.data.Dataset):
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of the paths and sizes of the files, the shape and the noise (the values are not read)."""
+        """SHA-256 in hex: of images, of the paths and sizes of the files, the shape and the noise (the values are not
+        read); of an array, that of the same rows in memory, a `Split`.
+        """
         info, sha = self.info, hashlib.sha256()
+        if isinstance(self.pictures, ArrayFile):
+            plain = replace(info, noise=None, binarize=None, dequantize=False)
+            under = self._like(slice(None), plain) if info.noise else self
+            blocks = torch.arange(len(self)).split(max(1, BLOCK // max(1, self.shape[1:].numel())))
+            value = digest_of_blocks(self.shape, torch.float32, (under.read(rows) for rows in blocks))
+            return hashlib.sha256(f"{value} {info.noise} {info.levels}".encode()).hexdigest() if info.noise else value
         noise = (info.noise, info.kind, None if info.noise else info.seed) if info.kind else None
         sha.update(f"{list(self.shape)} {noise} {self.pictures.crop}\n".encode())
         for row in self.index.tolist():

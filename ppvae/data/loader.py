@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.data.admission import admit, column_names
 from ppvae.data.checks import digest, first_rows, validated
-from ppvae.data.lazy import LazySplit
+from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.errors import DataError, count_of
 from ppvae.rng import derive_seed
 
@@ -47,7 +47,7 @@ def read_rows(column: Any, rows: Tensor | None, device: torch.device) -> Tensor:
     """Some rows of a column, or all of them, as a plain tensor on a device; splits draw their noise, if any."""
     if hasattr(column, "read"):
         value = column.read(rows)
-        if isinstance(column, LazySplit):  # image files have no floating type of their own
+        if isinstance(column, LazySplit):  # files of whole numbers have no floating type of their own
             value = value.to(torch.get_default_dtype())
     else:
         value = column if rows is None else column[rows.to(column.device)]
@@ -123,7 +123,7 @@ class DataLoader:
         return order
 
     def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        if self.lazy:
+        if any(isinstance(c, LazySplit) and isinstance(c.pictures, ImageFiles) for c in self.columns):
             yield from torch.utils.data.DataLoader(
                 _RowsDataset(self), batch_sampler=[rows.tolist() for rows in order], collate_fn=lambda batch: batch
             )

@@ -1,6 +1,7 @@
 """The data sets that `load` knows by name, read in place below a root folder."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import socket
@@ -22,11 +23,22 @@ CACHE = Path("~/.cache/ppvae")  # the root where neither an argument nor PPVAE_D
 
 def digits(root: Path, size: int) -> UnsplitData:
     """scikit-learn's 1,797 handwritten digits, 8x8, 17 levels."""
+    pixels, labels = _digits_of_scikit_learn()
+    images = pixels.astype(np.uint8).reshape(-1, 1, 8, 8)
+    return UnsplitData("digits", images, permutation_split(len(images)), 17, labels=labels.astype(np.int64))
+
+
+def _digits_of_scikit_learn() -> tuple[np.ndarray, np.ndarray]:
+    """(pixels [N, 64], labels [N]) from the file in the package, whose import takes a second."""
+    package = importlib.util.find_spec("sklearn")
+    path = Path(package.origin if package and package.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
+    if path.is_file():
+        rows = np.loadtxt(path, delimiter=",")
+        return rows[:, :-1], rows[:, -1]
     from sklearn.datasets import load_digits
 
     held: Any = load_digits()
-    images = held.images.astype(np.uint8)[:, None]
-    return UnsplitData("digits", images, permutation_split(len(images)), 17, labels=held.target.astype(np.int64))
+    return held.data, held.target
 
 
 def mnist(root: Path, size: int) -> UnsplitData:

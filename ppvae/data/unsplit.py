@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppvae.data.checks import FINITE_CURE, check_finite, raise_first_invalid
+from ppvae.data.checks import BLOCK, FINITE_CURE, check_finite, raise_first_invalid
 from ppvae.data.lazy import ImageFiles
 from ppvae.errors import DataError
 
 PARTS = ("train", "valid", "test")
 PERMUTATION = 20131220  # the seed of every permutation split; every result on such data depends on it
-BLOCK = 1 << 24  # the size of the blocks in which a large array is checked
 
 
 @dataclass(frozen=True)

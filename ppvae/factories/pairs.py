@@ -17,6 +17,7 @@ from ppvae.factories.user_code import admit_object, admit_place, code_of_run
 DATA_ARGUMENT = "train"  # a factory's parameter of this name gets the training data
 LABELS_ARGUMENT = "num_labels"  # the number of labels, None where batches have no labels
 COLUMNS_ARGUMENT = "columns"  # the kinds of the columns of a table, None for other data
+ROWS_OF_STORED = 10_000  # that a factory gets of data that are read from disk on demand
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 SUPPLIED = (DATA_ARGUMENT, LABELS_ARGUMENT, COLUMNS_ARGUMENT)
 
@@ -85,7 +86,8 @@ def build(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(model, guide) from a factory, or from something that has `.model` and `.guide` itself.
 
-    An argument whose type is a `choices.ClassChoice` is {"name": the class, its arguments}.
+    An argument whose type is a `choices.ClassChoice` is {"name": the class, its arguments}. Of training data that stay
+    on disk, a factory gets the first 10,000 rows as a tensor.
 
     Raises:
         UsageError: the factory fails, or makes no pair.
@@ -95,6 +97,8 @@ def build(
         kinds = parameters(factory)
         arguments = {n: _convert(n, v, kinds[n][0] if n in kinds else None) for n, v in given.items()}
         kinds_of_columns = [tuple(c) if isinstance(c, list) else c for c in columns] if columns else None
+        if hasattr(train, "read") and not isinstance(train, Tensor):
+            train = train.head(ROWS_OF_STORED).read(generator=torch.Generator().manual_seed(0))
         supplied = dict(zip(SUPPLIED, (train, num_labels, kinds_of_columns), strict=True))
         accepted = inspect.signature(factory).parameters
         try:

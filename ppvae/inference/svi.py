@@ -220,13 +220,13 @@ class SVI(PyroSVI):
 
     def _zeros_like(self, p: Tensor, grad: Tensor) -> Tensor:
         zeros = self._zeros.get(id(p))
-        if zeros is None or zeros._version or _kind(zeros) != _kind(grad):
+        if zeros is None or zeros._version or not _is_alike(zeros, grad):
             zeros = self._zeros[id(p)] = torch.zeros_like(grad)
         return zeros
 
 
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.dtype, t.device, t.layout
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype is b.dtype and a.layout is b.layout and a.device == b.device
 
 
 def _as_pyro_optim(optim: Optimizer) -> PyroOptim:

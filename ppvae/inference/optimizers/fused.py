@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any, NamedTuple, final
 
 import torch
@@ -22,12 +23,13 @@ class _Lists(NamedTuple):
 
     def are_of(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether these are the tensors that a group and its state have now."""
-        return len(self.params) == len(group["params"]) and all(
-            p is q and (s := state[p])["exp_avg"] is a and s["exp_avg_sq"] is b and s["step"] is t
-            for p, q, a, b, t in zip(
-                self.params, group["params"], self.exp_avgs, self.exp_avg_sqs, self.steps, strict=True
-            )
-        )
+        if len(self.params) != len(group["params"]) or not all(map(is_, self.params, group["params"])):
+            return False
+        for p, a, b, t in zip(self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, strict=True):
+            s = state[p]
+            if s.get("exp_avg") is not a or s.get("exp_avg_sq") is not b or s.get("step") is not t:
+                return False
+        return True
 
 
 @final
@@ -47,12 +49,14 @@ class FusedAdam:
         """One step of the optimizer."""
         o = self.optimizer
         gradients = [[p.grad for p in group["params"]] for group in o.param_groups]
-        started = all(o.state.get(p) for group in o.param_groups for p in group["params"])  # by the first step
-        if not (started and self._is_plain()) or any(g is None for of_group in gradients for g in of_group):
+        if not self._is_plain() or any(g is None for of_group in gradients for g in of_group):
             o.step()
             return
         known = zip(self._lists, o.param_groups, strict=False)
         if len(self._lists) != len(gradients) or not all(lists.are_of(group, o.state) for lists, group in known):
+            if not self._can_be_gathered():
+                o.step()
+                return
             self._lists = [self._gather(group) for group in o.param_groups]
         o._opt_called = True  # type: ignore[attr-defined] # which a schedule looks at
         with torch.no_grad():
@@ -72,10 +76,14 @@ class FusedAdam:
             type(o) in (torch.optim.Adam, torch.optim.AdamW)
             and not has_hooks(o)
             and all(group["fused"] and isinstance(group["lr"], float | int) for group in o.param_groups)
-            and len({(p.device, p.dtype) for group in o.param_groups for p in group["params"]}) == 1
             and getattr(o, "grad_scale", None) is None
             and getattr(o, "found_inf", None) is None
         )
+
+    def _can_be_gathered(self) -> bool:
+        """Whether the first step has made the state of all parameters, which are of one type and on one device."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return all(map(self.optimizer.state.get, params)) and len({(p.device, p.dtype) for p in params}) == 1
 
     def _gather(self, group: dict[str, Any]) -> _Lists:
         params, state = group["params"], self.optimizer.state
