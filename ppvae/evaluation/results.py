@@ -176,7 +176,7 @@ def estimate_file(path: str | os.PathLike[str], name: str = "log_marginal") -> P
 
 
 def load_estimate(path: str | os.PathLike[str]) -> Estimate:
-    """Loads a saved `Estimate`, given its JSON file or folder; bounds, posterior draws and ess by step are in the NetCDF file.
+    """Loads a saved `Estimate`, given its JSON file or folder; bounds, draws and ess by step are in the NetCDF file.
 
     Raises:
         CheckpointError: the file is missing, or is no saved estimate.

@@ -180,7 +180,7 @@ def find_dependence(
             t = weigh(continue_guide(guide, batch, values, last, steps, structure=s, index=index))
             return torch.stack([log_joint_of(t, steps), log_guide_of(t, steps)]).nan_to_num(0.0)
 
-        middles = sorted({count // 4, count // 2, 3 * count // 4} & set(range(1, count - 2)))
+        middles = sorted({count // 4, count // 2} & set(range(1, count - 2)))
         as_drawn, lag = densities(own) if middles else own, 1
         for middle in middles:
             exchanged = (times > 0) & (times <= middle)
