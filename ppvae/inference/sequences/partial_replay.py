@@ -38,6 +38,8 @@ class PartialReplay(Messenger):
         kept = self.kept[msg["name"]]
         if is_chain(msg["fn"]):
             msg["value"] = msg["fn"].continue_from(value, kept)
+        elif bool(kept.all()):
+            msg["value"] = value
         else:
             msg["value"] = torch.where(kept, value, msg["fn"](*msg["args"], **msg["kwargs"]))
         msg["done"] = True
