@@ -29,7 +29,6 @@ from experiments.cells import Cells, Workspace
 from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.objectives import gradients
 
-
 COMPARED = ("VIMCO", "VarGrad", "DisARM", "ARMS", "Double CV")  # at equal numbers of evaluations of the decoder
 
 

@@ -67,7 +67,7 @@ def peak(pair: Any, batch: Any, windows: bool) -> int:
     found = find_dependence(*pair, batch, structure=s) if windows else None
     torch.manual_seed(0)
     with torch.no_grad(), LiveElements() as live:
-        f = particle_filter(*pair, batch, 200, structure=s, dependence=found, threshold=0.2)
+        f = particle_filter(*pair, batch, 200, structure=s, dependence=found, threshold=0.5)
     assert int(f.resampled) > 0
     return live.peak
 
