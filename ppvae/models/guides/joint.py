@@ -131,7 +131,7 @@ def _latents(trace: Any, rows: int) -> tuple[str, list[_Latent]]:
         whole = all((f.full_size or f.size) == f.size for f in inner.values())
         if data is None or {data.size, data.full_size or rows} != {rows} or not whole:
             raise site_error(
-                name, f"a latent in a plate over the {rows} data at dim -1, for a joint posterior, and other plates whole",
+                name, f"a latent in one plate over the {rows} data, and in others as a whole, for a joint posterior",
                 f"plates {[f'{f.name} of size {f.full_size or f.size}' for f in frames.values()]}",
                 "write a guide of its own for it",
             )  # fmt: skip
