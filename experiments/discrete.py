@@ -132,7 +132,12 @@ def table(found: Cells) -> str:
             lines.append(line + [gain] * bool(oracle))
         first = found[0]["settings"]
         title = f"**{pair[0]}, {pair[1]} bits**: K = {first['particles']}, {first['draws']} draws a step"
-        out.append(f"{title}\n\n{cells.markdown(header, lines)}")
+        text = f"{title}\n\n{cells.markdown(header, lines)}"
+        pairs = [(a, b) for a in ("ARMS", "Double CV") for b in ("VIMCO", "VarGrad") if a in own and b in own]
+        if pairs:
+            gains = "; ".join(f"{a} over {b} {cells.compare_rows(own[a], own[b])}" for a, b in pairs)
+            text += f"\n\nAt {first['steps']} steps and as many evaluations of the decoder, test log p(x): {gains}."
+        out.append(text)
     return "\n\n".join(out)
 
 
