@@ -215,7 +215,7 @@ def test_training_of_weights(weights: str):
     )  # fmt: skip
     share = posterior(x).log_weight.detach().exp()[..., 1]
     assert float((share - 0.8).abs().mean()) < 0.05
-    est = log_marginal(run.model, run.guide, x[:20], num_particles=100, progress=False)
+    est = log_marginal(run.model, run.guide, x[:20], num_particles=100, progress=False, proposal="guide")
     torch.testing.assert_close(est.log_px, dist.Normal(0.0, 1.0).log_prob(x[:20, 0]), atol=0.02, rtol=0)
     with pytest.raises(ContractError, match=r"site 'z'.*reparameterised"):
         objectives.ELBO(4).loss_and_grads(prior, of, x)

@@ -133,7 +133,7 @@ def test_equal_weights_under_the_exact_posterior_of_plates():
     exact = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
     t = terms(pair.model, pair.guide, x, 7)
     torch.testing.assert_close(t.log_weight, exact.expand(7, 6))
-    est = log_marginal(pair.model, pair.guide, x, num_particles=50, posterior_draws=5, progress=False)
+    est = log_marginal(pair.model, pair.guide, x, num_particles=50, posterior_draws=5, progress=False, proposal="guide")
     torch.testing.assert_close(est.log_px, exact)
     assert est.posterior is not None
     assert est.posterior["w"].numel() == 5 * 3 * 6
@@ -165,8 +165,8 @@ def test_latents_in_plates_of_different_depth():
     x = torch.randn(4, 2, 3)
     pair = JointPosterior(model, lambda d: Wide(d), x)
     assert pair.size == 3 + 2 * 2
-    ours = log_marginal(pair.model, pair.guide, x, num_particles=20_000, progress=False)
-    theirs = log_marginal(model, prior, x, num_particles=20_000, progress=False)
+    ours = log_marginal(pair.model, pair.guide, x, num_particles=20_000, progress=False, proposal="guide")
+    theirs = log_marginal(model, prior, x, num_particles=20_000, progress=False, proposal="guide")
     error = (ours.std_error**2 + theirs.std_error**2).sqrt()
     assert bool(((ours.log_px - theirs.log_px).abs() < 5 * error).all())  # one of 4e5 runs by chance
 
