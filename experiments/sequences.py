@@ -152,12 +152,13 @@ def compute(s: Settings, workspace: Workspace, source: str, objective: str, seed
 
 
 def table(found: Cells) -> str:
-    """One row per source, length and objective."""
+    """One row per source, length and objective; a cell may have some of the lengths alone."""
     header = ("sequences", "T", "objective", "seeds", "NLL by particle filters", "unreliable", "smallest ess")
     header += ("NLL by importance sampling", "unreliable", "exact NLL")
     lines = []
-    for (source, objective), r in cells.group_cells(found, "source", "objective").items():
-        for t in r[0]["result"]["steps"]:
+    for (source, objective), every in cells.group_cells(found, "source", "objective").items():
+        for t in sorted({t for c in every for t in c["result"]["steps"]}):
+            r = [c for c in every if t in c["result"]["steps"]]
             numbers = [f"{cells.mean(r, f'filter_{t}'):.2f}", f"{cells.mean(r, f'filter_unreliable_{t}'):.0%}"]
             numbers += [f"{cells.mean(r, f'ess_{t}'):.0f}"]
             numbers += [f"{cells.mean(r, f'plain_{t}'):.2f}", f"{cells.mean(r, f'plain_unreliable_{t}'):.0%}"]

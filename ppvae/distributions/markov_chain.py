@@ -1,5 +1,6 @@
 """Markov chains of vectors, of different lengths in one batch."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -47,19 +48,23 @@ class MarkovChain(ParametricDistribution):
         return self.known.unsqueeze(-1).expand(self.known.shape + self.start.shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        shape = torch.Size(sample_shape) + self.batch_shape
-        return self._draw(self.start.expand(shape + self.start.shape), lambda t, z: z)
+        return self._draw(torch.Size(sample_shape) + self.batch_shape, lambda t, draw: draw())
 
     def continue_from(self, value: Tensor, kept: Tensor) -> Tensor:
         """A draw [*batch, T, latent] given the steps of `value` where `kept` [*batch, T] is true."""
         kept = kept.unsqueeze(-1)
-        start = self.start.expand(self.batch_shape + self.start.shape)
-        return self._draw(start, lambda t, z: torch.where(kept[..., t, :], value[..., t, :], z))
 
-    def _draw(self, z: Tensor, replace: Callable[[int, Tensor], Tensor]) -> Tensor:
-        steps = []
+        def replace(t: int, draw: Callable[[], Tensor]) -> Tensor:
+            now, given = kept[..., t, :], value[..., t, :]
+            return given if bool(now.all()) else torch.where(now, given, draw())
+
+        return self._draw(self.batch_shape, replace)
+
+    def _draw(self, shape: torch.Size, replace: Callable[[int, Callable[[], Tensor]], Tensor]) -> Tensor:
+        z, steps = self.start.expand(shape + self.start.shape), []
         for t in range(self.event_shape[0]):
-            steps.append(z := replace(t, self.step(z, t).rsample()))
+            draw = functools.partial(lambda t, z: self.step(z, t).rsample(), t, z)
+            steps.append(z := replace(t, draw))
         return torch.where(self.known.unsqueeze(-1), torch.stack(steps, -2), 0.0)
 
     def step_log_prob(self, value: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("local_particles", "num_samples"), DRAWS),
     "max_particles": Range("at least 100", 100, MOST_DRAWS, whole=True),  # a block of particles
     **dict.fromkeys(("num_temperatures", "num_leapfrog", "num_nodes", "rounds"), DRAWS),
-    **dict.fromkeys(("beside", "bounds", "steps"), replace(DRAWS, many=True)),
+    **dict.fromkeys(("beside", "bounds"), replace(DRAWS, many=True)),
+    "steps": replace(DRAWS_OR_NONE, many=True),
     **dict.fromkeys(("bracket", "bracket_data"), DRAWS_OR_NONE),
     **dict.fromkeys(("guide_particles", "replications", "posterior_draws"), DRAWS_OR_NONE),
     **dict.fromkeys(("surgery_draws", "gradients", "calibrations"), DRAWS_OR_NONE),

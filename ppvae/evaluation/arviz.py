@@ -17,6 +17,7 @@ from ppvae.storage import replace_file
 
 DIMENSIONS = ("chain", "draw", "datum")
 SITE = "site"  # the attribute of a variable that has another name than its site
+ESS_BY_STEP = "ess_by_step"
 GROUP = "marginal_likelihood"  # not one of ArviZ's own: its sample_stats would need a chain and a draw for every value
 
 
@@ -26,6 +27,7 @@ def to_arviz(
     observed: Any = None,
     attrs: Mapping[str, Any] | None = None,
     log_likelihood: Any = None,
+    ess_by_step: Any = None,
 ) -> Any:
     """One `InferenceData` (ArviZ 0.x) or `DataTree` (1.x) that holds results per datum, and if given draws and data.
 
@@ -37,6 +39,7 @@ def to_arviz(
         observed: [N, *event]; variable `x` of group `observed_data`.
         log_likelihood: [draws, N], of each datum at each draw of the global latents, which `posterior` then holds,
             [draws, *event]; variable `x` of group `log_likelihood`, as `arviz.loo` takes it.
+        ess_by_step: [N, T], of particle filters; with the results per datum, dimensions `datum` and `step`.
         attrs: strings and numbers about the whole. A bool becomes 0 or 1, since NetCDF has no such attribute; anything
             else becomes its `str`.
 
@@ -57,6 +60,8 @@ def to_arviz(
         "log_likelihood": {} if log_likelihood is None else {"x": _array("x", log_likelihood, ("draw", "datum"))},
         "observed_data": {} if observed is None else {"x": _array("x", observed, ("datum",))},
     }
+    if ess_by_step is not None:
+        arrays[GROUP][ESS_BY_STEP] = _array(ESS_BY_STEP, ess_by_step, ("datum", "step"), event=False)
     _same_sizes(arrays)
     groups = {group: _dataset(group, held) for group, held in arrays.items() if held}
     for site, variable in variables.items():

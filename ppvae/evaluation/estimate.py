@@ -312,7 +312,8 @@ their log p(x) may be far too low
         per_datum = {name: value.cpu().numpy() for name, value in self.per_datum().items()}
         per_datum |= {f"bound_{k}": value.cpu().numpy() for k, value in self.bounds.items()}
         log_lik = None if self.log_likelihood is None else self.log_likelihood.cpu().numpy()
-        return to_arviz(per_datum, draws or None, None, self.attributes(), log_lik)
+        steps = None if self.ess_by_step is None else self.ess_by_step.cpu().numpy()
+        return to_arviz(per_datum, draws or None, None, self.attributes(), log_lik, steps)
 
     def save(
         self, directory: str | os.PathLike[str], name: str = "log_marginal", origin: Mapping[str, str] | None = None

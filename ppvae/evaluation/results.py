@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ppvae.errors import CheckpointError
-from ppvae.evaluation.arviz import GROUP, SITE
+from ppvae.evaluation.arviz import ESS_BY_STEP, GROUP, SITE
 from ppvae.evaluation.estimate import MIXED_METHOD, Estimate
 from ppvae.evaluation.reliability import error_words
 from ppvae.run_folder.atomic_commit import written_together
@@ -176,7 +176,7 @@ def estimate_file(path: str | os.PathLike[str], name: str = "log_marginal") -> P
 
 
 def load_estimate(path: str | os.PathLike[str]) -> Estimate:
-    """Loads a saved `Estimate`, given its JSON file or folder; bounds and posterior draws come from the NetCDF file.
+    """Loads a saved `Estimate`, given its JSON file or folder; bounds, draws and ess by step are in the NetCDF file.
 
     Raises:
         CheckpointError: the file is missing, or is no saved estimate.
@@ -198,13 +198,16 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         plain: dict[str, Any] = {k: v for k, v in content.items() if k in own and k not in DERIVED}
         settings = {k: v for k, v in content.items() if k not in own and k not in (*DERIVED, *ORIGIN)}
         reliable = rows.pop("reliable").bool()
-        bounds, posterior = _arrays(path.with_suffix(".nc"))
+        bounds, posterior, ess_by_step = _arrays(path.with_suffix(".nc"))
         words = content.get("notes", "")
         plain |= {name: rows.pop(name) for name in FIELDS}
         plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
         if "guide_estimate" in plain:
             plain["guide_estimate"] = _guide_estimate(path.with_name(plain["guide_estimate"]), content["digest"])
-        est = Estimate(**plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows)
+        est = Estimate(
+            **plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows,
+            ess_by_step=ess_by_step,
+        )  # fmt: skip
         if est.method in ("importance sampling", MIXED_METHOD) and torch.equal(est.reliable, reliable):
             return est
         return dataclasses.replace(est, reliable_override=reliable)
@@ -224,10 +227,10 @@ def _tensor(values: list[Any]) -> Tensor:
     return torch.tensor([float(v) for v in values], dtype=torch.float64)
 
 
-def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """(bounds per datum, draws of the latents), empty where there is no NetCDF file."""
+def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor], Tensor | None]:
+    """(bounds per datum, draws of the latents, ess by step), empty where there is no NetCDF file."""
     if not path.exists():
-        return {}, {}
+        return {}, {}, None
     import h5py
 
     with h5py.File(path) as file:
@@ -236,4 +239,5 @@ def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         }
         draws = file.get("posterior", {})
         latents = {v.attrs.get(SITE, n): torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 2}
-    return {int(name.removeprefix("bound_")): values for name, values in bounds.items()}, latents
+        by_step = torch.from_numpy(file[GROUP][ESS_BY_STEP][()]) if ESS_BY_STEP in file[GROUP] else None
+    return {int(name.removeprefix("bound_")): values for name, values in bounds.items()}, latents, by_step

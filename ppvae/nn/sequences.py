@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ppvae.errors import DataError
+from ppvae.errors import DataError, UsageError
 from ppvae.errors.ranges import check_numbers
 from ppvae.nn.context import rows_of
 
@@ -17,6 +17,8 @@ def known_times(steps: int, lengths: Tensor) -> Tensor:
     [[True, False, False], [True, True, True]]
     """
     check_numbers(steps=steps)
+    if steps < 1:
+        raise UsageError(f"steps: expected at least 1, found {steps}")
     if lengths.dtype == torch.bool or lengths.dim() != 1:
         raise DataError(
             f"lengths: expected a whole number for each sequence, [batch], found {lengths.dtype} "

@@ -27,7 +27,8 @@ class SemiAmortized(nn.Module):
         net: maps data [..., *event] to [..., 2 * latent], location and log-scale.
         prior, likelihood: the modules p(z) and p(x | z) of the pair. The decoder must take any leading dims. They and
             the network are given the batch's second tensor where they declare `context`.
-        steps: the number of steps; each costs a forward and backward pass of the decoder for every particle.
+        steps: the number of steps, 0 for none; each costs a forward and backward pass of the decoder for every
+            particle.
         rate: the initial step size; 1 is Newton's step for a normal posterior at the right scale.
         num_particles: noise draws for the expectation, antithetic and with variance one in every dim; with at least
             2 * latent draws they are uncorrelated too, and expectations of quadratics are exact.
@@ -61,8 +62,6 @@ class SemiAmortized(nn.Module):
     ):
         check_numbers(steps=steps, rate=rate, num_particles=num_particles, seed=seed)
         super().__init__()
-        if steps < 0:
-            raise UsageError(f"steps: expected 0 or more, found {steps}")
         if num_particles < 2 or num_particles % 2:
             raise UsageError(f"num_particles: expected an even number, found {num_particles}")
         self.net, self.prior, self.likelihood = net, prior, likelihood

@@ -26,7 +26,7 @@ ZERO = {  # names whose 0 has a meaning
     "tolerance", "warmup", "replications of predictive_check", "calibrations", "guide_particles", "bracket_data",
     "surgery_draws", "floor", "rank of GaussianMixture", "rank of from_data", "rank of gaussian_mixture", "blocks",
     "label_weight", "first of rows_of", "beta", "free_bits", "alpha", "gamma", "capacity", "weight", "width of InfoVAE",
-    "sleep", "decay", "ramp", "rate of SemiAmortized", "noise", "threshold",
+    "sleep", "decay", "ramp", "rate of SemiAmortized", "steps of SemiAmortized", "noise", "threshold",
 }  # fmt: skip
 WITHOUT = {"floor of Dirichlet", "alpha of calibration", "alpha of predictive_check"}  # of those, where it has none
 LABELS = {"conditional_vae", "semi_supervised_vae"}  # which need the number of labels, that only data may leave out

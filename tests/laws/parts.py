@@ -97,6 +97,9 @@ POSTERIORS: dict[str, Part] = {
         context=torch.tensor([3, 1, 4, 0, 8]),
     ),
     "Mixture": Part(lambda d: posteriors.Mixture([posteriors.DiagonalNormal(net(2 * d)) for _ in range(3)])),
+    "Mixture of learned weights": Part(
+        lambda d: posteriors.Mixture([posteriors.DiagonalNormal(net(2 * d)) for _ in range(2)], weights=net(2))
+    ),
     "Mixture of families": Part(
         lambda d: posteriors.Mixture(
             [

@@ -827,6 +827,19 @@ def test_semi_amortized_past_its_steps_trains_its_network() -> None:
     assert bounds[1] > -240
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_semi_amortized_without_steps_is_the_normal_of_its_network(through: bool) -> None:
+    network, likelihood = net(4), pair_of("SemiAmortized")[0].likelihood
+    posterior = posteriors.SemiAmortized(network, priors.StandardNormal(2), likelihood, steps=0, through=through)
+    x = torch.rand(5, 6).double().round()
+    loc, log_scale = network.double()(x).chunk(2, -1)
+    found = posterior.double()(x)
+    torch.testing.assert_close(found.base_dist.loc, loc)
+    torch.testing.assert_close(found.base_dist.scale, log_scale.exp())
+    found.rsample().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
 def test_semi_amortized_pair_is_the_same_with_gradients_and_without() -> None:
     vae, (x,) = pair_of("SemiAmortized")
     z = torch.randn(3, 5, 2).double()

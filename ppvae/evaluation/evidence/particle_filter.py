@@ -20,9 +20,11 @@ from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
 from ppvae.inference.contract.support import base_measure_of, missing_values_note
 from ppvae.inference.sequences.backward import sample_backward
-from ppvae.inference.sequences.particle_filter import FilterResult, particle_filter
+from ppvae.inference.sequences.particle_filter import LONGEST_WINDOW, FilterResult, particle_filter
 from ppvae.inference.sequences.steps import require_sequence
+from ppvae.inference.sequences.windows import find_dependence
 from ppvae.inference.structure import Role
+from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, seed_all
 
@@ -124,18 +126,36 @@ class FilterBlocks:
         """One particle filter for each of these rows of a block."""
         run = self.run
         part, _ = block.select_rows(rows)
+        pair: Any = {"model": run.model, "guide": run.guide, "batch": part.batch}
+        pair |= {"structure": run.structure, "index": part.index}
+        # smoothing draws need the particles of all steps; both runs of a filter have the same noise
+        dependence = None if self.posterior_draws else find_dependence(**pair)
         seed_all(derive_seed(run.seed, block.number, "filter", number))
         return particle_filter(
-            run.model, run.guide, part.batch, self.num_particles, structure=run.structure, threshold=THRESHOLD,
-            index=part.index, keep_history=keep_history,
+            **pair, num_particles=self.num_particles, threshold=THRESHOLD, keep_history=keep_history,
+            dependence=dependence,
         )  # fmt: skip
+
+    def _elbo(self, block: Block, rows: Tensor, number: int, steps: int) -> Tensor:
+        """The ELBO of each of these rows, by as many draws as a filter has particles, some at a time."""
+        run = self.run
+        part, _ = block.select_rows(rows)
+        seed_all(derive_seed(run.seed, block.number, "elbo", number))
+        total: Any = 0.0
+        together = max(1, self.num_particles * LONGEST_WINDOW // max(steps, LONGEST_WINDOW))
+        for start in range(0, self.num_particles, together):
+            size = min(together, self.num_particles - start)
+            t = evaluate_terms(run.model, run.guide, part.batch, size, structure=run.structure, index=part.index)
+            if number == start == 0:
+                block.check_supports(t)
+            total = total + t.elbo.sum(0)
+        return total / self.num_particles
 
     def _statistics(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
         f = self._filter(block, rows, number)
-        if not number:
-            block.check_supports(f.first)
+        elbo = self._elbo(block, rows, number, len(f.ess))
         found = {
-            "log_px": f.log_px, "elbo": f.first.elbo.mean(0), "ess_by_step": f.ess.T, "resampled": f.resampled.double(),
+            "log_px": f.log_px, "elbo": elbo, "ess_by_step": f.ess.T, "resampled": f.resampled.double(),
         }  # fmt: skip
         return {name: value[: len(rows)].cpu() for name, value in found.items()}
 

@@ -167,6 +167,8 @@ def gaps(
     True
     """
     check_numbers(num_particles=num_particles, steps=steps, rounds=rounds, seed=seed)
+    if steps < 1:
+        raise UsageError(f"steps: expected at least 1, found {steps}")
     check_ranges(rows=rows)
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         _check_log_px(log_px, run.columns)

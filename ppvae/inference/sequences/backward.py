@@ -107,7 +107,7 @@ def sample_backward(
             values = select_particles(h.sites, joined, h.steps, s)
             sites = {name: replace(site, value=values[name]) for name, site in h.sites.items()}
             t = evaluate_terms(model, guide, batch, num_particles, structure=s, index=index, guide_sites=sites)
-            log_weight = log_weight + torch.where(times > at, log_joint_of(t), 0.0).sum(0)
+            log_weight = log_weight + torch.where(times > at, log_joint_of(t, h.steps), 0.0).sum(0)
         share = log_weight.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
         path = joined.gather(1, share.T.multinomial(1).T.expand(count, 1, -1))
     return select_particles(h.sites, path, h.steps, s)

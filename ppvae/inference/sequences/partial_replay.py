@@ -38,6 +38,8 @@ class PartialReplay(Messenger):
         kept = self.kept[msg["name"]]
         if is_chain(msg["fn"]):
             msg["value"] = msg["fn"].continue_from(value, kept)
+        elif bool(kept.all()):
+            msg["value"] = value
         else:
             msg["value"] = torch.where(kept, value, msg["fn"](*msg["args"], **msg["kwargs"]))
         msg["done"] = True
@@ -74,6 +76,7 @@ def continue_guide(
     *,
     structure: Structure,
     index: Tensor | None = None,
+    end: int | None = None,
 ) -> dict[str, Site]:
     """The guide's sites, as `sample_guide` gives them, of draws that keep all steps of `values` up to `last`, [batch].
 
@@ -81,11 +84,13 @@ def continue_guide(
         values: of the guide's sites, [K, (inner plates,) batch, *event].
         last: the last step that is kept of each datum; -1 for none.
         steps: those of `values`.
+        end: the first step of a chain that is kept again; None for none.
     """
     name = next(iter(values))
     count = values[name].shape[particle_dim(values[name], structure, name)]
     layout = ParticleLayout(structure, count, len(last))
-    upto = (torch.arange(steps.count, device=last.device)[:, None, None] <= last).expand(-1, count, -1)
+    times = torch.arange(steps.count, device=last.device)[:, None, None]
+    upto = ((times <= last) | (times >= (steps.count if end is None else end))).expand(-1, count, -1)
     runs = []
     for _, at, _, piece in layout.runs(batch, values):
         kept = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,13 +53,17 @@ class Steps:
 
     Attributes:
         count: T, the number of steps.
-        of_guide: the step of each site of the guide; None for a chain, which has all steps.
+        of_model: the step of each site of the model; None where it has all steps, as a chain has.
+        of_guide: the step of each site of the guide, likewise.
+        chain: the name of the latent that is a chain; None where there is none.
         log_weight: log w_t = log p(z_t, x_t | earlier) - log q(z_t | earlier, x), [T, K, batch] in float64; their sum
             is `Terms.log_weight`.
     """
 
     count: int
+    of_model: Mapping[str, int | None]
     of_guide: Mapping[str, int | None]
+    chain: str | None
     log_weight: Tensor
 
 
@@ -75,17 +79,24 @@ def steps_of(t: Terms) -> Steps:
         ContractError: the guide samples the latents in another order than the model, by the site's name.
     """
     count, of_model = _model_steps(t)
-    of_guide = _guide_steps(t, count, of_model)
-    places = of_guide if _chain(t) is None else dict.fromkeys(t.guide)
-    return Steps(count, of_guide, _add_sites(log_joint_of(t), t, t.guide, -1, places))
+    steps = Steps(count, of_model, _guide_steps(t, count, of_model), _chain(t), torch.zeros(()))
+    return replace(steps, log_weight=log_weight_of(t, steps))
 
 
-def log_joint_of(t: Terms) -> Tensor:
-    """log p(z_t, x_t | earlier steps) of a pair's terms by step, [T, K, batch] in float64."""
-    count, of_model = _model_steps(t)
-    device = next(iter(t.model.values())).log_prob.device
-    total = torch.zeros(count, t.num_particles, t.batch_size, dtype=torch.float64, device=device)
-    return _add_sites(total, t, t.model, 1, of_model)
+def log_weight_of(t: Terms, steps: Steps, window: range | None = None) -> Tensor:
+    """log w_t of the steps of a window, [steps, K, batch] in float64, of terms that have their sites; of all steps."""
+    return log_joint_of(t, steps, window) - log_guide_of(t, steps, window)
+
+
+def log_joint_of(t: Terms, steps: Steps, window: range | None = None) -> Tensor:
+    """log p(z_t, x_t | earlier steps) of the steps of a window, [steps, K, batch] in float64; of all steps."""
+    return _sum_sites(t, t.model, steps, steps.of_model, window)
+
+
+def log_guide_of(t: Terms, steps: Steps, window: range | None = None) -> Tensor:
+    """log q(z_t | earlier steps, x) of the steps of a window, [steps, K, batch] in float64; of all steps."""
+    sites = {n: site for n, site in t.guide.items() if site.role is not Role.FACTOR}  # a term of the loss alone
+    return _sum_sites(t, sites, steps, dict.fromkeys(sites) if steps.chain else steps.of_guide, window)
 
 
 def _model_steps(t: Terms) -> tuple[int, dict[str, int | None]]:
@@ -128,28 +139,31 @@ def _guide_steps(t: Terms, count: int, of_model: Mapping[str, int | None]) -> di
     return of_guide
 
 
-def _add_sites(
-    total: Tensor, t: Terms, sites: Mapping[str, Site], sign: int, step_of: Mapping[str, int | None]
+def _sum_sites(
+    t: Terms, sites: Mapping[str, Site], steps: Steps, step_of: Mapping[str, int | None], window: range | None
 ) -> Tensor:
-    """`total` [T, K, batch] plus sign times the log-densities of sites, each at its step or by its factors."""
-    rows = list(total)
+    """Sums of the log-densities of sites, each at its step or by its factors, [steps of the window, K, batch]."""
+    device = next(iter(t.model.values())).log_prob.device
+    zero = torch.zeros(t.num_particles, t.batch_size, dtype=torch.float64, device=device)
+    rows = dict.fromkeys(range(steps.count) if window is None else window, zero)
     for name, site in sites.items():
-        if site.role not in COUNTED or (sign < 0 and site.role is Role.FACTOR):  # a term of the loss alone
+        if site.role not in COUNTED:
             continue
         step = step_of[name]
-        by_step = _by_step(site, t, len(rows)) if step is None else None
+        by_step = _by_step(site, t, steps.count) if step is None else None
         if by_step is not None:
-            rows = [row + sign * each for row, each in zip(rows, by_step, strict=True)]
+            rows = {at: row + by_step[at] for at, row in rows.items()}
             continue
-        if name == _chain(t):
+        if name == steps.chain:
             raise site_error(
                 name, "a density by step in model and guide, for weights by step", "one of the whole sequence",
                 "give it a chain of the same length, as ppvae.distributions.markov_chain.MarkovChain",
             )  # fmt: skip
         if step is None:
-            step = len(rows) - 1 if site.role in (Role.OBSERVED, Role.FACTOR) else 0
-        rows[step] = rows[step] + sign * site.log_prob.double()
-    return torch.stack(rows)
+            step = steps.count - 1 if site.role in (Role.OBSERVED, Role.FACTOR) else 0
+        if step in rows:
+            rows[step] = rows[step] + site.log_prob.double()
+    return torch.stack(list(rows.values()))
 
 
 def _by_step(site: Site, t: Terms, count: int) -> Tensor | None:

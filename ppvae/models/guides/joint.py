@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, final
 
 import pyro
@@ -31,7 +34,7 @@ class JointPosterior(ComposedModel):
     log q(z | x) = log q(u | x) - sum over sites of log |det dz/du|.
 
     Args:
-        model: a Pyro program; its latents stand in one plate over the data, and no other.
+        model: a Pyro program; its latents stand in one plate over the data, and may stand in further ones within it.
         posterior: a function of the size of u that returns the part q(u | x). It is given the first tensor of the
             batch, and the second if it declares `context`.
         batch: a few data, a tensor or a tuple of them, from which the shapes of the latents are read.
@@ -39,8 +42,8 @@ class JointPosterior(ComposedModel):
     Attributes:
         size: of u, the number of unconstrained numbers of a datum.
 
-    Raises ContractError, by the site's name, for a discrete latent, one outside the data plate or in a further plate,
-    or one whose support depends on other values; ContractError for a posterior of another size.
+    Raises ContractError, by the site's name, for a discrete latent, one outside the data plate or in a plate that draws
+    a subsample, or one whose support depends on other values; ContractError for a posterior of another size.
     Source: Rezende and Mohamed 2015 (arXiv 1505.05770); Kucukelbir et al. 2017 (arXiv 1603.00788) for the maps.
 
     >>> import pyro, torch
@@ -62,7 +65,7 @@ class JointPosterior(ComposedModel):
         with torch.no_grad(), fork_rng(), pyro.get_param_store().scope():
             trace = poutine.trace(model).get_trace(*batch)
         self.plate, self.latents = _latents(trace, len(batch[0]))
-        self.size = sum(shape.numel() for _, _, shape in self.latents)
+        self.size = sum(latent.count for latent in self.latents)
         self.posterior = posterior(self.size)
         base = getattr(model, "__self__", model)
         self.bases = nn.ModuleList([base] if isinstance(base, nn.Module) else [])
@@ -79,34 +82,60 @@ class JointPosterior(ComposedModel):
             if tuple(fn.event_shape) != (self.size,):
                 raise ContractError(
                     f"posterior: expected one over the {self.size} unconstrained numbers of "
-                    f"{', '.join(name for name, _, _ in self.latents)}, found event shape {list(fn.event_shape)}"
+                    f"{', '.join(latent.name for latent in self.latents)}, found event shape {list(fn.event_shape)}"
                 )
             u = pyro.sample(JOINT, fn, infer={"is_auxiliary": True})
-            pieces = u.split([shape.numel() for _, _, shape in self.latents], -1)
-            for (name, transform, shape), piece in zip(self.latents, pieces, strict=True):
-                free = piece.reshape(*piece.shape[:-1], *shape)
-                value = transform(free)
-                log_det = transform.log_abs_det_jacobian(free, value)
-                lead = u.dim() - 1
-                log_det = log_det.reshape(*log_det.shape[:lead], -1).sum(-1)
-                pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=value.dim() - lead))
+            depth = max(len(latent.inner) for latent in self.latents)
+            lead = u.shape[: max(0, u.dim() - 2 - depth)]  # particles; the dims of inner plates are of size one
+            pieces = u.reshape(*lead, *u.shape[-2:]).split([latent.count for latent in self.latents], -1)
+            for latent, piece in zip(self.latents, pieces, strict=True):
+                sizes = [1] * (depth - len(latent.inner)) + [size for _, size in latent.inner]
+                free = piece.reshape(*piece.shape[:-1], *sizes, *latent.shape).movedim(len(lead), len(lead) + depth)
+                value = latent.transform(free)
+                log_det = latent.transform.log_abs_det_jacobian(free, value)
+                batch = free.dim() - len(latent.shape)
+                log_det = log_det.reshape(*log_det.shape[:batch], -1).sum(-1)
+                with ExitStack() as stack:
+                    for i, (name, size) in enumerate(latent.inner):
+                        if name:
+                            stack.enter_context(pyro.plate(name, size, dim=i - len(latent.inner) - 1))
+                    delta = dist.Delta(value, log_density=-log_det, event_dim=value.dim() - batch)
+                    pyro.sample(latent.name, delta)
 
 
-def _latents(trace: Any, rows: int) -> tuple[str, list[tuple[str, Transform, torch.Size]]]:
-    """(plate, [(site, map from free coordinates, their shape)]) of a model's latents, in its order."""
+@dataclass(frozen=True)
+class _Latent:
+    """A latent of the model: the map from free coordinates, and their shape for one element of the plates."""
+
+    name: str
+    transform: Transform
+    shape: torch.Size
+    inner: tuple[tuple[str, int], ...]  # (name, size) of the plates at dims .., -3, -2; ("", 1) where it is in none
+
+    @property
+    def count(self) -> int:
+        """The number of free coordinates of a datum."""
+        return self.shape.numel() * math.prod(size for _, size in self.inner)
+
+
+def _latents(trace: Any, rows: int) -> tuple[str, list[_Latent]]:
+    """(data plate, latents of a model in its order)."""
     plates: set[str] = set()
     found = []
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or node["is_observed"] or isinstance(node["fn"], _Subsample):
             continue
-        frames = [f for f in node["cond_indep_stack"] if f.dim is not None]
-        if len(frames) != 1 or frames[0].dim != -1 or {frames[0].size, frames[0].full_size or rows} != {rows}:
+        frames = {f.dim: f for f in node["cond_indep_stack"] if f.dim is not None}
+        inner = {dim: f for dim, f in frames.items() if dim < -1}
+        data = frames.get(-1)
+        whole = all((f.full_size or f.size) == f.size for f in inner.values())
+        if data is None or {data.size, data.full_size or rows} != {rows} or not whole:
             raise site_error(
-                name, f"a latent in one plate over the {rows} data, for a joint posterior",
-                f"plates {[f'{f.name} of size {f.full_size or f.size}' for f in frames]}",
-                "make inner plates event dims by to_event; or write a guide of its own for it",
+                name, f"a latent in one plate over the {rows} data, and in others as a whole, for a joint posterior",
+                f"plates {[f'{f.name} of size {f.full_size or f.size}' for f in frames.values()]}",
+                "write a guide of its own for it",
             )  # fmt: skip
-        plates.add(frames[0].name)
+        plates.add(data.name)
         support = node["fn"].support
         numbers = vars(getattr(support, "base_constraint", support)).values()
         if support.is_discrete or any(isinstance(v, Tensor) and v.numel() > 1 for v in numbers):
@@ -115,7 +144,10 @@ def _latents(trace: Any, rows: int) -> tuple[str, list[tuple[str, Transform, tor
                 "sum it out, or write a guide of its own for it",
             )  # fmt: skip
         transform = biject_to(support)
-        found.append((name, transform, torch.Size(transform.inverse_shape(node["fn"].event_shape))))
+        shape = torch.Size(transform.inverse_shape(node["fn"].event_shape))
+        dims = range(min(inner, default=-1), -1)
+        sizes = tuple((inner[d].name, inner[d].size) if d in inner else ("", 1) for d in dims)
+        found.append(_Latent(name, transform, shape, sizes))
     if len(plates) != 1:
         raise ContractError(
             f"model: expected latents in one plate over the data, for a joint posterior, found plates {sorted(plates)}"

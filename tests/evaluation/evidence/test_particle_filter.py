@@ -136,6 +136,10 @@ def test_a_result_is_a_function_of_its_seed_and_is_saved(tmp_path: Path):
     assert held.method == "particle filter"
     assert torch.equal(held.reliable, first.reliable)
     assert held.summary() == first.summary()
+    assert first.ess_by_step is not None
+    assert held.ess_by_step is not None
+    assert torch.equal(held.ess_by_step, first.ess_by_step)
+    assert first.to_arviz()["marginal_likelihood"]["ess_by_step"].dims == ("datum", "step")
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

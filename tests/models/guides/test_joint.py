@@ -103,12 +103,91 @@ def test_latents_on_other_supports():
     assert bool(((ours.log_px - theirs.log_px).abs() < 5 * error).all())  # one of 3e5 runs by chance
 
 
+ROWS = torch.tensor([[1.0, 0.5, 0.0, 0.0], [1.0, 0.0, 0.5, 0.0], [1.0, 0.0, 0.0, 0.5]]).double()  # x of (z, noise)
+
+
+class ExactOfPlates(torch.nn.Module):
+    """The posterior of (z, w_1, w_2, w_3) given x in closed form, w_i = z + 0.5 noise and x_i = w_i + B noise."""
+
+    def forward(self, x: Tensor) -> dist.MultivariateNormal:
+        latents = torch.cat([torch.eye(4)[:1], ROWS])
+        prior = latents @ latents.T
+        gain = prior[:, 1:] @ torch.linalg.inv(prior[1:, 1:] + B**2 * torch.eye(3))
+        return dist.MultivariateNormal(x @ gain.T, prior - gain @ prior[1:])
+
+
+def plates(x: Tensor) -> None:
+    data, features = pyro.plate("data", len(x), dim=-1), pyro.plate("features", 3, dim=-2)
+    with data:
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        with features:
+            w = pyro.sample("w", dist.Normal(z, 0.5))
+            pyro.sample("x", dist.Normal(w, B), obs=x.T)
+
+
+def test_equal_weights_under_the_exact_posterior_of_plates():
+    x = torch.randn(6, 3)
+    pair = JointPosterior(plates, lambda size: ExactOfPlates(), x)
+    assert pair.size == 4
+    covariance = ROWS @ ROWS.T + B**2 * torch.eye(3)
+    exact = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
+    t = terms(pair.model, pair.guide, x, 7)
+    torch.testing.assert_close(t.log_weight, exact.expand(7, 6))
+    est = log_marginal(pair.model, pair.guide, x, num_particles=50, posterior_draws=5, progress=False, proposal="guide")
+    torch.testing.assert_close(est.log_px, exact)
+    assert est.posterior is not None
+    assert est.posterior["w"].numel() == 5 * 3 * 6
+
+
+def test_latents_in_plates_of_different_depth():
+    """Positive scales and simplexes in two plates, one in each; against importance sampling from the prior."""
+
+    def model(x: Tensor) -> None:
+        data = pyro.plate("data", len(x), dim=-1)
+        rows, cols = pyro.plate("rows", 2, dim=-2), pyro.plate("cols", 3, dim=-3)
+        with data:
+            with cols:
+                scale = pyro.sample("scale", dist.Gamma(torch.tensor(3.0), 3.0))
+            with rows:
+                share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+            with rows, cols:
+                pyro.sample("x", dist.Normal(3 * share[..., 0], scale), obs=x.permute(2, 1, 0))
+
+    def prior(x: Tensor) -> None:
+        data = pyro.plate("data", len(x), dim=-1)
+        with data:
+            with pyro.plate("cols", 3, dim=-3):
+                pyro.sample("scale", dist.Gamma(torch.tensor(3.0), 3.0))
+            with pyro.plate("rows", 2, dim=-2):
+                pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 3)
+    pair = JointPosterior(model, lambda d: Wide(d), x)
+    assert pair.size == 3 + 2 * 2
+    ours = log_marginal(pair.model, pair.guide, x, num_particles=20_000, progress=False, proposal="guide")
+    theirs = log_marginal(model, prior, x, num_particles=20_000, progress=False, proposal="guide")
+    error = (ours.std_error**2 + theirs.std_error**2).sqrt()
+    assert bool(((ours.log_px - theirs.log_px).abs() < 5 * error).all())  # one of 4e5 runs by chance
+
+
+class Wide(torch.nn.Module):
+    """A broad normal of the free coordinates, whatever the data."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(torch.zeros(len(x), self.size), 1.3).to_event(1)
+
+
 def test_refusals():
     def make(latent: Any, inner: int = 0, where: str = "data") -> Any:
         def model(x: Tensor) -> None:
             with pyro.plate(where, len(x)):
                 if inner:
-                    with pyro.plate("inner", inner):
+                    with pyro.plate("inner", inner, subsample_size=2):
                         pyro.sample("z", latent)
                 else:
                     pyro.sample("z", latent)

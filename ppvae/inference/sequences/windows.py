@@ -1,0 +1,192 @@
+"""Runs of a pair over a few steps of a sequence, and how far back a step depends on latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from ppvae.inference.param_store import is_effect_guide
+from ppvae.inference.particle_layout import fold_value, insert_plate_dims, particle_dim, with_sampled_sites
+from ppvae.inference.sequences.partial_replay import continue_guide, select_particles
+from ppvae.inference.sequences.steps import Steps, log_guide_of, log_joint_of, steps_of
+from ppvae.inference.sites import Site
+from ppvae.inference.structure import ParticlePlacement, Structure
+from ppvae.inference.terms import Terms, evaluate_terms, sample_guide
+from ppvae.inference.tracing import Program
+from ppvae.rng import fork_rng
+
+PROBES = 4  # particles of which the latents are exchanged
+
+
+class _EndOfWindow(Exception):
+    """Ends the run of a program at the first site after its window."""
+
+
+class _Window(Messenger):
+    """Hides the sites before a window, which get given values, and ends the run after it; the first step stays."""
+
+    def __init__(self, step_of: Mapping[str, int | None], steps: range, value: Callable[[str], Tensor | None]):
+        super().__init__()
+        self.step_of, self.steps, self.value = step_of, steps, value
+
+    def _pyro_sample(self, msg: Any) -> None:
+        step = None if isinstance(msg["fn"], _Subsample) else self.step_of.get(msg["name"])
+        if not step or step in self.steps:
+            return
+        if step >= self.steps.stop:
+            raise _EndOfWindow
+        value = self.value(msg["name"])
+        if value is not None and not msg["is_observed"]:
+            msg["value"] = value
+        msg["done"], msg["stop"] = msg["is_observed"] or value is not None, True
+
+
+def limit_to_window(
+    program: Program,
+    step_of: Mapping[str, int | None],
+    steps: range,
+    values: Mapping[str, Tensor],
+    s: Structure,
+    num_particles: int,
+) -> Program:
+    """The program with the sites of the first step and of `steps` alone; `values` are those of earlier latents."""
+
+    def value(name: str) -> Tensor | None:
+        v = values.get(name)
+        if v is None or s.layout is ParticlePlacement.VECTORIZED:
+            return None if v is None else insert_plate_dims(v, s, name)
+        dim = particle_dim(v, s, name)
+        if s.layout is ParticlePlacement.ONE_BY_ONE:
+            return v.select(dim, 0)
+        return fold_value(v.expand(*v.shape[:dim], num_particles, *v.shape[dim + 1 :]), s, name)
+
+    def run(*batch: Any) -> None:
+        with suppress(_EndOfWindow), _Window(step_of, steps, value):
+            program(*batch)
+
+    return run
+
+
+class HeldLatents:
+    """The latents of a filter by step: of the first and of the last steps for all particles, of others for one."""
+
+    def __init__(self, steps: Steps, s: Structure):
+        self.steps, self.s = steps, s
+        self._values: dict[tuple[str, int], Tensor] = {}  # [K or 1, (inner plates,) batch, *event of the step]
+
+    def slices(self, sites: Mapping[str, Site], window: range) -> dict[tuple[str, int], Tensor]:
+        """The latents of a run by site and step; of a chain, those of the window."""
+        found = {}
+        for name, site in sites.items():
+            step = self.steps.of_guide[name]
+            if step is not None:
+                found[name, step] = site.value
+                continue
+            dim = site.value.dim() - self.s.event_dims[name]
+            found |= {(name, t): site.value.select(dim, t).clone() for t in window}
+        return found
+
+    def update(self, runs: Sequence[dict[tuple[str, int], Tensor]]) -> None:
+        """Takes over the latents of runs of some particles each."""
+        self._values |= runs[0] if len(runs) == 1 else {key: torch.cat([run[key] for run in runs]) for key in runs[0]}
+
+    def select(self, index: Tensor) -> None:
+        """Replaces the particles of each datum by those of `index` [K, batch]."""
+        for key, value in self._values.items():
+            if len(value) == len(index):
+                dims = self._event_dims(key[0])
+                at = index.reshape(len(index), *(1,) * (value.dim() - dims - 2), index.shape[1], *(1,) * dims)
+                shape = torch.broadcast_shapes(value.shape[1:], at.shape[1:])
+                self._values[key] = value.expand(-1, *shape).gather(0, at.expand(-1, *shape))
+
+    def forget(self, before: int) -> None:
+        """Keeps one particle of the steps before this one, the first step apart."""
+        for (name, t), value in self._values.items():
+            if 0 < t < before and len(value) > 1:
+                self._values[name, t] = value[:1].clone()
+
+    def particles(self, window: range, first: int, count: int) -> dict[str, Tensor]:
+        """`count` particles from the first on, of the sites of the first step and of the window, [count, ...].
+
+        A chain has all its steps: those held for one particle as those of that one, later ones as zeros.
+        """
+        out: dict[str, Tensor] = {}
+        chains: dict[str, dict[int, Tensor]] = {}
+        for (name, t), value in self._values.items():
+            if self.steps.of_guide[name] is None:
+                chains.setdefault(name, {})[t] = value[first : first + count] if len(value) > 1 else value
+            elif t == 0 or t in window:
+                out[name] = value[first : first + count]
+        for name, held in chains.items():
+            shape = torch.broadcast_shapes(*(v.shape for v in held.values()))
+            zero = held[0].new_zeros(()).expand(shape)
+            parts = [held[t].expand(shape) if t in held else zero for t in range(self.steps.count)]
+            out[name] = torch.stack(parts, len(shape) - self._event_dims(name))
+        return out
+
+    def of_one(self) -> dict[str, Tensor]:
+        """The latents of one particle by site, [1, ...], without chains."""
+        return {n: v[:1] for (n, _), v in self._values.items() if self.steps.of_guide[n] is not None}
+
+    def _event_dims(self, name: str) -> int:
+        return self.s.event_dims[name] - (self.steps.of_guide[name] is None)
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """The steps of a pair, and the largest number of steps back whose latents a step depends on, the first step apart.
+
+    `lag` is None where it is the whole sequence, as in a model that is not Markov, or where a step reads the sum of all
+    earlier latents.
+    """
+
+    steps: Steps
+    structure: Structure  # with the sites of this batch
+    lag: int | None
+
+
+def find_dependence(
+    model: Program, guide: Program, batch: tuple[Any, ...], *, structure: Structure, index: Tensor | None = None
+) -> Dependence:
+    """How far back a pair's steps depend on latents, found by runs of the pair.
+
+    A few particles are compared with the same ones whose latents are exchanged between them in all steps up to
+    one in the middle, the first apart: what does not read these latents has the same density bit for bit.
+    """
+    with fork_rng(), torch.no_grad():
+        sites = sample_guide(guide, batch, PROBES, structure=structure, index=index)
+        s = with_sampled_sites(structure, sites)
+
+        def weigh(at: dict[str, Site]) -> Terms:
+            return evaluate_terms(model, guide, batch, PROBES, structure=s, index=index, guide_sites=at)
+
+        t = weigh(sites)
+        s = t.structure
+        steps, size = steps_of(t), t.batch_size
+        count = steps.count
+        own = torch.arange(PROBES, device=steps.log_weight.device)[:, None].expand(count, PROBES, size)
+        times = torch.arange(count, device=own.device)[:, None, None]
+        last = torch.full((size,), count - 1, device=own.device)
+
+        def densities(of: Tensor) -> Tensor:
+            values = select_particles(sites, of, steps, s)
+            t = weigh(continue_guide(guide, batch, values, last, steps, structure=s, index=index))
+            return torch.stack([log_joint_of(t, steps), log_guide_of(t, steps)]).nan_to_num(0.0)
+
+        middles = sorted({count // 4, count // 2} & set(range(1, count - 2)))
+        as_drawn, lag = densities(own) if middles else own, 1
+        for middle in middles:
+            exchanged = (times > 0) & (times <= middle)
+            differ = densities(torch.where(exchanged, (own + 1) % PROBES, own)) != as_drawn
+            changed = [t for t, some in enumerate(differ.flatten(2).any(2).any(0).tolist()) if some]
+            if count - 1 in changed:
+                return Dependence(steps, s, None)
+            lag = max(lag, *(t - middle for t in changed))
+    return Dependence(steps, s, lag if middles and not is_effect_guide(guide) else None)
