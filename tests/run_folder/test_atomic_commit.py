@@ -170,5 +170,5 @@ def test_a_result_of_a_single_save_is_whole(tmp_path, monkeypatch):
     estimate(-1.0).save(tmp_path)
     for _ in kills(monkeypatch, lambda: estimate(-2.0).save(tmp_path)):
         est = load_estimate(tmp_path / "log_marginal.json")
-        assert float(est.log_px[0]) == float(est.bound(1)[0]) == float(est.guide_estimate.log_px[0])
+        assert float(est.log_px[0]) == float(est.bounds[1][0]) == float(est.guide_estimate.log_px[0])
         estimate(-1.0).save(tmp_path)
