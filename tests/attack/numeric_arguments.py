@@ -164,7 +164,14 @@ def calls() -> Mapping[str, Callable[..., Any]]:
     for name in ("annealed", "bdmc", "bracket", "calibration", "gaps", "impute", "interval", "loo", "predictive_check",
                  "quadrature", "refined_log_marginal", "representation", "waic"):  # fmt: skip
         cases[f"evaluation.{name}"] = of_pair(getattr(evaluation, name))
-    for name in ("posterior_means", "reconstructions", "samples", "traversals"):
+    for name in (
+        "posterior_means",
+        "posterior_predictive",
+        "prior_predictive",
+        "reconstructions",
+        "samples",
+        "traversals",
+    ):
         cases[f"generate.{name}"] = of_pair(getattr(generate, name))
     for name in ("MAF", "Autoregressive", "Bernoulli", "Dirichlet", "GaussianProcess", "Laplace", "LogisticNormal",
                  "MixtureOfNormals", "NeuralSpline", "Normal", "RealNVP", "RelaxedBernoulli", "StandardNormal",

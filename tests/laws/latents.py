@@ -159,6 +159,11 @@ class Part:
     size: int = 2
     context: Tensor | None = None
     tolerance: float = 1e-6
+    paths: bool = True  # from parameters to draws, where these are not discrete
+
+    @property
+    def reparameterised(self) -> bool:
+        return self.paths and self.kind != "discrete"
 
     def given(self) -> dict[str, Tensor]:
         """The keyword that the part declares, if it does."""

@@ -98,7 +98,8 @@ POSTERIORS: dict[str, Part] = {
     ),
     "Mixture": Part(lambda d: posteriors.Mixture([posteriors.DiagonalNormal(net(2 * d)) for _ in range(3)])),
     "Mixture of learned weights": Part(
-        lambda d: posteriors.Mixture([posteriors.DiagonalNormal(net(2 * d)) for _ in range(2)], weights=net(2))
+        lambda d: posteriors.Mixture([posteriors.DiagonalNormal(net(2 * d)) for _ in range(2)], weights=net(2)),
+        paths=False,
     ),
     "Mixture of families": Part(
         lambda d: posteriors.Mixture(

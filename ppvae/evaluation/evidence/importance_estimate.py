@@ -55,9 +55,7 @@ def importance_estimate(
 ) -> Estimate:
     """log p(x) by draws from one proposal; arguments and result as of `log_marginal`, whose ranges are checked."""
     allocation = make_allocation(num_particles, target_std_error, max_particles)
-    check_numbers(posterior_draws=posterior_draws, seed=seed)
-    check_sequences(bounds=bounds)
-    check_ranges(rows=rows)
+    check_importance_numbers(posterior_draws=posterior_draws, seed=seed, bounds=bounds, rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
     if proposal not in ("guide", "refined"):
         raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
@@ -126,3 +124,12 @@ def importance_estimate(
         diagnostics=(counts if allocation.adaptive or escalates else {}) | families | escalated,
         remedy=recommend_alternative(s),
     )
+
+
+def check_importance_numbers(
+    posterior_draws: int = 0, seed: int = 0, bounds: Sequence[int] = (), rows: int | None = None, **_: Any
+) -> None:
+    """Raises UsageError for a number that `importance_estimate` does not take, before any run of the pair."""
+    check_numbers(posterior_draws=posterior_draws, seed=seed)
+    check_sequences(bounds=bounds)
+    check_ranges(rows=rows)

@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
 from ppvae.evaluation.evidence.escalation import refinable_run
-from ppvae.evaluation.evidence.importance_estimate import importance_estimate
+from ppvae.evaluation.evidence.importance_estimate import check_importance_numbers, importance_estimate
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
 
@@ -68,8 +68,9 @@ def refined_log_marginal(
     >>> est.settings["proposal"], est.guide_estimate.num_particles
     ('refined', 50)
     """
-    check_numbers(guide_particles=guide_particles, bracket_data=bracket_data, seed=seed)
+    check_numbers(guide_particles=guide_particles, bracket_data=bracket_data)
     make_allocation(num_particles)  # which refuses what is no number of them
+    check_importance_numbers(seed=seed, **options)
     common = options | {"seed": seed, "device": device}
     folders = {name: None if directory is None else Path(directory) / name for name in ("refined", "guide")}
 

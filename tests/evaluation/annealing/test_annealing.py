@@ -400,12 +400,15 @@ def test_strangers_simulated_data_are_bracketed(name):
 
 
 @pytest.mark.usefixtures("hasty")
-def test_simulated_values_that_are_no_column_are_refused_or_put_in_place_by_the_user():
+def test_simulated_values_that_are_no_column_are_put_in_place():
+    """Numbers of a column by themselves or by the user, with the same result; those of no column are refused."""
     model, guide, batch = registered("inner_plate")
-    with pytest.raises(ContractError, match=r"site 'x'.*assemble="):
-        bdmc(model, guide, batch, **SHORT)
+    found = bdmc(model, guide, batch, **SHORT)
     bracket = bdmc(model, guide, batch, assemble=lambda seen, batch: (seen["x"].transpose(0, 1),), **SHORT)
     assert bracket.data[0].shape == batch[0].shape
+    assert torch.equal(found.data[0], bracket.data[0])
+    with pytest.raises(ContractError, match=r"site .*assemble="):
+        bdmc(*registered("obs_mask"), **SHORT)
     with pytest.raises(ContractError, match=r"site 'x'"):  # put in the wrong place
         bdmc(model, guide, batch, assemble=lambda seen, batch: batch, **SHORT)
     for name in ("auxiliary", "semi_supervised"):

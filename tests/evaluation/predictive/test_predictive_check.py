@@ -158,7 +158,7 @@ def test_log_px_of_the_draws_is_log_px():
 # -- any pair ---------------------------------------------------------------------------------------------------------
 
 REFUSED = (
-    dict.fromkeys(("sequential_plate", "inner_plate", "masked", "obs_mask"), "a column of the batch")
+    dict.fromkeys(("masked", "obs_mask"), "numbers of the batch")
     | dict.fromkeys(
         ("enumerated_model", "enumerated_both", "enumerated_vector", "markov"), "one that the model sums out"
     )
