@@ -14,7 +14,7 @@ from pyro.distributions import constraints
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
-from ppvae.errors import site_error
+from ppvae.errors import UsageError, site_error
 from ppvae.errors.ranges import check_numbers
 from ppvae.models.composed_model import ComposedModel
 from ppvae.models.guides.sites import GivenValues, LatentSites
@@ -64,6 +64,8 @@ class Annealed(ComposedModel):
         self, model: Program, guide: Program, batch: Any, steps: int = 4, refresh: bool = True, step_size: float = 0.1
     ):
         check_numbers(steps=steps, step_size=step_size)
+        if steps < 1:
+            raise UsageError(f"steps: expected at least 1, found {steps}")
         super().__init__("annealed")
         batch = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
         with torch.no_grad(), fork_rng(), pyro.get_param_store().scope():
