@@ -75,6 +75,7 @@ def test_a_mapped_array_is_used_in_place_and_never_written_to(numbers):
     assert trained_on(np.load(numbers, mmap_mode="r"))[0] == loss
 
 
+@pytest.mark.slow
 def test_commands_read_rows_on_demand(numbers, tmp_path, capsys):
     for name, lazy in (("held", []), ("stored", ["--lazy"])):
         data_flags = ["--data", str(numbers), "--binarize", "none", *lazy]

@@ -45,7 +45,7 @@ def test_weights_are_unbiased_for_p_x(refresh: bool):
     assert bool(((ratio.mean(0) - 1).abs() < 5 * ratio.std(0) / 4000**0.5).all())
 
 
-@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("refresh", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_closes_the_gap_of_a_wrong_guide(refresh: bool):
     """Of 13.6 nats between log p(x) and the ELBO, four trained steps leave under a quarter."""
     x = data()
