@@ -99,10 +99,10 @@ RAINFORTH, DAVIDSON = "Rainforth et al. 2018 (arXiv 1802.04537)", "Davidson et a
 TWO_LAYERS = "experiments.published_rows:two_layers"
 
 VAE1 = Stage("VAE-1", vae(1, gradient="stl"), 300, 100, 2e-3)
-VAE5 = Stage("VAE-5", vae(5, gradient="stl"), 50, 100, 1e-3)
-VAE50 = Stage("VAE-50", vae(50, gradient="stl"), 10, 50, 5e-4)
-IWAE5 = Stage("IWAE-5", bound(5, gradient="dreg"), 100, 100, 1e-3)
-IWAE50 = Stage("IWAE-50", bound(50, gradient="dreg"), 20, 50, 5e-4)
+VAE5 = Stage("VAE-5", vae(5, gradient="stl"), 150, 100, 1e-3)
+VAE50 = Stage("VAE-50", vae(50, gradient="stl"), 20, 50, 5e-4)
+IWAE5 = Stage("IWAE-5", bound(5, gradient="dreg"), 200, 100, 1e-3)
+IWAE50 = Stage("IWAE-50", bound(50, gradient="dreg"), 30, 50, 5e-4)
 CIWAE = functools.partial(objectives.CIWAE, 0.05, 64)
 STATIC = Stage("VAE-1", vae(1, gradient="stl"), 200, 100, 1e-3, 30)
 FREY1 = Stage("VAE-1", vae(1), 600, 100, 1e-3, 150, "float32")
