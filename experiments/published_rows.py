@@ -119,10 +119,10 @@ CATERINI = "Caterini et al. 2018 (arXiv 1805.11328)"
 TWO_LAYERS = "experiments.published_rows:two_layers"
 
 VAE1 = Stage("VAE-1", vae(1, gradient="stl"), 300, 100, 2e-3)
-VAE5 = Stage("VAE-5", vae(5, gradient="stl"), 50, 100, 1e-3)
-VAE50 = Stage("VAE-50", vae(50, gradient="stl"), 10, 50, 5e-4)
-IWAE5 = Stage("IWAE-5", bound(5, gradient="dreg"), 100, 100, 1e-3)
-IWAE50 = Stage("IWAE-50", bound(50, gradient="dreg"), 20, 50, 5e-4)
+VAE5 = Stage("VAE-5", vae(5, gradient="stl"), 150, 100, 1e-3)
+VAE50 = Stage("VAE-50", vae(50, gradient="stl"), 20, 50, 5e-4)
+IWAE5 = Stage("IWAE-5", bound(5, gradient="dreg"), 200, 100, 1e-3)
+IWAE50 = Stage("IWAE-50", bound(50, gradient="dreg"), 30, 50, 5e-4)
 CIWAE = functools.partial(objectives.CIWAE, 0.05, 64)
 STATIC = Stage("VAE-1", vae(1, gradient="stl"), 200, 100, 1e-3, 30)
 FREY1 = Stage("VAE-1", vae(1), 600, 100, 1e-3, 150, "float32")
@@ -145,7 +145,7 @@ ROWS = {
         93.16, DAVIDSON, SPHERE, *DYNAMIC, (Stage("S-VAE", vae(1, analytic_kl=True), 120, 100, 2e-3),),
         (Stage("S-VAE, paper", vae(1, analytic_kl=True), 1000, 64, 1e-3, 50, "float32"),), 93.13, particles=500,
     ),
-    "1-VAE-1": burda(86.76, "VAE-1", (VAE1,)),
+    "1-VAE-1": burda(86.76, "VAE-1", (VAE1._replace(name="VAE-1-900", epochs=900),)),
     "1-IWAE-5": burda(85.54, "IWAE-5", (VAE1, IWAE5)),
     "1-VAE-5": burda(86.47, "VAE-5", (VAE1, VAE5)),
     "1-IWAE-50": burda(84.78, "IWAE-50", (VAE1, IWAE5, IWAE50)),
