@@ -196,6 +196,12 @@ def compare(results: Mapping[str, Result | Sequence[Result]]) -> Comparison:
 
 def _load_estimates(given: Result | Sequence[Result]) -> list[Estimate]:
     several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    for one in several:
+        if not isinstance(one, Estimate | str | os.PathLike):
+            raise UsageError(
+                f"compare: expected estimates of log_marginal, or paths to saved ones, found {type(one).__name__}. "
+                f"Pass log_marginal(model, guide, data) of each"
+            )
     return [one if isinstance(one, Estimate) else load_estimate(one) for one in several]
 
 

@@ -111,7 +111,11 @@ class ClassChoice:
         if of_class in known:
             return known[of_class]
         near = difflib.get_close_matches(of_class, known, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f" (one of {', '.join(sorted(known))})"
+        hint = (
+            f"; did you mean {near[0]!r}?"
+            if near
+            else f" (one of {', '.join(sorted(known))}; or of your own, file.py:Class)"
+        )
         if name.endswith(".py"):
             hint = f"; a class of a file is named with it, as in {name}:MyClass"
         raise UsageError(f"--{flag}: no class {of_class!r} in {' or '.join(self.modules)}{hint}")

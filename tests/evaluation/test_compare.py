@@ -11,6 +11,7 @@ from ppvae import log_marginal
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.evaluation.compare import Comparison, compare
 from ppvae.evaluation.estimate import Estimate
+from ppvae.evaluation.quadrature import quadrature
 from ppvae.evaluation.results import load_estimate
 from ppvae.models import LinearGaussian
 
@@ -174,3 +175,12 @@ def test_what_a_bracket_found_is_no_setting_of_an_estimate():
     assert not compare({"a": made[0], "b": made[1]}).warnings
     other = estimate(torch.randn(20), settings={"proposal": "guide"})
     assert "unequal tightness" in compare({"a": made[0], "b": other}).warnings[0]
+
+
+def test_what_is_no_estimate_is_refused_and_the_cure_works():
+    pair, x = LinearGaussian(3, 2), torch.zeros(20, 3)
+    exact = quadrature(pair.model, pair.guide, x)
+    with pytest.raises(UsageError, match=r"found Quadrature\. Pass log_marginal"):
+        compare({"a": exact, "b": exact})
+    est = log_marginal(pair.model, pair.guide, x, num_particles=30)
+    assert compare({"a": est, "b": est}).names[0] in "ab"
