@@ -23,7 +23,7 @@ from ppvae.errors.memory import explain_out_of_memory
 from ppvae.evaluation.block_cache import SECONDS, BlockCache, BlockContext, concatenate, digest_of_params
 from ppvae.evaluation.global_latents.blocks import joint_block, local_blocks
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
-from ppvae.inference.contract.missing import missing_mask
+from ppvae.inference.contract.missing import count_missing
 from ppvae.inference.contract.row_order import find_unequal_rows
 from ppvae.inference.contract.run_failure import explain_failures
 from ppvae.inference.contract.validity import check_run
@@ -171,7 +171,7 @@ class Block:
                 continue
             # the axis of the data is longer where particles are folded in
             axis = site.value.dim() - t.structure.event_dims[name] - 1
-            self.num_missing += int(missing_mask(site.value.narrow(axis, 0, self.size), self.batch).sum())
+            self.num_missing += count_missing(site, axis, self.size, self.batch)
 
 
 def inspect_columns(

@@ -564,3 +564,31 @@ def test_the_command_line_takes_a_table_with_gaps(tmp_path, monkeypatch, capsys)
     assert "of the values are missing" in page
     for picture in ("log_px", "reconstructions", "samples"):
         assert (tmp_path / "runs" / "a" / "pictures" / f"{picture}.png").exists(), picture
+
+
+@pytest.mark.parametrize("proposal", ["guide", "refined"])
+@pytest.mark.parametrize("kind", ["columns", "vectors first and second", "inner plate"])
+def test_dims_are_the_observed_numbers_per_datum(kind, proposal):
+    """Exactly, whichever column the gaps are in: 202 numbers of 101 data, of which 50 and 7 are missing."""
+
+    def model(a, b):
+        with pyro.plate("data", len(a)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            if kind == "inner plate":
+                both = torch.stack([a, b])
+                with pyro.plate("two", 2, dim=-2):
+                    pyro.sample("x", dist.Normal(z, 1.0).mask(~both.isnan()), obs=both.nan_to_num())
+                return
+            for name, x in (("a", a), ("b", b)):
+                pyro.sample(name, dist.Normal(z, 1.0).mask(~x.isnan()), obs=x.nan_to_num())
+
+    def guide(a, b):
+        with pyro.plate("data", len(a)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(a)), 0.7))
+
+    a, b = torch.randn(101), torch.randn(101)
+    b[:50], a[60:67] = torch.nan, torch.nan
+    columns = {"a": a, "b": b} if kind == "columns" else (a, b)
+    est = log_marginal(model, guide, data.with_missing(columns), num_particles=30, proposal=proposal)
+    assert est.dims == pytest.approx((202 - 57) / 101)
+    assert f"{100 * 57 / 202:.1f} % of the values are missing" in est.summary()

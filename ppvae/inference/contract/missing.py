@@ -43,6 +43,20 @@ def missing_mask(value: Tensor, batch: Sequence[Any]) -> Tensor:
     return gaps
 
 
+def count_missing(site: Any, axis: int, size: int, batch: Sequence[Any]) -> int:
+    """The missing elements of the first `size` data of an observed site: NaN, filled, or left out by a mask.
+
+    `site` has a value, its value and its mask in the shape of the run, and the data along `axis` of the former.
+    """
+    value, mask, traced = site.value, site.mask, site.traced_value
+    gaps = missing_mask(value.narrow(axis, 0, size), batch)
+    alike = [d for d in value.shape if d > 1] == [d for d in traced.shape if d > 1]
+    if isinstance(mask, Tensor) and alike:
+        mask = mask[(0,) * max(0, mask.dim() - traced.dim())]  # of the first particle
+        gaps = gaps | ~mask.expand(traced.shape).reshape(value.shape).narrow(axis, 0, size)
+    return int(gaps.sum())
+
+
 def align_missing(value: Tensor, t: Tensor) -> Iterator[Tensor]:
     """A column of the batch in the shape of a value: reshaped, and with the data last, as under inner plates."""
     if t.numel() == value.numel():
