@@ -188,8 +188,8 @@ def test_posteriors_are_captured_or_say_why(name, caplog):
         vae, batch = test_posteriors.pair_of(name)
         return vae.model, vae.guide, batch
 
-    discrete = parts.POSTERIORS[name].kind == "discrete"
-    check_same(build, Trace_ELBO if discrete else objectives.ELBO, caplog, may_refuse=name in EAGER_PARTS)
+    by_paths = parts.POSTERIORS[name].reparameterised
+    check_same(build, objectives.ELBO if by_paths else Trace_ELBO, caplog, may_refuse=name in EAGER_PARTS)
 
 
 @pytest.mark.slow
