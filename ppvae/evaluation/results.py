@@ -203,7 +203,10 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         plain |= {name: rows.pop(name) for name in FIELDS}
         plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
         if "guide_estimate" in plain:
-            plain["guide_estimate"] = _guide_estimate(path.with_name(plain["guide_estimate"]), content["digest"])
+            plain["guide_estimate"] = guide = _guide_estimate(
+                path.with_name(plain["guide_estimate"]), content["digest"]
+            )
+            plain["elbo"] = plain["elbo"] if guide is None else guide.elbo  # files of before have the proposal's
         est = Estimate(
             **plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows,
             ess_by_step=ess_by_step,

@@ -53,12 +53,10 @@ def importance_estimate(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Estimate:
-    """log p(x) by draws from one proposal; arguments and result as of `log_marginal`, whose ranges are checked."""
+    """log p(x) by draws from one proposal; arguments and result as of `log_marginal`."""
     allocation = make_allocation(num_particles, target_std_error, max_particles)
     check_importance_numbers(posterior_draws=posterior_draws, seed=seed, bounds=bounds, rows=rows)
     rows = DATA_BLOCK * PARTICLE_BLOCK if rows is None else rows
-    if proposal not in ("guide", "refined"):
-        raise UsageError(f"proposal: expected 'guide' or 'refined', found {proposal!r}")
     if method not in ("importance", "auto"):
         raise UsageError(f"method: expected 'importance' or 'auto', found {method!r}")
     escalates, refused, replaced = method == "auto", "", ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pyro
@@ -283,3 +284,11 @@ def test_an_adaptive_default_has_the_guide_beside_it():
     est = log_marginal(pair.model, pair.mean_field, x, num_particles="auto", max_particles=400)
     assert int(est.particles.max()) <= 400
     assert est.guide_estimate.num_particles == 400
+
+
+def test_files_with_the_elbo_of_the_proposal_are_read_with_that_of_the_guide(tmp_path):
+    """As estimates were saved before `est.elbo` was the guide's."""
+    pair, x = linear_gaussian()
+    est = log_marginal(pair.model, wrong_guide, x, num_particles=100)
+    again = load_estimate(dataclasses.replace(est, elbo=est.elbo + 1.0).save(tmp_path))
+    assert torch.equal(again.elbo, est.elbo)
