@@ -161,12 +161,27 @@ def compare_with_stored(again: dict[str, Any], stored: dict[str, Any]) -> str:
     return f"NLL {new['nll']:.3f}, stored {old['nll']:.3f}: {apart:.2f} standard errors apart"
 
 
-def train(vae: Any, data: Any, valid: Any, workspace: Workspace, *, epochs: int, lr: float, **options: Any) -> Run:
-    """Fits in the cell's folder and resumes there; with Adam and cosine decay, unless `options` say otherwise."""
+def train(
+    vae: Any,
+    data: Any,
+    valid: Any,
+    workspace: Workspace,
+    *,
+    epochs: int,
+    lr: float,
+    untimed: Sequence[Callable[[Run, dict[str, Any]], None]] = (),
+    **options: Any,
+) -> Run:
+    """Fits in the cell's folder and resumes there; with Adam and cosine decay, unless `options` say otherwise.
+
+    `untimed` are callbacks whose time is not counted as that of training.
+    """
     clock = [time.process_time()]
 
     def timed(run: Run, metrics: dict[str, Any]) -> None:
         metrics["cpu_seconds"] = time.process_time() - clock[0]  # unlike wall time, does not depend on the load
+        for callback in untimed:
+            callback(run, metrics)
         clock[0] = time.process_time()
 
     defaults = {

@@ -1,19 +1,24 @@
-"""Discrete VAEs: 200 binary latents on dynamically binarised MNIST, and 8 on scikit-learn's digits, which can be summed
+"""Discrete VAEs: 200 binary latents on dynamically binarised images, and 8 on scikit-learn's digits, which can be summed
 out.
 
-p(x | z) and q(z | x) are independent Bernoullis from networks with one hidden layer; p(z) is an independent Bernoulli
-with learned probabilities. Every row of a data set has the same number of Adam steps: VIMCO maximises the
-importance-weighted bound of K draws (Mnih and Rezende 2016, arXiv 1602.06725), reweighted wake-sleep takes K draws for
-both phases (Bornschein and Bengio 2015, arXiv 1406.2751), and the score-function estimator maximises the ELBO with K
-draws and a moving-average baseline (Mnih and Gregor 2014, arXiv 1402.0030). The other rows maximise the ELBO at the
-same number of evaluations of the decoder: VarGrad and Double CV with K draws (arXiv 2010.10436, 2111.05300), DisARM
-with K / 2 pairs (arXiv 2006.10680), ARMS with K antithetic draws (arXiv 2105.14141), REBAR and RELAX with K / 3 draws
-(arXiv 1703.07370, 1711.00123), two sets of K / 2 draws without replacement (arXiv 2002.06043), straight-through with K
-draws. With 8 latents, log p(x) and the ELBO are exact sums over 256 values; the row trained on the exact ELBO is the
-oracle."""
+p(x | z) and q(z | x) are independent Bernoullis; p(z) is an independent Bernoulli with learned probabilities. The
+networks are linear, or have two hidden layers of 200 LeakyReLU(0.3); batches of 50, Adam of 1e-4, the prior by SGD of
+1e-2: the setting of Dimitriev and Zhou 2021 (arXiv 2105.14141), who take 10^6 steps. Every row of a data set has the
+same number of steps, each of K evaluations of the decoder per datum: leave-one-out, VarGrad and Double CV maximise the
+ELBO of K draws (Kool et al. 2019; arXiv 2010.10436, 2111.05300), DisARM of K / 2 pairs (arXiv 2006.10680), ARMS of K
+antithetic draws (arXiv 2105.14141), REBAR and RELAX of K / 3 draws, which they evaluate three times (arXiv 1703.07370,
+1711.00123), straight-through of K draws, two sets of K / 2 draws without replacement (arXiv 2002.06043), and "score" of K
+draws with a moving-average baseline (arXiv 1402.0030). VIMCO maximises the importance-weighted bound of K draws (arXiv
+1602.06725), and reweighted wake-sleep takes K draws for both phases (arXiv 1406.2751). Gradients in the latents (Double
+CV, REBAR, RELAX, straight-through) are not counted; the CPU time of a step is in the table. L_K is of all test images.
+
+The variance is that of one step's gradient of the guide, on 50 validation images, summed over parameters; VIMCO's is of
+another bound. With 8 latents, log p(x) and the ELBO are exact sums over 256 values, and the row trained on the exact
+ELBO is the oracle: `--rows digits-8-VIMCO ... --networks nonlinear --steps 2000 --batch-size 100 --lr 2e-3`."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -23,54 +28,57 @@ from typing import Any
 
 import torch
 from pyro.infer import config_enumerate
+from pyro.optim import PyroOptim
 
 from experiments import cells
 from experiments.cells import Cells, Workspace
-from ppvae import VAE, data, likelihoods, log_marginal, nn, objectives, posteriors, priors
+from ppvae import VAE, data, evaluation, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.objectives import gradients
+from ppvae.plots.style import figure, styled
 
-COMPARED = ("VIMCO", "VarGrad", "DisARM", "ARMS", "Double CV")  # at equal numbers of evaluations of the decoder
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The rows, data-bits-estimator, and the common schedule."""
-
-    rows: tuple[str, ...] = (
-        *("mnist-200-VIMCO", "mnist-200-wake-sleep", "mnist-200-score"),
-        *("digits-8-VIMCO", "digits-8-wake-sleep", "digits-8-score", "digits-8-enumerated"),
-        *(f"mnist-200-{name}" for name in ("VarGrad", "DisARM", "ARMS", "Double CV", "REBAR", "RELAX")),
-        *(f"digits-8-{name}" for name in ("VarGrad", "DisARM", "ARMS", "Double CV", "REBAR", "RELAX", "set")),
-        *(f"{of}-straight-through" for of in ("mnist-200", "digits-8")),
-        *(f"{of}-200-{name}" for of in ("fashion-mnist", "omniglot") for name in COMPARED),
-    )
-    seeds: tuple[int, ...] = (0, 1, 2)
-    draws: int = 10
-    hidden: int = 200
-    steps: int = 2000
-    batch_size: int = 100
-    lr: float = 2e-3
-    num_test: int = 1000
-    particles: int = 1000
-
-
-MAX_BITS = 16  # binary latents that are summed out exactly
-SMOKE = {"rows": ("digits-8-VIMCO", "digits-8-ARMS", "digits-8-enumerated"), "seeds": (0,), "hidden": 8}
-SMOKE |= {"steps": 14, "num_test": 20, "particles": 50}
 ESTIMATORS: dict[str, Callable[[int], Any]] = {
-    "VIMCO": lambda k: objectives.IWAE(k, gradient="vimco"),
-    "wake-sleep": objectives.ReweightedWakeSleep,
-    "score": lambda k: objectives.ELBO(k, gradient="score"),
-    "enumerated": lambda k: objectives.ELBO(),
+    "leave-one-out": lambda k: objectives.ELBO(k, gradient="vimco"),
     "VarGrad": lambda k: objectives.ELBO(k, gradient="vargrad"),
     "DisARM": lambda k: objectives.ELBO(max(1, k // 2), gradient="disarm"),
     "ARMS": lambda k: objectives.ELBO(1, gradient=gradients.ARMS(k)),
     "Double CV": lambda k: objectives.ELBO(k, gradient="double_cv"),
     "REBAR": lambda k: objectives.ELBO(max(1, k // 3), gradient="rebar"),
     "RELAX": lambda k: objectives.ELBO(max(1, k // 3), gradient="relax"),
-    "set": lambda k: objectives.ELBO(2, gradient=gradients.UnorderedSet(max(2, k // 2))),
     "straight-through": lambda k: objectives.ELBO(k, gradient="straight_through"),
+    "score": lambda k: objectives.ELBO(k, gradient="score"),
+    "VIMCO": lambda k: objectives.IWAE(k, gradient="vimco"),
+    "wake-sleep": objectives.ReweightedWakeSleep,
+    "set": lambda k: objectives.ELBO(2, gradient=gradients.UnorderedSet(max(2, k // 2))),
+    "enumerated": lambda k: objectives.ELBO(),
 }
+COMPARED = ("leave-one-out", "DisARM", "ARMS", "Double CV", "VIMCO")  # on the further data sets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The rows, data-bits-estimator, the networks, and the common schedule."""
+
+    rows: tuple[str, ...] = (
+        *(f"mnist-200-{name}" for name in ESTIMATORS if name not in ("set", "enumerated")),
+        *(f"{of}-200-{name}" for of in ("fashion-mnist", "omniglot") for name in COMPARED),
+    )
+    networks: tuple[str, ...] = ("nonlinear", "linear")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    draws: int = 6
+    hidden: int = 200
+    steps: int = 50_000
+    batch_size: int = 50
+    lr: float = 1e-4
+    prior_lr: float = 1e-2
+    num_test: int = 10_000
+    particles: int = 100
+    variance_draws: int = 100
+
+
+MAX_BITS = 16  # binary latents that are summed out exactly
+VARIANCES = 10  # times along training at which the variance of gradients is measured, after the first epoch
+SMOKE = {"rows": ("digits-8-VIMCO", "digits-8-ARMS", "digits-8-enumerated"), "networks": ("nonlinear",), "seeds": (0,)}
+SMOKE |= {"hidden": 8, "steps": 58, "num_test": 20, "particles": 50, "variance_draws": 10}
 
 
 def parts_of(row: str) -> tuple[str, str, str]:
@@ -85,65 +93,120 @@ def parts_of(row: str) -> tuple[str, str, str]:
     return found[1], found[2], found[3]
 
 
-def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
-    """Trains one pair; evaluates it on validation and test images by L_K, and exactly if there are few latents."""
+def adam_or_sgd(params: Any, rule: str, lr: float) -> torch.optim.Optimizer:
+    """A torch optimizer of the rule."""
+    return (torch.optim.SGD if rule == "sgd" else torch.optim.Adam)(params, lr=lr)
+
+
+def rules(lr: float, prior_lr: float) -> Callable[[str], dict[str, Any]]:
+    """Plain gradient steps for the prior, Adam for the networks, by the name of a parameter."""
+
+    def of(name: str) -> dict[str, Any]:
+        return {"rule": "sgd", "lr": prior_lr} if "prior" in name else {"rule": "adam", "lr": lr}
+
+    return of
+
+
+def compute(s: Settings, workspace: Workspace, row: str, network: str, seed: int) -> dict[str, Any]:
+    """Trains one pair; evaluates it on training and test images, and exactly if there are few latents."""
     name, bits, estimator = parts_of(row)
     images, valid, test = data.load(name, workspace.root, binarize="dynamic")
     torch.manual_seed(seed)
     latent, dims = int(bits), images.shape[1]
-    decoder = nn.mlp(latent, dims, hidden=(s.hidden,))
+    hidden = {"linear": (), "nonlinear": (s.hidden, s.hidden)}[network]
+    net = functools.partial(nn.mlp, hidden=hidden, activation=functools.partial(torch.nn.LeakyReLU, 0.3))
+    decoder, encoder = net(latent, dims), net(dims, latent)
     nn.set_output_bias(decoder, images.as_subclass(torch.Tensor).mean(0).clamp(1e-3, 1 - 1e-3).logit())
-    encoder = nn.mlp(dims, latent, hidden=(s.hidden,))
     vae = VAE(priors.Bernoulli(latent, learned=True), likelihoods.Bernoulli(decoder), posteriors.Bernoulli(encoder))
     summed = config_enumerate(vae.guide)
     pair = SimpleNamespace(model=vae.model, guide=summed if estimator == "enumerated" else vae.guide)
+    objective, epochs = ESTIMATORS[estimator](s.draws), math.ceil(s.steps / math.ceil(len(images) / s.batch_size))
+    every = max(1, epochs // VARIANCES)
+
+    def measure(run: Any, metrics: dict[str, Any]) -> None:
+        """The variance of the gradient of one step, as the estimator is at this epoch."""
+        if estimator not in ("wake-sleep", "enumerated") and metrics["epoch"] % every == 1 % every:
+            batch, options = valid.head(s.batch_size), {"draws": s.variance_draws, "warmup": 1}
+            found = evaluation.gradients(run.model, run.guide, batch, objective, [objective.gradient], **options)
+            metrics |= {f"variance_{side}": float(found.variance[side][0]) for side in ("z", "model")}
+
     trained = cells.train(
-        pair, images, valid, workspace, epochs=math.ceil(s.steps / math.ceil(len(images) / s.batch_size)), lr=s.lr,
-        batch_size=s.batch_size, seed=seed, objective=ESTIMATORS[estimator](s.draws),
+        pair, images, valid, workspace, epochs=epochs, lr=s.lr, scheduler=None, batch_size=s.batch_size, seed=seed,
+        optimizer=PyroOptim(adam_or_sgd, rules(s.lr, s.prior_lr)),
+        objective=objective, untimed=(measure,),
     )  # fmt: skip
-    valid, test = valid.head(s.num_test), test.head(s.num_test)
-    est, of_valid = (
-        log_marginal(vae.model, vae.guide, x, num_particles=s.particles, proposal="guide") for x in (test, valid)
-    )
-    result = cells.estimate_summary(est) | cells.training_summary(trained) | {"valid_nll": of_valid.nll}
+    given: dict[str, Any] = {"proposal": "guide", "num_particles": s.particles}
+    est = log_marginal(vae.model, vae.guide, test.head(s.num_test), **given)
+    of_train = log_marginal(vae.model, vae.guide, images.head(s.num_test), **given | {"num_particles": 10})
+    result = cells.estimate_summary(est) | cells.training_summary(trained)
+    result |= {"train_elbo": float(of_train.elbo.mean())}
+    measured = [epoch for epoch in trained.history if "variance_z" in epoch]
+    result |= {key: [epoch[key] for epoch in measured] for key in ("step", "variance_z", "variance_model")}
     if latent <= MAX_BITS:
-        exact = log_marginal(vae.model, summed, test, num_particles=1, proposal="guide")
+        exact = log_marginal(vae.model, summed, test.head(s.num_test), num_particles=1, proposal="guide")
         result |= {"exact": exact.nll, "exact_elbo": float(exact.elbo.mean())}
     return result
 
 
 def table(found: Cells) -> str:
-    """A table per pair; its rows compared with the score-function estimator or the exact ELBO."""
+    """A table per data set and network; its rows compared with leave-one-out or the exact ELBO."""
     out = []
-    rows = {parts_of(row): r for (row,), r in cells.group_cells(found, "row").items()}
-    for pair in dict.fromkeys(key[:2] for key in rows):
-        own = {estimator: r for (*of, estimator), r in rows.items() if tuple(of) == pair}
-        oracle = next((e for e in ("enumerated", "score") if e in own), "")
+    rows = {(*parts_of(row), net): r for (row, net), r in cells.group_cells(found, "row", "network").items()}
+    for pair in dict.fromkeys((name, bits, net) for name, bits, _, net in rows):
+        own = {estimator: r for (name, bits, estimator, net), r in rows.items() if (name, bits, net) == pair}
+        oracle = next((e for e in ("enumerated", "leave-one-out") if e in own), "")
         sums = int(pair[1]) <= MAX_BITS
-        header = ["gradient", "seeds", "test L_K", "validation L_K", "ELBO, drawn", "CPU ms/step"]
+        header = ["gradient", "seeds", "train ELBO", "test ELBO", "test L_K", "CPU ms/step", "variance at the end"]
         header += ["exact log p", "exact ELBO"] * sums + [f"gain on {oracle}"] * bool(oracle)
         lines = []
         for name, r in own.items():
-            line = [name, len(r), f"{-cells.mean(r):.2f} ± {cells.standard_error(r):.2f}"]
-            line += [f"{-cells.mean(r, 'valid_nll'):.2f}", f"{cells.mean(r, 'elbo'):.2f}"]
-            line += [f"{cells.mean(r, 'cpu_ms_per_step'):.1f}"]
+            line = [name, len(r), f"{cells.mean(r, 'train_elbo'):.2f}", f"{cells.mean(r, 'elbo'):.2f}"]
+            line += [f"{-cells.mean(r):.2f} ± {cells.standard_error(r):.2f}", f"{cells.mean(r, 'cpu_ms_per_step'):.1f}"]
+            line += [f"{variances(r)[-1]:.2g}" if variances(r) else ""]
             line += [f"{-cells.mean(r, 'exact'):.2f}", f"{cells.mean(r, 'exact_elbo'):.2f}"] if sums else []
             gain = cells.compare_rows(r, own[oracle]) if oracle and name != oracle else ""
             lines.append(line + [gain] * bool(oracle))
         first = found[0]["settings"]
-        title = f"**{pair[0]}, {pair[1]} bits**: K = {first['particles']}, {first['draws']} draws a step"
+        title = f"**{pair[0]}, {pair[1]} bits, {pair[2]}**: L_K of K = {first['particles']}, {first['draws']} "
+        title += f"evaluations of the decoder a step, {first['steps']:,} steps"
         text = f"{title}\n\n{cells.markdown(header, lines)}"
-        pairs = [(a, b) for a in ("ARMS", "Double CV") for b in ("VIMCO", "VarGrad") if a in own and b in own]
+        pairs = [(a, b) for a in ("ARMS", "Double CV") for b in ("leave-one-out", "VIMCO") if a in own and b in own]
         if pairs:
             gains = "; ".join(f"{a} over {b} {cells.compare_rows(own[a], own[b])}" for a, b in pairs)
-            text += f"\n\nAt {first['steps']} steps and as many evaluations of the decoder, test log p(x): {gains}."
+            text += f"\n\nAt as many steps and evaluations of the decoder, test L_K: {gains}."
         out.append(text)
     return "\n\n".join(out)
 
 
+def variances(r: Cells) -> list[float]:
+    """The variance of the guide's gradient along training, averaged over seeds."""
+    return [sum(v) / len(v) for v in zip(*(c["result"]["variance_z"] for c in r), strict=True)]
+
+
+@styled
+def draw_figure(found: Cells) -> Any:
+    """The variance of the guide's gradient along training, for each data set and network."""
+    groups: dict[tuple[str, str], dict[str, Cells]] = {}
+    for (row, net), r in cells.group_cells(found, "row", "network").items():
+        name, _, estimator = parts_of(row)
+        if variances(r):
+            groups.setdefault((name, net), {})[estimator] = r
+    fig = figure(3.4 * len(groups), 3.4)
+    for ax, ((name, net), own) in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        for estimator, r in own.items():
+            number = list(ESTIMATORS).index(estimator)
+            style = {"color": f"C{number}", "ls": ("-", "--")[number > 6], "label": estimator}
+            ax.semilogy(r[0]["result"]["step"], variances(r), **style)
+        ax.set(title=f"{name}, {net}", xlabel="step")
+        ax.legend(fontsize="x-small", ncols=2)
+    fig.axes[0].set_ylabel("variance of the guide's gradient")
+    return fig
+
+
 def main(args: list[str] | None = None) -> None:
-    """Computes the table."""
-    cells.run("discrete", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, args)
+    """Computes the table and draws the figure."""
+    found, folder = cells.run("discrete", Settings, ("row", "network", "seed"), compute, table, SMOKE, __doc__, args)
+    draw_figure(cells.load_cells(folder, Settings())).savefig(folder / "variance.png")
 
 
 if __name__ == "__main__":

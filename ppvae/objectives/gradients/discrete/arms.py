@@ -73,7 +73,7 @@ def antithetic(rare: Tensor, p: Tensor, draws: int) -> Tensor:
     u_j = (1 - d_j)^(n - 1) of d ~ Dirichlet(1, ..., 1) are uniform and negatively dependent; a draw is rare if u_j < p.
     Returns [draws - 1, *shape].
     """
-    u = torch.rand_like(p)
+    u = torch.empty_like(p).uniform_()
     u = torch.where(rare, u * p, p + u * (1 - p))  # of the first draw, given its value
     left = u ** (1 / (draws - 1))  # 1 - d_1, the sum of the others
     exponential = -torch.rand(draws - 1, *p.shape, dtype=p.dtype, device=p.device).clamp_min(1e-30).log()

@@ -69,7 +69,7 @@ class Bits:
         if self.family is dist.Bernoulli:
             return self.index.to(p).expand_as(p)
         at = torch.arange(len(p), device=p.device).reshape(-1, *(1,) * self.index.dim())
-        drawn = (torch.rand_like(p) < p).to(p)
+        drawn = (torch.empty_like(p).uniform_() < p).to(p)
         return torch.where(at < self.index, 0.0, torch.where(at == self.index, 1.0, drawn))
 
     def values(self, bits: Tensor) -> Tensor:

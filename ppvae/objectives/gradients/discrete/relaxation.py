@@ -30,11 +30,11 @@ def logistic_given(value: Tensor, logits: Tensor) -> Tensor:
     With v uniform, z = log(1 + v / ((1 - v) (1 - p))) where the value is 1, -log(1 + v / ((1 - v) p)) where it is 0.
     """
     eps = torch.finfo(logits.dtype).eps
-    v = torch.rand_like(logits).clamp(eps, 1 - eps)
+    v = torch.empty_like(logits).uniform_().clamp(eps, 1 - eps)
     odds = v.log() - (-v).log1p()
     sign = 2 * value - 1
     return sign * torch.nn.functional.softplus(odds - torch.nn.functional.logsigmoid(-sign * logits))
 
 
 def _exponential(like: Tensor) -> Tensor:
-    return -torch.rand_like(like).clamp_min(torch.finfo(like.dtype).tiny).log()
+    return -torch.empty_like(like).uniform_().clamp_min(torch.finfo(like.dtype).tiny).log()

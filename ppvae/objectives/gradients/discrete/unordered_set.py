@@ -70,7 +70,7 @@ class UnorderedSet(SiteEstimator):
         powers = count ** torch.arange(elements - 1, -1, -1, device=index.device)
         first = (flat * powers).sum(-1)[None]
         n = min(self.draws, len(table))
-        uniform = torch.rand_like(joint).clamp_min(torch.finfo(joint.dtype).tiny)
+        uniform = torch.empty_like(joint).uniform_().clamp_min(torch.finfo(joint.dtype).tiny)
         keys = (joint.detach() - (-uniform.log()).log()).scatter(0, first, -math.inf)
         drawn = torch.cat([first, keys.topk(n - 1, 0).indices])  # [n, K, batch]
         values = table[drawn[1:]].reshape(n - 1, *rest).movedim(2, data + 1)
