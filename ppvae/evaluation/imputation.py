@@ -20,7 +20,7 @@ from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.evaluation.simulated_data import Place, find_places
-from ppvae.inference.contract.support import base_measure_of, missing_values_note
+from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Structure
 from ppvae.inference.terms import evaluate_terms
@@ -120,15 +120,14 @@ def impute(
         )  # fmt: skip
     parts = {kind: {i: found.pop(f"{kind}/{i}") for i in wanted or (0,)} for kind in ("values", "mean", "missing")}
     parts["values"] = {i: v.transpose(0, 1) for i, v in parts["values"].items()}
-    num_missing = sum(int(v.sum()) for v in parts["missing"].values())
-    if not num_missing:
+    if not any(bool(v.any()) for v in parts["missing"].values()):
         raise UsageError("impute: expected missing values in the data's first tensor, found none")
     base, levels, notes = base_measure_of(columns[0], s)
-    dims = s.observed_dims - num_missing / run.num_data
+    dims, missing_note = count_observed(int(found.pop("missing").sum()), columns, s)
     estimate = Estimate(
         **found,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
-        notes=(*notes, *s.remarks, missing_values_note(dims, s)), lower_bound_only=s.lower_bound_only,
+        notes=(*notes, *s.remarks, *missing_note), lower_bound_only=s.lower_bound_only,
         data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=recommend_alternative(s),
     )  # fmt: skip
     if not names:
@@ -184,7 +183,7 @@ def _impute_block(
         out[f"values/{i}"] = torch.where(missing, drawn, known).transpose(0, 1).cpu()
         out[f"mean/{i}"] = torch.where(missing, means[i].value.to(known.dtype), known).cpu()
         out[f"missing/{i}"] = missing.cpu()
-    return out | weights.result()
+    return out | weights.result() | {"missing": torch.tensor(block.num_missing)}
 
 
 class _WeightedMean:

@@ -592,3 +592,27 @@ def test_dims_are_the_observed_numbers_per_datum(kind, proposal):
     est = log_marginal(model, guide, data.with_missing(columns), num_particles=30, proposal=proposal)
     assert est.dims == pytest.approx((202 - 57) / 101)
     assert f"{100 * 57 / 202:.1f} % of the values are missing" in est.summary()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_dims_are_the_numbers_that_a_mask_keeps(folded):
+    """Exactly, without a missing value and in every particle layout: rows 0 to 59 have 3 of 4 numbers, others 1."""
+    keep = torch.ones(101, 4, dtype=torch.bool)
+    keep[:60, 3], keep[60:, 1:] = False, False
+
+    def model(x, keep):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            if folded:
+                z = z.view(len(x))  # no dim for particles
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 4), 1.0).mask(keep).to_event(1), obs=x)
+            with poutine.mask(mask=False):
+                pyro.sample("w", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x, keep):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 0.7))
+
+    est = log_marginal(model, guide, (torch.randn(101, 4), keep), num_particles=30, proposal="guide")
+    assert est.dims == pytest.approx((60 * 3 + 41) / 101)
+    assert "of the values are masked" in est.summary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro.distributions as dist
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, terms
 from ppvae.errors import DataError
-from ppvae.evaluation import gaps
+from ppvae.evaluation import annealed, gaps
 from ppvae.inference import simulate
 from ppvae.models import DeepMarkovModel
 
@@ -108,6 +109,23 @@ def test_a_linear_model_is_a_kalman_filter():
     assert float((est.log_px - exact).abs().max()) < 1e-6
     assert float((est.elbo - exact).abs().max()) < 1e-6
     assert bool(est.reliable.all())
+
+
+@pytest.mark.parametrize("method", ["guide", "refined", "particle_filter", "annealed"])
+def test_padding_is_no_dim(method):
+    """Exactly: dims are the numbers of the steps before the ends, and bits per dim are divided by them."""
+    pair, data = linear(), (padded(), LENGTHS)
+    if method == "annealed":
+        est = annealed(pair.model, pair.guide, data, num_chains=2, num_temperatures=2, progress=False)
+    elif method == "particle_filter":
+        est = log_marginal(pair.model, pair.guide, data, num_particles=300, method=method, progress=False)
+    else:
+        est = log_marginal(pair.model, pair.guide, data, num_particles=30, proposal=method, progress=False)
+    dims = float(LENGTHS.double().mean()) * 3
+    assert est.dims == pytest.approx(dims, abs=1e-12)
+    assert est.bits_per_dim == pytest.approx(est.nll / (dims * math.log(2)), abs=1e-12)
+    share = 100 * (1 - dims / padded()[0].numel())
+    assert any(note.startswith(f"{share:.1f} % of the values are masked") for note in est.notes)
 
 
 def test_sequences_of_one_length_need_no_lengths():

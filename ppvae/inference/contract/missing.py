@@ -46,15 +46,15 @@ def missing_mask(value: Tensor, batch: Sequence[Any]) -> Tensor:
 def count_missing(site: Any, axis: int, size: int, batch: Sequence[Any]) -> int:
     """The missing elements of the first `size` data of an observed site: NaN, filled, or left out by a mask.
 
-    `site` has a value, its value and its mask in the shape of the run, and the data along `axis` of the former.
+    `site` has a value, its value and its mask in the shape of the run, and the data along `axis` of both values.
     """
-    value, mask, traced = site.value, site.mask, site.traced_value
-    gaps = missing_mask(value.narrow(axis, 0, size), batch)
-    alike = [d for d in value.shape if d > 1] == [d for d in traced.shape if d > 1]
-    if isinstance(mask, Tensor) and alike:
-        mask = mask[(0,) * max(0, mask.dim() - traced.dim())]  # of the first particle
-        gaps = gaps | ~mask.expand(traced.shape).reshape(value.shape).narrow(axis, 0, size)
-    return int(gaps.sum())
+    value, mask, traced = site.value.narrow(axis, 0, size), site.mask, site.traced_value
+    if mask is None:
+        return int(missing_mask(value, batch).sum()) if tensors_with_missing(batch) else 0
+    if not isinstance(mask, Tensor):
+        return 0 if mask else value.numel()
+    mask = mask[(0,) * max(0, mask.dim() - traced.dim())]  # of the first particle
+    return int((missing_mask(value, batch) | ~mask.expand(traced.shape).narrow(axis, 0, size)).sum())
 
 
 def align_missing(value: Tensor, t: Tensor) -> Iterator[Tensor]:
