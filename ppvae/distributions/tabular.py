@@ -57,6 +57,14 @@ class Columns(ParametricDistribution):
         ])  # fmt: skip
 
     @property
+    def variance(self) -> Tensor:
+        """The variance of each column; NaN for category codes."""
+        nan = torch.tensor(torch.nan)
+        return self._merge_columns([
+            nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.variance for _, fn in self.groups
+        ])  # fmt: skip
+
+    @property
     def mode(self) -> Tensor:
         """The mode of each column."""
         return self._merge_columns([fn.mode for _, fn in self.groups])

@@ -16,7 +16,13 @@ from ppvae.errors.memory import memory_failure
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.change_of_variables import find_learned_maps
-from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
+from ppvae.inference.contract.describe import (
+    describe_layout,
+    describe_modules,
+    describe_structure,
+    mask_caveats,
+    unstandardized_caveats,
+)
 from ppvae.inference.contract.independence import (
     check_globals_first,
     check_globals_sampled,
@@ -223,7 +229,7 @@ def _find_weights(
             check_independence(model, batch, p, plate.name, rows)
     except ContractError as error:
         found["weights_refusal"] = found["bound_refusal"] or str(error)
-    found["training_caveats"] = tuple(mask_caveats(p, latents))
+    found["training_caveats"] = (*mask_caveats(p, latents), *unstandardized_caveats(p))
     if joint:
         found |= _find_local_weights(s, plate, model, guide, batch, p, latents, rows)
         found["local_refusal"] = found["bound_refusal"] or found["local_refusal"]
