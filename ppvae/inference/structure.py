@@ -93,6 +93,7 @@ class Structure:
     learned_maps: tuple[str, ...] = ()  # latents mapped from auxiliary sites by parameters of the map itself
     discrete: tuple[str, ...] = ()  # discrete latents that the guide samples, not enumerates
     latent_dims: int = 0  # numbers that the guide samples per datum
+    quadrature_dims: int = 0  # the same where each datum has each latent once, so that quadrature is exact; else 0
     relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution
     unnormalized: tuple[str, ...] = ()  # model sites that are no normalised density: factors, improper priors
     draws_noise: bool = False  # sites are enumerated, and the guide depends on random numbers drawn outside of sites
