@@ -262,3 +262,36 @@ def test_a_mask_in_place_of_lengths_is_named_and_its_sum_works():
     with pytest.raises(DataError, match=r"found torch.bool \[4, 6\]; of a mask .* pass mask\.sum\(1\)"):
         check(pair.model, pair.guide, (x, mask))
     check(pair.model, pair.guide, (x, mask.sum(1)))
+
+
+def bernoulli() -> DeepMarkovModel:
+    torch.manual_seed(0)
+    return DeepMarkovModel(
+        LATENT,
+        posteriors.DiagonalNormal(nn.mlp(LATENT, 2 * LATENT, hidden=(5,))),
+        likelihoods.Bernoulli(nn.mlp(LATENT, FEATURES, hidden=(5,))),
+        nn.Backward(torch.nn.GRU(FEATURES, 6, batch_first=True)),
+        posteriors.DiagonalNormal(nn.mlp(LATENT + 6, 2 * LATENT, hidden=(5,))),
+    )
+
+
+@pytest.mark.parametrize("filler", [-1.0, 0.5, 2.0])
+def test_padding_may_be_outside_the_support(filler):
+    """Results are those of padding by zeros, bit for bit; a value before the end is still checked, by its place."""
+    x = (torch.randn(4, STEPS, FEATURES) > 0).double()
+    beyond = (torch.arange(STEPS) >= LENGTHS[:, None])[..., None]
+    zeros, other = ((x.masked_fill(beyond, number), LENGTHS) for number in (0.0, filler))
+    found = []
+    for data in (zeros, other):
+        pair = bernoulli()
+        assert "masked" in check(pair.model, pair.guide, data)
+        run = fit(pair.model, pair.guide, data, epochs=2, compile=False)
+        est = log_marginal(run.model, run.guide, data, num_particles=30, progress=False, proposal="guide")
+        found.append((run.metrics["loss"], est.log_px))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    wrong = other[0].clone()
+    wrong[1, 2, 0] = filler
+    for use in (check, functools.partial(log_marginal, num_particles=30), functools.partial(fit, epochs=1)):
+        with pytest.raises(DataError, match=rf"{filler:g} at row 1, position \[2, 0\]"):
+            use(bernoulli().model, bernoulli().guide, (wrong, LENGTHS))
