@@ -131,6 +131,12 @@ class Structure:
         return {**self.model_params, **self.guide_params}
 
     @property
+    def observed_site(self) -> str:
+        """The model's observed site; "x" where there are several."""
+        found = [name for name, role in self.model_roles.items() if role is Role.OBSERVED]
+        return found[0] if len(found) == 1 else "x"
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """Caveats that every reported log p(x) of this pair carries."""
         remarks = []

@@ -152,7 +152,7 @@ def _estimate(
         levels=levels, lower_bound_only=s.lower_bound_only, joint=not conditional,
         data=getattr(run.columns[0], "description", ""), digest=data_digest(run.columns), bounds=recorded,
         posterior=draws or None, log_likelihood=log_likelihood, notes=notes, settings=settings,
-        diagnostics=diagnostics,
+        diagnostics=diagnostics, site=s.observed_site,
         remedy="more of local_particles, or a better guide of the local latents"
         if diagnostics else "a better guide of the global latents",
     )  # fmt: skip
