@@ -159,7 +159,7 @@ class Block:
         return torch.finfo(dtypes[0] if dtypes else torch.float32).eps
 
     def check_supports(self, t: Terms) -> None:
-        """Checks observed values against supports, checks distributions' parameters, and counts missing and masked values.
+        """Checks observed values against supports, and distributions' parameters; counts missing and masked values.
 
         Raises:
             DataError, ContractError: a value or parameter that its distribution does not take, by site and row.

@@ -1,4 +1,4 @@
-"""Further runs of a model or guide: in the same or constant noise, on other rows, without updates of buffers or validation."""
+"""Further runs: in the same or constant noise, on other rows, without updates of buffers, without validation."""
 
 from __future__ import annotations
 

@@ -118,9 +118,9 @@ def test_what_helps_depends_on_the_latents(tmp_path):
         assert again.summary() == est.summary()
 
 
-@pytest.mark.parametrize("side, latent", [("guide", 1), ("guide", 2), ("model", 1), ("model", 2)])
+@pytest.mark.parametrize(("side", "latent"), [("guide", 1), ("guide", 2), ("model", 1), ("model", 2)])
 def test_quadrature_is_recommended_where_each_datum_has_a_latent_once(side, latent):
-    """A latent that is drawn for each value of an enumerated site has coordinates for each, 6 of 2 dims and 3 values."""
+    """A latent that is drawn for each value of an enumerated site has coordinates for each: 2 dims, 3 values, 6."""
 
     def model(x):
         with pyro.plate("data", len(x)):

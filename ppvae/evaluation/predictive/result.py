@@ -116,10 +116,10 @@ class PredictiveCheck(SaveableResult):
         """The check for ArviZ: `InferenceData` under ArviZ 0.x, `DataTree` under 1.x.
 
         Groups `observed_data`, `posterior_predictive` and `prior_predictive` hold the statistics of each datum by name
-        (and the data by their site's name, where kept), so that `arviz.plot_ppc` (0.x) and `arviz.plot_ppc_dist` (1.x) draw them;
-        `posterior` the latents; `sample_stats` the variable `lp`, log p(x_n, z); `log_likelihood` log p(x_n) with the
-        latents integrated out, so that `arviz.loo` and `arviz.compare` compare models by log p(x): the draws are
-        bootstrap samples of the importance weights, and a large Pareto k calls for more particles. The conditional
+        (and the data by their site's name, where kept), so that `arviz.plot_ppc` (0.x) and `arviz.plot_ppc_dist` (1.x)
+        draw them; `posterior` the latents; `sample_stats` the variable `lp`, log p(x_n, z); `log_likelihood` log p(x_n)
+        with the latents integrated out, so that `arviz.loo` and `arviz.compare` compare models by log p(x): the draws
+        are bootstrap samples of the importance weights, and a large Pareto k calls for more particles. The conditional
         log p(x_n | z) would be wrong there: each datum has its own latent (Merkle et al. 2019, arXiv 1802.04452).
         """
         from ppvae.evaluation.arviz import predictive_to_arviz
