@@ -63,11 +63,11 @@ def check_finite(
 
 
 def check_rows_of_columns(columns: Sequence[Any], name: str) -> None:
-    """Raise a `DataError` for rows of which every column is missing; columns [N, *event] alone are checked before."""
+    """Raise a `DataError` for rows of which every column is missing."""
     if all(getattr(column, "missing", False) and isinstance(column, Tensor) for column in columns):
-        empty = torch.stack([column.detach().isnan().reshape(len(column), -1).all(1).cpu() for column in columns]).all(0)
+        gaps = [column.detach().isnan().reshape(len(column), -1).all(1).cpu() for column in columns]
         of_frame = "frame.dropna(how='all') before the columns are taken from it"
-        _check_not_empty(empty, name, of_frame if len(columns) > 1 else "x[~x.isnan()]")
+        _check_not_empty(torch.stack(gaps).all(0), name, of_frame if len(columns) > 1 else "x[~x.isnan()]")
 
 
 def _check_not_empty(empty: Tensor, name: str, cure: str, offset: int = 0) -> None:

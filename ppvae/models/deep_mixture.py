@@ -95,7 +95,8 @@ class DeepMixture(ComposedModel):
     def classify(self, x: Tensor) -> Tensor:
         """q(y | x), the probability of each class, [batch, classes]; `.argmax(-1)` is the label.
 
-        The classifier is in evaluation mode, and there is no gradient. Raises UsageError for several tensors.
+        Data are a tensor, an array or a table. The classifier is in evaluation mode, and there is no gradient. Raises
+        UsageError for several tensors.
         """
         if isinstance(x, tuple):
             raise UsageError(f"classify: expected the data x without labels, found a tuple of {len(x)}: pass x alone")
@@ -103,7 +104,7 @@ class DeepMixture(ComposedModel):
         self.classifier.eval()
         try:
             with torch.no_grad():
-                return self.classifier(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))).probs
+                return self.classifier(x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))).probs
         finally:
             self.classifier.train(training)
 

@@ -14,7 +14,7 @@ from ppvae.data.admission import admit, check_argument_order
 from ppvae.data.column_conversion import allow_missing
 from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
-from ppvae.errors import ContractError, UsageError, count_of
+from ppvae.errors import ContractError, UsageError
 from ppvae.errors.calls import explain_call
 from ppvae.inference import inspection
 from ppvae.inference.contract.describe import global_latent_caveat
@@ -119,8 +119,8 @@ def unlabelled_caveats(columns: Sequence[Any]) -> Iterator[str]:
         whole = isinstance(column, Tensor) and column.dim() == 1 and not column.is_floating_point()
         if whole and column.dtype is not torch.bool and bool((column == UNKNOWN).all()):
             yield (
-                f"data[{i}] is {UNKNOWN} in all {count_of(len(column), 'row')}: if these are labels, none is known, and "
-                f"the classes become a clustering whose numbers mean nothing; pass known labels in some rows"
+                f"data[{i}] is {UNKNOWN} in every row: if these are labels, none is known, and the classes become a "
+                "clustering whose numbers mean nothing; pass known labels in some rows"
             )
 
 

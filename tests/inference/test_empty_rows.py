@@ -59,7 +59,7 @@ def test_a_row_without_observed_values_is_refused_in_every_form_of_data(form, us
         return {"fit": fit, "log_marginal": log_marginal, "check": check}[use](*pair, x, **options)
 
     if use == "log_marginal":
-        model(torch.zeros(1, 2)), guide(torch.zeros(1, 2))  # noqa: B018
+        model(torch.zeros(1, 2)), guide(torch.zeros(1, 2))
     with pytest.raises(DataError, match="row 1 has no value that is not missing, nor has it for 1 more row") as error:
         run(data.with_missing(make(FRAME)))
     assert words in str(error.value)

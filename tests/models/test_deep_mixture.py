@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -292,3 +293,18 @@ def test_labels_of_which_none_is_known_are_said_once(caplog):
         fit(vae.model, vae.guide, (x, label), objective=objectives.ELBO(), epochs=1)
         found = [r.getMessage() for r in caplog.records if "none is known" in r.getMessage()]
         assert len(found) == said
+
+
+def test_a_table_is_classified_without_a_warning():
+    vae, x = semi_supervised(), data()
+    frame = pd.DataFrame(x.numpy())
+    frame.values.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for table in (frame, frame.to_numpy(copy=True), frame.iloc[::1], x):
+            found = vae.classify(table)
+            assert type(found) is Tensor
+            assert torch.equal(found, vae.classify(x))
+        fixed = frame.to_numpy(copy=True)
+        fixed.flags.writeable = False
+        assert torch.equal(vae.classify(fixed), vae.classify(x))
