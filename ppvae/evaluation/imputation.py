@@ -165,8 +165,8 @@ def impute(
     )  # fmt: skip
     if not names:
         return Imputations(**{kind: v[0] for kind, v in parts.items()}, estimate=estimate, probs=probs.get(0))
-    named = {k: {wanted[i]: x for i, x in v.items()} for k, v in (parts | {"probs": probs}).items()}
-    return Imputations(**named | {"probs": named["probs"] or None}, estimate=estimate)
+    named = {k: {wanted[i]: x for i, x in v.items()} for k, v in parts.items()}
+    return Imputations(**named, estimate=estimate, probs={wanted[i]: p for i, p in probs.items()} or None)
 
 
 def _check_structure(s: Structure) -> None:
