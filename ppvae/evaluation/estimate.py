@@ -273,7 +273,7 @@ their log p(x) may be far too low
         error = f" ± {float(lower.std() / math.sqrt(len(lower))):.3f}" if len(lower) > 1 else ""
         share = "" if self.joint else f", reliable for {100 * float(guide.reliable.double().mean()):.1f} % of the data"
         text = f"NLL {guide.nll:.3f} by L_{guide.num_particles} of the guide{share}"
-        return f"{text}: log p(x) lower by {float(lower.mean()):.3f}{error} nats"
+        return f"{text}: log p(x) lower by {float(lower.mean()):z.3f}{error} nats"
 
     def _target_summary(self) -> str:
         """How many data are reliable and within the target standard error, where there is a target."""

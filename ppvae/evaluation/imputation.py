@@ -53,11 +53,14 @@ class Imputations:
 
     @property
     def completed(self) -> Tensor | dict[str, Tensor]:
-        """The data with one number in each gap: the mean, or the most probable code of a category; as `mean`."""
-        if isinstance(self.mean, dict):
+        """The data with one number in each gap, as `mean`.
+
+        The mean, rounded where all numbers of a column are whole, as counts; of a category the most probable code.
+        """
+        if isinstance(self.mean, dict) and isinstance(self.values, dict):
             probs = self.probs if isinstance(self.probs, dict) else {}
-            return {name: _most_probable(mean, probs.get(name)) for name, mean in self.mean.items()}
-        return _most_probable(self.mean, self.probs if isinstance(self.probs, Tensor) else None)
+            return {name: _best(self.values[name], mean, probs.get(name)) for name, mean in self.mean.items()}
+        return _best(self.values, self.mean, self.probs)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return self.summary()
@@ -257,8 +260,9 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
     return held
 
 
-def _most_probable(mean: Tensor, probs: Tensor | None) -> Tensor:
-    """The mean, and where there is none the code of the largest probability [..., levels]."""
+def _best(values: Tensor, mean: Tensor, probs: Tensor | None) -> Tensor:
+    """The mean [N, ...], rounded where all draws [draws, N, ...] are whole; where there is none, the likeliest code."""
+    mean = torch.where((values == values.round()).flatten(0, 1).all(0), mean.round(), mean)
     if probs is None:
         return mean
     return torch.where(mean.isnan() & ~probs[..., 0].isnan(), probs.argmax(-1).to(mean), mean)

@@ -421,4 +421,9 @@ def test_a_table_has_probabilities_of_its_categories_alone():
     codes = found.mean.isnan()
     assert torch.equal(~found.probs[..., 0].isnan(), codes)
     torch.testing.assert_close(found.probs[codes].sum(-1), torch.ones(int(codes.sum())).to(x), atol=1e-5, rtol=0)
-    assert not bool(found.completed.isnan().any())
+    best = found.completed
+    assert not bool(best.isnan().any())
+    whole = (found.values == found.values.round()).flatten(0, 1).all(0)
+    assert 0 < int(whole.sum()) < len(whole)
+    assert torch.equal(best[:, whole], best[:, whole].round())  # counts, binary numbers and codes
+    assert torch.equal(best[:, ~whole], found.mean[:, ~whole])

@@ -308,3 +308,11 @@ def test_a_table_is_classified_without_a_warning():
         fixed = frame.to_numpy(copy=True)
         fixed.flags.writeable = False
         assert torch.equal(vae.classify(fixed), vae.classify(x))
+
+
+def test_the_cure_of_another_precision_works():
+    vae, x = semi_supervised(), data()
+    frame = pd.DataFrame(x.numpy())
+    with pytest.raises(DataError, match=r"classify: .*float64 .*found float32.*\.astype\('float64'\)"):
+        vae.classify(frame.astype("float32"))
+    assert torch.equal(vae.classify(frame.astype("float32").astype("float64")), vae.classify(x.float().double()))

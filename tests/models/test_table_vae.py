@@ -196,3 +196,16 @@ def test_the_cures_of_text_in_a_table_end_in_a_run(gaps, first):
     assert len(followed) == (3 if gaps else 2)
     assert frame["region"].isna().sum() == gaps
     assert sorted(frame["region"].dropna().unique()) == [0.0, 1.0, 2.0]
+
+
+def test_a_column_without_observed_values_is_said_once(caplog):
+    """As where a Series of another index was assigned to a table."""
+    frame = pd.DataFrame(
+        {"age": torch.randn(6).float().numpy(), "visits": [1.0, 0.0, 3.0, 2.0, 1.0, 1.0]}, range(10, 16)
+    )
+    pair = TableVAE(["real", "count"], latent=2, hidden=(5,)).float()
+    for taken, said in ((frame, 0), (frame.assign(visits=pd.Series([1.0] * 6)), 1)):
+        caplog.clear()
+        fit(pair.model, pair.guide, data.with_missing(taken.astype("float32")), epochs=1)
+        found = [r.getMessage() for r in caplog.records if "1 column ('visits'): nothing is learned" in r.getMessage()]
+        assert len(found) == said
