@@ -58,13 +58,27 @@ def check_finite(
         raise_first_invalid(x, is_finite, name, cure, offset, columns)
     raise_first_invalid(x, is_finite | gaps, name, finite, offset, columns)
     if x.ndim > 1:
-        empty = gaps.reshape(len(x), -1).all(1).nonzero()[:, 0]
-        if len(empty):
-            more = f", nor has it for {len(empty) - 1} more rows" if len(empty) > 1 else ""
-            raise DataError(
-                f"{name}: row {int(empty[0]) + offset} has no value that is not missing{more}. Nothing observed says "
-                "nothing of the model: remove the row."
-            )
+        cure = "frame.dropna(how='all')" if columns else "x[~x.isnan().flatten(1).all(1)]"
+        _check_not_empty(gaps.reshape(len(x), -1).all(1), name, cure, offset)
+
+
+def check_rows_of_columns(columns: Sequence[Any], name: str) -> None:
+    """Raise a `DataError` for rows of which every column is missing."""
+    if all(getattr(column, "missing", False) and isinstance(column, Tensor) for column in columns):
+        gaps = [column.detach().isnan().reshape(len(column), -1).all(1).cpu() for column in columns]
+        of_frame = "frame.dropna(how='all') before the columns are taken from it"
+        _check_not_empty(torch.stack(gaps).all(0), name, of_frame if len(columns) > 1 else "x[~x.isnan()]")
+
+
+def _check_not_empty(empty: Tensor, name: str, cure: str, offset: int = 0) -> None:
+    """Raise a `DataError` for rows without observed values, [N] bool."""
+    rows = empty.nonzero()[:, 0]
+    if len(rows):
+        more = f", nor has it for {len(rows) - 1} more rows" if len(rows) > 1 else ""
+        raise DataError(
+            f"{name}: row {int(rows[0]) + offset} has no value that is not missing{more}. Nothing observed says "
+            f"nothing of the model: remove {'such rows' if len(rows) > 1 else 'the row'}, as by {cure}."
+        )
 
 
 def raise_first_invalid(

@@ -141,10 +141,13 @@ def _kind_of(a: np.ndarray) -> str:
         return "records: pass numpy.lib.recfunctions.structured_to_unstructured(a)"
     if a.dtype.kind == "c":
         return f"{a.dtype}: pass numpy.stack((a.real, a.imag), -1)"
+    if a.dtype.kind == "O" and any(isinstance(value, str) for value in a.flat):
+        return "text: give each value a number, as by pandas.factorize(x)[0], where -1 is a gap or an unknown label"
     if a.dtype.kind == "O":
         sized = a.size and all(hasattr(row, "__len__") and not isinstance(row, str) for row in a.flat)
         return f"an array of sequences: {PAD}" if sized else "Python objects: pass a.astype(float)"
-    return f"{'text' if a.dtype.kind in 'SUT' else 'dates'} (dtype {a.dtype}): give each value a number first"
+    kind = "text" if a.dtype.kind in "SUT" else "dates"
+    return f"{kind} (dtype {a.dtype}): give each value a number, as by pandas.factorize(x)[0]"
 
 
 def _from_list(values: Sequence[Any], place: str) -> Tensor:
@@ -160,7 +163,9 @@ def _from_list(values: Sequence[Any], place: str) -> Tensor:
         if "expected sequence of length" in str(error):
             raise DataError(f"{place}: a list of rows of different lengths: {PAD}") from None
         found = _first_other(values)
-        cure = ": give each value a number, as by pandas.factorize(x)[0]" if found == "str" else ""
+        cure = ": pass numpy.array(x, dtype=float), where None is NaN" if found == "NoneType" else ""
+        if any(isinstance(value, str) for value in values):
+            cure = ": give each value a number, as by pandas.factorize(pandas.Series(x))[0], where -1 is a gap"
         raise DataError(f"{place}: expected a list of numbers, found {found} in it{cure}") from None
 
 
@@ -181,22 +186,27 @@ def _first_other(values: Any) -> str:
 
 
 def _from_frame(frame: Any, place: str) -> Split:
-    columns = [_numbers_of_series(frame.iloc[:, i], place) for i in range(frame.shape[1])]
+    columns = [_numbers_of_series(frame.iloc[:, i], place, in_frame=True) for i in range(frame.shape[1])]
     if not columns:
         raise DataError(f"{place}: expected a table with columns, found shape {list(frame.shape)}")
     return _named(from_array(np.stack(columns, 1), place), frame.columns)
 
 
-def _numbers_of_series(series: Any, place: str) -> np.ndarray:
+def _numbers_of_series(series: Any, place: str, in_frame: bool = False) -> np.ndarray:
     """The numbers of a column of a table; a gap in a column of integers or bools is NaN, as pandas has it elsewhere."""
     kind = getattr(series.dtype, "kind", "O")
     if kind not in "biuf":
-        gaps = bool(series.isna().any())
-        numbers = "as by pandas.Series(pandas.factorize(x)[0]).replace(-1, float('nan')), where NaN is a gap"
+        gaps = ".replace(-1, float('nan'))" if bool(series.isna().any()) else ""
+        codes = f"pandas.Series(x).astype('category').cat.codes.astype('float32'){gaps}"
+        if in_frame:
+            raise DataError(
+                f"{place}: column {str(series.name)!r} holds {series.dtype}, not numbers: leave it out, or give each "
+                f"value x a number, as by {codes}{', where NaN is a gap' if gaps else ''}"
+            )
         raise DataError(
-            f"{place}: {'its values are' if series.name is None else f'column {str(series.name)!r} holds'} "
-            f"{series.dtype}, not numbers: leave them out, or give each value a number, "
-            f"{numbers if gaps else 'as by pandas.factorize(x)[0]'}"
+            f"{place}: its values are {series.dtype}, not numbers: leave them out, or give each value a number, as by "
+            f"pandas.factorize(x)[0]"
+            + (f", where -1 is an unknown label; a gap in a column of data is NaN, as by {codes}" if gaps else "")
         )
     if isinstance(series.dtype, np.dtype):
         return series.to_numpy()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.admission import admit, column_names
-from ppvae.data.checks import digest, first_rows, validated
+from ppvae.data.checks import check_rows_of_columns, digest, first_rows, validated
 from ppvae.data.lazy import ImageFiles, LazySplit
 from ppvae.errors import DataError, count_of
 from ppvae.rng import derive_seed
@@ -40,6 +40,7 @@ def data_columns(
                 f"{place}: expected {count_of(len(given[0]), 'row')} as in the first column, found {len(column)}"
             )
         columns.append(column)
+    check_rows_of_columns(columns, name)
     return tuple(columns)
 
 

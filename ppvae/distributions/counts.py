@@ -39,6 +39,10 @@ class Poisson(ParametricDistribution):
         return self.log_rate.exp()
 
     @property
+    def variance(self) -> Tensor:
+        return self.mean
+
+    @property
     def mode(self) -> Tensor:
         return self.mean.floor()
 

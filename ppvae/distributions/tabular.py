@@ -57,9 +57,30 @@ class Columns(ParametricDistribution):
         ])  # fmt: skip
 
     @property
+    def variance(self) -> Tensor:
+        """The variance of each column; NaN for category codes."""
+        nan = torch.tensor(torch.nan)
+        return self._merge_columns([
+            nan.to(fn.logits).expand(fn.batch_shape) if isinstance(fn, Levels) else fn.variance for _, fn in self.groups
+        ])  # fmt: skip
+
+    @property
     def mode(self) -> Tensor:
         """The mode of each column."""
         return self._merge_columns([fn.mode for _, fn in self.groups])
+
+    @property
+    def probs(self) -> Tensor:
+        """The masses of the codes of each column, [*batch, D, levels of the largest], NaN in other columns."""
+        most = max((fn.logits.shape[-1] for _, fn in self.groups if isinstance(fn, Levels)), default=0)
+        dtype = next(p.dtype for _, fn in self.groups for p in vars(fn).values() if isinstance(p, Tensor))
+        device = self.groups[0][0].device
+        out = torch.full((*self.batch_shape, *self.event_shape, most), torch.nan, dtype=dtype, device=device)
+        for index, fn in self.groups:
+            if isinstance(fn, Levels):
+                more = most - fn.logits.shape[-1]
+                out[..., index, :] = torch.nn.functional.pad(fn.probs, (0, more)).expand(*self.batch_shape, -1, -1)
+        return out
 
     def _log_prob(self, value: Tensor) -> Tensor:
         missing = value.isnan()

@@ -28,6 +28,7 @@ def to_arviz(
     attrs: Mapping[str, Any] | None = None,
     log_likelihood: Any = None,
     ess_by_step: Any = None,
+    site: str = "x",
 ) -> Any:
     """One `InferenceData` (ArviZ 0.x) or `DataTree` (1.x) that holds results per datum, and if given draws and data.
 
@@ -36,10 +37,11 @@ def to_arviz(
         posterior: latent's name -> [draws, N, *event]; group `posterior`, dimensions `chain` (1), `draw`, `datum`, and
             `<name>_dim_<i>` for the event, as ArviZ names them. A site whose name NetCDF does not take, as "a/z", or
             that is the name of a dimension, has another, and its own as the attribute `site`.
-        observed: [N, *event]; variable `x` of group `observed_data`.
+        observed: [N, *event]; variable `site` of group `observed_data`.
         log_likelihood: [draws, N], of each datum at each draw of the global latents, which `posterior` then holds,
-            [draws, *event]; variable `x` of group `log_likelihood`, as `arviz.loo` takes it.
+            [draws, *event]; variable `site` of group `log_likelihood`, as `arviz.loo` takes it.
         ess_by_step: [N, T], of particle filters; with the results per datum, dimensions `datum` and `step`.
+        site: the observed site.
         attrs: strings and numbers about the whole. A bool becomes 0 or 1, since NetCDF has no such attribute; anything
             else becomes its `str`.
 
@@ -50,15 +52,15 @@ def to_arviz(
     >>> tree["posterior"]["z"].dims, tree["marginal_likelihood"]["log_px"].dims, tree.attrs["num_particles"]
     (('chain', 'draw', 'datum', 'z_dim_0'), ('datum',), 5000)
     """
-    variables = variable_names(posterior or {})
+    variables, data = variable_names(posterior or {}), variable_names([site])[site]
     dims = ("draw", "datum") if log_likelihood is None else ("draw",)
     arrays = {
         GROUP: {name: _array(name, values, ("datum",), event=False) for name, values in per_datum.items()},
         "posterior": {
             variables[site]: _array(variables[site], draws, dims) for site, draws in (posterior or {}).items()
         },
-        "log_likelihood": {} if log_likelihood is None else {"x": _array("x", log_likelihood, ("draw", "datum"))},
-        "observed_data": {} if observed is None else {"x": _array("x", observed, ("datum",))},
+        "log_likelihood": {} if log_likelihood is None else {data: _array(data, log_likelihood, ("draw", "datum"))},
+        "observed_data": {} if observed is None else {data: _array(data, observed, ("datum",))},
     }
     if ess_by_step is not None:
         arrays[GROUP][ESS_BY_STEP] = _array(ESS_BY_STEP, ess_by_step, ("datum", "step"), event=False)

@@ -159,14 +159,14 @@ class Block:
         return torch.finfo(dtypes[0] if dtypes else torch.float32).eps
 
     def check_supports(self, t: Terms) -> None:
-        """Checks observed values against supports, checks distributions' parameters, and counts missing values.
+        """Checks observed values against supports, and distributions' parameters; counts missing and masked values.
 
         Raises:
             DataError, ContractError: a value or parameter that its distribution does not take, by site and row.
         """
         self._point_mass = check_run(t, self.rows)
         self.num_missing = 0
-        for name, site in t.model.items() if self.has_missing else ():
+        for name, site in t.model.items():
             if site.role is not Role.OBSERVED:
                 continue
             # the axis of the data is longer where particles are folded in

@@ -64,6 +64,7 @@ class Estimate:
         ess_by_step: of a particle filter, the ess at each step before resampling, [N, T], summed over its filters.
         guide_estimate: the same by draws from the guide, where proposals were refined: L_K, which papers print.
         seconds: of the computation, where it was timed; of its last part where it was resumed.
+        site: the observed site, "x" where there are several: the variable of `log_likelihood` for ArviZ.
     """
 
     log_px: Tensor
@@ -93,6 +94,7 @@ class Estimate:
     ess_by_step: Tensor | None = field(default=None, repr=False)
     guide_estimate: Estimate | None = field(default=None, repr=False)
     seconds: float = math.nan
+    site: str = field(default="x", repr=False)
 
     @property
     def k_hat_limit(self) -> float:
@@ -271,7 +273,7 @@ their log p(x) may be far too low
         error = f" ± {float(lower.std() / math.sqrt(len(lower))):.3f}" if len(lower) > 1 else ""
         share = "" if self.joint else f", reliable for {100 * float(guide.reliable.double().mean()):.1f} % of the data"
         text = f"NLL {guide.nll:.3f} by L_{guide.num_particles} of the guide{share}"
-        return f"{text}: log p(x) lower by {float(lower.mean()):.3f}{error} nats"
+        return f"{text}: log p(x) lower by {float(lower.mean()):z.3f}{error} nats"
 
     def _target_summary(self) -> str:
         """How many data are reliable and within the target standard error, where there is a target."""
@@ -313,7 +315,7 @@ their log p(x) may be far too low
         per_datum |= {f"bound_{k}": value.cpu().numpy() for k, value in self.bounds.items()}
         log_lik = None if self.log_likelihood is None else self.log_likelihood.cpu().numpy()
         steps = None if self.ess_by_step is None else self.ess_by_step.cpu().numpy()
-        return to_arviz(per_datum, draws or None, None, self.attributes(), log_lik, steps)
+        return to_arviz(per_datum, draws or None, None, self.attributes(), log_lik, steps, self.site)
 
     def save(
         self, directory: str | os.PathLike[str], name: str = "log_marginal", origin: Mapping[str, str] | None = None

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ppvae.data.admission import column_names
 from ppvae.data.loader import data_digest
-from ppvae.errors import ContractError, UsageError, site_error
+from ppvae.errors import ContractError, UsageError, count_of, site_error
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
-from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, WeightedMean
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.evaluation.simulated_data import Place, find_places
-from ppvae.inference.contract.support import base_measure_of, missing_values_note
+from ppvae.inference.contract.support import base_distribution, base_measure_of, count_observed
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import ParticlePlacement, Structure
 from ppvae.inference.terms import evaluate_terms
@@ -38,20 +38,54 @@ class Imputations:
         values: multiple imputations, draws from p(x_missing | x_observed), [draws, N, *event]; of a dict of columns, as
             `mean` and `missing`, a dict with each column that has missing values.
         mean: E[x_missing | x_observed] by self-normalised weights, [N, *event]; NaN where the likelihood has no mean,
-            as for the codes of categories, of which `values.mode(0)` gives the most frequent.
+            as for the codes of categories.
         missing: which values are imputed, [N, *event] bool.
         estimate: log p(x_observed) by the same weights; its `ess` and `reliable` apply to the imputations too.
+        probs: p(x_missing = code | x_observed) of categories by the same weights, [N, *event, levels]; NaN elsewhere;
+            of a dict of columns, those that are categories. None where no column is.
     """
 
     values: Tensor | dict[str, Tensor]
     mean: Tensor | dict[str, Tensor]
     missing: Tensor | dict[str, Tensor]
     estimate: Estimate
+    probs: Tensor | dict[str, Tensor] | None = None
+
+    @property
+    def completed(self) -> Tensor | dict[str, Tensor]:
+        """The data with one number in each gap, as `mean`.
+
+        The mean, rounded where all numbers of a column are whole, as counts; of a category the most probable code.
+        """
+        if isinstance(self.mean, dict) and isinstance(self.values, dict):
+            probs = self.probs if isinstance(self.probs, dict) else {}
+            return {name: _best(self.values[name], mean, probs.get(name)) for name, mean in self.mean.items()}
+        return _best(self.values, self.mean, self.probs)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """How many values are imputed, in which columns, and how far to trust them."""
+        missing = self.missing if isinstance(self.missing, dict) else {"": self.missing}
+        values = next(iter(self.values.values())) if isinstance(self.values, dict) else self.values
+        rows = torch.stack([m.reshape(len(m), -1).any(1) for m in missing.values()]).any(0)
+        columns = ", ".join(f"{name} {int(m.sum())}" for name, m in missing.items() if name)
+        total = sum(int(m.sum()) for m in missing.values())
+        return (
+            f"{count_of(total, 'value')} imputed in {int(rows.sum())} of {count_of(len(rows), 'row')}"
+            f"{f' ({columns})' if columns else ''}, {count_of(len(values), 'draw')} each\n{self.estimate.verdict}"
+        )
+
+    __repr__ = __str__
 
     def arrays(self) -> dict[str, Any]:
         """Everything as numpy arrays by name, for `np.savez`; those of a column "age" as "values/age"."""
         found: dict[str, Tensor] = {}
-        for name, value in (("values", self.values), ("mean", self.mean), ("missing", self.missing)):
+        kinds = {"values": self.values, "mean": self.mean, "missing": self.missing, "probs": self.probs}
+        for name, value in kinds.items():
+            if value is None:
+                continue
             found |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         return {name: value.cpu().numpy() for name, value in (found | self.estimate.per_datum()).items()}
 
@@ -119,21 +153,23 @@ def impute(
             desc="imputations", progress=progress,
         )  # fmt: skip
     parts = {kind: {i: found.pop(f"{kind}/{i}") for i in wanted or (0,)} for kind in ("values", "mean", "missing")}
+    probs = {i: found.pop(f"probs/{i}") for i in wanted or (0,) if f"probs/{i}" in found}
+    probs = {i: p for i, p in probs.items() if not bool(p.isnan().all())}
     parts["values"] = {i: v.transpose(0, 1) for i, v in parts["values"].items()}
-    num_missing = sum(int(v.sum()) for v in parts["missing"].values())
-    if not num_missing:
+    if not any(bool(v.any()) for v in parts["missing"].values()):
         raise UsageError("impute: expected missing values in the data's first tensor, found none")
     base, levels, notes = base_measure_of(columns[0], s)
-    dims = s.observed_dims - num_missing / run.num_data
+    dims, missing_note = count_observed(int(found.pop("missing").sum()), columns, s)
     estimate = Estimate(
         **found,  # type: ignore[arg-type]
         num_particles=num_particles, seed=seed, dims=dims, base_measure=base, levels=levels,
-        notes=(*notes, *s.remarks, missing_values_note(dims, s)), lower_bound_only=s.lower_bound_only,
+        notes=(*notes, *s.remarks, *missing_note), lower_bound_only=s.lower_bound_only,
         data=getattr(columns[0], "description", ""), digest=data_digest(columns), remedy=recommend_alternative(s),
     )  # fmt: skip
     if not names:
-        return Imputations(**{kind: v[0] for kind, v in parts.items()}, estimate=estimate)
-    return Imputations(**{k: {wanted[i]: x for i, x in v.items()} for k, v in parts.items()}, estimate=estimate)
+        return Imputations(**{kind: v[0] for kind, v in parts.items()}, estimate=estimate, probs=probs.get(0))
+    named = {k: {wanted[i]: x for i, x in v.items()} for k, v in parts.items()}
+    return Imputations(**named, estimate=estimate, probs={wanted[i]: p for i, p in probs.items()} or None)
 
 
 def _check_structure(s: Structure) -> None:
@@ -154,7 +190,7 @@ def _impute_block(
     s, size, index = block.s, block.size, block.index
     x = {i: block.batch[i] if index is None else block.batch[i][index] for i in wanted}
     sites = _sites_of_columns(model, block, x)
-    means = {i: _WeightedMean() for i in wanted}
+    means, probs = {i: WeightedMean() for i in wanted}, {i: WeightedMean() for i in wanted}
     weights = LogWeightAccumulator(num_particles, [], block.eps)
     reservoir = PosteriorReservoir(draws, derive_seed(seed, block.number, "posterior"), s)
     for log_weight, elbo, t in block.weights(model, guide, num_particles, seed, rows):
@@ -164,6 +200,12 @@ def _impute_block(
         of_site = {name: torch.cat(list(_means(t.model[name], s, t.num_particles))) for name in sites}
         for i in wanted:
             means[i].add(log_weight, _in_shape_of(of_site, sites, i, x[i], s)[:, :size])
+        masses = {name: torch.cat(list(_masses(t.model[name], s, t.num_particles))) for name in sites}
+        levels = max(v.shape[-1] for v in masses.values())
+        for i in wanted if levels else ():
+            own = [{n: _code(v, k) for n, v in masses.items()} for k in range(levels)]
+            found = [_in_shape_of(of_code, sites, i, x[i].new_full(x[i].shape, torch.nan), s) for of_code in own]
+            probs[i].add(log_weight, torch.stack(found, -1)[:, :size])
     values: dict[int, list[Tensor]] = {i: [] for i in wanted}
     width = len(x[wanted[0]])
     latents = {n: _pad(v, width) for n, v in reservoir.values.items()}
@@ -184,27 +226,9 @@ def _impute_block(
         out[f"values/{i}"] = torch.where(missing, drawn, known).transpose(0, 1).cpu()
         out[f"mean/{i}"] = torch.where(missing, means[i].value.to(known.dtype), known).cpu()
         out[f"missing/{i}"] = missing.cpu()
-    return out | weights.result()
-
-
-class _WeightedMean:
-    """Running sum_k w_k v_k / sum_k w_k per datum."""
-
-    def __init__(self) -> None:
-        self._log_total: Tensor | None = None
-        self.value = torch.zeros(())
-
-    def add(self, log_weight: Tensor, values: Tensor) -> None:
-        """Adds log-weights [particles, N] and values [particles, N, *event]; NaN and +inf weights count as zero."""
-        log_weight = torch.where(log_weight.isnan() | (log_weight == torch.inf), -torch.inf, log_weight)
-        new = log_weight.logsumexp(0)
-        total = new if self._log_total is None else torch.logaddexp(self._log_total, new)
-        at = torch.where(total.isfinite(), total, 0.0)
-        share = (log_weight - at).exp()
-        wide = share.reshape(*share.shape, *(1,) * (values.dim() - 2))
-        old = 0.0 if self._log_total is None else (self._log_total - at).exp().reshape(wide.shape[1:]) * self.value
-        self.value = old + (wide * values.double()).sum(0)
-        self._log_total = total
+        if probs[i].value.dim():
+            out[f"probs/{i}"] = torch.where(missing[..., None], probs[i].value.to(known.dtype), torch.nan).cpu()
+    return out | weights.result() | {"missing": torch.tensor(block.num_missing)}
 
 
 def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> dict[str, list[Place]]:
@@ -236,6 +260,14 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
     return held
 
 
+def _best(values: Tensor, mean: Tensor, probs: Tensor | None) -> Tensor:
+    """The mean [N, ...], rounded where all draws [draws, N, ...] are whole; where there is none, the likeliest code."""
+    mean = torch.where((values == values.round()).flatten(0, 1).all(0), mean.round(), mean)
+    if probs is None:
+        return mean
+    return torch.where(mean.isnan() & ~probs[..., 0].isnan(), probs.argmax(-1).to(mean), mean)
+
+
 def _in_shape_of(
     of_site: Mapping[str, Tensor], sites: Mapping[str, Sequence[Place]], column: int, x: Tensor, s: Structure
 ) -> Tensor:
@@ -265,6 +297,27 @@ def _means(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
         except (NotImplementedError, AttributeError):
             mean = part.log_prob.new_full((*fn.batch_shape, *fn.event_shape), torch.nan)
         yield _particles_first(mean, part, s, count)
+
+
+def _masses(site: Site, s: Structure, count: int) -> Iterator[Tensor]:
+    """The masses of the codes of categories, [particles, *inner, N, *event, levels]; none where a mean is known."""
+    for part, fn in _expanded_distributions(site, s, count):
+        shape, probs = (*fn.batch_shape, *fn.event_shape), getattr(base_distribution(fn), "probs", None)
+        try:
+            coded = isinstance(probs, Tensor) and bool(fn.mean.isnan().any())
+        except (NotImplementedError, AttributeError):
+            coded = False
+        if probs is None or not coded:
+            yield _particles_first(part.log_prob.new_empty(shape), part, s, count)[..., None][..., :0]
+            continue
+        probs = probs.expand(*shape, probs.shape[-1])
+        yield torch.stack([_particles_first(p, part, s, count) for p in probs.unbind(-1)], -1)
+
+
+def _code(masses: Tensor, k: int) -> Tensor:
+    """The mass of a code of a site [..., levels]: 0 beyond its levels, NaN where it has none."""
+    levels = masses.shape[-1]
+    return masses[..., k] if k < levels else masses.new_full(masses.shape[:-1], 0.0 if levels else torch.nan)
 
 
 def _expanded_distributions(site: Site, s: Structure, count: int) -> Iterator[tuple[Site, Any]]:

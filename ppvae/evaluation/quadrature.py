@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.errors import UsageError, site_error
+from ppvae.errors import UsageError, count_of, site_error
 from ppvae.errors.calls import explain_call
 from ppvae.errors.ranges import check_ranges
 from ppvae.evaluation.annealing.setup import AnnealingSession, AnnealingSettings
 from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
-from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS
+from ppvae.evaluation.estimate import JOINT_UNIT, UNIT
+from ppvae.evaluation.reliability import MAX_QUADRATURE_DIMS, all_reliable, error_words
 from ppvae.evaluation.unconstrained.potential import SCALE_DRAWS, Potential
 from ppvae.inference.tracing import Program
 
 T_MAX = 6.0  # nodes lie at center + scale * sinh(t), |t| <= 6: up to 200 scales from the center
 ADAPTATION_ROUNDS = 4  # of centring and scaling
+MAX_ERROR = 0.01  # nats, of a reliable result
 COARSE_NODES = 33  # per dim, while centring and scaling
 DEFAULT_NODES = {1: 257, 2: 129, 3: 49}  # per dim, by the number of dims
 
@@ -34,11 +36,49 @@ class Quadrature:
         error: an error estimate in nats: the difference from the rule on every other node, plus the share of the
             integrand at the edge of the grid.
         num_nodes: evaluations per datum.
+        joint: a latent is shared by all data: log_px is that of the whole data set, [1].
     """
 
     log_px: Tensor
     error: Tensor
     num_nodes: int
+    joint: bool = False
+
+    @property
+    def reliable(self) -> Tensor:
+        """Which data have an error below 0.01 nats, [N] bool. A mode of the posterior between nodes is not seen."""
+        return self.error < MAX_ERROR
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood, -mean(log_px), nats per datum (per data set where a latent is shared)."""
+        return -float(self.log_px.mean())
+
+    @property
+    def nll_std_error(self) -> float:
+        """Standard error of `nll` over the data, from the spread of log_px; NaN for one datum."""
+        return float(self.log_px.std() / math.sqrt(len(self.log_px))) if len(self.log_px) > 1 else math.nan
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """The result in words: the mean, the error, and how many data have a large one.
+
+        >>> print(Quadrature(torch.tensor([-1.0, -3.0]), torch.tensor([1e-6, 0.5]), 129).summary())
+        NLL 2.000 ± 1.000 nats per datum over 2 data (quadrature, 129 nodes)
+        error of log p(x): 0.25 nats on average, 0.5 at most
+        an error of 0.01 nats or more: 1 of 2 data; raise num_nodes
+        """
+        count, bad = len(self.log_px), int((~self.reliable).sum())
+        unit = JOINT_UNIT if self.joint else UNIT
+        more = f"an error of {MAX_ERROR} nats or more: {bad} of {count_of(count)}; raise num_nodes"
+        return "\n".join((
+            f"NLL {error_words(self.nll, self.nll_std_error)} {unit} over {count_of(count)} (quadrature, "
+            f"{count_of(self.num_nodes, 'node', 'nodes')})",
+            f"error of log p(x): {float(self.error.mean()):.2g} nats on average, {float(self.error.max()):.2g} at most",
+            more if bad else all_reliable(count),
+        ))  # fmt: skip
 
 
 @explain_call
@@ -89,7 +129,8 @@ def quadrature(
             run, lambda block: _integrate_block(session, block, num_nodes), {"what": "quadrature", "nodes": num_nodes},
             desc="quadrature", progress=False,
         )  # fmt: skip
-    return Quadrature(found["log_px"], found["error"], int(found["num_nodes"][0]))
+    joint = run.structure.has_global_latents
+    return Quadrature(found["log_px"], found["error"], int(found["num_nodes"][0]), joint)
 
 
 def _integrate_block(session: AnnealingSession, block: Block, num_nodes: int | None) -> dict[str, Tensor]:

@@ -283,9 +283,11 @@ def recommend_alternative(s: Structure) -> str:
             f"a better guide, or the discrete latent {names} summed out by infer={{'enumerate': 'parallel'}} if its "
             f"values are few (annealing follows gradients, and cannot)"
         )
+    if s.no_inverse:
+        return "a better guide, or a flow with an inverse (annealing evaluates the guide at given values, and cannot)"
     annealing = "annealing (ppvae.evaluation.annealed; ppvae evaluate --method annealed)"
-    if 0 < s.latent_dims <= MAX_QUADRATURE_DIMS and not s.has_global_latents:
-        return f"quadrature (ppvae.evaluation.quadrature: {s.latent_dims} dims are few enough), or {annealing}"
+    if 0 < s.quadrature_dims <= MAX_QUADRATURE_DIMS and not s.has_global_latents:
+        return f"quadrature (ppvae.evaluation.quadrature: {s.quadrature_dims} dims are few enough), or {annealing}"
     return annealing
 
 

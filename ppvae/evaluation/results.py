@@ -104,6 +104,8 @@ class SaveableResult:
                 if field.name in arrays:
                     values[field.name] = arrays[field.name]
                     continue
+                if field.name not in content["fields"] and field.default is not dataclasses.MISSING:
+                    continue  # a field that files of before do not have
                 value = content["fields"][field.name]
                 if isinstance(value, dict) and "sites" in value:
                     value = {site: arrays[f"{field.name}/{i}"] for i, site in enumerate(value["sites"])}

@@ -128,6 +128,16 @@ def find_places(model: Program, s: Structure, block: Block) -> dict[str, tuple[l
     return found
 
 
+def sites_of_columns(model: Program, s: Structure, block: Block) -> dict[int, str]:
+    """{column of the batch: the first observed site whose value it is as a whole}."""
+    found: dict[int, str] = {}
+    for name, (places, _) in find_places(model, s, block).items():
+        for place in places:
+            if place.of_column is None:
+                found.setdefault(place.column, name)
+    return found
+
+
 def _numbers_of_columns(value: Tensor, columns: Sequence[Tensor], taken: set[tuple[int, int]]) -> list[Place]:
     """The places of a site's numbers [N, D] in columns [N, d]; an empty list where one has none.
 

@@ -16,7 +16,13 @@ from ppvae.errors.memory import memory_failure
 from ppvae.errors.ranges import check_numbers, check_ranges
 from ppvae.inference.contract.absolute_continuity import check_absolute_continuity, check_families
 from ppvae.inference.contract.change_of_variables import find_learned_maps
-from ppvae.inference.contract.describe import describe_layout, describe_modules, describe_structure, mask_caveats
+from ppvae.inference.contract.describe import (
+    describe_layout,
+    describe_modules,
+    describe_structure,
+    mask_caveats,
+    unstandardized_caveats,
+)
 from ppvae.inference.contract.independence import (
     check_globals_first,
     check_globals_sampled,
@@ -223,7 +229,7 @@ def _find_weights(
             check_independence(model, batch, p, plate.name, rows)
     except ContractError as error:
         found["weights_refusal"] = found["bound_refusal"] or str(error)
-    found["training_caveats"] = tuple(mask_caveats(p, latents))
+    found["training_caveats"] = (*mask_caveats(p, latents), *unstandardized_caveats(p))
     if joint:
         found |= _find_local_weights(s, plate, model, guide, batch, p, latents, rows)
         found["local_refusal"] = found["bound_refusal"] or found["local_refusal"]
@@ -289,6 +295,11 @@ def _check_sites(nodes: Nodes, roles: Mapping[str, Role]) -> None:
             check_support(name, node)
 
 
+def _has_absent_values(node: dict[str, Any]) -> bool:
+    """Whether some data have no value of a latent: a masked one, or an event of which not all is counted."""
+    return mask_of(node) is not None or getattr(base_distribution(node["fn"]), "counted", None) is not None
+
+
 def _structure(
     plate: DataPlate, p: Nodes, q: Nodes, p_roles: Mapping[str, Role], q_roles: Mapping[str, Role]
 ) -> Structure:
@@ -299,6 +310,8 @@ def _structure(
     with_density = [n for n in sampled.values() if not isinstance(base_distribution(n["fn"]), dist.Delta)]
     enumerated = [n for n in {**q_roles, **p_roles} if Role.ENUMERATED in (q_roles.get(n), p_roles.get(n))]
     shared = bool(global_latents(p, p_roles, plate.name))
+    # a datum has each latent once: not one for each value of an enumerated site, and none that is masked
+    once = Role.ENUMERATED not in q_roles.values() and not any(map(_has_absent_values, with_density))
     return Structure(
         plate=plate.name,
         plate_nesting=max(-f.dim for f in frames if f.dim is not None),
@@ -320,6 +333,7 @@ def _structure(
         no_inverse=tuple(n for n, node in sampled.items() if not has_inverse(node)),
         discrete=tuple(n for n, node in sampled.items() if q_roles[n] is Role.LATENT and is_discrete(node["fn"])),
         latent_dims=sum(map(event_size, with_density)),
+        quadrature_dims=sum(map(event_size, with_density)) if once else 0,
         relaxed=tuple(n for n, node in p.items() if p_roles[n] is Role.LATENT and is_relaxed(node["fn"])),
         unnormalized=tuple(n for n, node in p.items() if p_roles[n] is Role.FACTOR or is_improper(node)),
     )

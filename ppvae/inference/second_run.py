@@ -1,8 +1,8 @@
-"""Further runs of a model or guide: in the same or constant noise, on other rows, without updates of buffers."""
+"""Further runs: in the same or constant noise, on other rows, without updates of buffers, without validation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -122,3 +122,44 @@ def buffer_copies() -> Iterator[None]:
         for part, buffers in originals.values():
             for name, buffer in buffers.items():
                 part._buffers[name] = buffer
+
+
+def masked_log_prob(fn: Any, value: Tensor, node: Mapping[str, Any]) -> Tensor:
+    """fn.log_prob(value) of a site; a value that a mask leaves out of its density, such as padding, may be any number.
+
+    Torch validates such values too; those that no mask leaves out are for `check_support` to validate.
+    """
+    try:
+        return fn.log_prob(value, *node["args"], **node["kwargs"])
+    except ValueError as error:
+        if not node["is_observed"] or "within the support" not in str(error) or not _is_masked(fn, node["mask"]):
+            raise
+    with _without_validation(fn):
+        return fn.log_prob(value, *node["args"], **node["kwargs"])
+
+
+def _is_masked(fn: Any, mask: Any) -> bool:
+    """Whether a site has a mask, or its distribution one of its own."""
+    while fn is not None and mask is None:
+        mask, fn = getattr(fn, "_mask", None), getattr(fn, "base_dist", None)
+    return mask is not None
+
+
+@contextmanager
+def _without_validation(fn: Any) -> Iterator[None]:
+    """Switches off the validation of values by a distribution and those that it is made of."""
+    found, pending = [], [fn]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list | tuple):
+            pending += part
+        elif isinstance(part, torch.distributions.Distribution):
+            found.append((part, part._validate_args))
+            pending += vars(part).values()
+    try:
+        for part, _ in found:
+            part._validate_args = False
+        yield
+    finally:
+        for part, validate in found:
+            part._validate_args = validate

@@ -93,6 +93,7 @@ class Structure:
     learned_maps: tuple[str, ...] = ()  # latents mapped from auxiliary sites by parameters of the map itself
     discrete: tuple[str, ...] = ()  # discrete latents that the guide samples, not enumerates
     latent_dims: int = 0  # numbers that the guide samples per datum
+    quadrature_dims: int = 0  # the same where each datum has each latent once, so that quadrature is exact; else 0
     relaxed: tuple[str, ...] = ()  # latents whose prior is a continuous relaxation of a discrete distribution
     unnormalized: tuple[str, ...] = ()  # model sites that are no normalised density: factors, improper priors
     draws_noise: bool = False  # sites are enumerated, and the guide depends on random numbers drawn outside of sites
@@ -128,6 +129,12 @@ class Structure:
     def params(self) -> dict[str, Tensor]:
         """Every registered parameter, unconstrained, by name."""
         return {**self.model_params, **self.guide_params}
+
+    @property
+    def observed_site(self) -> str:
+        """The model's observed site; "x" where there are several."""
+        found = [name for name, role in self.model_roles.items() if role is Role.OBSERVED]
+        return found[0] if len(found) == 1 else "x"
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from torch.distributions import Independent, constraints
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
 from ppvae.inference.param_store import is_effect_guide, unconstrained
-from ppvae.inference.second_run import RestoreRandomStates, any_number_of_rows, buffer_copies
+from ppvae.inference.second_run import RestoreRandomStates, any_number_of_rows, buffer_copies, masked_log_prob
 from ppvae.inference.structure import Role, Structure, lone_role
 
 PARTICLES = "_ppvae_particles"  # name of the particle plate
@@ -189,7 +189,7 @@ def node_log_prob(node: dict[str, Any]) -> Tensor:
     if isinstance(fn, TorchDistributionMixin) and not isinstance(fn, dist.Delta):
         outside = _outside(fn, value) if not node["is_observed"] or has_dependent_support(fn) else None
     if outside is None:
-        log_prob = fn.log_prob(value, *node["args"], **node["kwargs"])
+        log_prob = masked_log_prob(fn, value, node)
     else:  # a value that the other side drew outside this support is legal and has weight zero
         validate, fn._validate_args = fn._validate_args, False
         try:

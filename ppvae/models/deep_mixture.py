@@ -95,15 +95,25 @@ class DeepMixture(ComposedModel):
     def classify(self, x: Tensor) -> Tensor:
         """q(y | x), the probability of each class, [batch, classes]; `.argmax(-1)` is the label.
 
-        The classifier is in evaluation mode, and there is no gradient. Raises UsageError for several tensors.
+        Data are a tensor, an array or a table. The classifier is in evaluation mode, and there is no gradient. Raises
+        UsageError for several tensors, DataError for numbers of another precision than the classifier's.
         """
         if isinstance(x, tuple):
             raise UsageError(f"classify: expected the data x without labels, found a tuple of {len(x)}: pass x alone")
+        x = x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
         training = self.classifier.training
         self.classifier.eval()
         try:
             with torch.no_grad():
-                return self.classifier(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))).probs
+                return self.classifier(x).probs
+        except RuntimeError as error:
+            found, wanted = (str(t.dtype).removeprefix("torch.") for t in (x, next(self.classifier.parameters(), x)))
+            if found == wanted:
+                raise
+            raise DataError(
+                f"classify: expected data of {wanted} as the classifier's parameters, found {found}: pass "
+                f"x.to(torch.{wanted}) (of an array or frame, .astype('{wanted}'))"
+            ) from error
         finally:
             self.classifier.train(training)
 

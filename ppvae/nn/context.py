@@ -85,7 +85,10 @@ def rows_of(table: Tensor, index: Tensor, expected: str, first: int = 0) -> Tens
     expected = expected.format(first=first, last=last)
     if index.is_floating_point():
         cure = ".nan_to_num(nan=-1).long()" if first < 0 else ".long()"
-        raise DataError(f"{expected} in whole numbers, found {index.dtype}: pass it with {cure}")
+        raise DataError(
+            f"{expected} in whole numbers, found {index.dtype}: pass it with {cure} (of an array or a Series y, "
+            f"torch.tensor(numpy.asarray(y)){cure})"
+        )
     try:
         return table.index_select(0, index.reshape(-1) - first).reshape(*index.shape, *table.shape[1:])
     except (IndexError, RuntimeError):

@@ -1,7 +1,7 @@
 """The inspection of a pair on data, as training and evaluation admit them: `check`, and what a run needs to know."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ppvae.data.admission import admit, check_argument_order
 from ppvae.data.column_conversion import allow_missing
 from ppvae.data.loader import DataLoader, as_single_batch
 from ppvae.distributed import DistributedContext
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, UsageError, count_of
 from ppvae.errors.calls import explain_call
 from ppvae.inference import inspection
 from ppvae.inference.contract.describe import global_latent_caveat
@@ -31,6 +31,7 @@ from ppvae.objectives.pyro_losses import LossFunction, check_guide_of_loss
 from ppvae.rng import fork_rng
 
 log = logging.getLogger("ppvae")
+UNKNOWN = -1  # the label of an unlabelled datum, as in scikit-learn
 
 
 @explain_call
@@ -101,7 +102,7 @@ def inspect_for_training(
             check_mini_batches(structure, len(train), batch_size)
         registration.store_module_local()
     caveats = (*structure.training_caveats, global_latent_caveat(structure, len(train), len(first[0])))
-    for caveat in filter(None, caveats):
+    for caveat in filter(None, (*caveats, *column_caveats(train.columns))):
         log.warning("ppvae: %s", caveat)
     check_guide_of_loss(objective, guide, batch, structure)
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective | LossFunction):
@@ -110,6 +111,27 @@ def inspect_for_training(
             f"{type(objective).__name__}. Pass objective=pyro.infer.TraceEnum_ELBO()"
         )
     return structure, modules
+
+
+def column_caveats(columns: Sequence[Any]) -> Iterator[str]:
+    """Columns of which nothing is observed, and columns after the first that are -1, as where no label is known."""
+    for i, column in enumerate(columns):
+        if getattr(column, "missing", False) and isinstance(column, Tensor):
+            empty = column.detach().isnan().reshape(len(column), -1).all(0).nonzero()[:, 0].tolist()
+            names = getattr(column, "columns", ())
+            shown = ", ".join(repr(names[d]) if names else str(d) for d in empty[:4]) + (", ..." if empty[4:] else "")
+            if empty:
+                yield (
+                    f"data[{i}] has no value that is not missing in {count_of(len(empty), 'column')} ({shown}): "
+                    "nothing is learned of them; see how they were made, or leave them out"
+                )
+    for i, column in enumerate(columns[1:], 1):
+        whole = isinstance(column, Tensor) and column.dim() == 1 and not column.is_floating_point()
+        if whole and column.dtype is not torch.bool and bool((column == UNKNOWN).all()):
+            yield (
+                f"data[{i}] is {UNKNOWN} in every row: if these are labels, none is known, and the classes become a "
+                "clustering whose numbers mean nothing; pass known labels in some rows"
+            )
 
 
 def check_mini_batches(structure: Structure, num_data: int, batch_size: int) -> None:

@@ -588,3 +588,11 @@ def test_a_mass_at_zero_beside_a_density(name):
     if low == 0:
         with pytest.raises(ValueError, match="within the support"):
             D.ZeroInflated(make(), gate.detach(), validate_args=True).log_prob(torch.tensor(-1.0))
+
+
+def test_the_variance_of_a_table_is_that_of_its_columns() -> None:
+    fn = build("Columns")
+    rate, p = torch.tensor([-2.0, -1.0, 0.0]).double().exp(), torch.tensor([0.3, -1.0, 2.0]).double().sigmoid()
+    assert fn.variance.shape == fn.shape()
+    assert bool(fn.variance[:, 0].isnan().all())  # codes of categories
+    torch.testing.assert_close(fn.variance[:, 1:], torch.stack([rate, p * (1 - p)], -1))

@@ -374,3 +374,56 @@ def test_a_predictive_check_takes_columns_by_name():
             assert torch.equal(found.observed[name], whole.observed[name])
             assert torch.equal(found.prior[name], whole.prior[name]) or not same
             assert torch.equal(found.prior[name] == 0, whole.prior[name] == 0)  # gaps stay gaps
+
+
+def test_categories_have_probabilities_and_one_best_code():
+    """By Bayes' rule over the values of z, with z known exactly: p(y | x) = sum_z p(z | x) p(y | z)."""
+    table = torch.tensor([[2.0, 0.0, -1.0], [-1.0, 0.5, 1.5]])  # logits of y given the sign of z
+    x = torch.randn(30)
+    y = torch.randint(0, 3, (30,)).double()
+    y[::2], x[1::6] = torch.nan, torch.nan
+    missing = torch.stack([x, y], -1).isnan()
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5).mask(~x.isnan()), obs=x.nan_to_num())
+            fn = dist.Categorical(logits=table[(z > 0).long()])
+            pyro.sample("y", fn.mask(~y.isnan()), obs=y.nan_to_num())
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            loc = torch.where(x.isnan(), 0.0, 0.8 * x.nan_to_num())
+            pyro.sample("z", dist.Normal(loc, torch.where(x.isnan(), 1.0, 0.2**0.5)))
+
+    found = impute(model, guide, data.with_missing({"x": x, "y": y}), num_particles=4000, draws=3, progress=False)
+    gap = y.isnan()
+    positive = dist.Normal(0.0, 1.0).cdf(torch.where(x.isnan(), 0.0, 0.8 * x.nan_to_num() / 0.2**0.5))
+    exact = torch.stack([1 - positive, positive], -1) @ table.softmax(-1)
+    assert set(found.probs) == {"y"}
+    probs, best = found.probs["y"], found.completed["y"]
+    assert (probs[gap] - exact[gap]).abs().max() < 0.05  # six standard errors of 4000 draws
+    assert torch.equal(best[gap], probs[gap].argmax(-1).double())
+    assert torch.equal(best[~gap], y[~gap])
+    assert bool(probs[~gap].isnan().all())
+    assert not bool(found.completed["x"].isnan().any())
+    assert "probs/y" in found.arrays()
+    for text in (str(found), repr(found)):
+        rows = int(missing.any(1).sum())
+        assert text.startswith(f"{int(missing.sum())} values imputed in {rows} of 30 rows")
+        assert "tensor" not in text
+        assert len(text) < 300
+
+
+def test_a_table_has_probabilities_of_its_categories_alone():
+    pair, x = mixed_table_vae(), table_with_gaps()
+    found = impute(pair.model, pair.guide, data.with_missing(x), num_particles=50, draws=2, progress=False)
+    codes = found.mean.isnan()
+    assert torch.equal(~found.probs[..., 0].isnan(), codes)
+    torch.testing.assert_close(found.probs[codes].sum(-1), torch.ones(int(codes.sum())).to(x), atol=1e-5, rtol=0)
+    best = found.completed
+    assert not bool(best.isnan().any())
+    whole = (found.values == found.values.round()).flatten(0, 1).all(0)
+    assert 0 < int(whole.sum()) < len(whole)
+    assert torch.equal(best[:, whole], best[:, whole].round())  # counts, binary numbers and codes
+    assert torch.equal(best[:, ~whole], found.mean[:, ~whole])

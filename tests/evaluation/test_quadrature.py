@@ -1,5 +1,6 @@
 """Quadrature against closed forms in one to three dims, and what it says of its own error."""
 
+import dataclasses
 import math
 
 import pyro
@@ -42,6 +43,20 @@ def test_the_linear_gaussian_model_in_up_to_three_dims(latent, nodes, scale):
         assert (found.log_px - pair.log_px(x)).abs().max() < 1e-6
         assert found.error.max() < 1e-3
         assert found.num_nodes == nodes**latent
+
+
+def test_a_result_prints_in_words():
+    pair, x = LinearGaussian(6, 1), torch.randn(4, 6)
+    found = quadrature(pair.model, pair.mean_field, x)
+    assert found.nll == pytest.approx(-float(pair.log_px(x).detach().mean()), abs=1e-6)
+    assert bool(found.reliable.all())
+    assert str(found) == found.summary()
+    assert "tensor" not in str(found)
+    assert "4 data (quadrature, 257 nodes)" in str(found)
+    assert "all 4 data are reliable" in str(found)
+    worse = dataclasses.replace(found, error=torch.tensor([0.0, 0.02, math.nan, 0.0]))
+    assert worse.reliable.tolist() == [True, False, False, True]
+    assert "an error of 0.01 nats or more: 2 of 4 data" in str(worse)
 
 
 def test_two_modes_and_heavy_tails():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ppvae import log_marginal
-from ppvae.evaluation import annealed, load_estimate
+from ppvae.errors import ContractError, UsageError
+from ppvae.evaluation import annealed, load_estimate, quadrature
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import assess_weights
@@ -136,6 +137,56 @@ def test_what_helps_depends_on_the_latents(tmp_path):
         assert ("quadrature" in est.summary()) == (latent < 4)
         again = load_estimate(est.save(tmp_path))
         assert again.summary() == est.summary()
+
+
+@pytest.mark.parametrize(("side", "latent"), [("guide", 1), ("guide", 2), ("model", 1), ("model", 2)])
+def test_quadrature_is_recommended_where_each_datum_has_a_latent_once(side, latent):
+    """A latent that is drawn for each value of an enumerated site has coordinates for each: 2 dims, 3 values, 6."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + y, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            y = torch.zeros(len(x))
+            if side == "guide":
+                y = pyro.sample("y", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(0.1 * y[..., None].expand(*y.shape, latent), 1.0).to_event(1))
+
+    x = 3 * torch.randn(6)
+    est = log_marginal(model, guide, x, num_particles=30, proposal="guide")
+    assert not est.reliable.all()
+    assert (f"quadrature (ppvae.evaluation.quadrature: {latent} dims" in est.summary()) == (side == "model")
+    assert ("quadrature" in est.summary()) == (side == "model")
+    assert "ppvae.evaluation.annealed" in est.summary()
+    if side == "guide" and latent == 2:
+        with pytest.raises(UsageError, match="found 6"):
+            quadrature(model, guide, x)
+    if side == "model":
+        each = dist.Normal(torch.arange(3.0), (latent + 0.25) ** 0.5).log_prob(x[:, None])
+        exact = each.logsumexp(-1) - math.log(3)
+        assert torch.allclose(quadrature(model, guide, x).log_px, exact.double(), atol=1e-4)
+
+
+def test_quadrature_is_not_recommended_for_latents_of_some_data():
+    def model(x, known):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0).mask(known))
+            pyro.sample("x", dist.Normal(torch.where(known, z, 0.0), 0.02), obs=x)
+
+    def guide(x, known):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 2.0).mask(known))
+
+    batch = torch.ones(6), torch.arange(6) < 3
+    est = log_marginal(model, guide, batch, num_particles=30, proposal="guide")
+    assert "annealed" in est.summary()
+    assert "quadrature" not in est.summary()
+    with pytest.raises(ContractError, match="masked ones"):
+        quadrature(model, guide, batch)
 
 
 def prior_of(latent):

@@ -11,10 +11,11 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoHierarchicalNormalMessenger, AutoNormalMessenger
 
-from ppvae import check, fit, log_marginal, objectives
+from ppvae import VAE, check, data, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors
 from ppvae.errors import ContractError
 from ppvae.evaluation import annealed, calibration, quadrature
 from ppvae.inference import ParticlePlacement, inspect, terms
+from ppvae.models import TableVAE, table_vae
 
 # -- as many sites as the longest sequence of the batch ----------------------------------------------------------------
 
@@ -573,6 +574,30 @@ def test_an_obs_mask_that_the_guide_does_not_mask_is_said_once(caplog):
     assert "no bound" in said
     assert "mask=~obs_mask" in said
     assert not warnings_of_fit(caplog, model, guide_with(lambda known: ~known), (X, y, known), **options)  # the cure
+
+
+@pytest.mark.parametrize("kind", ["table", "vae"])
+def test_columns_that_are_not_standardised_are_said_once(caplog, kind):
+    x = torch.stack([torch.randn(40), 900 + 20 * torch.randn(40), torch.poisson(torch.full((40,), 500.0))], -1)
+    x[::5, 1] = torch.nan
+    filled = x.nan_to_num(900.0)
+    columns = ["real", "real", "count"] if kind == "table" else ["real"] * 3
+    vae = VAE(
+        priors.StandardNormal(2),
+        likelihoods.Normal(nn.mlp(2, 3), scale="learned"),
+        posteriors.DiagonalNormal(nn.mlp(3, 4)),
+    )
+    pair = TableVAE(columns, latent=2) if kind == "table" else vae
+    (said,) = warnings_of_fit(caplog, pair.model, pair.guide, data.with_missing(x) if kind == "table" else filled)
+    assert f"{1 if kind == 'table' else 2} column" in said
+    assert "column 1, whose median of" in said
+    if kind == "table":
+        assert "ppvae.models:table_vae" in said
+        pair, cured = table_vae(x, columns=columns), data.with_missing(x)
+    else:
+        assert "(x - x.mean(0)) / x.std(0)" in said
+        cured = (filled - filled.mean(0)) / filled.std(0)
+    assert not warnings_of_fit(caplog, pair.model, pair.guide, cured)
 
 
 def test_a_shared_latent_on_batches_of_a_plate_of_their_size_is_said_once(caplog):

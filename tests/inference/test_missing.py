@@ -592,3 +592,78 @@ def test_dims_are_the_observed_numbers_per_datum(kind, proposal):
     est = log_marginal(model, guide, data.with_missing(columns), num_particles=30, proposal=proposal)
     assert est.dims == pytest.approx((202 - 57) / 101)
     assert f"{100 * 57 / 202:.1f} % of the values are missing" in est.summary()
+
+
+@pytest.mark.parametrize("kind", ["real", "whole numbers"])
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+def test_gaps_of_a_vector_that_are_filled_without_a_mask_are_refused(kind, form):
+    """Columns [N] after the first, too; with the mask that the message asks for, the pair is taken."""
+
+    def pair(masked):
+        def model(a, b):
+            with pyro.plate("data", len(a)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+                pyro.sample("a", dist.Normal(z, 1.0), obs=a)
+                fn = dist.Normal(z, 1.0)
+                pyro.sample("b", fn.mask(~b.isnan()) if masked else fn, obs=b.nan_to_num())
+
+        def guide(a, b):
+            with pyro.plate("data", len(a)):
+                pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 0.7))
+
+        return model, guide
+
+    a, b = torch.randn(60), torch.randn(60)
+    if kind == "whole numbers":
+        a, b = (a > 0).float(), (b > 0).float()
+    b[::3] = NAN
+    columns = data.with_missing({"a": a, "b": b} if form == "dict" else (a, b))
+    pair(True)[1](a, b)  # an evaluation creates no parameters
+    for use in (check, lambda *args: fit(*args, epochs=1), lambda *args: log_marginal(*args, num_particles=30)):
+        with pytest.raises(ContractError, match=r"site 'b': .* of them observed as the numbers that fill them"):
+            use(*pair(False), columns)
+        use(*pair(True), columns)
+
+
+def test_labels_that_agree_with_the_data_are_no_gaps_of_them():
+    """A binary column that is complete, and labels that equal it wherever they are known."""
+
+    def model(a, y):
+        with pyro.plate("data", len(a)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("a", dist.Bernoulli(logits=z), obs=a)
+
+    def guide(a, y):
+        with pyro.plate("data", len(a)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    a = (torch.randn(60) > 0).float()
+    for gap in (3, 20):
+        y = a.clone()
+        y[gap:] = NAN
+        est = log_marginal(model, guide, (a, data.with_missing(y)), num_particles=30, proposal="guide")
+        assert est.dims == 1
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_dims_are_the_numbers_that_a_mask_keeps(folded):
+    """Exactly, without a missing value and in every particle layout: rows 0 to 59 have 3 of 4 numbers, others 1."""
+    keep = torch.ones(101, 4, dtype=torch.bool)
+    keep[:60, 3], keep[60:, 1:] = False, False
+
+    def model(x, keep):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            if folded:
+                z = z.view(len(x))  # no dim for particles
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 4), 1.0).mask(keep).to_event(1), obs=x)
+            with poutine.mask(mask=False):
+                pyro.sample("w", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x, keep):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 0.7))
+
+    est = log_marginal(model, guide, (torch.randn(101, 4), keep), num_particles=30, proposal="guide")
+    assert est.dims == pytest.approx((60 * 3 + 41) / 101)
+    assert "of the values are masked" in est.summary()

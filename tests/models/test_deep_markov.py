@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro.distributions as dist
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ppvae import check, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, terms
 from ppvae.errors import DataError
-from ppvae.evaluation import gaps
+from ppvae.evaluation import annealed, gaps
 from ppvae.inference import simulate
 from ppvae.models import DeepMarkovModel
 
@@ -108,6 +109,23 @@ def test_a_linear_model_is_a_kalman_filter():
     assert float((est.log_px - exact).abs().max()) < 1e-6
     assert float((est.elbo - exact).abs().max()) < 1e-6
     assert bool(est.reliable.all())
+
+
+@pytest.mark.parametrize("method", ["guide", "refined", "particle_filter", "annealed"])
+def test_padding_is_no_dim(method):
+    """Exactly: dims are the numbers of the steps before the ends, and bits per dim are divided by them."""
+    pair, data = linear(), (padded(), LENGTHS)
+    if method == "annealed":
+        est = annealed(pair.model, pair.guide, data, num_chains=2, num_temperatures=2, progress=False)
+    elif method == "particle_filter":
+        est = log_marginal(pair.model, pair.guide, data, num_particles=300, method=method, progress=False)
+    else:
+        est = log_marginal(pair.model, pair.guide, data, num_particles=30, proposal=method, progress=False)
+    dims = float(LENGTHS.double().mean()) * 3
+    assert est.dims == pytest.approx(dims, abs=1e-12)
+    assert est.bits_per_dim == pytest.approx(est.nll / (dims * math.log(2)), abs=1e-12)
+    share = 100 * (1 - dims / padded()[0].numel())
+    assert any(note.startswith(f"{share:.1f} % of the values are masked") for note in est.notes)
 
 
 def test_sequences_of_one_length_need_no_lengths():
@@ -244,3 +262,36 @@ def test_a_mask_in_place_of_lengths_is_named_and_its_sum_works():
     with pytest.raises(DataError, match=r"found torch.bool \[4, 6\]; of a mask .* pass mask\.sum\(1\)"):
         check(pair.model, pair.guide, (x, mask))
     check(pair.model, pair.guide, (x, mask.sum(1)))
+
+
+def bernoulli() -> DeepMarkovModel:
+    torch.manual_seed(0)
+    return DeepMarkovModel(
+        LATENT,
+        posteriors.DiagonalNormal(nn.mlp(LATENT, 2 * LATENT, hidden=(5,))),
+        likelihoods.Bernoulli(nn.mlp(LATENT, FEATURES, hidden=(5,))),
+        nn.Backward(torch.nn.GRU(FEATURES, 6, batch_first=True)),
+        posteriors.DiagonalNormal(nn.mlp(LATENT + 6, 2 * LATENT, hidden=(5,))),
+    )
+
+
+@pytest.mark.parametrize("filler", [-1.0, 0.5, 2.0])
+def test_padding_may_be_outside_the_support(filler):
+    """Results are those of padding by zeros, bit for bit; a value before the end is still checked, by its place."""
+    x = (torch.randn(4, STEPS, FEATURES) > 0).double()
+    beyond = (torch.arange(STEPS) >= LENGTHS[:, None])[..., None]
+    zeros, other = ((x.masked_fill(beyond, number), LENGTHS) for number in (0.0, filler))
+    found = []
+    for data in (zeros, other):
+        pair = bernoulli()
+        assert "masked" in check(pair.model, pair.guide, data)
+        run = fit(pair.model, pair.guide, data, epochs=2, compile=False)
+        est = log_marginal(run.model, run.guide, data, num_particles=30, progress=False, proposal="guide")
+        found.append((run.metrics["loss"], est.log_px))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    wrong = other[0].clone()
+    wrong[1, 2, 0] = filler
+    for use in (check, functools.partial(log_marginal, num_particles=30), functools.partial(fit, epochs=1)):
+        with pytest.raises(DataError, match=rf"{filler:g} at row 1, position \[2, 0\]"):
+            use(bernoulli().model, bernoulli().guide, (wrong, LENGTHS))

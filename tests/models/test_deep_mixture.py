@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -262,4 +264,55 @@ def test_labels_of_another_kind_are_named_and_the_cures_work():
     with pytest.raises(DataError, match=r"whole numbers.* pass it with \.nan_to_num\(nan=-1\)\.long\(\)"):
         check(vae.model, vae.guide, (x, with_missing(gaps)))
     check(vae.model, vae.guide, (x, gaps.nan_to_num(nan=-1).long()))
+    for y in (pd.Series(gaps.numpy(), index=range(10, 16)), gaps.numpy(), with_missing(gaps)):
+        check(vae.model, vae.guide, (x, torch.tensor(np.asarray(y)).nan_to_num(nan=-1).long()))
     assert torch.equal(vae.classify(x.numpy()), vae.classify(x))
+
+
+TEXT = ["a", "b", "a", None, "b", "a"]
+
+
+@pytest.mark.parametrize("labels", [TEXT, TEXT[:3] + TEXT[:3]], ids=["with gaps", "complete"])
+@pytest.mark.parametrize("kind", ["list", "series", "array", "categorical", "index 10"])
+def test_the_cures_of_labels_in_words_end_in_a_run(kind, labels):
+    y = {
+        "list": labels, "series": pd.Series(labels), "array": np.array(labels),
+        "categorical": pd.Series(labels).astype("category"), "index 10": pd.Series(labels, index=range(10, 16)),
+    }[kind]  # fmt: skip
+    vae, x = semi_supervised(), data()
+    with pytest.raises(DataError, match=r"pandas\.factorize\((pandas\.Series\(x\)|x)\)\[0\]") as error:
+        fit(vae.model, vae.guide, (x, y), objective=objectives.ELBO(), epochs=1)
+    y = pd.factorize(pd.Series(y) if "factorize(pandas.Series(x))" in str(error.value) else y)[0]
+    assert fit(vae.model, vae.guide, (x, y), objective=objectives.ELBO(), epochs=1).history
+
+
+def test_labels_of_which_none_is_known_are_said_once(caplog):
+    vae, x = semi_supervised(), data()
+    for label, said in ((torch.full((6,), -1), True), (torch.tensor([-1, -1, 1, -1, -1, -1]), False)):
+        caplog.clear()
+        fit(vae.model, vae.guide, (x, label), objective=objectives.ELBO(), epochs=1)
+        found = [r.getMessage() for r in caplog.records if "none is known" in r.getMessage()]
+        assert len(found) == said
+
+
+def test_a_table_is_classified_without_a_warning():
+    vae, x = semi_supervised(), data()
+    frame = pd.DataFrame(x.numpy())
+    frame.values.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for table in (frame, frame.to_numpy(copy=True), frame.iloc[::1], x):
+            found = vae.classify(table)
+            assert type(found) is Tensor
+            assert torch.equal(found, vae.classify(x))
+        fixed = frame.to_numpy(copy=True)
+        fixed.flags.writeable = False
+        assert torch.equal(vae.classify(fixed), vae.classify(x))
+
+
+def test_the_cure_of_another_precision_works():
+    vae, x = semi_supervised(), data()
+    frame = pd.DataFrame(x.numpy())
+    with pytest.raises(DataError, match=r"classify: .*float64 .*found float32.*\.astype\('float64'\)"):
+        vae.classify(frame.astype("float32"))
+    assert torch.equal(vae.classify(frame.astype("float32").astype("float64")), vae.classify(x.float().double()))

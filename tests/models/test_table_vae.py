@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -166,3 +168,44 @@ def test_a_row_or_a_column_with_nothing_observed_is_refused():
         TableVAE.from_data(x, COLUMNS)
     with pytest.raises(DataError, match=r"x: expected rows \[N, 4\] of 4 columns, found \[8, 3\]"):
         likelihoods.marginals(COLUMNS, x[:, :3])
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("first", [0, 10], ids=["numbered rows", "other index"])
+def test_the_cures_of_text_in_a_table_end_in_a_run(gaps, first):
+    """Each cure is run as it is written, until no message is left."""
+    words = ["south", "north", None if gaps else "west", "west", "north", "south"]
+    frame = pd.DataFrame({"age": torch.randn(6).float().numpy(), "region": words, "sex": list("fmfmff")})
+    frame.index = range(first, first + 6)
+    pair = TableVAE(["real", ("categorical", 3), ("categorical", 2)], latent=2, hidden=(5,)).float()
+    followed, take = [], frame
+    for _ in range(5):
+        try:
+            fit(pair.model, pair.guide, take, epochs=1)
+            break
+        except DataError as error:
+            text = str(error)
+            followed.append(text)
+        if "data.with_missing(x)" in text:
+            take = data.with_missing(take)
+        else:
+            name, cure = re.search(r"column '(\w+)' holds .* as by (.*?)(, where|$)", text).groups()[:2]
+            frame[name] = eval(cure, {"pandas": pd, "x": frame[name]})
+    else:
+        pytest.fail("\n".join(followed))
+    assert len(followed) == (3 if gaps else 2)
+    assert frame["region"].isna().sum() == gaps
+    assert sorted(frame["region"].dropna().unique()) == [0.0, 1.0, 2.0]
+
+
+def test_a_column_without_observed_values_is_said_once(caplog):
+    """As where a Series of another index was assigned to a table."""
+    frame = pd.DataFrame(
+        {"age": torch.randn(6).float().numpy(), "visits": [1.0, 0.0, 3.0, 2.0, 1.0, 1.0]}, range(10, 16)
+    )
+    pair = TableVAE(["real", "count"], latent=2, hidden=(5,)).float()
+    for taken, said in ((frame, 0), (frame.assign(visits=pd.Series([1.0] * 6)), 1)):
+        caplog.clear()
+        fit(pair.model, pair.guide, data.with_missing(taken.astype("float32")), epochs=1)
+        found = [r.getMessage() for r in caplog.records if "1 column ('visits'): nothing is learned" in r.getMessage()]
+        assert len(found) == said

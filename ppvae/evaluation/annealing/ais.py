@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import Block, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
 from ppvae.evaluation.reliability import assess_chains
-from ppvae.inference.contract.support import base_measure_of
+from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.tracing import Program
 
 DIAGNOSTICS = ("acceptance", "step_size", "resampled")
@@ -106,6 +106,7 @@ def annealed(
             figures={"nll": lambda statistics: -statistics["log_px"]},
         )  # fmt: skip
     base, levels, notes = base_measure_of(run.columns[0], s)
+    dims, missing_note = count_observed(int(found.pop("missing").sum()), run.columns, s)
     diagnostics: dict[str, Tensor] = {name: found.pop(name) for name in DIAGNOSTICS if name in found}
     bounds = {int(name.removeprefix("bound_")): found.pop(name) for name in list(found) if name.startswith("bound_")}
     reliable = None
@@ -118,14 +119,14 @@ def annealed(
         **found,  # type: ignore[arg-type]
         num_particles=num_chains,
         seed=seed,
-        dims=s.observed_dims * (run.num_data if s.has_global_latents else 1),
+        dims=dims * (run.num_data if s.has_global_latents else 1),
         base_measure=base,
         levels=levels,
         joint=s.has_global_latents,
         data=getattr(run.columns[0], "description", ""),
         digest=data_digest(run.columns),
         bounds=bounds,
-        notes=notes,
+        notes=notes + missing_note,
         method="sequential Monte Carlo" if resample else "annealed importance sampling",
         settings=settings.attributes(),
         diagnostics=diagnostics,
@@ -156,7 +157,7 @@ def _anneal_block(session: AnnealingSession, block: Block, progress: BlockContex
         weights.add(part["log_weight"], part["elbo"])
         acceptance = acceptance + part["acceptance"] * count / settings.num_chains
         resampled = resampled + part["resampled"]
-    result = weights.result()
+    result = weights.result() | {"missing": torch.tensor(block.num_missing)}
     if settings.num_temperatures > 1:
         result |= {"acceptance": acceptance, "step_size": path.step_sizes[-2].cpu()[:width]}
     if settings.resample:

@@ -28,7 +28,7 @@ from ppvae.evaluation.importance.sampler import ImportanceSampler, choose_precis
 from ppvae.evaluation.proposals.fit import FAMILIES
 from ppvae.evaluation.proposals.log_weights import compiled_densities, with_larger_blocks
 from ppvae.evaluation.reliability import recommend_alternative
-from ppvae.inference.contract.support import base_measure_of, missing_values_note
+from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.tracing import Program
 
 
@@ -97,10 +97,8 @@ def importance_estimate(
         notes += (replaced,)
     if escalates:
         notes += (escalation_note(escalated, refused),)
-    dims: float = s.observed_dims
-    if missing:
-        dims -= missing / run.num_data
-        notes += (missing_values_note(dims, s),)
+    dims, missing_note = count_observed(missing, columns, s)
+    notes += missing_note
     if posterior_draws and not posterior:
         notes += ("no posterior draws: latents shared by all data, or beside enumerated sites, are not kept",)
     return Estimate(

@@ -18,7 +18,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
-from ppvae.inference.contract.support import base_measure_of, missing_values_note
+from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.sequences.backward import sample_backward
 from ppvae.inference.sequences.particle_filter import LONGEST_WINDOW, FilterResult, particle_filter
 from ppvae.inference.sequences.steps import require_sequence, steps_of
@@ -74,7 +74,7 @@ def log_marginal_by_filter(
     s, missing = run.structure, int(found.pop("missing").sum())
     posterior = {n.partition("/")[2]: found.pop(n).transpose(0, 1) for n in list(found) if n.startswith("posterior/")}
     base, levels, notes = base_measure_of(run.columns[0], s)
-    dims = s.observed_dims - missing / run.num_data
+    dims, missing_note = count_observed(missing, run.columns, s)
     return Estimate(
         log_px=found["log_px"], std_error=found["std_error"], ess=found["ess"], k_hat=found["k_hat"],
         elbo=found["elbo"], nonfinite=found["nonfinite"],
@@ -87,7 +87,7 @@ def log_marginal_by_filter(
         data=getattr(run.columns[0], "description", ""),
         digest=data_digest(run.columns),
         posterior=posterior or None,
-        notes=notes + s.remarks + ((missing_values_note(dims, s),) if missing else ()),
+        notes=notes + s.remarks + missing_note,
         method=FILTER_METHOD,
         settings={"filters": NUM_FILTERS, "threshold": THRESHOLD},
         diagnostics={name: found[name] for name in ("filter_ess", "resampled")},

@@ -15,7 +15,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.global_latents.likelihood import ConditionalLikelihood
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, recorded_bounds
-from ppvae.inference.contract.support import base_measure_of, missing_values_note
+from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.tracing import Program
 
 PREDICTIVE_NOTE = (
@@ -144,17 +144,15 @@ def _estimate(
     diagnostics = {"local_k_hat": found.pop("local_k_hat")} if "local_k_hat" in found else {}
     base, levels, notes = base_measure_of(run.columns[0], s)
     notes += s.remarks + ((PREDICTIVE_NOTE,) if conditional else ())
-    dims: float = s.observed_dims
-    if missing:
-        dims -= missing / run.num_data
-        notes += (missing_values_note(dims, s),)
+    dims, missing_note = count_observed(missing, run.columns, s)
+    notes += missing_note
     return Estimate(
         **found,  # type: ignore[arg-type]
         num_particles=num_draws, seed=run.seed, dims=dims * (1 if conditional else run.num_data), base_measure=base,
         levels=levels, lower_bound_only=s.lower_bound_only, joint=not conditional,
         data=getattr(run.columns[0], "description", ""), digest=data_digest(run.columns), bounds=recorded,
         posterior=draws or None, log_likelihood=log_likelihood, notes=notes, settings=settings,
-        diagnostics=diagnostics,
+        diagnostics=diagnostics, site=s.observed_site,
         remedy="more of local_particles, or a better guide of the local latents"
         if diagnostics else "a better guide of the global latents",
     )  # fmt: skip

@@ -174,3 +174,23 @@ def recorded_bounds(num_particles: int) -> list[int]:
     series = {m * 10**e for e in range(len(str(num_particles))) for m in (1, 2, 5)}
     powers = {2**e for e in range(num_particles.bit_length())}
     return sorted(k for k in series | powers | {num_particles} if k <= num_particles)
+
+
+class WeightedMean:
+    """Running sum_k w_k v_k / sum_k w_k per datum."""
+
+    def __init__(self) -> None:
+        self._log_total: Tensor | None = None
+        self.value = torch.zeros(())
+
+    def add(self, log_weight: Tensor, values: Tensor) -> None:
+        """Adds log-weights [particles, N] and values [particles, N, *event]; NaN and +inf weights count as zero."""
+        log_weight = torch.where(log_weight.isnan() | (log_weight == torch.inf), -torch.inf, log_weight)
+        new = log_weight.logsumexp(0)
+        total = new if self._log_total is None else torch.logaddexp(self._log_total, new)
+        at = torch.where(total.isfinite(), total, 0.0)
+        share = (log_weight - at).exp()
+        wide = share.reshape(*share.shape, *(1,) * (values.dim() - 2))
+        old = 0.0 if self._log_total is None else (self._log_total - at).exp().reshape(wide.shape[1:]) * self.value
+        self.value = old + (wide * values.double()).sum(0)
+        self._log_total = total

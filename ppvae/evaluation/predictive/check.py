@@ -19,7 +19,7 @@ from ppvae.evaluation.calibration import p_value, pointwise_p_values
 from ppvae.evaluation.predictive.p_values import jittered, predictive_p, random_ranks
 from ppvae.evaluation.predictive.replicates import Replicator, Statistic, default_statistics
 from ppvae.evaluation.predictive.result import PredictiveCheck, Tensors
-from ppvae.evaluation.simulated_data import Assemble, block_columns
+from ppvae.evaluation.simulated_data import Assemble, block_columns, sites_of_columns
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed
 
@@ -58,7 +58,7 @@ def predictive_check(
         data: as `log_marginal` takes them.
         statistics: {name: function of a batch, called as the model is, [N, *event], ..., that gives [N]}; by default
             the mean and the spread of a datum's numbers, and the mean step between neighbours; of a dict of columns
-            of one number each, every column.
+            of one number each, every column, by the name of the site that observes it.
         over: {name: function of the N values of a statistic that gives a number}; by default mean and standard
             deviation.
         num_draws: replicates of each datum at posterior draws of its latents, resampled from `num_particles` of the
@@ -91,7 +91,10 @@ def predictive_check(
     over = OVER if over is None else over
     with start_evaluation(model, guide, data, seed=seed, device=device) as run:
         names = column_names(data, model)
-        statistics = default_statistics(run.block(0).batch, names) if statistics is None else statistics
+        if statistics is None:
+            first = run.block(0)
+            sites = sites_of_columns(run.model, run.structure, first) if names else {}
+            statistics = default_statistics(first.batch, [sites.get(i, name) for i, name in enumerate(names)])
         if not statistics:
             raise UsageError("statistics: expected one at least, found none")
         least = math.ceil(2 * len(statistics) * (1 + len(over)) / alpha) - 1  # else no p-value is below the level
@@ -115,7 +118,7 @@ def predictive_check(
     return _result(
         parts, calibration, over,
         num_particles=num_particles, seed=seed, alpha=alpha, data=getattr(run.columns[0], "description", ""),
-        digest=data_digest(run.columns),
+        digest=data_digest(run.columns), site=run.structure.observed_site,
     )  # fmt: skip
 
 

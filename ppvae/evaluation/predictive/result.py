@@ -40,6 +40,7 @@ class PredictiveCheck(SaveableResult):
         replicated: the data's first tensor replicated at the posterior draws and from the prior, [draws, N, *event]
             each, under "posterior" and "prior", and as it is under "observed"; empty unless kept, and not saved.
         alpha: the largest probability that the true model fails, over all tests together.
+        site: the observed site, "x" where there are several: the variable of the data for ArviZ.
     """
 
     observed: Tensors
@@ -62,6 +63,7 @@ class PredictiveCheck(SaveableResult):
     alpha: float = 0.01
     data: str = ""
     digest: str = ""
+    site: str = "x"
     latents: Tensors = field(default_factory=dict, repr=False, metadata={"saved": False})
     replicated: Tensors = field(default_factory=dict, repr=False, metadata={"saved": False})
 
@@ -114,20 +116,20 @@ class PredictiveCheck(SaveableResult):
         """The check for ArviZ: `InferenceData` under ArviZ 0.x, `DataTree` under 1.x.
 
         Groups `observed_data`, `posterior_predictive` and `prior_predictive` hold the statistics of each datum by name
-        (and the data as `x`, where kept), so that `arviz.plot_ppc` (0.x) and `arviz.plot_ppc_dist` (1.x) draw them;
-        `posterior` the latents; `sample_stats` the variable `lp`, log p(x_n, z); `log_likelihood` log p(x_n) with the
-        latents integrated out, so that `arviz.loo` and `arviz.compare` compare models by log p(x): the draws are
-        bootstrap samples of the importance weights, and a large Pareto k calls for more particles. The conditional
+        (and the data by their site's name, where kept), so that `arviz.plot_ppc` (0.x) and `arviz.plot_ppc_dist` (1.x)
+        draw them; `posterior` the latents; `sample_stats` the variable `lp`, log p(x_n, z); `log_likelihood` log p(x_n)
+        with the latents integrated out, so that `arviz.loo` and `arviz.compare` compare models by log p(x): the draws
+        are bootstrap samples of the importance weights, and a large Pareto k calls for more particles. The conditional
         log p(x_n | z) would be wrong there: each datum has its own latent (Merkle et al. 2019, arXiv 1802.04452).
         """
         from ppvae.evaluation.arviz import predictive_to_arviz
 
-        kept = {key: {"x": value} for key, value in self.replicated.items()}
+        kept = {key: {self.site: value} for key, value in self.replicated.items()}
         return predictive_to_arviz(
             observed_data=self.observed | kept.get("observed", {}),
             posterior_predictive=self.posterior | kept.get("posterior", {}),
             prior_predictive=self.prior | kept.get("prior", {}),
-            posterior=self.latents, sample_stats={"lp": self.log_joint}, log_likelihood={"x": self.log_px},
+            posterior=self.latents, sample_stats={"lp": self.log_joint}, log_likelihood={self.site: self.log_px},
             attrs=self.table(),
         )  # fmt: skip
 

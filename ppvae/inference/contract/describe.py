@@ -17,6 +17,7 @@ from ppvae.inference.structure import ParticlePlacement, Role, Structure
 from ppvae.inference.tracing import Program, support_of, trace_pair
 from ppvae.rng import fork_rng
 
+FAR = 10.0  # medians of standardised data, and their distances in standard deviations, are below it
 _LAYOUTS = {
     ParticlePlacement.VECTORIZED: "vectorised under a plate",
     ParticlePlacement.FOLDED: "folded into the batch (the networks do not broadcast)",
@@ -94,6 +95,36 @@ def mask_caveats(model: Mapping[str, Any], latents: Mapping[str, Any]) -> Iterat
             if name.endswith("_unobserved"):
                 cure = "obs_mask masks it in the model where it is observed: put it under poutine.mask(mask=~obs_mask)"
             yield f"site {name!r}: model and guide mask it differently: the loss is no bound on log p(x); {cure}"
+
+
+def unstandardized_caveats(model: Mapping[str, Any]) -> Iterator[str]:
+    """Observed columns of real numbers that are large, and many standard deviations from where the model starts."""
+    for name, node in model.items():
+        if not node["is_observed"]:
+            continue
+        fn, value, mask = base_distribution(node["fn"]), node["value"], mask_of(node)
+        support = base_support(support_of(fn))
+        try:
+            real = torch.as_tensor(support.check(torch.full_like(value, -0.5)))
+            distance = ((value - fn.mean).abs() / fn.variance.sqrt()).detach()
+        except (NotImplementedError, AttributeError, ValueError, RuntimeError):
+            continue  # without moments, or a support of no numbers
+        if real.shape != value.shape or distance.shape != value.shape:
+            continue  # a support of vectors, a value for many distributions
+        known = real if mask is None else real & mask
+        event = (-1, max(1, node["fn"].event_shape.numel()))
+        far, size = (torch.where(known, v, torch.nan).reshape(event).nanmedian(0).values for v in (distance, value))
+        found = ((far > FAR) & (size.abs() > FAR)).nonzero()[:, 0].tolist()
+        if found:
+            worst = max(found, key=lambda d: float(far[d]))
+            cure = "standardise the data, (x - x.mean(0)) / x.std(0)"
+            if hasattr(support, "cseq"):  # of a table
+                cure = "take ppvae.models.table_vae (by the command line ppvae.models:table_vae), which does it itself"
+            yield (
+                f"site {name!r}: the data of {count_of(len(found), 'column')} are not standardised, such as column "
+                f"{worst}, whose median of {float(size[worst]):.4g} is {float(far[worst]):.4g} standard deviations "
+                f"from where the model starts: training is slow, and may end at a far worse log p(x); {cure}"
+            )
 
 
 def global_latent_caveat(s: Structure, num_data: int, batch_size: int) -> str:

@@ -18,6 +18,7 @@ LEAVE_OUT = (
     "use ppvae.likelihoods.Mixed, which leaves out what is NaN; or observe torch.nan_to_num(x) under "
     "fn.mask(~x.isnan()).to_event(1), which takes the filled values out of the density and of its gradient"
 )
+MANY = 10  # whole numbers that agree by chance with a probability under 0.001, if there are two of them
 TAKE_IN = (
     "wrap the guide's network in ppvae.nn.Missing, which puts 0 into gaps and adds what is known, or fill them by "
     "torch.nan_to_num(x)"
@@ -32,29 +33,43 @@ def tensors_with_missing(batch: Sequence[Any]) -> list[Tensor]:
 def missing_mask(value: Tensor, batch: Sequence[Any]) -> Tensor:
     """A mask of the missing elements of an observed value: NaN, or filled where the value else equals the data.
 
-    Other columns of the batch that are vectors, such as labels, are skipped: so few numbers may agree by chance.
+    A vector after the first column, such as labels, counts where the value is no other column, and where its numbers
+    do not agree by chance, as few labels may.
     """
-    gaps = _isnan(value)
+    gaps, vectors, explained = _isnan(value), list[Tensor](), False
     for t in tensors_with_missing(batch):
-        for like in align_missing(value, t) if t is batch[0] or t.dim() > 1 else ():
+        for like in align_missing(value, t):
             known = ~like.isnan()
-            if bool(known.any()) and bool((value == like)[known].all()):
-                gaps = gaps | ~known
-    return gaps
+            if not (bool(known.any()) and bool((value == like)[known].all())):
+                continue
+            if t is batch[0] or t.dim() > 1:
+                gaps, explained = gaps | ~known, True
+            elif int(known.sum()) >= MANY or bool((like != like.round())[known].any()):
+                vectors.append(~known)
+    if not vectors or explained or any(_equals(value, t) for t in batch):
+        return gaps
+    return gaps | min(vectors, key=lambda missing: int(missing.sum()))
+
+
+def _equals(value: Tensor, column: Any) -> bool:
+    """Whether a value is a column of the batch, as it is."""
+    if not isinstance(column, Tensor):
+        return False
+    return any(bool((value == like).all()) for like in align_missing(value, column))
 
 
 def count_missing(site: Any, axis: int, size: int, batch: Sequence[Any]) -> int:
     """The missing elements of the first `size` data of an observed site: NaN, filled, or left out by a mask.
 
-    `site` has a value, its value and its mask in the shape of the run, and the data along `axis` of the former.
+    `site` has a value, its value and its mask in the shape of the run, and the data along `axis` of both values.
     """
-    value, mask, traced = site.value, site.mask, site.traced_value
-    gaps = missing_mask(value.narrow(axis, 0, size), batch)
-    alike = [d for d in value.shape if d > 1] == [d for d in traced.shape if d > 1]
-    if isinstance(mask, Tensor) and alike:
-        mask = mask[(0,) * max(0, mask.dim() - traced.dim())]  # of the first particle
-        gaps = gaps | ~mask.expand(traced.shape).reshape(value.shape).narrow(axis, 0, size)
-    return int(gaps.sum())
+    value, mask, traced = site.value.narrow(axis, 0, size), site.mask, site.traced_value
+    if mask is None:
+        return int(missing_mask(value, batch).sum()) if tensors_with_missing(batch) else 0
+    if not isinstance(mask, Tensor):
+        return 0 if mask else value.numel()
+    mask = mask[(0,) * max(0, mask.dim() - traced.dim())]  # of the first particle
+    return int((missing_mask(value, batch) | ~mask.expand(traced.shape).narrow(axis, 0, size)).sum())
 
 
 def align_missing(value: Tensor, t: Tensor) -> Iterator[Tensor]:

@@ -300,7 +300,11 @@ def base_measure_of(column: Any, s: Structure) -> tuple[str, int | None, tuple[s
     return (known if known == "density on [0, 1]" else s.base_measure), None, ()
 
 
-def missing_values_note(dims: float, s: Structure) -> str:
-    """The share of missing values, given how many are observed per datum."""
+def count_observed(missing: int, columns: Sequence[Any], s: Structure) -> tuple[float, tuple[str, ...]]:
+    """(numbers observed per datum, a note on the others), given how many are missing or masked in all data."""
+    if not missing:
+        return s.observed_dims, ()
+    dims = s.observed_dims - missing / len(columns[0])
     share = 100 * (1 - dims / s.observed_dims)
-    return f"{share:.1f} % of the values are missing: log p(x) is that of the {dims:.2f} per datum observed"
+    kind = "missing" if any(getattr(column, "missing", False) for column in columns) else "masked"
+    return dims, (f"{share:.1f} % of the values are {kind}: log p(x) is that of the {dims:.2f} per datum observed",)

@@ -244,6 +244,19 @@ def test_the_log_likelihoods_go_to_arviz(tmp_path):
     assert len(found.loo_i if hasattr(found, "loo_i") else found.elpd_i) == 20  # ArviZ 0.x, 1.x
 
 
+def test_the_log_likelihood_has_the_name_of_its_site():
+    def model(data):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("income", dist.Normal(mu, 1.0), obs=data)
+
+    def guide(data):
+        pyro.sample("mu", dist.Normal(0.0, 0.5))
+
+    est = log_marginal(model, guide, torch.randn(9), num_particles=50, conditional=True, posterior_draws=50)
+    assert list(est.to_arviz()["log_likelihood"].data_vars) == ["income"]
+
+
 def test_auto_normal_of_global_latents_beside_an_amortised_guide():
     auto = AutoNormal(poutine.block(local_model, hide=["z"]), init_scale=0.1)
     guide = with_local(auto)

@@ -226,6 +226,31 @@ def test_covariates_reach_model_and_statistics():
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_variables_have_the_names_of_sites_and_not_of_arguments(columns, tmp_path):
+    def model(age, income=None):
+        with pyro.plate("data", len(age)):
+            z = pyro.sample("trait", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("years", dist.Normal(z, 1.0), obs=age)
+            if income is not None:
+                pyro.sample("euros", dist.Normal(z, 1.0), obs=income)
+
+    def guide(age, income=None):
+        with pyro.plate("data", len(age)):
+            pyro.sample("trait", dist.Normal(age / 2, 1.0))
+
+    x = {"age": torch.randn(20), "income": torch.randn(20)} if columns else torch.randn(20)
+    found = predictive_check(model, guide, x, keep_data=not columns, **FEW | {"replications": 60})
+    tree = found.to_arviz()
+    names = {"years", "euros"} if columns else {"years", "value"}
+    for group in ("observed_data", "posterior_predictive", "prior_predictive"):
+        assert set(tree[group].data_vars) == names
+    assert set(tree["posterior"].data_vars) == {"trait"}
+    assert set(tree["log_likelihood"].data_vars) == {"x" if columns else "years"}  # of both sites together
+    again = PredictiveCheck.load(found.save(tmp_path))
+    assert set(again.to_arviz()["log_likelihood"].data_vars) == set(tree["log_likelihood"].data_vars)
+
+
 def test_arviz_draws_the_checks_and_compares_models():
     """`plot_ppc` and `compare` take the groups as they are; `loo` of ArviZ 1.x takes 25 draws or more."""
     pair, x = oracle(25)
