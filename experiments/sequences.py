@@ -33,10 +33,10 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[int, ...] = (5, 25, 50, 100, 200)
     sequences: int = 500
-    num_test: int = 20
+    num_test: int = 10
     draws: int = 8  # of IWAE and FIVO; the ELBO averages as many
     hidden: int = 32
-    epochs: int = 20
+    epochs: int = 50
     batch_size: int = 50
     lr: float = 3e-3
     particles: int = 1000
@@ -164,7 +164,16 @@ def table(found: Cells) -> str:
             numbers += [f"{cells.mean(r, f'plain_{t}'):.2f}", f"{cells.mean(r, f'plain_unreliable_{t}'):.0%}"]
             exact = f"{cells.mean(r, f'exact_{t}'):.2f}" if source == "linear" else ""
             lines.append((source, t, objective, len(r), *numbers, exact))
-    return cells.markdown(header, lines)
+    text = cells.markdown(header, lines)
+    rows = cells.group_cells(found, "source", "objective")
+    for source in dict.fromkeys(of for of, _ in rows):
+        steps = max(t for c in found if c["cell"]["source"] == source for t in c["result"]["steps"])
+        own = {o: [c for c in r if steps in c["result"]["steps"]] for (of, o), r in rows.items() if of == source}
+        others = [o for o in ("IWAE", "ELBO") if own.get("FIVO") and own.get(o)]
+        gains = ", ".join(f"{o} {cells.compare_rows(own['FIVO'], own[o])}" for o in others)
+        if gains:
+            text += f"\n\n{source}, T = {steps}, log p(x) by particle filters, a guide by FIVO over one by {gains}."
+    return text
 
 
 def main(args: list[str] | None = None) -> None:

@@ -267,7 +267,12 @@ def _summary(reliable: Tensor, reasons: Mapping[str, Tensor], joint: bool) -> st
 
 def _advice_on_nonfinite(broken: Tensor) -> list[str]:
     count = int(broken.sum())
-    return [f"check the densities of the {count} with non-finite weights: one is NaN or infinite"] if count else []
+    if not count:
+        return []
+    return [
+        f"check the densities of the {count} with non-finite weights: one is NaN or infinite, as where a scale "
+        f"underflows to 0 (in float32 exp(-104)); float64 data, or a lower limit of the scale, mends that"
+    ]
 
 
 def recommend_alternative(s: Structure) -> str:

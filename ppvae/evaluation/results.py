@@ -176,7 +176,8 @@ def estimate_file(path: str | os.PathLike[str], name: str = "log_marginal") -> P
 
 
 def load_estimate(path: str | os.PathLike[str]) -> Estimate:
-    """Loads a saved `Estimate`, given its JSON file or folder; bounds, draws and ess by step are in the NetCDF file.
+    """Loads a saved `Estimate`, given its JSON file or folder; bounds, draws, log-likelihoods and ess by step are
+    in the NetCDF file.
 
     Raises:
         CheckpointError: the file is missing, or is no saved estimate.
@@ -198,7 +199,7 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
         plain: dict[str, Any] = {k: v for k, v in content.items() if k in own and k not in DERIVED}
         settings = {k: v for k, v in content.items() if k not in own and k not in (*DERIVED, *ORIGIN)}
         reliable = rows.pop("reliable").bool()
-        bounds, posterior, ess_by_step = _arrays(path.with_suffix(".nc"))
+        arrays = _arrays(path.with_suffix(".nc"))
         words = content.get("notes", "")
         plain |= {name: rows.pop(name) for name in FIELDS}
         plain |= {"notes": tuple(words.split("; ")) if words else (), "levels": content.get("levels") or None}
@@ -207,10 +208,7 @@ def load_estimate(path: str | os.PathLike[str]) -> Estimate:
                 path.with_name(plain["guide_estimate"]), content["digest"]
             )
             plain["elbo"] = plain["elbo"] if guide is None else guide.elbo  # files of before have the proposal's
-        est = Estimate(
-            **plain, bounds=bounds, posterior=posterior or None, settings=settings, diagnostics=rows,
-            ess_by_step=ess_by_step,
-        )  # fmt: skip
+        est = Estimate(**plain, **arrays, settings=settings, diagnostics=rows)
         if est.method in ("importance sampling", MIXED_METHOD) and torch.equal(est.reliable, reliable):
             return est
         return dataclasses.replace(est, reliable_override=reliable)
@@ -230,17 +228,19 @@ def _tensor(values: list[Any]) -> Tensor:
     return torch.tensor([float(v) for v in values], dtype=torch.float64)
 
 
-def _arrays(path: Path) -> tuple[dict[int, Tensor], dict[str, Tensor], Tensor | None]:
-    """(bounds per datum, draws of the latents, ess by step), empty where there is no NetCDF file."""
+def _arrays(path: Path) -> dict[str, Any]:
+    """Bounds per datum, draws, log-likelihoods and ess by step, by field of `Estimate`; {} without a NetCDF file."""
     if not path.exists():
-        return {}, {}, None
+        return {}
     import h5py
 
     with h5py.File(path) as file:
-        bounds = {
-            name: torch.from_numpy(values[()]) for name, values in file[GROUP].items() if name.startswith("bound_")
-        }
-        draws = file.get("posterior", {})
-        latents = {v.attrs.get(SITE, n): torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 2}
-        by_step = torch.from_numpy(file[GROUP][ESS_BY_STEP][()]) if ESS_BY_STEP in file[GROUP] else None
-    return {int(name.removeprefix("bound_")): values for name, values in bounds.items()}, latents, by_step
+        own = {name: torch.from_numpy(values[()]) for name, values in file[GROUP].items()}
+        bounds = {int(n.removeprefix("bound_")): values for n, values in own.items() if n.startswith("bound_")}
+        draws = file.get("posterior", {})  # coordinates have one dim, draws those of chain and draw at least
+        latents = {v.attrs.get(SITE, n): torch.from_numpy(v[0]) for n, v in draws.items() if v.ndim > 1}
+        given = file.get("log_likelihood", {})
+        return {
+            "bounds": bounds, "posterior": latents or None, "ess_by_step": own.get(ESS_BY_STEP),
+            "log_likelihood": torch.from_numpy(given["x"][0]) if "x" in given else None,
+        }  # fmt: skip

@@ -1,13 +1,13 @@
 """The bound of a particle filter on log p(x) of a sequence."""
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
-from ppvae.inference.sequences.particle_filter import FilterResult, particle_filter
+from ppvae.inference.sequences.particle_filter import FilterResult, find_windows, particle_filter
 from ppvae.inference.sequences.resampling import multinomial_ancestors
 from ppvae.inference.sequences.steps import require_sequence
 from ppvae.inference.structure import Structure
@@ -25,7 +25,9 @@ class FIVO(Objective):
     The latents are sites z_1 .. z_T with observed sites between them, or a chain as `models.DeepMarkovModel` has. With
     resample = 1 it is the objective of AESMC and VSMC; with resample = 0, or a pair of one step, the IWAE bound. Where
     resampling helps it lies between the IWAE bound and log p(x). A step of training runs the pair 1 + R times, R the
-    largest number of resampling steps of a sequence of the batch, and is not compiled.
+    largest number of resampling steps of a sequence of the batch, and is not compiled. Autograd holds the activations
+    of all runs: of a chain, or where a step reads all earlier latents, (1 + R) T K steps for each datum; of T > 16
+    latents in sites of their own, of which a step reads a few, windows of at most 16 K steps for each run.
 
     Args:
         num_particles: K, draws per datum at each step.
@@ -83,7 +85,8 @@ class FIVO(Objective):
         s, index = call.structure, None
         if s.draws_subsample:
             index = torch.randperm(s.full_size, device=call.batch[0].device)[: s.subsample_size]
+        pair: Any = {"model": call.model, "guide": call.guide, "batch": call.batch, "structure": s, "index": index}
         return particle_filter(
-            call.model, call.guide, call.batch, call.num_particles, structure=s, threshold=self.resample,
-            ancestors=multinomial_ancestors, index=index,
+            **pair, num_particles=call.num_particles, threshold=self.resample, ancestors=multinomial_ancestors,
+            dependence=find_windows(**pair),
         )  # fmt: skip

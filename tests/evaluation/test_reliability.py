@@ -14,6 +14,7 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.reliability import assess_weights
 from ppvae.models import LinearGaussian
+from tests.evaluation.evidence.pairs import funnel, funnel_guide
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,26 @@ def test_reasons_are_apart_and_add_up_to_what_is_not_reliable():
     assert words in est.summary()
     assert est.table()["reliability"] == words
     assert "check the densities of the 2 with non-finite weights" in est.reliability.recommendation
+
+
+def test_what_is_advised_on_weights_that_are_not_finite_holds():
+    """A draw of the tails of a refined proposal, a = -109, makes exp(a) zero in float32, and the density NaN."""
+    x, options = torch.tensor([0.5]), {"num_particles": 20_000, "proposal": "refined"}
+
+    def bounded(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 2.5))
+            b = pyro.sample("b", dist.Normal(0.0, a.exp().clamp(min=1e-15)))
+            pyro.sample("x", dist.Normal(b, 0.3), obs=x)
+
+    broken = log_marginal(funnel, funnel_guide, x, **options)
+    assert broken.nonfinite.item() == 1
+    assert not broken.reliable.item()
+    assert "a scale underflows to 0" in broken.reliability.recommendation
+    for model, at in ((bounded, x), (funnel, x.double())):
+        mended = log_marginal(model, funnel_guide, at, **options)
+        assert mended.nonfinite.item() == 0
+        assert math.isfinite(mended.nll)
 
 
 def test_the_particles_that_are_advised_are_those_that_ess_asks_for():

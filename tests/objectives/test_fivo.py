@@ -13,6 +13,7 @@ from ppvae import fit
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference.param_store import ParamScope
 from ppvae.objectives import FIVO, IWAE
+from tests.inference.sequences.test_windows import LiveElements
 from tests.programs.sequences import draw_linear, hmm_pair, kalman, linear_pair
 from tests.programs.strangers import PAIRS
 
@@ -38,7 +39,7 @@ def test_without_resampling_it_is_iwae():
     assert bound(FIVO(4, resample=0.0), pair, x) == pytest.approx(bound(IWAE(4), pair, x), abs=1e-9)
 
 
-def gradients(objective: Any, x: Any, a: float, shift: float) -> tuple[float, dict[str, float]]:
+def gradients(objective: Any, x: Any, a: float, shift: float, seed: int = 2) -> tuple[float, dict[str, float]]:
     """(bound, its gradients) per datum at parameters of the linear pair."""
     with ParamScope().entered():
         pair = linear_pair(shift, learned=True)
@@ -47,7 +48,7 @@ def gradients(objective: Any, x: Any, a: float, shift: float) -> tuple[float, di
         store = pyro.get_param_store()
         with torch.no_grad():
             store._params["a"].fill_(a)
-        torch.manual_seed(2)
+        torch.manual_seed(seed)
         loss = objective.loss_and_grads(*pair, x)
         return -loss / len(x), {name: -float(store._params[name].grad) / len(x) for name in ("a", "shift")}
 
@@ -71,6 +72,50 @@ def test_training_raises_the_bound():
     optimizer = functools.partial(torch.optim.Adam, lr=0.05)
     run = fit(*pair, x, objective=FIVO(8), optimizer=optimizer, epochs=6, batch_size=16, seed=0)
     assert run.history[-1]["loss"] < run.history[0]["loss"] - 0.5
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_without_resampling_have_the_gradient_of_iwae():
+    """Of 30 steps in windows of 16, in the same noise."""
+    x, at = draw_linear(5, 30), {"a": 0.4, "shift": 0.3}
+    value, found = gradients(FIVO(4, resample=0.0), x, **at)
+    expected, of_iwae = gradients(IWAE(4), x, **at)
+    assert value == pytest.approx(expected, abs=1e-9)
+    assert found == pytest.approx(of_iwae, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_windows_have_the_gradients_of_whole_sequences(monkeypatch):
+    """Means over 20 batches of 200 filters of 18 steps; they differ by over 5 standard errors with p < 1e-4."""
+    x, at = draw_linear(1, 18, seed=9).expand(200, 18).contiguous(), {"a": 0.4, "shift": 0.7}
+    found = {}
+    for longest in (4, 100):
+        monkeypatch.setattr("ppvae.inference.sequences.particle_filter.LONGEST_WINDOW", longest)
+        for gradient in ("pathwise", "ancestor_score"):
+            of = [gradients(FIVO(4, 1.0, gradient), x, **at, seed=seed)[1] for seed in range(20)]
+            found[longest, gradient] = torch.tensor([[one[name] for name in at] for one in of])
+    for gradient in ("pathwise", "ancestor_score"):
+        windows, whole = found[4, gradient], found[100, gradient]
+        error = ((windows.var(0) + whole.var(0)) / 20).sqrt()
+        assert bool(((windows.mean(0) - whole.mean(0)).abs() < 5 * error).all())
+    pathwise = found[4, "pathwise"]
+    assert bool((pathwise.mean(0).abs() > 10 * pathwise.std(0) / 20**0.5).all())  # there is a gradient to compare
+
+
+def test_memory_of_windows_grows_with_the_steps_and_not_with_their_square(monkeypatch):
+    """Between 8 and 24 steps, resampled at each: about three times as much, and nine times for whole sequences."""
+
+    def peak(steps: int, longest: int) -> int:
+        monkeypatch.setattr("ppvae.inference.sequences.particle_filter.LONGEST_WINDOW", longest)
+        x = draw_linear(2, steps)
+        with LiveElements() as live:
+            gradients(FIVO(200, 1.0), x, a=0.4, shift=0.3)
+        return live.peak
+
+    assert peak(24, 4) < 4 * peak(8, 4)
+    assert peak(24, 100) > 6 * peak(8, 100)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

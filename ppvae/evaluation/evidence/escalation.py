@@ -18,6 +18,7 @@ from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.importance.sampler import ImportanceSampler
 from ppvae.evaluation.proposals.log_weights import RefinedProposal, check_refinable
 from ppvae.evaluation.reliability import MIN_ESS, k_hat_limit, k_hat_upper
+from ppvae.evaluation.unconstrained.coordinates import SUMMED_OUT
 from ppvae.evaluation.unconstrained.potential import prior_as_guide
 from ppvae.rng import derive_seed, fork_rng, seed_all
 
@@ -151,11 +152,22 @@ def refinement_refusal(run: Evaluation) -> str:
     return ""
 
 
+def guide_note(what: str, refused: str) -> str:
+    """The note on a pair that is weighed by its guide, and why; where it has no latent to draw, that nothing is drawn.
+
+    >>> guide_note("drawn from the guide", f"{SUMMED_OUT}, log_marginal(..., num_particles=1)")
+    'every latent of the pair is summed out: log p(x) is exact, and nothing is drawn'
+    """
+    if refused.startswith(SUMMED_OUT):
+        return f"{SUMMED_OUT.removesuffix(' already')}, and nothing is drawn"
+    return f"{what}: {refused}"
+
+
 def escalation_note(escalated: Mapping[str, Tensor], refused: str) -> str:
     """How many data each method estimated."""
     chains = escalated["method"] == 1
     if refused:
-        return f"method='auto' kept to the guide's own draws: {refused}"
+        return guide_note("method='auto' kept to the guide's own draws", refused)
     if not bool(chains.any()):
         return "by refined importance sampling: all data"
     levels = escalated["num_temperatures"][chains]

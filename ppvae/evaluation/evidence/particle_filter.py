@@ -21,13 +21,14 @@ from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
 from ppvae.inference.contract.support import base_measure_of, missing_values_note
 from ppvae.inference.sequences.backward import sample_backward
 from ppvae.inference.sequences.particle_filter import LONGEST_WINDOW, FilterResult, particle_filter
-from ppvae.inference.sequences.steps import require_sequence
+from ppvae.inference.sequences.steps import require_sequence, steps_of
 from ppvae.inference.sequences.windows import find_dependence
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, seed_all
 
+STEPS_HELD = 256  # of as many particles as other evaluations have at a time
 THRESHOLD = 0.5  # of the share of effective particles under which they are resampled
 
 
@@ -96,7 +97,12 @@ def log_marginal_by_filter(
 
 @dataclass(frozen=True)
 class FilterBlocks:
-    """The statistics of a block of data: [N] by name, and the ess of each step, [N, T]."""
+    """The statistics of a block of data: [N] by name, and the ess of each step, [N, T].
+
+    Smoothing draws need the latents of all steps. From T = 256 on, runs of the pair then have fewer rows, and hold at
+    most 5000 x 256 steps of a particle, or the K T of one datum if these are more: K T (4 D + 8) bytes for latents of D
+    numbers a step in float32 and their ancestors, and what one run of the pair on them takes.
+    """
 
     run: Evaluation
     num_particles: int  # of each filter
@@ -120,7 +126,12 @@ class FilterBlocks:
         """The number of rows in one run of the pair; all of them where the pair takes no fewer."""
         if self.run.structure.draws_subsample:
             return block.size
-        return max(1, DATA_BLOCK * PARTICLE_BLOCK // self.num_particles)
+        steps = STEPS_HELD
+        if self.posterior_draws:
+            part, _ = block.select_rows(torch.zeros(1, dtype=torch.long, device="cpu"))
+            pair = self.run.model, self.run.guide, part.batch, 1
+            steps = max(steps, steps_of(evaluate_terms(*pair, structure=self.run.structure, index=part.index)).count)
+        return max(1, DATA_BLOCK * PARTICLE_BLOCK * STEPS_HELD // (self.num_particles * steps))
 
     def _filter(self, block: Block, rows: Tensor, number: int, keep_history: bool = False) -> FilterResult:
         """One particle filter for each of these rows of a block."""

@@ -17,7 +17,7 @@ from ppvae.errors.ranges import check_numbers
 from ppvae.evaluation.blocks import start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.bracket import bracket
-from ppvae.evaluation.evidence.escalation import refinable_run
+from ppvae.evaluation.evidence.escalation import guide_note, refinable_run
 from ppvae.evaluation.evidence.importance_estimate import check_importance_numbers, importance_estimate
 from ppvae.evaluation.importance.allocation import make_allocation
 from ppvae.inference.tracing import Program
@@ -89,7 +89,8 @@ def refined_log_marginal(
         if not why:
             raise
         est = timed("guide", num_particles if num_particles == "auto" else guide_particles or num_particles)
-        est = replace(est, notes=(f"drawn from the guide, as no proposal can be refined: {why}", *est.notes))
+        note = guide_note("drawn from the guide, as no proposal can be refined", why)
+        est = replace(est, notes=(note, *est.notes))
     else:
         if guide_particles:
             common["posterior_draws"] = 0

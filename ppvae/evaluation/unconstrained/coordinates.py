@@ -21,6 +21,8 @@ from ppvae.inference.terms import sample_guide
 from ppvae.inference.tracing import Program, check_has_inverse, sample_sites, support_of, trace_program
 from ppvae.rng import fork_rng
 
+SUMMED_OUT = "every latent of the pair is summed out: log p(x) is exact already"
+
 
 @dataclass(frozen=True)
 class LatentColumns:
@@ -184,9 +186,7 @@ def _continuous_nodes(
             )  # fmt: skip
         nodes[name] = node
     if not nodes:
-        raise UsageError(
-            "every latent of the pair is summed out: log p(x) is exact already, log_marginal(..., num_particles=1)"
-        )
+        raise UsageError(f"{SUMMED_OUT}, log_marginal(..., num_particles=1)")
     return nodes
 
 

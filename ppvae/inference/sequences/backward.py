@@ -20,7 +20,9 @@ from ppvae.inference.tracing import Program
 
 @dataclass(frozen=True)
 class FilterHistory:
-    """The particles of a filter at each step before they were resampled, in memory for K sequences of each datum.
+    """The particles of a filter at each step before they were resampled: K T latents and ancestors of each datum.
+
+    Backward sampling chooses among the particles of every step, so that the memory grows with K T.
 
     Attributes:
         sites: of the guide; the values at a step are those of the particles before the next resampling.

@@ -13,13 +13,14 @@ from torch import Tensor
 from ppvae.errors import ContractError
 from ppvae.errors.calls import explain_call
 from ppvae.inference.particle_layout import with_sampled_sites
+from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.sequences.backward import FilterHistory
 from ppvae.inference.sequences.partial_replay import continue_guide
 from ppvae.inference.sequences.resampling import effective_sample_size, systematic_ancestors
 from ppvae.inference.sequences.steps import Steps, log_weight_of, steps_of
-from ppvae.inference.sequences.windows import Dependence, HeldLatents, limit_to_window
+from ppvae.inference.sequences.windows import Dependence, HeldLatents, find_dependence, limit_to_window
 from ppvae.inference.sites import Site
-from ppvae.inference.structure import Structure
+from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import Terms, evaluate_terms, sample_guide
 from ppvae.inference.tracing import Program
 
@@ -84,7 +85,7 @@ def particle_filter(
         threshold: of the share of effective particles; 0 is importance sampling, 1 resamples at every step.
         ancestors: indices [K, batch] drawn in proportion to the weights of log-weights [K, batch].
         keep_history: for `sample_backward`; as much memory as K sequences again, and no windows.
-        dependence: of `find_dependence`.
+        dependence: of `find_dependence`, or, with gradients, of `find_windows`.
 
     Raises:
         ContractError: the weight of a step depends on later latents; the guide's order of latents is not the model's.
@@ -105,6 +106,22 @@ def particle_filter(
                 f"importance sampling"
             ) from None
     return _filter(replace(runs, dependence=None), threshold, ancestors, keep_history)
+
+
+def find_windows(
+    model: Program, guide: Program, batch: tuple[Any, ...], *, structure: Structure, index: Tensor | None = None
+) -> Dependence | None:
+    """The `dependence` of a pair that a filter with gradients runs in windows; None where it runs whole sequences.
+
+    Of 1 + R runs of the whole sequence, autograd holds (1 + R) K T steps. In windows it holds those of the windows, at
+    most 16 K steps for each run. A chain in one site is run whole each time, and has none; nor has a pair of fewer
+    latents than a window has steps.
+    """
+    if sum(role is Role.LATENT for role in structure.guide_roles.values()) <= LONGEST_WINDOW:
+        return None
+    with buffer_copies():
+        found = find_dependence(model, guide, batch, structure=structure, index=index)
+    return found if found.lag is not None and found.steps.chain is None else None
 
 
 class _WeightsDiffer(Exception):

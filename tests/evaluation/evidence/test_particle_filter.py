@@ -19,6 +19,7 @@ from ppvae.evaluation.reliability import NUM_FILTERS, assess_filters
 from ppvae.inference.inspection import inspect
 from ppvae.inference.sequences.backward import sample_backward
 from ppvae.inference.sequences.particle_filter import particle_filter
+from tests.inference.sequences.test_windows import LiveElements
 from tests.programs.sequences import R, draw_linear, forward_pass, hmm_pair, kalman, kalman_smoother, linear_pair
 from tests.programs.strangers import PAIRS
 
@@ -109,6 +110,18 @@ def test_draws_are_of_the_smoothing_distribution(steps: int):
         by_copy = found.mean(0)
         assert bool(((by_copy.mean(0) - expected[0]).abs() < 6 * by_copy.std(0) / COPIES**0.5).all())
     assert distinct(est.posterior["z_0"]) > 0.9
+
+
+def test_memory_of_smoothing_draws_is_bounded_by_fewer_rows(monkeypatch: pytest.MonkeyPatch):
+    """As long as the particles of one datum fit: 8 and 24 steps take about the same."""
+    monkeypatch.setattr("ppvae.evaluation.evidence.particle_filter.STEPS_HELD", 4)
+
+    def peak(steps: int) -> int:
+        with LiveElements() as live:
+            filtered(*linear_pair(), draw_linear(10, steps), num_particles=400, posterior_draws=2)
+        return live.peak
+
+    assert peak(24) < 1.5 * peak(8)
 
 
 def test_backward_sampling_undoes_the_degeneracy_of_ancestors():

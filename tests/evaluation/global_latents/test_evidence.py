@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from ppvae import log_marginal
 from ppvae.errors import ContractError, UsageError
-from ppvae.evaluation import annealed
+from ppvae.evaluation import annealed, load_estimate
 from ppvae.evaluation.global_latents import blocks
 from tests.programs.conjugate import CONJUGATE, MIXING, TRIALS, mixture, normal_mean, regression
 from tests.programs.strangers import PAIRS
@@ -86,6 +86,21 @@ def test_kept_log_likelihoods_are_those_of_the_kept_draws():
     expected = whole.log_likelihood.logsumexp(0) - np.log(150)
     torch.testing.assert_close(whole.log_px, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(est.log_px, whole.log_px, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mixture", "normal_mean"])
+def test_a_saved_estimate_has_its_draws_and_log_likelihoods(name, tmp_path):
+    """Global latents of an event [2], and scalars."""
+    c = {"mixture": mixture, "normal_mean": normal_mean}[name]()
+    est = log_marginal(*c.pair, c.batch, num_particles=60, conditional=True, posterior_draws=30)
+    again = load_estimate(est.save(tmp_path))
+    assert torch.equal(again.log_likelihood, est.log_likelihood)
+    assert set(again.posterior) == set(est.posterior)
+    assert all(torch.equal(again.posterior[site], draws) for site, draws in est.posterior.items())
+    plain = log_marginal(*c.pair, c.batch, num_particles=60, conditional=True)
+    again = load_estimate(plain.save(tmp_path, "plain"))
+    assert again.log_likelihood is None
+    assert again.posterior is None
 
 
 @pytest.mark.parametrize("conditional", [True, False])

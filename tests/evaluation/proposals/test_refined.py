@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
 
 from ppvae import log_marginal
 from ppvae.errors import ContractError, UsageError
@@ -277,6 +278,21 @@ def test_the_default_draws_from_the_guide_where_nothing_can_be_refined():
     assert torch.equal(est.log_px, guide.log_px)
     assert est.guide_estimate is None
     assert est.notes[0].startswith("drawn from the guide, as no proposal can be refined: site 'z'")
+
+
+@pytest.mark.parametrize("enumerated", ["model", "guide"])
+@pytest.mark.parametrize("options", [{}, {"method": "auto"}])
+def test_a_pair_whose_latents_are_summed_out_draws_nothing_and_says_so(enumerated, options):
+    model, guide = (config_enumerate(coin), no_guide) if enumerated == "model" else (coin, config_enumerate(coin_guide))
+    x = torch.tensor([0.0, 2.0])
+    est = log_marginal(model, guide, x, num_particles=30, **options)
+    exact = torch.stack([dist.Normal(z, 1.0).log_prob(x) + math.log(p) for z, p in ((0.0, 0.7), (1.0, 0.3))])
+    torch.testing.assert_close(est.log_px, exact.double().logsumexp(0), rtol=0, atol=1e-6)
+    assert est.notes[0] == "every latent of the pair is summed out: log p(x) is exact, and nothing is drawn"
+
+
+def no_guide(x):
+    """The guide of a model whose latents are all summed out."""
 
 
 def test_an_adaptive_default_has_the_guide_beside_it():

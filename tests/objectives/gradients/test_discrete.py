@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ppvae.compilation.graph import capture, is_random
+from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference import SVI
 from ppvae.inference.param_store import ParamScope
@@ -252,6 +254,25 @@ def test_a_captured_step_is_the_eager_one(name):
             ends.append((losses, logits.detach().clone()))
     assert ends[0][0] == ends[1][0]
     assert torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.filterwarnings("ignore:the straight-through gradient is biased")
+@pytest.mark.parametrize("name", ["arms", "disarm", "double_cv", "unordered_set", "straight_through"])
+def test_the_noise_of_a_step_depends_on_no_values(name):
+    """So that a step can be compiled: random numbers are functions of shapes alone."""
+    with ParamScope().entered():
+        model, guide, x, logits = quadratic(8, *([4] if name == "unordered_set" else []))
+        objective = ELBO(2, gradient=name)
+        objective.loss_and_grads(model, guide, x)
+
+        def run() -> list[Tensor]:
+            loss = objective.differentiable_loss(model, guide, x)
+            return [loss, *torch.autograd.grad(loss, [logits])]
+
+        module = with_fixed_noise(capture(run, [logits], [x]).module)
+    random = [node for node in module.graph.nodes if is_random(node)]
+    assert len(random) > (name != "double_cv")
+    assert all(is_random(n) or "empty" in str(n.target) for node in random for n in node.all_input_nodes)
 
 
 def two_latents(x: Tensor) -> tuple[Any, Any]:
