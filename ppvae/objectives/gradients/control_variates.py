@@ -86,9 +86,9 @@ class MovingAverage(Baseline):
 class ExponentialMovingAverage(nn.Module):
     """A moving average in a buffer, which a captured step updates in place; NaN before the first update."""
 
-    def __init__(self) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.value = nn.Buffer(torch.full((), torch.nan, dtype=torch.float64))
+        self.value = nn.Buffer(torch.full(shape, torch.nan, dtype=torch.float64))
 
     def forward(self, update: Tensor, decay: float) -> Tensor:
         """The average before this update; 0 before the first."""

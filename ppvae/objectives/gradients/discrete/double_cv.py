@@ -20,14 +20,15 @@ class DoubleCV(SiteEstimator):
     """The leave-one-out score function with first-order models of log w in both places; unbiased.
 
     With g_k = d log w_k / d z_k at the discrete value, mu = E_q[z] and h_k the mean of the others' g_j: the baseline
-    takes log w_j - a g_j^T (z_j - mu), a model of log w(mu), in place of log w_j; and a h_k^T (z_k - mu) / K is
-    subtracted from the signal of draw k, whose expectation with the score, a h_k^T d mu / K, is added. The coefficient
-    a is a moving average of the regression of the signal on both over past batches.
+    takes log w_j - b g_j^T (z_j - mu), a model of log w(mu), in place of log w_j; and a h_k^T (z_k - mu) / K is
+    subtracted from the signal of draw k, whose expectation with the score, a h_k^T d mu / K, is added. g_j^T (z_j - mu)
+    has a mean, as g_j depends on z_j: a constant c / K is subtracted, too. The coefficients a, b, c are those of the
+    regression of the signal on the three, by moving averages of their moments over past batches.
 
     Raises:
         ContractError: a site that is neither Bernoulli nor one-hot categorical, by its name.
 
-    Source: Titsias and Shi 2022 (arXiv 2111.05300), whose coefficients follow the gradient of the variance.
+    Source: Titsias and Shi 2022 (arXiv 2111.05300), with a = b, which follows the gradient of the variance, and c = 0.
 
     >>> from ppvae import VAE, likelihoods, objectives, posteriors, priors
     >>> nets = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
@@ -42,7 +43,7 @@ class DoubleCV(SiteEstimator):
     def __init__(self, decay: float = 0.9):
         check_numbers(decay=decay)
         self.decay = decay
-        self._coefficients: dict[str, ExponentialMovingAverage] = {}
+        self._moments: dict[str, ExponentialMovingAverage] = {}
 
     def check_objective(self, objective: LogWeightBound) -> None:
         if objective.draws < 2:
@@ -61,24 +62,32 @@ class DoubleCV(SiteEstimator):
         mean_of_others = leave_one_out_sum(w) / (count - 1)
         bound = objective.reduce(w)
         plain = bound - objective.leave_one_out_bound(w, mean_of_others)
-        slope = (model - first_of_others) / count
-        regression = (plain * slope).sum() / (slope.square().sum() + torch.finfo(slope.dtype).tiny)
-        a = self._coefficients.setdefault(site.name, ExponentialMovingAverage())(regression, self.decay)
-        share = bound - objective.leave_one_out_bound(w, mean_of_others - a * first_of_others)
-        signal = share - a * model / count
+        one = torch.ones_like(w)
+        columns = torch.stack([model / count, -first_of_others / count, one / count, plain]).flatten(1)
+        moments = self._moments.setdefault(site.name, ExponentialMovingAverage(3, 4))
+        a, b, c = _regression(moments(columns[:3] @ columns.T / columns.shape[1], self.decay))
+        share = bound - objective.leave_one_out_bound(w, mean_of_others - b * first_of_others)
+        signal = share - (a * model + c) / count
         return (signal * site.log_prob).sum() + a / count * (others * mean).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: average.value.cpu().clone() for name, average in self._coefficients.items()}
+        return {name: average.value.cpu().clone() for name, average in self._moments.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._coefficients = {}
+        self._moments = {}
         for name, value in state.items():
-            self._coefficients[name] = ExponentialMovingAverage()
-            self._coefficients[name].value.fill_(value)
+            self._moments[name] = ExponentialMovingAverage(3, 4)
+            self._moments[name].value.copy_(value)
 
     def __repr__(self) -> str:
         return f"DoubleCV({self.decay})"
+
+
+def _regression(moments: Tensor) -> Tensor:
+    """The coefficients [3] of a regression, of the second moments of its columns with all and the target, [3, 4]."""
+    scale = moments.diagonal().clamp_min(torch.finfo(moments.dtype).tiny).sqrt()
+    matrix = moments[:, :3] / scale / scale[:, None] + 1e-6 * torch.eye(3, dtype=scale.dtype, device=scale.device)
+    return torch.linalg.solve_ex(matrix, moments[:, 3] / scale)[0] / scale
 
 
 def _per_datum(terms: Tensor, site: SiteDraws) -> Tensor:
