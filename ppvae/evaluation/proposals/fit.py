@@ -15,9 +15,11 @@ from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
 FAMILIES = ("guide", "Laplace", "full rank", "diagonal", "low rank")
 DEGREES = 20.0  # of freedom where the posterior is normal: tails heavier than normal, as a fit has noise of its own
-MIN_DEGREES, DEGREES_BY_DIMS = 4.0, 0.02  # of freedom where it is not: in few dims; in many, times dims^2
-NORMAL_VARIANCE = 0.1  # of log-weights, from which on it is not normal
+MIN_DEGREES, FEWER_DEGREES = 4.0, 0.5  # of freedom where it is not: from three dims on; less for each dim below
+DEGREES_BY_DIMS = 0.02  # in many dims, times dims^2
+NORMAL_VARIANCE, MAX_NORMAL_VARIANCE = 0.01, 0.1  # of log-weights, from which on it is not normal: for each dim; in all
 MAX_ADDED, HALF_ADDED = 0.9, 0.1  # the largest share of the variance that is added, and the roughness that adds half
+ADDED_IN_FEW = 1.5  # divided by dims, where it is more: in few dims a scale that is too large loses little ess
 MAX_INFLATION, INFLATION_VARIANCE = 0.2, 0.8  # of a low-rank scale, and the variance of log-weights that takes it
 MIN_INFLATED_DIMS = 20  # fewer dims take less of both
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
@@ -119,17 +121,19 @@ def degrees_of_freedom(variance: Tensor, dims: int) -> Tensor:
     Posteriors that are not normal, which the variance shows, have tails that a normal fit misses. In few dims a
     Student's t of few degrees of freedom reaches them at a small loss of ess; in many its radius would vary too much.
     """
-    fewest = max(MIN_DEGREES, DEGREES_BY_DIMS * dims**2)
+    fewest = max(MIN_DEGREES - FEWER_DEGREES * max(0, 3 - dims), DEGREES_BY_DIMS * dims**2)
     most = max(DEGREES, fewest)
-    return most + (fewest - most) * (variance / NORMAL_VARIANCE).clamp(max=1.0)
+    return most + (fewest - most) * (variance / min(MAX_NORMAL_VARIANCE, NORMAL_VARIANCE * dims)).clamp(max=1.0)
 
 
 def added_covariance(q: Elliptical, roughness: Tensor) -> Tensor:
     """What the covariance of a proposal gains where q is not the posterior, [batch, dims, dims].
 
-    Along a direction of roughness r it is 0.9 r / (r + 0.1) of the variance of q, less in fewer than 20 dims. The
-    directions that the likelihood does not inform, where the posterior is the prior, gain nothing: a larger scale there
-    would lose ess for no tail.
+    Along a direction of roughness r it is 0.9 r / (r + 0.1) of the variance of q, in fewer than 20 dims less, and up to
+    five dims 1.5 / dims in place of 0.9: the ratio of a skewed posterior to a density that fits its bulk is largest in
+    the longer tail, where few draws show it; to a wider density it is largest in the bulk. The directions that the
+    likelihood does not inform, where the posterior is the prior, gain nothing: a larger scale there would lose ess for
+    no tail.
 
     Args:
         roughness: E_q[g g'] with g the gradient of log p(x, u) - log q(u) in coordinates whitened by q, [batch, dims,
@@ -140,7 +144,7 @@ def added_covariance(q: Elliptical, roughness: Tensor) -> Tensor:
     identity = torch.eye(dims, dtype=roughness.dtype, device=roughness.device)
     share = identity - HALF_ADDED * torch.linalg.inv(roughness + HALF_ADDED * identity)
     scale = q.scale_tril.to(share)
-    return MAX_ADDED * min(1.0, dims / MIN_INFLATED_DIMS) * (scale @ share @ scale.mT)
+    return max(MAX_ADDED * min(1.0, dims / MIN_INFLATED_DIMS), ADDED_IN_FEW / dims) * (scale @ share @ scale.mT)
 
 
 def rows_of_fit(dims: int) -> tuple[int, int]:
