@@ -28,6 +28,8 @@ SELECTION_DRAWS, VARIANCE_DRAWS = 100, 40  # per source of draws; of the last ca
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
+WIDENINGS, WIDENING = 5, 6.0  # of a scale that is far too small: at most so many times, by this factor
+FLAT = 0.1  # nats, within which two modes are equally high
 REGRESSIONS, AVERAGES = 3, 3  # rounds
 DRAWS_PER_DIM, MIN_DRAWS = 2, 40  # of a round
 RIDGE = 0.3  # of a regression, times dims: of as many pairs of draws as dims the slope alone would be mostly noise
@@ -91,7 +93,7 @@ def fit_proposal(target: Target) -> FittedProposal:
         return best_of(target, [q.with_tails(df, factor) for q in (diagonal, low_rank)], 2)
     normal = torch.full(loc.shape[:1], math.inf, dtype=loc.dtype, device=loc.device)
     moments = Elliptical(loc, torch.diag_embed(scale), normal)
-    mode, covariance = newton(target, ascend(target, loc, scale), scale)
+    mode, covariance = find_mode(target, loc, scale)
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
     full_rank, roughness = maximize_elbo(target, choose(better, [moments, laplace]))
@@ -151,6 +153,37 @@ def rows_of_fit(dims: int) -> tuple[int, int]:
     """(gradients, log-densities beside them) that the fit of one datum takes, about."""
     rounds = (REGRESSIONS + AVERAGES) * max(MIN_DRAWS, DRAWS_PER_DIM * dims)
     return MODE_STEPS + 2 * dims + rounds, 3 * SELECTION_DRAWS
+
+
+def find_mode(target: Target, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(mode [batch, dims], covariance there [batch, dims, dims]) by Adam and Newton's method from the guide's moments.
+
+    Adam goes four scales at most, and the Hessian resolves variances up to `MAX_VARIANCE` squared scales. A datum with
+    more than half of that along some coordinate has a guide that is far too narrow, or a flat direction: it is tried
+    from there with larger scales. What is found counts where log p(x, u) is a nat larger, or no smaller and the
+    variance is resolved.
+    """
+    mode, covariance = newton(target, ascend(target, loc, scale), scale)
+    unresolved = _unresolved(covariance, scale)
+    height, start = target.log_joint(mode[None])[0], mode
+    for _ in range(WIDENINGS):
+        if not bool(unresolved.any()):
+            break
+        scale = torch.where(unresolved[:, None], WIDENING * scale, scale)
+        other, wider = newton(target, ascend(target, start, scale), scale)
+        other_height, still = target.log_joint(other[None])[0], _unresolved(wider, scale)
+        gain = other_height - height
+        better = unresolved & ((gain > 1) | (~still & (gain > -FLAT)))
+        start = torch.where((unresolved & (gain >= 0))[:, None], other, start)
+        mode = torch.where(better[:, None], other, mode)
+        covariance = torch.where(better[:, None, None], wider, covariance)
+        height, unresolved = torch.where(better, other_height, height), unresolved & still
+    return mode, covariance
+
+
+def _unresolved(covariance: Tensor, scale: Tensor) -> Tensor:
+    """Whether some variance is above half of what the Hessian resolves, [batch]."""
+    return (covariance.diagonal(dim1=-2, dim2=-1) / scale.square()).amax(-1) > MAX_VARIANCE / 2
 
 
 def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,3 +139,49 @@ def test_skewed_posteriors_of_one_dim_are_reliable_and_right(name):
     agrees(est, log_px(x), 0.1)
     assert float(est.reliable.double().mean()) >= 0.9
     assert float(est.ess.min()) > 500
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("width", [1e-3, 0.02])
+def test_a_guide_far_narrower_than_the_posterior_is_found_out(width, scale):
+    """Linear-Gaussian in closed form, by a guide that is also 0 where the posterior is far away in units of its own."""
+    x = scale * torch.tensor([[1.0, -2.0], [0.3, 0.5], [-3.0, 1.0], [0.0, 4.0]])
+    loading = torch.tensor([[1.0, 0.5, -0.3], [0.2, -1.0, 0.8]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), scale).to_event(1))
+            pyro.sample("x", dist.Normal(z @ loading.T, 0.5 * scale).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 3), width * scale).to_event(1))
+
+    covariance = scale**2 * (loading @ loading.T + 0.25 * torch.eye(2))
+    exact = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(x)
+    est = draws(model, guide, x, num_particles=1000)
+    agrees(est, exact)
+    assert bool(est.reliable.all())
+
+
+def test_a_guide_that_knows_one_of_many_directions_well_and_the_others_not_at_all():
+    """Three numbers of thirty dims: the conditional scales of the guide are a tenth of most of the marginal ones."""
+    generator = torch.Generator().manual_seed(2)
+    loading = torch.randn(3, 30, generator=generator, dtype=torch.float64)
+    x = (torch.randn(6, 30, generator=generator, dtype=torch.float64) @ loading.T).double()
+    precision = torch.eye(30) + loading.T @ loading / 0.01
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ loading.T, 0.1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = x @ (torch.linalg.solve(precision, loading.T) / 0.01).T
+            pyro.sample("z", dist.Normal(loc, precision.diagonal().rsqrt()).to_event(1))
+
+    exact = dist.MultivariateNormal(torch.zeros(3), loading @ loading.T + 0.01 * torch.eye(3)).log_prob(x)
+    est = draws(model, guide, x, num_particles=1000)
+    agrees(est, exact, 0.1)
+    assert bool(est.reliable.all())
