@@ -20,7 +20,7 @@ from torch.distributions import Independent, constraints
 
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
-from ppvae.inference.param_store import is_effect_guide, unconstrained
+from ppvae.inference.param_store import is_effect_guide
 from ppvae.inference.second_run import (
     RestoreRandomStates,
     any_number_of_rows,
@@ -218,12 +218,10 @@ def support_of(fn: Any) -> Any:
 def latent_support_of(fn: Any) -> Any:
     """As `support_of`; of an angle one period, [-pi, pi]: Pyro declares the line, on which the density repeats."""
     base = fn
-    while not isinstance(base, ANGLES) and not isinstance(base, torch.distributions.TransformedDistribution):
-        inner = getattr(base, "base_dist", getattr(base, "component_distribution", None))
-        if inner is None:
-            return support_of(fn)
-        base = inner
-    if not isinstance(base, ANGLES):
+    while base is not None and not isinstance(base, ANGLES):
+        is_flow = isinstance(base, torch.distributions.TransformedDistribution)
+        base = None if is_flow else getattr(base, "base_dist", getattr(base, "component_distribution", None))
+    if base is None:
         return support_of(fn)
     return constraints.independent(constraints.interval(-math.pi, math.pi), len(fn.event_shape))
 
@@ -343,11 +341,6 @@ def _trace_side(frozen: bool, fn: Program, batch: Sequence[Any], s: Structure, *
         for _, node in sample_sites(trace) if frozen else ():  # some distributions call their network in log_prob
             node["ppvae_log_prob"] = node_log_prob(node)
         return trace
-
-
-def params_of(trace: Any) -> dict[str, Tensor]:
-    """The unconstrained tensors of a trace's param sites, by name."""
-    return {name: unconstrained(node["value"]) for name, node in trace.nodes.items() if node["type"] == "param"}
 
 
 def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:
