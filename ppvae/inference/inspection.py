@@ -55,7 +55,7 @@ from ppvae.inference.contract.support import (
     mask_of,
 )
 from ppvae.inference.evaluation_mode import eval_mode, fork_param_store
-from ppvae.inference.param_store import bind_pair
+from ppvae.inference.param_store import bind_pair, unconstrained
 from ppvae.inference.placement_search import find_particle_placement, guide_draws_noise
 from ppvae.inference.sites import Site
 from ppvae.inference.structure import Role, Structure
@@ -67,7 +67,6 @@ from ppvae.inference.tracing import (
     event_dim,
     find_subsample,
     has_inverse,
-    params_of,
     sample_sites,
     trace_pair,
 )
@@ -337,3 +336,8 @@ def _structure(
         relaxed=tuple(n for n, node in p.items() if p_roles[n] is Role.LATENT and is_relaxed(node["fn"])),
         unnormalized=tuple(n for n, node in p.items() if p_roles[n] is Role.FACTOR or is_improper(node)),
     )
+
+
+def params_of(trace: Any) -> dict[str, Tensor]:
+    """The unconstrained tensors of a trace's param sites, by name."""
+    return {name: unconstrained(node["value"]) for name, node in trace.nodes.items() if node["type"] == "param"}

@@ -1,8 +1,9 @@
-"""Further runs: in the same or constant noise, on other rows, without updates of buffers, without validation."""
+"""Further runs: in the same or constant noise, on other rows, with constant buffers or parameters, not validated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -163,3 +164,18 @@ def _without_validation(fn: Any) -> Iterator[None]:
     finally:
         for part, validate in found:
             part._validate_args = validate
+
+
+@contextmanager
+def frozen_params(params: Iterable[Tensor]) -> Iterator[None]:
+    """Holds parameters constant for the duration: gradients pass through values, and none reaches a parameter."""
+    trainable = [p for p in params if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():  # pyro.module warns of every parameter that takes no gradient
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -20,11 +20,18 @@ from torch.distributions import Independent, constraints
 
 from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
-from ppvae.inference.param_store import is_effect_guide, unconstrained
-from ppvae.inference.second_run import RestoreRandomStates, any_number_of_rows, buffer_copies, masked_log_prob
+from ppvae.inference.param_store import is_effect_guide
+from ppvae.inference.second_run import (
+    RestoreRandomStates,
+    any_number_of_rows,
+    buffer_copies,
+    frozen_params,
+    masked_log_prob,
+)
 from ppvae.inference.structure import Role, Structure, lone_role
 
 PARTICLES = "_ppvae_particles"  # name of the particle plate
+ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)  # densities on a circle or a torus
 
 Program = Callable[..., Any]  # a model or a guide
 Node = dict[str, Any]  # a sample site of a Pyro trace
@@ -208,6 +215,17 @@ def support_of(fn: Any) -> Any:
         return None
 
 
+def latent_support_of(fn: Any) -> Any:
+    """As `support_of`; of an angle one period, [-pi, pi]: Pyro declares the line, on which the density repeats."""
+    base = fn
+    while base is not None and not isinstance(base, ANGLES):
+        is_flow = isinstance(base, torch.distributions.TransformedDistribution)
+        base = None if is_flow else getattr(base, "base_dist", getattr(base, "component_distribution", None))
+    if base is None:
+        return support_of(fn)
+    return constraints.independent(constraints.interval(-math.pi, math.pi), len(fn.event_shape))
+
+
 def has_dependent_support(fn: Any) -> bool:
     """Whether the support depends on the distribution's parameters, as a uniform's does, and so perhaps on a latent."""
     support = support_of(fn)
@@ -219,7 +237,7 @@ def has_dependent_support(fn: Any) -> bool:
 
 def _outside(fn: Any, value: Tensor) -> Tensor | None:
     """A mask of the elements outside the support; None where there are none, can be none, or the support is unknown."""
-    support = support_of(fn)
+    support = latent_support_of(fn)
     base = getattr(support, "base_constraint", support)
     if base in (None, constraints.real, constraints.real_vector):
         return None
@@ -227,21 +245,6 @@ def _outside(fn: Any, value: Tensor) -> Tensor | None:
         return None
     inside = support.check(value)
     return None if not is_capturing() and bool(inside.all()) else ~inside
-
-
-@contextmanager
-def frozen_params(params: Iterable[Tensor]) -> Iterator[None]:
-    """Holds parameters constant for the duration: gradients pass through values, and none reaches a parameter."""
-    trainable = [p for p in params if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        with warnings.catch_warnings():  # pyro.module warns of every parameter that takes no gradient
-            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-            yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
 
 
 def trace_program(
@@ -338,11 +341,6 @@ def _trace_side(frozen: bool, fn: Program, batch: Sequence[Any], s: Structure, *
         for _, node in sample_sites(trace) if frozen else ():  # some distributions call their network in log_prob
             node["ppvae_log_prob"] = node_log_prob(node)
         return trace
-
-
-def params_of(trace: Any) -> dict[str, Tensor]:
-    """The unconstrained tensors of a trace's param sites, by name."""
-    return {name: unconstrained(node["value"]) for name, node in trace.nodes.items() if node["type"] == "param"}
 
 
 def as_batch(batch: Tensor | Sequence[Any]) -> tuple[Any, ...]:

@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from ppvae.errors import CheckpointError, UsageError
 from ppvae.inference.contract.registration import CheckRegistration
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, record_modules
+from ppvae.inference.inspection import params_of
 from ppvae.inference.param_store import BoundProgram, ParamScope, bind_pair, from_param_store, record_trained, unwrap
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, params_of, trace_pair
+from ppvae.inference.tracing import Program, trace_pair
 from ppvae.rng import fork_rng
 from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity
 from ppvae.training import checkpoint

@@ -15,8 +15,8 @@ from ppvae.evaluation.local.guides import AmortizedGuide
 from ppvae.evaluation.local.optimization import ADAM_EPS, LEARNING_RATE
 from ppvae.evaluation.local.parameters import WhitenedNormal
 from ppvae.evaluation.unconstrained.potential import Potential
+from ppvae.inference.second_run import frozen_params
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import frozen_params
 from ppvae.rng import derive_seed, seed_all
 
 MOMENT_DRAWS = 1000  # per datum, for the moments at which a family starts

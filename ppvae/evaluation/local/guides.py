@@ -14,9 +14,10 @@ from torch import Tensor
 from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.local.optimization import ADAM_EPS, LEARNING_RATE
 from ppvae.evaluation.local.parameters import per_datum_distributions, require_grad
+from ppvae.inference.second_run import frozen_params
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
-from ppvae.inference.tracing import Program, frozen_params
+from ppvae.inference.tracing import Program
 
 NETWORK_LEARNING_RATE, NETWORK_ADAM_EPS = 1e-3, 1e-8  # network weights have no natural unit
 

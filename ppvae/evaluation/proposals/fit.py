@@ -15,9 +15,11 @@ from ppvae.evaluation.proposals.low_rank import fit_low_rank
 
 FAMILIES = ("guide", "Laplace", "full rank", "diagonal", "low rank")
 DEGREES = 20.0  # of freedom where the posterior is normal: tails heavier than normal, as a fit has noise of its own
-MIN_DEGREES, DEGREES_BY_DIMS = 4.0, 0.02  # of freedom where it is not: in few dims; in many, times dims^2
-NORMAL_VARIANCE = 0.1  # of log-weights, from which on it is not normal
+MIN_DEGREES, FEWER_DEGREES = 4.0, 0.5  # of freedom where it is not: from three dims on; less for each dim below
+DEGREES_BY_DIMS = 0.02  # in many dims, times dims^2
+NORMAL_VARIANCE, MAX_NORMAL_VARIANCE = 0.01, 0.1  # of log-weights, from which on it is not normal: for each dim; in all
 MAX_ADDED, HALF_ADDED = 0.9, 0.1  # the largest share of the variance that is added, and the roughness that adds half
+ADDED_IN_FEW = 1.5  # divided by dims, where it is more: in few dims a scale that is too large loses little ess
 MAX_INFLATION, INFLATION_VARIANCE = 0.2, 0.8  # of a low-rank scale, and the variance of log-weights that takes it
 MIN_INFLATED_DIMS = 20  # fewer dims take less of both
 GUIDE_SHARE = 0.05  # of the draws of a fitted proposal: weights are at most 20 times those of the guide alone
@@ -26,6 +28,8 @@ SELECTION_DRAWS, VARIANCE_DRAWS = 100, 40  # per source of draws; of the last ca
 INDIFFERENCE = 0.02  # in log E[w^2], within which candidates are taken to be equal
 DIFFERENCE = 0.02  # of a coordinate's scale, for the Hessian by central differences of gradients
 MAX_VARIANCE = 16.0  # of a Laplace approximation along any direction, in units of the guide's
+WIDENINGS, WIDENING = 5, 6.0  # of a scale that is far too small: at most so many times, by this factor
+FLAT = 0.1  # nats, within which two modes are equally high
 REGRESSIONS, AVERAGES = 3, 3  # rounds
 DRAWS_PER_DIM, MIN_DRAWS = 2, 40  # of a round
 RIDGE = 0.3  # of a regression, times dims: of as many pairs of draws as dims the slope alone would be mostly noise
@@ -89,7 +93,7 @@ def fit_proposal(target: Target) -> FittedProposal:
         return best_of(target, [q.with_tails(df, factor) for q in (diagonal, low_rank)], 2)
     normal = torch.full(loc.shape[:1], math.inf, dtype=loc.dtype, device=loc.device)
     moments = Elliptical(loc, torch.diag_embed(scale), normal)
-    mode, covariance = newton(target, ascend(target, loc, scale), scale)
+    mode, covariance = find_mode(target, loc, scale)
     laplace = Elliptical(mode, torch.linalg.cholesky(covariance), normal)
     better = (elbo(target, laplace, 20) > elbo(target, moments, 20)).long()
     full_rank, roughness = maximize_elbo(target, choose(better, [moments, laplace]))
@@ -119,17 +123,19 @@ def degrees_of_freedom(variance: Tensor, dims: int) -> Tensor:
     Posteriors that are not normal, which the variance shows, have tails that a normal fit misses. In few dims a
     Student's t of few degrees of freedom reaches them at a small loss of ess; in many its radius would vary too much.
     """
-    fewest = max(MIN_DEGREES, DEGREES_BY_DIMS * dims**2)
+    fewest = max(MIN_DEGREES - FEWER_DEGREES * max(0, 3 - dims), DEGREES_BY_DIMS * dims**2)
     most = max(DEGREES, fewest)
-    return most + (fewest - most) * (variance / NORMAL_VARIANCE).clamp(max=1.0)
+    return most + (fewest - most) * (variance / min(MAX_NORMAL_VARIANCE, NORMAL_VARIANCE * dims)).clamp(max=1.0)
 
 
 def added_covariance(q: Elliptical, roughness: Tensor) -> Tensor:
     """What the covariance of a proposal gains where q is not the posterior, [batch, dims, dims].
 
-    Along a direction of roughness r it is 0.9 r / (r + 0.1) of the variance of q, less in fewer than 20 dims. The
-    directions that the likelihood does not inform, where the posterior is the prior, gain nothing: a larger scale there
-    would lose ess for no tail.
+    Along a direction of roughness r it is 0.9 r / (r + 0.1) of the variance of q, in fewer than 20 dims less, and up to
+    five dims 1.5 / dims in place of 0.9: the ratio of a skewed posterior to a density that fits its bulk is largest in
+    the longer tail, where few draws show it; to a wider density it is largest in the bulk. The directions that the
+    likelihood does not inform, where the posterior is the prior, gain nothing: a larger scale there would lose ess for
+    no tail.
 
     Args:
         roughness: E_q[g g'] with g the gradient of log p(x, u) - log q(u) in coordinates whitened by q, [batch, dims,
@@ -140,13 +146,44 @@ def added_covariance(q: Elliptical, roughness: Tensor) -> Tensor:
     identity = torch.eye(dims, dtype=roughness.dtype, device=roughness.device)
     share = identity - HALF_ADDED * torch.linalg.inv(roughness + HALF_ADDED * identity)
     scale = q.scale_tril.to(share)
-    return MAX_ADDED * min(1.0, dims / MIN_INFLATED_DIMS) * (scale @ share @ scale.mT)
+    return max(MAX_ADDED * min(1.0, dims / MIN_INFLATED_DIMS), ADDED_IN_FEW / dims) * (scale @ share @ scale.mT)
 
 
 def rows_of_fit(dims: int) -> tuple[int, int]:
     """(gradients, log-densities beside them) that the fit of one datum takes, about."""
     rounds = (REGRESSIONS + AVERAGES) * max(MIN_DRAWS, DRAWS_PER_DIM * dims)
     return MODE_STEPS + 2 * dims + rounds, 3 * SELECTION_DRAWS
+
+
+def find_mode(target: Target, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(mode [batch, dims], covariance there [batch, dims, dims]) by Adam and Newton's method from the guide's moments.
+
+    Adam goes four scales at most, and the Hessian resolves variances up to `MAX_VARIANCE` squared scales. A datum with
+    more than half of that along some coordinate has a guide that is far too narrow, or a flat direction: it is tried
+    from there with larger scales. What is found counts where log p(x, u) is a nat larger, or no smaller and the
+    variance is resolved.
+    """
+    mode, covariance = newton(target, ascend(target, loc, scale), scale)
+    unresolved = _unresolved(covariance, scale)
+    height, start = target.log_joint(mode[None])[0], mode
+    for _ in range(WIDENINGS):
+        if not bool(unresolved.any()):
+            break
+        scale = torch.where(unresolved[:, None], WIDENING * scale, scale)
+        other, wider = newton(target, ascend(target, start, scale), scale)
+        other_height, still = target.log_joint(other[None])[0], _unresolved(wider, scale)
+        gain = other_height - height
+        better = unresolved & ((gain > 1) | (~still & (gain > -FLAT)))
+        start = torch.where((unresolved & (gain >= 0))[:, None], other, start)
+        mode = torch.where(better[:, None], other, mode)
+        covariance = torch.where(better[:, None, None], wider, covariance)
+        height, unresolved = torch.where(better, other_height, height), unresolved & still
+    return mode, covariance
+
+
+def _unresolved(covariance: Tensor, scale: Tensor) -> Tensor:
+    """Whether some variance is above half of what the Hessian resolves, [batch]."""
+    return (covariance.diagonal(dim1=-2, dim2=-1) / scale.square()).amax(-1) > MAX_VARIANCE / 2
 
 
 def newton(target: Target, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ppvae.inference.contract.support import base_distribution, is_discrete, mas
 from ppvae.inference.particle_layout import particle_dim, with_sampled_sites
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.terms import sample_guide
-from ppvae.inference.tracing import Program, check_has_inverse, sample_sites, support_of, trace_program
+from ppvae.inference.tracing import Program, check_has_inverse, latent_support_of, sample_sites, trace_program
 from ppvae.rng import fork_rng
 
 SUMMED_OUT = "every latent of the pair is summed out: log p(x) is exact already"
@@ -178,7 +178,7 @@ def _continuous_nodes(
                 "gradients are followed: mark the site infer={'enumerate': 'parallel'} in the model and leave "
                 "it out of the guide, or use log_marginal with proposal='guide'",
             )  # fmt: skip
-        a, b = (_support_bounds(support_of(n["fn"])) for n in (node, second[name]))
+        a, b = (_support_bounds(latent_support_of(n["fn"])) for n in (node, second[name]))
         if len(a) != len(b) or not all(torch.equal(i, j) for i, j in zip(a, b, strict=True)):
             raise site_error(
                 name, "a support that is the same for every draw", "one that moves with another latent",
@@ -191,7 +191,7 @@ def _continuous_nodes(
 
 
 def _coordinates(name: str, node: dict[str, Any], value: Tensor, s: Structure, start: int) -> LatentColumns:
-    support = support_of(node["fn"])
+    support = latent_support_of(node["fn"])
     if isinstance(support, MixtureSameFamilyConstraint):  # the support of every component
         support = support.base_constraint
     if support is None:

@@ -18,9 +18,10 @@ from ppvae.evaluation.blocks import Block
 from ppvae.evaluation.unconstrained.chain_state import ChainState, concatenate_states
 from ppvae.evaluation.unconstrained.coordinates import UnconstrainedSpace
 from ppvae.inference.particle_layout import sum_inner_plates
+from ppvae.inference.second_run import frozen_params
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import Terms, cache_encoder, evaluate_terms, sample_guide
-from ppvae.inference.tracing import Program, frozen_params, node_log_prob
+from ppvae.inference.tracing import Program, node_log_prob
 
 SCALE_DRAWS = 100  # draws from the start density that estimate its scale
 

@@ -19,7 +19,7 @@ from ppvae.inference.contract.support import (
     same_mask,
 )
 from ppvae.inference.structure import Role
-from ppvae.inference.tracing import Program, has_inverse, support_of
+from ppvae.inference.tracing import Program, has_inverse, latent_support_of
 
 
 def check_absolute_continuity(
@@ -78,7 +78,7 @@ def _omits_values(p: dict[str, Any], q: dict[str, Any]) -> bool:
 
 def _holds_draws(outer: Any, inner: Any) -> bool | None:
     """Whether one distribution gives mass to 64 draws of another; None where neither support nor density tells."""
-    support = support_of(outer)
+    support = latent_support_of(outer)
     try:
         with torch.no_grad():
             draws = inner.sample(torch.Size((64,)))
@@ -127,7 +127,7 @@ def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
 
 def check_support_covers_prior(name: str, p: dict[str, Any], q: dict[str, Any]) -> None:
     """The support of a continuous latent's guide contains the support of its prior."""
-    prior, posterior = base_support(support_of(p["fn"])), base_support(support_of(q["fn"]))
+    prior, posterior = (base_support(latent_support_of(node["fn"])) for node in (p, q))
     thin = (constraints.simplex, dist.constraints.sphere)  # of measure zero among real vectors
     if posterior in (constraints.real, constraints.real_vector) and prior not in thin:
         return

@@ -38,7 +38,7 @@ def test_importance_sampling_is_kept_where_it_suffices():
 
 def test_a_funnel_is_annealed_and_agrees_with_quadrature(tmp_path):
     """Weights of many data are heavy-tailed whatever was fitted: they go on to chains, and none is off by 6 errors."""
-    x = torch.linspace(-6.0, 6.0, 8)
+    x = torch.tensor([-5.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 5.0])
     exact = quadrature(funnel, funnel_guide, x, num_nodes=385)
     assert not bool(log_marginal(funnel, funnel_guide, x, proposal="refined").reliable.all())
     folder = tmp_path / "blocks"
@@ -68,7 +68,7 @@ def test_the_result_does_not_depend_on_rows():
 
 
 @pytest.mark.parametrize(
-    ("values", "copies", "most"), [((0.5, 1.5), 30, 60), ((-6.0, 6.0), 75, 100)], ids=["all annealed", "few"]
+    ("values", "copies", "most"), [((0.1, 0.3), 30, 60), ((-6.0, 6.0), 75, 100)], ids=["all annealed", "few"]
 )
 def test_p_x_stays_unbiased_where_the_method_is_chosen_by_datum(values, copies, most):
     """Copies of two data, each with its own noise, some annealed: six standard errors fail with p = 2e-9."""

@@ -46,7 +46,7 @@ def test_a_linear_gaussian_interval_is_narrow_and_holds_the_truth(tmp_path):
 
 def test_a_funnel_is_held_between_its_bounds():
     """Annealed in both directions: six standard errors of each bound, and the mean within three."""
-    x = torch.linspace(-5.0, 5.0, 6)
+    x = torch.tensor([-0.6, -0.3, -0.1, 0.1, 0.3, 0.6])
     exact = quadrature(funnel, funnel_guide, x, num_nodes=257).log_px
     found = interval(funnel, funnel_guide, x)
     assert int(found.method.sum()) >= 4
