@@ -20,7 +20,7 @@ from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluatio
 from ppvae.evaluation.evidence.escalation import refinable_run
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds, annealed_gap, bounds_by_swap
 from ppvae.evaluation.importance.guide_proposal import GuideProposal
-from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal
+from ppvae.evaluation.proposals.log_weights import Proposal, RefinedProposal, select_rows
 from ppvae.evaluation.results import mean_and_error, mean_words
 from ppvae.evaluation.simulated_data import Assemble, block_columns, simulate_data
 from ppvae.inference.tracing import Program
@@ -267,7 +267,7 @@ class _Bracketing:
 
         if block.number == 0 and self.refinable and wide(found["upper"] - found["lower"]):
             rows = torch.arange(min(FURTHER_DATA, block.size))
-            few, at = simulated.select_rows(rows)
+            few, at = select_rows(self.run, simulated, rows)
             at = at[: few.num_weights]
             if few is not simulated:
                 latents = {n: _select(v, rows, self.run.structure.event_dims[n]) for n, v in latents.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.evaluation.blocks import Block, Evaluation
 from ppvae.evaluation.importance.compiled_weights import CompiledWeights
-from ppvae.evaluation.proposals.log_weights import LogWeights
+from ppvae.evaluation.proposals.log_weights import LogWeights, select_rows
 from ppvae.inference.terms import evaluate_terms, sample_guide
 from ppvae.rng import fork_rng
 
@@ -24,7 +24,7 @@ class GuideProposal:
         self.run, self.block, self.rows, self.compiled = run, block, rows, compiled
 
     def select(self, rows: Tensor) -> tuple[GuideProposal, Tensor]:
-        part, positions = self.block.select_rows(rows)
+        part, positions = select_rows(self.run, self.block, rows)
         return GuideProposal(self.run, part, self.rows, self.compiled), positions
 
     def log_weights(self, num_particles: int, *, start: int = 0, noise: str = "") -> Iterator[LogWeights]:

@@ -17,6 +17,7 @@ from ppvae.evaluation.proposals.fit import FittedProposal, fit_proposal, rows_of
 from ppvae.evaluation.unconstrained.chain_state import ChainState
 from ppvae.evaluation.unconstrained.compiled_potential import CompiledProposalTarget
 from ppvae.evaluation.unconstrained.potential import Potential
+from ppvae.inference.contract.row_order import find_bound_rows
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
 from ppvae.rng import derive_seed, seed_all
@@ -81,7 +82,7 @@ class RefinedProposal:
         self.fitted = fitted
 
     def select(self, rows: Tensor) -> tuple[RefinedProposal, Tensor]:
-        part, positions = self.block.select_rows(rows)
+        part, positions = select_rows(self.run, self.block, rows)
         if part is self.block:
             return self, positions
         fitted = self.fitted.select(rows)
@@ -172,6 +173,17 @@ class RefinedProposal:
 
     def _split(self, u: Tensor) -> Sequence[Tensor]:
         return u.split(max(1, FIT_ROWS // self.block.size))
+
+
+def select_rows(run: Evaluation, block: Block, rows: Tensor) -> tuple[Block, Tensor]:
+    """(a block of these rows, their positions in it); the block itself where the pair takes no fewer rows.
+
+    A pair with one parameter a datum, such as an `AutoNormal`, or a plate of fixed size has all its data in one block.
+    """
+    holds_all = block.size == run.num_data and len(rows) < block.size
+    if holds_all and find_bound_rows(run.model, run.guide, block.batch, block.s):
+        return block, rows
+    return block.select_rows(rows)
 
 
 def with_larger_blocks(run: Evaluation) -> Evaluation:

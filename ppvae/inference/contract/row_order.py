@@ -24,7 +24,7 @@ from ppvae.inference.contract.independence import (
 )
 from ppvae.inference.evaluation_mode import eval_mode, reachable_modules, reachable_objects
 from ppvae.inference.structure import Structure
-from ppvae.inference.tracing import Program, RecordBaseDraws, sample_sites, trace_pair
+from ppvae.inference.tracing import Program, RecordBaseDraws, node_log_prob, sample_sites, trace_pair
 from ppvae.rng import fork_rng
 
 
@@ -62,6 +62,16 @@ def find_unequal_rows(model: Program, guide: Program, batch: Sequence[Any], s: S
         return _differs_when_permuted(model, guide, batch, s, full_size)
 
 
+def find_bound_rows(model: Program, guide: Program, batch: Sequence[Any], s: Structure) -> str:
+    """What binds a pair, as its tensors are now, to these rows at their places; empty where it takes any of them."""
+    if s.draws_subsample or len(batch[0]) < 2:
+        return ""
+    with fork_rng(), torch.no_grad(), eval_mode(model, guide), pyro.validation_enabled(False):
+        return _fails_on_fewer_rows(model, guide, batch, s) or _differs_when_permuted(
+            model, guide, batch, s, len(batch[0])
+        )
+
+
 def _differs_when_permuted(model: Program, guide: Program, batch: Sequence[Any], s: Structure, full_size: int) -> str:
     size = len(batch[0])
     runs = _Permutation(model, guide, batch, s)
@@ -81,7 +91,11 @@ def _fails_on_fewer_rows(model: Program, guide: Program, batch: Sequence[Any], s
     size = len(batch[0])
     fewer = take_batch_rows(batch, torch.arange(size - 1), size)
     try:
-        trace_pair(model, guide, fewer, Structure(), {})
+        for trace in trace_pair(model, guide, fewer, Structure(), {}):
+            for name, node in sample_sites(trace):
+                if any(frame.name == s.plate and frame.size == size for frame in node["cond_indep_stack"]):
+                    raise ValueError(f"site {name!r} is in a plate of {size}")
+                node_log_prob(node)
     except (ValueError, RuntimeError, IndexError) as error:
         for name, tensor in named_tensors(model, guide, s).items():
             if tensor.shape[:1] == (size,) and not name.endswith((".weight'", ".bias'")):
