@@ -15,7 +15,7 @@ class Data:
     root: str | None = None  # the folder of data sets; else PPVAE_DATA, else a cache folder
     binarize: Literal["none", "fixed", "dynamic"] = "fixed"  # dynamic redraws the training data at every read
     dequantize: bool = False  # add uniform noise within a grey level
-    flat: bool = True  # vectors; --no-flat gives images [C, H, W]
+    flat: bool = True  # vectors; --no-flat keeps images [C, H, W] and sequences [T, D]
     labels: bool = False  # pass the labels as the batch's second tensor
     # of labels: how many training rows keep theirs, the others having -1, unknown, as have validation and test data
     labelled: int | None = None

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.distributions.markov_chain import MarkovChain
-from ppvae.errors import DataError
 from ppvae.errors.ranges import check_numbers
 from ppvae.models.composed_model import ComposedModel, LearnedTensor
-from ppvae.nn.sequences import known_times
+from ppvae.nn.sequences import known_times, require_sequences
 
 
 @final
@@ -74,8 +73,7 @@ class DeepMarkovModel(ComposedModel):
 
 
 def _observed_steps(x: Tensor, lengths: Tensor | None) -> Tensor:
-    if x.dim() < 3:
-        raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
+    require_sequences(x)
     if lengths is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     return known_times(x.shape[1], lengths)

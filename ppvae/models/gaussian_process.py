@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ppvae.errors import ContractError, DataError
 from ppvae.models.composed_model import ComposedModel, as_diagonal_normal
 from ppvae.nn import rows_of
+from ppvae.nn.sequences import require_sequences
 from ppvae.priors.gaussian_process import GaussianProcessVector, cholesky_or_nan
 
 ApproximatePosterior = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -112,8 +113,7 @@ class GaussianProcessVAE(ComposedModel):
 
 def _parse_batch(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x with 0 at missing times, the mask of known times [batch, T], and the times."""
-    if x.dim() < 3:
-        raise DataError(f"x: expected sequences [batch, T, *event], found {list(x.shape)}")
+    require_sequences(x)
     known = ~x.isnan().flatten(2).all(-1)
     indices = torch.arange(x.shape[1], device=x.device)
     rows_of(indices, known.sum(-1), "x: expected {first} to {last} known times of each sequence", first=1)

@@ -28,6 +28,15 @@ def known_times(steps: int, lengths: Tensor) -> Tensor:
     return rows_of(table, lengths, "lengths: expected {first} to {last}, as there are steps", first=1)
 
 
+def require_sequences(x: Tensor) -> None:
+    """Raises DataError for data that are no sequences [batch, T, *event], as those of a file that is loaded flat."""
+    if x.dim() < 3:
+        raise DataError(
+            f"x: expected sequences [batch, T, *event], found {list(x.shape)}; data.load(..., flat=False), on the "
+            f"command line --no-flat, keeps the dims of a file's rows; numbers [batch, T] are x.unsqueeze(-1)"
+        )
+
+
 class Backward(nn.Module):
     """A recurrent network run backward in time, [batch, T, features] -> [batch, T, hidden].
 

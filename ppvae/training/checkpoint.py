@@ -122,6 +122,9 @@ def _wrong_entry(state: Any) -> str:
         return "'identity' of a run"
     if not all(isinstance(metrics, dict) for metrics in state["history"]):
         return "'history' of metrics"
+    row = state.get("row")
+    if not (row is None or (isinstance(row, list) and all(map(_is_dense, row)))):
+        return "'row' of data"
     best = state["best"]
     for pair in (state["state"], *([] if best is None else [best.get("state")])):
         for kind in ("params", "buffers"):

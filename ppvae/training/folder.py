@@ -115,6 +115,22 @@ def identify(config: dict[str, Any]) -> None:
         config["code"] = code
 
 
+def read_resumed(directory: Path, resume: bool) -> tuple[str, dict[str, Any] | None]:
+    """(SHA-256, state) of the checkpoint that a run goes on from; ("", None) where there is none.
+
+    Raises:
+        CheckpointError: there is one, and the run is not to be resumed; or it is damaged.
+    """
+    folder = directory / "checkpoints"
+    if not checkpoint.exists(folder):
+        return "", None
+    if not resume:
+        raise CheckpointError(
+            f"{directory}: holds a run already; pass resume=True (--resume) to go on, or choose another folder"
+        )
+    return checkpoint.read_with_digest(folder)
+
+
 def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
     """Gives the configuration the identity of the run whose checkpoint was read.
 

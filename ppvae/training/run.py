@@ -25,6 +25,7 @@ from ppvae.rng import fork_rng
 from ppvae.run_folder.identity import CHECKPOINT, CODE, RUN_ID, check_identity
 from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
+from ppvae.training.example import batch_like
 from ppvae.training.folder import read_config
 
 Params = Mapping[str, torch.Tensor]  # of one side, by name
@@ -162,8 +163,7 @@ def load(
     if best is None:
         best = config["fit"]["patience"] is not None and saved["best"] is not None
     scope = ParamScope()
-    shapes = config["batch"]
-    batch = tuple(cast_floating(torch.zeros(shape, dtype=getattr(torch, kind)), dtype) for shape, kind in shapes)
+    batch = tuple(cast_floating(t, dtype) for t in batch_like(config["batch"], saved.get("row")))
     for module in reachable_modules(model, guide) if dtype else ():
         module.to(dtype)
     with (

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +29,9 @@ from ppvae.objectives import Objective
 from ppvae.objectives.pyro_losses import single_loss
 from ppvae.rng import derive_seed, fork_rng, seed_all
 from ppvae.run_folder.identity import identity_of
-from ppvae.training import checkpoint
 from ppvae.training.checkpoint import PairState
-from ppvae.training.folder import RunFolder, check_resumable, identify
+from ppvae.training.example import first_row, shapes_of
+from ppvae.training.folder import RunFolder, check_resumable, identify, read_resumed
 from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
 from ppvae.training.metrics import check_metrics, last_good, step_scheduler
 from ppvae.training.progress import Progress
@@ -39,6 +40,7 @@ from ppvae.training.setting_text import renamed_since_0_1
 from ppvae.training.step import TrainingStep
 from ppvae.training.validation import ValidationMetrics
 
+log = logging.getLogger("ppvae")
 Callback = Callable[[Run, dict[str, Any]], Any]
 WORTH_CAPTURING = 20.0  # seconds of eager steps
 
@@ -75,6 +77,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.epoch, self.finished, self.stopped = 0, False, False
         self.config: dict[str, Any] = {}
+        self.row: list[Tensor] = []  # of the data
         self.context = DistributedContext()
         self.resumed_kernels: str | None = None
         with self.scope.entered():
@@ -106,8 +109,8 @@ class Trainer:
         """Sets the resolved configuration: versions, settings, shapes of a batch, further entries."""
         rows = torch.arange(2) % len(self.train)
         example = self.train.read_all() if self.structure.draws_subsample else self.train.read(rows)
-        batch = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in example]
-        self.config = {"versions": versions(), "fit": settings, "batch": batch, **entries}
+        self.row = first_row(example)
+        self.config = {"versions": versions(), "fit": settings, "batch": shapes_of(example), **entries}
 
     def open(self, directory: Path, resume: bool, epochs: int, stack: ExitStack) -> None:
         """Opens a run folder: a new one or, with `resume`, one whose settings are the same, whose state is restored.
@@ -115,19 +118,16 @@ class Trainer:
         Its lock is held until the stack ends. A finished run is neither locked nor written to.
         """
         self.directory = directory
-        self.step.checkpoints = checkpoints = directory / "checkpoints"
-        digest = ""
+        self.step.checkpoints = directory / "checkpoints"
         identify(self.config)
-        if checkpoint.exists(checkpoints):
-            if not resume:
-                raise CheckpointError(
-                    f"{directory}: holds a run already; pass resume=True (--resume) to go on, or choose another folder"
-                )
-            digest, saved = checkpoint.read_with_digest(checkpoints)
+        digest, saved = read_resumed(directory, resume)
+        if saved is not None:
             self.load_state_dict(saved)
             check_resumable(directory, self.config, saved)
             if self.stopped or self.epoch >= epochs:
                 return  # finished: no file is changed
+        elif resume and self.context.is_rank_zero:
+            log.warning("ppvae: no checkpoint in %s: a new run is started", directory)
         self.context.barrier()  # until all ranks have read
         if self.context.is_rank_zero:
             self.folder = RunFolder(directory, self.config, self.history, digest, stack)
@@ -153,6 +153,7 @@ class Trainer:
                 "objective": self.objective.state_dict() if isinstance(self.objective, Objective) else None,
                 "scheduler": schedule and {k: copy.copy(v) for k, v in schedule.items() if not callable(v)},
                 "settings": self.config["fit"],
+                "row": self.row,
                 "identity": identity_of(self.config),
                 **self.svi.computation(),
             }

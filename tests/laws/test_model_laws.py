@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppvae import check, data, fit, generate, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
+from ppvae import check, data, fit, generate, likelihoods, load, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.inference.inspection import inspect
 from ppvae.models import (
     VAE,
@@ -350,6 +350,19 @@ def test_log_px_is_estimated_and_samples_are_like_the_data(name):
         assert bool((est.log_px >= est.elbo - 1e-9).all())
         assert generate.samples(model, guide, batch, count=5).shape == (5, *batch[0].shape[1:])
         assert generate.reconstructions(model, guide, batch).shape == batch[0].shape
+
+
+@law()
+def test_a_saved_run_is_loaded_and_evaluated_as_it_was(name, tmp_path):
+    case = MODELS[name]
+    model, guide, batch = case.pair()
+    run = fit(model, guide, batch, objective=case.objective(), epochs=1, directory=tmp_path / "run", progress=False)
+    loaded = load(tmp_path / "run", *case.pair()[:2])
+    before, after = (
+        log_marginal(r.model, r.guide, batch, num_particles=10, progress=False, proposal="guide") for r in (run, loaded)
+    )
+    torch.testing.assert_close(after.log_px, before.log_px)
+    assert generate.samples(loaded.model, loaded.guide, batch, count=2).shape == (2, *batch[0].shape[1:])
 
 
 @law()

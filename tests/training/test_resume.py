@@ -408,6 +408,37 @@ def test_a_run_is_not_overwritten(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_resumed_run_that_is_not_there_is_a_new_one_with_a_line_that_says_so(tmp_path, caplog):
+    there, new = tmp_path / "run", tmp_path / "other"
+    train(linear(), there)
+    train(linear(), there, epochs=4, resume=True)
+    train(linear(), tmp_path / "plain")
+    assert not caplog.messages
+    run = train(linear(), new, resume=True)
+    assert caplog.messages == [f"ppvae: no checkpoint in {new}: a new run is started"]
+    assert run.history[0]["epoch"] == 1
+
+
+def test_a_row_of_data_of_other_shapes_is_refused(tmp_path):
+    train(linear(), tmp_path)
+    state = checkpoint.read(tmp_path / "checkpoints")
+    checkpoint.save(tmp_path / "checkpoints", state | {"row": [torch.zeros(1, 7)]})
+    with pytest.raises(CheckpointError, match=r"row of data: expected shapes .* found \[\[\[1, 7\]"):
+        load(tmp_path, linear().model, linear().mean_field)
+    checkpoint.save(tmp_path / "checkpoints", state | {"row": "none"})
+    with pytest.raises(CheckpointError, match="'row' of data"):
+        load(tmp_path, linear().model, linear().mean_field)
+
+
+def test_a_checkpoint_without_a_row_of_data_is_loaded(tmp_path):
+    train(linear(), tmp_path)
+    state = checkpoint.read(tmp_path / "checkpoints")
+    del state["row"]  # as earlier versions wrote it
+    checkpoint.save(tmp_path / "checkpoints", state)
+    pair = linear()
+    assert load(tmp_path, pair.model, pair.mean_field).history == state["history"]
+
+
 def test_another_number_of_particles_is_refused(tmp_path):
     train(linear(), tmp_path)
     with pytest.raises(CheckpointError, match="objective"):
