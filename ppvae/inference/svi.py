@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+import pyro
 import torch
 from pyro.distributions import is_validation_enabled
 from pyro.infer import ELBO
@@ -25,6 +27,8 @@ from ppvae.inference.optimizers.joint import JointOptim
 from ppvae.inference.optimizers.multi_tensor import MultiTensorSteps
 from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
+
+log = logging.getLogger("ppvae")
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -102,6 +106,7 @@ class SVI(PyroSVI):
         self.precision = "float32"  # of the products in layers, as in `layer_precision`; set before a step
         self.products: dict[str, bool] = {}  # choices of `choose_matmul_backends` in compiled steps
         self._known: set[int] = set()
+        self._unused_state: set[str] = set()  # names in a PyroOptim's state that were warned of
         self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
         plain = type(self.optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
@@ -191,6 +196,23 @@ class SVI(PyroSVI):
             self.optim(params)
         else:
             self._grouped_steps(params, fused=self.kernels == "compiled")
+        self._warn_of_unused_state()
+
+    def _warn_of_unused_state(self) -> None:
+        """One line where a PyroOptim was given state that no parameter takes, which Pyro drops without a word."""
+        if isinstance(self.optim, JointOptim) or not self.optim._state_waiting_to_be_consumed:
+            return
+        params = dict(pyro.get_param_store().named_parameters())
+        waiting = self.optim._state_waiting_to_be_consumed
+        unused = [n for n in waiting if n not in params or params[n] in self.optim.optim_objs]
+        if not unused or self._unused_state >= {*unused}:
+            return
+        self._unused_state |= {*unused}
+        log.warning(
+            "ppvae: optim: no parameter takes the state of %d, as of %r: %s", len(unused), unused[0],
+            "it was set after the first step; call set_state before it" if unused[0] in params
+            else f"the pair's are named as {min(params, default='')!r}; build it as it was, in a new process",
+        )  # fmt: skip
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step on the loss; returns the loss, a number or a tuple of them, as Pyro's `step` does.

@@ -16,6 +16,7 @@ from torch import nn
 
 from ppvae.errors import UsageError
 from ppvae.inference import SVI, compiled_step
+from ppvae.models import LinearGaussian
 
 X = torch.tensor([0.3, -0.2, 0.9, 1.4])
 KERNELS = ["eager", "graph"]
@@ -348,3 +349,43 @@ def test_what_is_no_optimizer():
     params = [torch.zeros(1, requires_grad=True)]
     with pytest.raises(UsageError, match=r"optim: expected a PyroOptim, or a function .* found Adam"):
         SVI(model, Guide(), torch.optim.Adam(params), Trace_ELBO())
+
+
+def test_state_of_a_pyro_optim_that_no_parameter_takes_is_said(caplog):
+    """Two pairs of a process never share names, so that state of the first one does not fit the second."""
+
+    def trained(state=None, late=False):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        pair, optim = LinearGaussian(3, 2), adam()
+        if state is not None and not late:
+            optim.set_state(state)
+        svi = SVI(pair.model, pair.mean_field, optim, Trace_ELBO())
+        losses = [svi.step(torch.ones(4, 3)) for _ in range(2)]
+        if late:
+            optim.set_state(optim.get_state())
+            svi.step(torch.ones(4, 3))
+        return optim.get_state(), losses
+
+    state, _ = trained()
+    assert not caplog.messages
+    other, _ = trained(state)
+    assert not state.keys() & other.keys()
+    assert len(caplog.messages) == 1
+    assert f"no parameter takes the state of {len(state)}, as of {next(iter(state))!r}" in caplog.messages[0]
+    assert repr(min(other)) in caplog.messages[0]
+    trained(late=True)
+    assert "it was set after the first step" in caplog.messages[1]
+
+
+def test_state_of_a_pyro_optim_is_taken_as_parameters_are_met(caplog):
+    guide = Guide()
+    svi = SVI(model, guide, adam(), Trace_ELBO())
+    svi.step(X)
+    state = svi.optim.get_state()
+    again = SVI(model, guide, adam(), Trace_ELBO())
+    again.optim.set_state(state)
+    for mode in ("early", "late"):  # the second one is met later
+        _step(again, guide, mode)
+    assert not caplog.messages
+    assert not again.optim._state_waiting_to_be_consumed
