@@ -30,6 +30,6 @@ def run(args: list[str]) -> int:
         try:  # a pair whose plate draws its own subsample needs all data
             text = check(model, guide, tuple(read_rows(c, None, cpu) for c in columns))
         except PpvaeError:
-            raise error from None
+            raise error from error.__cause__
     print(text)
     return 0

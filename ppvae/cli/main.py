@@ -39,7 +39,10 @@ class Terminated(KeyboardInterrupt):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; an error is at most three lines and no traceback."""
+    """Runs a command and returns its exit status.
+
+    An error is at most three lines, below a traceback only where PPVAE_TRACEBACK is set.
+    """
     try:
         with _sigterm_raises():
             status = _dispatch(argv)
@@ -137,6 +140,11 @@ def _run_command(command: str, args: list[str], fail: Callable[[str, int], int])
 
 
 def _fail(text: str, status: int) -> int:
+    """Prints an error; below the traceback of the exception that is handled, where PPVAE_TRACEBACK asks for it."""
+    if os.environ.get("PPVAE_TRACEBACK") and sys.exc_info()[0] is not None:
+        import traceback
+
+        traceback.print_exc()
     lines = [line for line in text.splitlines() if line.strip()]
     print("ppvae: error: " + "\n".join(lines[:3]), file=sys.stderr)
     return status

@@ -191,7 +191,7 @@ def inspect_columns(
         try:  # a plate of fixed size, or one that draws its own subsample, wants all data at once
             structure = inspect(model, guide, whole, weights=not given_globals)
         except ContractError:
-            raise error from None
+            raise error from error.__cause__
         if not structure.draws_subsample:
             return (local_blocks(structure, total)[0] if given_globals else structure), total
     if not lazy and (structure.draws_subsample or (structure.has_subsample_size and total > len(first[0]))):

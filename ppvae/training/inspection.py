@@ -90,7 +90,7 @@ def inspect_for_training(
                     batch = train.read_all()
                     structure = inspect(model, guide, batch, weights=False)
                 except ContractError:
-                    raise error from None
+                    raise error from error.__cause__
                 if not structure.draws_subsample and not find_row_order(model, guide, batch, structure, len(train)):
                     raise
             subsampled = structure.draws_subsample or (structure.has_subsample_size and len(train) > len(first[0]))

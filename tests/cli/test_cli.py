@@ -528,6 +528,47 @@ def test_a_traceback_is_there_for_who_asks(cli, monkeypatch, tmp_path):
         cli("check", "odd.py")
 
 
+BROKEN = """
+import pyro, pyro.distributions as dist, torch
+
+def factory():
+    return torch.zeros(2) + "text of the factory"
+
+def model():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            x.text_of_the_model()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    return model, guide
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "where"),
+    [
+        (("evaluate", "nothing"), ", in read_config"),
+        (("check", "broken.py:factory"), 'return torch.zeros(2) + "text of the factory"'),
+        (("check", "broken.py:model"), "x.text_of_the_model()"),
+        (("fit", "broken.py:model", "--epochs", "1"), "x.text_of_the_model()"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_errors_are_shown_with_a_traceback_to_who_asks(fails, args, where, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    fails(*args)  # without one
+    env = {**os.environ, "PPVAE_TRACEBACK": "1"}
+    command = [sys.executable, "-m", "ppvae", *args]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    assert result.returncode
+    assert "Traceback (most recent call last)" in result.stderr
+    assert where in result.stderr
+
+
 def test_an_interrupt_says_how_to_go_on(fails, tmp_path):
     (tmp_path / "slow.py").write_text("def slow():\n    raise KeyboardInterrupt\n")
     fails("check", "slow.py", names=("interrupted",), status=130)
