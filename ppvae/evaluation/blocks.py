@@ -167,7 +167,7 @@ class Block:
         self._point_mass = check_run(t, self.rows)
         self.num_missing = 0
         for name, site in t.model.items():
-            if site.role is not Role.OBSERVED:
+            if site.role is not Role.OBSERVED or name in t.structure.labels:
                 continue
             # the axis of the data is longer where particles are folded in
             axis = site.value.dim() - t.structure.event_dims[name] - 1

@@ -61,7 +61,8 @@ class Estimate:
         remedy: the method that is recommended for data where importance sampling fails.
         log_likelihood: log p(x_n | theta) at the first draws of the global latents theta, [draws, N], where they were
             kept; `posterior` then has these draws, [draws, *event].
-        ess_by_step: of a particle filter, the ess at each step before resampling, [N, T], summed over its filters.
+        ess_by_step: of a particle filter, the ess at each step before resampling, [N, T], summed over its filters;
+            NaN beyond the end of a sequence.
         guide_estimate: the same by draws from the guide, where proposals were refined: L_K, which papers print.
         seconds: of the computation, where it was timed; of its last part where it was resumed.
         site: the observed site, "x" where there are several: the variable of `log_likelihood` for ArviZ.

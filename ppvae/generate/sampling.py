@@ -52,7 +52,8 @@ def prior_predictive(
     """Ancestral samples of every observed site by its name, [count, *event] each: z ~ p(z), x ~ p(x | z).
 
     What `pyro.infer.Predictive(model, num_samples=count)` gives of the observed sites, for any number of rows. `x`
-    gives the shapes of the data and the covariates of the model. With `mean=True`, means of p(x | z).
+    gives the shapes of the data and the covariates of the model, such as lengths: draw i has those of row i modulo N.
+    Masks are not applied: values beyond a sequence's length are of no meaning. With `mean=True`, means of p(x | z).
 
     >>> import torch
     >>> from ppvae.models import LinearGaussian
@@ -72,8 +73,8 @@ def posterior_predictive(
     """A replicate of every observed site by its name, [N, *event] each: z ~ q(z | x), x ~ p(x | z).
 
     What `pyro.infer.Predictive(model, guide=guide)` gives of the observed sites, one draw of each datum. The guide
-    stands for the posterior; `evaluation.predictive_check(..., keep_data=True)` weights its draws. With `mean=True`,
-    means of p(x | z).
+    stands for the posterior; `evaluation.predictive_check(..., keep_data=True)` weights its draws. Masks are
+    not applied, as in `prior_predictive`. With `mean=True`, means of p(x | z).
 
     >>> import torch
     >>> from ppvae.models import LinearGaussian

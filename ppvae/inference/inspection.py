@@ -305,6 +305,7 @@ def _structure(
     """The structure as far as the sites of model and guide show it."""
     frames = [f for node in (*p.values(), *q.values()) for f in node["cond_indep_stack"]]
     observed = {n: node for n, node in p.items() if p_roles[n] is Role.OBSERVED}
+    labels = [n for n, node in observed.items() if (node["infer"] or {}).get("is_label")]
     sampled = {n: node for n, node in q.items() if q_roles[n] not in (Role.ENUMERATED, Role.FACTOR)}
     with_density = [n for n in sampled.values() if not isinstance(base_distribution(n["fn"]), dist.Delta)]
     enumerated = [n for n in {**q_roles, **p_roles} if Role.ENUMERATED in (q_roles.get(n), p_roles.get(n))]
@@ -325,7 +326,8 @@ def _structure(
         model_roles=p_roles,
         guide_roles=q_roles,
         event_dims={n: event_dim(node) for n, node in {**q, **p}.items()},
-        observed_dims=sum(event_size(node) for node in observed.values()),
+        labels=tuple(labels),
+        observed_dims=sum(event_size(node) for n, node in observed.items() if n not in labels),
         base_measure=base_measure(observed.values()),
         unmasked=tuple(n for n, node in observed.items() if mask_of(node) is None),
         non_reparameterized=tuple(n for n, node in sampled.items() if not getattr(node["fn"], "has_rsample", False)),

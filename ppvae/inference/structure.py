@@ -82,7 +82,8 @@ class Structure:
     model_roles: Mapping[str, Role] = field(default_factory=dict)
     guide_roles: Mapping[str, Role] = field(default_factory=dict)
     event_dims: Mapping[str, int] = field(default_factory=dict)  # number of event dims by site
-    observed_dims: int = 0  # numbers observed per datum
+    labels: tuple[str, ...] = ()  # observed sites with infer={"is_label": True}, which are no dims of x
+    observed_dims: int = 0  # numbers observed per datum, without labels
     base_measure: str = ""  # base measure of the observed sites' log-densities
     unmasked: tuple[str, ...] = ()  # observed sites without a mask
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # unconstrained, by name

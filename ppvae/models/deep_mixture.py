@@ -66,7 +66,8 @@ class DeepMixture(ComposedModel):
             if label is not None:
                 known = label != UNKNOWN_LABEL
                 with poutine.mask(mask=known):
-                    pyro.sample("label", dist.Categorical(logits=y.log()), obs=torch.where(known, label, 0))
+                    fn = dist.Categorical(logits=y.log())
+                    pyro.sample("label", fn, obs=torch.where(known, label, 0), infer={"is_label": True})
             z = pyro.sample("z", self.call_part("prior", context=y))
             return pyro.sample("x", self.call_part("likelihood", z, context=y), obs=x)
 

@@ -119,6 +119,8 @@ def test_padding_is_no_dim(method):
         est = annealed(pair.model, pair.guide, data, num_chains=2, num_temperatures=2, progress=False)
     elif method == "particle_filter":
         est = log_marginal(pair.model, pair.guide, data, num_particles=300, method=method, progress=False)
+        assert est.ess_by_step is not None
+        assert torch.equal(est.ess_by_step.isnan(), torch.arange(STEPS) >= LENGTHS[:, None])
     else:
         est = log_marginal(pair.model, pair.guide, data, num_particles=30, proposal=method, progress=False)
     dims = float(LENGTHS.double().mean()) * 3

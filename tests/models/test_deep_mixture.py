@@ -316,3 +316,13 @@ def test_the_cure_of_another_precision_works():
     with pytest.raises(DataError, match=r"classify: .*float64 .*found float32.*\.astype\('float64'\)"):
         vae.classify(frame.astype("float32"))
     assert torch.equal(vae.classify(frame.astype("float32").astype("float64")), vae.classify(x.float().double()))
+
+
+@pytest.mark.parametrize("label", [None, [-1] * 6, [0, -1, 1, -1, 0, -1], [0, 1, 0, 1, 0, 1]])
+def test_labels_are_no_dims_of_x(label):
+    """Whether they are known or not: complete data have no missing or masked value."""
+    vae, batch = semi_supervised(), (data(), *([torch.tensor(label)] if label else []))
+    est = log_marginal(vae.model, vae.guide, batch, num_particles=20, progress=False)
+    assert est.dims == FEATURES
+    assert not any("masked" in note or "missing" in note for note in est.notes)
+    assert est.bits_per_dim == pytest.approx(est.nll / (FEATURES * math.log(2)))

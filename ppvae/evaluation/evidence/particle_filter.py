@@ -21,7 +21,7 @@ from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
 from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.sequences.backward import sample_backward
 from ppvae.inference.sequences.particle_filter import LONGEST_WINDOW, FilterResult, particle_filter
-from ppvae.inference.sequences.steps import require_sequence, steps_of
+from ppvae.inference.sequences.steps import beyond_end, require_sequence, steps_of
 from ppvae.inference.sequences.windows import find_dependence
 from ppvae.inference.structure import Role
 from ppvae.inference.terms import evaluate_terms
@@ -116,8 +116,9 @@ class FilterBlocks:
         filters = LogWeightAccumulator(NUM_FILTERS, (), block.eps)
         filters.add(by_filter["log_px"], by_filter["elbo"])
         found = filters.result()
-        ess = by_filter["ess_by_step"].sum(0)
-        found |= {"filter_ess": found.pop("ess"), "ess_by_step": ess, "ess": ess.nan_to_num(torch.inf).amin(1)}
+        ess, ended = by_filter["ess_by_step"].sum(0), by_filter["ended"][0]
+        found |= {"filter_ess": found.pop("ess"), "ess": ess.nan_to_num(torch.inf).amin(1)}
+        found["ess_by_step"] = torch.where(ended, torch.nan, ess)
         if self.posterior_draws:
             found |= self._smoothing_draws(block, runs, by_filter["log_px"])
         return found | {"resampled": by_filter["resampled"].mean(0), "missing": torch.tensor(block.num_missing)}
@@ -147,8 +148,8 @@ class FilterBlocks:
             dependence=dependence,
         )  # fmt: skip
 
-    def _elbo(self, block: Block, rows: Tensor, number: int, steps: int) -> Tensor:
-        """The ELBO of each of these rows, by as many draws as a filter has particles, some at a time."""
+    def _elbo(self, block: Block, rows: Tensor, number: int, steps: int) -> tuple[Tensor, Tensor]:
+        """(the ELBO of each of these rows, by a filter's number of draws, some at a time; their steps `beyond_end`)."""
         run = self.run
         part, _ = block.select_rows(rows)
         seed_all(derive_seed(run.seed, block.number, "elbo", number))
@@ -159,14 +160,17 @@ class FilterBlocks:
             t = evaluate_terms(run.model, run.guide, part.batch, size, structure=run.structure, index=part.index)
             if number == start == 0:
                 block.check_supports(t)
+            if start == 0:
+                ended = beyond_end(t, steps_of(t))
             total = total + t.elbo.sum(0)
-        return total / self.num_particles
+        return total / self.num_particles, ended
 
     def _statistics(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
         f = self._filter(block, rows, number)
-        elbo = self._elbo(block, rows, number, len(f.ess))
+        elbo, ended = self._elbo(block, rows, number, len(f.ess))
         found = {
-            "log_px": f.log_px, "elbo": elbo, "ess_by_step": f.ess.T, "resampled": f.resampled.double(),
+            "log_px": f.log_px, "elbo": elbo, "ess_by_step": f.ess.T, "ended": ended.T,
+            "resampled": f.resampled.double(),
         }  # fmt: skip
         return {name: value[: len(rows)].cpu() for name, value in found.items()}
 

@@ -99,6 +99,12 @@ def log_guide_of(t: Terms, steps: Steps, window: range | None = None) -> Tensor:
     return _sum_sites(t, sites, steps, dict.fromkeys(sites) if steps.chain else steps.of_guide, window)
 
 
+def beyond_end(t: Terms, steps: Steps) -> Tensor:
+    """Whether a datum has neither latents nor data at a step and after it, as masks hide them all, [T, batch]."""
+    hidden = ((log_joint_of(t, steps) == 0) & (log_guide_of(t, steps) == 0)).all(1)
+    return hidden.int().flip(0).cummin(0).values.flip(0).bool()
+
+
 def _model_steps(t: Terms) -> tuple[int, dict[str, int | None]]:
     """(number of steps, the step of each site of the model; None for all steps of a chain)."""
     chain = _chain(t)

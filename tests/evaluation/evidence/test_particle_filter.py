@@ -205,3 +205,15 @@ def test_a_plate_that_draws_its_rows():
     assert est.posterior is not None
     assert est.posterior["z_3"].shape == (6, 5)
     assert float((est.posterior["z_3"] - x[:, 3]).abs().max()) < 6 * R
+
+
+def test_no_effective_particles_beyond_the_end():
+    """NaN there and nowhere else, and the smallest of the others is that of the datum."""
+    x, lengths = draw_linear(4, 9, seed=2), torch.tensor([9, 1, 4, 8])
+    est = filtered(*linear_pair(), (x, lengths), num_particles=200)
+    assert est.ess_by_step is not None
+    assert torch.equal(est.ess_by_step.isnan(), torch.arange(9) >= lengths[:, None])
+    torch.testing.assert_close(est.ess, est.ess_by_step.nan_to_num(torch.inf).amin(1))
+    alone = filtered(*linear_pair(), x, num_particles=200)
+    assert alone.ess_by_step is not None
+    assert not bool(alone.ess_by_step.isnan().any())
