@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.data.loader import DataLoader
 from ppvae.errors import CheckpointError
+from ppvae.rng import derive_seed, fork_rng, seed_all
 
 Shapes = Sequence[tuple[Sequence[int], str]]  # (shape, dtype) of each tensor of a batch, as config.json holds them
+
+
+def read_example(train: DataLoader, whole: bool, seed: int) -> tuple[Tensor, ...]:
+    """The first two rows of the training data, or the whole of them, the same for a seed: some draw noise as read."""
+    with fork_rng():
+        seed_all(derive_seed(seed, "example"))
+        return train.read_all() if whole else train.read(torch.arange(2) % len(train))
 
 
 def shapes_of(batch: Sequence[Tensor]) -> list[list[Any]]:

@@ -30,7 +30,7 @@ from ppvae.objectives.pyro_losses import single_loss
 from ppvae.rng import derive_seed, fork_rng, seed_all
 from ppvae.run_folder.identity import identity_of
 from ppvae.training.checkpoint import PairState
-from ppvae.training.example import first_row, shapes_of
+from ppvae.training.example import first_row, read_example, shapes_of
 from ppvae.training.folder import RunFolder, check_resumable, identify, read_resumed
 from ppvae.training.inspection import check_amortized, check_parameters, inspect_for_training
 from ppvae.training.metrics import check_metrics, last_good, step_scheduler
@@ -77,7 +77,6 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.epoch, self.finished, self.stopped = 0, False, False
         self.config: dict[str, Any] = {}
-        self.row: list[Tensor] = []  # of the data
         self.context = DistributedContext()
         self.resumed_kernels: str | None = None
         with self.scope.entered():
@@ -107,8 +106,7 @@ class Trainer:
 
     def configure(self, settings: dict[str, Any], entries: dict[str, Any]) -> None:
         """Sets the resolved configuration: versions, settings, shapes of a batch, further entries."""
-        rows = torch.arange(2) % len(self.train)
-        example = self.train.read_all() if self.structure.draws_subsample else self.train.read(rows)
+        example = read_example(self.train, self.structure.draws_subsample, self.seed)
         self.row = first_row(example)
         self.config = {"versions": versions(), "fit": settings, "batch": shapes_of(example), **entries}
 
