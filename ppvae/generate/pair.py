@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -23,6 +24,7 @@ from ppvae.inference.tracing import Program, SubstituteValues, sample_sites, tra
 from ppvae.rng import fork_all_rngs, seed_all
 
 CHUNK_SIZE = 500  # rows in one run of the pair
+MAX_VALUES = 100  # of a discrete latent that a traversal goes through
 
 
 @contextmanager
@@ -52,14 +54,35 @@ class GenerativePair:
         return tuple(t[rows.to(t.device)] for t in self.batch)
 
     def vector_site(self, means: Mapping[str, Tensor], site: str | None) -> str:
-        """The name of a latent, the first by default, which must be a continuous vector."""
-        site = site or next(iter(means), None)
-        if site is None or site not in means:
-            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        """The name of a latent, which must be a vector of real numbers; by default the first that is continuous."""
+        site = self.latent_name(means, site)
         if self.s.event_dims[site] != 1 or not means[site].is_floating_point():
             shape = list(means[site].shape)
             raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {shape}")
         return site
+
+    def latent_name(self, means: Mapping[str, Tensor], site: str | None) -> str:
+        """The name of a latent; by default the first that is continuous, or the first where none is."""
+        site = site or next(iter([*(n for n in means if not self.s.is_discrete(n)), *means]), None)
+        if site is None or site not in means:
+            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        return site
+
+    def discrete_values(self, site: str) -> tuple[Tensor, bool]:
+        """(values of a discrete latent [n, *event], False), or (values of each of its dims [n], True)."""
+        _, batch, index = next(self._chunks(self.batch))
+        fn = trace_program(self.guide, batch, Structure(), index).nodes[site]["fn"]
+        base = fn
+        while isinstance(base, dist.Independent):
+            base = base.base_dist
+        by_dim = not base.event_shape and len(fn.event_shape) == 1
+        try:
+            values = (base if by_dim else fn).enumerate_support(expand=False)
+        except NotImplementedError:
+            values = None
+        if values is None or len(values) > MAX_VALUES:
+            raise UsageError(f"site: {site!r} is discrete and has no list of at most {MAX_VALUES} values to go through")
+        return values.reshape(len(values), *(() if by_dim else fn.event_shape)), by_dim
 
     def first_datum(self, name: str, value: Tensor, count: int = 1) -> Tensor:
         """The first datum's value of a latent, repeated `count` times; a latent shared by all data unchanged."""

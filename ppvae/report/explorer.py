@@ -48,8 +48,11 @@ class Plane:
 
 
 def explorer(run_data: RunData) -> str:
-    """The HTML of the explorer for the first latent vector. Raises SectionUnavailable where it cannot be."""
-    names = list(run_data.means)
+    """The HTML of the explorer for the first latent vector, a continuous one where there is one.
+
+    Raises SectionUnavailable where it cannot be.
+    """
+    names = sorted(run_data.means, key=run_data.is_discrete)
     if not names:
         raise SectionUnavailable("No latent is a vector of real numbers per datum.")
     if run_data.needs_all_data:

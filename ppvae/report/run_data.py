@@ -96,6 +96,10 @@ class RunData:
             raise SectionUnavailable(reason)
         return means
 
+    def is_discrete(self, site: str) -> bool:
+        """Whether a latent is discrete."""
+        return self.structure is not None and self.structure.is_discrete(site)
+
     @functools.cached_property
     def _means(self) -> tuple[dict[str, Tensor], str]:
         """(the means, the reason why there are none or an empty string)."""
