@@ -211,7 +211,8 @@ def moved(
     Args:
         direction: [latent], such as an `attribute_vector`.
         amounts: the multiples.
-        site: the latent to move; the first continuous one of the guide by default. Other latents stay at their posterior means.
+        site: the latent to move; the first continuous one of the guide by default. Others stay at their posterior
+            means.
 
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)

@@ -23,7 +23,7 @@ def samples(run_data: RunData, count: int = 64) -> CaptionedFigure:
     batch, _ = run_data.batch_of(torch.arange(min(count, len(run_data))))
     generated = generate.samples(run.model, run.guide, batch, count, mean=is_image, seed=run_data.seed)
     generated = run_data.like_data(generated)
-    condition = ", each conditioned on the other columns of one of the first data" if len(run_data.columns) > 1 else ""
+    condition = ", each conditioned on the other columns of one of the first data" if run_data.has_context else ""
     if is_image:
         return CaptionedFigure(
             image_grid(run_data, generated),
