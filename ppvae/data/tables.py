@@ -92,7 +92,7 @@ def read_table(
     if len(labels) > 1:
         raise DataError(f"{path}: expected one column of labels, found {', '.join(c.name for c in labels)}")
     values = np.stack([column.values for column in used], 1).astype(np.float32)
-    check_numbers(values, str(path), missing)
+    check_numbers(values, str(path), missing, [column.name for column in used])
     if len(values) < 3:
         raise DataError(f"{path}: expected at least 3 rows, for three splits; found {len(values)}.")
     label = labels[0] if labels else None
