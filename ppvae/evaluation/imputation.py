@@ -20,7 +20,7 @@ from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, Weigh
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
 from ppvae.inference.contract.support import base_distribution, base_measure_of, count_observed
-from ppvae.inference.sites import Place, Site, find_places
+from ppvae.inference.sites import Place, Site, cover_gaps, find_places
 from ppvae.inference.structure import ParticlePlacement, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
@@ -245,9 +245,9 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
             for name, (places, value) in found.items()
             if value.is_floating_point()
         }
-        alone = next((name for name, places in own.items() if places and _cover(places, gaps)), None)
+        alone = next((name for name, places in own.items() if places and cover_gaps(places, gaps)), None)
         chosen = own if alone is None else {alone: own[alone]}
-        if not _cover([place for places in chosen.values() for place in places], gaps):
+        if not cover_gaps([place for places in chosen.values() for place in places], gaps):
             raise site_error(
                 next(iter(found)),
                 f"an observed site that holds the data, {list(column.shape)}, so that missing values "
@@ -259,14 +259,6 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
             if places:
                 held.setdefault(name, []).extend(places)
     return held
-
-
-def _cover(places: Sequence[Place], gaps: Tensor) -> bool:
-    """Whether places hold all numbers of a column that have gaps, [numbers] bool."""
-    covered = torch.zeros_like(gaps)
-    for place in places:
-        covered[slice(None) if place.of_column is None else place.of_column] = True
-    return not bool((gaps & ~covered).any())
 
 
 def _best(values: Tensor, mean: Tensor, probs: Tensor | None) -> Tensor:

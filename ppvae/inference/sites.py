@@ -176,6 +176,14 @@ def find_places(
     return found
 
 
+def cover_gaps(places: Sequence[Place], gaps: Tensor) -> bool:
+    """Whether places hold all numbers of a column that have gaps, [numbers] bool."""
+    covered = torch.zeros_like(gaps)
+    for place in places:
+        covered[slice(None) if place.of_column is None else place.of_column] = True
+    return not bool((gaps & ~covered).any())
+
+
 def site_values(model: Program, batch: Sequence[Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of the model's sample sites in one run."""
     with poutine.trace() as tracer, SubstituteValues(given):

@@ -108,7 +108,7 @@ def legend(fig: Figure, ax: Any, axes: Sequence[Any], loc: str, **options: Any) 
 
 
 def legend_beside(ax: Any, given: Any) -> None:
-    """The legend of axes: to their right in a figure of our own, inside where `ax` was given, which leaves its width."""
+    """The legend of axes: to their right in a figure of our own; inside them where `ax` was given."""
     if given is None:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     else:

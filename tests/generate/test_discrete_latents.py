@@ -5,10 +5,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppvae import VAE, generate, likelihoods, nn, posteriors, priors, report
+from ppvae import VAE, fit, generate, likelihoods, load, log_marginal, nn, posteriors, priors, report
 from ppvae.errors import UsageError
+from ppvae.evaluation.evidence.refined import with_bracket
 from ppvae.inference import from_param_store
 from ppvae.models import SemiSupervisedVAE
+from ppvae.objectives import ELBO
 from ppvae.training import Run
 
 X = torch.rand(6, 64, generator=torch.Generator().manual_seed(0)).round()
@@ -42,7 +44,8 @@ def test_a_one_hot_latent_goes_through_its_classes(batch):
 def test_the_continuous_latent_is_the_default():
     pair = semi_supervised()
     default, z = (generate.traversals(pair.model, pair.guide, (X, LABEL), site=site) for site in (None, "z"))
-    assert default.shape == (2, 7, 64) and torch.equal(default, z)
+    assert default.shape == (2, 7, 64)
+    assert torch.equal(default, z)
 
 
 @pytest.mark.parametrize("name", ["bits", "several one-hot vectors"])
@@ -81,6 +84,26 @@ def test_the_report_of_a_semi_supervised_vae_has_every_figure(tmp_path, caplog):
     pair = semi_supervised()
     run = Run(*from_param_store(pair.model, pair.guide), history=[])
     page = report.write(run, data=(X, LABEL), directory=tmp_path).read_text()
-    assert "could not be drawn" not in page and "could not be drawn" not in caplog.text
+    assert "could not be drawn" not in page + caplog.text
     assert {"traversals.png", "traversals_2.png"} <= {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert '"site":"z"' in page and "discrete latent y goes through its values" in page
+    assert '"site":"z"' in page
+    assert "discrete latent y goes through its values" in page
+
+
+def test_the_note_on_a_pair_without_a_bracket_ends_with_what_is_true_of_it():
+    pair = semi_supervised()
+    est = log_marginal(pair.model, pair.guide, X, num_particles=20, proposal="guide")
+    (note,) = [n for n in with_bracket(est, pair.model, pair.guide, X, 4).notes if n.startswith("no bracket")]
+    assert note.rstrip(".").endswith("if the pair is your own; log p(x) stands without a bracket"), note
+
+
+def test_a_loaded_run_classifies(tmp_path):
+    pair = semi_supervised()
+    fit(pair.model, pair.guide, (X, LABEL), objective=ELBO(), epochs=1, directory=tmp_path / "run")
+    trained = pair.classify(X)
+    again = semi_supervised()
+    assert not torch.equal(again.classify(X), trained)
+    assert torch.equal(load(tmp_path / "run", again.model, again.guide).pair.classify(X), trained)
+    plain = Run(*from_param_store(lambda x: None, lambda x: None), history=[])
+    with pytest.raises(UsageError, match="pair: expected a model that is the method of an object"):
+        _ = plain.pair

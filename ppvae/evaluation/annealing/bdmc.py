@@ -24,7 +24,7 @@ from ppvae.inference.tracing import Program
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
 
-IN_THE_MODEL = "enumerate it in the model instead if the pair is your own; log p(x) stands without a bracket"
+IN_THE_MODEL = "enumerate it in the model if the pair is your own; log p(x) stands without a bracket"
 
 
 @dataclass(frozen=True)
