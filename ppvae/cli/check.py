@@ -2,7 +2,7 @@
 
 import torch
 
-from ppvae.cli.common import load_splits, num_labels, parse_pair, print_columns, with_columns
+from ppvae.cli.common import by_argument, load_splits, num_labels, parse_pair, print_columns, with_columns
 from ppvae.cli.options import Data
 from ppvae.data.loader import read_rows
 from ppvae.errors import PpvaeError
@@ -20,6 +20,7 @@ def run(args: list[str]) -> int:
     torch.manual_seed(0)
     columns = with_columns(splits[0], settings)
     model, guide = pairs.build(factory, arguments, splits[0], num_labels(splits[0], settings.labels), splits[0].kinds)
+    columns = by_argument(columns, model, guide)
     cpu = torch.device("cpu")
     first = torch.arange(min(ROWS, len(columns[0])))
     try:

@@ -15,14 +15,16 @@ from ppvae import data as datasets
 from ppvae.cli.flags import check_flags_of, parse, read_settings
 from ppvae.cli.option_checks import check_data
 from ppvae.cli.options import Data
+from ppvae.data.admission import argument_counts, check_argument_order, column_names
 from ppvae.data.loader import column_digests
-from ppvae.data.tables import KINDS, is_table
+from ppvae.data.tables import KINDS, columns_of, is_table
 from ppvae.distributed import DistributedContext
 from ppvae.errors import DataError, UsageError
 from ppvae.factories import pairs
 from ppvae.factories.constructor_flags import Argument
 from ppvae.factories.user_code import UntrustedCodeError
 from ppvae.inference.device import find_device
+from ppvae.inference.tracing import Program
 from ppvae.run_folder.atomic_commit import remove_stagings, written_together
 from ppvae.run_folder.identity import check_results
 from ppvae.run_folder.lock import lock_folder
@@ -148,6 +150,34 @@ def with_columns(split: Any, settings: Any) -> tuple[Any, ...]:
     return (split, *labels, *(split.attributes[name] for name in settings.context))
 
 
+def by_argument(columns: tuple[Any, ...], model: Program, guide: Program) -> tuple[Any, ...]:
+    """The columns of a table one by one, where the model's arguments have their names; otherwise as they are.
+
+    Raises:
+        UsageError: the model takes several arguments, and they are not the columns of the table.
+    """
+    table, names = columns[0], columns[0].columns
+    required, _ = argument_counts(model)
+    if len(columns) > 1 or (required < 2 and len(names) < 2):
+        return columns
+    found = column_names(dict.fromkeys(range(max(len(names) + 1, required))), model)
+    if names and set(found) == set(names):
+        by_name = columns_of(table)
+        check_argument_order(by_name, model, guide)
+        return tuple(by_name[name] for name in found)
+    if required < 2:
+        return columns
+    if names:
+        raise UsageError(
+            f"the model takes {', '.join(found)}, and the table has {', '.join(names)}: give its arguments the names "
+            "of the columns, of all of them (--columns NAME=skip leaves one out), or take one tensor, model(x)"
+        )
+    raise UsageError(
+        f"the model takes {', '.join(found) or f'{required} arguments'}, and the data are one tensor: pass the labels "
+        "as the second by --labels, further arrays of the file by --context NAME; or take one tensor, model(x)"
+    )
+
+
 def known_labels(split: Any, settings: Any) -> Any:
     """The labels [N]; with `--labelled N` those of N training rows, of each label about as many, and -1 elsewhere."""
     if settings.labelled is None:
@@ -184,7 +214,10 @@ def run_data(run: Run, settings: Any, split: str) -> tuple[Any, ...]:
     chosen = read_settings(Data, run.config["data"], f"{run.directory}: config.json, data")
     if settings.root is not None:
         chosen = dataclasses.replace(chosen, root=settings.root)
-    splits = {name: with_columns(s, chosen) for name, s in zip(SPLITS, load_splits(chosen), strict=True)}
+    splits = {
+        name: by_argument(with_columns(s, chosen), run.model, run.guide)
+        for name, s in zip(SPLITS, load_splits(chosen), strict=True)
+    }
     fit = run.config["fit"]
     for name, digest in zip(SPLITS, (fit.get("digest"), fit.get("valid"), run.config.get("test")), strict=True):
         if digest is not None and name in {"train", split} and (now := joined_digest(splits[name])) != digest:

@@ -11,6 +11,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 
 from ppvae.cli.common import (
+    by_argument,
     joined_digest,
     load_splits,
     num_labels,
@@ -48,6 +49,7 @@ def run(args: list[str]) -> int:
     train, valid, test = (with_columns(s, settings) for s in splits)
     labels = num_labels(splits[0], settings.labels)
     model, guide = pairs.build(factory, arguments, splits[0], labels, splits[0].kinds)
+    train, valid, test = (by_argument(columns, model, guide) for columns in (train, valid, test))
     DistributedContext().barrier()  # until all ranks have found the same name free
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.epochs)
     trained = fit(

@@ -6,10 +6,11 @@ from ppvae.cli.options import Generate
 
 
 def run(args: list[str]) -> int:
-    """Writes the files into the run folder, and prints their paths; returns the exit status."""
+    """Writes the files into the run folder, and prints their paths; returns the exit status, 1 where there are none."""
     settings, directory = parse_run("generate", args, Generate)
     trained = load_trained(directory, settings)
     columns = run_data(trained, settings, "test")
-    for path in report.write_generated(trained, columns, directory, count=settings.count, seed=settings.seed):
+    paths = report.write_generated(trained, columns, directory, count=settings.count, seed=settings.seed)
+    for path in paths:
         print(path)
-    return 0
+    return 0 if paths else 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppvae.data.checks import MAX_GIGABYTES, check_unpacked_size, one_line
+from ppvae.data.split import Split
 from ppvae.data.unsplit import UnsplitData, check_numbers, permutation_split
 from ppvae.errors import DataError, UsageError, count_of, did_you_mean
 
@@ -91,7 +92,7 @@ def read_table(
     if len(labels) > 1:
         raise DataError(f"{path}: expected one column of labels, found {', '.join(c.name for c in labels)}")
     values = np.stack([column.values for column in used], 1).astype(np.float32)
-    check_numbers(values, str(path), missing)
+    check_numbers(values, str(path), missing, [column.name for column in used])
     if len(values) < 3:
         raise DataError(f"{path}: expected at least 3 rows, for three splits; found {len(values)}.")
     label = labels[0] if labels else None
@@ -108,6 +109,20 @@ def read_table(
         kinds=tuple(column.spec for column in used),
         table="; ".join(column.description for column in found),
     )
+
+
+def columns_of(split: Split) -> dict[str, Split]:
+    """The columns of a table's split [N, columns] by name, each a split [N] with the same rows, labels and marks."""
+    info, values = split.info, split.detach()
+    kinds = info.kinds or (None,) * len(info.columns)
+    return {
+        name: Split(
+            values[:, i].clone(),
+            replace(info, event_shape=(), columns=(name,), kinds=(kind,) if kind else ()),
+            split.index, split.labels, split.attributes,
+        )
+        for i, (name, kind) in enumerate(zip(info.columns, kinds, strict=True))
+    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)

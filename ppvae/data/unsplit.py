@@ -1,6 +1,6 @@
 """`UnsplitData`: the rows of a data set before they become splits, and the fixed permutation that splits them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,10 +73,10 @@ def partition_rows(name: str, sizes: dict[str, int]) -> tuple[np.ndarray, ...]:
     return tuple(rows)
 
 
-def check_numbers(array: np.ndarray, where: str, missing: bool = False) -> None:
+def check_numbers(array: np.ndarray, where: str, missing: bool = False, columns: Sequence[str] = ()) -> None:
     """Raise a `DataError` unless the array is [N, *event], N and event not empty, of finite real numbers.
 
-    With `missing`, some of the values of a row may be NaN, and not all.
+    With `missing`, some of the values of a row may be NaN, and not all. `columns` are the names of a table's.
     """
     kinds = {"O": "Python objects", "U": "text", "S": "text", "c": "complex numbers", "V": "records"}
     if array.dtype.kind not in "biuf":
@@ -93,7 +93,7 @@ def check_numbers(array: np.ndarray, where: str, missing: bool = False) -> None:
         for start, block in row_blocks(array):
             x = torch.from_numpy(as_float32(block))
             finite = FINITE_CURE.replace("finite", "finite in float32")
-            check_finite(x, where, missing, finite, "load with missing=True (--missing)", start)
+            check_finite(x, where, missing, finite, "load with missing=True (--missing)", start, columns)
 
 
 def check_unit(array: np.ndarray, where: str, option: str) -> None:

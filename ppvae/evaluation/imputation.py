@@ -19,9 +19,8 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator, WeightedMean
 from ppvae.evaluation.importance.resampling import PosteriorReservoir
 from ppvae.evaluation.reliability import recommend_alternative
-from ppvae.evaluation.simulated_data import Place, find_places
 from ppvae.inference.contract.support import base_distribution, base_measure_of, count_observed
-from ppvae.inference.sites import Site
+from ppvae.inference.sites import Place, Site, cover_gaps, find_places
 from ppvae.inference.structure import ParticlePlacement, Structure
 from ppvae.inference.terms import evaluate_terms
 from ppvae.inference.tracing import Program
@@ -237,19 +236,18 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
     Raises:
         ContractError: a missing number of a column [N, *event] is that of no site.
     """
-    found = find_places(model, block.s, block)
+    found = find_places(model, block.s, block.batch, block.index)
     held: dict[str, list[Place]] = {}
     for i, column in x.items():
         gaps = column.reshape(len(column), -1).isnan().any(0)
-        for name, (places, value) in found.items():
-            own = [place for place in places if place.column == i]
-            covered = torch.zeros_like(gaps)
-            for place in own:
-                covered[slice(None) if place.of_column is None else place.of_column] = True
-            if own and value.is_floating_point() and not bool((gaps & ~covered).any()):
-                held.setdefault(name, []).extend(own)
-                break
-        else:
+        own = {
+            name: [place for place in places if place.column == i]
+            for name, (places, value) in found.items()
+            if value.is_floating_point()
+        }
+        alone = next((name for name, places in own.items() if places and cover_gaps(places, gaps)), None)
+        chosen = own if alone is None else {alone: own[alone]}
+        if not cover_gaps([place for places in chosen.values() for place in places], gaps):
             raise site_error(
                 next(iter(found)),
                 f"an observed site that holds the data, {list(column.shape)}, so that missing values "
@@ -257,6 +255,9 @@ def _sites_of_columns(model: Program, block: Block, x: Mapping[int, Tensor]) -> 
                 f"none among {list(found)}",
                 "observe the data's first tensor as a whole, under a mask",
             )
+        for name, places in chosen.items():
+            if places:
+                held.setdefault(name, []).extend(places)
     return held
 
 

@@ -68,15 +68,19 @@ def traversals(
 ) -> Tensor:
     """Means of p(x | z) with one latent dim at a time set to given values.
 
-    Other dims and latents are at the posterior mean of the first datum.
+    Other dims and latents are at the posterior mean of the first datum. A discrete latent goes through its own values:
+    each dim of a vector of binary or categorical variables, all classes of a one-hot vector or a single variable.
 
     Args:
-        site: the latent to traverse; the first of the guide by default.
+        site: the latent to traverse; the first continuous one of the guide by default.
         dims: dims of the latent; all by default.
-        values: values of each dim.
+        values: values of each dim of a continuous latent.
 
     Returns:
-        [dims, values, *event].
+        [dims, values, *event]; of a one-hot vector or a single discrete variable [1, classes, *event].
+
+    Raises:
+        UsageError: the latent is no vector, or a discrete one with more than 100 values.
 
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)
@@ -89,20 +93,27 @@ def traversals(
     check_numbers(seed=seed)
     with open_pair(model, guide, x, seed) as pair:
         means = {n: pair.first_datum(n, v) for n, v in pair.encode(mean=True).items()}
-        site = pair.vector_site(means, site)
+        site = pair.latent_name(means, site)
+        grid, by_dim = torch.tensor(list(values)), True
+        if pair.s.is_discrete(site):
+            grid, by_dim = pair.discrete_values(site)
+        else:
+            pair.vector_site(means, site)
         start = means[site]
-        size = start.shape[-1]
+        size = start.shape[-1] if by_dim else 1
         dims = list(range(size)) if dims is None else list(dims)
         if any(not 0 <= d < size for d in dims):
             raise UsageError(f"dims: expected numbers below {size}, found {dims}")
-        count = len(dims) * len(values)
-        z = start.repeat(count, 1)
-        grid = torch.tensor(list(values)).to(z)
-        for row, d in enumerate(dims):
-            z[row * len(values) : (row + 1) * len(values), d] = grid
+        count = len(dims) * len(grid)
+        if by_dim:
+            z = start.repeat(count, 1)
+            for row, d in enumerate(dims):
+                z[row * len(grid) : (row + 1) * len(grid), d] = grid.to(z)
+        else:
+            z = grid.to(start).repeat(len(dims), *[1] * (grid.dim() - 1))
         latents = {n: pair.first_datum(n, v, count) for n, v in means.items() if n != site} | {site: z}
         out = pair.decode(latents, pair.repeat_rows(count, first=True), True)
-        return out.reshape(len(dims), len(values), *out.shape[1:])
+        return out.reshape(len(dims), len(grid), *out.shape[1:])
 
 
 @explain_call
@@ -122,7 +133,7 @@ def decode(
 
     Args:
         rows: [M], the datum of each value; the first by default.
-        site: the latent; the first of the guide by default.
+        site: the latent; the first continuous one of the guide by default.
 
     Raises:
         UsageError: values of another size, or rows that are not in the data.
@@ -159,7 +170,7 @@ def attribute_vector(
 
     Args:
         attribute: [N], numbers or bools.
-        site: the latent; the first of the guide by default.
+        site: the latent; the first continuous one of the guide by default.
 
     Raises:
         UsageError: the attribute is not one finite number per datum, or is constant.
@@ -200,7 +211,8 @@ def moved(
     Args:
         direction: [latent], such as an `attribute_vector`.
         amounts: the multiples.
-        site: the latent to move; the first of the guide by default. Other latents stay at their posterior means.
+        site: the latent to move; the first continuous one of the guide by default. Others stay at their posterior
+            means.
 
     >>> from ppvae.models import LinearGaussian
     >>> pair = LinearGaussian(3, 2)

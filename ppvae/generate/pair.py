@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -18,11 +20,18 @@ from ppvae.inference.device import choose_device, default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
 from ppvae.inference.param_store import bind_pair
+from ppvae.inference.sites import find_places
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Program, SubstituteValues, sample_sites, trace_program
-from ppvae.rng import fork_all_rngs, seed_all
+from ppvae.rng import fork_all_rngs, fork_rng, seed_all
 
 CHUNK_SIZE = 500  # rows in one run of the pair
+MAX_VALUES = 100  # of a discrete latent that a traversal goes through
+
+
+def are_table_columns(columns: Sequence[Any]) -> bool:
+    """Whether data are the columns of one table, which the pair gets one by one."""
+    return len(columns) > 1 and all(len(getattr(c, "columns", ())) == 1 for c in columns)
 
 
 @contextmanager
@@ -36,14 +45,19 @@ def open_pair(model: Program, guide: Program, x: Any, seed: int) -> Iterator[Gen
         batch = as_single_batch(columns, seed, place)
         structure = inspect(model, guide, batch, weights=False, particles=False)
         seed_all(seed)
-        yield GenerativePair(model, guide, batch, structure)
+        yield GenerativePair(model, guide, batch, structure, are_table_columns(columns))
 
 
 class GenerativePair:
-    """A pair with a batch: `encode` gives latents, `decode` gives data."""
+    """A pair with a batch: `encode` gives latents, `decode` gives data.
 
-    def __init__(self, model: Program, guide: Program, batch: tuple[Tensor, ...], structure: Structure):
-        self.model, self.guide, self.batch, self.s = model, guide, batch, structure
+    With `table`, data are all tensors of the batch as one table [rows, columns]; otherwise they are its first tensor.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, batch: tuple[Tensor, ...], structure: Structure, table: bool = False
+    ):
+        self.model, self.guide, self.batch, self.s, self.table = model, guide, batch, structure, table
 
     def repeat_rows(self, count: int, first: bool = False) -> tuple[Tensor, ...]:
         """A batch of `count` rows: the rows of the batch cyclically, or its first row."""
@@ -52,14 +66,35 @@ class GenerativePair:
         return tuple(t[rows.to(t.device)] for t in self.batch)
 
     def vector_site(self, means: Mapping[str, Tensor], site: str | None) -> str:
-        """The name of a latent, the first by default, which must be a continuous vector."""
-        site = site or next(iter(means), None)
-        if site is None or site not in means:
-            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        """The name of a latent, which must be a vector of real numbers; by default the first that is continuous."""
+        site = self.latent_name(means, site)
         if self.s.event_dims[site] != 1 or not means[site].is_floating_point():
             shape = list(means[site].shape)
             raise UsageError(f"site: expected a continuous vector to walk in, found {site!r} of shape {shape}")
         return site
+
+    def latent_name(self, means: Mapping[str, Tensor], site: str | None) -> str:
+        """The name of a latent; by default the first that is continuous, or the first where none is."""
+        site = site or next(iter([*(n for n in means if not self.s.is_discrete(n)), *means]), None)
+        if site is None or site not in means:
+            raise UsageError(f"site: expected one of the guide's latents {sorted(means)}, found {site!r}")
+        return site
+
+    def discrete_values(self, site: str) -> tuple[Tensor, bool]:
+        """(values of a discrete latent [n, *event], False), or (values of each of its dims [n], True)."""
+        _, batch, index = next(self._chunks(self.batch))
+        fn = trace_program(self.guide, batch, Structure(), index).nodes[site]["fn"]
+        base = fn
+        while isinstance(base, dist.Independent):
+            base = base.base_dist
+        by_dim = not base.event_shape and len(fn.event_shape) == 1
+        try:
+            values = (base if by_dim else fn).enumerate_support(expand=False)
+        except NotImplementedError:
+            values = None
+        if values is None or len(values) > MAX_VALUES:
+            raise UsageError(f"site: {site!r} is discrete and has no list of at most {MAX_VALUES} values to go through")
+        return values.reshape(len(values), *(() if by_dim else fn.event_shape)), by_dim
 
     def first_datum(self, name: str, value: Tensor, count: int = 1) -> Tensor:
         """The first datum's value of a latent, repeated `count` times; a latent shared by all data unchanged."""
@@ -89,9 +124,46 @@ class GenerativePair:
         }
 
     def decode(self, latents: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool) -> Tensor:
-        """Means or draws of the site that observes the batch's first tensor, given latents: [rows, *event]."""
-        found, first = self._decode(latents, batch, mean, every=False)
-        return found[first]
+        """Means or draws of the data, given latents: [rows, *event].
+
+        Those of the site that observes the batch's first tensor; where several sites observe parts of the data, they
+        are put together in their shape.
+        """
+        found, first = self._decode(latents, batch, mean, every=bool(self._parts))
+        if not self._parts:
+            return found[first]
+        shape = torch.Size([len(self.batch)]) if self.table else self.batch[0].shape[1:]
+        out = self.batch[0].new_zeros(len(found[first]), shape.numel())
+        for name, (of_data, of_site) in self._parts.items():
+            out[:, of_data] = found[name].reshape(len(out), -1)[:, of_site].to(out)
+        return out.reshape(len(out), *shape)
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{site: positions in a datum, positions in the site} where sites observe parts that make up the data."""
+        observed = [name for name, role in self.s.model_roles.items() if role is Role.OBSERVED]
+        if self.s.draws_subsample or len(observed) < 2:
+            return {}
+        _, batch, _ = next(self._chunks(self.batch))
+        with fork_rng():
+            places = find_places(self.model, self.s, batch)
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        start = 0
+        for i, column in enumerate(batch if self.table else batch[:1]):
+            size = column.shape[1:].numel()
+            every = torch.arange(size, device=column.device)
+            for name, (own, _) in places.items():
+                for place in (p for p in own if p.column == i):
+                    if place.of_column is None or place.of_site is None:
+                        if not self.table:
+                            return {}
+                        parts.setdefault(name, []).append((start + every, every))
+                    else:
+                        parts.setdefault(name, []).append((start + place.of_column, place.of_site))
+            start += size
+        held = {n: (torch.cat([d for d, _ in own]), torch.cat([s for _, s in own])) for n, own in parts.items()}
+        covered = {k for of_data, _ in held.values() for k in of_data.tolist()}
+        return held if covered == set(range(start)) else {}
 
     def decode_sites(self, latents: Mapping[str, Tensor], batch: tuple[Tensor, ...], mean: bool) -> dict[str, Tensor]:
         """Means or draws of every observed site, given latents: [rows, *inner, *event] each."""

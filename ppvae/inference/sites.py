@@ -1,19 +1,21 @@
-"""Sites of a pair with their values and log-densities, and closed-form KL divergences between two sites."""
+"""Sites of a pair: values, log-densities, KL divergences of two, and the places of observed values in the batch."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-from ppvae.inference.structure import Role
-from ppvae.inference.tracing import sample_sites
+from ppvae.inference.structure import Role, Structure
+from ppvae.inference.tracing import Program, SubstituteValues, sample_sites
 
 
 @dataclass(frozen=True)
@@ -128,3 +130,109 @@ def concatenate_particles(runs: Sequence[Mapping[str, Site]], dims: Mapping[str,
             particle_sites=sites,
         )
     return out
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where numbers of an observed site are in the batch: in a column of the site's shape, or numbers of a column.
+
+    Attributes:
+        column: the number of the column.
+        of_column, of_site: positions [n] in a row of the column, and in a datum [*inner, *event] of the site, that hold
+            the same numbers; None where the column is the site's value as a whole.
+    """
+
+    column: int
+    of_column: Tensor | None = None
+    of_site: Tensor | None = None
+
+    def write(self, value: Tensor, column: Tensor, s: Structure, name: str) -> Tensor:
+        """A copy of the column [N, ...] with the site's value at its place."""
+        if self.of_column is None or self.of_site is None:
+            return value.to(column)
+        out = column.flatten(1) if column.dim() > 1 else column[:, None]
+        out = out.index_copy(1, self.of_column, rows_first(value, s, name)[:, self.of_site].to(out))
+        return out.reshape(column.shape)
+
+
+def find_places(
+    model: Program, s: Structure, batch: Sequence[Tensor], index: Tensor | None = None
+) -> dict[str, tuple[list[Place], Tensor]]:
+    """{observed site: (places in the batch, value)}; no places where its numbers are not those of the batch.
+
+    A site's value is every column that equals it, or consists of numbers of columns: of those that the model stacks
+    or joins, or of a part of one. Where the batch is NaN, it equals any number. `index` are the rows of the batch that
+    the plate is given, where it would draw them.
+    """
+    rows = [c if index is None else c[index] for c in batch]
+    flat = [c.reshape(len(c), -1) for c in rows]
+    found, taken = {}, set[tuple[int, int]]()
+    for name, value in site_values(model, batch, {} if index is None else {s.plate: index}).items():
+        if s.model_roles.get(name) is not Role.OBSERVED:
+            continue
+        alike = [i for i, c in enumerate(rows) if c.shape == value.shape]
+        places = [Place(i) for i in alike if bool(((rows[i].to(value) == value) | rows[i].isnan()).all())]
+        found[name] = places or _numbers_of_columns(rows_first(value, s, name), flat, taken), value
+    return found
+
+
+def cover_gaps(places: Sequence[Place], gaps: Tensor) -> bool:
+    """Whether places hold all numbers of a column that have gaps, [numbers] bool."""
+    covered = torch.zeros_like(gaps)
+    for place in places:
+        covered[slice(None) if place.of_column is None else place.of_column] = True
+    return not bool((gaps & ~covered).any())
+
+
+def site_values(model: Program, batch: Sequence[Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of the model's sample sites in one run."""
+    with poutine.trace() as tracer, SubstituteValues(given):
+        model(*batch)
+    return {name: node["value"] for name, node in sample_sites(tracer.get_trace())}
+
+
+def rows_first(value: Tensor, s: Structure, name: str) -> Tensor:
+    """A site's value [*inner, N, *event] as numbers of each datum, [N, D]."""
+    return value.movedim(value.dim() - s.event_dims[name] - 1, 0).reshape(value.shape[-1 - s.event_dims[name]], -1)
+
+
+def _numbers_of_columns(value: Tensor, columns: Sequence[Tensor], taken: set[tuple[int, int]]) -> list[Place]:
+    """The places of a site's numbers [N, D] in columns [N, d]; an empty list where one has none.
+
+    Of several equal numbers of the batch, the one after the last found is taken, or the first that no site has yet.
+    """
+    order = [(i, k) for i, c in enumerate(columns) for k in range(c.shape[1])]
+    after = dict(itertools.pairwise(order))
+    found: list[tuple[int, int]] = []
+    for j in range(value.shape[1]):
+        options = _equal_numbers(value[:, j : j + 1], columns)
+        following = after.get(found[-1]) if found else None
+        if following in options:
+            found.append(following)
+            continue
+        free = [place for place in options if place not in taken and place not in found] or options
+        if not free:
+            return []
+        found.append(free[0])
+    taken |= set(found)
+    return [
+        Place(
+            i,
+            torch.tensor([k for c, k in found if c == i], device=value.device),
+            torch.tensor([j for j, (c, _) in enumerate(found) if c == i], device=value.device),
+        )
+        for i in sorted({c for c, _ in found})
+    ]
+
+
+def _equal_numbers(value: Tensor, columns: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(column, position) of the numbers that equal a value [N, 1] where they are known, fully missing ones last."""
+    known: list[tuple[int, int]] = []
+    missing: list[tuple[int, int]] = []
+    for i, column in enumerate(columns):
+        if len(column) != len(value):
+            continue
+        gaps = column.isnan()
+        for k in ((column.to(value) == value) | gaps).all(0).nonzero().flatten().tolist():
+            (missing if bool(gaps[:, k].all()) else known).append((i, k))
+    return known + missing

@@ -137,6 +137,10 @@ class Structure:
         found = [name for name, role in self.model_roles.items() if role is Role.OBSERVED]
         return found[0] if len(found) == 1 else "x"
 
+    def is_discrete(self, name: str) -> bool:
+        """Whether a latent of the guide is discrete: sampled, or summed out."""
+        return name in self.discrete or name in self.enumerated
+
     @property
     def remarks(self) -> tuple[str, ...]:
         """Caveats that every reported log p(x) of this pair carries."""

@@ -96,7 +96,9 @@ def _sizes(name: str, train: Tensor, num_labels: int | None) -> tuple[int, int]:
 def _likelihood(train: Tensor, likelihood: Any, inputs: int, hidden: tuple[int, ...]) -> Module:
     """A likelihood whose network takes z and the label, and starts at the mean of the data."""
     part: Any = build_part("likelihood", likelihood, {"net": Identity()})
-    part.net = nn.mlp(inputs, part.output_shape(tuple(train.shape[1:]))[0], hidden=hidden[::-1])
+    event = tuple(train.shape[1:])
+    outputs = part.output_shape(event) if hasattr(part, "output_shape") else event
+    part.net = nn.mlp(inputs, outputs[0], hidden=hidden[::-1])
     if hasattr(part, "output_for_mean"):
         nn.set_output_bias(part.net, part.output_for_mean(train.double().mean(0)))
     return part

@@ -215,10 +215,24 @@ def _check_parts(vae: VAE, x: Tensor, context: Tensor | None) -> None:
     if fn.event_shape != x.shape[1:]:
         missing = x.dim() - 1 - len(fn.event_shape)
         cure = f"; add .to_event({missing}) to its distribution" if fn.shape() == x.shape and missing > 0 else ""
+        cure = cure or _output_cure(vae.likelihood, fn.event_shape, x.shape[1:])
         raise ContractError(
             f"likelihood {type(vae.likelihood).__name__} does not fit the data: expected the event shape "
             f"{list(x.shape[1:])} of x, found {list(fn.event_shape)}{cure}"
         )
+
+
+def _output_cure(likelihood: nn.Module, found: torch.Size, event: torch.Size) -> str:
+    """The cure for a network with too few outputs, whose likelihood takes several numbers for each of the datum."""
+    if hasattr(likelihood, "output_shape") or found[1:] != event[1:] or not found or not event:
+        return ""
+    times, rest = divmod(event[0], found[0])
+    if times < 2 or rest:
+        return ""
+    return (
+        f"; its network must give {times} numbers for each of x. Where ppvae builds the network, say so in the class: "
+        f"def output_shape(self, event): return torch.Size([{times} * event[0], *event[1:]])"
+    )
 
 
 def _require_distribution(role: str, fn: Any, part: nn.Module) -> Any:

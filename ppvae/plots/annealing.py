@@ -13,7 +13,18 @@ from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.evidence.two_sided import TwoSidedBounds
 from ppvae.evaluation.results import mean_and_error
 from ppvae.plots.estimates import reliability_histogram
-from ppvae.plots.style import BLUE, INK, ORANGE, array, caveat, decimal_log_ticks, number, open_axes, styled
+from ppvae.plots.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    array,
+    caveat,
+    decimal_log_ticks,
+    legend_beside,
+    number,
+    open_axes,
+    styled,
+)
 
 
 @styled
@@ -66,6 +77,7 @@ def bracket(result: Bracket | TwoSidedBounds, *, ax: Any = None) -> Figure:
     gap, lower = array(result.gap), array(result.lower)
     bars = 2 * np.hypot(array(result.lower_std_error), array(result.upper_std_error))
     shown = np.isfinite(gap) & np.isfinite(lower)
+    given = ax
     fig, (ax,) = open_axes(ax, 7.2, 3.4)
     ax.errorbar(lower[shown], gap[shown], yerr=np.nan_to_num(bars[shown]), fmt="o", color=BLUE, markersize=3.5,
                 linewidth=0.7, alpha=0.7, label="a datum")  # fmt: skip
@@ -77,8 +89,8 @@ def bracket(result: Bracket | TwoSidedBounds, *, ax: Any = None) -> Figure:
         ax.axhspan(mean - 2 * error, mean + 2 * error, color=ORANGE, alpha=0.2, linewidth=0)
     ax.axhline(0, color=INK, linewidth=0.8, linestyle=":")
     ax.set_xlabel("log p(x) from below (nats)")
-    ax.set_ylabel("upper − lower bound (nats)")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_ylabel("gap of the bounds (nats)")
+    legend_beside(ax, given)
     caveat(
         ax,
         count_of(int((~shown).sum()), "datum that is", "data that are") + " not finite not shown"

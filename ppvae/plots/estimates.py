@@ -22,6 +22,7 @@ from ppvae.plots.style import (
     caveat,
     decimal_log_ticks,
     legend,
+    legend_beside,
     number,
     open_axes,
     styled,
@@ -36,6 +37,7 @@ def log_px_histogram(estimate: Estimates, *, ax: Any = None) -> Figure:
 
     Of several estimates, {name: estimate}, the outlines of their histograms, and the means of log p(x).
     """
+    given = ax
     fig, (ax,) = open_axes(ax, 7.2, 3.4)
     if isinstance(estimate, Estimate):
         log_px, good = array(estimate.log_px), array(estimate.reliable)
@@ -51,7 +53,7 @@ def log_px_histogram(estimate: Estimates, *, ax: Any = None) -> Figure:
         _outlines(ax, estimate)
     ax.set_xlabel("log p(x) (nats per datum)")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_beside(ax, given)
     return fig
 
 
@@ -111,7 +113,7 @@ def bound_curve(estimate: Estimates, *, ax: Any = None) -> Figure:
     ax.margins(0.06, 0.12)
     decimal_log_ticks(ax.xaxis)
     ax.set_xlabel("number of particles k")
-    ax.set_ylabel(f"bound $L_k$ (nats {'for the whole data set' if named[0][1].joint else 'per datum'})")
+    ax.set_ylabel(f"$L_k$ (nats {'for the whole data set' if named[0][1].joint else 'per datum'})")
     ax.legend(loc="lower right" if single else "best")
     return fig
 

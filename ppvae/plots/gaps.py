@@ -54,5 +54,8 @@ def gap_bars(results: Mapping[str, Gaps], *, ax: Any = None) -> Figure:
     ax.margins(x=0.16)
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0] if ax.get_xlim()[0] < -0.2 * ax.get_xlim()[1] else 0.0))
     ax.set_xlabel("log p(x) − ELBO (nats per datum)")
-    legend(fig, given, [ax], "outside upper left", ncols=2)
+    if given is None:
+        legend(fig, given, [ax], "outside upper left", ncols=2)
+    elif labels:
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=7)
     return fig

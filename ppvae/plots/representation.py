@@ -88,6 +88,6 @@ def rate_distortion(results: Mapping[str, Representation], *, ax: Any = None) ->
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
     ax.set_xlabel("rate (nats per datum)")
-    ax.set_ylabel("distortion (nats per datum)")
+    ax.set_ylabel("distortion (nats)")
     legend(fig, given, [ax], "outside upper left", ncols=2)
     return fig

@@ -107,6 +107,14 @@ def legend(fig: Figure, ax: Any, axes: Sequence[Any], loc: str, **options: Any) 
         axes[0].legend(entries.values(), entries)
 
 
+def legend_beside(ax: Any, given: Any) -> None:
+    """The legend of axes: to their right in a figure of our own; inside them where `ax` was given."""
+    if given is None:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        ax.legend(fontsize=7)
+
+
 def to_png(fig: Figure) -> bytes:
     """The figure as PNG bytes, without metadata that varies."""
     buffer = io.BytesIO()

@@ -48,8 +48,11 @@ class Plane:
 
 
 def explorer(run_data: RunData) -> str:
-    """The HTML of the explorer for the first latent vector. Raises SectionUnavailable where it cannot be."""
-    names = list(run_data.means)
+    """The HTML of the explorer for the first latent vector, a continuous one where there is one.
+
+    Raises SectionUnavailable where it cannot be.
+    """
+    names = sorted(run_data.means, key=run_data.is_discrete)
     if not names:
         raise SectionUnavailable("No latent is a vector of real numbers per datum.")
     if run_data.needs_all_data:
@@ -69,7 +72,7 @@ def _content(run_data: RunData, site: str) -> dict[str, Any]:
     """What the page draws, as JSON values."""
     means = run_data.means[site]
     plane = _plane(means, site)
-    size = math.prod(run_data.columns[0].shape[1:])
+    size = run_data.size
     dims = means.var(0, correction=0).argsort(descending=True)[:MAX_DIMS].tolist()
     decoder = _decoder(run_data, site)
     side = max(6, min(MAX_SIDE, math.isqrt(MAX_VALUES // 8 // size)))
@@ -210,8 +213,8 @@ def _sprite(run_data: RunData, values: Tensor) -> dict[str, Any]:
 
 def _curves(run_data: RunData, values: Tensor) -> dict[str, Any]:
     """All vectors as 16-bit numbers between the limits of each number, or of all where they have no names."""
-    names = getattr(run_data.columns[0], "columns", ())
-    event = tuple(run_data.columns[0].shape[1:])
+    names = run_data.names or getattr(run_data.columns[0], "columns", ())
+    event = (len(names),) if run_data.names else tuple(run_data.columns[0].shape[1:])
     known = torch.where(values.isfinite(), values, torch.nan)
     low = known.nan_to_num(torch.inf).amin(0)
     high = known.nan_to_num(-torch.inf).amax(0)

@@ -14,6 +14,7 @@ from ppvae.data.checks import one_line
 from ppvae.data.loader import as_single_batch, data_digest
 from ppvae.errors import ContractError, PpvaeError, UsageError
 from ppvae.evaluation.estimate import Estimate
+from ppvae.generate.pair import are_table_columns
 from ppvae.inference.device import default_device
 from ppvae.inference.evaluation_mode import evaluation_mode
 from ppvae.inference.inspection import inspect
@@ -49,11 +50,11 @@ class RunData:
         self.run, self.estimate, self.seed = run, estimate, seed
         self.labels = _labels(self.columns, labels)
         self.structure, self.needs_all_data, self.problem = self._inspect()
-        first = self.read(torch.arange(min(200, len(self))))[0]
+        first = self.values(torch.arange(min(200, len(self))))
         low, high = float(first.min()), float(first.max())
         in_unit_interval = low >= 0 and high <= 1
         self.limits = (0.0, 1.0) if in_unit_interval or high == low else (low, high)
-        shape = tuple(getattr(self.columns[0], "event_shape", first.shape[1:]))
+        shape = tuple(first.shape[1:] if self.names else getattr(self.columns[0], "event_shape", first.shape[1:]))
         self.event, self.event_guessed = image_shape(shape, in_unit_interval)
 
     def __len__(self) -> int:
@@ -62,7 +63,8 @@ class RunData:
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The rows of each column; those of a column with missing values keep its marks of them."""
         return tuple(
-            c.read(rows) if hasattr(c, "read") and not c.missing else c[rows.to(c.device)] for c in self.columns
+            c.read(rows) if hasattr(c, "read") and not c.missing and not self.names else c[rows.to(c.device)]
+            for c in self.columns
         )
 
     def batch_of(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Any]:
@@ -71,8 +73,20 @@ class RunData:
             return self.read(torch.arange(len(self))), rows
         return self.read(rows), slice(None)
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the columns of a table, where the pair gets them one by one."""
+        return tuple(c.columns[0] for c in self.columns) if are_table_columns(self.columns) else ()
+
+    @property
+    def has_context(self) -> bool:
+        """Whether the batch has tensors beside the data."""
+        return len(self.columns) > 1 and not self.names
+
     def values(self, rows: Tensor) -> Tensor:
-        return self.read(rows)[0].cpu()
+        """Data as a tensor: the first of the batch, or the table [rows, columns] that the pair gets by columns."""
+        read = self.read(rows)
+        return (torch.stack([c.detach().as_subclass(Tensor) for c in read], 1) if self.names else read[0]).cpu()
 
     def like_data(self, values: Tensor, lead: int = 1) -> Tensor:
         """Generated values on the CPU; `lead` dims come before the event.
@@ -80,7 +94,7 @@ class RunData:
         Raises:
             SectionUnavailable: an event of the values has another size than a datum.
         """
-        values, size = values.cpu(), math.prod(self.columns[0].shape[1:])
+        values, size = values.cpu(), self.size
         if math.prod(values.shape[lead:]) != size:
             shape = list(values.shape[lead:])
             raise SectionUnavailable(
@@ -89,12 +103,21 @@ class RunData:
         return values
 
     @property
+    def size(self) -> int:
+        """Numbers of a datum."""
+        return len(self.names) or math.prod(self.columns[0].shape[1:])
+
+    @property
     def means(self) -> Mapping[str, Tensor]:
         """The guide's mean of each latent that is a number or a vector per datum, {site: [first rows, D]}."""
         means, reason = self._means
         if reason:
             raise SectionUnavailable(reason)
         return means
+
+    def is_discrete(self, site: str) -> bool:
+        """Whether a latent is discrete."""
+        return self.structure is not None and self.structure.is_discrete(site)
 
     @functools.cached_property
     def _means(self) -> tuple[dict[str, Tensor], str]:

@@ -23,7 +23,7 @@ def samples(run_data: RunData, count: int = 64) -> CaptionedFigure:
     batch, _ = run_data.batch_of(torch.arange(min(count, len(run_data))))
     generated = generate.samples(run.model, run.guide, batch, count, mean=is_image, seed=run_data.seed)
     generated = run_data.like_data(generated)
-    condition = ", each conditioned on the other columns of one of the first data" if len(run_data.columns) > 1 else ""
+    condition = ", each conditioned on the other columns of one of the first data" if run_data.has_context else ""
     if is_image:
         return CaptionedFigure(
             image_grid(run_data, generated),
@@ -126,6 +126,8 @@ def _interpolation_pairs(run_data: RunData, count: int) -> tuple[Tensor, Tensor]
 def traversals(run_data: RunData, site: str) -> CaptionedFigure:
     """One dim of a latent at a time over a range of values, the most active dims first."""
     run, variance = run_data.run, run_data.means[site].var(0, correction=0)
+    if run_data.is_discrete(site):
+        return _discrete_traversals(run_data, site)
     dims = variance.argsort(descending=True)[:MAX_DIMS].tolist()
     batch, _ = run_data.batch_of(torch.arange(1))
     generated = generate.traversals(
@@ -141,6 +143,25 @@ def traversals(run_data: RunData, site: str) -> CaptionedFigure:
         f"datum 0. Look for rows without change: dims that the decoder does not use. Dims{shown} are in order of the "
         f"variance of their posterior mean ({side}); {active_dims(run_data, site)} are active (variance above "
         f"{ACTIVE})."
+    )
+    if run_data.event is not None:
+        figure = image_grid(run_data, generated, row_titles=titles, col_titles=steps)
+    else:
+        rows = zip(titles, generated, strict=True)
+        figure = plots.parallel_coordinates({title: dict(zip(steps, row, strict=True)) for title, row in rows})
+    return CaptionedFigure(figure, caption, generated)
+
+
+def _discrete_traversals(run_data: RunData, site: str) -> CaptionedFigure:
+    """A discrete latent through its values: a row for each dim, or one of all classes."""
+    run, (batch, _) = run_data.run, run_data.batch_of(torch.arange(1))
+    generated = generate.traversals(run.model, run.guide, batch, site=site, seed=run_data.seed)
+    generated = run_data.like_data(generated, lead=2)[:MAX_DIMS]
+    titles = [f"{site}[{d}]" for d in range(len(generated))] if len(generated) > 1 else [site]
+    steps = [str(value) for value in range(generated.shape[1])]
+    caption = (
+        f"Means of p(x | z) as the discrete latent {site} goes through its values, other latents at the posterior mean "
+        "of datum 0. Look for values that give the same: the decoder does not tell them apart."
     )
     if run_data.event is not None:
         figure = image_grid(run_data, generated, row_titles=titles, col_titles=steps)

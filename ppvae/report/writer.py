@@ -107,10 +107,11 @@ def write_generated(
         for suffix, content in (("png", plots.to_png(section.content.figure)), ("npy", buffer.getvalue())):
             paths.append(folder / f"{section.key}.{suffix}")
             _write(paths[-1], content)
-    if getattr(run_data.columns[0], "missing", False):
+    columns = dict(zip(run_data.names, run_data.columns, strict=True)) if run_data.names else run_data.columns
+    if any(getattr(column, "missing", False) for column in run_data.columns):
         try:
             buffer = io.BytesIO()
-            np.savez(buffer, **impute(run.model, run.guide, run_data.columns, seed=seed).arrays())
+            np.savez(buffer, **impute(run.model, run.guide, columns, seed=seed).arrays())
             paths.append(folder / "imputations.npz")
             _write(paths[-1], buffer.getvalue())
         except PpvaeError as error:

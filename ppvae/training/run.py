@@ -86,6 +86,17 @@ class Run:
         return self.history[-1] if self.history else {}
 
     @property
+    def pair(self) -> Any:
+        """The object whose method the model is, with its other methods, such as a `VAE` or `SemiSupervisedVAE`.
+
+        Raises UsageError for a model that is a plain function.
+        """
+        owner = getattr(self.model.function, "__self__", None)
+        if owner is None:
+            raise UsageError(f"pair: expected a model that is the method of an object, found {self.model.__name__!r}")
+        return owner
+
+    @property
     def origin(self) -> dict[str, str]:
         """The identity of run and checkpoint, as results of the run carry it; empty where there is none."""
         found = {RUN_ID: self.config.get(RUN_ID, ""), CHECKPOINT: self.checkpoint}

@@ -286,3 +286,37 @@ def test_a_factory_may_name_its_objective(folder, capsys):
     options = ["--binarize", "none", "--components", "2", "--epochs", "1", "--no-report", "--name", "mixture"]
     assert main(["fit", "ppvae.models:gaussian_mixture", *options]) == 0, capsys.readouterr().err
     assert json.loads((folder / "runs/mixture/config.json").read_text())["fit"]["objective"].startswith("ELBO")
+
+
+TWO_BLOCKS = '''
+import pyro.distributions as dist
+import torch
+
+
+class Learned(torch.nn.Module):
+    """A normal likelihood whose network gives mean and log-scale of each number."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    {cure}
+
+    def forward(self, z):
+        loc, log_scale = self.net(z).chunk(2, -1)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+'''
+
+
+@pytest.mark.parametrize("pair", ["vae", "conditional_vae --labels"])
+def test_a_likelihood_of_two_blocks_says_how_many_outputs_it_takes(pair, folder, capsys):
+    """The cure of the message, followed."""
+    (folder / "blocks.py").write_text(TWO_BLOCKS.format(cure=""))
+    fit = ["fit", *f"ppvae.models:{pair}".split(), "--binarize", "none", "--likelihood", "blocks.py:Learned"]
+    fit += ["--epochs", "1", "--no-report"]
+    assert main(fit) == 1
+    error = capsys.readouterr().err
+    assert "expected the event shape [64] of x, found [32]; its network must give 2 numbers for each of x" in error
+    cure = re.search(r"def output_shape\(self, event\): return torch.Size\(\[2 \* event\[0\], \*event\[1:\]\]\)", error)
+    (folder / "blocks.py").write_text(TWO_BLOCKS.format(cure=cure[0]))
+    assert main(fit) == 0

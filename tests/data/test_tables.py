@@ -139,3 +139,10 @@ def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypat
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="pip install pyarrow"):
         data.load(tmp_path / "x.parquet")
+
+
+def test_an_empty_cell_is_named_by_its_column(tmp_path):
+    path = tmp_path / "people.csv"
+    path.write_text("age,visits\n40.5,1\n41.5,\n39.5,2\n38,1\n")
+    with pytest.raises(DataError, match=r"row 1, column 1 \('visits'\) is nan"):
+        data.load(path)

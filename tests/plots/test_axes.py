@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from ppvae import plots
 from ppvae.errors import UsageError
@@ -131,3 +132,31 @@ def test_a_figure_of_a_comparison_holds_no_warnings(results):
     texts = [t.get_text() for t in fig.axes[0].texts]
     assert not any("warning" in t for t in texts)
     assert "see the table" in plots.notes(fig)[0]
+
+
+def texts_outside(fig: Figure) -> list[str]:
+    """The texts, tick labels aside, that leave the figure by more than a pixel."""
+    fig.draw_without_rendering()
+    ticks = {id(t) for ax in fig.axes for t in (*ax.get_xticklabels(), *ax.get_yticklabels())}
+    shown = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in ticks]
+    frames = {t.get_text(): t.get_window_extent() for t in shown}
+    width, height = fig.bbox.size
+    return [
+        words for words, b in frames.items() if min(b.x0, b.y0) < -1 or b.x1 > width + 1 or b.y1 > height + 1
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, (panels, _) in PLOTS.items() if panels == 1])
+def test_texts_stay_in_a_figure_of_a_paper_column(results, name):
+    fig = Figure(figsize=(3.3, 2.2), layout="constrained")
+    PLOTS[name][1](results, fig.subplots())
+    assert texts_outside(fig) == []
+
+
+@pytest.mark.parametrize("second", ["differences", "log_px_histogram", "bound_curve", "gap_bars"])
+def test_texts_stay_in_a_figure_of_two_panels(results, second):
+    fig = Figure(figsize=(7, 2.5), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    PLOTS["differences"][1](results, left)
+    PLOTS[second][1](results, right)
+    assert texts_outside(fig) == []

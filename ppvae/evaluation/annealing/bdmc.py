@@ -24,6 +24,8 @@ from ppvae.inference.tracing import Program
 
 HOLDS_FOR = "it certifies these settings on data simulated from the model, and says nothing of other data"
 
+IN_THE_MODEL = "enumerate it in the model if the pair is your own; log p(x) stands without a bracket"
+
 
 @dataclass(frozen=True)
 class Bracket(SaveableResult):
@@ -168,7 +170,7 @@ def check_reversible(s: Structure) -> None:
             raise site_error(
                 name, "a guide that samples the latents themselves, to start a chain at given ones",
                 "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
-                "use start='prior'" if role is Role.AUXILIARY else "enumerate it in the model instead",
+                "use start='prior'" if role is Role.AUXILIARY else IN_THE_MODEL,
             )  # fmt: skip
 
 
