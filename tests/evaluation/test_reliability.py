@@ -56,7 +56,10 @@ def test_reasons_are_apart_and_add_up_to_what_is_not_reliable():
 
 
 def test_what_is_advised_on_weights_that_are_not_finite_holds():
-    """A draw of the tails of a refined proposal, a = -109, makes exp(a) zero in float32, and the density NaN."""
+    """A draw of the tails of a refined proposal, a < -104, makes exp(a) zero in float32, and the density NaN.
+
+    About a third of all seeds have one: none of 20 has with a probability of 3e-4.
+    """
     x, options = torch.tensor([0.5]), {"num_particles": 20_000, "proposal": "refined"}
 
     def bounded(x):
@@ -65,8 +68,9 @@ def test_what_is_advised_on_weights_that_are_not_finite_holds():
             b = pyro.sample("b", dist.Normal(0.0, a.exp().clamp(min=1e-15)))
             pyro.sample("x", dist.Normal(b, 0.3), obs=x)
 
-    broken = log_marginal(funnel, funnel_guide, x, **options)
-    assert broken.nonfinite.item() == 1
+    runs = (log_marginal(funnel, funnel_guide, x, seed=seed, **options) for seed in range(20))
+    broken = next(est for est in runs if est.nonfinite.item())
+    options["seed"] = broken.seed
     assert not broken.reliable.item()
     assert "a scale underflows to 0" in broken.reliability.recommendation
     for model, at in ((bounded, x), (funnel, x.double())):

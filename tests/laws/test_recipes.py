@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -56,9 +57,11 @@ def joined(kind: str, source: str) -> Iterator[tuple[str, Laws]]:
 
 
 @pytest.mark.parametrize("kind", ROOMS)
-def test_a_part_written_by_the_recipe_obeys_the_laws(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_written_by_the_recipe_obeys_the_laws(
+    kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     with joined(kind, recipe(ROOMS[kind][0])) as (name, law):
-        asked = law.hold(name, caplog=caplog)
+        asked = law.hold(name, caplog=caplog, tmp_path=tmp_path)
     assert len(asked) == len(set(asked)) >= ROOMS[kind][-1]
 
 

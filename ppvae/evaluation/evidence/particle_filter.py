@@ -24,7 +24,7 @@ from ppvae.inference.sequences.particle_filter import LONGEST_WINDOW, FilterResu
 from ppvae.inference.sequences.steps import beyond_end, require_sequence, steps_of
 from ppvae.inference.sequences.windows import find_dependence
 from ppvae.inference.structure import Role
-from ppvae.inference.terms import evaluate_terms
+from ppvae.inference.terms import Terms, evaluate_terms
 from ppvae.inference.tracing import Program
 from ppvae.rng import derive_seed, seed_all
 
@@ -111,7 +111,8 @@ class FilterBlocks:
     def __call__(self, block: Block) -> dict[str, Tensor]:
         rows = torch.arange(block.size, device="cpu").repeat(NUM_FILTERS)
         runs = rows.split(self._num_rows(block))
-        parts = concatenate([self._statistics(block, part, i) for i, part in enumerate(runs)])
+        width = len(runs[0])
+        parts = concatenate([self._statistics(block, part, i, i * width) for i, part in enumerate(runs)])
         by_filter = {n: value.unflatten(0, (NUM_FILTERS, block.size)) for n, value in parts.items()}
         filters = LogWeightAccumulator(NUM_FILTERS, (), block.eps)
         filters.add(by_filter["log_px"], by_filter["elbo"])
@@ -148,7 +149,7 @@ class FilterBlocks:
             dependence=dependence,
         )  # fmt: skip
 
-    def _elbo(self, block: Block, rows: Tensor, number: int, steps: int) -> tuple[Tensor, Tensor]:
+    def _elbo(self, block: Block, rows: Tensor, number: int, first: int, steps: int) -> tuple[Tensor, Tensor]:
         """(the ELBO of each of these rows, by a filter's number of draws, some at a time; their steps `beyond_end`)."""
         run = self.run
         part, _ = block.select_rows(rows)
@@ -158,16 +159,26 @@ class FilterBlocks:
         for start in range(0, self.num_particles, together):
             size = min(together, self.num_particles - start)
             t = evaluate_terms(run.model, run.guide, part.batch, size, structure=run.structure, index=part.index)
-            if number == start == 0:
-                block.check_supports(t)
             if start == 0:
+                self._check_supports(block, rows, first, t)
                 ended = beyond_end(t, steps_of(t))
             total = total + t.elbo.sum(0)
         return total / self.num_particles, ended
 
-    def _statistics(self, block: Block, rows: Tensor, number: int) -> dict[str, Tensor]:
+    def _check_supports(self, block: Block, rows: Tensor, first: int, t: Terms) -> None:
+        """Checks the data that no run before this one had; `first` rows, of all filters in turn, were before it."""
+        if first >= block.size:
+            return
+        part, _ = block.select_rows(rows[: block.size - first])
+        if part is not block:
+            part.start = block.start + first
+        part.check_supports(t)
+        if part is not block:
+            block.num_missing += part.num_missing
+
+    def _statistics(self, block: Block, rows: Tensor, number: int, first: int) -> dict[str, Tensor]:
         f = self._filter(block, rows, number)
-        elbo, ended = self._elbo(block, rows, number, len(f.ess))
+        elbo, ended = self._elbo(block, rows, number, first, len(f.ess))
         found = {
             "log_px": f.log_px, "elbo": elbo, "ess_by_step": f.ess.T, "ended": ended.T,
             "resampled": f.resampled.double(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppvae import log_marginal
-from ppvae.errors import ContractError, UsageError
+from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation import load_estimate
 from ppvae.evaluation.reliability import NUM_FILTERS, assess_filters
 from ppvae.inference.inspection import inspect
@@ -217,3 +217,61 @@ def test_no_effective_particles_beyond_the_end():
     alone = filtered(*linear_pair(), x, num_particles=200)
     assert alone.ess_by_step is not None
     assert not bool(alone.ess_by_step.isnan().any())
+
+
+@pytest.mark.parametrize("count", [7, 16])
+def test_runs_of_fewer_rows_count_what_a_mask_leaves_out(count: int, monkeypatch: pytest.MonkeyPatch):
+    """Where particles are many, a run has a part of the rows: log p(x) and dims are as with all of them."""
+    pair, x = linear_pair(), draw_linear(count, 6, seed=2)
+    whole = filtered(*pair, x, num_particles=1000)
+    monkeypatch.setattr("ppvae.evaluation.evidence.particle_filter.PARTICLE_BLOCK", 10)  # 5 rows in a run
+    est = filtered(*pair, x, num_particles=1000)
+    assert bool(((est.log_px - kalman(x)).abs() < 6 * est.std_error).all())
+    assert est.dims == whole.dims == 6
+
+
+def masked_pair():
+    """Steps of a random walk, of which a datum has the first `lengths`."""
+
+    def model(x, lengths):
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                with pyro.poutine.mask(mask=t < lengths):
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def guide(x, lengths):
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+
+    return model, guide
+
+
+def test_masked_steps_in_runs_of_fewer_rows(monkeypatch: pytest.MonkeyPatch):
+    x, lengths = torch.zeros(13, 4), torch.arange(13) % 4 + 1
+    monkeypatch.setattr("ppvae.evaluation.evidence.particle_filter.PARTICLE_BLOCK", 10)
+    est = filtered(*masked_pair(), (x, lengths), num_particles=1000)
+    assert est.dims == pytest.approx(float(lengths.double().mean()))
+
+
+def test_a_value_out_of_support_is_named_by_its_row_in_a_later_run(monkeypatch: pytest.MonkeyPatch):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"x_{t}", dist.Exponential(z.exp()), obs=x[:, t])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for t in pyro.markov(range(x.shape[1])):
+                pyro.sample(f"z_{t}", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    x = torch.ones(12, 3)
+    x[9, 1] = -1.0
+    monkeypatch.setattr("ppvae.evaluation.evidence.particle_filter.PARTICLE_BLOCK", 10)
+    with pytest.raises((ContractError, DataError), match="row 9"):
+        filtered(model, guide, x, num_particles=1000)
