@@ -172,10 +172,13 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
             "the * before them in model and guide"
         )
     wanted = f"; the model's arguments are {', '.join(names)}" if names else ""
-    raise UsageError(
-        f"{name}: a dict with {', '.join(map(repr, data)) or 'nothing'}{wanted}: pass a tuple of its columns in the "
-        "order of those arguments"
-    )
+    absent, further = ([repr(n) for n in a if n not in b] for a, b in ((names[:required], data), (data, names)))
+    cure = "pass a tuple of its columns in the order of those arguments"
+    if names and absent and len(data) < required:
+        cure = f"add {', '.join(absent)}, or leave out the argument of model and guide"
+    elif names and further and len(data) > most:
+        cure = f"leave {', '.join(further)} out"
+    raise UsageError(f"{name}: a dict with {', '.join(map(repr, data)) or 'nothing'}{wanted}: {cure}")
 
 
 def column_names(data: Any, program: Callable[..., Any] | None) -> tuple[str, ...]:

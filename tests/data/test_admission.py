@@ -391,3 +391,19 @@ def test_a_gap_in_a_column_with_a_name_is_placed_by_the_name():
     columns = {"visits": torch.ones(5), "age": torch.tensor([1.0, math.nan, 1.0, 1.0, 1.0])}
     with pytest.raises(DataError, match=r"data\['age'\]: row 1 is nan.*with_missing"):
         log_marginal(model, lambda age, visits: None, columns)
+
+
+@pytest.mark.parametrize(
+    ("names", "cure"),
+    [
+        ("ab", r"the model's arguments are a, b, c: add 'c', or leave out the argument of model and guide$"),
+        ("abcd", r"leave 'd' out$"),
+        ("uvw", r"pass a tuple of its columns in the order of those arguments$"),
+    ],
+)
+def test_a_dict_that_does_not_fit_the_arguments_names_the_columns(names, cure):
+    def model(a, b, c):
+        raise AssertionError
+
+    with pytest.raises(UsageError, match=cure):
+        admit({name: torch.zeros(3) for name in names}, "data", model)
