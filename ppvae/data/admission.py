@@ -176,7 +176,7 @@ def _from_mapping(data: Mapping[Any, Any], name: str, program: Callable[..., Any
     cure = "pass a tuple of its columns in the order of those arguments"
     if names and absent and len(data) < required:
         cure = f"add {', '.join(absent)}, or leave out the argument of model and guide"
-    elif names and further and len(data) > most:
+    elif further and not absent and len(data) > most:
         cure = f"leave {', '.join(further)} out"
     raise UsageError(f"{name}: a dict with {', '.join(map(repr, data)) or 'nothing'}{wanted}: {cure}")
 
