@@ -54,7 +54,9 @@ FIT = ["fit", "own.py:people", "--data", "people.csv", "--missing", "--epochs", 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "split"), [(BY_NAME, "pass"), ("x", f"{TABLE} = x.unbind(-1)")], ids=["by name", "one tensor"]
+    ("arguments", "split"),
+    [(BY_NAME, "pass"), pytest.param("x", f"{TABLE} = x.unbind(-1)", marks=pytest.mark.slow)],
+    ids=["by name", "one tensor"],
 )
 def test_a_table_of_ones_own_pair(arguments, split, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)

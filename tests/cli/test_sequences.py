@@ -33,6 +33,7 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "pairs.py").write_text(PAIR)
 
 
+@pytest.mark.slow
 def test_a_run_of_sequences_is_evaluated_and_generates(capsys):
     place = ("--no-flat", "--epochs", "1", "--name", "run", "--no-report")
     assert main([*FIT, *place]) == 0

@@ -41,6 +41,7 @@ def test_a_refined_ridge_is_reliable_and_right(name):
     assert abs(found["error"]) < 1e-2
 
 
+@pytest.mark.slow
 def test_what_refinement_leaves_open_is_annealed_and_right():
     found = measure("funnel, 2 dims", "auto", 400, 20, simulated=0)
     assert found["reliable"] >= 0.8

@@ -543,6 +543,7 @@ def pair(train, latent: int = 2):
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_table_with_gaps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pair.py").write_text(PAIR)

@@ -68,7 +68,9 @@ def test_the_result_does_not_depend_on_rows():
 
 
 @pytest.mark.parametrize(
-    ("values", "copies", "most"), [((0.1, 0.3), 30, 60), ((-6.0, 6.0), 75, 100)], ids=["all annealed", "few"]
+    ("values", "copies", "most"),
+    [pytest.param((0.1, 0.3), 30, 60, marks=pytest.mark.slow), ((-6.0, 6.0), 75, 100)],
+    ids=["all annealed", "few"],
 )
 def test_p_x_stays_unbiased_where_the_method_is_chosen_by_datum(values, copies, most):
     """Copies of two data, each with its own noise, some annealed: six standard errors fail with p = 2e-9."""

@@ -44,6 +44,7 @@ def test_a_linear_gaussian_interval_is_narrow_and_holds_the_truth(tmp_path):
     assert plots.bracket(found).axes
 
 
+@pytest.mark.slow
 def test_a_funnel_is_held_between_its_bounds():
     """Annealed in both directions: six standard errors of each bound, and the mean within three."""
     x = torch.tensor([-0.6, -0.3, -0.1, 0.1, 0.3, 0.6])

@@ -110,7 +110,7 @@ def test_arvizs_correction_for_approximate_posteriors_is_the_same():
     torch.testing.assert_close(result.elpd, torch.tensor(theirs.elpd_i.values), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("build", [normal_mean, regression])
+@pytest.mark.parametrize("build", [normal_mean, pytest.param(regression, marks=pytest.mark.slow)])
 def test_waic_is_near_leave_one_out(build):
     c = build()
     ours = waic(*c.pair, c.batch, num_particles=2000, local_particles=100)
