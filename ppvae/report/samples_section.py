@@ -1,6 +1,7 @@
 """Sections on what a trained pair generates, and on where its guide places the data in latent space."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,12 +145,15 @@ def traversals(run_data: RunData, site: str) -> CaptionedFigure:
         f"variance of their posterior mean ({side}); {active_dims(run_data, site)} are active (variance above "
         f"{ACTIVE})."
     )
+    return CaptionedFigure(_draw_traversals(run_data, generated, titles, steps), caption, generated)
+
+
+def _draw_traversals(run_data: RunData, generated: Tensor, titles: list[str], steps: list[str]) -> Any:
+    """A row of pictures, or of profiles, for each title, with a column for each step."""
     if run_data.event is not None:
-        figure = image_grid(run_data, generated, row_titles=titles, col_titles=steps)
-    else:
-        rows = zip(titles, generated, strict=True)
-        figure = plots.parallel_coordinates({title: dict(zip(steps, row, strict=True)) for title, row in rows})
-    return CaptionedFigure(figure, caption, generated)
+        return image_grid(run_data, generated, row_titles=titles, col_titles=steps)
+    rows = zip(titles, generated, strict=True)
+    return plots.parallel_coordinates({title: dict(zip(steps, row, strict=True)) for title, row in rows})
 
 
 def _discrete_traversals(run_data: RunData, site: str) -> CaptionedFigure:
@@ -163,12 +167,7 @@ def _discrete_traversals(run_data: RunData, site: str) -> CaptionedFigure:
         f"Means of p(x | z) as the discrete latent {site} goes through its values, other latents at the posterior mean "
         "of datum 0. Look for values that give the same: the decoder does not tell them apart."
     )
-    if run_data.event is not None:
-        figure = image_grid(run_data, generated, row_titles=titles, col_titles=steps)
-    else:
-        rows = zip(titles, generated, strict=True)
-        figure = plots.parallel_coordinates({title: dict(zip(steps, row, strict=True)) for title, row in rows})
-    return CaptionedFigure(figure, caption, generated)
+    return CaptionedFigure(_draw_traversals(run_data, generated, titles, steps), caption, generated)
 
 
 def active_dims(run_data: RunData, site: str) -> str:
