@@ -210,7 +210,7 @@ def sum_of_softplus(x: Tensor, target: Tensor | None, first: int, sign: float = 
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions, with our own for the operations of log(1 + exp(x))."""
+    """Inductor's decompositions, with our own for NaN and for the operations of log(1 + exp(x))."""
     from torch._inductor.decomposition import select_decomp_table
 
     aten = torch.ops.aten
@@ -219,6 +219,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         aten.softplus.default: softplus,
         aten.softplus_backward.default: softplus_backward,
         aten.log_sigmoid_forward.default: log_sigmoid,
+        aten.isnan.default: isnan,
     }
     theirs = select_decomp_table()
     return {**theirs, **{op: _on_cpu(fast, theirs.get(op)) for op, fast in ours.items()}}
@@ -263,6 +264,11 @@ def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """(log sigmoid(x), exp(-|x|) for the gradient)."""
     return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
+
+
+def isnan(x: Tensor) -> Tensor:
+    """Whether numbers are NaN, by a vectorised comparison; inductor would ask of one number after the other."""
+    return x != x  # noqa: PLR0124
 
 
 def _exp(x: Tensor) -> Tensor:
