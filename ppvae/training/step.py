@@ -74,14 +74,13 @@ class TrainingStep:
         except (ValueError, RuntimeError, IndexError) as error:
             words = " ".join(str(error).split())[:160]
             raise self._step_error(batch, rows, epoch, rng_state, words, failed=True) from error
-        trained = [p for p in self.svi.params if p.grad is not None]
-        grads = [p.grad for p in trained]
+        grads = [p.grad for p in self.svi.params if p.grad is not None]
         if not self.synchronous:
             return loss, self._update_unchecked(grads, represented)
         loss = float(loss)
         if not math.isfinite(loss):
             raise self._step_error(batch, rows, epoch, rng_state, f"the loss is {loss}", failed=False)
-        native = self.svi.native_adam(trained)
+        native = self.svi.native_adam([p for p in self.svi.params if p.grad is not None])
         norm = 0.0
         if grads:
             norm = (native.norm() if native else float(torch.nn.utils.get_total_norm(grads))) / represented

@@ -65,8 +65,9 @@ class MultiTensorSteps:
         """One optimizer of several parameters, with the state and settings of their own."""
         ids = tuple(id(p) for p, _ in members)
         first = members[0][1]
+        kind: Any = type(first)
         if ids not in self._joint:
-            self._joint[ids] = FusedAdam(type(first)([p for p, _ in members]))
+            self._joint[ids] = FusedAdam(kind([p for p, _ in members]))
         joint = self._joint[ids].optimizer
         joint.param_groups[0] |= {k: v for k, v in first.param_groups[0].items() if k != "params"}
         joint.param_groups[0]["fused"] = fused or None
