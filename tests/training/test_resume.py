@@ -119,6 +119,22 @@ def test_killed_at_a_random_moment(order, whole, tmp_path, trial):
     check_same(folder, result, whole)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_that_is_killed_ends_with_the_same_bits(order, tmp_path):
+    """SIGKILL in the middle of an epoch of steps between which nothing but tensors is looked at."""
+    ends = {}
+    for name, kill in (("whole", {}), ("killed", {"kill": {"epoch": 4, "after": 0.002}})):
+        settings = {"compile": True, "clip": 0.5}
+        ended, result = order(tmp_path / name, **settings, **kill)
+        if kill:
+            assert ended["killed"]
+            ended, result = order(tmp_path / name, resume=True, noise=9, **settings)
+        assert ended == {"killed": False, "status": 0}, result
+        ends[name] = result, checkpoint.read(tmp_path / name / "checkpoints")
+    assert ends["whole"][1]["kernels"] == "compiled"
+    assert equal(ends["whole"], ends["killed"])
+
+
 def test_resumed_in_a_process_that_knows_nothing(order, whole, tmp_path):
     """Not a fork: a fresh interpreter."""
     folder, result = tmp_path / "run", tmp_path / "result.json"
