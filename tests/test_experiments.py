@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from experiments import cells, gpu, readme
 from experiments.bench import SMOKE
+from ppvae.training import checkpoint
 
 OTHERS = {
     "__init__",
@@ -24,6 +26,7 @@ OTHERS = {
     "soak",
     "published_rows",
     "release",
+    "weights",
     "gpu",
     "scaling",
     "streaming",
@@ -168,22 +171,73 @@ def test_estimates_of_the_first_data_carry_over_to_all(tmp_path):
     assert sum(found["groups"]) / len(found["groups"]) == pytest.approx(-found["nll"], abs=1e-4)
 
 
+SMALL = ["--data", "digits", "--epochs", "2", "--hidden", "8", "8", "--num-refined", "20"]
+SMALL += ["--refined-particles", "50", "--coarse-particles", "50"]
+
+
 @pytest.mark.slow
-def test_a_released_run_evaluates_to_the_figures_of_its_row(tmp_path, monkeypatch, capsys):
+def test_rows_continue_kept_stages_and_again_trains_them(tmp_path, monkeypatch):
+    """A clone has the results and no runs: a chain's first stage is its kept one, to the last bit; `--again` reads no
+    kept weights, here damaged ones."""
+    from experiments import published
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    published.main(["--only", "1-VAE-1", *SMALL])
+    kept = tmp_path / "results" / "published" / "weights"
+    (first,) = kept.iterdir()
+    held = checkpoint.read(first / "checkpoints")
+    assert held["optimizer"] is held["row"] is None
+    assert {p.dtype for p in held["state"]["params"].values()} == {torch.float32}
+    before = {path.name: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    os.rename("runs", "elsewhere")  # a stage that ran again would have other seconds in its metrics
+    published.main(["--only", "1-IWAE-5", *SMALL])
+    assert {path.name: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    (second,) = set(kept.iterdir()) - {first}
+    of_chain = published.load(tmp_path / "runs" / "experiments" / "published" / "stages" / first.name)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(of_chain.model.scope.params.values(), held["state"]["params"].values(), strict=True)
+    )
+    (cell,) = (tmp_path / "results" / "published").glob("1-IWAE-5*.json")
+    stored = json.loads(cell.read_text())["result"]
+    assert stored["epochs"] == 4  # of both stages
+    assert published.load(second).metrics["valid_elbo"] == stored["valid_elbo"]
+
+    for path in first.glob("checkpoints/*.pt"):
+        path.write_bytes(b"damaged")
+    published.main(["--again", "1-VAE-1", *SMALL])
+    (again,) = (tmp_path / "runs" / "again" / "published" / "stages").iterdir()
+    assert checkpoint.read(again / "checkpoints")["optimizer"] is not None  # trained here
+    assert first.name == again.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["frey", "2-VAE-1"])
+def test_a_released_run_evaluates_to_the_figures_of_its_row(row, tmp_path, monkeypatch, capsys):
     from experiments import published, release
     from ppvae.cli.main import main
     from ppvae.evaluation import load_estimate
 
     monkeypatch.chdir(tmp_path)
-    published.main(["--smoke", "--rows", "frey"])
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "trained"))
+    published.main(["--smoke", "--rows", row])
+    shutil.rmtree("runs/smoke/published/stages")  # as in a clone, and by a user who has trained nothing
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "cloned"))
     release.main(["--smoke", "--to", "release"])
-    argv = ["evaluate", "release/frey-0", "--head", "20", "--num-particles", "50", "--guide-particles", "50"]
+    argv = ["evaluate", f"release/{row}-0", "--head", "20", "--num-particles", "50", "--guide-particles", "50"]
     assert main([*argv, "--bracket", "0", "--no-report"]) == 0
-    cell = json.loads(Path("release/frey-0/published.json").read_text())["result"]
-    est = load_estimate("release/frey-0/results/log_marginal.json")
+    cell = json.loads(Path(f"release/{row}-0/published.json").read_text())["result"]
+    est = load_estimate(f"release/{row}-0/results/log_marginal.json")
     assert est.nll == pytest.approx(cell["refined_first"], abs=1e-6)
     assert est.guide_estimate.nll == pytest.approx(cell["first"], abs=1e-6)
     assert f"{cell['refined_first']:.3f}" in capsys.readouterr().out
+    (path,) = Path("runs/smoke/published").glob("*.json")
+    other = json.loads(path.read_text())
+    other["result"]["valid_elbo"] += 1e-9
+    path.write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match=f"is not the run of {row}-0"):
+        release.main(["--smoke", "--to", "release"])
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from ppvae.storage import read_bytes, sha256, write_bytes
 POINTER = "last"  # the file that holds the name of the last checkpoint
 ENTRIES: Mapping[str, tuple[type, ...]] = {
     "state": (dict,), "epoch": (int,), "step": (int,), "history": (list,), "best": (dict, NoneType),
-    "finished": (bool,), "stopped": (bool,), "optimizer": (dict,), "scheduler": (dict, NoneType), "settings": (dict,),
+    "finished": (bool,), "stopped": (bool,), "optimizer": (dict, NoneType), "scheduler": (dict, NoneType),
+    "settings": (dict,),
 }  # fmt: skip
 
 
@@ -109,6 +110,25 @@ def read_with_digest(folder: Path) -> tuple[str, dict[str, Any]]:
     if where := find_nan(state):
         raise CheckpointError(f"{path}: {where} is NaN. Train again, with a smaller learning rate, or restore a copy")
     return digest, state
+
+
+def parameters_alone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a finished run with the parameters that `fit` returned, without what further training needs.
+
+    It is saved, loaded and evaluated as any other; `fit(resume=True)` returns the run, and refuses more epochs. The
+    first row of the data, on which `load` runs the pair, stays.
+
+    Raises:
+        CheckpointError: the run is not finished.
+    """
+    if not state["finished"]:
+        raise CheckpointError(
+            f"the run stopped at epoch {state['epoch']}: expected a finished one, whose parameters are kept alone"
+        )
+    best = state["best"] if state["settings"].get("patience") is not None else None
+    returned = best["state"] if best else state["state"]  # one copy of them in the file
+    nothing = dict.fromkeys(("optimizer", "scheduler", "objective"))
+    return {**state, **nothing, "state": returned, "best": best and {**best, "state": returned}}
 
 
 def _wrong_entry(state: Any) -> str:
