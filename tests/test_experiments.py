@@ -134,6 +134,50 @@ def test_a_cell_that_needs_an_absent_package_is_skipped_by_name(tmp_path, monkey
     ]
 
 
+class OfScvi(torch.nn.Module):
+    """What `peers.pair_of_scvi` reads of the module of scvi-tools, with linear networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_latent, self.shares = 2, torch.nn.Linear(2, 4)
+        self.px_r = torch.nn.Parameter(torch.randn(4))
+        self.q_z, self.q_library = torch.nn.Linear(4, 2), torch.nn.Linear(4, 1)
+        self.register_buffer("library_log_means", torch.tensor([[2.0]]))
+        self.register_buffer("library_log_vars", torch.tensor([[0.25]]))
+
+    def decoder(self, dispersion, z, library, batch):
+        shares = self.shares(z).softmax(-1)
+        return shares, None, library.exp() * shares, None
+
+    def z_encoder(self, x, batch):
+        return torch.distributions.Normal(self.q_z(x), 0.5), None
+
+    def l_encoder(self, x, batch):
+        return torch.distributions.Normal(self.q_library(x), 0.1), None
+
+
+def test_log_weights_of_a_module_of_scvi_are_those_of_scipy():
+    """log p(z) + log p(log l) + log NB(x; l * shares, exp(px_r)) - log q(z, log l | x), with every constant."""
+    from scipy import stats
+
+    from experiments import peers
+    from ppvae import terms
+
+    torch.manual_seed(0)
+    module, x = OfScvi().double(), torch.randint(0, 6, (5, 4)).double()
+    pair, batch = peers.pair_of_scvi(module), peers.with_batch(x)
+    with torch.no_grad():
+        found = terms(pair.model, pair.guide, batch, 3)
+        z, library = (found.guide[name].value for name in ("z", "log_library"))
+        assert z.shape == (3, 5, 2)
+        concentration, mean = module.px_r.exp(), module.decoder("gene", z, library, None)[2]
+        expected = stats.nbinom.logpmf(x, concentration, concentration / (concentration + mean)).sum(-1)
+        expected += stats.norm.logpdf(z).sum(-1) + stats.norm.logpdf(library, 2.0, 0.5).sum(-1)
+        expected -= stats.norm.logpdf(z, module.q_z(x.log1p()), 0.5).sum(-1)
+        expected -= stats.norm.logpdf(library, module.q_library(x.log1p()), 0.1).sum(-1)
+    assert found.log_weight.numpy() == pytest.approx(expected, rel=1e-9)
+
+
 def test_published_rows_are_named_by_only_and_again():
     from experiments.published import rows_of
 
