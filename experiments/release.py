@@ -1,8 +1,9 @@
 """Trained models to share: for each row of `published` a run folder, loaded by `ppvae.load` and `ppvae evaluate`.
 
 Rows are those whose weights are kept in `results/published/weights`; nothing is trained. A folder holds config.json,
-metrics.jsonl, a checkpoint of parameters alone, and published.json, the row's cell with its figures; `ppvae evaluate
-FOLDER --head N --root DATA` prints those of the first N test images again. Factories of `experiments` are trusted.
+metrics.jsonl, a checkpoint of parameters alone, and published.json, the row's cell with its figures. From the root of
+the repository, `python -m ppvae evaluate FOLDER --head N --root DATA` prints those of the first N test images again.
+Factories of `experiments`, which rows of two layers have, are trusted.
 
     python -m experiments.release
 """
