@@ -19,8 +19,7 @@ from ppvae.storage import read_bytes, sha256, write_bytes
 POINTER = "last"  # the file that holds the name of the last checkpoint
 ENTRIES: Mapping[str, tuple[type, ...]] = {
     "state": (dict,), "epoch": (int,), "step": (int,), "history": (list,), "best": (dict, NoneType),
-    "finished": (bool,), "stopped": (bool,), "optimizer": (dict, NoneType), "scheduler": (dict, NoneType),
-    "settings": (dict,),
+    "finished": (bool,), "stopped": (bool,), "optimizer": (dict,), "scheduler": (dict, NoneType), "settings": (dict,),
 }  # fmt: skip
 
 
@@ -127,7 +126,7 @@ def parameters_alone(state: Mapping[str, Any]) -> dict[str, Any]:
         )
     best = state["best"] if state["settings"].get("patience") is not None else None
     returned = best["state"] if best else state["state"]  # one copy of them in the file
-    nothing = dict.fromkeys(("optimizer", "scheduler", "objective"))
+    nothing = {"optimizer": {}, "scheduler": None, "objective": None}
     return {**state, **nothing, "state": returned, "best": best and {**best, "state": returned}}
 
 

@@ -151,7 +151,7 @@ def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, An
                 f"{directory}: cannot resume with {name} = {json_text(now)}: the run was started with "
                 f"{json_text(before)}"
             )
-    if saved["optimizer"] is None and not saved["stopped"] and saved["epoch"] < epochs:
+    if not saved["optimizer"] and not saved["stopped"] and saved["epoch"] < epochs:
         raise CheckpointError(
             f"{directory}: cannot resume to epoch {epochs}: the checkpoint of epoch {saved['epoch']} holds parameters "
             f"alone, without the state of the optimizer. Load the run, and train its pair in another folder"

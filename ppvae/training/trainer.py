@@ -170,7 +170,7 @@ class Trainer:
             self.best, self.stopped = saved["best"], saved["stopped"]
             self.resumed_kernels = self.config["kernels"] = saved.get("kernels", "eager")
             self.svi.restore_computation(saved)
-            if saved["optimizer"] is None:
+            if not saved["optimizer"]:
                 return  # parameters alone, of a finished run
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
