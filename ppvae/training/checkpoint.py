@@ -126,7 +126,7 @@ def parameters_alone(state: Mapping[str, Any]) -> dict[str, Any]:
         )
     best = state["best"] if state["settings"].get("patience") is not None else None
     returned = best["state"] if best else state["state"]  # one copy of them in the file
-    nothing = {"optimizer": {}, "scheduler": None, "objective": None}
+    nothing: dict[str, Any] = {"optimizer": {}, "scheduler": None, "objective": None}
     return {**state, **nothing, "state": returned, "best": best and {**best, "state": returned}}
 
 
