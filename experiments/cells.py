@@ -142,7 +142,7 @@ def run(
 def parse_shard(text: str | None) -> tuple[int, int]:
     """(index of the shard, counted from 0; number of shards).
 
-    >>> sharded("2/3"), sharded(None)
+    >>> parse_shard("2/3"), parse_shard(None)
     ((1, 3), (0, 1))
     """
     if text is None:
