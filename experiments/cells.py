@@ -42,11 +42,13 @@ Cells = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a cell is computed: the `folder` of its resumable runs, the `root` of the data, and the `device`."""
+    """Where a cell is computed: the `folder` of its resumable runs, the `root` of the data, and the `device`; and the
+    folder of the table's `results`."""
 
     folder: Path
     root: Path | None
     device: str | None
+    results: Path
 
 
 def run(
@@ -106,7 +108,7 @@ def run(
         if known is None or known["settings"] != others:
             if number % num_shards != shard:
                 continue
-            workspace = Workspace(runs / stem, given["root"] or _root(), given["device"])
+            workspace = Workspace(runs / stem, given["root"] or _root(), given["device"], results)
             print(f"{name} {stem}", flush=True)
             start = time.perf_counter()
             try:
@@ -140,7 +142,7 @@ def run(
 def parse_shard(text: str | None) -> tuple[int, int]:
     """(index of the shard, counted from 0; number of shards).
 
-    >>> sharded("2/3"), sharded(None)
+    >>> parse_shard("2/3"), parse_shard(None)
     ((1, 3), (0, 1))
     """
     if text is None:

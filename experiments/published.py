@@ -7,7 +7,8 @@ the parameters of the one before it, and rows that begin alike share it, as in T
 schedules. Dynamically binarised MNIST has 59,600 training images, as in the code of Burda et al.; parameters are those
 of the last epoch, or of the best validation ELBO where a schedule says so. Fixed binarisation is ours at seed 0, not
 Larochelle's file; OMNIGLOT and the split of Frey faces are ours, too. `--only ROW` computes a row, and `--again ROW`
-repeats a stored one.
+repeats a stored one. Trained parameters are kept in `results/published/weights`, and `experiments.release` makes run
+folders of them: a row continues a kept stage instead of training it; `--again` trains all of them.
 
 L_K of the guide, which papers print, and the refined estimate of log p(x) come from one call on the first
 `--num-refined` test images. L_100 of all test images carries both over to the whole set: mean of L_100 over all, plus
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import cells, table1
+from experiments import cells, table1, weights
 from experiments.cells import Cells, Workspace
 from experiments.published_rows import ROWS, Row
 from ppvae import data, generate, load, log_marginal
@@ -37,6 +38,7 @@ from ppvae.evaluation import refined_log_marginal
 from ppvae.factories import pairs
 from ppvae.plots import image_grid
 from ppvae.plots.style import BLUE, VERMILLION, figure, styled
+from ppvae.training import checkpoint
 from ppvae.training.run import Run
 
 REACHED = 0.3  # nats
@@ -65,7 +67,7 @@ def small(s: Settings, row: Row) -> Row:
     """The row with the schedules, and the sizes where they are given, of the settings."""
     stages = row.paper if s.paper else row.stages
     if s.epochs is not None:
-        stages = tuple(stage._replace(epochs=s.epochs) for stage in stages)
+        stages = tuple(stage._replace(name=f"{stage.name}-{s.epochs}", epochs=s.epochs) for stage in stages)
     pair = row.pair | ({"hidden": s.hidden} if s.hidden else {})
     if s.hidden and "prior" in pair and "components" in pair["prior"]:
         pair |= {"prior": pair["prior"] | {"components": 5}}
@@ -75,11 +77,19 @@ def small(s: Settings, row: Row) -> Row:
     return row._replace(stages=stages, pair=pair, data=s.data or row.data, particles=particles)
 
 
-def train_stage(row: Row, count: int, pair: Any, splits: Any, workspace: Workspace, seed: int) -> Run:
-    """The stage of that number, in a folder that `ppvae.load` and `ppvae evaluate` read."""
-    stage, (train, valid, test) = row.stages[count - 1], splits
+def stage_name(row: Row, count: int, seed: int) -> str:
+    """The name of the folder of the stage of that number, counted from 1: the family of rows that share it, the stages
+    up to it, and the seed."""
     chain = "+".join(s.name for s in row.stages[:count]).replace(", ", "-")
-    folder = workspace.folder.parent / "stages" / f"{row.family}-{chain}-{seed}"
+    return f"{row.family}-{chain}-{seed}"
+
+
+def train_stage(row: Row, count: int, pair: Any, splits: Any, workspace: Workspace, seed: int) -> Run:
+    """The stage of that number, in a folder that `ppvae.load` and `ppvae evaluate` read; where its weights are kept
+    beside the results, nothing is trained."""
+    stage, (train, valid, test) = row.stages[count - 1], splits
+    folder = workspace.folder.parent / "stages" / stage_name(row, count, seed)
+    weights.take(folder, workspace.results / "weights")
     options: dict[str, Any] = {} if stage.decay is None else {"scheduler": stage.decay}
     return cells.train(
         pair, train, valid, dataclasses.replace(workspace, folder=folder), epochs=stage.epochs, lr=stage.lr,
@@ -268,6 +278,22 @@ def draw(found: Cells, folder: Path) -> None:
         draw_row(c, images, tuple(test.event_shape)).savefig(folder / f"{c['cell']['row']}-{c['cell']['seed']}.png")
 
 
+def keep_weights(found: Cells, folder: Path) -> None:
+    """Keeps, beside the results, the stages of each row whose run is still there and is that of its cell."""
+    for c in found:
+        last = Path(c["result"]["run"])
+        if not checkpoint.exists(last / "checkpoints"):
+            continue
+        of_run = checkpoint.read(last / "checkpoints")
+        if not of_run["finished"] or of_run["history"][-1]["valid_elbo"] != c["result"]["valid_elbo"]:
+            continue  # trained again for another row
+        row = small(Settings(**c["settings"]), ROWS[c["cell"]["row"]])
+        for count in range(1, len(row.stages) + 1):
+            stage = last.with_name(stage_name(row, count, c["cell"]["seed"]))
+            if checkpoint.exists(stage / "checkpoints"):
+                weights.keep(stage, folder / "weights")
+
+
 def rows_of(args: list[str]) -> list[str]:
     """The flags with `--only ROW ...` as `--rows ROW ...`, and `--again ROW ...` as `--again --rows ROW ...`."""
     out: list[str] = []
@@ -282,6 +308,7 @@ def main(args: list[str] | None = None) -> None:
     flags = rows_of(sys.argv[1:] if args is None else args)
     found, folder = cells.run("published", Settings, ("row", "seed"), compute, table, SMOKE, __doc__, flags)
     draw(found, folder)
+    keep_weights(found, folder)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ IWAE50 = Stage("IWAE-50", bound(50, gradient="dreg"), 60, 50, 5e-4)
 CIWAE = functools.partial(objectives.CIWAE, 0.05, 64)
 STATIC = Stage("VAE-1-600", vae(1, gradient="stl"), 600, 100, 1e-3, 60)
 FREY1 = Stage("VAE-1", vae(1), 600, 100, 1e-3, 150, "float32")
+FREY900 = FREY1._replace(name="VAE-1-900", epochs=900)  # validation ELBO at seed 0: -1800.1, after 600 -1814.3
 
 
 def burda(published: float, name: str, stages: tuple[Stage, ...], layers: int = 1) -> Row:
@@ -141,7 +142,7 @@ def burda(published: float, name: str, stages: tuple[Stage, ...], layers: int = 
 ROWS = {
     "frey": Row(4.63, TOMCZAK, FREY, "freyfaces", "none", (FREY1,), by_vamp_paper(1600), bits=True),
     "frey-VampPrior": Row(
-        4.57, TOMCZAK, FREY | PSEUDO, "freyfaces", "none", (FREY1,), by_vamp_paper(1600), bits=True
+        4.57, TOMCZAK, FREY | PSEUDO, "freyfaces", "none", (FREY900,), by_vamp_paper(1600), bits=True
     ),
     "S-VAE": Row(
         93.16, DAVIDSON, SPHERE, *DYNAMIC, (Stage("S-VAE", vae(1, analytic_kl=True), 600, 100, 2e-3),),

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from experiments import cells, gpu, readme
 from experiments.bench import SMOKE
+from ppvae.training import checkpoint
 
 OTHERS = {
     "__init__",
@@ -24,6 +26,7 @@ OTHERS = {
     "soak",
     "published_rows",
     "release",
+    "weights",
     "gpu",
     "scaling",
     "streaming",
@@ -131,6 +134,50 @@ def test_a_cell_that_needs_an_absent_package_is_skipped_by_name(tmp_path, monkey
     ]
 
 
+class OfScvi(torch.nn.Module):
+    """What `peers.pair_of_scvi` reads of the module of scvi-tools, with linear networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_latent, self.shares = 2, torch.nn.Linear(2, 4)
+        self.px_r = torch.nn.Parameter(torch.randn(4))
+        self.q_z, self.q_library = torch.nn.Linear(4, 2), torch.nn.Linear(4, 1)
+        self.register_buffer("library_log_means", torch.tensor([[2.0]]))
+        self.register_buffer("library_log_vars", torch.tensor([[0.25]]))
+
+    def decoder(self, dispersion, z, library, batch):
+        shares = self.shares(z).softmax(-1)
+        return shares, None, library.exp() * shares, None
+
+    def z_encoder(self, x, batch):
+        return torch.distributions.Normal(self.q_z(x), 0.5), None
+
+    def l_encoder(self, x, batch):
+        return torch.distributions.Normal(self.q_library(x), 0.1), None
+
+
+def test_log_weights_of_a_module_of_scvi_are_those_of_scipy():
+    """log p(z) + log p(log l) + log NB(x; l * shares, exp(px_r)) - log q(z, log l | x), with every constant."""
+    from scipy import stats
+
+    from experiments import peers
+    from ppvae import terms
+
+    torch.manual_seed(0)
+    module, x = OfScvi().double(), torch.randint(0, 6, (5, 4)).double()
+    pair, batch = peers.pair_of_scvi(module), peers.with_batch(x)
+    with torch.no_grad():
+        found = terms(pair.model, pair.guide, batch, 3)
+        z, library = (found.guide[name].value for name in ("z", "log_library"))
+        assert z.shape == (3, 5, 2)
+        concentration, mean = module.px_r.exp(), module.decoder("gene", z, library, None)[2]
+        expected = stats.nbinom.logpmf(x, concentration, concentration / (concentration + mean)).sum(-1)
+        expected += stats.norm.logpdf(z).sum(-1) + stats.norm.logpdf(library, 2.0, 0.5).sum(-1)
+        expected -= stats.norm.logpdf(z, module.q_z(x.log1p()), 0.5).sum(-1)
+        expected -= stats.norm.logpdf(library, module.q_library(x.log1p()), 0.1).sum(-1)
+    assert found.log_weight.numpy() == pytest.approx(expected, rel=1e-9)
+
+
 def test_published_rows_are_named_by_only_and_again():
     from experiments.published import rows_of
 
@@ -168,22 +215,74 @@ def test_estimates_of_the_first_data_carry_over_to_all(tmp_path):
     assert sum(found["groups"]) / len(found["groups"]) == pytest.approx(-found["nll"], abs=1e-4)
 
 
+SMALL = ["--data", "digits", "--epochs", "2", "--hidden", "8", "8", "--num-refined", "20"]
+SMALL += ["--refined-particles", "50", "--coarse-particles", "50"]
+
+
 @pytest.mark.slow
-def test_a_released_run_evaluates_to_the_figures_of_its_row(tmp_path, monkeypatch, capsys):
+def test_rows_continue_kept_stages_and_again_trains_them(tmp_path, monkeypatch):
+    """A clone has the results and no runs: a chain's first stage is its kept one, to the last bit; `--again` reads no
+    kept weights, here damaged ones."""
+    from experiments import published
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    published.main(["--only", "1-VAE-1", *SMALL])
+    kept = tmp_path / "results" / "published" / "weights"
+    (first,) = kept.iterdir()
+    held = checkpoint.read(first / "checkpoints")
+    assert held["optimizer"] == {}
+    assert held["row"] is None  # no datum
+    assert {p.dtype for p in held["state"]["params"].values()} == {torch.float32}
+    before = {path.name: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    os.rename("runs", "elsewhere")  # a stage that ran again would have other seconds in its metrics
+    published.main(["--only", "1-IWAE-5", *SMALL])
+    assert {path.name: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    (second,) = set(kept.iterdir()) - {first}
+    of_chain = published.load(tmp_path / "runs" / "experiments" / "published" / "stages" / first.name)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(of_chain.model.scope.params.values(), held["state"]["params"].values(), strict=True)
+    )
+    (cell,) = (tmp_path / "results" / "published").glob("1-IWAE-5*.json")
+    stored = json.loads(cell.read_text())["result"]
+    assert stored["epochs"] == 4  # of both stages
+    assert published.load(second).metrics["valid_elbo"] == stored["valid_elbo"]
+
+    for path in first.glob("checkpoints/*.pt"):
+        path.write_bytes(b"damaged")
+    published.main(["--again", "1-VAE-1", *SMALL])
+    (again,) = (tmp_path / "runs" / "again" / "published" / "stages").iterdir()
+    assert checkpoint.read(again / "checkpoints")["optimizer"]  # trained here
+    assert first.name == again.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["frey", "2-VAE-1"])
+def test_a_released_run_evaluates_to_the_figures_of_its_row(row, tmp_path, monkeypatch, capsys):
     from experiments import published, release
     from ppvae.cli.main import main
     from ppvae.evaluation import load_estimate
 
     monkeypatch.chdir(tmp_path)
-    published.main(["--smoke", "--rows", "frey"])
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "trained"))
+    published.main(["--smoke", "--rows", row])
+    shutil.rmtree("runs/smoke/published/stages")  # as in a clone, and by a user who has trained nothing
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "cloned"))
     release.main(["--smoke", "--to", "release"])
-    argv = ["evaluate", "release/frey-0", "--head", "20", "--num-particles", "50", "--guide-particles", "50"]
+    argv = ["evaluate", f"release/{row}-0", "--head", "20", "--num-particles", "50", "--guide-particles", "50"]
     assert main([*argv, "--bracket", "0", "--no-report"]) == 0
-    cell = json.loads(Path("release/frey-0/published.json").read_text())["result"]
-    est = load_estimate("release/frey-0/results/log_marginal.json")
+    cell = json.loads(Path(f"release/{row}-0/published.json").read_text())["result"]
+    est = load_estimate(f"release/{row}-0/results/log_marginal.json")
     assert est.nll == pytest.approx(cell["refined_first"], abs=1e-6)
     assert est.guide_estimate.nll == pytest.approx(cell["first"], abs=1e-6)
     assert f"{cell['refined_first']:.3f}" in capsys.readouterr().out
+    (path,) = Path("runs/smoke/published").glob("*.json")
+    other = json.loads(path.read_text())
+    other["result"]["valid_elbo"] += 1e-9
+    path.write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match=f"is not the run of {row}-0"):
+        release.main(["--smoke", "--to", "release"])
 
 
 @pytest.mark.slow

@@ -54,7 +54,9 @@ def test_wheel_and_sdist_build_and_the_demo_runs_from_the_wheel(tmp_path: Path) 
     modules = {n for n in tracked if n.startswith("ppvae/")}
     assert modules == {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("ppvae/")}
     with tarfile.open(sdist) as archive:
-        assert modules <= {n.partition("/")[2] for n in archive.getnames()}
+        held = {n.partition("/")[2] for n in archive.getnames()}
+    assert modules <= held
+    assert not [n for n in held if n.startswith("experiments/")]  # trained weights, results
 
     # dependencies of this environment, and the package of the wheel alone: editable installs are no part of PYTHONPATH
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=empty)

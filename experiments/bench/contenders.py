@@ -32,6 +32,7 @@ def contenders(s: Settings, threads: int) -> Contenders:
         out[what, "Pyro's SVI"] = functools.partial(ppvae_and_pyro.pyro_step, kind, s, k)
         for kernels in ("eager", "compiled"):
             out[what, f"ppvae {kernels}"] = functools.partial(ppvae_and_pyro.step, kind, s, k, kernels)
+        out[what, "ppvae, many steps"] = functools.partial(ppvae_and_pyro.many_steps, kind, s, k)
         out[what, "ppvae compiled, bf16"] = functools.partial(ppvae_and_pyro.step, kind, s, k, "compiled", "bf16")
     of_pyro = functools.partial(pyro.optim.Adam, {"lr": 1e-3})
     out["VAE step", "ppvae, pyro.optim"] = functools.partial(

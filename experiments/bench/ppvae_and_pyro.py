@@ -51,6 +51,26 @@ def step(
     return per_step(one, batch, s.steps_of(particles))
 
 
+def many_steps(kind: str, s: Settings, particles: int) -> Timed:
+    """Seconds per step of `ppvae.inference.SVI.steps`, compiled, of a round in one call."""
+    pair, batch = build(kind, s), data(kind, s.batch)
+    loss = objectives.IWAE(particles) if particles > 1 else objectives.ELBO()
+    svi = SVI(pair.model, pair.guide, ADAM, loss)
+    svi.use("compiled", settled=True)
+    batches = [(batch,)] * s.steps_of(particles)
+
+    def run() -> float:
+        start = time.perf_counter()
+        with pyro.validation_enabled(False):
+            svi.steps(batches)
+        return (time.perf_counter() - start) / len(batches)
+
+    run()
+    if svi.kernels != "compiled":
+        raise RuntimeError(f"expected compiled steps, found {svi.kernels!r}")
+    return run
+
+
 def pyro_step(kind: str, s: Settings, particles: int) -> Timed:
     """Seconds per step of Pyro's `SVI`, used as in its VAE example; RenyiELBO(0) for the IWAE bound."""
     pair = build(kind, s)

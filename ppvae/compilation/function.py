@@ -170,6 +170,7 @@ class CapturedGraph:
     run: Graph | HoistedGraph
     guards: Guards | None
     calls: int = 0
+    unguarded: int = 0  # calls since the guards were asked
     doubted: bool = False
 
     def changed(self) -> str:
@@ -201,6 +202,7 @@ class CompiledFunction:
         self.refusal = ""
         self.block: Any = None
         self.graphs: dict[Any, CapturedGraph] = {}
+        self.ask_guards(every=1)
         self._name, self._fallback = name, fallback
         self._calls: dict[Any, int] = {}
         self._first, self._changes, self._retries = True, 0, policy.retries
@@ -210,15 +212,23 @@ class CompiledFunction:
         if self.refusal:
             return None
         captured = self.graphs.get(kind)
-        if captured is not None and self.policy.checks_guards and (what := captured.changed()):
+        due = self.policy.checks_guards and captured is not None and captured.unguarded % self._every == 0
+        if captured is not None and due and (what := captured.changed()):
             self._drop(what)
             captured = None
         if captured is None:
             return self._capture(kind, args) if self._is_ready(kind) else None
         captured.calls += 1
+        captured.unguarded += 1
         if captured.doubted or self.policy.is_check_due(captured.calls):
             return self._check(captured, args)
         return self._advance(self._run(captured.run, args))
+
+    def ask_guards(self, every: int) -> None:
+        """Makes the next call of each graph ask its guards, and then one of so many."""
+        self._every = every
+        for captured in self.graphs.values():
+            captured.unguarded = 0
 
     def refuse(self, why: str) -> None:
         """Leaves all further calls to the function."""
@@ -302,12 +312,9 @@ class CompiledFunction:
     def _compiled(self, graph: Graph, args: Sequence[Tensor], eager: EagerResult) -> Graph | HoistedGraph:
         """The compiled form of a graph if it agrees and is faster; otherwise the graph, or the error."""
         varying, choices = self.target.varying, self.target.choices()
-        run: Graph | HoistedGraph
         try:
-            if varying is None:
-                run = graph.compile(args, choices)
-            else:
-                run = HoistedGraph(graph, args, varying, choices)
+            hoisted = None if varying is None else HoistedGraph(graph, args, varying, choices)
+            run = hoisted or graph.compile(args, choices)
             eager.restore_before()
             eager.compare(self._run(run, args))
             if isinstance(run, HoistedGraph) or self.policy.is_faster(run, graph, args):

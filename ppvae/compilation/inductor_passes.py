@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ppvae.compilation.direct_call import call_without_wrappers
 from ppvae.compilation.matmul_backend import Choices, choose_matmul_backends, lower_onednn_linear, onednn_linear
 
 MIN_NUMBERS = 2**18  # in a sum over rows that is computed in blocks
@@ -21,7 +22,7 @@ def compile_with_inductor(
 ) -> Any:
     """A graph `rest` of (*draws, *inputs) compiled by inductor, as a function of the inputs; `noise` draws eagerly."""
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     draw: Callable[..., Any] = getattr(noise, "forward")  # noqa: B009
     choose_matmul_backends(rest, choices)
@@ -37,10 +38,19 @@ def compile_with_inductor(
     on_gpu = any(t.device.type == "cuda" for t in inputs)
     if on_gpu:
         options["triton.cudagraphs"] = True  # one launch for all kernels
+    inner: list[Any] = []  # graphs as inductor compiles them
+
+    def compile_inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        inner.append(compile_fx_inner(graph, *args, **kwargs))
+        return inner[-1]
+
     with _without_cuda_warning(), torch.no_grad(), config.patch(options):
         drawn = list(draw(*inputs))
-        call: Any = compile_fx(rest, [*drawn, *inputs], decompositions=_decompositions())
-        call(*drawn, *inputs)  # compiles now
+        call: Any = compile_fx(rest, [*drawn, *inputs], inner_compile=compile_inner, decompositions=_decompositions())
+        outputs = call(*drawn, *inputs)  # compiles now
+        kernels = None if on_gpu else call_without_wrappers(rest, inner, [*drawn, *inputs], outputs)
+    if kernels is not None:
+        return lambda *tensors: kernels([*draw(*tensors), *tensors])
 
     def run(*tensors: Tensor) -> Any:
         if on_gpu:
@@ -210,7 +220,7 @@ def sum_of_softplus(x: Tensor, target: Tensor | None, first: int, sign: float = 
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions, with our own for the operations of log(1 + exp(x))."""
+    """Inductor's decompositions, with our own for NaN and for the operations of log(1 + exp(x))."""
     from torch._inductor.decomposition import select_decomp_table
 
     aten = torch.ops.aten
@@ -219,6 +229,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         aten.softplus.default: softplus,
         aten.softplus_backward.default: softplus_backward,
         aten.log_sigmoid_forward.default: log_sigmoid,
+        aten.isnan.default: isnan,
     }
     theirs = select_decomp_table()
     return {**theirs, **{op: _on_cpu(fast, theirs.get(op)) for op, fast in ours.items()}}
@@ -263,6 +274,11 @@ def softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """(log sigmoid(x), exp(-|x|) for the gradient)."""
     return x.clamp(max=0) - log1p_by_log(_exp(-x.abs())), (-x.abs()).exp()
+
+
+def isnan(x: Tensor) -> Tensor:
+    """Whether numbers are NaN, by a vectorised comparison; inductor would ask of one number after the other."""
+    return x != x
 
 
 def _exp(x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import pyro
@@ -23,12 +24,14 @@ from ppvae.compilation.process_setup import prepare_process
 from ppvae.errors import UsageError
 from ppvae.inference.compiled_step import CompiledStep
 from ppvae.inference.contract.validity import RecordValidity
+from ppvae.inference.optimizers.fused import FusedAdam
 from ppvae.inference.optimizers.joint import JointOptim
 from ppvae.inference.optimizers.multi_tensor import MultiTensorSteps
 from ppvae.inference.param_store import unconstrained
 from ppvae.inference.tracing import Program
 
 log = logging.getLogger("ppvae")
+CHECKS_EVERY = 32  # steps between which no code of the user's runs
 
 Optimizer: TypeAlias = Any  # a PyroOptim, or a function of parameters that gives a torch.optim.Optimizer
 
@@ -109,6 +112,8 @@ class SVI(PyroSVI):
         self._unused_state: set[str] = set()  # names in a PyroOptim's state that were warned of
         self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
+        self._native: FusedAdam | None = None
+        self._native_uses = self._trusted_steps = 0
         plain = type(self.optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
         self._grouped_steps = MultiTensorSteps(self.optim) if plain else None
         prepare_process()
@@ -191,8 +196,58 @@ class SVI(PyroSVI):
         else:
             self._step_optimizer([p for p in self.params if p.grad is not None])
 
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Of the steps meanwhile, the first and then one of `CHECKS_EVERY` look for changes of all but tensors' values.
+
+        For a loop that runs no code of the user's between its steps: at small sizes, looking takes a tenth of a step.
+        """
+        function = self._compiled_step.function if self._compiled_step is not None else None
+        if function is None:
+            yield
+            return
+        function.ask_guards(CHECKS_EVERY)
+        self._trusted_steps = CHECKS_EVERY
+        try:
+            yield
+        finally:
+            function.ask_guards(1)
+            self._native, self._trusted_steps = None, 0
+
+    def steps(self, batches: Iterable[Sequence[Tensor]]) -> list[Any]:
+        """A `step` on each of the batches, tuples of arguments: the same steps to the last bit; returns their losses.
+
+        No code of the user's but that of `batches` may run in between: compiled steps are `uninterrupted`.
+        """
+        losses = []
+        met: list[Tensor] = []
+        spent: dict[int, Tensor] = {}  # parameters whose gradient has been used; `step` sets it to zero
+        try:
+            with self.uninterrupted():
+                for batch in batches:
+                    loss, now = self._step(batch, {}, spent)
+                    if now is not met:
+                        met, spent = now, spent | {id(p): p for p in now}
+                    losses.append(loss)
+        finally:
+            self._set_gradients_to_zero(spent.values())
+        return [_as_numbers(loss) for loss in losses]
+
+    def native_adam(self, params: list[Tensor]) -> FusedAdam | None:
+        """The kernel that updates these parameters by scaled gradients: of Adam on the CPU, in compiled steps."""
+        if self.kernels != "compiled":
+            return None
+        self._native_uses += 1
+        if self._native is not None and len(params) == len(self.params) and self._native_uses < self._trusted_steps:
+            return self._native
+        owner = self.optim if isinstance(self.optim, JointOptim) else self._grouped_steps
+        self._native, self._native_uses = owner.native(params) if owner is not None else None, 0
+        return self._native
+
     def _step_optimizer(self, params: list[Tensor]) -> None:
-        if self._grouped_steps is None:
+        if (native := self.native_adam(params)) is not None:
+            native.scaled_step(1.0)
+        elif self._grouped_steps is None:
             self.optim(params)
         else:
             self._grouped_steps(params, fused=self.kernels == "compiled")
@@ -219,22 +274,30 @@ class SVI(PyroSVI):
 
         A gradient that the caller has left in `.grad` is added to the loss's, as in a backward pass of torch.
         """
+        loss, met = self._step(args, kwargs, {})
+        self._set_gradients_to_zero(met)
+        return _as_numbers(loss)
+
+    def _step(self, args: Sequence[Any], kwargs: dict[str, Any], spent: dict[int, Tensor]) -> tuple[Any, list[Tensor]]:
+        """(loss, parameters met) of a step that leaves its gradients; those of parameters in `spent` count as zero."""
         before = [(p, p.grad) for p in self.params if p.grad is not None]
         for p, _ in before:
             p.grad = None
         try:
-            loss, met = self._gradients(args, kwargs)
+            loss, met = self._gradients(tuple(args), kwargs)
         finally:
             for p, grad in before:
                 if p.grad is None:
-                    p.grad = grad
-                elif not self._is_own_zero(p, grad):
+                    p.grad = self._zeros_like(p, grad) if id(p) in spent else grad
+                elif id(p) not in spent and not self._is_own_zero(p, grad):
                     p.grad += grad
         self._step_optimizer(met)
-        for p in met:
+        return loss, met
+
+    def _set_gradients_to_zero(self, params: Iterable[Tensor]) -> None:
+        for p in params:
             if p.grad is not None and not self._is_own_zero(p, p.grad):
                 p.grad = self._zeros_like(p, p.grad)
-        return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
 
     def _is_own_zero(self, p: Tensor, grad: Tensor) -> bool:
         """Whether a gradient is the zero that the last step has left, and unchanged since."""
@@ -245,6 +308,10 @@ class SVI(PyroSVI):
         if zeros is None or zeros._version or not _is_alike(zeros, grad):
             zeros = self._zeros[id(p)] = torch.zeros_like(grad)
         return zeros
+
+
+def _as_numbers(loss: Any) -> Any:
+    return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:

@@ -111,6 +111,25 @@ def read_with_digest(folder: Path) -> tuple[str, dict[str, Any]]:
     return digest, state
 
 
+def parameters_alone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a finished run with the parameters that `fit` returned, without what further training needs.
+
+    It is saved, loaded and evaluated as any other; `fit(resume=True)` returns the run, and refuses more epochs. The
+    first row of the data, on which `load` runs the pair, stays.
+
+    Raises:
+        CheckpointError: the run is not finished.
+    """
+    if not state["finished"]:
+        raise CheckpointError(
+            f"the run stopped at epoch {state['epoch']}: expected a finished one, whose parameters are kept alone"
+        )
+    best = state["best"] if state["settings"].get("patience") is not None else None
+    returned = best["state"] if best else state["state"]  # one copy of them in the file
+    nothing: dict[str, Any] = {"optimizer": {}, "scheduler": None, "objective": None}
+    return {**state, **nothing, "state": returned, "best": best and {**best, "state": returned}}
+
+
 def _wrong_entry(state: Any) -> str:
     """The first entry that a state lacks, or that is not of its type, in words; else empty."""
     if not isinstance(state, dict):

@@ -131,12 +131,12 @@ def read_resumed(directory: Path, resume: bool) -> tuple[str, dict[str, Any] | N
     return checkpoint.read_with_digest(folder)
 
 
-def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
+def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, Any], epochs: int) -> None:
     """Gives the configuration the identity of the run whose checkpoint was read.
 
     Raises:
-        CheckpointError: the folder's config.json or metrics.jsonl is that of another run; or the pair has other
-            arguments now.
+        CheckpointError: the folder's config.json or metrics.jsonl is that of another run; the pair has other arguments
+            now; or epochs are left to train, and the checkpoint has no state of the optimizer.
     """
     if os.path.exists(directory / "config.json"):
         check_identity(directory, read_config(directory), saved)
@@ -151,6 +151,11 @@ def check_resumable(directory: Path, config: dict[str, Any], saved: dict[str, An
                 f"{directory}: cannot resume with {name} = {json_text(now)}: the run was started with "
                 f"{json_text(before)}"
             )
+    if not saved["optimizer"] and not saved["stopped"] and saved["epoch"] < epochs:
+        raise CheckpointError(
+            f"{directory}: cannot resume to epoch {epochs}: the checkpoint of epoch {saved['epoch']} holds parameters "
+            f"alone, without the state of the optimizer. Load the run, and train its pair in another folder"
+        )
 
 
 def origin_of(directory: Path) -> dict[str, str]:

@@ -188,7 +188,9 @@ def load(
                 tensor.data = cast_floating(tensor.data, dtype)
         state = PairState(scope, modules)
         if best and saved["best"] is None:
-            raise CheckpointError(f"{folder}: the run had no validation data, so that no parameters are best")
+            raise CheckpointError(
+                f"{folder}: no parameters are best: the run had no validation data, or the last ones were kept alone"
+            )
         state.restore(saved["best"]["state"] if best else saved["state"])
     bound_model, bound_guide = bind(model, guide, scope, of_model, of_guide)
     finished = saved["stopped"] or saved["epoch"] >= config.get("epochs", 0)

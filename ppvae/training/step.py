@@ -80,16 +80,21 @@ class TrainingStep:
         loss = float(loss)
         if not math.isfinite(loss):
             raise self._step_error(batch, rows, epoch, rng_state, f"the loss is {loss}", failed=False)
+        native = self.svi.native_adam([p for p in self.svi.params if p.grad is not None])
         norm = 0.0
         if grads:
-            norm = float(torch.nn.utils.get_total_norm(grads)) / represented
+            norm = (native.norm() if native else float(torch.nn.utils.get_total_norm(grads))) / represented
             if not math.isfinite(norm):
                 raise self._step_error(batch, rows, epoch, rng_state, f"the gradient is {norm}", failed=False)
-            factor = 1 / represented
-            if self.clip is not None and norm > self.clip:
-                factor *= self.clip / norm
-            torch._foreach_mul_(grads, factor)
-        self.svi.update()
+        factor = 1 / represented
+        if self.clip is not None and norm > self.clip:
+            factor *= self.clip / norm
+        if native:
+            native.scaled_step(factor)
+        else:
+            if grads:
+                torch._foreach_mul_(grads, factor)
+            self.svi.update()
         self.count += 1
         return loss, norm
 

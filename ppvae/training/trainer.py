@@ -121,7 +121,7 @@ class Trainer:
         digest, saved = read_resumed(directory, resume)
         if saved is not None:
             self.load_state_dict(saved)
-            check_resumable(directory, self.config, saved)
+            check_resumable(directory, self.config, saved, epochs)
             if self.stopped or self.epoch >= epochs:
                 return  # finished: no file is changed
         elif resume and self.context.is_rank_zero:
@@ -170,6 +170,8 @@ class Trainer:
             self.best, self.stopped = saved["best"], saved["stopped"]
             self.resumed_kernels = self.config["kernels"] = saved.get("kernels", "eager")
             self.svi.restore_computation(saved)
+            if not saved["optimizer"]:
+                return  # parameters alone, of a finished run
             if self.svi.optimizer is not None:
                 self.svi.optimizer.load_state_dict(saved["optimizer"])
             elif isinstance(self.svi.optim, PyroOptim):
@@ -231,7 +233,8 @@ class Trainer:
         start = time.perf_counter()
         seed_all(derive_seed(self.seed, self.epoch, "noise", *self.context.noise_key))
         steps, sizes = [], []
-        with pyro.validation_enabled(False):  # the contract was checked; each step checks loss and gradient
+        # the contract was checked; each step checks loss and gradient
+        with pyro.validation_enabled(False), self.svi.uninterrupted():
             for rows, batch in self._batches():
                 shard = batch if self.structure.draws_subsample else self.context.shard_batch(batch)
                 steps.append(self.step(shard, self.epoch + 1, rows))

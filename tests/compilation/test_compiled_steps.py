@@ -27,6 +27,7 @@ from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import TrainingError
 from ppvae.evaluation.importance import compiled_weights as compiled
 from ppvae.inference import compiled_step as capture
+from ppvae.inference.optimizers.fused import FusedAdam
 from ppvae.inference.param_store import ParamScope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
@@ -559,6 +560,32 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_and_names_the_site(at_o
     with pytest.raises(TrainingError, match=r"site 'x'|not finite|gradient"):
         fit(pair.model, pair.mean_field, x, epochs=3, batch_size=5, progress=False, compile=None)
     assert all(map(torch.equal, kept, pair.parameters()))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_that_is_not_finite_leaves_the_parameters_and_is_named(monkeypatch):
+    monkeypatch.setattr(
+        capture, "_seconds", lambda graph, args: float("compile_with_inductor" not in repr(graph._forward))
+    )
+    torch.manual_seed(0)
+    pair = LinearGaussian(3, 2)
+    x = torch.randn(60, 3)
+    x[33] = 1e30
+    kept = []
+    step = FusedAdam.scaled_step
+
+    def take(self, scale):
+        step(self, scale)
+        kept[:] = [p.detach().clone() for p in pair.parameters()]
+
+    monkeypatch.setattr(FusedAdam, "scaled_step", take)
+    with pytest.raises(
+        TrainingError, match=r"step \d+ \(epoch 1\): the (loss|gradient) is .*; the parameters are as they"
+    ):
+        fit(pair.model, pair.mean_field, x, epochs=1, batch_size=5, progress=False, compile=True)
+    assert kept
+    assert all(map(torch.equal, kept, pair.parameters()))
+    assert all(bool(p.isfinite().all()) for p in pair.parameters())
 
 
 # -- compiled ---------------------------------------------------------------------------------------------------------

@@ -389,3 +389,107 @@ def test_state_of_a_pyro_optim_is_taken_as_parameters_are_met(caplog):
         _step(again, guide, mode)
     assert not caplog.messages
     assert not again.optim._state_waiting_to_be_consumed
+
+
+# -- several steps in one call ---------------------------------------------------------------------------------------
+
+
+def trained(kernels, together, steps=20, dtype=torch.float64):
+    """(losses, parameters, gradients, kernels) of a small pair after steps one by one, or in one call."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    pair = LinearGaussian(5, 2).to(dtype)
+    batches = [(torch.randn(7, 5, dtype=dtype),) for _ in range(steps)]
+    svi = SVI(pair.model, pair.mean_field, functools.partial(torch.optim.Adam, lr=0.05), Trace_ELBO())
+    svi.use(kernels, settled=True)
+    torch.manual_seed(1)
+    losses = svi.steps(iter(batches)) if together else [svi.step(*batch) for batch in batches]
+    params = [p.detach().clone() for p in pair.parameters()]
+    return losses, params, [p.grad for p in pair.parameters()], svi.kernels
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_several_steps_are_eager_steps_to_the_last_bit(kernels):
+    losses, params, gradients, _ = trained("eager", together=False)
+    found = trained(kernels, together=True)
+    assert found[0] == (pytest.approx(losses, rel=1e-12) if kernels == "graph" else losses)
+    torch.testing.assert_close(found[1:3], (params, gradients), rtol=0, atol=0)
+    assert found[3] == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_several_compiled_steps_are_eager_steps_up_to_rounding(dtype, digits):
+    eager, alone, together = (
+        trained(kernels, many, dtype=dtype)
+        for kernels, many in (("eager", False), ("compiled", False), ("compiled", True))
+    )
+    assert together[3] == "compiled"
+    assert together[0] == alone[0]
+    torch.testing.assert_close(together[1:3], alone[1:3], rtol=0, atol=0)
+    assert together[0] == pytest.approx(eager[0], rel=digits)
+    torch.testing.assert_close(together[1], eager[1], rtol=digits, atol=digits)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_several_steps_take_the_gradient_that_the_caller_has_left(kernels):
+    ends = []
+    for together in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        guide = Guide()
+        svi = SVI(model, guide, adam(), Trace_ELBO())
+        svi.use(kernels)
+        svi.step(X)
+        for p in svi.params:
+            p.grad = torch.ones_like(p)
+        guide.mode = "early"  # "late" is met no more, and keeps its gradient
+        batches = [(X,)] * 4
+        _ = svi.steps(batches) if together else [svi.step(*batch) for batch in batches]
+        ends.append([(p.detach().clone(), p.grad) for p in svi.params])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_change_between_two_calls_of_several_steps_is_seen():
+    """Guards are asked at the first step of each call."""
+    guide = Guide()
+    svi = SVI(model, guide, adam(), Trace_ELBO())
+    svi.use("graph")
+    svi.steps([(X,)] * 5)
+    late = pyro.param("late").detach().clone()
+    guide.mode = "early"
+    svi.steps([(X,)] * 2)
+    assert torch.equal(pyro.param("late"), late)
+    guide.mode = "both"
+    for _ in range(20):  # a graph is captured anew, whose next check would not be due
+        svi.step(X)
+    late = pyro.param("late").detach().clone()
+    guide.mode = "early"
+    svi.steps([(X,)] * 2)
+    assert torch.equal(pyro.param("late"), late)
+
+
+def test_a_parameter_that_the_loss_depends_on_no_more_counts_as_of_zero_gradient():
+    """It is met, and momentum moves it, in several steps as in single ones."""
+    ends = []
+    for together in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        guide = Guide()
+        svi = SVI(model, guide, adam(), Trace_ELBO())
+
+        def batches(guide=guide):
+            for mode in ("both", "both", "early of both", "early of both", "both"):
+                guide.mode = mode
+                yield (X,)
+
+        _ = svi.steps(batches()) if together else [svi.step(*batch) for batch in batches()]
+        ends.append([(p.detach().clone(), p.grad) for p in svi.params])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_step_that_fails_among_several_leaves_zero_gradients():
+    svi = SVI(model, Guide(), adam(), Trace_ELBO())
+    with pytest.raises(ZeroDivisionError):
+        svi.steps((X / (1 if i < 3 else 1 // 0),) for i in range(5))
+    assert all(p.grad is not None and not p.grad.any() for p in svi.params)

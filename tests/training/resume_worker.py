@@ -67,6 +67,8 @@ def train(order: dict[str, Any], splits: tuple[Any, ...]) -> dict[str, Any]:
         resume=order.get("resume", False),
         checkpoint_seconds=0,
         callbacks=callbacks,
+        clip=order.get("clip"),
+        compile=order.get("compile"),
     )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {

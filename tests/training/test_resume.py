@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,22 @@ def test_killed_at_a_random_moment(order, whole, tmp_path, trial):
     ended, result = order(folder, resume=True, noise=chance.getrandbits(30), before=trial)
     assert ended == {"killed": False, "status": 0}, result
     check_same(folder, result, whole)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_is_killed_ends_with_the_same_bits(order, tmp_path):
+    """SIGKILL in the middle of an epoch of steps between which nothing but tensors is looked at."""
+    ends = {}
+    for name, kill in (("whole", {}), ("killed", {"kill": {"epoch": 4, "after": 0.002}})):
+        settings = {"compile": True, "clip": 0.5}
+        ended, result = order(tmp_path / name, **settings, **kill)
+        if kill:
+            assert ended["killed"]
+            ended, result = order(tmp_path / name, resume=True, noise=9, **settings)
+        assert ended == {"killed": False, "status": 0}, result
+        ends[name] = result, checkpoint.read(tmp_path / name / "checkpoints")
+    assert ends["whole"][1]["kernels"] == "compiled"
+    assert equal(ends["whole"], ends["killed"])
 
 
 def test_resumed_in_a_process_that_knows_nothing(order, whole, tmp_path):
@@ -357,6 +374,43 @@ def test_more_epochs_than_before(tmp_path):
     assert same(weights(pair), weights(straight))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_parameters_alone_are_loaded_and_not_trained_further(tmp_path, patience):
+    """A run without its optimizer is returned and evaluated as the whole one; more epochs are refused in words."""
+    adam = functools.partial(torch.optim.Adam, lr=0.5)  # so large that the last parameters are not the best
+    options = {"epochs": 6, "valid": small_data(), "patience": patience, "optimizer": adam, "batch_size": 20}
+    pair, x = linear(), small_data()
+    run = fit(pair.model, pair.mean_field, x, directory=tmp_path / "whole", **options)
+    state = checkpoint.read(tmp_path / "whole" / "checkpoints")
+    alone = checkpoint.parameters_alone(state)
+    assert alone["optimizer"] == {}
+    assert alone["scheduler"] is None
+    assert (alone["best"] is None) == (patience is None)
+    assert max(run.history, key=lambda m: m["valid_elbo"]) != run.metrics
+    shutil.copytree(tmp_path / "whole", tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints"))
+    checkpoint.save(tmp_path / "alone" / "checkpoints", alone)
+    before = snapshot(tmp_path / "alone")
+
+    loaded, again = linear(seed=7), linear(seed=8)
+    assert load(tmp_path / "alone", loaded.model, loaded.mean_field).history == run.history
+    resumed = fit(again.model, again.mean_field, x, directory=tmp_path / "alone", resume=True, **options)
+    assert resumed.history == run.history
+    assert same(weights(loaded), weights(pair))
+    assert same(weights(again), weights(pair))
+    if patience is None:
+        with pytest.raises(CheckpointError, match="to epoch 9: the checkpoint of epoch 6 holds parameters alone, with"):
+            fit(again.model, again.mean_field, x, directory=tmp_path / "alone", resume=True, **options | {"epochs": 9})
+    assert snapshot(tmp_path / "alone") == before
+    assert checkpoint.parameters_alone(alone).keys() == state.keys()
+
+
+def test_parameters_of_an_unfinished_run_are_not_kept_alone(tmp_path):
+    train(linear(), tmp_path)
+    state = checkpoint.read(tmp_path / "checkpoints") | {"finished": False}
+    with pytest.raises(CheckpointError, match="expected a finished one"):
+        checkpoint.parameters_alone(state)
 
 
 @pytest.mark.parametrize(

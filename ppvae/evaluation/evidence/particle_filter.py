@@ -17,6 +17,7 @@ from ppvae.evaluation.block_cache import concatenate
 from ppvae.evaluation.blocks import DATA_BLOCK, PARTICLE_BLOCK, Block, Evaluation, run_blocks, start_evaluation
 from ppvae.evaluation.estimate import Estimate
 from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
+from ppvae.evaluation.proposals.log_weights import keeps_rows
 from ppvae.evaluation.reliability import FILTER_METHOD, NUM_FILTERS
 from ppvae.inference.contract.support import base_measure_of, count_observed
 from ppvae.inference.sequences.backward import sample_backward
@@ -126,7 +127,7 @@ class FilterBlocks:
 
     def _num_rows(self, block: Block) -> int:
         """The number of rows in one run of the pair; all of them where the pair takes no fewer."""
-        if self.run.structure.draws_subsample:
+        if self._is_whole(block):
             return block.size
         steps = STEPS_HELD
         if self.posterior_draws:
@@ -134,6 +135,10 @@ class FilterBlocks:
             pair = self.run.model, self.run.guide, part.batch, 1
             steps = max(steps, steps_of(evaluate_terms(*pair, structure=self.run.structure, index=part.index)).count)
         return max(1, DATA_BLOCK * PARTICLE_BLOCK * STEPS_HELD // (self.num_particles * steps))
+
+    def _is_whole(self, block: Block) -> bool:
+        """Whether a run of the pair takes all rows of the block, each once."""
+        return self.run.structure.draws_subsample or keeps_rows(self.run, block)
 
     def _filter(self, block: Block, rows: Tensor, number: int, keep_history: bool = False) -> FilterResult:
         """One particle filter for each of these rows of a block."""
@@ -190,7 +195,7 @@ class FilterBlocks:
 
         {"posterior/site": [N, draws, (inner plates,) *event]}. The filters are run again with the same noise.
         """
-        run, whole = self.run, self.run.structure.draws_subsample
+        run, whole = self.run, self._is_whole(block)
         seed_all(derive_seed(run.seed, block.number, "posterior"))
         share = log_px.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
         chosen = share.T.multinomial(self.posterior_draws, replacement=True)

@@ -180,10 +180,12 @@ def select_rows(run: Evaluation, block: Block, rows: Tensor) -> tuple[Block, Ten
 
     A pair with one parameter a datum, such as an `AutoNormal`, or a plate of fixed size has all its data in one block.
     """
-    holds_all = block.size == run.num_data and len(rows) < block.size
-    if holds_all and find_bound_rows(run.model, run.guide, block.batch, block.s):
-        return block, rows
-    return block.select_rows(rows)
+    return (block, rows) if len(rows) < block.size and keeps_rows(run, block) else block.select_rows(rows)
+
+
+def keeps_rows(run: Evaluation, block: Block) -> bool:
+    """Whether the pair takes the rows of a block as they are alone: all data, in their order."""
+    return block.size == run.num_data and bool(find_bound_rows(run.model, run.guide, block.batch, block.s))
 
 
 def with_larger_blocks(run: Evaluation) -> Evaluation:

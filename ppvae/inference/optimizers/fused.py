@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import is_
 from typing import Any, NamedTuple, final
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+
+from ppvae.inference.optimizers.native_adam import AdamKernel
 
 
 class _Lists(NamedTuple):
@@ -31,6 +34,13 @@ class _Lists(NamedTuple):
                 return False
         return True
 
+    @property
+    def are_native(self) -> bool:
+        """Whether `AdamKernel` takes them, which have one count of steps."""
+        moments = (*self.params, *self.exp_avgs, *self.exp_avg_sqs)
+        same = not self.max_exp_avg_sqs and bool((self.counts == self.counts[0]).all())
+        return same and AdamKernel.takes(moments)
+
 
 @final
 class FusedAdam:
@@ -44,20 +54,16 @@ class FusedAdam:
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
         self._lists: list[_Lists] = []
+        self._kernels: list[AdamKernel] | None = None  # of the groups in `_lists`; empty where there are none
 
     def step(self) -> None:
         """One step of the optimizer."""
         o = self.optimizer
-        gradients = [[p.grad for p in group["params"]] for group in o.param_groups]
-        if not self._is_plain() or any(g is None for of_group in gradients for g in of_group):
+        gradients = self._gradients()
+        if any(g is None for of_group in gradients for g in of_group) or not self._is_gathered():
             o.step()
+            self._kernels = None  # parameters without a gradient have taken fewer steps
             return
-        known = zip(self._lists, o.param_groups, strict=False)
-        if len(self._lists) != len(gradients) or not all(lists.are_of(group, o.state) for lists, group in known):
-            if not self._can_be_gathered():
-                o.step()
-                return
-            self._lists = [self._gather(group) for group in o.param_groups]
         o._opt_called = True  # type: ignore[attr-defined] # which a schedule looks at
         with torch.no_grad():
             for group, lists, of_group in zip(o.param_groups, self._lists, gradients, strict=True):
@@ -69,6 +75,49 @@ class FusedAdam:
                     lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
                     amsgrad=group["amsgrad"], maximize=group["maximize"],
                 )  # fmt: skip
+
+    @property
+    def is_native(self) -> bool:
+        """Whether `scaled_step` can take the next step, from the gradients as they stand."""
+        gradients = self._gradients()
+        if any(g is None for of_group in gradients for g in of_group) or not self._is_gathered():
+            return False
+        if self._kernels is None or not self._fit(gradients):
+            native = all(lists.are_native for lists in self._lists)
+            self._kernels = [AdamKernel(*lists[:3]) for lists in self._lists] if native else []
+        return bool(self._kernels) and self._fit(gradients)
+
+    def _fit(self, gradients: list[list[Any]]) -> bool:
+        return all(kernel.fits(of_group) for kernel, of_group in zip(self._kernels or (), gradients, strict=False))
+
+    def norm(self) -> float:
+        """The Euclidean norm of all gradients, where the step `is_native`."""
+        return math.sqrt(sum(k.sum_of_squares(g) for k, g in zip(self._kernels or (), self._gradients(), strict=True)))
+
+    def scaled_step(self, scale: float) -> None:
+        """The optimizer's step by gradients times `scale`, up to rounding, where it `is_native`."""
+        o = self.optimizer
+        o._opt_called = True  # type: ignore[attr-defined]
+        for kernel, group, lists, of_group in zip(
+            self._kernels or (), o.param_groups, self._lists, self._gradients(), strict=True
+        ):
+            lists.counts.add_(1)
+            kernel.step(of_group, group, int(lists.counts[0]), scale)
+
+    def _gradients(self) -> list[list[Any]]:
+        return [[p.grad for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def _is_gathered(self) -> bool:
+        """Whether a kernel takes the optimizer's step, whose tensors are then in `_lists`."""
+        o = self.optimizer
+        if not self._is_plain():
+            return False
+        known = zip(self._lists, o.param_groups, strict=False)
+        if len(self._lists) != len(o.param_groups) or not all(lists.are_of(group, o.state) for lists, group in known):
+            if not self._can_be_gathered():
+                return False
+            self._lists, self._kernels = [self._gather(group) for group in o.param_groups], None
+        return True
 
     def _is_plain(self) -> bool:
         o = self.optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,12 @@ class JointOptim(PyroOptim):
             self._kernel.step()
         elif self.optimizer is not None:
             self.optimizer.step(*args, **kwargs)
+
+    def native(self, params: Sequence[Tensor]) -> FusedAdam | None:
+        """The kernel for a step of the given parameters with scaled gradients, if they are all and it has one."""
+        self.add(params)
+        kernel = self._kernel if len(params) == len(self._known) else None
+        return kernel if kernel is not None and kernel.is_native else None
 
     def get_state(self) -> dict[str, Any]:
         """The torch optimizer's state."""

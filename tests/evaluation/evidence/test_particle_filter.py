@@ -207,6 +207,25 @@ def test_a_plate_that_draws_its_rows():
     assert float((est.posterior["z_3"] - x[:, 3]).abs().max()) < 6 * R
 
 
+def test_a_guide_with_one_parameter_a_datum():
+    """It takes its rows alone, in their order: each filter is a run of the pair, and draws are of the right datum."""
+    x = draw_linear(3, 6, seed=5)
+    model, _ = linear_pair()
+    mean, variance = kalman_smoother(x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                pyro.sample(f"z_{t}", dist.Normal(mean[:, t], 0.8))
+
+    est = filtered(model, guide, x, num_particles=2000, posterior_draws=400)
+    assert bool(est.reliable.all())
+    assert bool(((est.log_px - kalman(x)).abs() < 5 * est.std_error).all())
+    assert est.posterior is not None
+    z = torch.stack([est.posterior[f"z_{t}"] for t in range(6)], -1)
+    assert bool(((z.mean(0) - mean).abs() < 6 * variance.sqrt() / 20).all())
+
+
 def test_no_effective_particles_beyond_the_end():
     """NaN there and nowhere else, and the smallest of the others is that of the datum."""
     x, lengths = draw_linear(4, 9, seed=2), torch.tensor([9, 1, 4, 8])
