@@ -95,7 +95,7 @@ def parts_of(row: str) -> tuple[str, str, str]:
 
 def adam_or_sgd(params: Any, rule: str, lr: float) -> torch.optim.Optimizer:
     """A torch optimizer of the rule."""
-    return (torch.optim.SGD if rule == "sgd" else torch.optim.Adam)(params, lr=lr)
+    return torch.optim.SGD(params, lr=lr) if rule == "sgd" else torch.optim.Adam(params, lr=lr, fused=True)
 
 
 def rules(lr: float, prior_lr: float) -> Callable[[str], dict[str, Any]]:
@@ -133,7 +133,7 @@ def compute(s: Settings, workspace: Workspace, row: str, network: str, seed: int
     trained = cells.train(
         pair, images, valid, workspace, epochs=epochs, lr=s.lr, scheduler=None, batch_size=s.batch_size, seed=seed,
         optimizer=PyroOptim(adam_or_sgd, rules(s.lr, s.prior_lr)),
-        objective=objective, untimed=(measure,),
+        objective=objective, precision="auto", untimed=(measure,),
     )  # fmt: skip
     given: dict[str, Any] = {"proposal": "guide", "num_particles": s.particles}
     est = log_marginal(vae.model, vae.guide, test.head(s.num_test), **given)
