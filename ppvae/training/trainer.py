@@ -233,8 +233,7 @@ class Trainer:
         start = time.perf_counter()
         seed_all(derive_seed(self.seed, self.epoch, "noise", *self.context.noise_key))
         steps, sizes = [], []
-        # the contract was checked; each step checks loss and gradient
-        with pyro.validation_enabled(False), self.svi.uninterrupted():
+        with pyro.validation_enabled(False), self.svi.uninterrupted():  # each step checks loss and gradient
             for rows, batch in self._batches():
                 shard = batch if self.structure.draws_subsample else self.context.shard_batch(batch)
                 steps.append(self.step(shard, self.epoch + 1, rows))
