@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
@@ -48,6 +49,8 @@ def rounds(keys: Iterable[Key], s: Settings, threads: int) -> dict[Key, list[flo
 def _serve(line: Connection, s: Settings, threads: int) -> None:
     """Runs a round of each key received, set up at its first round, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
+    if hasattr(os, "sched_setaffinity"):  # XLA takes all cores that it finds, whatever its flags say
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
     set_up = contenders(s, threads)
     ready = {}
