@@ -173,10 +173,11 @@ class CapturedGraph:
     unguarded: int = 0  # calls since the guards were asked
     doubted: bool = False
 
-    def changed(self) -> str:
-        """What has changed since the capture, or nothing."""
-        what = self.guards.changed() if self.guards is not None else ""
-        return what or ("" if self.graph.fits else "the shape, type or place of a parameter or buffer")
+    def changed(self, whole: bool) -> str:
+        """What has changed since the capture, or nothing; unless `whole`, of tensors read into Python alone."""
+        if self.guards is not None and (what := self.guards.changed() if whole else self.guards.read_changed()):
+            return what
+        return "the shape, type or place of a parameter or buffer" if whole and not self.graph.fits else ""
 
 
 @final
@@ -212,8 +213,8 @@ class CompiledFunction:
         if self.refusal:
             return None
         captured = self.graphs.get(kind)
-        due = self.policy.checks_guards and captured is not None and captured.unguarded % self._every == 0
-        if captured is not None and due and (what := captured.changed()):
+        asks = self.policy.checks_guards
+        if captured and asks and (what := captured.changed(whole=captured.unguarded % self._every == 0)):
             self._drop(what)
             captured = None
         if captured is None:

@@ -79,11 +79,14 @@ class Guards:
     def _now(self) -> tuple[Any, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._watched)))
 
+    def read_changed(self) -> str:
+        """What `changed` says of tensors whose values were read into Python."""
+        return "a tensor whose values were read into Python" if any(t._version != v for t, v in self.read) else ""
+
     def changed(self) -> str:
         """The name of something that has changed, or nothing."""
-        for t, version in self.read:
-            if t._version != version:
-                return "a tensor whose values were read into Python"
+        if what := self.read_changed():
+            return what
         if any(self._empty):
             return next(name for name, own in zip(self._names_of_empty, self._empty, strict=True) if own)
         now = self._now()

@@ -112,8 +112,6 @@ class SVI(PyroSVI):
         self._unused_state: set[str] = set()  # names in a PyroOptim's state that were warned of
         self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
-        self._native: FusedAdam | None = None
-        self._native_uses = self._trusted_steps = 0
         plain = type(self.optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
         self._grouped_steps = MultiTensorSteps(self.optim) if plain else None
         prepare_process()
@@ -207,12 +205,10 @@ class SVI(PyroSVI):
             yield
             return
         function.ask_guards(CHECKS_EVERY)
-        self._trusted_steps = CHECKS_EVERY
         try:
             yield
         finally:
             function.ask_guards(1)
-            self._native, self._trusted_steps = None, 0
 
     def steps(self, batches: Iterable[Sequence[Tensor]]) -> list[Any]:
         """A `step` on each of the batches, tuples of arguments: the same steps to the last bit; returns their losses.
@@ -237,12 +233,8 @@ class SVI(PyroSVI):
         """The kernel that updates these parameters by scaled gradients: of Adam on the CPU, in compiled steps."""
         if self.kernels != "compiled":
             return None
-        self._native_uses += 1
-        if self._native is not None and len(params) == len(self.params) and self._native_uses < self._trusted_steps:
-            return self._native
         owner = self.optim if isinstance(self.optim, JointOptim) else self._grouped_steps
-        self._native, self._native_uses = owner.native(params) if owner is not None else None, 0
-        return self._native
+        return owner.native(params) if owner is not None else None
 
     def _step_optimizer(self, params: list[Tensor]) -> None:
         if (native := self.native_adam(params)) is not None:

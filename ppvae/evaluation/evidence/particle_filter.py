@@ -111,7 +111,8 @@ class FilterBlocks:
 
     def __call__(self, block: Block) -> dict[str, Tensor]:
         rows = torch.arange(block.size, device="cpu").repeat(NUM_FILTERS)
-        runs = rows.split(self._num_rows(block))
+        whole = keeps_rows(self.run, block)
+        runs = rows.split(block.size if whole else self._num_rows(block))
         width = len(runs[0])
         parts = concatenate([self._statistics(block, part, i, i * width) for i, part in enumerate(runs)])
         by_filter = {n: value.unflatten(0, (NUM_FILTERS, block.size)) for n, value in parts.items()}
@@ -122,23 +123,17 @@ class FilterBlocks:
         found |= {"filter_ess": found.pop("ess"), "ess": ess.nan_to_num(torch.inf).amin(1)}
         found["ess_by_step"] = torch.where(ended, torch.nan, ess)
         if self.posterior_draws:
-            found |= self._smoothing_draws(block, runs, by_filter["log_px"])
+            found |= self._smoothing_draws(block, runs, by_filter["log_px"], whole)
         return found | {"resampled": by_filter["resampled"].mean(0), "missing": torch.tensor(block.num_missing)}
 
     def _num_rows(self, block: Block) -> int:
-        """The number of rows in one run of the pair; all of them where the pair takes no fewer."""
-        if self._is_whole(block):
-            return block.size
+        """The number of rows in one run of a pair that takes any."""
         steps = STEPS_HELD
         if self.posterior_draws:
             part, _ = block.select_rows(torch.zeros(1, dtype=torch.long, device="cpu"))
             pair = self.run.model, self.run.guide, part.batch, 1
             steps = max(steps, steps_of(evaluate_terms(*pair, structure=self.run.structure, index=part.index)).count)
         return max(1, DATA_BLOCK * PARTICLE_BLOCK * STEPS_HELD // (self.num_particles * steps))
-
-    def _is_whole(self, block: Block) -> bool:
-        """Whether a run of the pair takes all rows of the block, each once."""
-        return self.run.structure.draws_subsample or keeps_rows(self.run, block)
 
     def _filter(self, block: Block, rows: Tensor, number: int, keep_history: bool = False) -> FilterResult:
         """One particle filter for each of these rows of a block."""
@@ -190,12 +185,13 @@ class FilterBlocks:
         }  # fmt: skip
         return {name: value[: len(rows)].cpu() for name, value in found.items()}
 
-    def _smoothing_draws(self, block: Block, runs: Sequence[Tensor], log_px: Tensor) -> dict[str, Tensor]:
+    def _smoothing_draws(self, block: Block, runs: Sequence[Tensor], log_px: Tensor, whole: bool) -> dict[str, Tensor]:
         """Sequences by backward sampling, each from a filter chosen in proportion to its estimate of p(x).
 
-        {"posterior/site": [N, draws, (inner plates,) *event]}. The filters are run again with the same noise.
+        {"posterior/site": [N, draws, (inner plates,) *event]}. The filters are run again with the same noise; `whole`
+        says that a run has all rows of the block, each once.
         """
-        run, whole = self.run, self._is_whole(block)
+        run = self.run
         seed_all(derive_seed(run.seed, block.number, "posterior"))
         share = log_px.nan_to_num(-torch.inf).softmax(0).nan_to_num(1.0)
         chosen = share.T.multinomial(self.posterior_draws, replacement=True)

@@ -184,8 +184,9 @@ def select_rows(run: Evaluation, block: Block, rows: Tensor) -> tuple[Block, Ten
 
 
 def keeps_rows(run: Evaluation, block: Block) -> bool:
-    """Whether the pair takes the rows of a block as they are alone: all data, in their order."""
-    return block.size == run.num_data and bool(find_bound_rows(run.model, run.guide, block.batch, block.s))
+    """Whether the pair takes the rows of a block as they are alone: its plate draws them, or each has its place."""
+    holds_all = block.size == run.num_data
+    return block.s.draws_subsample or (holds_all and bool(find_bound_rows(run.model, run.guide, block.batch, block.s)))
 
 
 def with_larger_blocks(run: Evaluation) -> Evaluation:
