@@ -23,7 +23,7 @@ def installed(name: str) -> bool:
 
 
 def one_thread() -> None:
-    """Limits XLA to one thread, like torch; must be called before jax is imported."""
+    """Asks XLA for one thread, as torch has; must be called before jax is imported."""
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 

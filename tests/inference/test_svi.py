@@ -431,14 +431,19 @@ def test_several_compiled_steps_are_eager_steps_up_to_rounding(dtype, digits):
     torch.testing.assert_close(together[1], eager[1], rtol=digits, atol=digits)
 
 
+def fresh_svi():
+    """A guide with its first parameters, and its SVI."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    guide = Guide()
+    return guide, SVI(model, guide, adam(), Trace_ELBO())
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_several_steps_take_the_gradient_that_the_caller_has_left(kernels):
     ends = []
     for together in (False, True):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        guide = Guide()
-        svi = SVI(model, guide, adam(), Trace_ELBO())
+        guide, svi = fresh_svi()
         svi.use(kernels)
         svi.step(X)
         for p in svi.params:
@@ -473,10 +478,7 @@ def test_a_parameter_that_the_loss_depends_on_no_more_counts_as_of_zero_gradient
     """It is met, and momentum moves it, in several steps as in single ones."""
     ends = []
     for together in (False, True):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        guide = Guide()
-        svi = SVI(model, guide, adam(), Trace_ELBO())
+        guide, svi = fresh_svi()
 
         def batches(guide=guide):
             for mode in ("both", "both", "early of both", "early of both", "both"):
@@ -493,3 +495,28 @@ def test_a_step_that_fails_among_several_leaves_zero_gradients():
     with pytest.raises(ZeroDivisionError):
         svi.steps((X / (1 if i < 3 else 1 // 0),) for i in range(5))
     assert all(p.grad is not None and not p.grad.any() for p in svi.params)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_tensor_read_into_python_that_changes_among_several_steps_is_seen(kernels):
+    """Its values are no Python state: they are compared at every step, not at one of 32."""
+    scale, ends = torch.ones(()), []
+
+    def reading(x):
+        return model(x * float(scale))
+
+    def batches():
+        for i in range(60):
+            if i == 40:
+                scale.fill_(5.0)
+            yield (X,)
+
+    for together in (False, True):
+        _, svi = fresh_svi()
+        scale.fill_(1.0)
+        svi.model = reading
+        svi.use(kernels)
+        found = svi.steps(batches()) if together else [svi.step(*batch) for batch in batches()]
+        ends.append((found, [p.detach().clone() for p in svi.params]))
+    assert ends[0][0] == ends[1][0]
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=0, atol=0)
