@@ -201,7 +201,7 @@ class SVI(PyroSVI):
         For a loop that runs no code of the user's between its steps: at small sizes, looking takes a tenth of a step.
         """
         function = self._compiled_step.function if self._compiled_step is not None else None
-        if function is None:
+        if function is None or _has_own_schedule(self.objective):
             yield
             return
         function.ask_guards(CHECKS_EVERY)
@@ -304,6 +304,14 @@ class SVI(PyroSVI):
 
 def _as_numbers(loss: Any) -> Any:
     return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
+
+
+def _has_own_schedule(objective: Any) -> bool:
+    """Whether a subclass of the user's moves an objective to its next step, by code that runs between steps."""
+    hooks = (getattr(type(objective), name, None) for name in ("advance", "set_step"))
+    own = any(hook is not None and not hook.__module__.startswith("ppvae.") for hook in hooks)
+    inner = getattr(objective, "objective", None)  # of an auxiliary loss beside it
+    return own or (inner is not None and _has_own_schedule(inner))
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:

@@ -14,6 +14,7 @@ from pyro.infer.abstract_infer import EmpiricalMarginal
 from pyro.optim import ClippedAdam, ExponentialLR
 from torch import nn
 
+from ppvae import objectives
 from ppvae.errors import UsageError
 from ppvae.inference import SVI, compiled_step
 from ppvae.models import LinearGaussian
@@ -519,4 +520,30 @@ def test_a_tensor_read_into_python_that_changes_among_several_steps_is_seen(kern
         found = svi.steps(batches()) if together else [svi.step(*batch) for batch in batches()]
         ends.append((found, [p.detach().clone() for p in svi.params]))
     assert ends[0][0] == ends[1][0]
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=0, atol=0)
+
+
+class Staircase(objectives.ELBO):
+    """A loss that a subclass scales by a number of its own, which it changes at step 40."""
+
+    scale = 1.0
+
+    def set_step(self, step):
+        super().set_step(step)
+        self.scale = 1.0 if step < 40 else 3.0
+
+    def differentiable_loss(self, *args, **kwargs):
+        return self.scale * super().differentiable_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_schedule_of_a_subclass_is_followed_among_several_steps(kernels):
+    ends = []
+    for together in (False, True):
+        guide, _ = fresh_svi()
+        svi = SVI(model, guide, adam(), Staircase())
+        svi.use(kernels)
+        found = svi.steps([(X,)] * 60) if together else [svi.step(X) for _ in range(60)]
+        ends.append((found, [p.detach().clone() for p in svi.params]))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-12)
     torch.testing.assert_close(ends[0][1], ends[1][1], rtol=0, atol=0)
