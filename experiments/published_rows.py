@@ -155,15 +155,15 @@ ROWS = {
     "1-VAE-50": burda(86.35, "VAE-50", (VAE900, VAE5, VAE50)),
     "CIWAE": Row(
         84.57, RAINFORTH, ONE, *DYNAMIC, (VAE900, IWAE5, IWAE50, Stage("CIWAE", functools.partial(CIWAE,
-        gradient="dreg"), 30, 50, 5e-4)), by_paper("CIWAE", CIWAE, 64), 84.74,
+        gradient="dreg"), 15, 50, 5e-4)), by_paper("CIWAE", CIWAE, 64), 84.74,
     ),
     "MIWAE": Row(
         84.97, RAINFORTH, ONE, *DYNAMIC, (VAE900, IWAE5, IWAE50, Stage("MIWAE", functools.partial(objectives.MIWAE, 8,
-        8, gradient="dreg"), 30, 50, 5e-4)), by_paper("MIWAE", functools.partial(objectives.MIWAE, 8, 8), 64), 85.09,
+        8, gradient="dreg"), 15, 50, 5e-4)), by_paper("MIWAE", functools.partial(objectives.MIWAE, 8, 8), 64), 85.09,
     ),
     "PIWAE": Row(
         84.46, RAINFORTH, ONE, *DYNAMIC, (VAE900, IWAE5, IWAE50, Stage("PIWAE", functools.partial(objectives.PIWAE, 8,
-        8, gradient="dreg"), 30, 50, 5e-4)), by_paper("PIWAE", functools.partial(objectives.PIWAE, 8, 8), 64), 84.58,
+        8, gradient="dreg"), 15, 50, 5e-4)), by_paper("PIWAE", functools.partial(objectives.PIWAE, 8, 8), 64), 84.58,
     ),
     "2-VAE-1": burda(85.33, "VAE-1", (VAE600,), 2),
     "2-IWAE-5": burda(83.89, "IWAE-5", (VAE600, IWAE5), 2),
