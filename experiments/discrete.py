@@ -95,7 +95,7 @@ def parts_of(row: str) -> tuple[str, str, str]:
 
 def adam_or_sgd(params: Any, rule: str, lr: float) -> torch.optim.Optimizer:
     """A torch optimizer of the rule."""
-    return torch.optim.SGD(params, lr=lr) if rule == "sgd" else torch.optim.Adam(params, lr=lr, fused=True)
+    return torch.optim.SGD(params, lr=lr) if rule == "sgd" else torch.optim.Adam(params, lr=lr)
 
 
 def rules(lr: float, prior_lr: float) -> Callable[[str], dict[str, Any]]:

@@ -43,6 +43,7 @@ class TrainingStep:
         self.count = 0
         self.start = state.snapshot()
         self.checkpoints: Path | None = None
+        self._left = 1.0  # by which the gradients of the last step are still to be multiplied
 
     @property
     def synchronous(self) -> bool:
@@ -89,8 +90,10 @@ class TrainingStep:
         factor = 1 / represented
         if self.clip is not None and norm > self.clip:
             factor *= self.clip / norm
+        self._left = 1.0
         if native:
             native.scaled_step(factor)
+            self._left = factor
         else:
             if grads:
                 torch._foreach_mul_(grads, factor)
@@ -109,12 +112,16 @@ class TrainingStep:
         self.count += 1
         return norm
 
-    def check_finite(self, steps: Sequence[tuple[Number, Number]], epoch: int) -> list[tuple[float, float]]:
-        """The losses and gradient norms of an epoch's steps as floats.
+    def end_epoch(self, steps: Sequence[tuple[Number, Number]], epoch: int) -> list[tuple[float, float]]:
+        """The losses and gradient norms of an epoch's steps as floats; leaves the last step's gradients in `.grad`.
 
         Raises:
             TrainingError: one is not finite.
         """
+        grads = [p.grad for p in self.svi.params if p.grad is not None]
+        if self._left != 1 and grads:
+            torch._foreach_mul_(grads, self._left)
+        self._left = 1.0
         flat = [torch.as_tensor(x, dtype=torch.float64) for step in steps for x in step]
         device = next((x.device for x in flat if x.device.type != "cpu"), torch.device("cpu"))
         values = torch.stack([x.to(device) for x in flat]).tolist()

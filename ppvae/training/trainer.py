@@ -239,7 +239,7 @@ class Trainer:
                 steps.append(self.step(shard, self.epoch + 1, rows))
                 sizes.append(self.structure.batch_size(batch))
         try:
-            losses_and_norms = self.step.check_finite(steps, self.epoch + 1)
+            losses_and_norms = self.step.end_epoch(steps, self.epoch + 1)
         except TrainingError:
             self.state.restore(self.step.start)
             raise

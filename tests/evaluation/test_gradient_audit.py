@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,43 @@ def test_it_measures_what_an_unbiased_estimator_without_baseline_loses():
         model, guide, x, ELBO(4), {"none": ScoreFunction(NoBaseline()), "vargrad": "vargrad"}, draws=100
     )
     assert float(found.variance["a"][1]) < float(found.variance["a"][0])
+
+
+def rarely(logit):
+    """A pair whose guide draws the last two of four values with odds exp(logit)."""
+    torch.manual_seed(0)
+    encoder, decoder, off = nn.Linear(3, 4), nn.Linear(4, 3), torch.tensor([0.0, 0.0, logit, logit])
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(4)))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.OneHotCategorical(logits=encoder(x) + off))
+
+    return model, guide, torch.randn(3, 3)
+
+
+def test_draws_too_rare_to_be_seen_make_no_bias():
+    """Gradients of the rare values are zero in all steps, and their error as well."""
+    unbiased = {"vimco": "vimco", "double_cv": "double_cv", "arms": "arms", "set": UnorderedSet(2)}
+    found = evaluation.gradients(*rarely(-10.0), ELBO(2), unbiased, draws=100)
+    assert not any(bool(of_site.any()) for of_site in found.biased.values())
+
+
+def test_gradients_that_are_not_finite_are_named():
+    class Broken(GradientEstimator):
+        def check_structure(self, objective, s):
+            pass
+
+        def surrogate(self, objective, call):
+            return objective.bound(call.terms(frozen=("latents",))).sum() * torch.nan
+
+    found = evaluation.gradients(*rarely(0.0), ELBO(2), {"broken": Broken(), "ok": "vimco"}, draws=10)
+    assert bool(found.bias["z"][0].isnan())
+    assert "not finite" in found.table()["broken"]
+    assert "not finite" not in found.table()["ok"]

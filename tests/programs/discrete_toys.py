@@ -201,6 +201,33 @@ def _one_hot_guide(p: Params, x: Tensor) -> None:
 ONE_HOT = Toy(CATEGORY.model_params, CATEGORY.guide_params, _CATEGORY, _one_hot_model, _one_hot_guide, _category_points)
 
 
+# -- the same, of which two values are impossible: their logits are -inf in model and guide ---------------------------
+
+_POSSIBLE = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], dtype=torch.float64)
+
+
+def _two_of_four_model(p: Params, x: Tensor) -> None:
+    c = pyro.sample("c", dist.OneHotCategorical(logits=_prior_logits(p) + _POSSIBLE))
+    loc = torch.stack([_loc(p, torch.full_like(p["d"], float(i))) for i in range(4)], -1)
+    pyro.sample("x", normal((c * loc).sum(-1), p["e"]), obs=x)
+
+
+def _two_of_four_guide(p: Params, x: Tensor) -> None:
+    pyro.sample("c", dist.OneHotCategorical(logits=_guide_logits(p) + _POSSIBLE))
+
+
+def _two_of_four_points(p: Params) -> Points:
+    c = 2 * _values(2)[0]
+    log_q = _guide_logits(p)[::2].log_softmax(-1)
+    return Points(log_q, log_normal(X, _loc(p, c), p["e"]), _prior_logits(p)[::2].log_softmax(-1), log_q)
+
+
+TWO_OF_FOUR = replace(ONE_HOT, model=_two_of_four_model, guide=_two_of_four_guide, points=_two_of_four_points)
+
+
+# -- a bit given a value, as a number and as a one-hot vector ---------------------------------------------------------
+
+
 def _layers_model(p: Params, x: Tensor) -> None:
     b = pyro.sample("b", dist.Bernoulli(logits=p["v"]))
     c = pyro.sample("c", dist.Categorical(logits=_prior_logits(p) * (1 + b[..., None])))
@@ -225,7 +252,24 @@ LAYERS = Toy(
     ("u", "v", "d", "e"), ("f", "g", "h", "k"), {**_CATEGORY, "k": 0.7}, _layers_model, _layers_guide, _layers_points
 )
 
+
+def _one_hot_layers_model(p: Params, x: Tensor) -> None:
+    b = pyro.sample("b", dist.Bernoulli(logits=p["v"]))
+    c = pyro.sample("c", dist.OneHotCategorical(logits=_prior_logits(p) * (1 + b[..., None])))
+    loc = torch.stack([_loc(p, torch.full_like(p["d"], float(i))) for i in range(4)], -1)
+    pyro.sample("x", normal((c * loc).sum(-1) - b, p["e"]), obs=x)
+
+
+def _one_hot_layers_guide(p: Params, x: Tensor) -> None:
+    c = pyro.sample("c", dist.OneHotCategorical(logits=_guide_logits(p)))
+    number = (c * torch.arange(4.0)).sum(-1)
+    pyro.sample("b", dist.Bernoulli(logits=p["k"] * (number - 1) + p["h"]))
+
+
+ONE_HOT_LAYERS = replace(LAYERS, model=_one_hot_layers_model, guide=_one_hot_layers_guide)
+
 TOYS = {
     "bit": BIT, "vector": VECTOR, "shared": SHARED_BITS, "category": CATEGORY, "one hot": ONE_HOT, "layers": LAYERS,
+    "two of four": TWO_OF_FOUR, "one-hot layers": ONE_HOT_LAYERS,
     "plate": PLATE, "masked": MASKED, "bits": BITS, "mixed": MIXED, "after": AFTER,
 }  # fmt: skip

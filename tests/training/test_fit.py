@@ -484,6 +484,22 @@ def test_clip():
     assert torch.allclose(norms[2][2], norms[0][2])
 
 
+@pytest.mark.slow
+def test_compiled_and_eager_epochs_leave_the_same_gradients():
+    """Those of the last step, per datum and clipped, by which the parameters were moved."""
+    left = []
+    for compile in (False, True):
+        pair = linear()
+
+        def keep(*_, module=pair):
+            left.append([p.grad.clone() for p in module.parameters()])
+
+        settings = {"batch_size": 40, "optimizer": ADAM, "clip": 0.5, "compile": compile, "progress": False}
+        fit(pair.model, pair.mean_field, gaussian_data(), epochs=2, callbacks=[keep], **settings)
+        assert math.sqrt(sum(float((g**2).sum()) for g in left[-1])) == pytest.approx(0.5, rel=1e-5)
+    torch.testing.assert_close(left[3], left[1], rtol=1e-3, atol=1e-5)
+
+
 def test_a_negative_clip_is_refused():
     with pytest.raises(UsageError, match="clip"):
         fit(*ppca_pair(None), gaussian_data(10, 3).double(), epochs=1, clip=-1.0)

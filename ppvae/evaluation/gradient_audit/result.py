@@ -24,9 +24,10 @@ class GradientAudit(SaveableResult):
         variance: {site: [estimators]}, of the gradient of one step, summed over the parameters of the site.
         signal: {site: [estimators]}, the norm of the mean gradient, without the noise of a finite number of draws.
         bias: {site: [estimators]}, the norm of the mean less the enumerated gradient over the norm of the latter,
-            without that noise; NaN where the latents cannot be enumerated.
+            without that noise; NaN where the latents cannot be enumerated, or a gradient is not finite.
         p_value: {site: [estimators]}, of the largest difference of a parameter's mean from the enumerated gradient in
-            standard errors, corrected for the number of parameters (Bonferroni) and under a normal mean.
+            standard errors, corrected for the number of parameters (Bonferroni) and under a normal mean. A hundredth of
+            the largest parameter's gradient is subtracted first: draws too rare to be seen may carry it.
         seconds: [estimators], CPU time of a step, forward and backward, the median.
         draws: steps for each estimator.
         notes: estimators that the pair refuses, with the reason.
@@ -68,6 +69,8 @@ class GradientAudit(SaveableResult):
 
     def _bias_words(self, site: str, i: int) -> str:
         bias = float(self.bias[site][i])
+        if not math.isfinite(float(self.variance[site][i])):
+            return ", gradients that are not finite"
         if math.isnan(bias):
             return ""
         return f", biased by {100 * bias:.2g} %" if bool(self.biased[site][i]) else ", no bias found"

@@ -70,7 +70,7 @@ class MultiTensorSteps:
             self._joint[ids] = FusedAdam(kind([p for p, _ in members]))
         joint = self._joint[ids].optimizer
         joint.param_groups[0] |= {k: v for k, v in first.param_groups[0].items() if k != "params"}
-        joint.param_groups[0]["fused"] = fused or None
+        joint.param_groups[0]["fused"] = first.param_groups[0]["fused"] or fused or None
         for p, own in members:
             joint.state[p] = own.state[p]
             own._opt_called = True  # type: ignore[attr-defined] # which a schedule looks at
@@ -90,7 +90,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) != 1:
         return None
     group = optimizer.param_groups[0]
-    given = group["foreach"] is not None or group["fused"] is not None or group["differentiable"]
-    if given or has_hooks(optimizer) or isinstance(group["lr"], Tensor):
+    own = group["foreach"] is not None or group["fused"] is False or group["differentiable"]
+    if own or has_hooks(optimizer) or isinstance(group["lr"], Tensor):
         return None
     return tuple(v for k, v in group.items() if k != "params")

@@ -27,6 +27,7 @@ OPTIMIZERS = {
     "by parameter": lambda: pyro.optim.Adam(by_name),
     "clipped": lambda: pyro.optim.Adam({"lr": 0.1, "eps": 1.0}, {"clip_norm": 0.5}),
     "schedule": lambda: ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}),
+    "fused": lambda: pyro.optim.Adam({"lr": 0.1, "fused": True}),
     "foreach": lambda: pyro.optim.Adam({"lr": 0.1, "foreach": True}),
     "SGD": lambda: pyro.optim.SGD({"lr": 0.1, "momentum": 0.9}),
     "ClippedAdam": lambda: ClippedAdam({"lr": 0.1, "clip_norm": 0.5, "lrd": 0.9}),
@@ -75,3 +76,20 @@ def test_an_optimizer_with_a_hook_takes_its_own_steps():
     optim.optim_objs[p].register_step_post_hook(lambda *_: seen.append(1))
     steps([p], fused=True)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_one_kernel_updates_all_parameters(fused, monkeypatch):
+    params, optim, calls = (
+        [pyro.param(n, torch.zeros(2)) for n in "ab"],
+        pyro.optim.Adam({"lr": 0.1, "fused": fused}),
+        [],
+    )
+    steps, kernel = MultiTensorSteps(optim), torch._fused_adam_
+    for p in params:
+        p.grad = torch.ones(2)
+    steps(params, fused=True)
+    monkeypatch.setattr(torch, "_fused_adam_", lambda *args, **kwargs: calls.append(kernel(*args, **kwargs)))
+    for _ in range(2):
+        steps(params, fused=True)
+    assert len(calls) == 2

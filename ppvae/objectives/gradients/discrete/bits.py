@@ -13,6 +13,7 @@ from ppvae.errors import site_error
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, base_distribution
 
 FAMILIES = (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical)
+FAR = 1000.0  # of a logit: its probability is zero in float64
 
 
 def family_of(site: SiteDraws, consumer: str, families: tuple[Any, ...] = FAMILIES) -> type:
@@ -101,9 +102,14 @@ def bits_of(site: SiteDraws, consumer: str) -> Bits:
     family = family_of(site, consumer)
     if family is dist.Bernoulli:
         return Bits(site, family, site.particles(lambda fn, value: fn.logits.expand(value.shape))[None])
-    log_probs = log_probs_of(site, family)
+    log_probs = finite(log_probs_of(site, family))
     rest = log_probs.flip(0).logcumsumexp(0).flip(0)  # log sum_{c >= s} pi_c
     return Bits(site, family, log_probs[:-1] - rest[1:])
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Logits with those of impossible values, -inf, at a finite number, so that sums over values have a gradient."""
+    return torch.where(logits == -torch.inf, -FAR, logits)
 
 
 def log_probs_of(site: SiteDraws, family: type) -> Tensor:

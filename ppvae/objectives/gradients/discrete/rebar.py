@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, final
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,13 @@ from ppvae.errors import site_error
 from ppvae.errors.ranges import check_numbers
 from ppvae.inference.second_run import buffer_copies
 from ppvae.objectives.gradients.discrete.bits import family_of
-from ppvae.objectives.gradients.discrete.relaxation import logistic_given
+from ppvae.objectives.gradients.discrete.relaxation import (
+    RELAXABLE,
+    RelaxedDensities,
+    logits_of,
+    perturbed_given,
+    soft,
+)
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
 from ppvae.objectives.reductions import leave_one_out_sum
 from ppvae.rng import fork_rng
@@ -58,13 +63,13 @@ class _ControlVariate(nn.Module):
 class REBAR(SiteEstimator):
     """The score function with the bound at relaxed draws as control variate, whose gradient has a path; unbiased.
 
-    (R - c(y~)) d log q(z) + d c(y) - d c(y~): y = sigmoid(logistic / t) is the relaxed value whose hard value is the
-    guide's draw z, y~ a further one given z, and c(y) = a R(y) the bound with draw k replaced by y, less the bound
-    without draw k. Weight a and temperature t follow the gradient of the estimator's squared norm, which has the same
-    expectation for all of them, and are part of the checkpoint. RELAX (`network=True`) adds a network of y and the
-    logits to c. The densities of model and guide are evaluated at numbers in (0, 1), where they have to be
-    differentiable: for a model that rounds its latent the estimator is biased. A step evaluates 3 K draws of the pair
-    for one site, and second derivatives.
+    (R - c(y~)) d log q(z) + d c(y) - d c(y~): y = sigmoid(logistic / t), or softmax(gumbels / t) of a one-hot site, is
+    the relaxed value whose hard value is the guide's draw z, y~ a further one given z, and c(y) = a R(y) the bound with
+    draw k replaced by y, less the bound without draw k. Weight a and temperature t follow the gradient of the
+    estimator's squared norm, which has the same expectation for all of them, and are part of the checkpoint. RELAX
+    (`network=True`) adds a network of y and the logits to c. The densities of model and guide are evaluated at numbers
+    in (0, 1), where they have to be differentiable: for a model that rounds its latent the estimator is biased. A step
+    evaluates 3 K draws of the pair for one site, and second derivatives.
 
     Args:
         temperature: t in the first step.
@@ -72,7 +77,7 @@ class REBAR(SiteEstimator):
         optimizer: a function of the parameters of c that returns a torch optimizer.
 
     Raises:
-        ContractError: a site that is not Bernoulli, by its name.
+        ContractError: a site that is neither Bernoulli nor one-hot categorical, by its name.
 
     Source: Tucker et al. 2017 (arXiv 1703.07370); Grathwohl et al. 2018 (arXiv 1711.00123).
 
@@ -99,24 +104,23 @@ class REBAR(SiteEstimator):
         return True
 
     def site_surrogate(self, site: SiteDraws) -> Tensor:
-        family_of(site, repr(self), (dist.Bernoulli,))
-        logits = site.particles(lambda fn, value: fn.logits.expand(value.shape))
+        family, logits = family_of(site, repr(self), RELAXABLE), logits_of(site)
         z, kept, w = site.value.double(), site.kept, site.log_weight
         a = logits.detach().double().requires_grad_()
         without = site.objective.leave_one_out_bound(w, leave_one_out_sum(w) / max(1, len(w) - 1))
         if len(w) == 1:
             without = torch.zeros_like(w)
         with torch.enable_grad():
-            noise = logistic_given(z, a.detach()) - a.detach()
-            logistic = torch.stack([a + noise, logistic_given(z, a)])  # y of a constant noise, y~ of one given z
-            features = _per_datum(torch.stack([logistic, torch.stack([a, a]).detach()], -1), site)
+            noise = perturbed_given(z, a.detach(), family) - a.detach()
+            perturbed = torch.stack([a + noise, perturbed_given(z, a, family)])  # y of a constant noise, y~ given z
+            features = _per_datum(torch.stack([perturbed, torch.stack([a, a]).detach()], -1), site)
             control = self._control_variate(site.name, features)
-            y = (logistic / control.log_temperature.exp()).sigmoid()
+            y = soft(perturbed, control.log_temperature.exp(), family)
             share = [site.objective.leave_one_out_bound(w, at) - without for at in _log_weights(site, y)]
             features = _per_datum(torch.stack([y, torch.stack([a, a]).detach()], -1), site)
             c = control(torch.stack(share), features)  # [2, K, batch]
             (path,) = torch.autograd.grad((c[0] - c[1]).sum(), a, create_graph=True)
-            score = z - a.detach().sigmoid()
+            score = z - soft(a.detach(), 1.0, family)
             signal = site.spread(site.objective.reduce(w) - without - c[1], z)
             gradient = (signal * score + path) * kept
             control.learn(gradient.square().sum() / w.numel())
@@ -188,7 +192,7 @@ def _log_weights(site: SiteDraws, y: Tensor) -> Tensor:
     given = {n: torch.cat([value, value]) for n, value in earlier.items()}
     given[site.name] = y.flatten(0, 1).to(site.value)
     try:
-        with buffer_copies(), pyro.validation_enabled(False):
+        with buffer_copies(), pyro.validation_enabled(False), RelaxedDensities(site.name):
             t = call.again(2 * count, given)
     except ValueError as error:
         raise site_error(

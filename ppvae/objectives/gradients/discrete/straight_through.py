@@ -3,13 +3,12 @@
 import warnings
 from typing import final
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from ppvae.errors.ranges import check_numbers
 from ppvae.objectives.gradients.discrete.bits import family_of
-from ppvae.objectives.gradients.discrete.relaxation import relaxed
+from ppvae.objectives.gradients.discrete.relaxation import RELAXABLE, relaxed
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
 from ppvae.objectives.protocol import LogWeightBound
 
@@ -41,7 +40,7 @@ class StraightThrough(SiteEstimator):
         warnings.warn("the straight-through gradient is biased: take gradient='arms' or 'vimco'", stacklevel=4)
 
     def site_surrogate(self, site: SiteDraws) -> Tensor:
-        family_of(site, repr(self), (dist.Bernoulli, dist.OneHotCategorical))
+        family_of(site, repr(self), RELAXABLE)
         w = site.log_weight.detach().requires_grad_()
         (r,) = torch.autograd.grad(site.objective.reduce(w).sum(), w)
         soft = relaxed(site, self.temperature)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ppvae.errors import UsageError, site_error
 from ppvae.errors.ranges import check_numbers
-from ppvae.objectives.gradients.discrete.bits import family_of, log_probs_of, value_of_index
+from ppvae.objectives.gradients.discrete.bits import family_of, finite, log_probs_of, value_of_index
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
 
 MAX_VALUES = 1024  # joint values of a site for one datum
+TINY = 1e-30  # the least probability of a draw: that of a set, a product of up to eight, stays positive
 
 
 @final
@@ -71,14 +72,15 @@ class UnorderedSet(SiteEstimator):
         first = (flat * powers).sum(-1)[None]
         n = min(self.draws, len(table))
         uniform = torch.empty_like(joint).uniform_().clamp_min(torch.finfo(joint.dtype).tiny)
-        keys = (joint.detach() - (-uniform.log()).log()).scatter(0, first, -math.inf)
+        keys = (finite(joint.detach()) - (-uniform.log()).log()).scatter(0, first, -math.inf)
         drawn = torch.cat([first, keys.topk(n - 1, 0).indices])  # [n, K, batch]
         values = table[drawn[1:]].reshape(n - 1, *rest).movedim(2, data + 1)
         further = value_of_index(values, family, count).to(site.value)
-        f = site.bounds(site.evaluate(further, from_guide=False))
         log_q = joint.gather(0, drawn)
-        weight = set_weights(log_q.detach().exp(), f)
-        return (weight * torch.where(weight == 0, 0.0, log_q)).sum()
+        impossible = log_q.detach() == -torch.inf  # drawn where there are fewer possible values than draws
+        f = torch.where(impossible, 0.0, site.bounds(site.evaluate(further, from_guide=False)))
+        weight = set_weights(log_q.detach().exp().clamp_min(TINY), f)
+        return (weight * torch.where(impossible | (weight == 0), 0.0, log_q)).sum()
 
     def __repr__(self) -> str:
         return f"UnorderedSet({self.draws})"
