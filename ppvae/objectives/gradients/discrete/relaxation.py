@@ -77,7 +77,7 @@ class RelaxedDensities(Messenger):
             msg["fn"] = _relaxable(msg["fn"])
 
 
-class _LinearOneHotCategorical(dist.OneHotCategorical):  # type: ignore[misc]
+class _LinearOneHotCategorical(dist.OneHotCategorical):
     def log_prob(self, value: Tensor) -> Tensor:
         return (value * finite(self.logits)).sum(-1)
 
