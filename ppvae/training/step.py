@@ -43,7 +43,7 @@ class TrainingStep:
         self.count = 0
         self.start = state.snapshot()
         self.checkpoints: Path | None = None
-        self._left = 1.0  # by which the gradients of the last step are still to be multiplied
+        self._unapplied = 1.0  # the factor of the last step that its gradients do not have yet
 
     @property
     def synchronous(self) -> bool:
@@ -90,10 +90,9 @@ class TrainingStep:
         factor = 1 / represented
         if self.clip is not None and norm > self.clip:
             factor *= self.clip / norm
-        self._left = 1.0
+        self._unapplied = factor if native else 1.0
         if native:
             native.scaled_step(factor)
-            self._left = factor
         else:
             if grads:
                 torch._foreach_mul_(grads, factor)
@@ -119,9 +118,8 @@ class TrainingStep:
             TrainingError: one is not finite.
         """
         grads = [p.grad for p in self.svi.params if p.grad is not None]
-        if self._left != 1 and grads:
-            torch._foreach_mul_(grads, self._left)
-        self._left = 1.0
+        if self._unapplied != 1 and grads:
+            torch._foreach_mul_(grads, self._unapplied)
         flat = [torch.as_tensor(x, dtype=torch.float64) for step in steps for x in step]
         device = next((x.device for x in flat if x.device.type != "cpu"), torch.device("cpu"))
         values = torch.stack([x.to(device) for x in flat]).tolist()

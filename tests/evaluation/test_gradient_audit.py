@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from ppvae.objectives import ELBO, IWAE
 from ppvae.objectives.gradients import GradientEstimator, ScoreFunction, StraightThrough, UnorderedSet
 from ppvae.objectives.gradients.control_variates import NoBaseline
 from tests.laws.gradients import samples
-from tests.programs.discrete_toys import TOYS
+from tests.programs.discrete_toys import TOYS, one_hot_pair
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:the straight-through")]
 
@@ -125,22 +123,9 @@ def test_it_measures_what_an_unbiased_estimator_without_baseline_loses():
 
 
 def rarely(logit):
-    """A pair whose guide draws the last two of four values with odds exp(logit)."""
-    torch.manual_seed(0)
-    encoder, decoder, off = nn.Linear(3, 4), nn.Linear(4, 3), torch.tensor([0.0, 0.0, logit, logit])
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(4)))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.OneHotCategorical(logits=encoder(x) + off))
-
-    return model, guide, torch.randn(3, 3)
+    """A pair whose guide draws the last two of four values with odds exp(logit), and a batch."""
+    _, *pair = one_hot_pair(torch.tensor([0.0, 0.0, logit, logit]))
+    return (*pair, torch.randn(3, 3))
 
 
 def test_draws_too_rare_to_be_seen_make_no_bias():

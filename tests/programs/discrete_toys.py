@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.programs.toys import AFTER, BITS, DATUM, MIXED, Params, Points, Toy, bernoulli_log_prob, normal
 from tests.programs.toys import normal_log_prob as log_normal
@@ -188,10 +189,13 @@ _CATEGORY = {"u": -0.3, "v": 0.8, "d": 0.7, "e": 0.1, "f": 0.6, "g": -0.4, "h": 
 CATEGORY = Toy(("u", "v", "d", "e"), ("f", "g", "h"), _CATEGORY, _category_model, _category_guide, _category_points)
 
 
+def _one_hot_loc(p: Params, c: Tensor) -> Tensor:
+    return (c * torch.stack([_loc(p, torch.full_like(p["d"], float(i))) for i in range(4)], -1)).sum(-1)
+
+
 def _one_hot_model(p: Params, x: Tensor) -> None:
     c = pyro.sample("c", dist.OneHotCategorical(logits=_prior_logits(p)))
-    loc = torch.stack([_loc(p, torch.full_like(p["d"], float(i))) for i in range(4)], -1)
-    pyro.sample("x", normal((c * loc).sum(-1), p["e"]), obs=x)
+    pyro.sample("x", normal(_one_hot_loc(p, c), p["e"]), obs=x)
 
 
 def _one_hot_guide(p: Params, x: Tensor) -> None:
@@ -208,8 +212,7 @@ _POSSIBLE = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], dtype=torch.float64
 
 def _two_of_four_model(p: Params, x: Tensor) -> None:
     c = pyro.sample("c", dist.OneHotCategorical(logits=_prior_logits(p) + _POSSIBLE))
-    loc = torch.stack([_loc(p, torch.full_like(p["d"], float(i))) for i in range(4)], -1)
-    pyro.sample("x", normal((c * loc).sum(-1), p["e"]), obs=x)
+    pyro.sample("x", normal(_one_hot_loc(p, c), p["e"]), obs=x)
 
 
 def _two_of_four_guide(p: Params, x: Tensor) -> None:
@@ -256,8 +259,7 @@ LAYERS = Toy(
 def _one_hot_layers_model(p: Params, x: Tensor) -> None:
     b = pyro.sample("b", dist.Bernoulli(logits=p["v"]))
     c = pyro.sample("c", dist.OneHotCategorical(logits=_prior_logits(p) * (1 + b[..., None])))
-    loc = torch.stack([_loc(p, torch.full_like(p["d"], float(i))) for i in range(4)], -1)
-    pyro.sample("x", normal((c * loc).sum(-1) - b, p["e"]), obs=x)
+    pyro.sample("x", normal(_one_hot_loc(p, c) - b, p["e"]), obs=x)
 
 
 def _one_hot_layers_guide(p: Params, x: Tensor) -> None:
@@ -267,6 +269,27 @@ def _one_hot_layers_guide(p: Params, x: Tensor) -> None:
 
 
 ONE_HOT_LAYERS = replace(LAYERS, model=_one_hot_layers_model, guide=_one_hot_layers_guide)
+
+
+def one_hot_pair(offset: Tensor) -> tuple[nn.Module, Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """(encoder, model, guide): one of four values, whose logits have an offset in the guide; of the type of that."""
+    torch.manual_seed(0)
+    encoder, decoder = (nn.Linear(*sizes, dtype=offset.dtype) for sizes in ((3, 4), (4, 3)))
+    prior = torch.where(offset == -torch.inf, offset, 0.0)  # no value that the guide leaves out
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=prior))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.OneHotCategorical(logits=encoder(x) + offset))
+
+    return encoder, model, guide
+
 
 TOYS = {
     "bit": BIT, "vector": VECTOR, "shared": SHARED_BITS, "category": CATEGORY, "one hot": ONE_HOT, "layers": LAYERS,

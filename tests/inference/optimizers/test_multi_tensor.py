@@ -80,12 +80,8 @@ def test_an_optimizer_with_a_hook_takes_its_own_steps():
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_one_kernel_updates_all_parameters(fused, monkeypatch):
-    params, optim, calls = (
-        [pyro.param(n, torch.zeros(2)) for n in "ab"],
-        pyro.optim.Adam({"lr": 0.1, "fused": fused}),
-        [],
-    )
-    steps, kernel = MultiTensorSteps(optim), torch._fused_adam_
+    params = [pyro.param(n, torch.zeros(2)) for n in "ab"]
+    steps, kernel, calls = MultiTensorSteps(pyro.optim.Adam({"lr": 0.1, "fused": fused})), torch._fused_adam_, []
     for p in params:
         p.grad = torch.ones(2)
     steps(params, fused=True)

@@ -32,7 +32,7 @@ from ppvae.objectives.gradients import (
 from ppvae.objectives.gradients.control_variates import NoBaseline
 from tests.laws.gradients import LIMIT, errors, folded_samples, samples
 from tests.laws.objectives import log_mean_exp, mean
-from tests.programs.discrete_toys import TOYS
+from tests.programs.discrete_toys import TOYS, one_hot_pair
 from tests.programs.toys import MIXED
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -138,21 +138,7 @@ def test_straight_through_is_biased_in_the_guide_alone():
 @pytest.mark.parametrize("name", [*ESTIMATORS, "straight_through"])
 def test_a_value_that_networks_leave_out_has_no_gradient(name):
     """Logits of -inf in model and guide, in float32; the other values have one."""
-    torch.manual_seed(0)
-    encoder, decoder = (nn.Linear(*sizes, dtype=torch.float32) for sizes in ((3, 4), (4, 3)))
-    left_out = torch.tensor([0.0, 0.0, 0.0, -torch.inf], dtype=torch.float32)
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.OneHotCategorical(logits=left_out))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.OneHotCategorical(logits=encoder(x) + left_out))
-
+    encoder, model, guide = one_hot_pair(torch.tensor([0.0, 0.0, 0.0, -torch.inf], dtype=torch.float32))
     with ParamScope().entered():
         gradient = ESTIMATORS[name]() if name in ESTIMATORS else name
         ELBO(2, gradient=gradient).loss_and_grads(model, guide, torch.randn(5, 3, dtype=torch.float32))

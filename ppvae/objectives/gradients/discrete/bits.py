@@ -101,7 +101,7 @@ def bits_of(site: SiteDraws, consumer: str) -> Bits:
     """A Bernoulli, Categorical or OneHotCategorical site as bits."""
     family = family_of(site, consumer)
     if family is dist.Bernoulli:
-        return Bits(site, family, site.particles(lambda fn, value: fn.logits.expand(value.shape))[None])
+        return Bits(site, family, logits_of(site)[None])
     log_probs = finite(log_probs_of(site, family))
     rest = log_probs.flip(0).logcumsumexp(0).flip(0)  # log sum_{c >= s} pi_c
     return Bits(site, family, log_probs[:-1] - rest[1:])
@@ -110,6 +110,11 @@ def bits_of(site: SiteDraws, consumer: str) -> Bits:
 def finite(logits: Tensor) -> Tensor:
     """Logits with those of impossible values, -inf, at a finite number, so that sums over values have a gradient."""
     return torch.where(logits == -torch.inf, -FAR, logits)
+
+
+def logits_of(site: SiteDraws) -> Tensor:
+    """The logits of a Bernoulli or one-hot site in the shape of its value, finite, with gradients."""
+    return finite(site.particles(lambda fn, value: fn.logits.expand(value.shape)))
 
 
 def log_probs_of(site: SiteDraws, family: type) -> Tensor:

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from ppvae.errors import site_error
 from ppvae.errors.ranges import check_numbers
 from ppvae.inference.second_run import buffer_copies
-from ppvae.objectives.gradients.discrete.bits import family_of
-from ppvae.objectives.gradients.discrete.relaxation import (
-    RELAXABLE,
-    RelaxedDensities,
-    logits_of,
-    perturbed_given,
-    soft,
-)
+from ppvae.objectives.gradients.discrete.bits import family_of, logits_of
+from ppvae.objectives.gradients.discrete.relaxation import RELAXABLE, RelaxedDensities, perturbed_given, soft
 from ppvae.objectives.gradients.discrete.sites import SiteDraws, SiteEstimator
 from ppvae.objectives.reductions import leave_one_out_sum
 from ppvae.rng import fork_rng

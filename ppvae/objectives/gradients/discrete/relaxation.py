@@ -10,7 +10,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppvae.objectives.gradients.discrete.bits import family_of, finite
+from ppvae.objectives.gradients.discrete.bits import family_of, finite, logits_of
 from ppvae.objectives.gradients.discrete.sites import SiteDraws
 
 RELAXABLE = (dist.Bernoulli, dist.OneHotCategorical)  # whose values have relaxed ones, in (0, 1)
@@ -21,11 +21,6 @@ def relaxed(site: SiteDraws, temperature: float) -> Tensor:
     family, logits = family_of(site, "a relaxation", RELAXABLE), logits_of(site)
     noise = perturbed_given(site.value, logits.detach(), family) - logits.detach()
     return soft(logits + noise, temperature, family)
-
-
-def logits_of(site: SiteDraws) -> Tensor:
-    """The logits of a Bernoulli or one-hot site in the shape of its value, finite, with gradients."""
-    return finite(site.particles(lambda fn, value: fn.logits.expand(value.shape)))
 
 
 def soft(perturbed: Tensor, temperature: float | Tensor, family: type) -> Tensor:
