@@ -51,10 +51,11 @@ def load(
 ) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
-    `name` is digits, mnist, mnist-59600, fashion-mnist, omniglot, celeba, freyfaces, smiles or cifar10, or the path of
-    an .npz, .npy, .pt, .csv or .parquet file or of a folder of images. `root` is the folder that holds the named sets:
-    the argument, else the environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place, and nothing is
-    written, except that MNIST and Fashion-MNIST are downloaded where they are missing and the root is writable.
+    `name` is digits, mnist, mnist-59600, binarized-mnist, fashion-mnist, omniglot, omniglot-random, celeba, freyfaces,
+    smiles or cifar10, or the path of an .npz, .npy, .pt, .csv or .parquet file or of a folder of images. `root` is the
+    folder that holds the named sets: the argument, else the environment variable PPVAE_DATA, else ~/.cache/ppvae. Files
+    are read in place, and nothing is written, except that MNIST and Fashion-MNIST are downloaded where they are missing
+    and the root is writable.
 
     Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are. Of
     arrays named `images`, and of uint8, [N, H, W] gets a channel and [N, H, W, C] becomes [N, C, H, W]; any other keep
