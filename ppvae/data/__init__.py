@@ -30,7 +30,7 @@ from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 
-__all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
+__all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "root_folder", "validated", "with_missing"]
 
 MEMORY_LIMIT = 4 << 30  # bytes; image and .npy files that would take more as float32 become a LazySplit
 
@@ -134,7 +134,7 @@ def _source(
             raise UsageError(f"size: expected a number of pixels from 1 to 148, found {size!r}.")
         if missing:
             raise UsageError(f"missing: {known} has no missing values; the option is for a user's own file.")
-        return named.NAMES[known](_root(root), size or 64)
+        return named.NAMES[known](root_folder(root), size or 64)
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"load: expected a name or a path, found {type(name).__name__}.")
     path = Path(name).expanduser()
@@ -164,7 +164,8 @@ def _normalized(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-def _root(root: str | os.PathLike[str] | None) -> Path:
+def root_folder(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the named sets: the argument, else that of PPVAE_DATA, else ~/.cache/ppvae."""
     given = root or os.environ.get("PPVAE_DATA")
     return Path(given).expanduser() if given else named.CACHE.expanduser()
 
