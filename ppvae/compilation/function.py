@@ -11,7 +11,7 @@ from torch import Tensor
 from ppvae.compilation.graph import CaptureError, Graph, capture, compile_module, one_line_reason
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
-from ppvae.compilation.side_effects import RunState, schedule_of
+from ppvae.compilation.side_effects import RunState
 
 log = logging.getLogger("ppvae")
 SECONDS_PER_NODE = 0.8  # of eager calls that pay for compiling one node of a graph, which takes about 0.1 s
@@ -46,6 +46,7 @@ class Target:
         traced: the form of the function that is captured, by default the function itself.
         guards: of the Python state that the function reads; without them it is taken to be constant.
         schedule: the objective whose schedule advances by one step with each call.
+        finish: does what the function does besides, given the outputs of a graph.
         varying: places of the arguments that differ between calls of one `CompiledFunction.block`. What depends neither
             on them nor on noise is then computed once for each block. None: everything is computed in each call.
         deterministic: refuses a function that draws random numbers.
@@ -58,6 +59,7 @@ class Target:
     traced: Callable[..., Outputs] | None = None
     guards: Callable[[], Guards] | None = None
     schedule: Callable[[], Any] = lambda: None
+    finish: Callable[[Outputs], None] = lambda outputs: None
     varying: tuple[int, ...] | None = None
     deterministic: bool = False
     choices: Callable[[], Choices] = dict
@@ -223,7 +225,7 @@ class CompiledFunction:
         captured.unguarded += 1
         if captured.doubted or self.policy.is_check_due(captured.calls):
             return self._check(captured, args)
-        return self._advance(self._run(captured.run, args))
+        return self._finish(self._run(captured.run, args))
 
     def ask_guards(self, every: int) -> None:
         """Makes the next call of each graph ask its guards, and then one of so many."""
@@ -256,10 +258,8 @@ class CompiledFunction:
     def _run(self, graph: Graph | HoistedGraph, args: Sequence[Tensor]) -> Outputs:
         return graph(*args) if isinstance(graph, Graph) else graph(self.block, args)
 
-    def _advance(self, outputs: Outputs) -> Outputs:
-        """Takes the schedule's step, which a graph does not."""
-        if (schedule := schedule_of(self.target.schedule())) is not None:
-            schedule.advance()
+    def _finish(self, outputs: Outputs) -> Outputs:
+        self.target.finish(outputs)
         return outputs
 
     def _capture(self, kind: Any, args: Sequence[Tensor]) -> Outputs:
@@ -282,7 +282,7 @@ class CompiledFunction:
             return eager.outputs
         self.graphs[kind] = captured
         eager.restore_before()
-        return self._advance(self._run(captured.run, args))
+        return self._finish(self._run(captured.run, args))
 
     def _captured(self, args: Sequence[Tensor], eager: EagerResult, first: bool) -> CapturedGraph | None:
         """The graph of a call; None where it is only of use compiled, and not worth that."""
@@ -347,4 +347,4 @@ class CompiledFunction:
             eager.restore_after()
             return eager.outputs
         captured.doubted = False
-        return self._advance(outputs)
+        return self._finish(outputs)

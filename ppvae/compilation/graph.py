@@ -130,7 +130,7 @@ def capture(run: Callable[[], Sequence[Tensor | None]], parameters: Sequence[Ten
     Raises:
         CaptureError: control flow depends on the values of tensors; or whatever the run itself raises.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.proxy_tensor import extract_val, make_fx
 
     inputs = list({id(t): t for t in parameters}.values())
     constants = _ConstantTracker()
@@ -159,6 +159,7 @@ def capture(run: Callable[[], Sequence[Tensor | None]], parameters: Sequence[Ten
             inputs.append(value)
             with graph.inserting_before(places[known]) if places[known:] else graph.inserting_after(places[-1]):
                 places.insert(known, graph.placeholder(f"held_{len(inputs)}"))
+            places[known].meta["val"] = extract_val(value)
         node.replace_all_uses_with(places[known])
         graph.erase_node(node)
     _eliminate_dead_code(graph)

@@ -1,15 +1,59 @@
-"""Side effects of a run: random states, buffers and schedule steps, saved and restored."""
+"""Side effects of a run: random states, buffers, schedule steps and what learns beside the pair, saved and restored."""
 
+from __future__ import annotations
+
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppvae.compilation.graph import CaptureError
+from ppvae.compilation.graph import CaptureError, is_capturing
+
+_Learned: TypeAlias = tuple[list[Tensor], dict[str, Any]]  # parameters, and the state of their optimizer
+
+_records: list[list[tuple[torch.optim.Optimizer, Sequence[Tensor | None]]]] = []
+_watchers: list[Callable[[torch.optim.Optimizer], None]] = []
+
+
+def learning_step(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> None:
+    """One step of what learns beside the pair, such as a baseline's network, by the gradients of its parameters.
+
+    In a captured step the gradients are outputs of the graph, after which the step is taken.
+    """
+    for record in _records:
+        record.append((optimizer, gradients))
+    if not is_capturing():
+        take_step(optimizer, gradients)
+
+
+def take_step(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> None:
+    """One step of an optimizer by these gradients of its parameters."""
+    for watch in _watchers:
+        watch(optimizer)
+    for p, gradient in zip(parameters_of(optimizer), gradients, strict=True):
+        p.grad = gradient
+    optimizer.step()
+
+
+@contextmanager
+def recorded_steps() -> Iterator[list[tuple[torch.optim.Optimizer, Sequence[Tensor | None]]]]:
+    """Lists the learning steps of a run: (optimizer, gradients)."""
+    record: list[tuple[torch.optim.Optimizer, Sequence[Tensor | None]]] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters that get gradients."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def schedule_of(loss: Any) -> Any:
@@ -19,13 +63,14 @@ def schedule_of(loss: Any) -> Any:
 
 @final
 class RunState:
-    """The random states, module buffers and schedule step that a run changes."""
+    """The random states, module buffers, schedule step, and learners by their optimizers, that a run changes."""
 
     def __init__(self, device: torch.device, loss: Any = None):
         self._device, self._loss = device, schedule_of(loss)
         self._step = self._step_count()
         self._before: list[tuple[Tensor, Tensor]] = []
         self._visited: set[int] = set()
+        self._learners: list[tuple[torch.optim.Optimizer, _Learned]] = []
         self._noise = self._random()
 
     def _random(self) -> list[Tensor]:
@@ -34,13 +79,27 @@ class RunState:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Saves the buffers of each module before it is first called meanwhile.
+        """Saves the buffers of each module before it is first called meanwhile, and each learner before its step.
 
-        Raises CaptureError at the end for a run that draws from other random numbers than torch's.
+        Raises CaptureError at the end for a run that draws from other random numbers than torch's, or in which
+        something learns twice, from what it has learned.
         """
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        with nn.modules.module.register_module_forward_pre_hook(self._save_buffers):
-            yield
+        stepped: list[torch.optim.Optimizer] = []
+
+        def watch(optimizer: torch.optim.Optimizer) -> None:
+            stepped.append(optimizer)
+            if all(optimizer is not other for other, _ in self._learners):
+                self._learners.append((optimizer, _state_of(optimizer)))
+
+        _watchers.append(watch)
+        try:
+            with nn.modules.module.register_module_forward_pre_hook(self._save_buffers):
+                yield
+        finally:
+            _watchers.remove(watch)
+        if len({*map(id, stepped)}) < len(stepped):
+            raise CaptureError("a part of its objective learns twice in a step")
         same = all(np.array_equal(a, b) for a, b in zip(numpy, np.random.get_state(), strict=True))  # noqa: NPY002
         if random.getstate() != python or not same:
             raise CaptureError("it draws from Python's or numpy's random numbers")
@@ -55,13 +114,15 @@ class RunState:
     def _step_count(self) -> int | None:
         return None if self._loss is None else self._loss.steps_taken
 
-    def state(self) -> tuple[list[Tensor], list[Tensor], int | None]:
-        """The current (random states, buffers, schedule step)."""
-        return self._random(), [b.detach().clone() for b, _ in self._before], self._step_count()
+    def state(self) -> tuple[list[Tensor], list[Tensor], int | None, list[_Learned]]:
+        """The current (random states, buffers, schedule step, learners)."""
+        learned = [_state_of(optimizer) for optimizer, _ in self._learners]
+        return self._random(), [b.detach().clone() for b, _ in self._before], self._step_count(), learned
 
-    def restore(self, to: tuple[list[Tensor], list[Tensor], int | None] | None = None) -> None:
+    def restore(self, to: tuple[list[Tensor], list[Tensor], int | None, list[_Learned]] | None = None) -> None:
         """Restores the state at construction, or one that `state` gave."""
-        noise, buffers, step = to if to is not None else (self._noise, [b for _, b in self._before], self._step)
+        first = self._noise, [b for _, b in self._before], self._step, [state for _, state in self._learners]
+        noise, buffers, step, learned = to if to is not None else first
         if self._loss is not None:
             self._loss.set_step(step)
         torch.set_rng_state(noise[0])
@@ -71,3 +132,11 @@ class RunState:
             for (buffer, _), value in zip(self._before, buffers, strict=True):
                 if not torch.equal(buffer, value):  # else its version would tell the guards that it has changed
                     buffer.copy_(value)
+            for (optimizer, _), (values, state) in zip(self._learners, learned, strict=True):
+                for p, value in zip(parameters_of(optimizer), values, strict=True):
+                    p.copy_(value)
+                optimizer.load_state_dict(state)
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> _Learned:
+    return [p.detach().clone() for p in parameters_of(optimizer)], copy.deepcopy(optimizer.state_dict())

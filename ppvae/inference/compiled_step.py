@@ -20,6 +20,7 @@ from ppvae.compilation.function import SECONDS_PER_NODE, Comparison, CompiledFun
 from ppvae.compilation.graph import CaptureError, Graph, all_close
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.precision import layer_precision
+from ppvae.compilation.side_effects import recorded_steps, schedule_of, take_step
 from ppvae.inference.contract.validity import RecordValidity
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.tracing import Program
@@ -76,6 +77,8 @@ class CompiledStep:
         self.source = source
         self._warned = False
         self._met: dict[Any, list[Tensor]] = {}  # the parameters that a kind of batch meets
+        self._learned: dict[Any, list[tuple[torch.optim.Optimizer, int]]] = {}  # (what learns beside them, parameters)
+        self._current: Any = None  # the kind of this step
         largest = math.inf if settled else seconds / SECONDS_PER_NODE
         target = Target(
             function=self._eager,
@@ -84,6 +87,7 @@ class CompiledStep:
             traced=self._traced,
             guards=self._guards,
             schedule=lambda: source.objective,
+            finish=self._finish,
             choices=lambda: source.products,
         )
         policy = Policy(
@@ -119,15 +123,25 @@ class CompiledStep:
                 what = "a handler of Pyro's" if _PYRO_STACK else "arguments that are not plain tensors"
                 log.warning("ppvae: %s: %s cannot be captured", FALLBACK, what)
             return self.source.eager_gradients(*args, **kwargs)
+        self._current = kind
         try:
             out = self.function(kind, args)
         except (RuntimeError, IndexError):  # of a kernel, by data that it cannot take: a run of the pair names them
             out = None
         if out is None:
             return self.source.eager_gradients(*args)
-        for p, gradient in zip_longest(self.source.params, out[1:]):
+        for p, gradient in zip_longest(self.source.params, out[1 + sum(n for _, n in self._learned[kind]) :]):
             p.grad = gradient
         return out[0], self._met[kind]
+
+    def _finish(self, outputs: Outputs) -> None:
+        """Takes the schedule's step, and those of what learns beside the pair, whose gradients follow the loss."""
+        if (schedule := schedule_of(self.source.objective)) is not None:
+            schedule.advance()
+        place = 1
+        for optimizer, count in self._learned[self._current]:
+            take_step(optimizer, outputs[place : place + count])
+            place += count
 
     def _kind(self, args: tuple[Any, ...]) -> Any:
         """The program, and the kind of its arguments; None for arguments that are not captured."""
@@ -135,17 +149,19 @@ class CompiledStep:
         return kind and (id(self.source.model), id(self.source.guide), id(self.source.objective), *kind)
 
     def _eager(self, *args: Tensor) -> Outputs:
-        loss, self._met[self._kind(args)] = self.source.eager_gradients(*args)
-        return [loss, *(p.grad for p in self.source.params)]
+        with recorded_steps() as steps:
+            loss, self._met[self._current] = self.source.eager_gradients(*args)
+        self._learned[self._current] = [(optimizer, len(found)) for optimizer, found in steps]
+        return [loss, *(g for _, found in steps for g in found), *(p.grad for p in self.source.params)]
 
     def _traced(self, *args: Tensor) -> Outputs:
         source = self.source
         with (
             keep_losses_in_tensors(), pyro.validation_enabled(False), torch.enable_grad(),
-            layer_precision(source.precision), RecordValidity() as validity,
+            layer_precision(source.precision), RecordValidity() as validity, recorded_steps() as steps,
         ):  # fmt: skip
             loss, *gradients = _loss_and_gradients(source, args)
-            return [validity.nan_unless_valid(loss), *gradients]
+            return [validity.nan_unless_valid(loss), *(g for _, found in steps for g in found), *gradients]
 
     def _guards(self) -> Guards:
         source = self.source
@@ -157,9 +173,8 @@ class CompiledStep:
 
     def _agree(self, c: Comparison) -> None:
         """Raises CaptureError unless a graph gave the loss, gradients and buffers of the pair's own run."""
-        params = self.source.params
         _, *gradients = c.expected
-        found = [*c.found[1:], *[None] * (len(params) - len(c.found) + 1)]
+        found = [*c.found[1:], *[None] * (len(c.expected) - len(c.found))]
         if any((a is None) != (b is None) for a, b in zip(gradients, found, strict=True)):
             raise CaptureError("other parameters get a gradient than in the graph")
         present = {i: (a, b) for i, (a, b) in enumerate(zip(gradients, found, strict=True)) if a is not None}
@@ -186,10 +201,10 @@ class CompiledStep:
         source, precision = self.source, self.source.precision
         source.precision = "float32"
         try:
-            source.eager_gradients(*args)
+            _, *gradients = self._eager(*args)
         finally:
             source.precision = precision
-        return [None if p.grad is None else p.grad.double() for p in source.params]
+        return [None if g is None else g.double() for g in gradients]
 
 
 def _loss_and_gradients(source: GradientFunction, args: Sequence[Tensor]) -> list[Tensor | None]:

@@ -274,7 +274,7 @@ class Objective(PyroELBO, metaclass=_CheckedAfterInit):
 
     @property
     def has_learned_baseline(self) -> bool:
-        """Whether the gradient estimator trains a network of its own; such a step is not captured as a graph."""
+        """Whether the gradient estimator trains something of its own in a way that a graph of the step does not."""
         return self.gradient.has_learned_baseline
 
     @property

@@ -33,8 +33,8 @@ from ppvae.inference.param_store import ParamScope
 from ppvae.inference.svi import SVI
 from ppvae.models import LinearGaussian
 from ppvae.objectives.auxiliary import AuxiliaryLoss
-from ppvae.objectives.gradients import ScoreFunction
-from ppvae.objectives.gradients.control_variates import Learned
+from ppvae.objectives.gradients import REBAR, ScoreFunction
+from ppvae.objectives.gradients.control_variates import Baseline, Learned
 from ppvae.objectives.schedules import Cyclical
 from ppvae.training import validation
 from tests.laws import parts
@@ -97,6 +97,8 @@ def _modules(fn: Any) -> list[nn.Module]:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return bool(torch.equal(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -420,10 +422,78 @@ def test_compiled_steps_follow_schedules(name):
     check_compiled(PAIRS["modules"], SCHEDULES[name])
 
 
-def test_objectives_with_a_baseline_that_learns_are_not_captured(caplog):
+def bits():
+    """Two layers of binary latents, and a batch."""
+    torch.manual_seed(4)
+    nets = nn.ModuleDict(
+        {"x": nn.Linear(3, 6), "a": nn.Linear(2, 3), "q": nn.Linear(6, 3), "r": nn.Linear(3, 2)}
+    ).double()
+
+    def bernoulli(name, logits, **options):
+        return pyro.sample(name, dist.Bernoulli(logits=logits, validate_args=False).to_event(1), **options)
+
+    def model(x):
+        pyro.module("nets", nets)
+        with pyro.plate("data", len(x)):
+            a = bernoulli("a", torch.zeros(2).double())
+            bernoulli("x", nets["x"](bernoulli("b", nets["a"](a))), obs=x)
+
+    def guide(x):
+        pyro.module("nets", nets)
+        with pyro.plate("data", len(x)):
+            bernoulli("a", nets["r"](bernoulli("b", nets["q"](x))))
+
+    return model, guide, ((torch.rand(7, 6) > 0.5).double(),)
+
+
+LEARNING = {
+    "a network": lambda: ScoreFunction(Learned(nn.Linear(6, 1).double())),
+    "a network, in part": lambda: ScoreFunction(Learned(half_frozen())),
+    "REBAR": lambda: {"a": "rebar", "b": "rebar"},
+    "RELAX": lambda: {"a": "vimco", "b": REBAR(network=True)},
+}
+
+
+def half_frozen():
+    net = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 1)).double()
+    net[0].requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_learns_beside_the_pair_learns_the_same_in_a_graph(name, caplog):
+    states = []
+    for kernels in ("eager", "graph"):
+        torch.manual_seed(2)
+        objective = objectives.ELBO(2, gradient=LEARNING[name]())
+        trained(bits(), objective, kernels)
+        states.append(objective.state_dict())
+        pyro.clear_param_store()
+    assert same(*states)
+    assert states[0]["gradient"]
+    torch.manual_seed(2)
+    first = objectives.ELBO(2, gradient=LEARNING[name]()).state_dict()
+    assert not same(states[0], first | {"step": states[0]["step"]})
+    check_same(bits, lambda: (torch.manual_seed(2), objectives.ELBO(2, gradient=LEARNING[name]()))[1], caplog)
+
+
+def test_what_learns_twice_in_a_step_is_not_captured(caplog):
+    def objective():
+        torch.manual_seed(2)
+        shared = ScoreFunction(Learned(nn.Linear(6, 1).double()))
+        return objectives.ELBO(2, gradient={"a": shared, "b": shared})
+
+    check_same(bits, objective, caplog, may_refuse=True)
+    assert "learns twice" in refusals(caplog)[0]
+
+
+def test_a_baseline_that_learns_by_code_of_its_own_is_not_captured(caplog):
+    class Own(Baseline):
+        def __call__(self, objective, log_weight, batch):
+            return torch.zeros_like(log_weight)
+
     pair = LinearGaussian(3, 2)
-    learned = ScoreFunction(Learned(nn.Linear(3, 1)))
-    SVI(pair.model, pair.mean_field, ADAM, objectives.ELBO(gradient=learned)).use("graph")
+    SVI(pair.model, pair.mean_field, ADAM, objectives.ELBO(gradient=ScoreFunction(Own()))).use("graph")
     assert "baseline that learns" in caplog.records[0].message
 
 

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ppvae.compilation.side_effects import learning_step, parameters_of
 from ppvae.errors import ContractError
 from ppvae.objectives.gradients.estimator import Stateful
 from ppvae.objectives.protocol import LogWeightBound
@@ -128,9 +129,9 @@ class Learned(Baseline):
                     f"{list(baseline.shape)}"
                 )
             baseline = baseline.reshape(-1).to(log_weight)
-            self._optimizer.zero_grad()
-            (objective.reduce(log_weight) - baseline).square().mean().backward()
-        self._optimizer.step()
+            error = (objective.reduce(log_weight) - baseline).square().mean()
+            gradients = torch.autograd.grad(error, parameters_of(self._optimizer), allow_unused=True)
+        learning_step(self._optimizer, gradients)
         return signal_of_constant(objective, log_weight, baseline.detach())
 
     def state_dict(self) -> dict[str, Any]:

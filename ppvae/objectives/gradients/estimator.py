@@ -37,7 +37,7 @@ class GradientEstimator(Stateful, ABC):
 
     @property
     def has_learned_baseline(self) -> bool:
-        """Whether it trains a network of its own along with the pair; such a step is not captured as a graph."""
+        """Whether it trains something of its own otherwise than by `learning_step`; its steps are not captured."""
         return False
 
     @abstractmethod

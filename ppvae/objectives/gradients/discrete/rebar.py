@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.compilation.side_effects import learning_step, parameters_of
 from ppvae.errors import site_error
 from ppvae.errors.ranges import check_numbers
 from ppvae.inference.second_run import buffer_copies
@@ -46,11 +47,9 @@ class _ControlVariate(nn.Module):
 
     def learn(self, variance: Tensor) -> None:
         """A step down the gradient of the estimator's squared norm."""
-        params = list(self.parameters())
+        params = parameters_of(self.optimizer)
         found = torch.autograd.grad(variance, params, allow_unused=True, materialize_grads=True)
-        for p, gradient in zip(params, found, strict=True):
-            p.grad = torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
-        self.optimizer.step()
+        learning_step(self.optimizer, [torch.nan_to_num(g, posinf=0.0, neginf=0.0) for g in found])
 
 
 @final
@@ -92,10 +91,6 @@ class REBAR(SiteEstimator):
         check_numbers(temperature=temperature)
         self.temperature, self.network, self._optimizer_factory = temperature, network, optimizer
         self._control_variates: dict[str, _ControlVariate] = {}
-
-    @property
-    def has_learned_baseline(self) -> bool:
-        return True
 
     def site_surrogate(self, site: SiteDraws) -> Tensor:
         family, logits = family_of(site, repr(self), RELAXABLE), logits_of(site)
