@@ -5,6 +5,7 @@ This module resolves the names that `gradient=` takes; the estimators are listed
 
 from collections.abc import Callable, Mapping
 
+from ppvae.compilation.side_effects import learning_step
 from ppvae.errors import UsageError
 from ppvae.objectives.gradients.ancestor_score import AncestorScore
 from ppvae.objectives.gradients.covariance import Covariance
@@ -26,7 +27,7 @@ from ppvae.objectives.gradients.score_function import ScoreFunction, vimco
 __all__ = [
     "ARMS", "GRADIENTS", "REBAR", "STL", "AncestorScore", "Covariance", "DReG", "DoubleCV", "Enumerated", "GDReG",
     "Gradient", "GradientEstimator", "Pathwise", "PerSite", "ScoreFunction", "SiteEstimator", "StraightThrough",
-    "UnorderedSet", "VarGrad", "disarm", "relax", "resolve_gradient", "vimco",
+    "UnorderedSet", "VarGrad", "disarm", "learning_step", "relax", "resolve_gradient", "vimco",
 ]  # fmt: skip
 
 GRADIENTS: dict[str, Callable[[], GradientEstimator]] = {

@@ -18,7 +18,14 @@ _adam = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
 class Baseline(Stateful, ABC):
-    """A control variate b_k, subtracted from the learning signal of draw k; it must not depend on draw k."""
+    """A control variate b_k, subtracted from the learning signal of draw k; it must not depend on draw k.
+
+    Attributes:
+        may_be_captured: whether a captured step may hold it, as nothing is left of a call but changes of buffers and
+            steps by `learning_step`.
+    """
+
+    may_be_captured = False
 
     @abstractmethod
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
@@ -37,6 +44,8 @@ def signal_of_constant(objective: LogWeightBound, log_weight: Tensor, value: Ten
 class NoBaseline(Baseline):
     """No baseline: the plain score-function estimator."""
 
+    may_be_captured = True
+
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         return torch.zeros_like(log_weight)
 
@@ -49,6 +58,8 @@ class LeaveOneOut(Baseline):
 
     Source: Mnih and Rezende 2016 (arXiv 1602.06725), with the geometric mean; Kool et al. 2019 for the ELBO.
     """
+
+    may_be_captured = True
 
     def __call__(self, objective: LogWeightBound, log_weight: Tensor, batch: tuple[Any, ...]) -> Tensor:
         mean_of_others = leave_one_out_sum(log_weight) / (len(log_weight) - 1)
@@ -65,6 +76,8 @@ class MovingAverage(Baseline):
 
     Source: Mnih and Gregor 2014 (arXiv 1402.0030).
     """
+
+    may_be_captured = True
 
     def __init__(self, decay: float = 0.9):
         self.decay = decay
@@ -112,6 +125,8 @@ class Learned(Baseline):
 
     Source: Mnih and Gregor 2014 (arXiv 1402.0030).
     """
+
+    may_be_captured = True
 
     def __init__(self, net: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer] = _adam):
         self.net = net

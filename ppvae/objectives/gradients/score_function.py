@@ -8,7 +8,7 @@ from torch import Tensor
 from ppvae.errors import ContractError, UsageError
 from ppvae.inference.structure import Structure
 from ppvae.inference.terms import Terms
-from ppvae.objectives.gradients.control_variates import Baseline, Learned, LeaveOneOut, MovingAverage, NoBaseline
+from ppvae.objectives.gradients.control_variates import Baseline, LeaveOneOut, MovingAverage, NoBaseline
 from ppvae.objectives.gradients.discrete.sites import SiteDraws
 from ppvae.objectives.gradients.estimator import GradientEstimator, gradient_only
 from ppvae.objectives.protocol import LogWeightBound, PairCall
@@ -51,7 +51,7 @@ class ScoreFunction(GradientEstimator):
 
     @property
     def has_learned_baseline(self) -> bool:
-        return not isinstance(self.baseline, NoBaseline | LeaveOneOut | MovingAverage | Learned)
+        return not self.baseline.may_be_captured
 
     def check_objective(self, objective: LogWeightBound) -> None:
         if isinstance(self.baseline, LeaveOneOut) and objective.draws < 2:
