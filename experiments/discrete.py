@@ -60,7 +60,7 @@ class Settings:
 
     rows: tuple[str, ...] = (
         *(f"mnist-200-{name}" for name in ESTIMATORS if name not in ("set", "enumerated")),
-        *(f"{of}-200-{name}" for of in ("fashion-mnist", "omniglot") for name in COMPARED),
+        *(f"{of}-200-{name}" for of in ("fashion-mnist", "omniglot-random") for name in COMPARED),
     )
     networks: tuple[str, ...] = ("nonlinear", "linear")
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -5,10 +5,12 @@ the parameters of the one before it, and rows that begin alike share it, as in T
 1509.00519). Our schedules are shorter than the papers': larger batches, doubly reparameterised gradients (Tucker et al.
 2019, arXiv 1810.04152), cosine decay of the learning rate, matrix products in bfloat16; `--paper` takes the papers'
 schedules. Dynamically binarised MNIST has 59,600 training images, as in the code of Burda et al.; parameters are those
-of the last epoch, or of the best validation ELBO where a schedule says so. Fixed binarisation is ours at seed 0, not
-Larochelle's file; OMNIGLOT and the split of Frey faces are ours, too. `--only ROW` computes a row, and `--again ROW`
-repeats a stored one. Trained parameters are kept in `results/published/weights`, and `experiments.release` makes run
-folders of them: a row continues a kept stage instead of training it; `--again` trains all of them.
+of the last epoch, or of the best validation ELBO where a schedule says so. Fixed binarisation is that of Larochelle
+(`binarized-mnist`) where its files are there, else ours at seed 0 (`mnist`); images of OMNIGLOT have the sizes of the
+published split, but are not its file, and the split of Frey faces is ours, too. `--only ROW` computes a row, and
+`--again ROW` repeats a stored one. Trained parameters are kept in `results/published/weights`, and
+`experiments.release` makes run folders of them: a row continues a kept stage instead of training it; `--again` trains
+all of them.
 
 L_K of the guide, which papers print, and the refined estimate of log p(x) come from one call on the first
 `--num-refined` test images. L_100 of all test images carries both over to the whole set: mean of L_100 over all, plus
@@ -77,6 +79,12 @@ def small(s: Settings, row: Row) -> Row:
     return row._replace(stages=stages, pair=pair, data=s.data or row.data, particles=particles)
 
 
+def larochelle(row: Row, root: Path | None) -> Row:
+    """The row on Larochelle's fixed binarisation of MNIST, if it is one of ours and his files are under the root."""
+    there = (data.root_folder(root) / "BinarizedMNIST").is_dir()
+    return row._replace(data="binarized-mnist") if there and (row.data, row.binarize) == ("mnist", "fixed") else row
+
+
 def stage_name(row: Row, count: int, seed: int) -> str:
     """The name of the folder of the stage of that number, counted from 1: the family of rows that share it, the stages
     up to it, and the seed."""
@@ -108,7 +116,7 @@ def train_stage(row: Row, count: int, pair: Any, splits: Any, workspace: Workspa
 
 def compute(s: Settings, workspace: Workspace, row: str, seed: int) -> dict[str, Any]:
     """Trains the stages of a row, and estimates log p(x) of the test images."""
-    r = small(s, ROWS[row])
+    r = larochelle(small(s, ROWS[row]), workspace.root)
     binarize = None if r.binarize == "none" else r.binarize
     train, valid, test = data.load(r.data, workspace.root, binarize=binarize)
     splits = train, valid.head(2000), test
@@ -166,6 +174,11 @@ def evaluate(s: Settings, run: Run, test: Any, particles: int, seed: int, folder
     }  # fmt: skip
 
 
+def data_of(cell: dict[str, Any]) -> str:
+    """The name of the data set of a cell."""
+    return str(cell["result"]["data"].split("/")[0])
+
+
 def behind(cell: dict[str, Any]) -> float:
     """By how much a cell's NLL is above the published figure, in nats (bits per dimension for Frey faces)."""
     row, result = ROWS[cell["cell"]["row"]], cell["result"]
@@ -189,14 +202,16 @@ def line(cell: dict[str, Any]) -> tuple[Any, ...]:
         return f"{r[f'{prefix}{key}']:.{digits}f}{error}"
 
     return (
-        name, cell["cell"]["seed"], f"{row.published:.2f}{' bits per dim' * row.bits}", row.pythae or "",
+        name, data_of(cell), cell["cell"]["seed"], f"{row.published:.2f}{' bits per dim' * row.bits}", row.pythae or "",
         f"{number('')} (K = {r['num_particles']})", f"± {scale * r['nll_std_error']:.{digits}f}",
         number("refined_") if r.get("refined") else "",
         "" if small_run else f"{behind(cell):+.{digits}f}", "" if small_run else "yes" if is_reached(cell) else "no",
     )  # fmt: skip
 
 
-LINE = ("row", "seed", "published", "Pythae", "ours, L_K", "over images", "ours, refined", "difference", "reached")
+LINE = (
+    "row", "data", "seed", "published", "Pythae", "ours, L_K", "over images", "ours, refined", "difference", "reached",
+)  # fmt: skip
 
 
 def table(found: Cells) -> str:
@@ -287,7 +302,7 @@ def keep_weights(found: Cells, folder: Path) -> None:
         of_run = checkpoint.read(last / "checkpoints")
         if not of_run["finished"] or of_run["history"][-1]["valid_elbo"] != c["result"]["valid_elbo"]:
             continue  # trained again for another row
-        row = small(Settings(**c["settings"]), ROWS[c["cell"]["row"]])
+        row = small(Settings(**c["settings"]), ROWS[c["cell"]["row"]])._replace(data=data_of(c))
         for count in range(1, len(row.stages) + 1):
             stage = last.with_name(stage_name(row, count, c["cell"]["seed"]))
             if checkpoint.exists(stage / "checkpoints"):

@@ -118,9 +118,8 @@ RAINFORTH, DAVIDSON = "Rainforth et al. 2018 (arXiv 1802.04537)", "Davidson et a
 CATERINI = "Caterini et al. 2018 (arXiv 1805.11328)"
 TWO_LAYERS = "experiments.published_rows:two_layers"
 
-VAE1 = Stage("VAE-1", vae(1, gradient="stl"), 300, 100, 2e-3)
-VAE900 = VAE1._replace(name="VAE-1-900", epochs=900)
-VAE600 = VAE1._replace(name="VAE-1-600", epochs=600)
+VAE900 = Stage("VAE-1-900", vae(1, gradient="stl"), 900, 100, 2e-3)
+VAE600 = VAE900._replace(name="VAE-1-600", epochs=600)
 VAE5 = Stage("VAE-5", vae(5, gradient="stl"), 150, 100, 1e-3)
 VAE50 = Stage("VAE-50", vae(50, gradient="stl"), 20, 50, 5e-4)
 IWAE5 = Stage("IWAE-5", bound(5, gradient="dreg"), 200, 100, 1e-3)
@@ -181,8 +180,8 @@ ROWS = {
         (Stage("HVAE, paper", vae(1), 2000, 100, 1e-3, 100, "float32"),), 86.21,
         factory="experiments.published_rows:hamiltonian",
     ),
-    "omniglot-VAE-1": Row(108.11, BURDA, ONE, "omniglot", "dynamic", (VAE1,), by_paper("VAE-1", vae(1))),
+    "omniglot-VAE-1": Row(108.11, BURDA, ONE, "omniglot-random", "dynamic", (VAE900,), by_paper("VAE-1", vae(1))),
     "omniglot-IWAE-50": Row(
-        104.67, BURDA, ONE, "omniglot", "dynamic", (VAE1, IWAE5, IWAE50), by_paper("IWAE-50", bound(50))
+        104.67, BURDA, ONE, "omniglot-random", "dynamic", (VAE900, IWAE5, IWAE50), by_paper("IWAE-50", bound(50))
     ),
 }  # fmt: skip

@@ -30,7 +30,7 @@ from ppvae.data.unsplit import PARTS, UnsplitData, check_unit
 from ppvae.errors import UsageError
 from ppvae.errors.ranges import check_numbers
 
-__all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "validated", "with_missing"]
+__all__ = ["LazySplit", "Split", "digest", "first_rows", "indexed", "load", "root_folder", "validated", "with_missing"]
 
 MEMORY_LIMIT = 4 << 30  # bytes; image and .npy files that would take more as float32 become a LazySplit
 
@@ -51,10 +51,11 @@ def load(
 ) -> tuple[Split | LazySplit, Split | LazySplit, Split | LazySplit]:
     """Train, valid and test of a named set or a user's file, as float32 [N, D], or [N, C, H, W] with `flat=False`.
 
-    `name` is digits, mnist, mnist-59600, fashion-mnist, omniglot, celeba, freyfaces, smiles or cifar10, or the path of
-    an .npz, .npy, .pt, .csv or .parquet file or of a folder of images. `root` is the folder that holds the named sets:
-    the argument, else the environment variable PPVAE_DATA, else ~/.cache/ppvae. Files are read in place, and nothing is
-    written, except that MNIST and Fashion-MNIST are downloaded where they are missing and the root is writable.
+    `name` is digits, mnist, mnist-59600, binarized-mnist, fashion-mnist, omniglot, omniglot-random, celeba, freyfaces,
+    smiles or cifar10, or the path of an .npz, .npy, .pt, .csv or .parquet file or of a folder of images. `root` is the
+    folder that holds the named sets: the argument, else the environment variable PPVAE_DATA, else ~/.cache/ppvae. Files
+    are read in place, and nothing is written, except that MNIST and Fashion-MNIST are downloaded where they are missing
+    and the root is writable.
 
     Grey levels are divided by 255 (digits: 16). uint8 that is 0 or 1 throughout, bool and floats stay as they are. Of
     arrays named `images`, and of uint8, [N, H, W] gets a channel and [N, H, W, C] becomes [N, C, H, W]; any other keep
@@ -133,7 +134,7 @@ def _source(
             raise UsageError(f"size: expected a number of pixels from 1 to 148, found {size!r}.")
         if missing:
             raise UsageError(f"missing: {known} has no missing values; the option is for a user's own file.")
-        return named.NAMES[known](_root(root), size or 64)
+        return named.NAMES[known](root_folder(root), size or 64)
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"load: expected a name or a path, found {type(name).__name__}.")
     path = Path(name).expanduser()
@@ -163,7 +164,8 @@ def _normalized(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-def _root(root: str | os.PathLike[str] | None) -> Path:
+def root_folder(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the named sets: the argument, else that of PPVAE_DATA, else ~/.cache/ppvae."""
     given = root or os.environ.get("PPVAE_DATA")
     return Path(given).expanduser() if given else named.CACHE.expanduser()
 

@@ -54,6 +54,34 @@ def mnist_59600(root: Path, size: int) -> UnsplitData:
     return _mnist("mnist-59600", root / "MNIST" / "raw", 59_600)
 
 
+def binarized_mnist(root: Path, size: int) -> UnsplitData:
+    """The fixed binarisation of MNIST by Larochelle, in its three text files: 50,000 + 10,000 + 10,000 images.
+
+    Source: Larochelle and Murray 2011, The neural autoregressive distribution estimator.
+    """
+    sizes = {"train": 50_000, "valid": 10_000, "test": 10_000}
+    folder = root / "BinarizedMNIST"
+    parts = [_read_binary(folder / f"binarized_mnist_{part}.amat", (n, 784)) for part, n in sizes.items()]
+    rows = np.split(np.arange(70_000), [50_000, 60_000])
+    return UnsplitData("binarized-mnist", np.concatenate(parts).reshape(-1, 1, 28, 28), tuple(rows), 2)
+
+
+def _read_binary(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """uint8 of a text file of zeros and ones, a row a line."""
+    if not os.path.isfile(path):
+        raise not_found("binarized-mnist", path)
+    try:
+        values = np.loadtxt(path, dtype=np.float32, ndmin=2)
+    except ValueError as error:
+        raise DataError(f"{path}: expected a line of zeros and ones for each image ({one_line(error, 100)}).") from None
+    other = values[(values != 0) & (values != 1)]
+    if len(other):
+        raise DataError(f"{path}: expected zeros and ones, found {other[0]:g}.")
+    if values.shape != shape:
+        raise DataError(f"{path}: expected {list(shape)} zeros and ones, found {list(values.shape)}.")
+    return values.astype(np.uint8)
+
+
 def fashion_mnist(root: Path, size: int) -> UnsplitData:
     """Fashion-MNIST, in MNIST's layout and sizes."""
     return _mnist("fashion-mnist", root / "FashionMNIST" / "raw")
@@ -111,22 +139,39 @@ def _download(name: str, folder: Path, missing: str) -> None:
 
 def omniglot(root: Path, size: int) -> UnsplitData:
     """OMNIGLOT at 28x28, ink 1: background (split by permutation) for train and valid, evaluation for test."""
-    path = root / "omniglot28.npz"
-    columns = ("alphabet", "character", "drawer")
-    if os.path.isfile(path):
-        n = 32_460
-        arrays = _read_npz(path, {"images": (n, 28, 28), "split": (n,)} | dict.fromkeys(columns, (n,)))
-        images, evaluation = arrays["images"], arrays["split"] == 1
-        attributes = {column: arrays[column].astype(np.int64) for column in columns}
-    elif os.path.isdir(root / "omniglot-py"):
-        images, evaluation, attributes = _omniglot_py(root)
-    else:
-        raise not_found("omniglot", path, " (nor torchvision's folder omniglot-py)")
+    images, evaluation, attributes = _omniglot(root)
     background, test = np.flatnonzero(~evaluation), np.flatnonzero(evaluation)
     train, valid, _ = permutation_split(len(background), test=False)
     order = permutation_split(len(test), valid=False, test=False)[0]  # the file is sorted by alphabet
     rows = (background[train], background[valid], test[order])
     return UnsplitData("omniglot", images[:, None], rows, labels=attributes["character"], attributes=attributes)
+
+
+def omniglot_random(root: Path, size: int) -> UnsplitData:
+    """OMNIGLOT with all alphabets in all splits, by permutation: 8,070 test images, 1,345 valid, all others train.
+
+    These are the sizes of Burda et al. 2016 (arXiv 1509.00519); their images and their split are in a file of theirs.
+    """
+    images, _, attributes = _omniglot(root)
+    order = permutation_split(len(images), valid=False, test=False)[0]
+    rows = np.split(order, [-9415, -8070])
+    return UnsplitData(
+        "omniglot-random", images[:, None], tuple(rows), labels=attributes["character"], attributes=attributes
+    )
+
+
+def _omniglot(root: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """(images, which of them are of the evaluation alphabets, columns)."""
+    path = root / "omniglot28.npz"
+    columns = ("alphabet", "character", "drawer")
+    if os.path.isfile(path):
+        n = 32_460
+        arrays = _read_npz(path, {"images": (n, 28, 28), "split": (n,)} | dict.fromkeys(columns, (n,)))
+        attributes = {column: arrays[column].astype(np.int64) for column in columns}
+        return arrays["images"], arrays["split"] == 1, attributes
+    if os.path.isdir(root / "omniglot-py"):
+        return _omniglot_py(root)
+    raise not_found("omniglot", path, " (nor torchvision's folder omniglot-py)")
 
 
 def _omniglot_py(root: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -238,8 +283,10 @@ NAMES = {
     "digits": digits,
     "mnist": mnist,
     "mnist-59600": mnist_59600,
+    "binarized-mnist": binarized_mnist,
     "fashion-mnist": fashion_mnist,
     "omniglot": omniglot,
+    "omniglot-random": omniglot_random,
     "celeba": celeba,
     "freyfaces": freyfaces,
     "smiles": smiles,

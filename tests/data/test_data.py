@@ -23,6 +23,7 @@ SETS = {  # name: (sizes, event shape, labels)
     "mnist-59600": ((59_600, 400, 10_000), (1, 28, 28), True),
     "fashion-mnist": ((50_000, 10_000, 10_000), (1, 28, 28), True),
     "omniglot": ((17_352, 1_928, 13_180), (1, 28, 28), True),
+    "omniglot-random": ((23_045, 1_345, 8_070), (1, 28, 28), True),
     "freyfaces": ((1375, 197, 393), (1, 28, 20), False),
     "smiles": ((9215, 1317, 2633), (1, 32, 32), True),
 }
@@ -108,6 +109,11 @@ def test_omniglot_keeps_background_and_evaluation_apart():
     assert len(set(test.head(200).attributes["alphabet"].tolist())) > 10  # a head is a fair sample
 
 
+def test_omniglot_random_has_all_alphabets_in_all_splits():
+    for split in data.load("omniglot-random", shared_data()):
+        assert len(set(split.attributes["alphabet"].tolist())) == 50
+
+
 def test_smiles_labels_have_names():
     splits = data.load("smiles", shared_data())
     assert sum(int(s.labels.sum()) for s in splits) == 3690
@@ -135,7 +141,7 @@ def test_environment_names_the_root_and_an_argument_goes_first(monkeypatch, tmp_
     [
         (
             {"name": "mnits"},
-            "Did you mean 'mnist'.*digits, mnist, mnist-59600, fashion-mnist, omniglot, celeba, freyfaces, smiles",
+            "Did you mean 'mnist'.*digits, mnist, mnist-59600, binarized-mnist, fashion-mnist, omniglot, ",
         ),
         ({"name": "no such set"}, "Known: digits"),
         ({"name": 3}, "expected a name or a path, found int"),

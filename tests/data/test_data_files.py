@@ -790,13 +790,37 @@ def test_the_known_names():
         "digits",
         "mnist",
         "mnist-59600",
+        "binarized-mnist",
         "fashion-mnist",
         "omniglot",
+        "omniglot-random",
         "celeba",
         "freyfaces",
         "smiles",
         "cifar10",
     }
+
+
+def test_binarized_mnist(tmp_path):
+    folder = tmp_path / "BinarizedMNIST"
+    train = folder / "binarized_mnist_train.amat"
+    assert "binarized_mnist_train.amat not found" in refused("binarized-mnist", root=tmp_path)
+    folder.mkdir()
+    line = " ".join("01"[i % 3 == 0] for i in range(784)) + " \n"
+    for text, message in (
+        (2 * line, "expected [50000, 784] zeros and ones, found [2, 784]"),
+        (line.replace("1", "2"), "expected zeros and ones, found 2"),
+        (line + "<html>\n", "expected a line of zeros and ones for each image"),
+        (line + "1 0\n", "expected a line of zeros and ones for each image"),
+    ):
+        train.write_text(text)
+        assert message in refused("binarized-mnist", root=tmp_path)
+    for part, n in (("train", 50_000), ("valid", 10_000), ("test", 10_000)):
+        (folder / f"binarized_mnist_{part}.amat").write_text(n * line)
+    splits = data.load("binarized-mnist", root=tmp_path)
+    assert [tuple(split.shape) for split in splits] == [(50_000, 784), (10_000, 784), (10_000, 784)]
+    assert [(split.levels, split.base_measure) for split in splits] == 3 * [(2, "binary")]
+    assert torch.equal(splits[2][7], (torch.arange(784) % 3 == 0).float())
 
 
 def test_cifar10_is_what_torchvision_reads(tmp_path, monkeypatch):
