@@ -69,4 +69,5 @@ class RunState:
             torch.cuda.set_rng_state(noise[1], self._device)
         with torch.no_grad():
             for (buffer, _), value in zip(self._before, buffers, strict=True):
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # else its version would tell the guards that it has changed
+                    buffer.copy_(value)

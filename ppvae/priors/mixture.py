@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import pyro.distributions as dist
 import torch
@@ -153,7 +154,6 @@ class VampPrior(nn.Module):
             self.context = nn.Parameter(context.detach().clone())
         else:
             self.register_buffer("context", context)
-        self._cache: tuple[Any, Any] | None = None
 
     @classmethod
     def from_data(
@@ -190,12 +190,12 @@ class VampPrior(nn.Module):
         if _is_traced():
             return Mixture(self._components())
         if torch.is_grad_enabled() or any(m.training for m in self.posterior.modules()):
-            self._cache = None
+            _CACHED.pop(self, None)
             return Mixture(self._components())
         state = self._fingerprint()
-        if self._cache is None or self._cache[0] != state:
-            self._cache = state, self._components()
-        return Mixture(self._cache[1])
+        if self not in _CACHED or _CACHED[self][0] != state:
+            _CACHED[self] = state, self._components()
+        return Mixture(_CACHED[self][1])
 
     def _components(self) -> Any:
         components = call_with_context(self.posterior, self.pseudo_inputs, context=self.context)
@@ -217,6 +217,10 @@ class VampPrior(nn.Module):
             torch._C._len_torch_function_stack(),
             [(t.data_ptr(), t.dtype, t._version, s) for t, s in zip(tensors, sums, strict=True)],
         )
+
+
+# by prior: a fingerprint and the components. No attribute, for the guards of captured steps would see it change
+_CACHED: WeakKeyDictionary[VampPrior, tuple[Any, Any]] = WeakKeyDictionary()
 
 
 def _is_traced() -> bool:

@@ -27,6 +27,7 @@ from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import TrainingError
 from ppvae.evaluation.importance import compiled_weights as compiled
 from ppvae.inference import compiled_step as capture
+from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.optimizers.fused import FusedAdam
 from ppvae.inference.param_store import ParamScope
 from ppvae.inference.svi import SVI
@@ -110,11 +111,24 @@ def check_same(build, objective, caplog, may_refuse: bool = False) -> None:
     with ParamScope().entered():
         eager = trained(build(), objective(), "eager", 4)
     with ParamScope().entered():
-        captured = trained(build(), objective(), "graph", 4)
+        pair = build()
+        captured = trained(pair, objective(), "graph", 4)
+        kept = may_refuse or is_kept_through_evaluation(*pair, captured[-1])
     assert bool(refusals(caplog)) == may_refuse, refusals(caplog)
     assert captured[-1].kernels == ("eager" if may_refuse else "graph")
     assert all(same(a, b) for a, b in zip(eager[:-1], captured[:-1], strict=True))
     assert any(g is not None and bool((g != 0).any()) for g in eager[1][-1])
+    assert kept, "the graph was made anew after an evaluation"
+
+
+def is_kept_through_evaluation(model, guide, batch, svi) -> bool:
+    """Whether the next step is taken by the same graph after the pair was run as a validation runs it."""
+    graphs = dict(svi._compiled_step.function.graphs)
+    with torch.no_grad(), eval_mode(model, guide):
+        drawn = pyro.poutine.trace(guide).get_trace(*batch)
+        pyro.poutine.replay(model, drawn)(*batch)
+    svi.gradients(*batch)
+    return bool(graphs) and svi._compiled_step.function.graphs == graphs
 
 
 # -- the same as the pair's own runs ----------------------------------------------------------------------------------
