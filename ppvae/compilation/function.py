@@ -15,7 +15,7 @@ from ppvae.compilation.side_effects import RunState, schedule_of
 
 log = logging.getLogger("ppvae")
 SECONDS_PER_NODE = 0.8  # of eager calls that pay for compiling one node of a graph, which takes about 0.1 s
-MAX_DOUBLINGS = 6  # of `Policy.wait`
+OFTEN, MAX_DOUBLINGS = 4, 6  # changes that are worth a warning; those that double `Policy.wait`
 
 Outputs: TypeAlias = Sequence[Any]  # tensors, and None or a number where the function itself gives one
 
@@ -241,12 +241,12 @@ class CompiledFunction:
         self.refusal, self.kernels = why, "eager"
 
     def _drop(self, what: str) -> None:
-        log.info("ppvae: captured %s are made anew: %s has changed", self._name, what)
+        self._changes += 1
+        say = log.warning if self._changes == OFTEN else log.info
+        say("ppvae: captured %s are made anew, later after each change (%d): %s", self._name, self._changes, what)
         self.graphs.clear()
         self._calls.clear()
-        self._changes += 1
-        if not self.policy.recompiles:
-            self.kernels = "graph"
+        self.kernels = self.kernels if self.policy.recompiles else "graph"
 
     def _is_ready(self, kind: Any) -> bool:
         self._calls[kind] = self._calls.get(kind, 0) + 1

@@ -353,7 +353,7 @@ def test_shapes_types_modes_and_loaded_weights(at_once):
             compare(*svis, x)
 
 
-def test_a_graph_waits_longer_after_each_change(monkeypatch):
+def test_a_graph_waits_longer_after_each_change(monkeypatch, caplog):
     real = functions.capture
     torch.manual_seed(0)
     pair, x, objective = LinearGaussian(3, 2).double(), torch.randn(50, 3).double(), objectives.ELBO()
@@ -369,6 +369,14 @@ def test_a_graph_waits_longer_after_each_change(monkeypatch):
     for _ in range(160):
         svi.step(x)
     assert svi._compiled_step.function.graphs
+    said = []
+    for _ in range(3):  # once, however often
+        objective.beta += 0.1
+        for _ in range(641):
+            svi.step(x)
+        said += [r.message for r in caplog.records if r.levelname == "WARNING"]
+        caplog.clear()
+    assert said == ["ppvae: captured steps are made anew, later after each change (4): loss.beta"]
 
 
 SCHEDULES = {
