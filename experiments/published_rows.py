@@ -182,7 +182,7 @@ ROWS = {
     "fixed-HVAE": Row(
         86.40, CATERINI, {"hidden": (450,)}, "mnist", "fixed", (Stage("HVAE", vae(1), 20, 100, 1e-3, 5),),
         (Stage("HVAE, paper", vae(1), 2000, 100, 1e-3, 100, "float32"),), 86.21,
-        factory="experiments.published_rows:hamiltonian",
+        factory="experiments.published_rows:hamiltonian", particles=1000,
     ),
     "omniglot-VAE-1": Row(108.11, BURDA, ONE, "omniglot-random", "dynamic", (VAE900,), by_paper("VAE-1", vae(1))),
     "omniglot-IWAE-50": Row(
