@@ -194,6 +194,7 @@ def line(cell: dict[str, Any]) -> tuple[Any, ...]:
     """The values of `LINE` for a cell."""
     name, r = cell["cell"]["row"], cell["result"]
     row, small_run = ROWS[name], cell["settings"]["data"] not in (None, "mnist")
+    reached = ("yes" if is_reached(cell) else "no") + f", {row.other}" * bool(row.other)
     key, digits = ("bits", 3) if row.bits else ("nll", 2)
     scale = 1 / (r["dims"] * math.log(2)) if row.bits else 1.0
 
@@ -205,7 +206,7 @@ def line(cell: dict[str, Any]) -> tuple[Any, ...]:
         name, data_of(cell), cell["cell"]["seed"], f"{row.published:.2f}{' bits per dim' * row.bits}", row.pythae or "",
         f"{number('')} (K = {r['num_particles']})", f"± {scale * r['nll_std_error']:.{digits}f}",
         number("refined_") if r.get("refined") else "",
-        "" if small_run else f"{behind(cell):+.{digits}f}", "" if small_run else "yes" if is_reached(cell) else "no",
+        "" if small_run else f"{behind(cell):+.{digits}f}", "" if small_run else reached,
     )  # fmt: skip
 
 
@@ -250,13 +251,16 @@ def page() -> str:
         for c in found
     ]
     missing = ", ".join(name for name in ROWS if name not in {c["cell"]["row"] for c in found})
-    reached = sum(map(is_reached, found))
+    alike = [c for c in found if not ROWS[c["cell"]["row"]].other]
+    others = [c for c in found if c not in alike]
     pictures = [
         f"## {name}\n\n![{name}: samples, and the learning curve](pictures/published/{name}-{c['cell']['seed']}.png)"
         for c in found
         if (cells.RESULTS / "published" / f"{(name := c['cell']['row'])}-{c['cell']['seed']}.png").exists()
     ]
-    says = f"{reached} of {len(found)} rows are reached. Not computed yet: {missing}."
+    says = f"{sum(map(is_reached, alike))} of {len(alike)} rows are reached"
+    says += f", and {sum(map(is_reached, others))} of {len(others)} on other images." if others else "."
+    says += f" Not computed yet: {missing}." if missing else ""
     return "\n\n".join([says, cells.markdown((*LINE, "CPU minutes", "schedule"), lines), *pictures]) + "\n"
 
 
