@@ -24,6 +24,15 @@ def learning_step(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor |
     """One step of what learns beside the pair, such as a baseline's network, by the gradients of its parameters.
 
     In a captured step the gradients are outputs of the graph, after which the step is taken.
+
+    Args:
+        optimizer: of those parameters alone, and of no other part that learns in the same step.
+        gradients: of each of its parameters that require one, in its order.
+
+    >>> weight = nn.Parameter(torch.ones(()))
+    >>> learning_step(torch.optim.SGD([weight], lr=0.5), [torch.tensor(1.0)])
+    >>> weight.item()
+    0.5
     """
     for record in _records:
         record.append((optimizer, gradients))
@@ -48,7 +57,7 @@ def recorded_steps() -> Iterator[list[tuple[torch.optim.Optimizer, Sequence[Tens
     try:
         yield record
     finally:
-        _records.remove(record)
+        _records.pop()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

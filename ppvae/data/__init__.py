@@ -165,7 +165,11 @@ def _normalized(name: str) -> str:
 
 
 def root_folder(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the named sets: the argument, else that of PPVAE_DATA, else ~/.cache/ppvae."""
+    """The folder that holds the named sets: the argument, else that of PPVAE_DATA, else ~/.cache/ppvae.
+
+    >>> root_folder("~/images").name
+    'images'
+    """
     given = root or os.environ.get("PPVAE_DATA")
     return Path(given).expanduser() if given else named.CACHE.expanduser()
 
