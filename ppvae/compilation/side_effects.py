@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ppvae.compilation.graph import CaptureError, is_capturing
 
 _Learned: TypeAlias = tuple[list[Tensor], dict[str, Any]]  # parameters, and the state of their optimizer
+_State: TypeAlias = tuple[list[Tensor], list[Tensor], int | None, list[_Learned]]  # as of `RunState.state`
 
 _records: list[list[tuple[torch.optim.Optimizer, Sequence[Tensor | None]]]] = []
 _watchers: list[Callable[[torch.optim.Optimizer], None]] = []
@@ -123,12 +124,12 @@ class RunState:
     def _step_count(self) -> int | None:
         return None if self._loss is None else self._loss.steps_taken
 
-    def state(self) -> tuple[list[Tensor], list[Tensor], int | None, list[_Learned]]:
+    def state(self) -> _State:
         """The current (random states, buffers, schedule step, learners)."""
         learned = [_state_of(optimizer) for optimizer, _ in self._learners]
         return self._random(), [b.detach().clone() for b, _ in self._before], self._step_count(), learned
 
-    def restore(self, to: tuple[list[Tensor], list[Tensor], int | None, list[_Learned]] | None = None) -> None:
+    def restore(self, to: _State | None = None) -> None:
         """Restores the state at construction, or one that `state` gave."""
         first = self._noise, [b for _, b in self._before], self._step, [state for _, state in self._learners]
         noise, buffers, step, learned = to if to is not None else first

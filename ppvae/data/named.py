@@ -154,7 +154,7 @@ def omniglot_random(root: Path, size: int) -> UnsplitData:
     """
     images, _, attributes = _omniglot(root)
     order = permutation_split(len(images), valid=False, test=False)[0]
-    rows = np.split(order, [-9415, -8070])
+    rows = np.split(order, [-1345 - 8070, -8070])
     return UnsplitData(
         "omniglot-random", images[:, None], tuple(rows), labels=attributes["character"], attributes=attributes
     )

@@ -141,7 +141,8 @@ def test_environment_names_the_root_and_an_argument_goes_first(monkeypatch, tmp_
     [
         (
             {"name": "mnits"},
-            "Did you mean 'mnist'.*digits, mnist, mnist-59600, binarized-mnist, fashion-mnist, omniglot, ",
+            "Did you mean 'mnist'.*digits, mnist, mnist-59600, binarized-mnist, fashion-mnist, omniglot, "
+            "omniglot-random, celeba, freyfaces, smiles",
         ),
         ({"name": "no such set"}, "Known: digits"),
         ({"name": 3}, "expected a name or a path, found int"),
