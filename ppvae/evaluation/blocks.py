@@ -248,10 +248,10 @@ class Evaluation:
         for number in tqdm(range(self.num_blocks), desc=desc, unit="block", disable=progress_disabled(progress)):
             yield self.block(number)
 
-    def with_guide(self, guide: Program) -> Evaluation:
-        """The same model and data with another guide, inspected."""
-        structure, size = inspect_columns(self.model, guide, self.columns, self.device)
-        return replace(self, guide=guide, structure=structure, block_size=size)
+    def with_pair(self, model: Program, guide: Program) -> Evaluation:
+        """The same data with another pair, inspected."""
+        structure, size = inspect_columns(model, guide, self.columns, self.device)
+        return replace(self, model=model, guide=guide, structure=structure, block_size=size)
 
     def cache_key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the result of a block is a function of: settings, data, parameters and sites, as strings and numbers."""

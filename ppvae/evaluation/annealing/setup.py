@@ -98,7 +98,7 @@ class AnnealingSession:
                     f"start='prior': expected latents whose prior has a density of its own; sites {list(s.enumerated)} "
                     f"are summed out of it. Use start='guide'"
                 )
-            run = run.with_guide(prior_as_guide(run.model, s.guide_roles))
+            run = run.with_pair(run.model, prior_as_guide(run.model, s.guide_roles))
         runs = run.num_blocks * (1 + len(settings.chain_blocks))
         gradients = runs * settings.num_temperatures * settings.num_leapfrog if settings.compile else 0
         return cls(run, settings, CompiledPotential(gradients))

@@ -199,11 +199,11 @@ def bracket(
         "tolerance": tolerance, "further": further,
     }  # fmt: skip
     with start_evaluation(model, guide, data_like, seed=seed, device=device) as run:
-        check_reversible(run.structure)
         run = replace(run, columns=_columns(run, num_data))
         refinable, refused = refinable_run(run)
         if proposal == "refined" and refinable is not None:
             run = refinable
+        check_reversible(run.structure)
         kind = "guide" if refinable is None else proposal
         sampler = _Bracketing(run, kind, num_particles, rows, refinable is run, assemble)
         allowed = tolerance if further else math.inf

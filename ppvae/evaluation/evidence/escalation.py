@@ -20,6 +20,7 @@ from ppvae.evaluation.proposals.log_weights import RefinedProposal, check_refina
 from ppvae.evaluation.reliability import MIN_ESS, k_hat_limit, k_hat_upper
 from ppvae.evaluation.unconstrained.coordinates import SUMMED_OUT
 from ppvae.evaluation.unconstrained.potential import prior_as_guide
+from ppvae.inference.param_store import BoundProgram, unwrap
 from ppvae.rng import derive_seed, fork_rng, seed_all
 
 PILOT_SHARE = 0.5  # of the particles of the estimate
@@ -125,8 +126,11 @@ def refinable_run(run: Evaluation) -> tuple[Evaluation | None, str]:
 
     A guide whose density is not available at given points, such as a flow without an inverse, or whose support has no
     unconstrained coordinates gives way to the model's prior: proposals are then fitted from it, and the defensive share
-    is the prior's.
+    is the prior's. A pair with momenta, as `models.Annealed`, gives way to its base pair.
     """
+    base = base_run(run)
+    if base is not None:
+        return refinable_run(base)[0], "the base pair, of the same p(x) without momenta, takes the place of the pair"
     refused = refinement_refusal(run)
     if not refused:
         return run, ""
@@ -134,12 +138,23 @@ def refinable_run(run: Evaluation) -> tuple[Evaluation | None, str]:
     if s.enumerated or s.discrete:
         return None, refused
     try:
-        by_prior = run.with_guide(prior_as_guide(run.model, s.guide_roles))
+        by_prior = run.with_pair(run.model, prior_as_guide(run.model, s.guide_roles))
     except (ContractError, UsageError):
         return None, refused
     if refinement_refusal(by_prior):
         return None, refused
     return by_prior, f"the prior takes the place of the guide: {refused}"
+
+
+def base_run(run: Evaluation) -> Evaluation | None:
+    """The evaluation of the pair that both sides have as `base_pair`: of fewer latents, with the same p(x)."""
+    sides = run.model, run.guide
+    owner, other = (getattr(unwrap(side), "__self__", None) for side in sides)
+    base = getattr(owner, "base_pair", None)
+    if base is None or owner is not other:
+        return None
+    scopes = [side.scope if isinstance(side, BoundProgram) else None for side in sides]
+    return run.with_pair(*(p if s is None else BoundProgram(p, s) for p, s in zip(base, scopes, strict=True)))
 
 
 def refinement_refusal(run: Evaluation) -> str:

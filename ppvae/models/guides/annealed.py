@@ -38,7 +38,8 @@ class Annealed(ComposedModel):
     Trained are the temperatures b_i, the step sizes e_i of each dim, and the share of the momentum that is kept;
     and through the steps the base pair itself, whose parameters are shared. Each step costs a forward and backward
     pass of model and guide. Gradients are pathwise: "stl" and "dreg" hold a guide's maps constant. Plots and
-    samples of latents are better made with the base pair, whose sites have no momenta.
+    samples of latents are better made with the base pair, whose sites have no momenta; refined proposals of log p(x)
+    are fitted to it as well.
 
     Args:
         model, guide: the base pair; all its latents are over real numbers, and sampled with a density by the guide.
@@ -46,6 +47,9 @@ class Annealed(ComposedModel):
         steps: the number of leapfrog steps.
         refresh: refresh the momentum between steps, in part; otherwise the steps are a deterministic map.
         step_size: the initial e_i, in units of the latents.
+
+    Attributes:
+        base_pair: the base model and guide.
 
     Raises ContractError, by the site's name, for a latent over another space than the real numbers, a point mass, or
     one that the guide enumerates or does not sample.
@@ -74,13 +78,13 @@ class Annealed(ComposedModel):
         self.kernel = _Kernel(list(self.event_shapes.values()), steps, refresh, step_size).to(like)
         bases = (getattr(program, "__self__", program) for program in (model, guide))
         self.bases = nn.ModuleList({id(base): base for base in bases if isinstance(base, nn.Module)}.values())
-        self.programs = model, guide
+        self.base_pair = model, guide
 
     def model(self, *batch: Any) -> Any:
         """p(x, z) of the base model, and standard normal momenta."""
         latents = LatentSites(self.event_shapes)
         with latents:
-            out = self.programs[0](*batch)
+            out = self.base_pair[0](*batch)
         for name in self.event_shapes:
             with latents.context(name):
                 pyro.sample(f"{name}_momentum", self._noise(name))
@@ -92,7 +96,7 @@ class Annealed(ComposedModel):
         kernel = self.kernel
         latents = LatentSites(self.event_shapes, "_start")
         with latents:
-            self.programs[1](*batch)
+            self.base_pair[1](*batch)
         noise = {}
         for name in self.event_shapes:
             with latents.context(name):
@@ -131,7 +135,7 @@ class Annealed(ComposedModel):
         with torch.enable_grad():
             at = {name: v if through and v.requires_grad else v.detach().requires_grad_() for name, v in z.items()}
             log_densities = []
-            for share, program in zip((beta, 1 - beta), self.programs, strict=True):
+            for share, program in zip((beta, 1 - beta), self.base_pair, strict=True):
                 with poutine.block(), poutine.trace() as tracer, GivenValues({**at, **subsamples}):
                     program(*batch)
                 log_densities.append(share * _log_density(tracer.get_trace()))

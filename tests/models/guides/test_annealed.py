@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae import check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import ContractError
+from ppvae.evaluation import refined_log_marginal
 from ppvae.inference.inspection import inspect
 from ppvae.models import VAE, Annealed, HierarchicalVAE, JointPosterior, LinearGaussian
 from tests.programs.strangers import PAIRS
@@ -176,3 +177,36 @@ def test_latents_that_leapfrog_steps_cannot_move():
     model, guide, batch = PAIRS["markov"]()  # its states are summed out
     with pytest.raises(ContractError, match="expected a latent"):
         Annealed(model, guide, batch)
+
+
+def test_refined_proposals_are_of_its_base_pair():
+    """Closed form p(x) = N(0, 1 + scale^2), by the scale that the run trained; six standard errors, and a bracket."""
+
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.7).to_event(1))
+
+    x = 2 * data()[:, :3]
+    pair = Annealed(model, guide, x, steps=2)
+    options: Any = {"progress": False, "compile": False, "optimizer": lambda ps: torch.optim.Adam(ps, lr=0.05)}
+    run = fit(pair.model, pair.guide, x, epochs=20, batch_size=20, **options)
+    scale = run.model.scope.params["scale"].detach().exp()
+    assert scale > 0.7
+    for sides in ((run.model, run.guide), (pair.model, pair.guide)):
+        est = refined_log_marginal(
+            *sides, x, num_particles=500, guide_particles=500, posterior_draws=2, bracket_data=20, progress=False
+        )
+        exact = dist.Normal(0.0, (1 + scale**2).sqrt()).log_prob(x).sum(-1)
+        assert bool(((est.log_px - exact).abs() < 6 * est.std_error + 1e-9).all())
+        assert est.posterior is not None
+        assert set(est.posterior) == {"z"}
+        assert est.guide_estimate is not None
+        assert float(est.guide_estimate.log_px.mean()) < float(exact.mean()) + 0.1
+        assert est.settings["bracket_width"] < 0.01
+        assert "base pair" in " ".join(est.notes)
