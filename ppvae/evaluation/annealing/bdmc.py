@@ -163,14 +163,14 @@ def bdmc(
     return Bracket(**found, seed=seed, joint=run.structure.has_global_latents, settings=attributes, data=simulated)
 
 
-def check_reversible(s: Structure) -> None:
-    """Refuses a guide with auxiliary or enumerated sites: a chain cannot start at given latents."""
+def check_reversible(s: Structure, cure: str = "use start='prior'") -> None:
+    """Refuses a guide with enumerated sites, or auxiliary ones (with the cure): no chain can start at given latents."""
     for name, role in s.guide_roles.items():
         if role in (Role.AUXILIARY, Role.ENUMERATED):
             raise site_error(
                 name, "a guide that samples the latents themselves, to start a chain at given ones",
                 "a helper" if role is Role.AUXILIARY else "a site enumerated in the guide",
-                "use start='prior'" if role is Role.AUXILIARY else IN_THE_MODEL,
+                cure if role is Role.AUXILIARY else IN_THE_MODEL,
             )  # fmt: skip
 
 

@@ -203,7 +203,8 @@ def bracket(
         refinable, refused = refinable_run(run)
         if proposal == "refined" and refinable is not None:
             run = refinable
-        check_reversible(run.structure)
+        has_base = refinable is not None and refinable.model is not run.model
+        check_reversible(run.structure, "use proposal='refined'" if has_base else "use bdmc(start='prior')")
         kind = "guide" if refinable is None else proposal
         sampler = _Bracketing(run, kind, num_particles, rows, refinable is run, assemble)
         allowed = tolerance if further else math.inf

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae import check, fit, likelihoods, log_marginal, nn, objectives, posteriors, priors, terms
 from ppvae.errors import ContractError
-from ppvae.evaluation import refined_log_marginal
+from ppvae.evaluation import bracket, refined_log_marginal
 from ppvae.inference.inspection import inspect
 from ppvae.models import VAE, Annealed, HierarchicalVAE, JointPosterior, LinearGaussian
 from tests.programs.strangers import PAIRS
@@ -210,3 +210,5 @@ def test_refined_proposals_are_of_its_base_pair():
         assert float(est.guide_estimate.log_px.mean()) < float(exact.mean()) + 0.1
         assert est.settings["bracket_width"] < 0.01
         assert "base pair" in " ".join(est.notes)
+    with pytest.raises(ContractError, match=r"found a helper\. Use proposal='refined'"):
+        bracket(pair.model, pair.guide, x, proposal="guide", progress=False)
