@@ -130,7 +130,9 @@ def refinable_run(run: Evaluation) -> tuple[Evaluation | None, str]:
     """
     base = base_run(run)
     if base is not None:
-        return refinable_run(base)[0], "the base pair, of the same p(x) without momenta, takes the place of the pair"
+        found, why = refinable_run(base)
+        note = "the base pair, of the same p(x) without momenta, takes the place of the pair"
+        return found, why if found is None else "; ".join(filter(None, (note, why)))
     refused = refinement_refusal(run)
     if not refused:
         return run, ""
