@@ -6,8 +6,9 @@ medians and ratios with the machine and the number of threads; and writes JSON a
 particles and latent size. NumPyro and Pythae are timed if they are installed (`pip install -e ".[bench]"`).
 
 Contenders are in the strongest form that their users would write: hand-written steps and those under `torch.compile`
-take the fused Adam, in a process prepared by `compilation.process_setup` as ppvae's own runs are; NumPyro donates its
-buffers. `torch.compile(mode="max-autotune")` gained nothing on a processor and is not used.
+take the fused Adam, in a process prepared by `compilation.process_setup` as ppvae's own runs are, and flush subnormal
+numbers to zero as ppvae's compiled steps and XLA do; NumPyro donates its buffers. `torch.compile(mode="max-autotune")`
+gained nothing on a processor and is not used.
 
 The network is 784-200-200-(50)-200-200-784 with tanh, batch 100, Adam; the hierarchy has a second layer of latents,
 50-100-100-(25), and the convolutional one three layers of kernels each way. A "step" is loss, gradient and one update

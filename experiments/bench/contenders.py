@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import TypeAlias
 
 import pyro
+import torch
 
 from experiments.bench import Settings, Timed, hand_written, other_libraries, ppvae_and_pyro
 from ppvae.compilation.process_setup import prepare_process
@@ -47,7 +48,7 @@ def contenders(s: Settings, threads: int) -> Contenders:
     out["log p(x)", "ppvae compiled"] = functools.partial(ppvae_and_pyro.compiled_log_px, s)
     out["log p(x)", "ppvae compiled, bf16"] = functools.partial(ppvae_and_pyro.compiled_log_px, s, "bf16")
     for key in [key for key in out if key[1] in ("hand-written", "torch.compile")]:
-        out[key] = functools.partial(_prepared, out[key])
+        out[key] = functools.partial(_prepared, out[key], flush=True)
     out |= other_libraries.contenders(s, threads)
     for what, (layers, gradients) in matmul_layers(s).items():
         repeats = s.steps if what == "VAE step" else s.steps_of(s.iwae)
@@ -65,9 +66,14 @@ def contenders(s: Settings, threads: int) -> Contenders:
     return out
 
 
-def _prepared(make: Callable[[], Timed]) -> Timed:
-    """Sets up a contender in a process prepared as ppvae prepares its own runs."""
+def _prepared(make: Callable[[], Timed], flush: bool = False) -> Timed:
+    """Sets up a contender in a process prepared as ppvae prepares its own runs.
+
+    With `flush`, subnormal numbers count as zeros in all its threads, which start later, as in compiled steps of ppvae.
+    """
     prepare_process()
+    if flush:
+        torch.set_flush_denormal(True)
     return make()
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from ppvae.compilation.graph import CaptureError, Graph, capture, compile_module, one_line_reason
+from ppvae.compilation.graph import CaptureError, Graph, HoistedGraph, capture, one_line_reason
 from ppvae.compilation.guards import Guards
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.compilation.side_effects import RunState
@@ -134,32 +134,6 @@ class EagerResult:
         self._target.agree(Comparison(self.outputs, outputs, buffers, rerun))
 
 
-@final
-class HoistedGraph:
-    """A graph in two parts: what is the same for all calls of a block, computed once, and the compiled remainder."""
-
-    def __init__(self, graph: Graph, args: Sequence[Tensor], varying: tuple[int, ...], choices: Choices):
-        once, each = graph.split(*varying)
-        self._once, self._tensors, self._varying = once.forward, graph.tensors, varying
-        self._block: Any = None
-        self._shared: Sequence[Tensor] = ()
-        with torch.no_grad():
-            self._each = compile_module(each, [*self._constants(args), *(args[i] for i in varying)], choices)
-
-    def _constants(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
-        shared: Sequence[Tensor] = self._once(
-            *self._tensors, *(t for i, t in enumerate(args) if i not in self._varying)
-        )
-        return shared
-
-    def __call__(self, block: Any, args: Sequence[Tensor]) -> Outputs:
-        with torch.no_grad():
-            if self._block is not block:
-                self._block, self._shared = block, self._constants(args)
-            outputs: Outputs = self._each(*self._shared, *[args[i] for i in self._varying])
-        return outputs
-
-
 @dataclass
 class CapturedGraph:
     """A graph for one kind of arguments: as captured, and as it is called, compiled perhaps.
@@ -198,12 +172,16 @@ class CompiledFunction:
         kernels: "compiled"; "graph", whose operations are those of the function; or "eager", without any graph.
         refusal: why there is no graph, or nothing.
         block: an object that stands for all arguments but `Target.varying`.
+        last: the graph of the last call, if there was one before it.
+        looked: whether that call asked the graph's guards, or compared it with the function.
     """
 
     def __init__(self, target: Target, policy: Policy, name: str, fallback: str, kernels: str = "compiled"):
         self.target, self.policy, self.kernels = target, policy, kernels
         self.refusal = ""
         self.block: Any = None
+        self.last: CapturedGraph | None = None
+        self.looked = True
         self.graphs: dict[Any, CapturedGraph] = {}
         self.ask_guards(every=1)
         self._name, self._fallback = name, fallback
@@ -215,15 +193,17 @@ class CompiledFunction:
         if self.refusal:
             return None
         captured = self.graphs.get(kind)
-        asks = self.policy.checks_guards
-        if captured and asks and (what := captured.changed(whole=captured.unguarded % self._every == 0)):
+        looks = captured is None or captured.unguarded % self._every == 0
+        if captured and self.policy.checks_guards and (what := captured.changed(whole=looks)):
             self._drop(what)
             captured = None
+        self.last, self.looked = captured, looks
         if captured is None:
             return self._capture(kind, args) if self._is_ready(kind) else None
         captured.calls += 1
         captured.unguarded += 1
         if captured.doubted or self.policy.is_check_due(captured.calls):
+            self.looked = True
             return self._check(captured, args)
         return self._finish(self._run(captured.run, args))
 

@@ -117,6 +117,32 @@ def compile_module(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Ch
     return compile_with_inductor(noise, rest, inputs, choices)
 
 
+@final
+class HoistedGraph:
+    """A graph in two parts: what is the same for all calls of a block, computed once, and the compiled remainder."""
+
+    def __init__(self, graph: Graph, args: Sequence[Tensor], varying: tuple[int, ...], choices: Choices):
+        once, each = graph.split(*varying)
+        self._once, self._tensors, self._varying = once.forward, graph.tensors, varying
+        self._block: Any = None
+        self._shared: Sequence[Tensor] = ()
+        with torch.no_grad():
+            self._each = compile_module(each, [*self._constants(args), *(args[i] for i in varying)], choices)
+
+    def _constants(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
+        shared: Sequence[Tensor] = self._once(
+            *self._tensors, *(t for i, t in enumerate(args) if i not in self._varying)
+        )
+        return shared
+
+    def __call__(self, block: Any, args: Sequence[Tensor]) -> Sequence[Any]:
+        with torch.no_grad():
+            if self._block is not block:
+                self._block, self._shared = block, self._constants(args)
+            outputs: Sequence[Any] = self._each(*self._shared, *[args[i] for i in self._varying])
+        return outputs
+
+
 def _metadata(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.dtype, t.device, t.requires_grad
 

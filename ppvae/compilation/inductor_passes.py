@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ppvae.compilation.direct_call import call_without_wrappers
 from ppvae.compilation.matmul_backend import Choices, choose_matmul_backends, lower_onednn_linear, onednn_linear
+from ppvae.compilation.subnormals import without_subnormals
 
 MIN_NUMBERS = 2**18  # in a sum over rows that is computed in blocks
 ROWS_PER_BLOCK = 100
@@ -29,6 +30,7 @@ def compile_with_inductor(
     if any(node.target is onednn_linear() for node in rest.graph.nodes):
         lower_onednn_linear()
     keep_bfloat16_roundings(rest)
+    _add_biases_after_products(rest)
     _sum_rows_in_blocks(rest)
     _fuse_logarithms(rest)
     name = "use_decompose_tanh"  # by exp: several times faster than inductor's vectorised tanh
@@ -49,15 +51,16 @@ def compile_with_inductor(
         call: Any = compile_fx(rest, [*drawn, *inputs], inner_compile=compile_inner, decompositions=_decompositions())
         outputs = call(*drawn, *inputs)  # compiles now
         kernels = None if on_gpu else call_without_wrappers(rest, inner, [*drawn, *inputs], outputs)
-    if kernels is not None:
-        return lambda *tensors: kernels([*draw(*tensors), *tensors])
 
-    def run(*tensors: Tensor) -> Any:
-        if on_gpu:
+    if on_gpu:
+
+        def run(*tensors: Tensor) -> Any:
             torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
-        return call(*draw(*tensors), *tensors)
+            return call(*draw(*tensors), *tensors)
 
-    return run
+        return run
+    kernels = kernels or (lambda tensors: call(*tensors))
+    return lambda *tensors: without_subnormals(kernels, [*draw(*tensors), *tensors])
 
 
 _library = torch.library.Library("ppvae", "FRAGMENT")
@@ -85,6 +88,23 @@ def keep_bfloat16_roundings(module: fx.GraphModule) -> None:
 def _is_cast(node: fx.Node, dtype: torch.dtype) -> bool:
     is_copy = node.target is torch.ops.aten._to_copy.default and node.kwargs.get("dtype") is dtype
     return is_copy and node.kwargs.keys() <= {"dtype", "layout", "device"}
+
+
+def _add_biases_after_products(module: fx.GraphModule) -> None:
+    """Adds the biases of linear layers where their outputs are used; torch would copy each to the output's memory."""
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target is not aten.addmm.default or node.kwargs or node.meta["val"].device.type != "cpu":
+            continue
+        bias, a, b = node.args
+        with module.graph.inserting_before(node):
+            product = module.graph.call_function(aten.mm.default, (a, b))
+            negative = module.graph.call_function(aten.neg.default, (bias,))  # inductor makes an addmm of a sum
+            out = module.graph.call_function(aten.sub.Tensor, (product, negative))
+        out.meta = dict(node.meta)
+        node.replace_all_uses_with(out)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def _sum_rows_in_blocks(module: fx.GraphModule) -> None:

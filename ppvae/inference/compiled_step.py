@@ -71,10 +71,14 @@ class CompiledStep:
     Args:
         seconds: what the steps to come would take eagerly; a graph too large for that is not compiled.
         settled: compiles in any case, and uses what is compiled without measuring it.
+
+    Attributes:
+        looked: whether the last step ran the pair or looked at its Python state; else the last graph gave it.
     """
 
     def __init__(self, source: GradientFunction, kernels: str, seconds: float, settled: bool):
         self.source = source
+        self.looked = True
         self._warned = False
         self._met: dict[Any, list[Tensor]] = {}  # the parameters that a kind of batch meets
         self._learned: dict[Any, list[tuple[torch.optim.Optimizer, int]]] = {}  # (what learns beside them, parameters)
@@ -116,6 +120,7 @@ class CompiledStep:
 
         Returns the loss, an unread tensor if a graph gave it, and the parameters that the pair meets.
         """
+        self.looked = True
         kind = None if self.function.refusal or kwargs or _PYRO_STACK else self._kind(args)
         if kind is None or not (args or self.source.params):  # nothing yet that tells the device
             if kind is None and not (self.function.refusal or self._warned):
@@ -130,6 +135,7 @@ class CompiledStep:
             out = None
         if out is None:
             return self.source.eager_gradients(*args)
+        self.looked = self.function.looked
         for p, gradient in zip_longest(self.source.params, out[1 + sum(n for _, n in self._learned[kind]) :]):
             p.grad = gradient
         return out[0], self._met[kind]

@@ -112,6 +112,9 @@ class SVI(PyroSVI):
         self._unused_state: set[str] = set()  # names in a PyroOptim's state that were warned of
         self._zeros: dict[int, Tensor] = {}  # gradients that `step` has left
         self._compiled_step: CompiledStep | None = None
+        self._adam: FusedAdam | None = None  # of the last step of the graph `_adam_of`, kept from one look to the next
+        self._adam_of: Any = None
+        self._is_closed = False  # whether none of the user's code runs between steps
         plain = type(self.optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
         self._grouped_steps = MultiTensorSteps(self.optim) if plain else None
         prepare_process()
@@ -195,31 +198,35 @@ class SVI(PyroSVI):
             self._step_optimizer([p for p in self.params if p.grad is not None])
 
     @contextmanager
-    def uninterrupted(self) -> Iterator[None]:
+    def uninterrupted(self, closed: bool = True) -> Iterator[None]:
         """Of the steps meanwhile, the first and then one of `CHECKS_EVERY` look for changes of all but tensors' values.
 
         For a loop that runs no code of the user's between its steps: at small sizes, looking takes a tenth of a step.
+        Unless the loop is `closed`, some of it may run that changes the optimizer, which is then looked at each time.
         """
         function = self._compiled_step.function if self._compiled_step is not None else None
         if function is None or _has_own_schedule(self.objective):
             yield
             return
         function.ask_guards(CHECKS_EVERY)
+        self._is_closed = closed
         try:
             yield
         finally:
             function.ask_guards(1)
+            self._is_closed = False
 
     def steps(self, batches: Iterable[Sequence[Tensor]]) -> list[Any]:
         """A `step` on each of the batches, tuples of arguments: the same steps to the last bit; returns their losses.
 
-        No code of the user's but that of `batches` may run in between: compiled steps are `uninterrupted`.
+        No code of the user's but that of `batches` may run in between: compiled steps are `uninterrupted`. Those of a
+        list or tuple of batches look at the optimizer as seldom as at the pair.
         """
         losses = []
         met: list[Tensor] = []
         spent: dict[int, Tensor] = {}  # parameters whose gradient has been used; `step` sets it to zero
         try:
-            with self.uninterrupted():
+            with self.uninterrupted(closed=isinstance(batches, list | tuple)):
                 for batch in batches:
                     loss, now = self._step(batch, {}, spent)
                     if now is not met:
@@ -231,10 +238,14 @@ class SVI(PyroSVI):
 
     def native_adam(self, params: list[Tensor]) -> FusedAdam | None:
         """The kernel that updates these parameters by scaled gradients: of Adam on the CPU, in compiled steps."""
-        if self.kernels != "compiled":
+        step = self._compiled_step
+        if step is None or step.kernels != "compiled":
             return None
-        owner = self.optim if isinstance(self.optim, JointOptim) else self._grouped_steps
-        return owner.native(params) if owner is not None else None
+        if step.looked or step.function.last is not self._adam_of:
+            owner = self.optim if isinstance(self.optim, JointOptim) else self._grouped_steps
+            self._adam = owner.native(params) if owner is not None else None
+            self._adam_of = step.function.last if self._is_closed else None
+        return self._adam
 
     def _step_optimizer(self, params: list[Tensor]) -> None:
         if (native := self.native_adam(params)) is not None:

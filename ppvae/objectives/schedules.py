@@ -79,7 +79,9 @@ class ScheduledScalar:
             FINITE.check_number("schedule", schedule)
         self.schedule, self.warmup = schedule, warmup
         self.current: Tensor = torch.zeros((), dtype=torch.float64)
+        self._is_constant = False  # before its value is set
         self.set_step(0)
+        self._is_constant = not callable(schedule) and not warmup
 
     def _at(self, step: int) -> Any:
         """The value of the schedule, which is one number, finite or not."""
@@ -92,5 +94,7 @@ class ScheduledScalar:
     def set_step(self, step: int) -> None:
         """Sets the current value to that of a step, counted from 0."""
         check_numbers(step=step)
+        if self._is_constant:
+            return
         value = self._at(step) if callable(self.schedule) else self.schedule
         self.current.fill_(value * Linear(self.warmup)(step))

@@ -41,6 +41,25 @@ def test_softplus_and_log_sigmoid_as_they_are_compiled_keep_their_digits(dtype, 
     assert torch.allclose(grad, x.sigmoid(), atol=1e-7)  # where x is above the threshold, it is one
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_biases_of_layers_are_added_after_the_product(dtype, digits):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, dtype=dtype, generator=generator) for shape in ((30, 20), (10, 20), (10,)))
+    table = torch.randn(30, 10, dtype=dtype, generator=generator)
+
+    def layers(x):
+        out = torch.nn.functional.linear(x, weight, bias)
+        scaled = torch.addmm(bias, x, weight.t(), beta=2.0, alpha=0.5)
+        return [out, out.tanh(), out @ weight, torch.addmm(table, x, weight.t()), scaled]
+
+    graph = graphs.capture(lambda: layers(x), [weight, bias, table], (x,))
+    for a, b in zip(graph.compile((x,), {})(x), layers(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=digits, atol=digits)
+    lowering._add_biases_after_products(graph.module)
+    left = [node for node in graph.module.graph.nodes if node.target is torch.ops.aten.addmm.default]
+    assert [node.kwargs for node in left] == [{"beta": 2.0, "alpha": 0.5}]
+
+
 def test_sums_over_rows_are_the_same_in_any_shape():
     x = torch.randn(7, 619, 80)  # rows that do not divide into parts
 

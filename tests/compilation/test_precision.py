@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppvae import VAE, data, fit, likelihoods, log_marginal, models, nn, objectives, posteriors, priors
-from ppvae.compilation import function as functions
+from ppvae.compilation import graph as graphs
 from ppvae.compilation import inductor_passes, precision
 from ppvae.compilation.graph import capture
 from ppvae.compilation.precision import layer_precision
@@ -197,7 +197,7 @@ def test_an_evaluation_in_bfloat16_is_of_the_model_whose_layers_round():
 def test_a_compiled_graph_that_gives_other_weights_is_refused(off, taken, precision, monkeypatch, caplog):
     monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
-    monkeypatch.setattr(functions, "compile_module", lambda module, *_: lambda *a: [t + off for t in module(*a)])
+    monkeypatch.setattr(graphs, "compile_module", lambda module, *_: lambda *a: [t + off for t in module(*a)])
     x, pair = images(50), vae()
     options = {"num_particles": 600, "precision": precision, "progress": False, "proposal": "guide"}
     eager, found = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))
@@ -228,8 +228,8 @@ def test_a_vamp_prior_is_compiled_and_its_note_is_of_its_own_components(monkeypa
 def test_compiled_log_weights_in_bfloat16_are_those_of_the_pair(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "SECONDS_PER_NODE", 0.0)
-    made, real = [], functions.compile_module
-    monkeypatch.setattr(functions, "compile_module", lambda *a: made.append(real(*a)) or made[-1])
+    made, real = [], graphs.compile_module
+    monkeypatch.setattr(graphs, "compile_module", lambda *a: made.append(real(*a)) or made[-1])
     x, pair = images(100), vae()
     options = {"num_particles": 1000, "precision": "bf16", "progress": False, "proposal": "guide"}
     eager, graph = (log_marginal(pair.model, pair.guide, x, compile=c, **options) for c in (False, True))

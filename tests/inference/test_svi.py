@@ -491,6 +491,84 @@ def test_a_parameter_that_the_loss_depends_on_no_more_counts_as_of_zero_gradient
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
+def compiled_svi(optim):
+    """A small pair whose steps are compiled and whose Adam is a kernel, after two steps."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    pair = LinearGaussian(5, 2)
+    svi = SVI(pair.model, pair.mean_field, optim, Trace_ELBO())
+    svi.use("compiled", settled=True)
+    batch = (torch.randn(7, 5),)
+    svi.steps([batch] * 2)
+    assert svi.kernels == "compiled"
+    return svi, batch
+
+
+def test_steps_on_a_list_ask_for_the_kernel_of_adam_as_seldom_as_for_changes(monkeypatch):
+    svi, batch = compiled_svi(functools.partial(torch.optim.Adam, lr=0.05))
+    asked = []
+    own = type(svi.optim).native
+
+    def native(optim, params):
+        asked.append(1)
+        return own(optim, params)
+
+    monkeypatch.setattr(type(svi.optim), "native", native)
+    svi.steps([batch] * 66)
+    among_list = len(asked)
+    assert 3 <= among_list <= 12, "at each look and comparison"
+    svi.steps(iter([batch] * 66))
+    assert len(asked) - among_list == 66, "the iterator's code may have changed the optimizer"
+    svi.step(*batch)
+    assert len(asked) - among_list == 67
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_pyro", [True, False])
+def test_a_learning_rate_that_changes_among_several_compiled_steps_is_taken(of_pyro):
+    ends = []
+    for together in (False, True):
+        optim = pyro.optim.Adam({"lr": 0.05}) if of_pyro else functools.partial(torch.optim.Adam, lr=0.05)
+        svi, batch = compiled_svi(optim)
+
+        def batches(svi=svi, batch=batch):
+            for i in range(40):
+                if i == 20:
+                    own = svi.optim.optim_objs.values() if of_pyro else [svi.optimizer]
+                    for o in own:
+                        o.param_groups[0]["lr"] = 0.5
+                yield batch
+
+        torch.manual_seed(1)
+        _ = svi.steps(batches()) if together else [svi.step(*b) for b in batches()]
+        ends.append([p.detach().clone() for p in svi.params])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def guide_by_batch(x):
+    """Meets "late" unless the batch asks for a gradient."""
+    weight = pyro.param("early", torch.tensor(0.1))
+    if not x.requires_grad:
+        weight = weight + pyro.param("late", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(weight * x.detach(), 0.4))
+
+
+def test_a_batch_that_is_not_captured_among_several_compiled_steps_takes_the_optimizers_own_step():
+    """Its step is eager and meets fewer parameters, which the kept kernel of Adam has not seen."""
+    ends = []
+    for together in (False, True):
+        pyro.clear_param_store()
+        svi = SVI(model, guide_by_batch, functools.partial(torch.optim.Adam, lr=0.1), Trace_ELBO())
+        svi.use("compiled", settled=True)
+        batches = [(X,)] * 4 + [(X.clone().requires_grad_(),)] + [(X,)] * 2
+        torch.manual_seed(0)
+        _ = svi.steps(batches) if together else [svi.step(*b) for b in batches]
+        assert svi.kernels == "compiled"
+        ends.append([p.detach().clone() for p in svi.params])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 def test_a_step_that_fails_among_several_leaves_zero_gradients():
     svi = SVI(model, Guide(), adam(), Trace_ELBO())
     with pytest.raises(ZeroDivisionError):
