@@ -37,8 +37,9 @@ test-avx2: $(STAMP)
 		$(PYTEST) -m "not slow" tests/compilation tests/distributions tests/likelihoods tests/nn tests/objectives \
 		tests/evaluation/importance/test_psis.py
 
-test-all: $(STAMP)
-	$(PYTEST)
+# after the quick tests, which one `make test test-all` runs once
+test-all: test
+	$(PYTEST) -m slow
 	$(PYTEST) -o addopts= --nbmake notebooks
 	$(BIN)/python -m experiments.bench --smoke --output runs/bench-smoke.json
 
