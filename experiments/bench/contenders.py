@@ -61,7 +61,7 @@ def contenders(s: Settings, threads: int) -> Contenders:
             one = s if axis == "particles" else dataclasses.replace(s, **{axis: value})
             k = value if axis == "particles" else 1
             by_hand = functools.partial(hand_written.step, "one layer", one, k, False)
-            out[axis, "hand-written", value] = functools.partial(_prepared, by_hand)
+            out[axis, "hand-written", value] = functools.partial(_prepared, by_hand, flush=True)
             out[axis, "ppvae compiled", value] = functools.partial(ppvae_and_pyro.step, "one layer", one, k, "compiled")
     return out
 
