@@ -22,7 +22,6 @@ from ppvae import VAE, fit, likelihoods, log_marginal, objectives, posteriors, p
 from ppvae import nn as networks
 from ppvae.compilation import function as functions
 from ppvae.compilation import graph as graphs
-from ppvae.compilation import graph as graphs
 from ppvae.compilation.graph import CaptureError, Graph, compile_module
 from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import TrainingError
