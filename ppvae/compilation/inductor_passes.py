@@ -51,7 +51,6 @@ def compile_with_inductor(
         call: Any = compile_fx(rest, [*drawn, *inputs], inner_compile=compile_inner, decompositions=_decompositions())
         outputs = call(*drawn, *inputs)  # compiles now
         kernels = None if on_gpu else call_without_wrappers(rest, inner, [*drawn, *inputs], outputs)
-
     if on_gpu:
 
         def run(*tensors: Tensor) -> Any:

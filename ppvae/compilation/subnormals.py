@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-log = logging.getLogger("ppvae")
+from ppvae.compilation.cpp_library import load_library
 
 SOURCE = r"""
 #if defined(__SSE2__)
@@ -31,13 +30,7 @@ extern "C" int flush_subnormals(int threads, int on) { return 0; }
 @functools.cache
 def _library() -> Any:
     """The function of `SOURCE`, compiled once by inductor's compiler; None where that fails, which the log says."""
-    from torch._inductor.codecache import CppCodeCache
-
-    try:
-        return CppCodeCache.load(SOURCE)
-    except Exception as error:
-        log.warning("ppvae: subnormal numbers are not flushed to zero: %s", " ".join(str(error).split())[:160])
-        return None
+    return load_library(SOURCE, "subnormal numbers are not flushed to zero")
 
 
 def without_subnormals(function: Callable[[Any], Any], argument: Any) -> Any:

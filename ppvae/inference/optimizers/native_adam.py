@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, final
@@ -16,7 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-log = logging.getLogger("ppvae")
+from ppvae.compilation.cpp_library import load_library
+
 BLOCK = 8192  # numbers that one thread updates at a time; sums over each are added up in order
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")  # which inductor turns off
 SYMBOLS = {torch.float32: "float", torch.float64: "double"}
@@ -82,13 +82,7 @@ FUNCTIONS(double)
 @functools.cache
 def native_library() -> Any:
     """The functions of `SOURCE`, compiled once by inductor's compiler; None where that fails, which the log says."""
-    from torch._inductor.codecache import CppCodeCache
-
-    try:
-        return CppCodeCache.load(SOURCE, extra_flags=FLAGS)
-    except Exception as error:
-        log.warning("ppvae: Adam takes its steps by torch's kernel: %s", " ".join(str(error).split())[:160])
-        return None
+    return load_library(SOURCE, "Adam takes its steps by torch's kernel", FLAGS)
 
 
 @final
