@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from operator import eq, is_
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from pyro.optim import PyroOptim
@@ -12,6 +13,28 @@ from torch import Tensor
 from ppvae.inference.optimizers.fused import FusedAdam, has_hooks
 
 _Member: TypeAlias = tuple[Tensor, torch.optim.Optimizer]
+
+
+class _LastStep(NamedTuple):
+    """What a step of many parameters by one kernel depends on, as it was: one entry for each parameter."""
+
+    params: list[Tensor]
+    objects: list[Any]  # of a `PyroOptim`: optimizers, or schedules of them
+    optimizers: list[torch.optim.Optimizer]
+    states: list[dict[str, Any]]
+    groups: list[list[dict[str, Any]]]
+
+    def are_of(self, params: Sequence[Tensor], optim: PyroOptim) -> bool:
+        """Whether a step of these parameters depends on the same."""
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and all(map(is_, map(optim.optim_objs.get, params), self.objects))
+            and not any(optim.grad_clip.values())
+            and all(map(eq, [o.param_groups for o in self.optimizers], self.groups))
+            and all(o.state.get(p) is s for o, p, s in zip(self.optimizers, self.params, self.states, strict=True))
+            and not any(map(has_hooks, self.optimizers))
+        )
 
 
 class MultiTensorSteps:
@@ -24,6 +47,7 @@ class MultiTensorSteps:
     def __init__(self, optim: PyroOptim):
         self.optim = optim
         self._joint: dict[tuple[int, ...], FusedAdam] = {}
+        self._last: tuple[_LastStep, FusedAdam] | None = None  # of the last step by `native`
 
     def __call__(self, params: Iterable[Tensor], fused: bool) -> None:
         """One step of the given parameters, each given once; by torch's fused kernels up to rounding, if asked."""
@@ -47,6 +71,12 @@ class MultiTensorSteps:
     def native(self, params: Sequence[Tensor]) -> FusedAdam | None:
         """The kernel for a step of the given parameters with scaled gradients; None where none takes them all."""
         optim = self.optim
+        if self._last is not None and self._last[0].are_of(params, optim):  # asking each for its group takes longer
+            last, kernel = self._last
+            for own in last.optimizers:
+                own._opt_called = True  # type: ignore[attr-defined]
+            return kernel if kernel.is_native else None
+        self._last = None
         if not params or any(p not in optim.optim_objs or optim.grad_clip[p] is not None for p in params):
             return None
         members = [(p, self._own(p)) for p in params]
@@ -54,7 +84,14 @@ class MultiTensorSteps:
         if len(keys) != 1 or None in keys:
             return None
         kernel = self._joined(members, fused=True)
-        return kernel if kernel.is_native else None
+        if not kernel.is_native:
+            return None
+        optimizers = [own for _, own in members]
+        states = [own.state[p] for p, own in members]
+        groups = [[{**own.param_groups[0], "params": [p]}] for p, own in members]
+        objects = [optim.optim_objs[p] for p in params]
+        self._last = _LastStep(list(params), objects, optimizers, states, groups), kernel
+        return kernel
 
     def _own(self, p: Tensor) -> torch.optim.Optimizer:
         own: Any = self.optim.optim_objs[p]

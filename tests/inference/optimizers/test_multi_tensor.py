@@ -89,3 +89,70 @@ def test_one_kernel_updates_all_parameters(fused, monkeypatch):
     for _ in range(2):
         steps(params, fused=True)
     assert len(calls) == 2
+
+
+def set_rate(optim, params, which):
+    for p in params[which]:
+        optim.optim_objs[p].param_groups[0]["lr"] = 0.01
+
+
+def set_moments(optim, params):
+    state = optim.optim_objs[params[0]].state
+    state[params[0]] = state[params[0]] | {"exp_avg": torch.full((3,), 2.0)}
+
+
+def load_state(optim, params):
+    own = optim.optim_objs[params[0]]
+    state = own.state_dict()
+    state["state"][0]["exp_avg"] = torch.full((3,), 2.0)
+    own.load_state_dict(state)
+
+
+def clip(optim, params):
+    optim.grad_clip[params[0]] = lambda p: p.grad.clamp_(-0.1, 0.1)
+
+
+def hook(optim, params):
+    def without_gradient(own, *_):
+        own.param_groups[0]["params"][0].grad.zero_()
+
+    optim.optim_objs[params[0]].register_step_pre_hook(without_gradient)
+
+
+CHANGES = {
+    "rate of one": lambda optim, params: set_rate(optim, params, slice(1)),
+    "rate of all": lambda optim, params: set_rate(optim, params, slice(None)),
+    "moments": set_moments,
+    "moments of a state dict": load_state,
+    "clip": clip,
+    "hook": hook,
+    "optimizer": lambda optim, params: optim.optim_objs.update({params[0]: torch.optim.Adam([params[0]], lr=0.3)}),
+    "fewer": lambda optim, params: params.pop(),
+    "nothing": lambda optim, params: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_steps_is_seen(change):
+    found = []
+    for is_native in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        params = [pyro.param(n, torch.randn(3)) for n in "abc"]
+        every, optim, kernels = list(params), pyro.optim.Adam({"lr": 0.1}), 0
+        steps = MultiTensorSteps(optim)
+        for i in range(8):
+            if i == 4:
+                CHANGES[change](optim, params)
+            for p in params:
+                p.grad = torch.randn(3)
+            if is_native and (kernel := steps.native(params)) is not None:
+                kernels += 1
+                kernel.scaled_step(1.0)
+            elif is_native:
+                steps(params, fused=True)
+            else:
+                optim(params)
+        assert not is_native or kernels >= 3
+        found.append([p.detach().clone() for p in every])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
