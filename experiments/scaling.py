@@ -1,10 +1,10 @@
 """Throughput of training and of log p(x) on one process and on several, of one thread each, in one run.
 
-The pair is the benchmark's (784-200-200-50): an epoch of IWAE-50 in batches of 100, which the processes share, by
-compiled steps; log p(x) at K = 5000, whose data they share, eagerly. Each measurement is a group of its own; its time
-is that of the slowest process. Two processes that know nothing of each other, at the same time, show what the machine
-itself takes away (caches, bandwidth of the memory, clock): their speed-up is the most that a group can have. The rows
-are stored in results/scaling/rows.json.
+The pair is the benchmark's (784-200-200-50): epochs of IWAE-50 by compiled steps, once in batches of 100, which the
+processes share, and once in batches of 100 a process; log p(x) at K = 5000, whose data they share, eagerly. Each
+measurement is a group of its own; its time is that of the slowest process. Two processes that know nothing of each
+other, at the same time, show what the machine itself takes away (caches, bandwidth of the memory, clock): their
+speed-up is the most that a group can have. The rows are stored in results/scaling/rows.json.
 
     python -m experiments.scaling
 """
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -27,29 +28,38 @@ from experiments.bench import SMOKE, Settings, processor
 from experiments.bench.pairs import build, data
 from experiments.cells import RESULTS, markdown
 from ppvae import fit, log_marginal, objectives
-from ppvae.distributed import leave_process_group
+from ppvae.distributed import DistributedContext, leave_process_group
 
 EPOCHS = 4  # the first of which compiles
 HEADER = ("", "one process", "two processes", "speed-up", "of two that share nothing")
 
 
 def measure(smoke: bool) -> dict[str, float]:
-    """Milliseconds of a step of IWAE-50 at batch 100, and microseconds of a (datum, particle) of log p(x)."""
+    """Milliseconds of IWAE-50 for 100 data, for both sizes of a batch; microseconds of a log-weight of log p(x)."""
     s = SMOKE if smoke else Settings()
-    steps = 2 if smoke else 30
-    pair, x = build("one layer", s), data("one layer", steps * s.batch)
-    times: list[float] = []
-    run = fit(
-        pair.model, pair.guide, x, epochs=EPOCHS, batch_size=s.batch, objective=objectives.IWAE(s.iwae),
+    pair, size = build("one layer", s), DistributedContext().size
+    out = {
+        "IWAE-50, a batch of 100, ms per 100 data": training_seconds(pair, s, s.batch, smoke) * 1e5,
+        "IWAE-50, a batch of 100 a process, ms per 100 data": training_seconds(pair, s, size * s.batch, smoke) * 1e5,
+    }
+    few = data("one layer", 4 * s.num_eval)
+    start = time.perf_counter()
+    log_marginal(
+        pair.model, pair.guide, few, num_particles=s.particles, compile=False, progress=False, proposal="guide"
+    )
+    taken = time.perf_counter() - start
+    return out | {"log p(x), us": taken / (len(few) * s.particles) * 1e6}
+
+
+def training_seconds(pair: Any, s: Settings, batch: int, smoke: bool) -> float:
+    """Seconds of training for each datum, the median over epochs."""
+    x, times = data("one layer", (2 if smoke else 60) * batch), []
+    fit(
+        pair.model, pair.guide, x, epochs=EPOCHS, batch_size=batch, objective=objectives.IWAE(s.iwae),
         optimizer=functools.partial(torch.optim.Adam, lr=1e-3), compile=True, progress=False,
         callbacks=[lambda *_: times.append(time.perf_counter())], valid=x[:10],
     )  # fmt: skip
-    seconds = statistics.median(b - a for a, b in itertools.pairwise(times))
-    few = data("one layer", 4 * s.num_eval)
-    start = time.perf_counter()
-    log_marginal(run.model, run.guide, few, num_particles=s.particles, compile=False, progress=False, proposal="guide")
-    taken = time.perf_counter() - start
-    return {"IWAE-50 step, ms": seconds / steps * 1e3, "log p(x), us": taken / (len(few) * s.particles) * 1e6}
+    return statistics.median(b - a for a, b in itertools.pairwise(times)) / len(x)
 
 
 def start_group(count: int, smoke: bool) -> subprocess.Popen[str]:

@@ -133,7 +133,7 @@ class DistributedContext:
         return out
 
     def all_reduce_gradients(self, numbers: Sequence[float], params: Sequence[Tensor], failed: bool) -> list[float]:
-        """Sums over the ranks: of `numbers`, returned, and of the gradients of `params`, in place.
+        """Sums over the ranks: of `numbers`, returned in the precision of `params`, and of gradients, left in `.grad`.
 
         A parameter that has a gradient on one rank gets one on all. A rank with an exception passes `failed`.
 
@@ -142,27 +142,32 @@ class DistributedContext:
         """
         if self.size == 1:
             return list(numbers)
-        has_grad = [float(p.grad is not None) for p in params]
-        device = params[0].device if params else torch.device("cpu")
-        message = torch.tensor([float(failed), *numbers, *has_grad], dtype=torch.float64, device=device)
+        trained = [p for p in params if p.requires_grad]
+        dtypes = list(dict.fromkeys(p.dtype for p in trained))
+        first = next((d for d in dtypes if d in (torch.float32, torch.float64)), torch.float64)
+        head = [float(failed), *numbers, *(float(p.grad is not None) for p in trained)]
+        device = trained[0].device if trained else torch.device("cpu")
+        message = _flatten([torch.tensor(head, dtype=first, device=device)], trained, first)
         with _collective():
             dist.all_reduce(message)
-        failures, *sums = message.tolist()
+        failures, *sums = message[: len(head)].tolist()
         if failures and not failed:
             raise TrainingError(f"another of the {self.size} processes failed: its message says why")
         if failures:
             return sums[: len(numbers)]
-        shared = [p for p, count in zip(params, sums[len(numbers) :], strict=True) if count]
-        for p in shared:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for dtype in dict.fromkeys(p.dtype for p in shared):
-            grads = [p.grad for p in shared if p.dtype == dtype and p.grad is not None]
-            flat = torch.cat([g.reshape(-1) for g in grads])  # one message for all of them
-            with _collective():
-                dist.all_reduce(flat)
-            for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(total.view_as(g))
+        totals = {first: message[len(head) :]}
+        for dtype in dtypes:
+            if dtype != first:
+                totals[dtype] = _flatten([], trained, dtype)
+                with _collective():
+                    dist.all_reduce(totals[dtype])
+        places = dict.fromkeys(dtypes, 0)
+        for p, count in zip(trained, sums[len(numbers) :], strict=True):
+            start = places[p.dtype]
+            places[p.dtype] = end = start + p.numel()
+            if count:
+                total = totals[p.dtype][start:end].view_as(p)
+                p.grad = total if p.is_contiguous() else torch.empty_like(p).copy_(total)
         return sums[: len(numbers)]
 
     def any_rank(self, flag: bool) -> bool:
@@ -281,6 +286,12 @@ def _collective(
     except RuntimeError as error:
         text = " ".join(str(error).split())[:120]
         raise error_type(f"another process of the group does not answer ({text}); {note}") from error
+
+
+def _flatten(head: list[Tensor], params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """A vector of `head` and the gradients of those parameters that have a dtype, zeros where there is none."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params if p.dtype == dtype]
+    return torch.cat([*head, *(g.reshape(-1) for g in grads)])
 
 
 def _collective_device() -> torch.device:

@@ -74,7 +74,7 @@ def scaling() -> str:
     rows = json.loads((RESULTS / "streaming" / "rows.json").read_text())["rows"]
     speed_ups = markdown(processes.HEADER, processes.speed_ups(content))
     return (
-        f"On {content['cores']} cores, one thread a process:\n\n{speed_ups}\n\n"
+        f"On {content['cores']} cores of an {content['machine']}, one thread a process:\n\n{speed_ups}\n\n"
         f"One epoch and log p(x) at K = {streaming.PARTICLES} of N rows of {streaming.DIMS} numbers in a file:"
         f"\n\n{streaming.table(rows)}\n"
     )

@@ -180,7 +180,10 @@ class TrainingStep:
             for p in params:  # the first run may have added some
                 if p.grad is not None:
                     before = sums.get(id(p))
-                    sums[id(p)] = p.grad.mul_(weight) if before is None else before.add_(p.grad, alpha=weight)
+                    if before is not None:
+                        before.add_(p.grad, alpha=weight)
+                    else:
+                        sums[id(p)] = p.grad if weight == 1 else p.grad.mul_(weight)
         if isinstance(objective, Objective):
             objective.set_step(step + 1)  # also on a rank without rows of the batch
         for p in params:

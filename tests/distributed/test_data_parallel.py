@@ -103,3 +103,41 @@ def test_a_rank_has_its_rows_of_a_batch_without_gaps():
         (rows,) = context.shard_batch((x,))
         assert torch.equal(rows, x[context.rank :: 2])
         assert rows.is_contiguous()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_gradients_of_every_type_and_layout_are_summed(failed, monkeypatch):
+    """A second rank without gradients of "unused", which sends 3 for each number of the others."""
+    params = {
+        "single": torch.zeros(2, 3), "double": torch.zeros(2, dtype=torch.float64),
+        "half": torch.zeros(2, dtype=torch.bfloat16), "frozen": torch.zeros(4), "unused": torch.zeros(2),
+        "of the other": torch.zeros(2), "columns": torch.zeros(3, 2).t(),
+    }  # fmt: skip
+    for name, p in params.items():
+        p.requires_grad_(name != "frozen")
+        if name not in ("frozen", "unused", "of the other"):
+            p.grad = torch.arange(p.numel(), dtype=p.dtype).view(p.shape)
+    other = {n: None if n in ("frozen", "unused") else torch.full_like(p, 3.0) for n, p in params.items()}
+    trained = [n for n in params if n != "frozen"]
+
+    def sum_with_the_other(t):
+        names = [n for n in trained if params[n].dtype == t.dtype]
+        head = [0.0, 10.0, 20.0, *(float(other[n] is not None) for n in trained)] if t.dtype == torch.float32 else []
+        sent = [torch.zeros_like(params[n]) if other[n] is None else other[n] for n in names]
+        t += torch.cat([torch.tensor(head), *(g.reshape(-1) for g in sent)])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", sum_with_the_other)
+    context = DistributedContext()
+    context.size = 2
+    before = {n: p.grad for n, p in params.items()}
+    assert context.all_reduce_gradients([1.0, 2.0], list(params.values()), failed=failed) == [11.0, 22.0]
+    if failed:
+        assert all(p.grad is before[n] for n, p in params.items())
+        return
+    for name, p in params.items():
+        own = torch.zeros_like(p) if before[name] is None else before[name]
+        if other[name] is None:
+            assert p.grad is None
+        else:
+            assert torch.equal(p.grad, own + 3)
+            assert p.grad.stride() == p.stride()
