@@ -40,6 +40,9 @@ def fork_all_rngs() -> Iterator[None]:
 
 def seed_all(seed: int) -> None:
     """Seeds torch, NumPy and Python, because a pair may draw from any of them."""
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch would write down the call stack for each kind of device that is not there, for a millisecond
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

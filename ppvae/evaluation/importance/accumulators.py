@@ -16,36 +16,40 @@ BUFFER = 2000  # particles per reduction: many small reductions would cost more 
 class BoundAccumulator:
     """Running mean of log mean_k w over disjoint groups of k draws: an unbiased estimate of L_k per datum.
 
+    It takes the log-sums of groups of `unit` draws, a divisor of k, from the accumulator of L_unit, and gives those of
+    its own groups: many k cost little more than the smallest of them.
+
     Source: Burda et al. 2016 (arXiv 1509.00519).
     """
 
-    def __init__(self, k: int):
-        self.k, self.groups, self._filled = k, 0, 0
+    def __init__(self, k: int, unit: int = 1):
+        self.k, self.unit, self.groups = k, unit, 0
+        self._width, self._filled = k // unit, 0
         self._total: Tensor | float = 0.0
         self._partial: Tensor | None = None
 
-    def add(self, log_weight: Tensor) -> None:
-        """Adds log-weights [particles, N]."""
-        start = 0
+    def add(self, log_sums: Tensor) -> Tensor:
+        """Adds log-sums of groups of `unit` weights [groups, N]; returns those of the groups of k that are complete."""
+        start, out = 0, []
         if self._filled:
-            start = min(self.k - self._filled, len(log_weight))
+            start = min(self._width - self._filled, len(log_sums))
             assert self._partial is not None
-            self._partial = torch.logaddexp(self._partial, log_weight[:start].logsumexp(0))
+            self._partial = torch.logaddexp(self._partial, log_sums[:start].logsumexp(0))
             self._filled += start
-            if self._filled == self.k:
-                self._add_groups(self._partial[None])
+            if self._filled == self._width:
+                out.append(self._partial[None])
                 self._filled = 0
-        groups = (len(log_weight) - start) // self.k
+        groups = (len(log_sums) - start) // self._width
+        end = start + groups * self._width
         if groups:
-            end = start + groups * self.k
-            self._add_groups(log_weight[start:end].reshape(groups, self.k, -1).logsumexp(1))
-            start = end
-        if start < len(log_weight):
-            self._partial, self._filled = log_weight[start:].logsumexp(0), len(log_weight) - start
-
-    def _add_groups(self, log_sums: Tensor) -> None:
-        self._total = self._total + (log_sums - math.log(self.k)).sum(0)
-        self.groups += len(log_sums)
+            whole = log_sums[start:end]
+            out.append(whole if self._width == 1 else whole.reshape(groups, self._width, -1).logsumexp(1))
+        if end < len(log_sums):
+            self._partial, self._filled = log_sums[end:].logsumexp(0), len(log_sums) - end
+        sums = torch.cat(out) if len(out) > 1 else out[0] if out else log_sums[:0]
+        self._total = self._total + (sums - math.log(self.k)).sum(0)
+        self.groups += len(sums)
+        return sums
 
     @property
     def value(self) -> Tensor:
@@ -65,7 +69,9 @@ class LogWeightAccumulator:
 
     def __init__(self, num_particles: int, bounds: Sequence[int], eps: float = 0.0):
         self.num_particles, self._eps = num_particles, eps
-        self.bounds = {k: BoundAccumulator(k) for k in bounds}
+        ordered = sorted(set(bounds))
+        units = {k: max((d for d in ordered if d < k and k % d == 0), default=1) for k in ordered}
+        self.bounds = {k: BoundAccumulator(k, unit) for k, unit in units.items()}
         self._tail_size = tail_length(num_particles) + 1
         self._buffer: Tensor | None = None  # [2, particles, N], of which the first `_buffered` are filled
         self._count = self._buffered = 0
@@ -90,8 +96,9 @@ class LogWeightAccumulator:
         w, elbo = self._buffer[:, : self._buffered]
         self._buffered = 0
         self._count += len(w)
-        for bound in self.bounds.values():
-            bound.add(w)
+        sums: dict[int, Tensor] = {}
+        for k, bound in self.bounds.items():
+            sums[k] = bound.add(sums.get(bound.unit, w))
         largest = torch.where(w.isnan(), torch.inf, w)
         new = {
             "log_sum": w.logsumexp(0),
@@ -139,14 +146,15 @@ class LogWeightAccumulator:
         rounding = largest - s["smallest"] <= 32 * self._eps * (1 + largest.abs())
         flat = ((top.amin(1) == largest) & k_hat.isposinf() | rounding) & largest.isfinite()
         broken = (s["nonfinite"] > 0) | (s["zero"] == count)
+        log_px = s["log_sum"] - math.log(count)
         found = {
-            "log_px": s["log_sum"] - math.log(count),
+            "log_px": log_px,
             "std_error": relative.sqrt(),
             "ess": ess,
             "k_hat": torch.where(flat & (count >= MIN_PARTICLES), -torch.inf, k_hat),
             "elbo": s["elbo"] / count,
             "nonfinite": torch.where(broken, s["nonfinite"].clamp(min=1), s["nonfinite"]),
-            **{f"bound_{k}": b.value for k, b in self.bounds.items()},
+            **{f"bound_{k}": log_px if k == count else b.value for k, b in self.bounds.items()},
         }
         return {name: value.cpu() for name, value in found.items()}
 

@@ -20,6 +20,7 @@ from ppvae import data as datasets
 from ppvae import fit, likelihoods, log_marginal
 from ppvae.errors import ContractError, DataError, UsageError
 from ppvae.evaluation.importance import sampler
+from ppvae.evaluation.importance.accumulators import LogWeightAccumulator
 from ppvae.evaluation.importance.psis import smoothed
 from ppvae.evaluation.reliability import k_hat_upper
 from ppvae.inference import terms
@@ -1091,3 +1092,21 @@ def test_memory_grows_neither_with_particles_nor_with_data():
     few = peak(50, 500)
     assert peak(50, 2500) < 1.02 * few
     assert peak(250, 500) < 1.02 * few
+
+
+@pytest.mark.parametrize("sizes", [(100,) * 10, (7, 300, 1, 692), (1000,)])
+def test_bounds_are_means_over_disjoint_groups_however_draws_arrive(sizes):
+    generator = torch.Generator().manual_seed(0)
+    w = 3 * torch.randn(1000, 4, dtype=torch.float64, generator=generator)
+    w[:3, 0] = -torch.inf
+    bounds = (1000, 1, 3, 4, 8, 24, 100, 333, 499)
+    accumulator = LogWeightAccumulator(1000, bounds)
+    for part in w.split(sizes):
+        accumulator.add(part, part)
+        accumulator._reduce()
+    found = accumulator.result()
+    for k in bounds:
+        groups = 1000 // k
+        exact = (w[: groups * k].view(groups, k, 4).logsumexp(1) - math.log(k)).mean(0)
+        torch.testing.assert_close(found[f"bound_{k}"], exact, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found["bound_1000"], found["log_px"])
