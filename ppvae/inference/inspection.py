@@ -52,6 +52,8 @@ from ppvae.inference.contract.support import (
     is_discrete,
     is_improper,
     is_relaxed,
+    is_reparameterized,
+    is_straight_through,
     mask_of,
 )
 from ppvae.inference.evaluation_mode import eval_mode, fork_param_store
@@ -330,7 +332,8 @@ def _structure(
         observed_dims=sum(event_size(node) for n, node in observed.items() if n not in labels),
         base_measure=base_measure(observed.values()),
         unmasked=tuple(n for n, node in observed.items() if mask_of(node) is None),
-        non_reparameterized=tuple(n for n, node in sampled.items() if not getattr(node["fn"], "has_rsample", False)),
+        non_reparameterized=tuple(n for n, node in sampled.items() if not is_reparameterized(node["fn"])),
+        straight_through=tuple(n for n, node in sampled.items() if is_straight_through(node["fn"])),
         no_inverse=tuple(n for n, node in sampled.items() if not has_inverse(node)),
         discrete=tuple(n for n, node in sampled.items() if q_roles[n] is Role.LATENT and is_discrete(node["fn"])),
         latent_dims=sum(map(event_size, with_density)),

@@ -1,4 +1,4 @@
-"""Further runs: in the same or constant noise, on other rows, with constant buffers or parameters, not validated."""
+"""Further runs: in the same, constant or detached noise, on other rows, with constant buffers, not validated."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ _DRAWS = {
 
 
 @final
+class DetachDraws(Messenger):
+    """Draws some sites without a gradient; values that are given keep theirs."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["done"] and msg["value"] is None:
+            msg["value"], msg["done"] = msg["fn"](*msg["args"], **msg["kwargs"]).detach(), True
+
+
 class ConstantNoise(TorchFunctionMode):
     """Replaces random numbers by constants, so that densities are functions of the values of sites alone.
 

@@ -89,6 +89,7 @@ class Structure:
     model_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # unconstrained, by name
     guide_params: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     non_reparameterized: tuple[str, ...] = ()  # guide sites that are sampled without reparameterisation
+    straight_through: tuple[str, ...] = ()  # of these, discrete sites whose draws have a gradient, which is biased
     no_inverse: tuple[str, ...] = ()  # guide sites with a density at their own draws alone: flows without an inverse
     from_base: tuple[str, ...] = ()  # of these, the sites whose given values are draws of their base distributions
     learned_maps: tuple[str, ...] = ()  # latents mapped from auxiliary sites by parameters of the map itself

@@ -22,12 +22,13 @@ from ppvae.compilation.graph import is_capturing
 from ppvae.errors import site_error
 from ppvae.inference.param_store import is_effect_guide
 from ppvae.inference.second_run import (
+    DetachDraws,
     RestoreRandomStates,
     any_number_of_rows,
     buffer_copies,
     frozen_params,
     masked_log_prob,
-)
+)  # fmt: skip
 from ppvae.inference.structure import Role, Structure, lone_role
 
 PARTICLES = "_ppvae_particles"  # name of the particle plate
@@ -108,12 +109,10 @@ def check_has_inverse(s: Structure, names: Iterable[str]) -> None:
     for name in names:
         if name in s.no_inverse and name not in s.from_base:
             raise site_error(
-                name,
-                "a density that can be evaluated at given values, as sticking the landing, DReG, annealing and "
-                "refinement need it",
-                "a flow without an inverse",
+                name, "a density that can be evaluated at given values, as sticking the landing, DReG, annealing and "
+                "refinement need it", "a flow without an inverse",
                 "use gradient='pathwise' and log_marginal by importance sampling, or a flow with an inverse",
-            )
+            )  # fmt: skip
 
 
 def is_plate(site: str, plate: str) -> bool:
@@ -263,6 +262,8 @@ def trace_program(
             stack.enter_context(noise)
         if transform is not None:  # outermost, so that the trace records the transformed value
             stack.enter_context(TransformValues(transform))
+        if s.straight_through:
+            stack.enter_context(DetachDraws(s.straight_through))
         if num_particles is not None:
             stack.enter_context(pyro.plate(PARTICLES, num_particles, dim=-1 - s.plate_nesting))
         tracer = stack.enter_context(poutine.trace())

@@ -47,11 +47,15 @@ def check_reduce(objective: LogWeightBound, device: torch.device | None = None) 
 
 
 def require_reparameterized_latents(s: Structure, estimator: str) -> None:
-    """Every latent of the guide has a reparameterised sample (Pyro's `has_rsample`)."""
+    """Every latent of the guide has a reparameterised sample (Pyro's `has_rsample`, of a continuous one)."""
     if s.non_reparameterized:
+        name = s.non_reparameterized[0]
+        biased = " (or 'straight_through', which is biased)" if name in s.straight_through else ""
         raise site_error(
-            s.non_reparameterized[0], f"a reparameterised latent for a {estimator} gradient", "one without",
-            "enumerate it (infer={'enumerate': 'parallel'}), or take an objective with gradient='score' or 'vimco'",
+            name, f"a reparameterised latent for a {estimator} gradient",
+            "straight-through draws of a discrete one" if biased else "one without",
+            f"enumerate it (infer={{'enumerate': 'parallel'}}), or take an objective with gradient='arms', 'vimco' or "
+            f"'score'{biased}",
         )  # fmt: skip
 
 

@@ -104,6 +104,12 @@ def inspect_for_training(
     caveats = (*structure.training_caveats, global_latent_caveat(structure, len(train), len(first[0])))
     for caveat in filter(None, (*caveats, *column_caveats(train.columns))):
         log.warning("ppvae: %s", caveat)
+    if structure.straight_through and not isinstance(objective, Objective):
+        log.warning(
+            "ppvae: site %r: gradients of %s are biased, as its draws are discrete with a gradient passed straight "
+            "through; take ELBO or IWAE with gradient='arms' or 'vimco'",
+            structure.straight_through[0], type(objective).__name__,
+        )  # fmt: skip
     check_guide_of_loss(objective, guide, batch, structure)
     if structure.enumerated and not isinstance(objective, TraceEnum_ELBO | Objective | LossFunction):
         raise ContractError(

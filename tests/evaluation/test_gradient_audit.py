@@ -103,7 +103,11 @@ def test_what_cannot_be_audited_is_refused():
     pair, x = vae(), torch.ones(2, 4)
     for arguments, error, message in (
         ((Trace_ELBO(), ["vimco"]), UsageError, "Trace_ELBO.*objectives.ELBO"),
+        ((ELBO, ["vimco"]), UsageError, "found the class ELBO. Take objectives.ELBO()"),
         ((ELBO(2), []), UsageError, "estimators"),
+        ((ELBO(2), None), UsageError, "estimators: expected a list.* found None"),
+        ((ELBO(2), "vimco"), UsageError, "estimators: expected a list.* found 'vimco'"),
+        ((ELBO(2), ["vimco", "vimco"]), UsageError, "found vimco twice: pass a dict"),
         ((ELBO(2), ["pathwise"]), ContractError, "refuses every estimator"),
     ):
         with pytest.raises(error, match=message):

@@ -869,3 +869,21 @@ def test_the_description_of_torchs_modules_is_plain_text():
     text = str(check(normal_model, guide, data(2)))
     assert "Linear, 20 parameters. Applies an affine linear transformation to the incoming data: y = xA^T + b." in text
     assert "parameters. Apply a multi-layer gated recurrent unit (GRU) RNN" in text
+
+
+@pytest.mark.parametrize("of_prior", [dist.RelaxedOneHotCategorical, dist.RelaxedOneHotCategoricalStraightThrough])
+def test_relaxed_draws_that_are_rounded_have_no_weights(of_prior):
+    """The density of Pyro's straight-through relaxations is that of the draw before it is rounded."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", of_prior(torch.tensor(0.5), torch.tensor([0.2, 0.5, 0.3])))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=logits))
+
+    with pytest.raises(ContractError, match=r"'z'.*StraightThrough, whose draws are rounded.*'straight_through'"):
+        check(model, guide, torch.zeros(5))

@@ -205,6 +205,13 @@ def _one_hot_guide(p: Params, x: Tensor) -> None:
 ONE_HOT = Toy(CATEGORY.model_params, CATEGORY.guide_params, _CATEGORY, _one_hot_model, _one_hot_guide, _category_points)
 
 
+def _straight_through_guide(p: Params, x: Tensor) -> None:
+    pyro.sample("c", dist.OneHotCategoricalStraightThrough(logits=_guide_logits(p)))
+
+
+STRAIGHT_THROUGH = replace(ONE_HOT, guide=_straight_through_guide)
+
+
 # -- the same, of which two values are impossible: their logits are -inf in model and guide ---------------------------
 
 _POSSIBLE = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], dtype=torch.float64)
@@ -293,6 +300,6 @@ def one_hot_pair(offset: Tensor) -> tuple[nn.Module, Callable[[Tensor], None], C
 
 TOYS = {
     "bit": BIT, "vector": VECTOR, "shared": SHARED_BITS, "category": CATEGORY, "one hot": ONE_HOT, "layers": LAYERS,
-    "two of four": TWO_OF_FOUR, "one-hot layers": ONE_HOT_LAYERS,
+    "straight through": STRAIGHT_THROUGH, "two of four": TWO_OF_FOUR, "one-hot layers": ONE_HOT_LAYERS,
     "plate": PLATE, "masked": MASKED, "bits": BITS, "mixed": MIXED, "after": AFTER,
 }  # fmt: skip

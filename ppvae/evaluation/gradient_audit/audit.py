@@ -88,18 +88,17 @@ def gradients(
     check_numbers(draws=draws, warmup=warmup, seed=seed)
     if draws < MIN_DRAWS:
         raise UsageError(f"draws: expected at least {MIN_DRAWS} for a variance, found {draws}")
-    if not isinstance(objective, AuditedObjective):
+    if isinstance(objective, type) or not isinstance(objective, AuditedObjective):
+        what = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
         raise UsageError(
-            f"objective: expected one of ppvae.objectives, whose gradient estimator can be exchanged, found "
-            f"{type(objective).__name__}. Take objectives.ELBO or objectives.IWAE"
+            f"objective: expected one of ppvae.objectives, whose gradient estimator can be exchanged, found {what}. "
+            f"Take objectives.ELBO() or objectives.IWAE(5)"
         )
+    labelled = _labelled(estimators)
     model, guide = bind_pair(model, guide)
     columns = data_columns(batch, seed, program=model)
     place = choose_device(device, model, guide, columns)
     columns = tuple(read_rows(column, None, place) for column in columns)
-    labelled = dict(estimators) if isinstance(estimators, Mapping) else {_label(one): one for one in estimators}
-    if not labelled:
-        raise UsageError("estimators: expected at least one, as 'vimco', found none")
     s = inspect(model, guide, columns, weights=False)
     groups = _groups(model, guide, columns, s)
     represented = s.represented_size(s.batch_size(columns))
@@ -147,6 +146,25 @@ def gradients(
         tuple(found), **fields, seconds=torch.tensor([m.seconds for m in found.values()], dtype=torch.float64),
         draws=draws, objective=type(objective).__name__, seed=seed, digest=data_digest(columns), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _labelled(estimators: Any) -> dict[str, Any]:
+    """The estimators by label: those of a dict, or names and what they print."""
+    if isinstance(estimators, Mapping):
+        labelled = dict(estimators)
+    elif isinstance(estimators, list | tuple):
+        labels = [_label(one) for one in estimators]
+        if twice := next((label for label in labels if labels.count(label) > 1), ""):
+            raise UsageError(
+                f"estimators: expected a label of its own for each, found {twice} twice: pass a dict, as "
+                f"{{'first': ..., 'second': ...}}"
+            )
+        labelled = dict(zip(labels, estimators, strict=True))
+    else:
+        raise UsageError(f"estimators: expected a list, as ['vimco', 'arms'], or a dict by label, found {estimators!r}")
+    if not labelled:
+        raise UsageError("estimators: expected at least one, as 'vimco', found none")
+    return labelled
 
 
 def _label(estimator: Any) -> str:

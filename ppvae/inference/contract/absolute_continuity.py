@@ -21,6 +21,8 @@ from ppvae.inference.contract.support import (
 from ppvae.inference.structure import Role
 from ppvae.inference.tracing import Program, has_inverse, latent_support_of
 
+ROUNDED = (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough)
+
 
 def check_absolute_continuity(
     guide_program: Program, batch: Sequence[Any], model: Mapping[str, Any], guide: Mapping[str, Any],
@@ -115,6 +117,13 @@ def check_families(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
         if name not in model or isinstance(base_distribution(q["fn"]), dist.Delta):
             continue
         prior, posterior = base_distribution(model[name]["fn"]), base_distribution(q["fn"])
+        if rounded := next((fn for fn in (posterior, prior) if isinstance(fn, ROUNDED)), None):
+            raise site_error(
+                name, "draws at which their distribution has a density",
+                f"{type(rounded).__name__}, whose draws are rounded, and whose density is that of others",
+                "take a Bernoulli or OneHotCategorical on both sides, with gradient='arms' or 'straight_through'; or "
+                "the relaxed distribution without rounding",
+            )  # fmt: skip
         if is_discrete(prior) != is_discrete(posterior):
             kind = "discrete" if is_discrete(prior) else "continuous"
             raise site_error(

@@ -15,7 +15,7 @@ from ppvae.inference.contract.plates_and_roles import (
     model_roles,
 )
 from ppvae.inference.contract.scales_and_factors import check_scale
-from ppvae.inference.contract.support import base_distribution, mask_of
+from ppvae.inference.contract.support import base_distribution, is_reparameterized, is_straight_through, mask_of
 from ppvae.inference.structure import Role, Structure
 from ppvae.inference.tracing import Nodes, event_dim
 from ppvae.rng import fork_rng
@@ -72,7 +72,11 @@ def _extend(s: Structure, model: Nodes, guide: Nodes | None, new_p: list[str], n
         unmasked=(*s.unmasked, *(n for n, r in p_roles.items() if r is Role.OBSERVED and mask_of(p[n]) is None)),
         non_reparameterized=(
             *s.non_reparameterized,
-            *(n for n, node in sampled.items() if not getattr(node["fn"], "has_rsample", False)),
+            *(n for n, node in sampled.items() if not is_reparameterized(node["fn"])),
+        ),
+        straight_through=(
+            *s.straight_through,
+            *(n for n, node in sampled.items() if is_straight_through(node["fn"])),
         ),
         lower_bound_only=lower_bound_only,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae.errors import count_of, support_name
 from ppvae.inference.contract.plates_and_roles import global_latents
-from ppvae.inference.contract.support import base_distribution, base_support, mask_of, same_mask
+from ppvae.inference.contract.support import base_distribution, base_support, is_reparameterized, mask_of, same_mask
 from ppvae.inference.evaluation_mode import eval_mode
 from ppvae.inference.param_store import unwrap
 from ppvae.inference.structure import ParticlePlacement, Role, Structure
@@ -75,7 +75,7 @@ def _site_facts(node: dict[str, Any], role: Role, data_plate: str, guide: bool) 
     if plates := [f.name for f in node["cond_indep_stack"] if f.name != data_plate]:
         yield f"inner plates {plates}"
     if guide and role in (Role.LATENT, Role.AUXILIARY):
-        yield "reparameterised" if getattr(fn, "has_rsample", False) else "not reparameterised"
+        yield "reparameterised" if is_reparameterized(fn) else "not reparameterised"
     if role is Role.ENUMERATED:
         yield "summed out exactly"
     if mask_of(node) is not None:

@@ -236,6 +236,16 @@ def is_discrete(fn: Any) -> bool:
     return bool(getattr(support_of(fn), "is_discrete", False))
 
 
+def is_reparameterized(fn: Any) -> bool:
+    """Whether a draw is a function of parameters and noise with a gradient; `is_straight_through` only looks so."""
+    return bool(getattr(fn, "has_rsample", False)) and not is_discrete(fn)
+
+
+def is_straight_through(fn: Any) -> bool:
+    """Whether draws of a discrete distribution have the gradient of its probabilities, which is biased."""
+    return bool(getattr(fn, "has_rsample", False)) and is_discrete(fn)
+
+
 def base_measure(nodes: Iterable[dict[str, Any]]) -> str:
     """The base measure of the observed sites' log-densities: "binary", "256 levels" (or another number), "discrete" for
     other masses, "density on [0, 1]", "density", "mixed" where some are masses and some are densities, or "none"."""

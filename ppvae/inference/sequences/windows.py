@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 PROBES = 4  # particles of which the latents are exchanged
+MOST_TESTS, ROWS = 16, 16_384  # of which steps' latents are exchanged; (datum, particle) rows: in one run of the pair
 
 
 class _EndOfWindow(Exception):
@@ -157,36 +159,67 @@ def find_dependence(
 ) -> Dependence:
     """How far back a pair's steps depend on latents, found by runs of the pair.
 
-    A few particles are compared with the same ones whose latents are exchanged between them in all steps up to
-    one in the middle, the first apart: what does not read these latents has the same density bit for bit.
+    A few particles are compared with the same ones whose latents are exchanged between them at some steps, the first
+    apart: what does not read these latents has the same density bit for bit. Exchanging all steps up to each of about
+    sqrt(T) bounds the lag, by B. Exchanging every (B + 1)-th step, from each possible beginning, then tells the one
+    step that a change comes from. A latent that is read only at values that no particle has is not found.
     """
     with fork_rng(), torch.no_grad():
-        sites = sample_guide(guide, batch, PROBES, structure=structure, index=index)
-        s = with_sampled_sites(structure, sites)
+        probes = _Probes(model, guide, batch, structure, index)
+        count, times = probes.steps.count, torch.arange(probes.steps.count)
+        if count < 4:
+            return Dependence(probes.steps, probes.structure, None)
+        spacing = math.isqrt(count)
+        middles = torch.arange(spacing, count - 1, spacing)
+        changed = probes.changed((times > 0) & (times <= middles[:, None])) & (times > middles[:, None])
+        bound = spacing - 1 + int(torch.where(changed, times - middles[:, None], 1).max())
+        period = min(bound + 1, count)
+        since = (times - torch.arange(period)[:, None]) % period  # steps since the last one that is exchanged
+        changed = probes.changed((since == 0) & (times > 0)) & (times > since)
+        lag = max(1, int(torch.where(changed, since, 0).max()))
+    whole = lag > count // 2 or is_effect_guide(guide)
+    return Dependence(probes.steps, probes.structure, None if whole else lag)
 
-        def weigh(at: dict[str, Site]) -> Terms:
-            return evaluate_terms(model, guide, batch, PROBES, structure=s, index=index, guide_sites=at)
 
-        t = weigh(sites)
-        s = t.structure
-        steps, size = steps_of(t), t.batch_size
-        count = steps.count
-        own = torch.arange(PROBES, device=steps.log_weight.device)[:, None].expand(count, PROBES, size)
-        times = torch.arange(count, device=own.device)[:, None, None]
-        last = torch.full((size,), count - 1, device=own.device)
+class _Probes:
+    """A few particles of a pair, whose latents are exchanged between them at some steps."""
 
-        def densities(of: Tensor) -> Tensor:
-            values = select_particles(sites, of, steps, s)
-            t = weigh(continue_guide(guide, batch, values, last, steps, structure=s, index=index))
-            return torch.stack([log_joint_of(t, steps), log_guide_of(t, steps)]).nan_to_num(0.0)
+    def __init__(
+        self, model: Program, guide: Program, batch: tuple[Any, ...], structure: Structure, index: Tensor | None
+    ):
+        self.model, self.guide, self.batch, self.index = model, guide, batch, index
+        self.sites = sample_guide(guide, batch, PROBES, structure=structure, index=index)
+        t = self._weigh(self.sites, PROBES, with_sampled_sites(structure, self.sites))
+        self.structure, self.steps, self.size = t.structure, steps_of(t), t.batch_size
+        alone = self.structure.layout is ParticlePlacement.ONE_BY_ONE
+        self.together = 1 if alone else max(1, min(MOST_TESTS, ROWS // (PROBES * self.size)))  # tests in one run
+        self._as_drawn = self._densities(torch.zeros(self.together, self.steps.count, dtype=torch.bool))
 
-        middles = sorted({count // 4, count // 2} & set(range(1, count - 2)))
-        as_drawn, lag = densities(own) if middles else own, 1
-        for middle in middles:
-            exchanged = (times > 0) & (times <= middle)
-            differ = densities(torch.where(exchanged, (own + 1) % PROBES, own)) != as_drawn
-            changed = [t for t, some in enumerate(differ.flatten(2).any(2).any(0).tolist()) if some]
-            if count - 1 in changed:
-                return Dependence(steps, s, None)
-            lag = max(lag, *(t - middle for t in changed))
-    return Dependence(steps, s, lag if middles and not is_effect_guide(guide) else None)
+    def changed(self, exchanged: Tensor) -> Tensor:
+        """The steps whose densities change, [tests, T], when the latents of some steps are exchanged, [tests, T]."""
+        found = []
+        for tests in exchanged.split(self.together):
+            rest = tests.new_zeros(self.together - len(tests), self.steps.count)  # runs of the same shape
+            differ = self._densities(torch.cat([tests, rest])) != self._as_drawn
+            found.append(differ.any(0).unflatten(1, (-1, PROBES)).any(3).any(2).T[: len(tests)].cpu())
+        return torch.cat(found)
+
+    def _densities(self, exchanged: Tensor) -> Tensor:
+        """Log-densities of model and guide, [2, T, tests x PROBES, batch]."""
+        device = self.steps.log_weight.device
+        own = torch.arange(PROBES)[None, None, :]
+        index = torch.where(exchanged.T[..., None], (own + 1) % PROBES, own).flatten(1).to(device)
+        values = select_particles(
+            self.sites, index[..., None].expand(*index.shape, self.size), self.steps, self.structure
+        )
+        last = torch.full((self.size,), self.steps.count - 1, device=device)
+        sites = continue_guide(
+            self.guide, self.batch, values, last, self.steps, structure=self.structure, index=self.index
+        )
+        t = self._weigh(sites, index.shape[1], self.structure)
+        return torch.stack([log_joint_of(t, self.steps), log_guide_of(t, self.steps)]).nan_to_num(0.0)
+
+    def _weigh(self, sites: dict[str, Site], count: int, s: Structure) -> Terms:
+        return evaluate_terms(
+            self.model, self.guide, self.batch, count, structure=s, index=self.index, guide_sites=sites
+        )

@@ -62,7 +62,14 @@ def resolve_gradient(gradient: Gradient) -> GradientEstimator:
     if isinstance(gradient, GradientEstimator):
         return gradient
     if isinstance(gradient, Mapping):
+        if nested := next((site for site, one in gradient.items() if isinstance(one, Mapping)), None):
+            raise UsageError(f"gradient: expected an estimator for site {nested!r}, found a dict of its own")
         return PerSite({site: resolve_gradient(one) for site, one in gradient.items()})
-    if gradient not in GRADIENTS:
-        raise UsageError(f"gradient: expected one of {', '.join(GRADIENTS)}; found {gradient!r}")
+    if isinstance(gradient, type) and issubclass(gradient, GradientEstimator):
+        raise UsageError(f"gradient: expected an object, found the class {gradient.__name__}: call it")
+    if not isinstance(gradient, str) or gradient not in GRADIENTS:
+        raise UsageError(
+            f"gradient: expected one of {', '.join(GRADIENTS)}, a GradientEstimator, or a dict of them by site; found "
+            f"{gradient!r}" + (". ARMS takes categorical sites as well" if gradient == "CARMS" else "")
+        )
     return GRADIENTS[gradient]()

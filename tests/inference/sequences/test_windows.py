@@ -273,6 +273,63 @@ def with_static_latent_exact(x: Tensor) -> Tensor:
     return dist.MultivariateNormal(torch.zeros(steps), covariance).log_prob(x)
 
 
+def with_reads(steps: int, reads: dict[int, tuple[int, ...]], in_guide: bool = False) -> Any:
+    """A linear chain in which x_t, or q(z_t), reads the sum of further latents `reads[t]`, too."""
+
+    def model(x: Tensor) -> None:
+        z: list[Tensor] = []
+        with pyro.plate("data", len(x)):
+            for t in range(steps):
+                z.append(pyro.sample(f"z_{t}", dist.Normal(0.9 * z[-1] if z else torch.zeros(()).double(), 0.6)))
+                mean = z[t] + sum((0.5 * z[j] for j in reads.get(t, ())), torch.zeros(()).double())
+                pyro.sample(f"x_{t}", dist.Normal(z[t] if in_guide else mean, 0.8), obs=x[:, t])
+
+    def guide(x: Tensor) -> None:
+        z: list[Tensor] = []
+        with pyro.plate("data", len(x)):
+            for t in range(steps):
+                mean = 0.5 * x[:, t] + sum((0.1 * z[j] for j in (reads.get(t, ()) if in_guide else ())), 0.0)
+                z.append(pyro.sample(f"z_{t}", dist.Normal(mean, 0.7)))
+
+    return model, guide
+
+
+LATE = {7: (5,)}  # the last x reads two steps back
+
+
+def late_exact(x: Tensor) -> Tensor:
+    rows, z = torch.zeros(STEPS, STEPS), torch.zeros(STEPS)
+    latents = []
+    for t in range(STEPS):
+        z = 0.9 * z
+        z[t] = 0.6
+        latents.append(z.clone())
+        rows[t] = z + sum((0.5 * latents[j] for j in LATE.get(t, ())), torch.zeros(STEPS))
+    covariance = rows @ rows.T + 0.64 * torch.eye(STEPS)
+    return dist.MultivariateNormal(torch.zeros(STEPS), covariance).log_prob(x)
+
+
+READS: dict[str, tuple[dict[int, tuple[int, ...]], int | None]] = {  # of 40 steps: (what they read, lag)
+    "nothing else": ({}, 1),
+    "a label of the last twelve": ({39: tuple(range(28, 39))}, 11),
+    "a jump in the second half": ({38: (23,)}, 15),
+    "a jump at the end": ({39: (36,)}, 3),
+    "a jump at the beginning": ({7: (1,)}, 6),
+    "across the middle": ({22: (19,), 30: (11,)}, 19),
+    "another lag from step 30 on": ({t: (t - 4,) for t in range(30, 40)}, 4),
+    "a multiple of the spacing": ({20: (8,), 33: (21,)}, 12),
+    "more than half": ({37: (5,)}, None),
+}
+
+
+@pytest.mark.parametrize("in_guide", [False, True])
+@pytest.mark.parametrize("name", READS)
+def test_the_lag_is_that_of_any_step(name: str, in_guide: bool):
+    reads, lag = READS[name]
+    pair, batch = with_reads(40, reads, in_guide), (draw_linear(2, 40),)
+    assert find_dependence(*pair, batch, structure=inspect(*pair, batch)).lag == lag
+
+
 STEPS, COPIES = 8, 1000
 X = 1.3 * torch.randn(1, STEPS, generator=torch.Generator().manual_seed(1)).double()
 FEATURES = torch.randn(1, STEPS, 3, generator=torch.Generator().manual_seed(2)).double()
@@ -285,6 +342,7 @@ EXACT: dict[str, Any] = {  # pair, batch, exact log p(x), lag
     "looking ahead": (looking_ahead, (X, torch.tensor([7])), looking_ahead_exact, 1),
     "inner plate": (inner_plate, (FEATURES,), inner_plate_exact, 1),
     "static latent": (with_static_latent, (X,), with_static_latent_exact, 1),
+    "late": (lambda: with_reads(STEPS, LATE), (X,), late_exact, 2),
     "not Markov": (walk_pair, (X,), None, None),
 }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ppvae import fit
 from ppvae.compilation.graph import capture, is_random
 from ppvae.compilation.random_ops import with_fixed_noise
 from ppvae.errors import ContractError, UsageError
@@ -23,6 +24,7 @@ from ppvae.objectives.gradients import (
     REBAR,
     DoubleCV,
     ScoreFunction,
+    SiteEstimator,
     StraightThrough,
     UnorderedSet,
     VarGrad,
@@ -307,6 +309,56 @@ def two_latents(x: Tensor) -> tuple[Any, Any]:
             pyro.sample("z", dist.Normal(n + x, pyro.param("scale", torch.tensor(1.0))))
 
     return model, guide
+
+
+def test_straight_through_draws_have_no_path():
+    """Of Pyro's distribution: their gradient is biased, which Pyro's own losses take, and `fit` says."""
+    toy = TOYS["straight through"]
+    for name in ("vimco", "score"):
+        assert largest_error("straight through", name, "elbo") < LIMIT
+    with ParamScope().entered():
+        model, guide, x, _ = toy.pair(2)
+        with pytest.raises(ContractError, match=r"'c'.*straight-through draws.*'arms'.*'straight_through', which is b"):
+            ELBO(gradient="pathwise").loss_and_grads(model, guide, x)
+
+
+def test_fit_says_that_straight_through_gradients_of_a_loss_of_pyro_are_biased(caplog):
+    with ParamScope().entered():
+        model, guide, x, _ = TOYS["straight through"].pair(4)
+        options = {"epochs": 1, "progress": False, "compile": False}
+        fit(model, guide, x, objective=pyro.infer.Trace_ELBO(), **options)
+        assert "site 'c': gradients of Trace_ELBO are biased" in caplog.text
+        caplog.clear()
+        fit(model, guide, x, objective=ELBO(2, gradient="arms"), **options)
+        assert "biased" not in caplog.text
+
+
+class Vector(SiteEstimator):
+    def site_surrogate(self, site):
+        return site.log_prob
+
+
+class Nothing(SiteEstimator):
+    def site_surrogate(self, site):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [
+        (ARMS, "found the class ARMS: call it"),
+        ("CARMS", "found 'CARMS'. ARMS takes categorical"),
+        ({"z": {"a": "arms"}}, "site 'z', found a dict of its own"),
+        (3, "a GradientEstimator, or a dict of them by site; found 3"),
+        (Vector(), r"Vector.site_surrogate: expected a tensor of one number.* found a tensor of shape \[2, 3\]"),
+        (Nothing(), "Nothing.site_surrogate: expected a tensor of one number.* found None"),
+    ],
+)
+def test_what_is_no_estimator_is_refused(gradient, message):
+    with ParamScope().entered():
+        model, guide, x, _ = TOYS["bit"].pair(3)
+        with pytest.raises(UsageError, match=message):
+            ELBO(2, gradient=gradient).loss_and_grads(model, guide, x)
 
 
 REFUSED = {

@@ -20,11 +20,13 @@ def family_of(site: SiteDraws, consumer: str, families: tuple[Any, ...] = FAMILI
     """The family of a site, one of `families`; raises ContractError, by the site's name, for any other."""
     fn = _base_of(site)
     for family in families:
-        if isinstance(fn, family):
+        if isinstance(fn, getattr(torch.distributions, family.__name__)):  # with Pyro's subclasses of torch's
             return family
+    one_hot = isinstance(fn, torch.distributions.Categorical) and dist.OneHotCategorical in families
     raise site_error(
         site.name, f"a {' or '.join(f.__name__ for f in families)} latent for {consumer}", type(fn).__name__,
-        "give it another estimator, as gradient={'" + site.name + "': 'vimco'}, or take gradient='vimco' for all",
+        ("make it a OneHotCategorical, or " if one_hot else "")
+        + "give it another estimator, as gradient={'" + site.name + "': 'vimco'}, or take gradient='vimco' for all",
     )  # fmt: skip
 
 

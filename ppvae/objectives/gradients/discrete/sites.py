@@ -20,7 +20,7 @@ import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
-from ppvae.errors import ContractError, site_error
+from ppvae.errors import ContractError, UsageError, site_error
 from ppvae.inference.particle_layout import unfold_value
 from ppvae.inference.second_run import buffer_copies
 from ppvae.inference.sites import Site
@@ -195,12 +195,24 @@ def sites_surrogate(
     for name in t.guide:
         if name in t.structure.non_reparameterized:
             site = SiteDraws(name, objective, call, t, log_weight.detach(), leaves, rows)
-            total = total + estimator_of(name).site_surrogate(site)
+            total = total + _checked(estimator_of(name), site)
     if rows:
         further = torch.cat(rows, -1)  # [K, batch, further draws]
         count = further.shape[-1]
         total = total + (objective.reduce(further).sum() - count * held) / (1 + count)
     return total
+
+
+def _checked(estimator: SiteEstimator, site: SiteDraws) -> Tensor:
+    """The surrogate of a site, a tensor of one number."""
+    out: Any = estimator.site_surrogate(site)
+    if not isinstance(out, Tensor) or out.numel() != 1:
+        found = f"a tensor of shape {list(out.shape)}" if isinstance(out, Tensor) else repr(out)
+        raise UsageError(
+            f"{type(estimator).__name__}.site_surrogate: expected a tensor of one number, the sum over draws and data, "
+            f"found {found}"
+        )
+    return out.reshape(())
 
 
 def without_scores(objective: LogWeightBound, t: Terms) -> Tensor:
