@@ -119,6 +119,8 @@ class FilterBlocks:
         filters = LogWeightAccumulator(NUM_FILTERS, (), block.eps)
         filters.add(by_filter["log_px"], by_filter["elbo"])
         found = filters.result()
+        error = _jackknife(by_filter["log_px"])
+        found["std_error"] = torch.where(error.isfinite(), error, found["std_error"])
         ess, ended = by_filter["ess_by_step"].sum(0), by_filter["ended"][0]
         found |= {"filter_ess": found.pop("ess"), "ess": ess.nan_to_num(torch.inf).amin(1)}
         found["ess_by_step"] = torch.where(ended, torch.nan, ess)
@@ -224,3 +226,17 @@ class FilterBlocks:
                         out[f"posterior/{name}"] = found.new_empty(*chosen.shape, *found.shape[1:])
                     out[f"posterior/{name}"][data, draw] = found
         return out
+
+
+def _jackknife(log_px: Tensor) -> Tensor:
+    """The standard error of the log of the mean of a few estimates, [filters, N] -> [N] nats, by the jackknife.
+
+    se^2 = (n - 1) / n sum_i (l_i - mean l)^2, l_i the log-mean without estimate i. That of the delta method is too
+    small by a third where ten estimates differ by factors. NaN where all but one are zero.
+
+    Source: Efron and Stein 1981.
+    """
+    count = len(log_px)
+    others = ~torch.eye(count, dtype=torch.bool, device=log_px.device)[..., None]
+    without = torch.where(others, log_px, -torch.inf).logsumexp(1)
+    return ((count - 1) * (without - without.mean(0)).square().mean(0)).sqrt()
