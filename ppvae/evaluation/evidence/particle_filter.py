@@ -143,8 +143,10 @@ class FilterBlocks:
         part, _ = block.select_rows(rows)
         pair: Any = {"model": run.model, "guide": run.guide, "batch": part.batch}
         pair |= {"structure": run.structure, "index": part.index}
-        # smoothing draws need the particles of all steps; both runs of a filter have the same noise
-        dependence = None if self.posterior_draws else find_dependence(**pair)
+        dependence = None  # smoothing draws need the particles of all steps; both runs of a filter have the same noise
+        if not self.posterior_draws:
+            each, _ = block.select_rows(rows.unique())  # all filters have the same data
+            dependence = find_dependence(**pair | {"batch": each.batch, "index": each.index})
         seed_all(derive_seed(run.seed, block.number, "filter", number))
         return particle_filter(
             **pair, num_particles=self.num_particles, threshold=THRESHOLD, keep_history=keep_history,

@@ -24,7 +24,7 @@ from ppvae.inference.tracing import Program
 from ppvae.rng import fork_rng
 
 PROBES = 4  # particles of which the latents are exchanged
-MOST_TESTS, ROWS = 16, 16_384  # of which steps' latents are exchanged; (datum, particle) rows: in one run of the pair
+MOST_TESTS, STEP_ROWS = 16, 2**20  # exchanges of latents, and (datum, particle, step) rows, in one run of the pair
 
 
 class _EndOfWindow(Exception):
@@ -192,7 +192,8 @@ class _Probes:
         t = self._weigh(self.sites, PROBES, with_sampled_sites(structure, self.sites))
         self.structure, self.steps, self.size = t.structure, steps_of(t), t.batch_size
         alone = self.structure.layout is ParticlePlacement.ONE_BY_ONE
-        self.together = 1 if alone else max(1, min(MOST_TESTS, ROWS // (PROBES * self.size)))  # tests in one run
+        held = STEP_ROWS // (PROBES * self.size * self.steps.count)
+        self.together = 1 if alone else max(1, min(MOST_TESTS, held))  # tests in one run
         self._as_drawn = self._densities(torch.zeros(self.together, self.steps.count, dtype=torch.bool))
 
     def changed(self, exchanged: Tensor) -> Tensor:
