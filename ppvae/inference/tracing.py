@@ -28,7 +28,7 @@ from ppvae.inference.second_run import (
     buffer_copies,
     frozen_params,
     masked_log_prob,
-)  # fmt: skip
+)
 from ppvae.inference.structure import Role, Structure, lone_role
 
 PARTICLES = "_ppvae_particles"  # name of the particle plate
