@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppvae.compilation.inductor_passes import compile_with_inductor
 from ppvae.compilation.matmul_backend import Choices
+from ppvae.compilation.noise import with_fast_draws
 from ppvae.compilation.random_ops import with_fixed_noise
 
 
@@ -114,7 +115,7 @@ class Graph:
 def compile_module(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as a function of its inputs; errors as in `Graph.compile`."""
     noise, rest = _separate_noise(with_fixed_noise(module))
-    return compile_with_inductor(noise, rest, inputs, choices)
+    return compile_with_inductor(with_fast_draws(noise), rest, inputs, choices)
 
 
 @final

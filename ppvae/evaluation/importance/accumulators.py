@@ -99,15 +99,17 @@ class LogWeightAccumulator:
         sums: dict[int, Tensor] = {}
         for k, bound in self.bounds.items():
             sums[k] = bound.add(sums.get(bound.unit, w))
-        largest = torch.where(w.isnan(), torch.inf, w)
+        highest = w.amax(0)
+        at = torch.where(highest.isfinite(), highest, 0.0)
+        relative = (w - at).exp()
         new = {
-            "log_sum": w.logsumexp(0),
-            "log_sum_of_squares": (2 * w).logsumexp(0),
+            "log_sum": at + relative.sum(0).log(),
+            "log_sum_of_squares": 2 * at + relative.square_().sum(0).log(),
             "elbo": elbo.sum(0),
             "smallest": w.amin(0),
             "nonfinite": (w.isnan() | (w == torch.inf)).sum(0),
             "zero": (w == -torch.inf).sum(0),
-            "top": largest.T.topk(min(self._tail_size, len(w)), dim=1).values,
+            "top": torch.where(w.isnan(), torch.inf, w).T,
         }
         if self._state:
             old = self._state
@@ -116,8 +118,8 @@ class LogWeightAccumulator:
             for name in ("elbo", "nonfinite", "zero"):
                 new[name] = old[name] + new[name]
             new["smallest"] = torch.minimum(old["smallest"], new["smallest"])
-            both = torch.cat([old["top"], new["top"]], dim=1)
-            new["top"] = both.topk(min(self._tail_size, both.shape[1]), dim=1).values
+            new["top"] = torch.cat([old["top"], new["top"]], dim=1)
+        new["top"] = new["top"].topk(min(self._tail_size, new["top"].shape[1]), dim=1).values
         self._state = new
 
     def select(self, which: Tensor) -> LogWeightAccumulator:
