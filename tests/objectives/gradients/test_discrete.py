@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import pyro
@@ -102,6 +103,76 @@ def test_the_mean_is_right_in_every_layout(name, layout, monkeypatch):
         else:  # a parameter per datum does not fold
             found = folded_samples(TOYS[toy], BOUNDS["iwae"][0](ESTIMATORS[name]()), runs=50)
             assert max(errors(found, exact(toy, "iwae")).values()) < LIMIT
+
+
+def of_relaxed(one_hot: bool, change: Any) -> tuple[Any, Any]:
+    """A pair whose model reads a function of its latent, through a network with kinks."""
+    decoder = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 6))
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(3)
+    encoder = nn.Linear(6, 4)
+
+    def latent(logits: Tensor) -> Any:
+        one = dist.OneHotCategorical(logits=logits, validate_args=False)
+        return one if one_hot else dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", latent(torch.zeros(4)))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(change(z))).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", latent(encoder(x)))
+
+    return model, guide
+
+
+JUMPS = {
+    "rounded": torch.round,
+    "compared": lambda z: (z > 0.5).to(z.dtype),
+    "in part": lambda z: torch.cat([z[..., :3], z[..., 3:].round()], -1),
+    "largest": lambda z: nn.functional.one_hot(z.argmax(-1), 4).to(z.dtype),
+}
+SMOOTH = {
+    "itself": lambda z: z,
+    "kinked": lambda z: (z - 0.5).abs() + z,
+    "steep": lambda z: torch.sigmoid(20 * (z - 0.5)),
+}
+
+
+@pytest.mark.parametrize("network", [False, True])
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("change", [*JUMPS, *SMOOTH])
+def test_rebar_warns_of_densities_that_jump_between_relaxed_values(change, one_hot, network, recwarn):
+    torch.manual_seed(0)
+    x = torch.bernoulli(torch.full((10, 6), 0.4))
+    pair = of_relaxed(one_hot, {**JUMPS, **SMOOTH}[change])
+    objective = ELBO(2, gradient=REBAR(network=network))
+    with ParamScope().entered():
+        for _ in range(2):
+            objective.loss_and_grads(*pair, x)
+    found = [str(w.message) for w in recwarn if "jump between" in str(w.message)]
+    assert len(found) == (change in JUMPS)
+    assert all("at site 'z'" in text and "gradient='arms'" in text for text in found)
+
+
+def test_looking_for_jumps_leaves_the_random_numbers_alone(monkeypatch):
+    x = torch.bernoulli(torch.full((10, 6), 0.4))
+    pair = of_relaxed(False, torch.round)
+    states = []
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(REBAR, "_warn_of_jumps", lambda *_: None)
+        torch.manual_seed(3)
+        with ParamScope().entered(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ELBO(2, gradient="rebar").loss_and_grads(*pair, x)
+        states.append(torch.get_rng_state())
+    assert states[0].equal(states[1])
 
 
 PER_SITE = [
