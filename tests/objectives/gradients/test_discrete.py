@@ -105,13 +105,15 @@ def test_the_mean_is_right_in_every_layout(name, layout, monkeypatch):
             assert max(errors(found, exact(toy, "iwae")).values()) < LIMIT
 
 
-def of_relaxed(one_hot: bool, change: Any) -> tuple[Any, Any]:
+def of_relaxed(one_hot: bool, change: Any, guide_scale: float = 1.0) -> tuple[Any, Any]:
     """A pair whose model reads a function of its latent, through a network with kinks."""
     decoder = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 6))
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(3)
-    encoder = nn.Linear(6, 4)
+        encoder = nn.Linear(6, 4)
+        for p in encoder.parameters():
+            p.mul_(guide_scale)
 
     def latent(logits: Tensor) -> Any:
         one = dist.OneHotCategorical(logits=logits, validate_args=False)
@@ -157,6 +159,16 @@ def test_rebar_warns_of_densities_that_jump_between_relaxed_values(change, one_h
     found = [str(w.message) for w in recwarn if "jump between" in str(w.message)]
     assert len(found) == (change in JUMPS)
     assert all("at site 'z'" in text and "gradient='arms'" in text for text in found)
+
+
+def test_rounding_of_numbers_is_no_jump(recwarn):
+    """In float32 a model that hardly reads its latent: its log-weights change by less than they are rounded."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    pair = of_relaxed(False, lambda z: 1e-6 * z + 30, guide_scale=1e-6)
+    with ParamScope().entered():
+        ELBO(2, gradient=REBAR()).loss_and_grads(*pair, torch.bernoulli(torch.full((10, 6), 0.4)))
+    assert not [w for w in recwarn if "jump between" in str(w.message)]
 
 
 def test_looking_for_jumps_leaves_the_random_numbers_alone(monkeypatch):

@@ -229,5 +229,6 @@ def _missed_change(site: SiteDraws, start: Tensor, end: Tensor, points: int) -> 
     ends, _ = at(0.0, 1.0)
     slopes = [at((i + 0.5) / points, (i + 1.5) / points)[1].mean(0) for i in range(0, points, 2)]
     change = ends[1] - ends[0]
-    missed = change - torch.stack(slopes).mean(0)
-    return float((missed.square().mean() / change.square().mean()).sqrt())
+    missed = (change - torch.stack(slopes).mean(0)).square().mean().sqrt()
+    rounding = 100 * torch.finfo(site.value.dtype).eps * (1 + ends.abs().max())
+    return float(torch.where(missed > rounding, missed / change.square().mean().sqrt(), 0.0))
