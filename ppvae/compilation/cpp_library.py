@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 log = logging.getLogger("ppvae")
+VECTORIZED = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")  # flags that inductor turns off
 
 
 def load_library(source: str, otherwise: str, flags: Sequence[str] = ()) -> Any:

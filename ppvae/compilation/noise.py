@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ppvae.compilation.cpp_library import load_library
+from ppvae.compilation.cpp_library import VECTORIZED, load_library
 
 aten = torch.ops.aten
 MIN_NUMBERS = 2**14  # of one draw; below, reading and writing the state takes as long as is gained
-FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")  # which inductor turns off
 
 # The generator's bytes: seed u64, left i32, seeded i32, next u64, words u64[624], and a normal kept for later.
 # torch advances its Mersenne twister one number at a time; here all words at once, in vectors. The uniforms are equal
@@ -133,7 +132,7 @@ extern "C" void fill_normal(int threads, unsigned char* state, float* out, int64
 @functools.cache
 def _library() -> Any:
     """The functions of `SOURCE`, compiled once by inductor's compiler; None where that fails, which the log says."""
-    return load_library(SOURCE, "noise is drawn by torch's kernels", FLAGS)
+    return load_library(SOURCE, "noise is drawn by torch's kernels", VECTORIZED)
 
 
 def with_fast_draws(noise: fx.GraphModule) -> fx.GraphModule:

@@ -15,10 +15,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ppvae.compilation.cpp_library import load_library
+from ppvae.compilation.cpp_library import VECTORIZED, load_library
 
 BLOCK = 8192  # numbers that one thread updates at a time; sums over each are added up in order
-FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")  # which inductor turns off
 SYMBOLS = {torch.float32: "float", torch.float64: "double"}
 
 SOURCE = r"""
@@ -82,7 +81,7 @@ FUNCTIONS(double)
 @functools.cache
 def native_library() -> Any:
     """The functions of `SOURCE`, compiled once by inductor's compiler; None where that fails, which the log says."""
-    return load_library(SOURCE, "Adam takes its steps by torch's kernel", FLAGS)
+    return load_library(SOURCE, "Adam takes its steps by torch's kernel", VECTORIZED)
 
 
 @final

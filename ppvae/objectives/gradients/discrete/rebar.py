@@ -106,9 +106,7 @@ class REBAR(SiteEstimator):
             noise = perturbed_given(z, a.detach(), family) - a.detach()
             perturbed = torch.stack([a + noise, perturbed_given(z, a, family)])  # y of a constant noise, y~ given z
             features = _per_datum(torch.stack([perturbed, torch.stack([a, a]).detach()], -1), site)
-            if site.name not in self._control_variates:
-                self._warn_of_jumps(site, family)
-            control = self._control_variate(site.name, features)
+            control = self._control_variate(site, features, family)
             y = soft(perturbed, control.log_temperature.exp(), family)
             share = [site.objective.leave_one_out_bound(w, at) - without for at in _log_weights(site, y)]
             features = _per_datum(torch.stack([y, torch.stack([a, a]).detach()], -1), site)
@@ -134,11 +132,12 @@ class REBAR(SiteEstimator):
                 stacklevel=4,
             )
 
-    def _control_variate(self, name: str, features: Tensor) -> _ControlVariate:
-        if name not in self._control_variates:
+    def _control_variate(self, site: SiteDraws, features: Tensor, family: type) -> _ControlVariate:
+        if site.name not in self._control_variates:
+            self._warn_of_jumps(site, family)
             size = features.shape[-1] if self.network else 0
-            self._control_variates[name] = self._built(size)
-        one = self._control_variates[name]
+            self._control_variates[site.name] = self._built(size)
+        one = self._control_variates[site.name]
         if one.weight.device != features.device:
             one.to(features.device)
             one.optimizer.load_state_dict(one.optimizer.state_dict())  # moves the state to its parameters
@@ -178,7 +177,7 @@ def relax() -> REBAR:
 
 
 def _per_datum(values: Tensor, site: SiteDraws) -> Tensor:
-    """[2, K, *inner plates, batch, *event, 2] -> [2, K, batch, elements]."""
+    """[2, K, *inner plates, batch, *event, features] -> [2, K, batch, elements]."""
     data = values.dim() - site.event_dims - 2
     values = values.movedim(data, 2)
     return values.reshape(*values.shape[:3], -1)
@@ -223,8 +222,7 @@ def _missed_change(site: SiteDraws, start: Tensor, end: Tensor, points: int) -> 
         y = torch.stack([start + t * (end - start) for t in places]).detach().requires_grad_()
         w = _log_weights(site, y)
         (gradient,) = torch.autograd.grad(w.sum(), y)
-        slopes = (gradient * (end - start)).movedim(y.dim() - site.event_dims - 1, 2)
-        return w.detach(), slopes.reshape(*slopes.shape[:3], -1).sum(-1)
+        return w.detach(), _per_datum((gradient * (end - start)).unsqueeze(-1), site).sum(-1)
 
     ends, _ = at(0.0, 1.0)
     slopes = [at((i + 0.5) / points, (i + 1.5) / points)[1].mean(0) for i in range(0, points, 2)]
