@@ -10,6 +10,8 @@ import pyro
 import pytest
 import torch
 
+from ppvae.compilation.bernoulli import keep_library
+
 if not torch.cuda.is_available():  # where it does nothing but keep the stack of its caller, for a device to come
     torch.cuda.manual_seed_all = lambda seed: None
 
@@ -20,6 +22,12 @@ def user_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_functions() -> None:
+    """Functions in C++ that a process takes if an earlier one has kept them: here all processes of the tests do."""
+    keep_library()
 
 
 @pytest.fixture

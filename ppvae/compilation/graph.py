@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppvae.compilation.bernoulli import keep_library
 from ppvae.compilation.inductor_passes import compile_with_inductor
 from ppvae.compilation.matmul_backend import Choices
 from ppvae.compilation.noise import with_fast_draws
@@ -115,6 +116,7 @@ class Graph:
 def compile_module(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as a function of its inputs; errors as in `Graph.compile`."""
     noise, rest = _separate_noise(with_fixed_noise(module))
+    keep_library()
     return compile_with_inductor(with_fast_draws(noise), rest, inputs, choices)
 
 

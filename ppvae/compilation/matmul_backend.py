@@ -4,7 +4,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +167,22 @@ class _LinearOfInput(torch.autograd.Function):
 def _is_replaceable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if weight.dim() != 2 or x.numel() * len(weight) < MIN_MULTIPLICATIONS:
         return False
-    tensors = [t for t in (x, weight, bias) if t is not None]
+    parameters = [t for t in (weight, bias) if t is not None]
+    return not need_gradients(parameters) and are_plain([x, *parameters])
+
+
+def need_gradients(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients of any of the tensors are asked for."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are float32 on the CPU, and operations on them are no more than computed.
+
+    Not so where they are compiled, recorded by a mode, mapped or differentiated by `torch.func`, or dual numbers.
+    """
     return (
         not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors[1:]))
         and torch.autograd.forward_ad._current_level < 0
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)

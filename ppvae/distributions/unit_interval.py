@@ -25,6 +25,8 @@ class Bernoulli(dist.Bernoulli):
     tensor([ -0.6931, -50.0000])
     """
 
+    same_density_as: ClassVar[type] = dist.Bernoulli
+
     @property
     def mode(self) -> Tensor:
         """1 where the logit is above 0, else 0; torch's is NaN at 0."""

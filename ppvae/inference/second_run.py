@@ -13,6 +13,8 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ppvae.compilation.bernoulli import bernoulli_log_prob
+
 
 @final
 class RestoreRandomStates(Messenger):
@@ -142,6 +144,8 @@ def masked_log_prob(fn: Any, value: Tensor, node: Mapping[str, Any]) -> Tensor:
 
     Torch validates such values too; those that no mask leaves out are for `check_support` to validate.
     """
+    if not node["args"] and (of_bits := bernoulli_log_prob(fn, value)) is not None:
+        return of_bits
     try:
         return fn.log_prob(value, *node["args"], **node["kwargs"])
     except ValueError as error:

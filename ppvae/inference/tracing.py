@@ -269,7 +269,8 @@ def trace_program(
         tracer = stack.enter_context(poutine.trace())
         if replay_trace is not None:
             stack.enter_context(poutine.replay(trace=replay_trace))
-        stack.enter_context(SubstituteValues(values, s.from_base))
+        if values:
+            stack.enter_context(SubstituteValues(values, s.from_base))
         if s.enumerated:  # innermost: it must see a site before a value is substituted there
             # the model takes the guide's enumeration dims, so that a replayed value means the same on both sides
             first = None if replay_trace is not None else -1 - s.plate_nesting - (num_particles is not None)

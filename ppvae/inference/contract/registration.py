@@ -85,8 +85,7 @@ class CheckRegistration(Messenger):
         if _is_module_local(msg):
             return
         init = msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
-        store = dict(pyro.get_param_store().named_parameters())
-        stored = store.get(name)
+        stored = pyro.get_param_store()._params.get(name)
         if stored is not None:
             if isinstance(init, nn.Parameter) and stored is not init and not _updates_module():
                 raise _name_conflict(name)
