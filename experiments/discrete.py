@@ -191,15 +191,18 @@ def draw_figure(found: Cells) -> Any:
         name, _, estimator = parts_of(row)
         if variances(r):
             groups.setdefault((name, net), {})[estimator] = r
-    fig = figure(3.4 * len(groups), 3.4)
-    for ax, ((name, net), own) in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+    columns, rows = min(2, len(groups)), math.ceil(len(groups) / 2)
+    fig = figure(3.4 * columns, 3.4 * rows)
+    for ax, ((name, net), own) in zip(fig.subplots(rows, columns, squeeze=False).flat, groups.items(), strict=False):
         for estimator, r in own.items():
             number = list(ESTIMATORS).index(estimator)
             style = {"color": f"C{number}", "ls": ("-", "--")[number > 6], "label": estimator}
             ax.semilogy(r[0]["result"]["step"], variances(r), **style)
         ax.set(title=f"{name}, {net}", xlabel="step")
         ax.legend(fontsize="x-small", ncols=2)
-    fig.axes[0].set_ylabel("variance of the guide's gradient")
+    for ax in fig.axes[len(groups) :]:
+        ax.remove()
+    fig.supylabel("variance of the guide's gradient", fontsize="small")
     return fig
 
 
