@@ -90,20 +90,19 @@ extern "C" void sum_log_probs(
 }
 """
 MIN_BITS = 64  # of an event; fewer are left to torch
-KIND = (SOURCE, VECTORIZED)
 
 
 @functools.cache
 def keep_library() -> None:
     """Compiles the function and keeps it for later processes, in half a second; done once on a machine."""
-    if kept_library(*KIND) is None:
+    if kept_library(SOURCE, VECTORIZED) is None:
         load_library(SOURCE, "log-likelihoods of bits are computed by torch's kernels", VECTORIZED, keep=True)
 
 
 @functools.cache
 def _library() -> Any:
     """The function that was kept before its first use in this process, so that equal calls give equal numbers."""
-    return kept_library(*KIND)
+    return kept_library(SOURCE, VECTORIZED)
 
 
 def bernoulli_log_prob(fn: Any, x: Tensor) -> Tensor | None:

@@ -116,7 +116,8 @@ class Graph:
 def compile_module(module: fx.GraphModule, inputs: Sequence[Tensor], choices: Choices) -> Callable[..., Any]:
     """A graph compiled by inductor, as a function of its inputs; errors as in `Graph.compile`."""
     noise, rest = _separate_noise(with_fixed_noise(module))
-    keep_library()
+    if all(t.device.type == "cpu" for t in inputs):
+        keep_library()
     return compile_with_inductor(with_fast_draws(noise), rest, inputs, choices)
 
 

@@ -20,14 +20,6 @@ def drawn(run, *, before: int) -> tuple[torch.Tensor, torch.Tensor]:
     return run(), torch.cat([torch.rand(700), torch.randn(3)])
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("before", [0, 5, 623, 624])
 @pytest.mark.parametrize("size", SIZES)
 def test_draws_are_those_of_torch_and_leave_its_state(size, before, threads):

@@ -10,14 +10,12 @@ X = torch.full((200_000,), 1e-30)  # enough for a share of each thread
 TINY = torch.tensor(1e-10)
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
-def threads(request):
+@pytest.fixture(autouse=True)
+def subnormals(threads):
+    """Subnormal numbers are kept before each test and after it, with one thread and with two."""
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor does not flush subnormal numbers")
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    yield
     torch.set_flush_denormal(False)
 
 
